@@ -1,0 +1,1 @@
+"""How it is computed: the seam (`target`), the fit, and every way to a posterior or an evidence."""

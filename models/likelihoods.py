@@ -1,0 +1,182 @@
+"""Likelihoods p(x|z): from the decoder's output to a distribution over one datum.
+
+A likelihood states `param_dim` (the decoder's output width), checks data against its support and says how to mend them,
+and returns a Pyro distribution whose event is one datum.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Annotated, Literal
+
+import pyro.distributions as dist
+import torch
+from annotated_types import Gt
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from elbowroom.errors import DataError
+
+
+def _first_bad(x: Tensor, bad: Tensor) -> str:
+    """Describe the first offending entry: value, row and column, counted from 0."""
+    index = bad.nonzero()[0].tolist()
+    place = f"row {index[0]}" + (f", column {index[1] if len(index) == 2 else tuple(index[1:])}" if index[1:] else "")
+    return f"{x[tuple(index)].item():g} at {place} ({int(bad.sum())} such entries)"
+
+
+class Likelihood(nn.Module, ABC):
+    """A map from decoder outputs (..., param_dim) to p(x|z) with event shape `event_shape`.
+
+    Attributes:
+        event_shape: shape of one datum.
+        param_dim: the decoder's output width.
+    """
+
+    event_shape: tuple[int, ...]
+    param_dim: int
+
+    def __init__(self, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.width = math.prod(event_shape)
+        self.param_dim = self.width
+
+    @abstractmethod
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Return p(x|z) for decoder outputs of shape (..., param_dim)."""
+
+    @abstractmethod
+    def problem(self, x: Tensor) -> str | None:
+        """Say in one sentence why x lies outside the support, and the remedy; None when it lies inside."""
+
+    def check(self, x: Tensor) -> None:
+        """Refuse data that this likelihood cannot have produced.
+
+        Args:
+            x: data, (N, *event_shape).
+
+        Raises:
+            DataError: for a wrong shape, NaN, infinities, or values outside the support; names the first place.
+        """
+        if x.ndim == 0 or tuple(x.shape[1:]) != self.event_shape:
+            raise DataError(f"data: each datum has shape {tuple(x.shape[1:])}, the model expects {self.event_shape}")
+        if not x.isfinite().all():
+            raise DataError(f"data: {_first_bad(x, ~x.isfinite())}: remove or impute the rows that hold it")
+        problem = self.problem(x)
+        if problem is not None:
+            raise DataError(f"data: {problem}")
+
+    def adapt(self, x: Tensor) -> None:
+        """Set data-dependent constants from training data (N, *event_shape), before the first step."""
+
+    def _shaped(self, params: Tensor) -> Tensor:
+        return params.reshape(*params.shape[:-1], *self.event_shape)
+
+
+class Bernoulli(Likelihood):
+    """Independent binary entries: log p(x|z) = sum_i x_i l_i - softplus(l_i), l the decoder's logits."""
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Return Bernoulli(logits = params)."""
+        return dist.Bernoulli(logits=self._shaped(params), validate_args=False).to_event(len(self.event_shape))
+
+    def problem(self, x: Tensor) -> str | None:
+        """Only 0 and 1 are allowed."""
+        bad = (x != 0) & (x != 1)
+        if not bad.any():
+            return None
+        return (
+            f"bernoulli needs 0 or 1, found {_first_bad(x, bad)}: binarize the data "
+            "(data.binarize = a threshold), or use model.likelihood = continuous_bernoulli for values in [0, 1]"
+        )
+
+
+class ContinuousBernoulli(Likelihood):
+    """Independent entries in [0, 1] (grey pixels), with the normalising constant that a Bernoulli on grey data lacks.
+
+    p(x|l) = C(l) exp(x l), C(l) = l / (e^l - 1) (Loaiza-Ganem and Cunningham 2019, https://arxiv.org/abs/1907.06845).
+    """
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Return ContinuousBernoulli(logits = params)."""
+        logits = self._shaped(params)
+        return dist.ContinuousBernoulli(logits=logits, validate_args=False).to_event(len(self.event_shape))
+
+    def problem(self, x: Tensor) -> str | None:
+        """Entries must lie in [0, 1]."""
+        bad = (x < 0) | (x > 1)
+        if not bad.any():
+            return None
+        return (
+            f"continuous_bernoulli needs values in [0, 1], found {_first_bad(x, bad)}: divide the data by their largest "
+            "possible value (data.scale), or use model.likelihood = gaussian"
+        )
+
+
+class Gaussian(Likelihood):
+    """Independent normal entries, x_i ~ N(m_i(z), s_i^2).
+
+    The decoder works in standard units: m = loc + unit * output, where loc and unit are the mean and standard deviation of
+    each column of the training data. Learned scales are unit * (softplus(raw) + floor).
+
+    Args:
+        event_shape: shape of one datum (a fact).
+        scale: a number (fixed, in the data's own units), `shared` (one learned scale), `per_dimension` (one learned scale
+            per entry), or `decoder` (from z, by the decoder).
+        floor: smallest learned scale, as a fraction of the data's standard deviation.
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        *,
+        scale: Annotated[float, Gt(0)] | Literal["shared", "per_dimension", "decoder"] = "shared",
+        floor: Annotated[float, Gt(0)] = 1e-3,
+    ) -> None:
+        super().__init__(event_shape)
+        self.scale = scale
+        self.floor = floor
+        self.param_dim = self.width * (2 if scale == "decoder" else 1)
+        self.loc: Tensor
+        self.unit: Tensor
+        self.register_buffer("loc", torch.zeros(self.event_shape))
+        self.register_buffer("unit", torch.ones(self.event_shape))
+        if scale == "shared":
+            self.raw_scale = nn.Parameter(torch.zeros(()))
+        elif scale == "per_dimension":
+            self.raw_scale = nn.Parameter(torch.zeros(self.event_shape))
+
+    def adapt(self, x: Tensor) -> None:
+        """Take the location and unit of each column from training data; a constant column takes the overall unit."""
+        if len(x) < 2:
+            return
+        unit = x.std(0)
+        overall = unit.square().mean().sqrt()
+        overall = torch.where(overall > 0, overall, torch.ones_like(overall))
+        self.loc = x.mean(0)
+        self.unit = torch.where(unit > 1e-6 * overall, unit, overall)
+
+    def noise_scale(self, raw: Tensor | None = None) -> Tensor:
+        """Return s in the data's units, broadcastable to the event shape; `raw` is the decoder's half if it gives s."""
+        if isinstance(self.scale, int | float):
+            return torch.full_like(self.loc, float(self.scale))
+        if self.scale == "shared":
+            return self.unit.square().mean().sqrt() * (softplus(self.raw_scale) + self.floor)
+        return self.unit * (softplus(self.raw_scale if raw is None else raw) + self.floor)
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Return N(loc + unit * output, s^2)."""
+        if self.scale == "decoder":
+            output, raw = params.chunk(2, -1)
+            noise = self.noise_scale(self._shaped(raw))
+        else:
+            output, noise = params, self.noise_scale()
+        mean = self.loc + self.unit * self._shaped(output)
+        return dist.Normal(mean, noise, validate_args=False).to_event(len(self.event_shape))
+
+    def problem(self, x: Tensor) -> str | None:
+        """Every real number is allowed."""
+        return None
