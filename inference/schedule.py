@@ -1,0 +1,136 @@
+"""The plan of a fit, counted in steps: how many, with which learning rate and which KL weight.
+
+    learning rate   constant: a;   cosine: a / 2 (1 + cos(pi t / T)) at step t = 0 .. T - 1
+    KL weight       min(1, t / W)
+
+T is the number of steps, W the length of the KL warm-up. W is clipped so that the run always ends at weight 1: a loss
+with a weight below 1 is no bound on the evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from elbowroom.errors import DataError, SpecError
+
+Schedule = Literal["constant", "cosine"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fit will do, in steps. `str(plan)` is the sentence for people.
+
+    Attributes:
+        size: number of training data N.
+        epochs: passes over the data.
+        batch_size: data per step, at most N.
+        learning_rate: the first step's.
+        schedule: how it changes.
+        warmup: steps W over which the KL weight rises from 0 to 1; 0 means weight 1 throughout.
+        asked_warmup: the steps of warm-up that were asked for, before clipping.
+        patience: epochs without a better validation ELBO after which the fit stops, or None.
+    """
+
+    size: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    schedule: Schedule
+    warmup: int
+    asked_warmup: int
+    patience: int | None
+
+    @property
+    def batches(self) -> int:
+        """Steps per epoch; the last batch may be partial."""
+        return math.ceil(self.size / self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run, T."""
+        return self.epochs * self.batches
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of step t, counted from 0."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+    def kl_weight_at(self, step: int) -> float:
+        """Return the KL weight of step t, counted from 0."""
+        return 1.0 if step >= self.warmup else step / self.warmup
+
+    def counts(self, epoch: int) -> bool:
+        """Say whether the warm-up has ended within this epoch (from 1): only then can it be the best."""
+        return epoch * self.batches > self.warmup
+
+    def __str__(self) -> str:
+        """Return the plan as a sentence."""
+        rest = self.size % self.batch_size
+        batches = f"{self.batches} batch{'es' if self.batches > 1 else ''} of {self.batch_size}"
+        batches += f", the last of {rest}" if rest else ""
+        parts = [f"{self.steps} steps ({self.epochs} epoch{'s' if self.epochs > 1 else ''} x {batches})"]
+        parts.append(f"learning rate {self.learning_rate:g}, {'cosine to 0' if self.schedule == 'cosine' else 'constant'}")
+        kl = f"KL weight 0 -> 1 over {self.warmup} steps" if self.warmup else "KL weight 1"
+        if self.warmup < self.asked_warmup:
+            kl += f" (the {self.asked_warmup} steps asked for are clipped, so that the run ends at weight 1)"
+        parts.append(kl)
+        if self.patience is not None:
+            parts.append(f"stops after {self.patience} epoch{'s' if self.patience > 1 else ''} without a better validation ELBO")
+        return "; ".join(parts)
+
+
+def plan(
+    size: int,
+    *,
+    epochs: int = 100,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    schedule: Schedule = "cosine",
+    kl_warmup: int = 0,
+    patience: int | None = None,
+    **_: object,
+) -> Plan:
+    """Plan a fit of `size` training data.
+
+    Args:
+        size: number of training data N.
+        epochs: passes over the data.
+        batch_size: data per step; more than N means N.
+        learning_rate: Adam's, at the first step.
+        schedule: `constant`, or `cosine` down to 0 at the end.
+        kl_warmup: epochs over which the KL weight rises from 0 to 1; clipped to end one epoch before the run does (in a
+            run of one epoch: at its last step).
+        patience: epochs without a better validation ELBO after which the fit stops.
+        **_: the other options of `fit`, which do not bear on the plan.
+
+    Raises:
+        DataError: there are no training data.
+        SpecError: an option is out of range.
+    """
+    if size < 1:
+        raise DataError("data: the training split is empty")
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("kl_warmup", kl_warmup, 0)):
+        if value < least:
+            raise SpecError(f"fit.{name}: must be at least {least}, got {value}")
+    if not learning_rate > 0:
+        raise SpecError(f"fit.learning_rate: must be greater than 0, got {learning_rate}")
+    if patience is not None and patience < 1:
+        raise SpecError(f"fit.patience: must be at least 1 epoch, or null, got {patience}")
+    if schedule not in ("constant", "cosine"):
+        raise SpecError(f"fit.schedule: must be constant or cosine, got {schedule!r}")
+    batches = math.ceil(size / min(batch_size, size))
+    asked = kl_warmup * batches
+    longest = (epochs - 1) * batches if epochs > 1 else batches - 1
+    return Plan(
+        size=size,
+        epochs=epochs,
+        batch_size=min(batch_size, size),
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup=min(asked, longest),
+        asked_warmup=asked,
+        patience=patience,
+    )

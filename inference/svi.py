@@ -1,0 +1,486 @@
+"""The fit of a VAE by stochastic variational inference: Pyro's Trace_ELBO, one fused Adam, best weights by validation.
+
+Each step maximises the objective of `elbowroom.inference.objectives` on a mini-batch whose plate stands for all N data,
+so that every gradient estimates that of the ELBO of the whole data set (Kingma and Welling 2014,
+https://arxiv.org/abs/1312.6114; Hoffman et al. 2013, https://arxiv.org/abs/1206.7055). A step is what `pyro.infer.SVI`
+with `pyro.optim.Adam` does, with one optimiser over all parameters in place of one for each.
+
+Everything reported is in nats per datum: a `loss` is lower-better, an `elbo` is higher-better.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyro
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+
+from elbowroom.errors import NonFiniteLoss, RunFolderError, SpecError
+from elbowroom.files import atomic, sha256
+from elbowroom.inference.history import History, Row
+from elbowroom.inference.objectives import NonFiniteSite, Objective
+from elbowroom.inference.schedule import Plan, Schedule, plan
+from elbowroom.models.vae import VAE
+
+CHECKPOINT, WEIGHTS, HISTORY = "checkpoint.pt", "weights.pt", "history.csv"
+
+# three streams of random numbers from one seed: noise and initial state, shuffling, validation
+_SHUFFLE, _VALIDATION = 0x5F3759DF, 0x2545F491
+
+
+@dataclass(frozen=True)
+class Session:
+    """The circumstances of a fit: facts that the caller supplies and that are not options of the fit.
+
+    Attributes:
+        folder: where `checkpoint.pt`, `weights.pt` and `history.csv` go; None writes no files.
+        resume: go on from the folder's checkpoint, if it has one.
+        seed: of all random numbers. The caller's generators are left as they were.
+        fingerprint: anything that tells runs apart beyond what `fit` sees itself (data, options, seed, module), such
+            as a hash of the spec. A checkpoint with another fingerprint is refused.
+        report: called as report(plan, row) after each epoch, when its files are written.
+        checkpoint_seconds: least time between checkpoints; one is written after the first epoch and at the end anyway.
+    """
+
+    folder: Path | None = None
+    resume: bool = False
+    seed: int = 0
+    fingerprint: str = ""
+    report: Callable[[Plan, Row], None] | None = None
+    checkpoint_seconds: float = 10.0
+
+
+class Step:
+    """One step of SVI on a mini-batch.
+
+    loss = -(1/N) ELBO_w, with the gradient of N loss given to Adam, as `pyro.infer.SVI` does.
+
+    Pyro's global parameter store gets the VAE's parameters when the programs run; open
+    `pyro.get_param_store().scope()` around the steps to keep it clean (`fit` does).
+
+    Args:
+        vae: the model and guide.
+        size: number of data N for which each mini-batch stands.
+        learning_rate: Adam's.
+        gradient_clip: largest Euclidean norm of the gradient of the loss per datum; None clips nothing.
+    """
+
+    def __init__(self, vae: VAE, *, size: int, learning_rate: float, gradient_clip: float | None = None) -> None:
+        self.size = size
+        self.parameters = list(vae.parameters())
+        self.gradient_clip = gradient_clip
+        self.objective = Objective(vae.model, vae.guide)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
+
+    def __call__(self, x: Tensor, *, kl_weight: float = 1.0, learning_rate: float | None = None) -> tuple[float, float]:
+        """Take one step.
+
+        Args:
+            x: a mini-batch, (B, *event).
+            kl_weight: weight of the KL part in the objective.
+            learning_rate: changes Adam's from this step on.
+
+        Returns:
+            The objective's loss and the unweighted ELBO before the step, in nats per datum.
+
+        Raises:
+            NonFiniteSite: the loss is not finite; the weights are as they were.
+        """
+        if learning_rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+        self.optimizer.zero_grad()
+        estimate = self.objective(x, size=self.size, kl_weight=kl_weight)
+        estimate.loss.backward()
+        if self.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.gradient_clip * self.size)
+        self.optimizer.step()
+        return estimate.objective / self.size, estimate.elbo / self.size
+
+
+def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Shuffle 0 .. size - 1 with `generator` and yield it in parts of `batch_size`, the last one perhaps smaller."""
+    yield from torch.randperm(size, generator=generator, device=generator.device).split(batch_size)
+
+
+def shuffler(seed: int, device: torch.device) -> torch.Generator:
+    """Return the generator that shuffles the data of a fit with this seed."""
+    return torch.Generator(device).manual_seed(seed + _SHUFFLE)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:1` into a device that exists.
+
+    Raises:
+        SpecError: there is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise SpecError(f"fit.device: must be auto, cpu, cuda or cuda:NUMBER, got {device!r}")
+    if place.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (place.index or 0) >= count:
+        raise SpecError(f"fit.device: {device!r} was asked for, but torch sees {count} CUDA devices; use auto or cpu")
+    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+
+
+def evaluate_elbo(vae: VAE, x: Tensor, *, draws: int = 8, seed: int = 0, batch_size: int = 512) -> float:
+    """Estimate the mean ELBO of data, in nats per datum, without changing anything.
+
+    (1/N) sum_n (1/S) sum_s log p(x_n, z_ns) - log q(z_ns|x_n), z_ns ~ q(z|x_n), unweighted, networks in eval mode. The
+    same seed gives the same standard noise, so that the values of two sets of weights differ by the weights alone.
+
+    Args:
+        vae: on the device and in the dtype of x.
+        x: data, (N, *event).
+        draws: S.
+        seed: of the noise; the caller's generators are left as they were.
+        batch_size: data at a time.
+
+    Raises:
+        NonFiniteSite: a log probability is not finite.
+    """
+    objective = Objective(vae.model, vae.guide)
+    total = 0.0
+    with _contained(seed, x.device), _mode(vae, training=False), torch.no_grad():
+        for part in x.split(batch_size):
+            # the draws stand beside each other in the plate, so any network that takes a batch will do
+            total += objective(part.repeat(draws, *[1] * (x.ndim - 1))).elbo / draws
+    return total / len(x)
+
+
+def fit(
+    vae: VAE,
+    train: Tensor,
+    validation: Tensor,
+    session: Session | None = None,
+    *,
+    objective: Literal["elbo"] = "elbo",
+    epochs: Annotated[int, Ge(1)] = 100,
+    batch_size: Annotated[int, Ge(1)] = 128,
+    learning_rate: Annotated[float, Gt(0)] = 1e-3,
+    schedule: Schedule = "cosine",
+    kl_warmup: Annotated[int, Ge(0)] = 0,
+    patience: Annotated[int, Ge(1)] | None = None,
+    gradient_clip: Annotated[float, Gt(0)] | None = None,
+    validation_draws: Annotated[int, Ge(1)] = 8,
+    dtype: Literal["float32", "float64"] = "float32",
+    device: str = "auto",
+) -> History:
+    """Fit a VAE by stochastic variational inference and leave it with its best weights.
+
+    The best weights are those of the epoch with the highest validation ELBO among the epochs that end at KL weight 1;
+    without validation data, the last ones. The VAE is adapted to the training data (`vae.adapt`), moved to the device
+    and dtype, and stays there. With a folder in the session, `weights.pt` (the best weights), `history.csv` and
+    `checkpoint.pt` are written, each as a whole or not at all. On a CPU a resumed fit equals an uninterrupted one
+    bit for bit. Pyro's parameter store and validation, and torch's generators, are left as they were.
+
+    Args:
+        vae: the model and guide, trained in place.
+        train: training data, (N, *event).
+        validation: validation data, (M, *event); M = 0 is allowed.
+        session: folder, seed, resumption and report (facts of the run).
+        objective: what is maximised: `elbo`.
+        epochs: passes over the training data.
+        batch_size: data per step; the last batch of an epoch may be smaller.
+        learning_rate: Adam's, at the first step.
+        schedule: `constant`, or `cosine` down to 0 at the last step.
+        kl_warmup: epochs over which the weight of the KL part rises from 0 to 1; 0 switches it off.
+        patience: epochs without a better validation ELBO after which the fit stops; null never stops early.
+        gradient_clip: largest norm of the gradient of the loss per datum; null clips nothing.
+        validation_draws: draws of z per validation datum, with the same noise in every epoch.
+        dtype: precision of weights and data.
+        device: `auto` (the GPU where there is one), `cpu`, `cuda` or `cuda:1`.
+
+    Returns:
+        The history: one row per epoch, the best epoch, and why the fit stopped.
+
+    Raises:
+        NonFiniteLoss: a loss was not finite; names site, epoch, batch and the last good checkpoint.
+        RunFolderError: the checkpoint to resume from is unreadable or belongs to another fit.
+        SpecError: the device does not exist, or an option does not apply.
+        DataError: there are no training data.
+    """
+    session = session or Session()
+    options = {
+        "objective": objective,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "kl_warmup": kl_warmup,
+        "patience": patience,
+        "gradient_clip": gradient_clip,
+        "validation_draws": validation_draws,
+        "dtype": dtype,
+        "device": resolve_device(device).type,
+    }
+    planned = plan(len(train), **options)  # type: ignore[arg-type] # the options that bear on it have these names
+    if patience is not None and len(validation) == 0:
+        raise SpecError("fit.patience: needs validation data to judge by; set it to null or make a validation split")
+    place, precision = resolve_device(device), getattr(torch, dtype)
+    train, validation = train.to(place, precision), validation.to(place, precision)
+    vae.to(place, precision)
+    vae.adapt(train)
+    with _contained(session.seed, place), _mode(vae, training=True):
+        step = Step(vae, size=len(train), learning_rate=learning_rate, gradient_clip=gradient_clip)
+        run = _Run(vae, train, validation, session, planned, step, options)
+        if session.resume:
+            run.resume()
+        run.train_epochs()
+        return run.finish()
+
+
+class _Run:
+    """A fit on its way: what the next epoch needs, and the files that keep it."""
+
+    def __init__(
+        self,
+        vae: VAE,
+        train: Tensor,
+        validation: Tensor,
+        session: Session,
+        planned: Plan,
+        step: Step,
+        options: dict[str, Any],
+    ) -> None:
+        self.vae, self.train, self.validation = vae, train, validation
+        self.session, self.plan, self.step, self.options = session, planned, step, options
+        self.generator = shuffler(session.seed, train.device)
+        self.history = History(plan=str(planned))
+        self.best: dict[str, Tensor] | None = None
+        self.saved_epoch: int | None = None
+        self.saved_at = -math.inf
+        self.started = time.perf_counter()
+        self.identity = self._identity() if session.folder is not None else {}
+
+    # the loop
+
+    def train_epochs(self) -> None:
+        """Run epochs until the plan or the patience is at its end."""
+        if not self.history.rows:
+            self._rehearse()
+        while not self.history.stopped_because:
+            epoch = len(self.history.rows) + 1
+            row = self._epoch(epoch)
+            self.history.rows.append(row)
+            self._judge(row)
+            due = time.perf_counter() - self.saved_at >= self.session.checkpoint_seconds
+            if due or self.history.stopped_because:
+                self._save()
+            if self.session.report is not None:
+                self.session.report(self.plan, row)
+
+    def _epoch(self, epoch: int) -> Row:
+        """Take the steps of one epoch, then evaluate."""
+        loss = elbo = 0.0
+        step, rate, weight = (epoch - 1) * self.plan.batches, 0.0, 1.0
+        for batch, index in enumerate(batches(len(self.train), self.plan.batch_size, self.generator), start=1):
+            rate, weight = self.plan.learning_rate_at(step), self.plan.kl_weight_at(step)
+            try:
+                losses = self.step(self.train[index], kl_weight=weight, learning_rate=rate)
+            except NonFiniteSite as error:
+                raise self._stop(error, f"epoch {epoch}, batch {batch} of {self.plan.batches}", index) from None
+            share = len(index) / len(self.train)
+            loss, elbo, step = loss + share * losses[0], elbo + share * losses[1], step + 1
+        try:
+            validation = self._validate()
+        except NonFiniteSite as error:
+            raise self._stop(error, f"the validation after epoch {epoch}", None) from None
+        if bad := self._bad_parameters():
+            raise self._stop(None, f"epoch {epoch}, its last batch ({self.plan.batches} of {self.plan.batches})", None, bad)
+        seconds = time.perf_counter() - self.started
+        return Row(epoch, step, rate, weight, loss, elbo, validation, seconds)
+
+    def _validate(self) -> float:
+        """Return the validation ELBO, the same noise every time; NaN without validation data."""
+        if len(self.validation) == 0:
+            return math.nan
+        draws, seed = int(self.options["validation_draws"]), self.session.seed + _VALIDATION
+        return evaluate_elbo(self.vae, self.validation, draws=draws, seed=seed)
+
+    def _judge(self, row: Row) -> None:
+        """Keep the weights if they are the best so far; decide whether to stop, and say why."""
+        history, patience = self.history, self.plan.patience
+        judged = len(self.validation) > 0
+        if self.plan.counts(row.epoch) and (
+            not judged or not history.best_epoch or row.validation_elbo > history.best.validation_elbo
+        ):
+            history.best_epoch = row.epoch
+            if judged:
+                self.best = {name: value.detach().clone() for name, value in self.vae.state_dict().items()}
+        if row.epoch == self.plan.epochs:
+            history.stopped_because = f"all {row.epoch} epochs done"
+        elif patience is not None and history.best_epoch and row.epoch - history.best_epoch >= patience:
+            history.stopped_because = f"stopped early after epoch {row.epoch}: no better validation ELBO in {patience} epochs"
+        if history.stopped_because and judged:
+            best = history.best
+            history.stopped_because += (
+                f"; kept the weights of epoch {best.epoch}, validation ELBO {best.validation_elbo:.3f} nats per datum"
+            )
+        elif history.stopped_because:
+            history.stopped_because += "; kept the last weights, for there are no validation data"
+
+    def finish(self) -> History:
+        """Give the VAE its best weights, write them, and return the history."""
+        if self.best is not None:
+            self.vae.load_state_dict(self.best)
+        folder = self.session.folder
+        if folder is not None:
+            weights = {name: value.detach().cpu() for name, value in self.vae.state_dict().items()}
+            with atomic(folder / WEIGHTS) as path:
+                torch.save(weights, path)
+            self.history.write(folder / HISTORY)
+        return self.history
+
+    def _rehearse(self) -> None:
+        """Run both programs once with Pyro's checks on: wrong shapes and undeclared plates are found before step 1."""
+        two = self.train[:2]
+        with _contained(self.session.seed, two.device), _mode(self.vae, training=False), torch.no_grad():
+            try:
+                self.step.objective(two, size=len(self.train))
+            except NonFiniteSite:
+                return  # Pyro's checks would call it an invalid value; the loop names site and batch
+            with pyro.validation_enabled(True):
+                self.step.objective(two, size=len(self.train))
+
+    # what went wrong
+
+    def _bad_parameters(self) -> list[str]:
+        return [name for name, value in self.vae.named_parameters() if not bool(value.isfinite().all())]
+
+    def _stop(
+        self, error: NonFiniteSite | None, where: str, index: Tensor | None, bad: list[str] | None = None
+    ) -> NonFiniteLoss:
+        """Return the error that names site, place, culprits and the last good checkpoint."""
+        parts = [f"fit: the loss is not finite in {where}"] if error else [f"fit: the weights are not finite after {where}"]
+        if error is not None:
+            parts[0] += f": {error.sentence()}"
+            if index is not None and error.rows:
+                parts[0] += f" (training row {int(index[error.rows[0]])}, counted from 0)"
+        bad = self._bad_parameters() if bad is None else bad
+        if bad:
+            parts.append(f"not finite: parameter {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""))
+        if self.saved_epoch is None or self.session.folder is None:
+            parts.append("no checkpoint was written yet")
+        else:
+            parts.append(f"last good checkpoint: {self.session.folder / CHECKPOINT} (epoch {self.saved_epoch})")
+        parts.append("lower fit.learning_rate, set fit.gradient_clip, or use fit.dtype = float64")
+        return NonFiniteLoss("; ".join(parts))
+
+    # the checkpoint
+
+    def _identity(self) -> dict[str, str]:
+        """Describe what a checkpoint must share with this fit to be resumed."""
+        data = [str(tuple(part.shape)).encode() for part in (self.train, self.validation)]
+        data += [part.cpu().contiguous().numpy().tobytes() for part in (self.train, self.validation)]
+        shapes = {name: tuple(value.shape) for name, value in self.vae.state_dict().items()}
+        return {
+            "data": sha256(*data),
+            "options": json.dumps(self.options, sort_keys=True),
+            "seed": str(self.session.seed),
+            "model": sha256(repr(self.vae).encode(), repr(shapes).encode()),
+            "spec": self.session.fingerprint,
+        }
+
+    def _save(self) -> None:
+        """Write history and checkpoint."""
+        folder, place = self.session.folder, self.train.device
+        if folder is None:
+            return
+        state = {
+            "identity": self.identity,
+            "rows": [asdict(row) for row in self.history.rows],
+            "best_epoch": self.history.best_epoch,
+            "stopped_because": self.history.stopped_because,
+            "model": self.vae.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "best": self.best,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(place) if place.type == "cuda" else None,
+            "shuffle": self.generator.get_state(),
+        }
+        self.history.write(folder / HISTORY)
+        with atomic(folder / CHECKPOINT) as path:
+            torch.save(state, path)
+        self.saved_epoch, self.saved_at = len(self.history.rows), time.perf_counter()
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint; start from the beginning where there is none."""
+        if self.session.folder is None or not (self.session.folder / CHECKPOINT).exists():
+            return
+        path = self.session.folder / CHECKPOINT
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            identity = state["identity"]
+        except Exception as error:
+            raise RunFolderError(f"{path}: is not a readable checkpoint ({error}); start anew with --overwrite") from error
+        if identity != self.identity:
+            raise RunFolderError(f"{path}: {_difference(identity, self.identity)}; start anew with --overwrite or another --out")
+        self.vae.load_state_dict(state["model"])
+        self.step.optimizer.load_state_dict(state["optimizer"])
+        place = self.train.device
+        if state["best"] is not None:
+            self.best = {name: value.to(place) for name, value in state["best"].items()}
+        self.history.rows = [Row(**row) for row in state["rows"]]
+        self.history.best_epoch, self.history.stopped_because = state["best_epoch"], state["stopped_because"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], place)
+        self.generator.set_state(state["shuffle"])
+        self.saved_epoch, self.saved_at = len(self.history.rows), time.perf_counter()
+        self.started = time.perf_counter() - self.history.rows[-1].seconds
+
+
+def _difference(theirs: dict[str, str], ours: dict[str, str]) -> str:
+    """Say in what a checkpoint belongs to another fit."""
+    kinds = [kind for kind in ours if theirs.get(kind) != ours[kind]]
+    if kinds == ["options"]:
+        old, new = json.loads(theirs["options"]), json.loads(ours["options"])
+        changed = [f"fit.{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
+        return f"belongs to a fit with other options ({', '.join(changed)})"
+    return f"belongs to a fit with another {', '.join(kinds)}"
+
+
+@contextmanager
+def _contained(seed: int, place: torch.device) -> Iterator[None]:
+    """Seed torch inside; on leaving, its generators, Pyro's validation and Pyro's parameter store are as before."""
+    cuda = [place] if place.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=cuda),
+        pyro.validation_enabled(False),
+        pyro.get_param_store().scope(),
+    ):
+        # not torch.manual_seed: it would seed every GPU, also those of others
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(place):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put every part of `module` into train or eval mode; on leaving, each is in the mode that it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
