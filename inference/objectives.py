@@ -6,9 +6,9 @@ For N data, of which a mini-batch b of B is seen, with z_n ~ q(z|x_n) and a KL w
     loss_w = (N / B) sum_{n in b} -log p(x_n|z_n) - w [ log p(z_n) - log q(z_n|x_n) ]
 
 The factor N / B comes from the program's own data plate; the factor w from a handler, `KLWeight`, that multiplies the
-scale of every LATENT site of model and guide. At w = 1 the loss is -ELBO, exactly Pyro's Trace_ELBO. For w < 1 it is the
-objective of an easier problem and no bound on the evidence of this model, so the unweighted ELBO (a double, in nats, of
-the very same draws) is always computed beside it. An `elbo` is higher-better; a `loss` is lower-better.
+scale of every LATENT site of model and guide. At w = 1 the loss is -ELBO, exactly Pyro's Trace_ELBO. For w < 1 it is
+the objective of an easier problem and no bound on the evidence of this model, so the unweighted ELBO (a double, in nats,
+of the very same draws) is always computed beside it. An `elbo` is higher-better; a `loss` is lower-better.
 
 Bowman et al. 2016 (KL warm-up), https://arxiv.org/abs/1511.06349.
 """

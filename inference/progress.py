@@ -31,7 +31,9 @@ def progress_bar(console: Console) -> Iterator[Callable[[Plan, Row], None]]:
         task = bar.add_task("fit", total=None, train="-", validation="-")
 
         def report(plan: Plan, row: Row) -> None:
-            validation = "-" if math.isnan(row.validation_elbo) else f"{row.validation_elbo:.2f}"
-            bar.update(task, total=plan.epochs, completed=row.epoch, train=f"{row.train_elbo:.2f}", validation=validation)
+            train, validation = f"{row.train_elbo:.2f}", f"{row.validation_elbo:.2f}"
+            if math.isnan(row.validation_elbo):
+                validation = "-"
+            bar.update(task, total=plan.epochs, completed=row.epoch, train=train, validation=validation)
 
         yield report

@@ -72,13 +72,15 @@ class Plan:
         batches = f"{self.batches} batch{'es' if self.batches > 1 else ''} of {self.batch_size}"
         batches += f", the last of {rest}" if rest else ""
         parts = [f"{self.steps} steps ({self.epochs} epoch{'s' if self.epochs > 1 else ''} x {batches})"]
-        parts.append(f"learning rate {self.learning_rate:g}, {'cosine to 0' if self.schedule == 'cosine' else 'constant'}")
+        change = "cosine to 0" if self.schedule == "cosine" else "constant"
+        parts.append(f"learning rate {self.learning_rate:g}, {change}")
         kl = f"KL weight 0 -> 1 over {self.warmup} steps" if self.warmup else "KL weight 1"
         if self.warmup < self.asked_warmup:
             kl += f" (the {self.asked_warmup} steps asked for are clipped, so that the run ends at weight 1)"
         parts.append(kl)
         if self.patience is not None:
-            parts.append(f"stops after {self.patience} epoch{'s' if self.patience > 1 else ''} without a better validation ELBO")
+            epochs = f"{self.patience} epoch{'s' if self.patience > 1 else ''}"
+            parts.append(f"stops after {epochs} without a better validation ELBO")
         return "; ".join(parts)
 
 

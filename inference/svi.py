@@ -10,25 +10,23 @@ Everything reported is in nats per datum: a `loss` is lower-better, an `elbo` is
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pyro
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from elbowroom.errors import NonFiniteLoss, RunFolderError, SpecError
-from elbowroom.files import atomic, sha256
+from elbowroom.errors import NonFiniteLoss, SpecError
+from elbowroom.inference.checkpoint import identity, load, save
 from elbowroom.inference.history import History, Row
 from elbowroom.inference.objectives import NonFiniteSite, Objective
 from elbowroom.inference.schedule import Plan, Schedule, plan
+from elbowroom.inference.scopes import contained, mode
 from elbowroom.models.vae import VAE
 
 CHECKPOINT, WEIGHTS, HISTORY = "checkpoint.pt", "weights.pt", "history.csv"
@@ -139,7 +137,7 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
 
 
-def evaluate_elbo(vae: VAE, x: Tensor, *, draws: int = 8, seed: int = 0, batch_size: int = 512) -> float:
+def evaluate_elbo(vae: VAE, x: Tensor, *, draws: int = 8, seed: int = 0, rows: int = 2048) -> float:
     """Estimate the mean ELBO of data, in nats per datum, without changing anything.
 
     (1/N) sum_n (1/S) sum_s log p(x_n, z_ns) - log q(z_ns|x_n), z_ns ~ q(z|x_n), unweighted, networks in eval mode. The
@@ -150,15 +148,15 @@ def evaluate_elbo(vae: VAE, x: Tensor, *, draws: int = 8, seed: int = 0, batch_s
         x: data, (N, *event).
         draws: S.
         seed: of the noise; the caller's generators are left as they were.
-        batch_size: data at a time.
+        rows: draws times data in one pass.
 
     Raises:
         NonFiniteSite: a log probability is not finite.
     """
     objective = Objective(vae.model, vae.guide)
     total = 0.0
-    with _contained(seed, x.device), _mode(vae, training=False), torch.no_grad():
-        for part in x.split(batch_size):
+    with contained(seed, x.device), mode(vae, training=False), torch.no_grad():
+        for part in x.split(max(1, rows // draws)):
             # the draws stand beside each other in the plate, so any network that takes a batch will do
             total += objective(part.repeat(draws, *[1] * (x.ndim - 1))).elbo / draws
     return total / len(x)
@@ -237,7 +235,7 @@ def fit(
     train, validation = train.to(place, precision), validation.to(place, precision)
     vae.to(place, precision)
     vae.adapt(train)
-    with _contained(session.seed, place), _mode(vae, training=True):
+    with contained(session.seed, place), mode(vae, training=True):
         step = Step(vae, size=len(train), learning_rate=learning_rate, gradient_clip=gradient_clip)
         run = _Run(vae, train, validation, session, planned, step, options)
         if session.resume:
@@ -267,7 +265,10 @@ class _Run:
         self.saved_epoch: int | None = None
         self.saved_at = -math.inf
         self.started = time.perf_counter()
-        self.identity = self._identity() if session.folder is not None else {}
+        self.identity: dict[str, str] = {}
+        if session.folder is not None:
+            data = (train, validation)
+            self.identity = identity(vae, data, options=options, seed=session.seed, spec=session.fingerprint)
 
     # the loop
 
@@ -303,7 +304,8 @@ class _Run:
         except NonFiniteSite as error:
             raise self._stop(error, f"the validation after epoch {epoch}", None) from None
         if bad := self._bad_parameters():
-            raise self._stop(None, f"epoch {epoch}, its last batch ({self.plan.batches} of {self.plan.batches})", None, bad)
+            last = f"epoch {epoch}, batch {self.plan.batches} of {self.plan.batches}"
+            raise self._stop(None, last, None, bad)
         seconds = time.perf_counter() - self.started
         return Row(epoch, step, rate, weight, loss, elbo, validation, seconds)
 
@@ -327,7 +329,7 @@ class _Run:
         if row.epoch == self.plan.epochs:
             history.stopped_because = f"all {row.epoch} epochs done"
         elif patience is not None and history.best_epoch and row.epoch - history.best_epoch >= patience:
-            history.stopped_because = f"stopped early after epoch {row.epoch}: no better validation ELBO in {patience} epochs"
+            history.stopped_because = f"stopped after epoch {row.epoch}: no better validation ELBO in {patience} epochs"
         if history.stopped_because and judged:
             best = history.best
             history.stopped_because += (
@@ -343,15 +345,14 @@ class _Run:
         folder = self.session.folder
         if folder is not None:
             weights = {name: value.detach().cpu() for name, value in self.vae.state_dict().items()}
-            with atomic(folder / WEIGHTS) as path:
-                torch.save(weights, path)
+            save(folder / WEIGHTS, weights)
             self.history.write(folder / HISTORY)
         return self.history
 
     def _rehearse(self) -> None:
         """Run both programs once with Pyro's checks on: wrong shapes and undeclared plates are found before step 1."""
         two = self.train[:2]
-        with _contained(self.session.seed, two.device), _mode(self.vae, training=False), torch.no_grad():
+        with contained(self.session.seed, two.device), mode(self.vae, training=False), torch.no_grad():
             try:
                 self.step.objective(two, size=len(self.train))
             except NonFiniteSite:
@@ -368,7 +369,7 @@ class _Run:
         self, error: NonFiniteSite | None, where: str, index: Tensor | None, bad: list[str] | None = None
     ) -> NonFiniteLoss:
         """Return the error that names site, place, culprits and the last good checkpoint."""
-        parts = [f"fit: the loss is not finite in {where}"] if error else [f"fit: the weights are not finite after {where}"]
+        parts = [f"fit: the loss is not finite in {where}" if error else f"fit: the weights are not finite after {where}"]
         if error is not None:
             parts[0] += f": {error.sentence()}"
             if index is not None and error.rows:
@@ -384,19 +385,6 @@ class _Run:
         return NonFiniteLoss("; ".join(parts))
 
     # the checkpoint
-
-    def _identity(self) -> dict[str, str]:
-        """Describe what a checkpoint must share with this fit to be resumed."""
-        data = [str(tuple(part.shape)).encode() for part in (self.train, self.validation)]
-        data += [part.cpu().contiguous().numpy().tobytes() for part in (self.train, self.validation)]
-        shapes = {name: tuple(value.shape) for name, value in self.vae.state_dict().items()}
-        return {
-            "data": sha256(*data),
-            "options": json.dumps(self.options, sort_keys=True),
-            "seed": str(self.session.seed),
-            "model": sha256(repr(self.vae).encode(), repr(shapes).encode()),
-            "spec": self.session.fingerprint,
-        }
 
     def _save(self) -> None:
         """Write history and checkpoint."""
@@ -416,8 +404,7 @@ class _Run:
             "shuffle": self.generator.get_state(),
         }
         self.history.write(folder / HISTORY)
-        with atomic(folder / CHECKPOINT) as path:
-            torch.save(state, path)
+        save(folder / CHECKPOINT, state)
         self.saved_epoch, self.saved_at = len(self.history.rows), time.perf_counter()
 
     def resume(self) -> None:
@@ -425,13 +412,7 @@ class _Run:
         if self.session.folder is None or not (self.session.folder / CHECKPOINT).exists():
             return
         path = self.session.folder / CHECKPOINT
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            identity = state["identity"]
-        except Exception as error:
-            raise RunFolderError(f"{path}: is not a readable checkpoint ({error}); start anew with --overwrite") from error
-        if identity != self.identity:
-            raise RunFolderError(f"{path}: {_difference(identity, self.identity)}; start anew with --overwrite or another --out")
+        state = load(path, self.identity)
         self.vae.load_state_dict(state["model"])
         self.step.optimizer.load_state_dict(state["optimizer"])
         place = self.train.device
@@ -445,42 +426,3 @@ class _Run:
         self.generator.set_state(state["shuffle"])
         self.saved_epoch, self.saved_at = len(self.history.rows), time.perf_counter()
         self.started = time.perf_counter() - self.history.rows[-1].seconds
-
-
-def _difference(theirs: dict[str, str], ours: dict[str, str]) -> str:
-    """Say in what a checkpoint belongs to another fit."""
-    kinds = [kind for kind in ours if theirs.get(kind) != ours[kind]]
-    if kinds == ["options"]:
-        old, new = json.loads(theirs["options"]), json.loads(ours["options"])
-        changed = [f"fit.{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
-        return f"belongs to a fit with other options ({', '.join(changed)})"
-    return f"belongs to a fit with another {', '.join(kinds)}"
-
-
-@contextmanager
-def _contained(seed: int, place: torch.device) -> Iterator[None]:
-    """Seed torch inside; on leaving, its generators, Pyro's validation and Pyro's parameter store are as before."""
-    cuda = [place] if place.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=cuda),
-        pyro.validation_enabled(False),
-        pyro.get_param_store().scope(),
-    ):
-        # not torch.manual_seed: it would seed every GPU, also those of others
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(place):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put every part of `module` into train or eval mode; on leaving, each is in the mode that it was in."""
-    modes = {part: part.training for part in module.modules()}
-    module.train(training)
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

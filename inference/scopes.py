@@ -1,0 +1,39 @@
+"""Scopes that keep what a computation needs to change (seeds, Pyro's switches, train and eval mode) to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
+import torch
+from torch import nn
+
+
+@contextmanager
+def contained(seed: int, place: torch.device) -> Iterator[None]:
+    """Seed torch inside; on leaving, its generators, Pyro's validation and Pyro's parameter store are as before."""
+    cuda = [place] if place.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=cuda),
+        pyro.validation_enabled(False),
+        pyro.get_param_store().scope(),
+    ):
+        # not torch.manual_seed: it would seed every GPU, also those of others
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(place):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put every part of `module` into train or eval mode; on leaving, each is in the mode that it was in."""
+    before = {part: part.training for part in module.modules()}
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, was in before.items():
+            part.training = was
