@@ -7,8 +7,8 @@ For N data, of which a mini-batch b of B is seen, with z_n ~ q(z|x_n) and a KL w
 
 The factor N / B comes from the program's own data plate; the factor w from a handler, `KLWeight`, that multiplies the
 scale of every LATENT site of model and guide. At w = 1 the loss is -ELBO, exactly Pyro's Trace_ELBO. For w < 1 it is
-the objective of an easier problem and no bound on the evidence of this model, so the unweighted ELBO (a double, in nats,
-of the very same draws) is always computed beside it. An `elbo` is higher-better; a `loss` is lower-better.
+the objective of an easier problem and no bound on the evidence of this model, so the unweighted ELBO (a double,
+in nats, of the very same draws) is always computed beside it. An `elbo` is higher-better; a `loss` is lower-better.
 
 Bowman et al. 2016 (KL warm-up), https://arxiv.org/abs/1511.06349.
 """
@@ -173,11 +173,12 @@ def _locate(traces: dict[str, Trace]) -> NonFiniteSite:
     """Find the first site, guide before model, whose log probability is not finite."""
     for program, trace in traces.items():
         for name, site in _samples(trace):
-            if bool(site["log_prob_sum"].isfinite()):
+            log_prob, total = site["log_prob"].detach(), site["log_prob_sum"].detach()
+            if bool(total.isfinite()):
                 continue
-            # log_prob_sum may overflow although every entry is finite: then the rows are empty
-            bad = ~site["log_prob"].isfinite()
-            value = site["log_prob"][bad][0] if bool(bad.any()) else site["log_prob_sum"]
+            # the sum may overflow although every entry is finite: then the rows are empty
+            bad = ~log_prob.isfinite()
+            value = log_prob[bad][0] if bool(bad.any()) else total
             rows = bad.reshape(-1, bad.shape[-1]).any(0).nonzero().flatten().tolist() if bad.ndim else []
             return NonFiniteSite(name, program, float(value), rows, bad.shape[-1] if bad.ndim else 0)
     return NonFiniteSite("", "model", math.nan, [], 0)

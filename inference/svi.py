@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pyro
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
@@ -215,7 +216,7 @@ def fit(
         DataError: there are no training data.
     """
     session = session or Session()
-    options = {
+    options: dict[str, Any] = {
         "objective": objective,
         "epochs": epochs,
         "batch_size": batch_size,
@@ -228,7 +229,7 @@ def fit(
         "dtype": dtype,
         "device": resolve_device(device).type,
     }
-    planned = plan(len(train), **options)  # type: ignore[arg-type] # the options that bear on it have these names
+    planned = plan(len(train), **options)
     if patience is not None and len(validation) == 0:
         raise SpecError("fit.patience: needs validation data to judge by; set it to null or make a validation split")
     place, precision = resolve_device(device), getattr(torch, dtype)
@@ -369,9 +370,9 @@ class _Run:
         self, error: NonFiniteSite | None, where: str, index: Tensor | None, bad: list[str] | None = None
     ) -> NonFiniteLoss:
         """Return the error that names site, place, culprits and the last good checkpoint."""
-        parts = [f"fit: the loss is not finite in {where}" if error else f"fit: the weights are not finite after {where}"]
+        parts = [f"fit: the weights are not finite after {where}"]
         if error is not None:
-            parts[0] += f": {error.sentence()}"
+            parts = [f"fit: the loss is not finite in {where}: {error.sentence()}"]
             if index is not None and error.rows:
                 parts[0] += f" (training row {int(index[error.rows[0]])}, counted from 0)"
         bad = self._bad_parameters() if bad is None else bad
