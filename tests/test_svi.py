@@ -321,6 +321,17 @@ def test_patience_stops_early_and_keeps_the_best():
     assert evaluate_elbo(vae, v.float(), seed=0x2545F491) == history.best.validation_elbo
 
 
+def test_an_epoch_within_the_warmup_is_never_the_best():
+    x, v = data(100), data(50, seed=2)
+    vae = make()
+    fit(vae, x, v, epochs=30, batch_size=20, learning_rate=3e-2)
+    options = {"epochs": 5, "batch_size": 20, "learning_rate": 1e-2, "schedule": "constant"}
+    history = fit(vae, x, v, kl_warmup=3, **options)  # without the KL part a good fit gets worse at first
+    values = [row.validation_elbo for row in history.rows]
+    assert max(values[:3]) > max(values[3:]), "gate: the test shows nothing unless a warm-up epoch looks best"
+    assert history.best_epoch == 4 + (values[4] > values[3])
+
+
 def test_without_validation_the_last_weights_are_kept():
     history = fit(make(), data(20), NOTHING, epochs=3, batch_size=8)
     assert history.best_epoch == 3
@@ -368,6 +379,7 @@ def test_validation_uses_common_random_numbers_in_eval_mode():
     first, second, other = (evaluate_elbo(vae, v, seed=seed) for seed in (1, 1, 2))
     assert first == second != other
     assert vae.decoder[0].training
+    assert evaluate_elbo(vae.eval(), v, seed=1) == first
     chunks = evaluate_elbo(vae, v, draws=4000, rows=8000)
     assert chunks == pytest.approx(evaluate_elbo(vae, v, draws=4000, seed=3), abs=0.1)
 
