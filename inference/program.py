@@ -87,6 +87,7 @@ class Program:
         dropped: the unobserved halves of `obs_mask=` sites, which integrate to one.
         active: (N, d), False where a latent is masked out of that datum; None when none is.
         nesting: number of batch dimensions that the program's plates use.
+        observed: values of the observed sites inside the data plate, name -> (N, ...).
         notes: sentences about what was pinned, dropped or rescaled.
     """
 
@@ -101,6 +102,7 @@ class Program:
     dropped: frozenset[str]
     active: Tensor | None
     nesting: int
+    observed: Mapping[str, Tensor]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -208,8 +210,22 @@ def inspect(
         dropped=dropped,
         active=active,
         nesting=max(-f.dim for t in (model_trace, guide_trace) for n in t.nodes.values() for f in _frames(n)),
+        observed=_observed(model_trace, name, n_obs),
         notes=notes,
     )
+
+
+def _observed(trace: Trace, plate: str, n_obs: int) -> dict[str, Tensor]:
+    found = {}
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or not node["is_observed"] or node["infer"].get("_deterministic"):
+            continue
+        frame, value = frame_of(node, plate), node["value"]
+        if frame is not None and isinstance(value, Tensor):
+            dim = frame.dim - node["fn"].event_dim
+            if value.dim() >= -dim and value.shape[dim] == n_obs:
+                found[name] = value.movedim(dim, 0)
+    return found
 
 
 def _latents(trace: Trace) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ which changes no evidence and no other coordinate. Discrete local sites are summ
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import math
@@ -23,126 +24,17 @@ from typing import Any
 import pyro
 import torch
 from torch.distributions import biject_to
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.program import (
-    Program,
-    Site,
-    find_modules,
-    frame_of,
-    inspect,
-    per_datum,
-    store_parameters,
-)
-from elbowroom.inference.sharing import shared_log_prob
+from elbowroom.inference.feed import Feed
+from elbowroom.inference.program import find_modules, inspect, per_datum, store_parameters
 
 log = logging.getLogger("elbowroom")
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 ROWS = 2**15  # decoder rows (draws x data) evaluated at once
-
-
-class _Feed(Messenger):
-    """Feed values into a program's sites in program order and collect log densities per datum."""
-
-    def __init__(
-        self,
-        program: Program,
-        assignment: dict[str, Tensor],
-        *,
-        z: Tensor | None = None,
-        values: dict[str, Tensor] | None = None,
-        index: dict[str, Tensor] | None = None,
-        shared: bool = False,
-    ) -> None:
-        super().__init__()
-        self.program = program
-        self.sites = {site.name: site for site in program.sites}
-        self.discrete = {site.name: site for site in program.discrete}
-        self.assignment = assignment
-        self.z = z
-        self.given = values
-        self.index = program.index if index is None else index
-        self.shared = shared
-        self.values: dict[str, Tensor] = {}
-        self.supports: dict[str, Any] = {}
-        self.log_prob: Any = 0.0
-        self.log_det: Any = 0.0
-        self.outside: Any = 0.0
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if name in self.index:
-            self._set(msg, self.index[name])
-        elif msg["is_observed"]:
-            return
-        elif name in self.program.pinned:
-            self._set(msg, self.program.pinned[name])
-        elif name in self.discrete:
-            if name in self.assignment:
-                self._set(msg, self._assigned(self.discrete[name], msg))
-        elif name in self.sites and self.given is not None:
-            self._set(msg, self.given[name])
-        elif name in self.sites and self.z is not None:
-            transform = biject_to(msg["fn"].support)
-            u = self.sites[name].split(self.z)
-            value = transform(u)
-            self.log_det = self.log_det + self._jacobian(self.sites[name], transform, u, value, msg["mask"])
-            self._set(msg, value)
-
-    @staticmethod
-    def _set(msg: Any, value: Tensor) -> None:
-        msg["value"] = value
-        msg["done"] = True
-
-    def _assigned(self, site: Site, msg: Any) -> Tensor:
-        fn = msg["fn"]
-        value = self.assignment[site.name]
-        return value.expand(*fn.batch_shape, *value.shape[value.dim() - fn.event_dim :])
-
-    def _jacobian(self, site: Site, transform: Any, u: Tensor, value: Tensor, mask: Any) -> Tensor:
-        det = transform.log_abs_det_jacobian(u, value)
-        batch_ndim = u.dim() - site.free_event_dim
-        det = det.flatten(batch_ndim).sum(-1) if det.dim() > batch_ndim else det
-        det = scale_and_mask(det, 1.0, mask)
-        return self._reduce(det, site.plate_dim)
-
-    def _reduce(self, log_prob: Tensor, dim: int) -> Tensor:
-        if self.shared:
-            return log_prob
-        return per_datum(log_prob, dim, self._n_obs())
-
-    def _n_obs(self) -> int:
-        if self.z is not None:
-            return int(self.z.shape[0])
-        if self.given:
-            name, value = next(iter(self.given.items()))
-            site = self.sites[name]
-            return int(value.shape[value.dim() + site.plate_dim - site.event_dim])
-        return self.program.n_obs
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        name, fn = msg["name"], msg["fn"]
-        if name in self.index or name in self.program.pinned or name in self.program.dropped:
-            return
-        if msg["infer"].get("_deterministic"):
-            return
-        if name in self.sites or name in self.discrete:
-            self.values[name] = msg["value"]
-            self.supports[name] = fn.support
-        elif not msg["is_observed"]:
-            return
-        raw = shared_log_prob(fn, msg["value"]) if self.shared else fn.log_prob(msg["value"])
-        log_prob = scale_and_mask(raw, 1.0, msg["mask"])
-        frame = frame_of(msg, self.program.plate)
-        if frame is None:
-            self.outside = self.outside + log_prob.sum()
-        else:
-            self.log_prob = self.log_prob + self._reduce(log_prob, frame.dim)
 
 
 class LogJoint:
@@ -195,7 +87,7 @@ class LogJoint:
         self.mode = "loop"
         self.draws_in_plate: bool | None = None
         self._probe(dtype)
-        self._shared_works: bool | None = None
+        self.shares: bool | None = None
 
     # -- the interface --------------------------------------------------------------------------------------------------
 
@@ -203,6 +95,19 @@ class LogJoint:
         """Return log p(x_n, z_sn) with the Jacobian, (S, N), for z of shape (S, N, d)."""
         parts = [self._map(lambda u, a=a: self._joint(u, a), z) for a in self.program.assignments]
         return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), 0)
+
+    def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(z) with the Jacobian and log p(x_n|z), each (S, N); only where no discrete site is summed out."""
+        if self.program.discrete:
+            raise ValueError("terms: the joint is a sum over discrete values and has no single prior and likelihood term")
+
+        def both(u: Tensor) -> Tensor:
+            feed = self._run(self.model, {}, z=u, index=self._index)
+            prior = feed.log_prior + feed.log_det + self._padding(u)
+            return torch.stack([prior, torch.as_tensor(feed.log_likelihood).expand_as(prior)], -1)
+
+        pair = self._map(both, z)
+        return pair[..., 0], pair[..., 1]
 
     def grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(x_n, z_sn), (S, N), and its gradient in z, (S, N, d)."""
@@ -231,6 +136,13 @@ class LogJoint:
         """Draw the latents from the generative program, ignoring the data: z (S, N, d), unconstrained."""
         return self._draw(self.model, n_draws, seed)
 
+    def data(self) -> Tensor:
+        """Return the first tensor among the arguments that has one row per datum, in the computation's dtype."""
+        for leaf in pytree.tree_leaves((self._args, self._kwargs)):
+            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.n_obs:
+                return leaf
+        raise ValueError("no argument of the model has one row per datum")
+
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Map z (S, N, d) to the program's own sites: name -> (S, N, *shape); NaN where a latent is masked out."""
 
@@ -255,22 +167,49 @@ class LogJoint:
         Where the program broadcasts over a leading dimension and its likelihood factorises, z is decoded once and the data
         enter through one matrix product; this is checked against plain evaluation and left where they differ.
         """
-        if self._shared_works is None:
-            self._shared_works = self._probe_shared(z)
-        if self._shared_works:
+        if self.shares is None:
+            self.shares = self._probe_shared(z)
+        if self.shares:
             return self._shared(z)
         return self(z[:, None].expand(-1, self.n_obs, -1))
 
+    def subset(self, rows: Tensor) -> LogJoint | None:
+        """Return the same object for some of the data, (len(rows),) indices; None where the arguments cannot be taken apart.
+
+        The tensors among the arguments are indexed along the dimension that has N entries; the result is compared with the
+        full evaluation before it is trusted.
+        """
+        if self.program.index:
+            return None
+
+        def take(t: Any) -> Any:
+            if not isinstance(t, Tensor) or self.n_obs not in t.shape:
+                return t
+            return t.index_select(list(t.shape).index(self.n_obs), rows)
+
+        part = copy.copy(self)
+        part._args, part._kwargs = pytree.tree_map(take, (self._args, self._kwargs))
+        active = None if self.program.active is None else self.program.active[rows]
+        part.program = dataclasses.replace(self.program, n_obs=len(rows), active=active)
+        part.n_obs = len(rows)
+        z = torch.linspace(-0.5, 0.5, self.n_obs * self.dim, dtype=self.dtype, device=self.device)
+        z = z.reshape(1, self.n_obs, self.dim)
+        try:
+            same = torch.allclose(part(z[:, rows]), self(z)[:, rows], rtol=1e-6, atol=1e-6)
+        except (RuntimeError, ValueError, IndexError):
+            return None
+        return part if same else None
+
     # -- running the program --------------------------------------------------------------------------------------------
 
-    def _run(self, program: Callable[..., Any], assignment: dict[str, Tensor], **options: Any) -> _Feed:
-        with _Feed(self.program, assignment, **options) as feed:
+    def _run(self, program: Callable[..., Any], assignment: dict[str, Tensor], **options: Any) -> Feed:
+        with Feed(self.program, assignment, **options) as feed:
             program(*self._args, **self._kwargs)
         return feed
 
     def _joint(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
         feed = self._run(self.model, assignment, z=z, index=self._index)
-        return feed.log_prob + feed.log_det + self._padding(z)
+        return feed.log_prior + feed.log_likelihood + feed.log_det + self._padding(z)
 
     def _guide_density(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
         if self.program.active is None and all(site.transform is not None for site in self.sites):
@@ -279,7 +218,7 @@ class LogJoint:
             model = self._run(self.model, assignment or self.program.assignments[0], z=z, index=self._index)
             values, log_det = model.values, model.log_det
         feed = self._run(self.guide, assignment, values=values, index=self._index)
-        return feed.log_prob + log_det + self._padding(z)
+        return feed.log_prior + log_det + self._padding(z)
 
     def _transform(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Constrain z (N, d) without running the model: values by site, and the log Jacobian (N,)."""
@@ -399,7 +338,7 @@ class LogJoint:
                 totals = []
                 for a in self.program.assignments:
                     feed = self._run(self.model, a, z=u[:, None], index=self._index, shared=True)
-                    totals.append((feed.log_prob + feed.log_det).expand(len(u), self.n_obs))
+                    totals.append((feed.log_prior + feed.log_likelihood + feed.log_det).expand(len(u), self.n_obs))
                 parts.append(totals[0] if len(totals) == 1 else torch.logsumexp(torch.stack(totals), 0))
             return torch.cat(parts)
 

@@ -1,0 +1,310 @@
+r"""The audit: how far is q(z|x) from p(z|x), for this model and for each datum?
+
+    log p(x) = ELBO + KL(q(z|x) || p(z|x)),   gap = log p(x) - ELBO
+
+`audit(model, guide, *args)` works for any Pyro pair; `audit_log_joint` is the same on a seam that is already built.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from annotated_types import Ge
+
+from elbowroom.analysis import idata
+from elbowroom.analysis.distances import Comparison, compare
+from elbowroom.analysis.evidence import Ladder, climb
+from elbowroom.analysis.verdict import sentences, summary
+from elbowroom.errors import RunFolderError, UserError
+from elbowroom.files import atomic
+from elbowroom.inference.exact import ClosedForm
+from elbowroom.inference.grid import Grid
+from elbowroom.inference.importance import amortized
+from elbowroom.inference.posterior import CHAINS, Posterior, Reference, concatenate
+from elbowroom.inference.target import LogJoint
+
+log = logging.getLogger("elbowroom")
+
+AUTO: tuple[type[Reference], ...] = (ClosedForm, Grid)
+BLOCK = 2**22  # draws x data held at once
+Z95 = 1.959963984540054
+
+NATS = "nats"
+VARIABLES: dict[str, tuple[str, str]] = {
+    "elbo": (NATS, "ELBO of the amortized guide: E_q[log p(x, z) - log q(z|x)]"),
+    "elbo_se": (NATS, "standard error of elbo over its draws"),
+    "log_evidence": (NATS, "log p(x), exact or estimate as evidence_method says; NaN where only a bound is known"),
+    "log_evidence_se": (NATS, "numerical error (exact) or standard error (estimate) of log_evidence"),
+    "log_evidence_lower": (NATS, "lower end for log p(x); a probabilistic bound where evidence_method says lower bound"),
+    "log_evidence_upper": (NATS, "upper end for log p(x); NaN where only a lower bound is known"),
+    "gap_total": (NATS, "log_evidence - elbo = KL(q(z|x) || p(z|x))"),
+    "gap_total_lower": (NATS, "lower end of the 95 % interval for the gap (or of the gap to the lower bound)"),
+    "gap_total_upper": (NATS, "upper end of the 95 % interval for the gap; NaN where only a lower bound is known"),
+    "pareto_k": ("1", "tail index k-hat of the importance weights p(x, z) / q(z|x)"),
+    "ess_fraction": ("1", "effective sample size of the importance weights, as a fraction of the draws"),
+    "rate": (NATS, "KL(q(z|x) || p(z))"),
+    "distortion": (NATS, "-E_q log p(x|z)"),
+    "rhat_max": ("1", "largest rank-normalised split R-hat over latents; NaN for independent draws"),
+    "ess_bulk_min": ("1", "smallest bulk effective sample size over latents; NaN for independent draws"),
+    "ess_tail_min": ("1", "smallest tail effective sample size over latents; NaN for independent draws"),
+    "diverging_count": ("1", "divergent transitions; 0 where the method has none"),
+    "mean_error": ("reference sd", "largest |mean_q - mean_ref| / sd_ref over latents"),
+    "sd_ratio": ("1", "sd_q / sd_ref of the latent where it is farthest from 1"),
+    "sliced_wasserstein": ("reference sd", "sliced 1-Wasserstein distance between guide and reference draws"),
+    "noise_floor": ("reference sd", "the same distance between two halves of the reference's draws"),
+    "border_mass": ("1", "share of the posterior on the grid's border"),
+    "refinement_error": (NATS, "change of log p(x) under a shifted, finer grid"),
+}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        table: one row per datum (`obs_id`), and per datum and reference; every variable has units and a long name.
+        posteriors: method -> ArviZ DataTree.
+    """
+
+    table: xr.Dataset
+    posteriors: dict[str, xr.DataTree]
+
+    @property
+    def verdict(self) -> str:
+        """Two or three plain sentences, one per line."""
+        return str(self.table.attrs["verdict"])
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the rows (quantity, value) of the short table."""
+        return summary(self.table)
+
+    def save(self, folder: str | Path) -> None:
+        """Write posteriors/<method>.nc, audit.csv and, last, audit.nc into a folder, each whole or not at all."""
+        folder = Path(folder)
+        for method, tree in self.posteriors.items():
+            idata.write(tree, folder / "posteriors" / f"{method}.nc")
+        with atomic(folder / "audit.csv") as temporary:
+            self.to_csv(temporary)
+        idata.write(self.table, folder / "audit.nc")
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one line per datum; what is per reference gets a column each, such as `mean_error[grid]`."""
+        flat = self.table.drop_dims("reference").to_dataframe()
+        for reference in self.table["reference"].values:
+            part = self.table.sel(reference=reference, drop=True).drop_vars(list(flat.columns)).to_dataframe()
+            flat = flat.join(part.add_suffix(f"[{reference}]"))
+        flat.to_csv(path)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Audit:
+        """Read an audit that `save` wrote.
+
+        Raises:
+            RunFolderError: when the folder holds none.
+        """
+        folder = Path(folder)
+        if not (folder / "audit.nc").is_file():
+            raise RunFolderError(f"{folder}: no audit.nc here; run `elbowroom audit {folder}` first")
+        with xr.open_dataset(folder / "audit.nc", engine="h5netcdf") as table:
+            table = table.load()
+        trees = {path.stem: idata.read(path) for path in sorted((folder / "posteriors").glob("*.nc"))}
+        return cls(table, trees)
+
+    def __repr__(self) -> str:
+        rows = "\n".join(f"  {name:<34}{value}" for name, value in self.lines())
+        return f"Audit of {self.table.sizes['obs_id']} data\n{rows}\n{self.verdict}"
+
+
+def audit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    plate: str | None = None,
+    references: Literal["auto"] | Sequence[str | Reference] = "auto",
+    seed: int = 0,
+    **kwargs: Any,
+) -> Audit:
+    """Audit the guide of any Pyro (model, guide) pair against references.
+
+    Args:
+        model: Pyro program p(x, z), with a data plate.
+        guide: Pyro program q(z|x), with the same plate.
+        *args: arguments of both programs.
+        plate: name of the data plate, where several could be meant.
+        references: `auto` (closed form, else a grid for d <= 3), or names (`closed_form`, `grid`) or Reference objects.
+        seed: random seed.
+        **kwargs: keyword arguments of both programs.
+
+    Returns:
+        The audit; print it, or see `.table`, `.posteriors`, `.verdict`.
+
+    Raises:
+        UnsupportedProgram: when per-datum inference does not apply to the pair; it names the site or plate and the reason.
+        UserError: when a reference that was asked for cannot be used on this model.
+    """
+    log_joint = LogJoint(model, guide, *args, plate=plate, **kwargs)
+    return audit_log_joint(log_joint, references=references, seed=seed)
+
+
+def audit_log_joint(
+    log_joint: LogJoint,
+    *,
+    references: Literal["auto"] | Sequence[str | Reference] = "auto",
+    draws: Annotated[int, Ge(100)] = 10_000,
+    keep: Annotated[int, Ge(100)] = 1_000,
+    seed: int = 0,
+    obs_id: Sequence[int] | None = None,
+    attrs: Mapping[str, str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Audit:
+    """Audit a guide through the seam.
+
+    Args:
+        log_joint: the model and guide.
+        references: as in `audit`.
+        draws: guide draws per datum for ELBO, k-hat and importance sampling.
+        keep: draws per datum and method kept in the files.
+        seed: random seed.
+        obs_id: labels of the data; default 0 .. N-1.
+        attrs: further attributes of the files, such as the spec's hash.
+        progress: called with a short sentence before each piece of work.
+
+    Raises:
+        UserError: when a reference that was asked for cannot be used on this model.
+    """
+    keep = min(keep, draws) // CHAINS * CHAINS
+    if log_joint.dim == 0:
+        raise UserError("model: every latent is discrete; the audit compares continuous latents")
+    chosen = choose(references, log_joint)
+    say = progress or (lambda sentence: None)
+    guides: list[Posterior] = []
+    found: list[list[Posterior]] = [[] for _ in chosen]
+    for part, label in _blocks(log_joint, draws):
+        say(f"guide{label}")
+        guides.append(amortized(part, draws=draws, keep=keep, seed=seed))
+        for method, results in zip(chosen, found, strict=True):
+            say(f"{method.name}{label}")
+            results.append(method(part, keep=keep, seed=seed))
+    guide, posteriors = concatenate(guides), [concatenate(results) for results in found]
+    labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
+    comparisons = [compare(guide, posterior, seed=seed) for posterior in posteriors]
+    facts = {"seed": str(seed), "plate": log_joint.plate, "latent_dim": str(log_joint.dim), "draws": str(draws)}
+    if log_joint.notes:
+        facts["notes"] = "\n".join(log_joint.notes)
+    facts |= dict(attrs or {})
+    table = tabulate(guide, posteriors, comparisons, climb(guide, posteriors), labels, facts)
+    table.attrs["verdict"] = "\n".join(sentences(table))
+    observed = {name: value.cpu().numpy() for name, value in log_joint.program.observed.items()}
+    trees = {
+        posterior.method: idata.to_datatree(posterior, obs_id=labels.tolist(), observed=observed, attrs=facts)
+        for posterior in (guide, *posteriors)
+    }
+    return Audit(table, trees)
+
+
+def choose(references: Literal["auto"] | Sequence[str | Reference], log_joint: LogJoint) -> list[Reference]:
+    """Turn names into methods; `auto` takes the first of closed form and grid that applies.
+
+    Raises:
+        UserError: for an unknown name, or a method that cannot be used on this model.
+    """
+    if references == "auto":
+        return [method for method in (cls() for cls in AUTO) if method.refusal(log_joint) is None][:1]
+    known = {cls.name: cls for cls in AUTO}
+    methods: list[Reference] = []
+    for item in references:
+        if isinstance(item, str):
+            if item not in known:
+                raise UserError(f"audit.references: unknown reference {item!r}; allowed: auto, {', '.join(known)}")
+            item = known[item]()
+        refusal = item.refusal(log_joint)
+        if refusal is not None:
+            raise UserError(f"audit.references: {refusal}; use auto")
+        methods.append(item)
+    return methods
+
+
+def _blocks(log_joint: LogJoint, draws: int) -> list[tuple[LogJoint, str]]:
+    """Split the data so that draws x data stay within memory; one block where the arguments cannot be taken apart."""
+    size = max(1, BLOCK // draws)
+    n = log_joint.n_obs
+    if n <= size:
+        return [(log_joint, "")]
+    blocks = []
+    for rows in torch.arange(n, device=log_joint.device).split(size):
+        part = log_joint.subset(rows)
+        if part is None:
+            return [(log_joint, "")]
+        blocks.append((part, f" for data {int(rows[0])}..{int(rows[-1])} of {n}"))
+    return blocks
+
+
+def tabulate(
+    guide: Posterior,
+    references: Sequence[Posterior],
+    comparisons: Sequence[Comparison],
+    ladder: Ladder,
+    labels: np.ndarray,
+    attrs: Mapping[str, str],
+) -> xr.Dataset:
+    """Lay everything out over obs_id and reference, with units and long names."""
+    n = len(labels)
+    elbo, elbo_se = guide.stats["elbo"].cpu().numpy(), guide.stats["elbo_se"].cpu().numpy()
+    gap = ladder.value - elbo
+    spread = Z95 * np.sqrt(elbo_se**2 + np.where(ladder.is_exact, ladder.error / Z95, ladder.error) ** 2)
+    per_datum = {
+        "elbo": elbo,
+        "elbo_se": elbo_se,
+        "log_evidence": ladder.value,
+        "log_evidence_se": ladder.error,
+        "log_evidence_lower": ladder.lower,
+        "log_evidence_upper": ladder.upper,
+        "gap_total": gap,
+        "gap_total_lower": np.where(np.isnan(gap), ladder.lower - elbo - Z95 * elbo_se, gap - spread),
+        "gap_total_upper": gap + spread,
+        **{name: guide.stats[name].cpu().numpy() for name in ("pareto_k", "ess_fraction", "rate", "distortion")},
+    }
+
+    def pile(values: Sequence[torch.Tensor | None]) -> np.ndarray:
+        columns = [np.full(n, np.nan) if v is None else v.cpu().numpy().astype(float) for v in values]
+        return np.stack(columns, 1) if columns else np.empty((n, 0))
+
+    per_reference = {
+        **{
+            name: pile([getattr(c, name) for c in comparisons])
+            for name in ("mean_error", "sd_ratio", "sliced_wasserstein", "noise_floor")
+        },
+        **{
+            name: pile([p.stats.get(name) for p in references])
+            for name in ("rhat_max", "ess_bulk_min", "ess_tail_min", "border_mass", "refinement_error")
+        },
+        "diverging_count": pile([p.stats.get("diverging_count", torch.zeros(n)) for p in references]),
+    }
+
+    def words(get: Callable[[Posterior], Sequence[str]]) -> np.ndarray:
+        return np.array([get(p) for p in references], dtype=str).T.reshape(n, len(references))
+
+    table = xr.Dataset(
+        {
+            **{name: ("obs_id", value) for name, value in per_datum.items()},
+            "evidence_method": ("obs_id", ladder.method),
+            **{name: (("obs_id", "reference"), value) for name, value in per_reference.items()},
+            "status": (("obs_id", "reference"), words(lambda p: p.status)),
+            "reason": (("obs_id", "reference"), words(lambda p: p.reason)),
+        },
+        coords={"obs_id": labels, "reference": np.array([p.method for p in references], dtype=str)},
+        attrs=dict(attrs),
+    )
+    for name, (units, long_name) in VARIABLES.items():
+        table[name].attrs = {"units": units, "long_name": long_name}
+    if not math.isfinite(float(np.nanmax(np.abs(elbo)))):
+        log.warning("the ELBO of some data is not finite")
+    return table

@@ -1,0 +1,85 @@
+r"""Distances between the guide and a reference posterior, per datum, always beside their noise floor.
+
+All are computed in the seam's unconstrained coordinates and in units of the reference's standard deviation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elbowroom.inference.posterior import Posterior
+
+PROJECTIONS = 32
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = PROJECTIONS, seed: int = 0) -> Tensor:
+    r"""Return the sliced 1-Wasserstein distance of two equally large samples, per datum.
+
+    SW_1(a, b) = mean over directions u on the unit sphere of  (1/S) sum_s |<u, a>_(s) - <u, b>_(s)|
+    (Bonneel, Rabin, Peyre, Pfister 2015, https://doi.org/10.1007/s10851-014-0506-3).
+
+    Args:
+        a: draws, (S, N, d).
+        b: draws, (S, N, d).
+        projections: number of random directions, the same for every datum; one in one dimension.
+        seed: seed of the directions.
+
+    Returns:
+        Distances (N,), in the units of the draws.
+
+    Raises:
+        ValueError: when the two samples differ in shape.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"samples differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
+    d = a.shape[-1]
+    generator = torch.Generator(device=a.device).manual_seed(seed)
+    directions = torch.randn(1 if d == 1 else projections, d, dtype=a.dtype, device=a.device, generator=generator)
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    total = torch.zeros(a.shape[1], dtype=a.dtype, device=a.device)
+    for u in directions:
+        total += ((a @ u).sort(0).values - (b @ u).sort(0).values).abs().mean(0)
+    return total / len(directions)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The guide against a reference, per datum, (N,) each.
+
+    Attributes:
+        mean_error: largest |mean_q - mean_ref| / sd_ref over the latents.
+        sd_ratio: sd_q / sd_ref of the latent where it is farthest from 1 (by its logarithm).
+        sliced_wasserstein: between guide and reference draws, in units of the reference's standard deviation.
+        noise_floor: the same distance between two halves of the reference's own draws, of the same size.
+    """
+
+    mean_error: Tensor
+    sd_ratio: Tensor
+    sliced_wasserstein: Tensor
+    noise_floor: Tensor
+
+
+def compare(guide: Posterior, reference: Posterior, *, seed: int = 0) -> Comparison:
+    """Measure how far the guide is from a reference.
+
+    Args:
+        guide: posterior of the guide.
+        reference: posterior of a reference method, of the same data.
+        seed: seed of the projections.
+    """
+    q_mean, q_sd = guide.moments()
+    p_mean, p_sd = reference.moments()
+    log_ratio = (q_sd / p_sd).log()
+    worst = log_ratio.abs().argmax(-1, keepdim=True)
+    q = (guide.draws.flatten(0, 1) - p_mean) / p_sd
+    p = (reference.draws.flatten(0, 1) - p_mean) / p_sd
+    half = min(len(p) // 2, len(q))
+    return Comparison(
+        mean_error=((q_mean - p_mean).abs() / p_sd).amax(-1),
+        sd_ratio=log_ratio.gather(-1, worst).squeeze(-1).exp(),
+        sliced_wasserstein=sliced_wasserstein(q[:half], p[:half], seed=seed),
+        noise_floor=sliced_wasserstein(p[:half], p[half : 2 * half], seed=seed),
+    )

@@ -1,0 +1,152 @@
+"""From an audit's table to the short table and the sentences of the terminal and the report.
+
+Only data whose evidence is a value (exact or a trusted estimate) enter the gap; the others are counted and said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+SMALL_GAP = 0.1  # nats: exp(-0.1) = 0.90 of the evidence is in the bound
+LARGE_GAP = 1.0
+GOOD_K = 0.7
+MEAN_ERROR = 0.2  # reference standard deviations
+SD_RATIO = 1.25
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers that the sentences rest on."""
+
+    n: int
+    known: int
+    exact: int
+    gap: np.ndarray
+    bad_k: int
+
+    @classmethod
+    def of(cls, table: xr.Dataset) -> Numbers:
+        """Read them off the table."""
+        gap = table["gap_total"].values
+        exact = np.isin(table["evidence_method"].values, ("closed form", "grid"))
+        return cls(
+            n=gap.size,
+            known=int(np.isfinite(gap).sum()),
+            exact=int(exact.sum()),
+            gap=gap[np.isfinite(gap)],
+            bad_k=int((table["pareto_k"].values > GOOD_K).sum()),
+        )
+
+
+def _mean(values: np.ndarray) -> str:
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return "not available"
+    error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
+    return f"{values.mean():.3f} +- {error:.3f}"
+
+
+def _quartiles(values: np.ndarray, digits: int = 3) -> str:
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return "not available"
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _methods(table: xr.Dataset) -> str:
+    names, counts = np.unique(table["evidence_method"].values, return_counts=True)
+    return ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+
+
+def summary(table: xr.Dataset) -> list[tuple[str, str]]:
+    """Return (quantity, value) rows: means +- standard error over data, medians (quartiles), counts."""
+    numbers = Numbers.of(table)
+    rows = [
+        ("data audited", str(numbers.n)),
+        ("evidence by", _methods(table)),
+        ("mean ELBO [nats]", _mean(table["elbo"].values)),
+        (f"mean log p(x) [nats], {numbers.known} data", _mean(table["log_evidence"].values)),
+        ("gap [nats], median (quartiles)", _quartiles(numbers.gap)),
+        ("gap [nats], largest", f"{numbers.gap.max():.3f}" if numbers.known else "not available"),
+        ("k-hat, median (quartiles)", _quartiles(table["pareto_k"].values, 2)),
+        (f"k-hat > {GOOD_K}", f"{numbers.bad_k} of {numbers.n}"),
+        ("effective sample fraction, median", _quartiles(table["ess_fraction"].values, 2)),
+    ]
+    for reference in table["reference"].values:
+        part = table.sel(reference=reference)
+        good = part["status"].isin(["exact", "certified"]).values
+        rows += [
+            (f"{reference}: exact or certified", f"{int(good.sum())} of {numbers.n}"),
+            (f"{reference}: mean error [sd]", _quartiles(part["mean_error"].values[good], 2)),
+            (f"{reference}: sd ratio", _quartiles(part["sd_ratio"].values[good], 2)),
+            (f"{reference}: sliced Wasserstein [sd]", _quartiles(part["sliced_wasserstein"].values[good], 3)),
+            (f"{reference}: its noise floor [sd]", _quartiles(part["noise_floor"].values[good], 3)),
+        ]
+    return rows
+
+
+def sentences(table: xr.Dataset) -> list[str]:
+    """Return two to four plain sentences: how large the gap is, what is wrong with q, what could not be certified."""
+    numbers = Numbers.of(table)
+    return [line for line in (_gap(table, numbers), _shape(table), _trust(numbers), _caveat(table, numbers)) if line]
+
+
+def _gap(table: xr.Dataset, numbers: Numbers) -> str:
+    if not numbers.known:
+        return (
+            f"The gap of none of the {numbers.n} data is known: the latent space is too large for a grid and the guide's "
+            "importance weights cannot be trusted; log_evidence_lower holds a probabilistic lower bound for each."
+        )
+    median, high = np.median(numbers.gap), np.quantile(numbers.gap, 0.95)
+    size = "close to" if median < SMALL_GAP else "at some distance from" if median < LARGE_GAP else "far from"
+    worst = table["obs_id"].values[int(np.nanargmax(table["gap_total"].values))]
+    return (
+        f"The amortized posterior is {size} the true one: the ELBO of a typical datum lies {median:.2f} nats below log p(x) "
+        f"(95 % of the data: below {high:.2f}; the largest gap, {numbers.gap.max():.2f}, is at datum {worst})."
+    )
+
+
+def _shape(table: xr.Dataset) -> str:
+    if not table.sizes["reference"]:
+        return ""
+    part = table.isel(reference=0)
+    good = part["status"].isin(["exact", "certified"]).values
+    if not good.any():
+        return ""
+    ratio, shift = np.median(part["sd_ratio"].values[good]), np.median(part["mean_error"].values[good])
+    width = (
+        f"too narrow (sd {ratio:.2f} of the true one)"
+        if ratio < 1 / SD_RATIO
+        else f"too wide (sd {ratio:.2f} of the true one)"
+        if ratio > SD_RATIO
+        else f"about as wide as the true posterior (sd ratio {ratio:.2f})"
+    )
+    place = f"off centre by {shift:.2f} posterior sd" if shift > MEAN_ERROR else f"centred within {shift:.2f} posterior sd"
+    method = str(table["reference"].values[0])
+    advice = (
+        f" Where this matters use the exact posterior, posteriors/{method}.nc, or try a richer guide "
+        "(guide.family=full_rank_normal)."
+        if shift > MEAN_ERROR or not 1 / SD_RATIO < ratio < SD_RATIO or np.median(part["pareto_k"].values) > GOOD_K
+        else " For most purposes q(z|x) may be used as it is."
+    )
+    return f"In its worst latent the typical q(z|x) is {width} and {place}.{advice}"
+
+
+def _trust(numbers: Numbers) -> str:
+    if not numbers.bad_k:
+        return ""
+    return (
+        f"For {numbers.bad_k} of {numbers.n} data k-hat exceeds {GOOD_K}: importance sampling from this guide is not "
+        "reliable there."
+    )
+
+
+def _caveat(table: xr.Dataset, numbers: Numbers) -> str:
+    missing = numbers.n - numbers.known
+    kinds = "log p(x) is exact, up to the numerical error stated, " if numbers.exact == numbers.known else "log p(x) is known "
+    left = f" and for the other {missing} only a lower bound is known; they enter no gap above" if missing else ""
+    return f"{kinds}for {numbers.known} of {numbers.n} data{left}. All of this is conditional on the trained decoder."

@@ -1,0 +1,132 @@
+"""The Pyro handler that feeds latent values into a program and reads its log densities off, per datum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+
+from elbowroom.inference.program import Program, Site, frame_of, per_datum
+from elbowroom.inference.sharing import shared_log_prob
+
+
+class Feed(Messenger):
+    """Feed values into a program's sites in program order and collect log densities per datum.
+
+    Args:
+        program: what is known of the pair.
+        assignment: values of the discrete sites; a site without one is drawn.
+        z: unconstrained coordinates (N, d), mapped to each site's support as the program reaches it.
+        values: constrained values by site, instead of z.
+        index: sub-sampling indices, if not the program's own.
+        shared: z is (G, 1, d), the same points for every datum.
+
+    Attributes:
+        values: the value of each latent site that was met.
+        supports: its support, as the program stated it.
+        log_prior: log density of the latent sites, (N,).
+        log_likelihood: log density of the observed sites, (N,).
+        log_det: log Jacobian of the map from z to the values, (N,).
+        outside: log density of the observed sites outside the data plate.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        assignment: dict[str, Tensor],
+        *,
+        z: Tensor | None = None,
+        values: dict[str, Tensor] | None = None,
+        index: dict[str, Tensor] | None = None,
+        shared: bool = False,
+    ) -> None:
+        super().__init__()
+        self.program = program
+        self.sites = {site.name: site for site in program.sites}
+        self.discrete = {site.name: site for site in program.discrete}
+        self.assignment = assignment
+        self.z = z
+        self.given = values
+        self.index = program.index if index is None else index
+        self.shared = shared
+        self.values: dict[str, Tensor] = {}
+        self.supports: dict[str, Any] = {}
+        self.log_prior: Any = 0.0
+        self.log_likelihood: Any = 0.0
+        self.log_det: Any = 0.0
+        self.outside: Any = 0.0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.index:
+            self._set(msg, self.index[name])
+        elif msg["is_observed"]:
+            return
+        elif name in self.program.pinned:
+            self._set(msg, self.program.pinned[name])
+        elif name in self.discrete:
+            if name in self.assignment:
+                self._set(msg, self._assigned(self.discrete[name], msg))
+        elif name in self.sites and self.given is not None:
+            self._set(msg, self.given[name])
+        elif name in self.sites and self.z is not None:
+            transform = biject_to(msg["fn"].support)
+            u = self.sites[name].split(self.z)
+            value = transform(u)
+            self.log_det = self.log_det + self._jacobian(self.sites[name], transform, u, value, msg["mask"])
+            self._set(msg, value)
+
+    @staticmethod
+    def _set(msg: Any, value: Tensor) -> None:
+        msg["value"] = value
+        msg["done"] = True
+
+    def _assigned(self, site: Site, msg: Any) -> Tensor:
+        fn = msg["fn"]
+        value = self.assignment[site.name]
+        return value.expand(*fn.batch_shape, *value.shape[value.dim() - fn.event_dim :])
+
+    def _jacobian(self, site: Site, transform: Any, u: Tensor, value: Tensor, mask: Any) -> Tensor:
+        det = transform.log_abs_det_jacobian(u, value)
+        batch_ndim = u.dim() - site.free_event_dim
+        det = det.flatten(batch_ndim).sum(-1) if det.dim() > batch_ndim else det
+        det = scale_and_mask(det, 1.0, mask)
+        return self._reduce(det, site.plate_dim)
+
+    def _reduce(self, log_prob: Tensor, dim: int) -> Tensor:
+        if self.shared:
+            return log_prob
+        return per_datum(log_prob, dim, self._n_obs())
+
+    def _n_obs(self) -> int:
+        if self.z is not None:
+            return int(self.z.shape[0])
+        if self.given:
+            name, value = next(iter(self.given.items()))
+            site = self.sites[name]
+            return int(value.shape[value.dim() + site.plate_dim - site.event_dim])
+        return self.program.n_obs
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if name in self.index or name in self.program.pinned or name in self.program.dropped:
+            return
+        if msg["infer"].get("_deterministic"):
+            return
+        if name in self.sites or name in self.discrete:
+            self.values[name] = msg["value"]
+            self.supports[name] = fn.support
+        elif not msg["is_observed"]:
+            return
+        raw = shared_log_prob(fn, msg["value"]) if self.shared else fn.log_prob(msg["value"])
+        log_prob = scale_and_mask(raw, 1.0, msg["mask"])
+        frame = frame_of(msg, self.program.plate)
+        if frame is None:
+            self.outside = self.outside + log_prob.sum()
+        elif name in self.values:
+            self.log_prior = self.log_prior + self._reduce(log_prob, frame.dim)
+        else:
+            self.log_likelihood = self.log_likelihood + self._reduce(log_prob, frame.dim)

@@ -1,0 +1,132 @@
+"""The one type that everything that infers returns, and the base of every reference method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from elbowroom.inference.target import LogJoint
+
+CHAINS = 4  # independent draws are laid out as this many chains, the layout that ArviZ's summaries expect
+
+Status = Literal["exact", "certified", "uncertified", "amortized"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """log p(x_n) per datum, in nats.
+
+    Attributes:
+        kind: `exact` (value up to the numerical `error`), `estimate` (value with standard error `error`), or `lower bound`
+            (a probabilistic lower bound: it exceeds log p(x) + b with probability at most exp(-b); `error` is the standard
+            error of the bound itself).
+        method: how it was computed, in words.
+        value: (N,).
+        error: (N,).
+    """
+
+    kind: Literal["exact", "estimate", "lower bound"]
+    method: str
+    value: Tensor
+    error: Tensor
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A posterior of every datum, whatever computed it.
+
+    Attributes:
+        method: the method's name, e.g. `guide`, `closed_form`, `grid`.
+        draws: (chain, draw, N, d), in unconstrained coordinates.
+        sites: draws of the program's own sites, name -> (chain, draw, N, *shape), NaN where masked out.
+        mean: posterior mean (N, d) in unconstrained coordinates where it is known better than from the kept draws.
+        covariance: covariance (N, d, d), likewise.
+        sample_stats: numbers per draw, name -> (chain, draw, N); `lp` is log p(x, z) in unconstrained coordinates, nats.
+        evidence: log p(x_n), where the method gives one.
+        stats: further per-datum numbers, name -> (N,).
+        status: per datum: `exact`, `certified`, `uncertified`, or `amortized` for the guide itself.
+        reason: per datum, one sentence for the status.
+    """
+
+    method: str
+    draws: Tensor
+    sites: dict[str, Tensor]
+    status: Sequence[Status]
+    reason: Sequence[str]
+    mean: Tensor | None = None
+    covariance: Tensor | None = None
+    evidence: Evidence | None = None
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    sample_stats: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def trusted(self) -> Tensor:
+        """(N,) True where the status is `exact` or `certified`."""
+        return torch.tensor([s in ("exact", "certified") for s in self.status])
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation per datum and coordinate, (N, d) each: the better-known ones if given, else of the draws."""
+        if self.mean is not None and self.covariance is not None:
+            return self.mean, self.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+        flat = self.draws.flatten(0, 1)
+        return flat.mean(0), flat.std(0)
+
+
+def in_chains(draws: Tensor) -> Tensor:
+    """Lay S independent draws (S, ...) out as (chain, draw, ...), dropping the remainder of S by 4."""
+    length = len(draws) // CHAINS
+    return draws[: CHAINS * length].reshape(CHAINS, length, *draws.shape[1:])
+
+
+def concatenate(parts: Sequence[Posterior]) -> Posterior:
+    """Join posteriors of different data by the same method along the data dimension."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+
+    def joined(get: Callable[[Posterior], Tensor | None], dim: int = 0) -> Tensor | None:
+        tensors = [t for t in map(get, parts) if t is not None]
+        return torch.cat(tensors, dim) if len(tensors) == len(parts) else None
+
+    evidence = None
+    if all(p.evidence is not None for p in parts) and first.evidence is not None:
+        value = torch.cat([p.evidence.value for p in parts if p.evidence])
+        error = torch.cat([p.evidence.error for p in parts if p.evidence])
+        evidence = Evidence(first.evidence.kind, first.evidence.method, value, error)
+    return Posterior(
+        method=first.method,
+        draws=torch.cat([p.draws for p in parts], 2),
+        sites={name: torch.cat([p.sites[name] for p in parts], 2) for name in first.sites},
+        status=[s for p in parts for s in p.status],
+        reason=[r for p in parts for r in p.reason],
+        mean=joined(lambda p: p.mean),
+        covariance=joined(lambda p: p.covariance),
+        evidence=evidence,
+        stats={name: torch.cat([p.stats[name] for p in parts]) for name in first.stats},
+        sample_stats={name: torch.cat([p.sample_stats[name] for p in parts], 2) for name in first.sample_stats},
+    )
+
+
+class Reference(ABC):
+    """A method that gives the posterior of a `LogJoint` without the amortized guide's approximation.
+
+    Constructor options are keyword-only: they are what a spec's `audit.references` may set.
+
+    Attributes:
+        name: the word for it in specs and files.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refusal(self, log_joint: LogJoint) -> str | None:
+        """Say in one clause why the method cannot be used on this model; None when it can."""
+
+    @abstractmethod
+    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int) -> Posterior:
+        """Compute the posterior of every datum, keeping `keep` draws each."""
