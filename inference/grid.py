@@ -4,7 +4,7 @@ r"""The exact posterior by quadrature on a grid, for up to three latent dimensio
 
 1. A coarse grid that all data share finds where each posterior lies; a likelihood that factorises needs one matrix product.
 2. A local box per datum, whitened by the moments found so far (z = m + L t, t on a lattice) and as wide as the posterior
-   above exp(-30) of its peak, is moved and rescaled twice.
+   above exp(-30) of its peak, is moved and rescaled until it cuts nothing off.
 3. The evidence on the final box is compared with that of a second lattice, shifted and 1.4 times finer; data whose two values
    differ by more than the tolerance are refined again, up to `max_points`.
 
@@ -36,6 +36,7 @@ MAX_POINTS = {1: 20_001, 2: 601, 3: 97}
 BLOCK = 2**22  # points x data held at once
 BORDER_MASS = 1e-6
 PROBES = 8
+MAX_TURNS = 10
 
 
 @dataclass
@@ -97,21 +98,31 @@ def _quadrature(log_joint: LogJoint, box: _Box, n_points: int, shift: float = 0.
     return _Quadrature(z, log_weight, total + volume, border, log_p.max(0).values, width / n_points)
 
 
-def _whitened(quadrature: _Quadrature, floor: Tensor | None = None) -> _Box:
-    """Centre and scale a new box by the moments of a quadrature, wide enough for everything above exp(-DEPTH) of the peak."""
+def _whitened(quadrature: _Quadrature, n_points: int) -> tuple[_Box, Tensor]:
+    """Centre and scale a new box by the moments of a quadrature, wide enough for everything above exp(-DEPTH) of the peak.
+
+    Returns:
+        The box, and (N,) True where the old box cut that region off, so that the new one may still be too small.
+    """
     mean, covariance = quadrature.moments()
     eye = torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device)
     scale = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300)
-    floor = 1e-9 * scale if floor is None else floor
-    root = torch.linalg.cholesky(covariance + floor.unsqueeze(-1) * eye)
+    root = torch.linalg.cholesky(covariance + 1e-9 * scale.unsqueeze(-1) * eye)
     t = torch.linalg.solve_triangular(root, (quadrature.z - mean).movedim(0, -1), upper=False).movedim(-1, 0)
     inside = (quadrature.log_weight > quadrature.log_weight.max(0).values - DEPTH).unsqueeze(-1)
     low = torch.where(inside, t, torch.inf).amin(0)
     high = torch.where(inside, t, -torch.inf).amax(0)
-    # one cell beyond the last point above the threshold: its width in the new coordinates
-    cell = (quadrature.z.amax(0) - quadrature.z.amin(0)) / (len(quadrature.z) ** (1 / mean.shape[1]) - 1)
+    # one cell beyond the last point above the threshold; half the width where the old box ended before the region did
+    dim = mean.shape[1]
+    index = torch.cartesian_prod(*[torch.arange(n_points, device=mean.device)] * dim).reshape(-1, 1, dim)
+    cut_low = (inside & (index == 0)).any(0)
+    cut_high = (inside & (index == n_points - 1)).any(0)
+    cell = (quadrature.z.amax(0) - quadrature.z.amin(0)) / (n_points - 1)
     pad = (torch.linalg.inv(root).abs() @ cell.unsqueeze(-1)).squeeze(-1)
-    return _Box(mean, root, (low - pad).clamp_max(-4.0), (high + pad).clamp_min(4.0))
+    half = (high - low) / 2
+    low = (low - torch.where(cut_low, half, pad)).clamp_max(-4.0)
+    high = (high + torch.where(cut_high, half, pad)).clamp_min(4.0)
+    return _Box(mean, root, low, high), (cut_low | cut_high).any(-1)
 
 
 class Grid(Reference):
@@ -189,7 +200,7 @@ class Grid(Reference):
             )
 
     def _locate(self, log_joint: LogJoint, seed: int) -> _Box:
-        """Find each posterior on a shared coarse grid, then whiten twice."""
+        """Find each posterior on a shared coarse grid, then whiten until nothing is cut off."""
         n, d = log_joint.n_obs, log_joint.dim
         some = torch.cat(
             [log_joint.sample_prior(2 + 4000 // n, seed), log_joint.sample_guide(2 + 1000 // n, seed)[0]]
@@ -223,14 +234,17 @@ class Grid(Reference):
         )
         half = ((reach @ (spread + cell).unsqueeze(-1)).squeeze(-1)).clamp(6.0, 60.0)
         box = _Box(mean, root, -half, half)
-        for _ in range(3):
-            parts = []
+        for turn in range(MAX_TURNS):
+            parts, cut = [], False
             for rows in torch.arange(n, device=z.device).split(max(1, BLOCK // LOCAL[d] ** d)):
                 part = log_joint if len(rows) == n else log_joint.subset(rows)
                 quadrature = _quadrature(part or log_joint, box.rows(rows) if part else box, LOCAL[d])
-                new = _whitened(quadrature, floor=None)
+                new, still_cut = _whitened(quadrature, LOCAL[d])
                 parts.append(new if part else new.rows(rows))
+                cut |= bool(still_cut.any())
             box = _Box(*(torch.cat([getattr(p, f) for p in parts]) for f in ("centre", "root", "low", "high")))
+            if turn > 0 and not cut:
+                break
         return box
 
     @staticmethod

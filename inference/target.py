@@ -374,7 +374,7 @@ class LogJoint:
         self._check_local(z, base)
         self._check_outside(z)
         own = next((t.dtype for t in self._leaves() if t.is_floating_point()), torch.get_default_dtype())
-        if dtype is not None and dtype != own:
+        if dtype is not None:
             try:
                 self._snapshot(dtype)
                 in_dtype = self(z.to(dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 
@@ -106,10 +107,12 @@ class VAE(nn.Module):
         ):
             return None
         layer = decoder.body
-        assert isinstance(layer, nn.Linear)  # noqa: S101 - narrows the type for the checker
+        if not isinstance(layer, nn.Linear):
+            return None
         with torch.no_grad():
-            unit, loc = likelihood.unit.double().flatten(), likelihood.loc.double().flatten()
-            noise = likelihood.noise_scale().double().expand(likelihood.event_shape).flatten()
+            likelihood = copy.deepcopy(likelihood).double()
+            unit, loc = likelihood.unit.flatten(), likelihood.loc.flatten()
+            noise = likelihood.noise_scale().expand(likelihood.event_shape).flatten()
             return LinearGaussian(
                 W=unit[:, None] * layer.weight.double(), mu=loc + unit * layer.bias.double(), psi=noise.square()
             )
