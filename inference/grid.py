@@ -5,8 +5,9 @@ r"""The exact posterior by quadrature on a grid, for up to three latent dimensio
 1. A coarse grid that all data share finds where each posterior lies; a likelihood that factorises needs one matrix product.
 2. A local box per datum, whitened by the moments found so far (z = m + L t, t on a lattice) and as wide as the posterior
    above exp(-30) of its peak, is moved and rescaled until it cuts nothing off.
-3. The evidence on the final box is compared with that of a second lattice, shifted and 1.4 times finer; data whose two values
-   differ by more than the tolerance are refined again, up to `max_points`.
+3. The evidence on the final box is computed on three lattices: one, the same shifted, and a shifted one 1.4 times finer, whose
+   value counts. Shifts turn the phase of the aliasing error, so that two lattices cannot agree by chance alone. Data whose
+   values differ by more than the tolerance are refined again, up to `max_points`.
 
 For a smooth integrand that vanishes at the border the equidistant rule converges exponentially; kinks (relu) make it
 algebraic. A datum whose refinement error, border mass or a probe point speaks against the grid is `uncertified`, with the
@@ -16,6 +17,7 @@ reason. Everything runs in the log joint's dtype (float64).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -34,6 +36,7 @@ LOCAL = {1: 41, 2: 19, 3: 13}
 FINAL = {1: 65, 2: 27, 3: 19}
 MAX_POINTS = {1: 20_001, 2: 601, 3: 97}
 BLOCK = 2**22  # points x data held at once
+NO_SHIFT = (0.0, 0.0, 0.0)
 BORDER_MASS = 1e-6
 PROBES = 8
 MAX_TURNS = 10
@@ -70,10 +73,10 @@ class _Quadrature:
         return mean, torch.einsum("gn,gnd,gne->nde", w, centred, centred)
 
 
-def _lattice(n_points: int, dim: int, shift: float, like: Tensor) -> Tensor:
-    """Unit-cube lattice (n_points^d, d) of cell centres, moved by `shift` cells."""
-    axis = (torch.arange(n_points, dtype=like.dtype, device=like.device) + 0.5 + shift) / n_points
-    return torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
+def _lattice(n_points: int, dim: int, like: Tensor, shift: Sequence[float] = NO_SHIFT) -> Tensor:
+    """Unit-cube lattice (n_points^d, d) of cell centres, moved by `shift` cells along each axis."""
+    index = torch.arange(n_points, dtype=like.dtype, device=like.device) + 0.5
+    return torch.cartesian_prod(*[(index + s) / n_points for s in shift[:dim]]).reshape(-1, dim)
 
 
 def _border(n_points: int, dim: int, device: torch.device) -> Tensor:
@@ -83,9 +86,9 @@ def _border(n_points: int, dim: int, device: torch.device) -> Tensor:
     return ((index == 0) | (index == n_points - 1)).any(-1)
 
 
-def _quadrature(log_joint: LogJoint, box: _Box, n_points: int, shift: float = 0.0) -> _Quadrature:
+def _quadrature(log_joint: LogJoint, box: _Box, n_points: int, shift: Sequence[float] = NO_SHIFT) -> _Quadrature:
     dim = box.centre.shape[1]
-    unit = _lattice(n_points, dim, shift, box.centre)
+    unit = _lattice(n_points, dim, box.centre, shift)
     width = box.high - box.low
     t = box.low + unit[:, None] * width
     z = box.centre + torch.einsum("nde,gne->gnd", box.root, t)
@@ -172,11 +175,13 @@ class Grid(Reference):
                     else:
                         keep_rows = torch.arange(len(rows), device=device)
                     first = _quadrature(part, local, size)
-                    second = _quadrature(part, local, finer, shift=0.23)
+                    moved = _quadrature(part, local, size, shift=(0.5, 0.27, 0.13))
+                    second = _quadrature(part, local, finer, shift=(0.23, 0.41, 0.09))
                     m, c = second.moments()
                     mean[rows], covariance[rows] = m[keep_rows], c[keep_rows]
                     evidence[rows] = second.log_evidence[keep_rows]
-                    error[rows] = (second.log_evidence - first.log_evidence).abs()[keep_rows]
+                    change = [(second.log_evidence - other.log_evidence).abs() for other in (first, moved)]
+                    error[rows] = torch.maximum(*change)[keep_rows]
                     border[rows] = second.border_mass[keep_rows]
                     peak[rows] = second.peak[keep_rows]
                     draws[:, rows] = _draw(second, local, keep, generator)[:, keep_rows]
@@ -211,7 +216,7 @@ class Grid(Reference):
         log_joint.shared(low[None])  # settles whether one coarse grid can be shared cheaply
         size = (COARSE if log_joint.shares else COARSE_PER_DATUM)[d]
         for _ in range(6):
-            unit = _lattice(size, d, 0.0, low)
+            unit = _lattice(size, d, low)
             z = low + unit * (high - low)
             log_p = log_joint.shared(z)
             log_p = torch.where(log_p.isnan(), torch.full_like(log_p, -torch.inf), log_p)

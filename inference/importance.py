@@ -79,7 +79,7 @@ def psis(log_weights: Tensor) -> Smoothed:
         The smoothed weights, k and the effective sample size as a fraction of S.
     """
     n_draws = log_weights.shape[0]
-    tail = int(math.ceil(min(0.2 * n_draws, 3 * math.sqrt(n_draws))))
+    tail = int(min(0.2 * n_draws, 3 * math.sqrt(n_draws)))
     shifted = log_weights - log_weights.max(0).values
     raw = torch.softmax(shifted, 0)
     ess_fraction = 1 / (n_draws * raw.square().sum(0))
