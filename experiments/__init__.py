@@ -1,0 +1,1 @@
+"""The specs that come with Elbowroom: `elbowroom spec init NAME` copies one."""

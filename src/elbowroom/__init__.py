@@ -1,0 +1,61 @@
+"""Elbowroom: how much room is there between your ELBO and the truth?
+
+A VAE workbench on Pyro. Declare a prior, a likelihood, networks and a guide; fit them; then see, datum by datum, how
+far the amortized posterior q(z|x) is from the true p(z|x). `audit` does the latter for any Pyro model and guide.
+
+Importing this module imports neither torch nor Pyro: each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elbowroom.analysis.audit import Audit, audit
+    from elbowroom.components import register
+    from elbowroom.experiment import Experiment, Run, fit
+    from elbowroom.inference.posterior import Posterior
+    from elbowroom.inference.target import LogJoint
+    from elbowroom.models.vae import VAE
+
+    __version__: str
+
+__all__ = [
+    "VAE",
+    "Audit",
+    "Experiment",
+    "LogJoint",
+    "Posterior",
+    "Run",
+    "__version__",
+    "audit",
+    "fit",
+    "register",
+]
+
+_HOME = {
+    "Audit": "elbowroom.analysis.audit",
+    "audit": "elbowroom.analysis.audit",
+    "register": "elbowroom.components",
+    "Experiment": "elbowroom.experiment",
+    "Run": "elbowroom.experiment",
+    "fit": "elbowroom.experiment",
+    "Posterior": "elbowroom.inference.posterior",
+    "LogJoint": "elbowroom.inference.target",
+    "VAE": "elbowroom.models.vae",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("elbowroom")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'elbowroom' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,415 @@
+"""The command line. Exit codes: 0 done, 2 the user's input (one line on stderr), 1 our fault, 130 interrupted.
+
+Only typer is imported at the top, so that `elbowroom --help` is quick; each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elbowroom.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from elbowroom.analysis.audit import Audit
+    from elbowroom.experiment import Run
+
+_ClickException: Any = typer.BadParameter.__mro__[2]
+"""Click's base class of usage errors; typer carries its own copy of click and does not export it."""
+
+_USERS_DISK = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
+
+app = typer.Typer(
+    name="elbowroom",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+spec_app = typer.Typer(help="Copy, show or describe specs.", rich_markup_mode=None)
+app.add_typer(spec_app, name="spec")
+
+SpecArg = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec file (.yaml)", show_default=False)]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="the run folder [default: runs/<spec's name>]")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="move what is there aside first")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the run that is there")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="change the spec; may be repeated")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:1")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("elbowroom"))
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _elbowroom(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """How much room is there between your ELBO and the truth? Fit a VAE, then audit its posterior."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def run(
+    spec: SpecArg,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    change: Changes = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    device: Device = None,
+) -> None:
+    """Fit a spec, audit the posterior, write the report."""
+    fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device)
+    if fitted is not None:
+        result |= _audit(fitted, None, None, as_json, device) | _report(fitted.path, as_json)
+    _finish(result, as_json)
+
+
+@app.command()
+def fit(
+    spec: SpecArg,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    change: Changes = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    device: Device = None,
+) -> None:
+    """Fit the VAE that a spec declares."""
+    fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device)
+    if fitted is not None and not as_json:
+        _console().print(f"\nnext: elbowroom audit {fitted.path}", highlight=False)
+    _finish(result, as_json)
+
+
+@app.command()
+def audit(
+    run: RunArg,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="audit these data (.npz, .npy, .csv), not the test split"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="where to write [default: RUN; with --data RUN/audits/<name>]"),
+    ] = None,
+    change: Changes = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    device: Device = None,
+) -> None:
+    """Audit a fitted run: how far is q(z|x) from p(z|x), datum by datum."""
+    from elbowroom.experiment import Run
+
+    fitted = Run.load(run, set=change or [])
+    result: dict[str, Any] = {"run": str(run)}
+    if dry_run:
+        fitted.check_audit(data)
+        result["dry_run"] = "everything was checked, nothing was written"
+        if not as_json:
+            _console().print(f"{run}: {result['dry_run']}", highlight=False, soft_wrap=True)
+    else:
+        result |= _audit(fitted, data, out, as_json, device)
+    _finish(result, as_json)
+
+
+@app.command()
+def report(run: RunArg, as_json: Json = False) -> None:
+    """Write report.html from the files of an audited run."""
+    _finish({"run": str(run)} | _report(run, as_json), as_json)
+
+
+@app.command()
+def components(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="prior, likelihood, network, ...")] = None,
+    check: Annotated[bool, typer.Option("--check", help="build each and test that it keeps its promises")] = False,
+    as_json: Json = False,
+) -> None:
+    """List what a spec can name, with options, defaults and docs."""
+    from elbowroom import components as registry
+
+    kinds = registry.kinds() if kind is None else [kind]
+    found = [registry.component(k, name) for k in kinds for name in registry.names(k)]
+    problems: dict[str, list[str]] = {}
+    if check:
+        from elbowroom.protocol import problems_of
+
+        problems = {f"{c.kind} {c.name}": problems_of(c.kind, c.name) for c in found}
+    if as_json:
+        typer.echo(json.dumps([_component_json(c, problems.get(f"{c.kind} {c.name}")) for c in found], indent=2))
+    else:
+        _print_components(found, problems if check else None)
+    if any(problems.values()):
+        raise typer.Exit(2)
+
+
+@spec_app.callback(invoke_without_command=True)
+def _spec(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@spec_app.command("init")
+def spec_init(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="the spec to copy; without it, list them")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="where to [default: NAME.yaml]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file that is there")] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy a spec that comes with elbowroom."""
+    from elbowroom import spec
+    from elbowroom.errors import SpecError
+    from elbowroom.files import write_text
+
+    if name is None:
+        _finish({"specs": spec.shipped()}, as_json)
+        if not as_json:
+            typer.echo("\n".join(spec.shipped()))
+        return
+    text = spec.shipped_text(name.removesuffix(".yaml"))
+    target = out or Path(f"{name.removesuffix('.yaml')}.yaml")
+    if target.exists() and not overwrite:
+        raise SpecError(f"{target}: is there already; use --overwrite or another --out")
+    write_text(target, text)
+    if not as_json:
+        typer.echo(f"wrote {target}; next: elbowroom run {target}")
+    _finish({"spec": str(target)}, as_json)
+
+
+@spec_app.command("show")
+def spec_show(spec: SpecArg, change: Changes = None, as_json: Json = False) -> None:
+    """Print a spec with every default filled in."""
+    from elbowroom import document
+    from elbowroom.spec import load
+
+    loaded = load(spec, change or [])
+    for note in loaded.notes:
+        typer.echo(f"elbowroom: note: {note}", err=True)
+    tree = loaded.spec.tree()
+    typer.echo(json.dumps(tree, indent=2) if as_json else document.write(tree), nl=as_json)
+
+
+@spec_app.command("schema")
+def spec_schema() -> None:
+    """Print the JSON schema of specs, for editors."""
+    from elbowroom.spec import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except _ClickException as error:
+        message = " ".join(error.format_message().split()).rstrip(".")
+        _fail(f"{message}{_suggestion(error)}; see `{_command(error)} --help`")
+    except (typer.Abort, KeyboardInterrupt):
+        typer.echo("elbowroom: interrupted; a fit goes on with --resume", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.errno not in _USERS_DISK:
+            raise
+        _fail(f"{error.filename or 'disk'}: {error.strerror}")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"elbowroom: {message}", err=True)
+    sys.exit(2)
+
+
+def _suggestion(error: Any) -> str:
+    """Name the nearest option where click does not."""
+    context, name = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    if context is None or name is None or getattr(error, "possibilities", None):
+        return ""
+    offered = [option for parameter in context.command.params for option in parameter.opts if option.startswith("--")]
+    hint = nearest(name, offered)
+    return hint if hint.startswith("; did") else ""
+
+
+def _command(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    return "elbowroom" if context is None else "elbowroom " + " ".join(context.command_path.split()[1:]).strip()
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+@contextmanager
+def _bar(as_json: bool) -> Iterator[Callable[..., None] | None]:
+    if as_json:
+        yield None
+        return
+    from elbowroom.inference.progress import progress_bar
+
+    with progress_bar(_console(stderr=True)) as report:
+        yield report
+
+
+def _fit(
+    spec: Path,
+    out: Path | None,
+    overwrite: bool,
+    resume: bool,
+    change: list[str] | None,
+    dry_run: bool,
+    as_json: bool,
+    device: str | None,
+) -> tuple[Run | None, dict[str, Any]]:
+    """Fit and say so; (None, result) after a dry run."""
+    from elbowroom import experiment as shell
+
+    changes = [*(change or []), *([f"fit.device={device}"] if device is not None else [])]
+    experiment = shell.Experiment.load(spec, set=changes)
+    for note in experiment.loaded.notes:
+        typer.echo(f"elbowroom: note: {note}", err=True)
+    path, use = shell.ready(experiment, out, overwrite=overwrite, resume=resume)
+    if dry_run:
+        sentence = (
+            f"{experiment.label}: everything was checked, nothing was written; the run would go to {path} ({use})"
+        )
+        if not as_json:
+            typer.echo(sentence)
+        return None, {"run": str(path), "dry_run": sentence, "notes": list(experiment.loaded.notes)}
+    with _bar(as_json) as report:
+        fitted = shell.fit(experiment, path, overwrite=overwrite, resume=resume, report=report)
+    if not as_json:
+        _console().print(f"fit: {fitted.summary}", highlight=False)
+        _console().print(f"wrote {path}/ (weights.pt, history.csv, spec.yaml, split.npz)", highlight=False)
+    return fitted, {"run": str(path), "fit": fitted.summary, "notes": list(experiment.loaded.notes)}
+
+
+def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, device: str | None) -> dict[str, Any]:
+    """Audit, print the table and the verdict, say where the files are."""
+    console = _console(stderr=True)
+    if as_json:
+        found = fitted.audit(data, out=out, device=device)
+    else:
+        with console.status("audit") as status:
+            found = fitted.audit(data, out=out, device=device, progress=lambda text: status.update(f"audit: {text}"))
+    folder = fitted.audit_folder(data, out)
+    if not as_json:
+        _print_audit(found, folder)
+    return {"audit": {"table": dict(found.lines()), "verdict": found.verdict.splitlines(), "folder": str(folder)}}
+
+
+def _print_audit(found: Audit, folder: Path) -> None:
+    from rich.table import Table
+
+    console = _console()
+    table = Table(title=f"audit of {found.table.sizes['obs_id']} data", title_justify="left", show_header=False)
+    for quantity, value in found.lines():
+        table.add_row(quantity, value)
+    console.print()
+    console.print(table)
+    for sentence in found.verdict.splitlines():
+        console.print(sentence, highlight=False)
+    posteriors = ", ".join(f"posteriors/{name}.nc" for name in found.posteriors)
+    console.print(f"\nwrote {folder}/ (audit.nc, audit.csv, {posteriors})", highlight=False)
+
+
+def _report(run: Path, as_json: bool) -> dict[str, Any]:
+    from elbowroom.analysis.report import write_report
+
+    path = write_report(run)
+    if not as_json:
+        typer.echo(f"wrote {path}")
+    return {"report": str(path)}
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
+def _component_json(component: Any, problems: list[str] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "kind": component.kind,
+        "name": component.name,
+        "summary": component.summary,
+        "options": [
+            {"name": o.name, "type": o.type_text, "required": o.required, "default": _default(o), "doc": o.doc}
+            for o in component.options
+        ],
+    }
+    return found if problems is None else found | {"problems": problems}
+
+
+def _default(option: Any) -> Any:
+    if option.required:
+        return None
+    return list(option.default) if isinstance(option.default, tuple) else option.default
+
+
+def _print_components(found: list[Any], problems: dict[str, list[str]] | None) -> None:
+    """Print names, summaries and options; with `problems`, whether each keeps the protocol."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console, kind = _console(), None
+    where = {
+        "data": "data",
+        "prior": "model.prior",
+        "likelihood": "model.likelihood",
+        "network": "model.decoder, guide.encoder",
+        "guide": "guide.family",
+        "reference": "audit.references",
+    }
+    for c in found:
+        if c.kind != kind:
+            kind = c.kind
+            console.print(Text.assemble(("\n" if c is not found[0] else ""), (kind, "bold"), f"  ({where[kind]})"))
+        console.print(Padding(Text.assemble((c.name, "bold cyan"), "  ", c.summary), (0, 0, 0, 2)))
+        for option in c.options:
+            default = "required" if option.required else f"default {json.dumps(_default(option))}"
+            line = Text.assemble((option.name, "cyan"), f": {option.type_text}; {default}. ", (option.doc, "dim"))
+            console.print(Padding(line, (0, 0, 0, 6)))
+        for problem in (problems or {}).get(f"{c.kind} {c.name}", []):
+            console.print(Padding(Text(f"FAILED: {problem}", "bold red"), (0, 0, 0, 6)))
+    if problems is not None:
+        bad = sum(bool(p) for p in problems.values())
+        console.print(
+            f"\nchecked {len(found)}: {'all keep the protocol' if not bad else f'{bad} do not'}", highlight=False
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""The registry: which priors, likelihoods, networks, guides, references and data sets can be named in a spec.
+
+A component is an ordinary class. The POSITIONAL parameters of its constructor are facts (`FACTS`), the KEYWORD-ONLY
+ones are the user's options; the schema, the checks and the list that `elbowroom components` prints are derived from
+them, and the docs from the docstring's `Args`. Nothing here imports torch until a component is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from elbowroom import schema
+from elbowroom.errors import SpecError, nearest
+from elbowroom.schema import Block, Option
+
+FACTS: dict[str, frozenset[str]] = {
+    "data": frozenset({"folder"}),
+    "prior": frozenset({"latent_dim"}),
+    "likelihood": frozenset({"event_shape"}),
+    "network": frozenset({"in_shape", "out_dim"}),
+    "guide": frozenset({"latent_dim"}),
+    "reference": frozenset(),
+}
+"""kind -> the positional arguments that a constructor of this kind may ask for."""
+
+_table: dict[str, dict[str, str | type]] = {
+    "data": {
+        "digits": "elbowroom.data:Digits",
+        "file": "elbowroom.data:File",
+        "linear_gaussian": "elbowroom.data:LinearGaussianData",
+    },
+    "prior": {"normal": "elbowroom.models.priors:Normal"},
+    "likelihood": {
+        "bernoulli": "elbowroom.models.likelihoods:Bernoulli",
+        "continuous_bernoulli": "elbowroom.models.likelihoods:ContinuousBernoulli",
+        "gaussian": "elbowroom.models.likelihoods:Gaussian",
+    },
+    "network": {"linear": "elbowroom.models.networks:Linear", "mlp": "elbowroom.models.networks:MLP"},
+    "guide": {
+        "diagonal_normal": "elbowroom.models.guides:DiagonalNormal",
+        "full_rank_normal": "elbowroom.models.guides:FullRankNormal",
+    },
+    "reference": {
+        "closed_form": "elbowroom.inference.exact:ClosedForm",
+        "grid": "elbowroom.inference.grid:Grid",
+    },
+}
+
+_on_change: list[Callable[[], None]] = []
+
+
+@dataclass(frozen=True)
+class Component:
+    """One entry of the registry.
+
+    Attributes:
+        kind: `prior`, `likelihood`, ...
+        name: the name that a spec uses.
+        cls: the class.
+        summary: the first line of its docstring.
+        options: its keyword-only parameters.
+        facts: its positional parameters.
+    """
+
+    kind: str
+    name: str
+    cls: type
+    summary: str
+    options: tuple[Option, ...]
+    facts: tuple[str, ...]
+
+
+def kinds() -> list[str]:
+    """Return the kinds of component."""
+    return list(_table)
+
+
+def names(kind: str) -> list[str]:
+    """Return the names registered under a kind, sorted."""
+    return sorted(_kind(kind))
+
+
+@functools.cache
+def component(kind: str, name: str) -> Component:
+    """Return a component, imported, with its constructor checked.
+
+    Raises:
+        SpecError: for an unknown kind or name, with the nearest one.
+    """
+    table = _kind(kind)
+    if name not in table:
+        raise SpecError(f"unknown {kind} {name!r}{nearest(name, table)}")
+    entry = table[name]
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        entry = getattr(importlib.import_module(module), attribute)
+        assert isinstance(entry, type)  # the table above names classes
+        _protocol(kind, name, entry)
+        _check_constructor(kind, name, entry)
+    return Component(kind, name, entry, schema.summary(entry), tuple(schema.options(entry)), tuple(schema.facts(entry)))
+
+
+def register(kind: str, name: str, cls: type) -> None:
+    """Add a component, so that specs can name it.
+
+    The constructor's positional parameters must be facts of its kind, its options keyword-only and annotated. The
+    constructor is wrapped in place: what Python code passes by keyword is checked like a spec.
+
+    Args:
+        kind: `data`, `prior`, `likelihood`, `network`, `guide` or `reference`.
+        name: the name for specs.
+        cls: the class.
+
+    Raises:
+        SpecError: if the kind is unknown, the name is taken, or the constructor does not follow the protocol.
+
+    Example:
+        >>> import elbowroom as er
+        >>> from elbowroom.models.priors import Normal
+        >>> class Wide(Normal):
+        ...     "A normal prior under another name."
+        >>> er.register("prior", "wide", Wide)
+    """
+    table = _kind(kind)
+    if name in table and table[name] is not cls:
+        raise SpecError(f"register: there is a {kind} {name!r} already; choose another name")
+    if not name.isidentifier():
+        raise SpecError(f"register: {name!r} is not a name; use letters, digits and underscores")
+    _protocol(kind, name, cls)
+    table[name] = cls
+    _changed()
+    _check_constructor(kind, name, cls)
+
+
+def unregister(kind: str, name: str) -> None:
+    """Take a component out of the registry."""
+    if _kind(kind).pop(name, None) is not None:
+        _changed()
+
+
+@functools.cache
+def options_model(kind: str, name: str) -> type[Block]:
+    """Return the pydantic model of a component's options, with its `name`."""
+    found = component(kind, name)
+    return schema.block(f"{kind}_{name}", found.options, {"name": (Literal[name], ...)})
+
+
+def slot(kind: str) -> Any:
+    """Return the annotation of a spec field that names a component; a bare string is short for `{name: ...}`."""
+    models = [options_model(kind, name) for name in names(kind)]
+    union: Any = models[0] if len(models) == 1 else Annotated[Union[tuple(models)], Field(discriminator="name")]  # noqa: UP007
+    bare = Literal[tuple(n for n in names(kind) if not any(o.required for o in component(kind, n).options))]  # type: ignore[valid-type]
+
+    def expand(given: Any) -> Any:
+        if isinstance(given, str):
+            given = {"name": given}
+        if isinstance(given, Block):
+            return given
+        if not isinstance(given, Mapping):
+            raise PydanticCustomError("no_component", "must be a name, or a block with a name")
+        if "name" not in given:
+            raise PydanticCustomError("no_name", f"needs a name, one of {', '.join(names(kind))}")
+        if given["name"] not in names(kind):
+            context = {"kind": kind, "tag": str(given["name"]), "allowed": names(kind)}
+            raise PydanticCustomError("unknown_component", "unknown", context)
+        return given
+
+    return Annotated[union, BeforeValidator(expand, json_schema_input_type=union | bare)]
+
+
+def build(kind: str, chosen: Block, *, where: str = "", **facts: Any) -> Any:
+    """Construct a component from its validated options and the facts it asks for.
+
+    Args:
+        kind: the kind.
+        chosen: an instance of `options_model(kind, name)`.
+        where: the dotted path in the spec, for messages.
+        facts: everything known of `FACTS[kind]`; only what the constructor asks for is passed.
+
+    Raises:
+        SpecError: if the constructor refuses a combination of options (ValueError).
+    """
+    found = component(kind, chosen.name)  # type: ignore[attr-defined]
+    given = {option.name: getattr(chosen, option.name) for option in found.options}
+    try:
+        return found.cls(*(facts[name] for name in found.facts), **given)
+    except ValueError as error:
+        raise SpecError(f"{where or found.name}: {error}") from error
+
+
+def on_change(clear: Callable[[], None]) -> None:
+    """Have `clear` called whenever the registry changes (cached schemas)."""
+    _on_change.append(clear)
+
+
+def _changed() -> None:
+    component.cache_clear()
+    options_model.cache_clear()
+    for clear in _on_change:
+        clear()
+
+
+def _kind(kind: str) -> dict[str, str | type]:
+    if kind not in _table:
+        raise SpecError(f"unknown kind of component {kind!r}{nearest(kind, _table)}")
+    return _table[kind]
+
+
+def _protocol(kind: str, name: str, cls: type) -> None:
+    """Refuse a class whose options cannot be listed, or which asks for facts that its kind does not have."""
+    try:
+        asked = schema.facts(cls)
+        found = schema.options(cls)
+    except (TypeError, NameError) as error:
+        raise SpecError(f"{kind} {name}: {error}") from error
+    for fact in asked:
+        if fact not in FACTS[kind]:
+            known = ", ".join(sorted(FACTS[kind])) or "none"
+            raise SpecError(
+                f"{kind} {name}: the positional parameter {fact!r} is no fact of a {kind} (these are: {known}); "
+                "make it keyword-only if the user chooses it"
+            )
+    if any(option.name == "name" for option in found):
+        raise SpecError(f"{kind} {name}: an option cannot be called 'name'")
+
+
+def _check_constructor(kind: str, name: str, cls: type) -> None:
+    """Wrap `cls.__init__` in place, so that its options are validated like a spec's. Done once per class."""
+    original = cls.__init__  # type: ignore[misc]
+    if getattr(cls.__dict__.get("__init__"), "checked_by_elbowroom", False) or not schema.options(cls):
+        return
+    model = schema.block(f"{kind}_{name}_options", schema.options(cls))
+
+    @functools.wraps(original)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = {key: value for key, value in kwargs.items() if key in model.model_fields}
+        if type(self) is cls and known:
+            required = {k: f for k, f in model.model_fields.items() if f.is_required()}
+            if all(key in known for key in required):
+                try:
+                    valid = model.model_validate(known)
+                except ValidationError as error:
+                    path, problem = schema.one_problem(error, known)
+                    raise SpecError(f"{name}: {schema.dotted(path)}: {problem}") from None
+                kwargs = {**kwargs, **{key: getattr(valid, key) for key in known}}
+        original(self, *args, **kwargs)
+
+    checked.checked_by_elbowroom = True  # type: ignore[attr-defined]
+    cls.__init__ = checked  # type: ignore[misc]
