@@ -1,7 +1,7 @@
 """ArviZ's schema: the only module that touches ArviZ's data structures.
 
-A posterior becomes a DataTree with groups posterior (sites in constrained space; dims chain, draw, obs_id, then the site's own),
-sample_stats, observed_data, and moments (unconstrained mean and covariance, where known better than from the draws).
+A posterior becomes a DataTree with groups posterior (sites in constrained space; dims chain, draw, obs_id, then the site's
+own), sample_stats, observed_data, and moments (unconstrained mean and covariance, where known better than from the draws).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def to_datatree(
     dims = {name: ["obs_id", *_site_dims(name, value.shape[3:])] for name, value in draws.items()}
     dims |= {name: ["obs_id"] for name in stats}
     dims |= {name: ["obs_id", *(f"{name}_dim_{i}" for i in range(value.ndim - 1))] for name, value in observed.items()}
-    groups = {"posterior": draws, "sample_stats": stats, "observed_data": observed}
+    groups: dict[str, dict[str, np.ndarray]] = {"posterior": draws, "sample_stats": stats, "observed_data": observed}
     tree = arviz_base.from_dict(
         {name: group for name, group in groups.items() if group},
         dims=dims,

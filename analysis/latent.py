@@ -57,8 +57,8 @@ def describe(
         * `encoding`: loc, scale (obs_id, latent), moments of q(z|x); rate (latent): mean over data of the KL from the prior
           of the guide's margin, as a normal with the same moments; label (obs_id) where there are labels
         * `plane`: expected_x (row, column, *event), E[x|z] at prior quantiles z_row, z_column of the two latents with the
-          highest rate (attribute `latents`: of the column axis, of the row axis), the others at the prior's median; d = 1:
-          expected_x (column, *event)
+          highest rate (attribute `latents`: of the columns, of the rows; the smaller index first), the others at the prior's
+          median; d = 1: expected_x (column, *event)
         * `prior`: z (sample, latent), expected_x and x (sample, *event), draws from p(z) p(x|z)
         * `reconstruction`: x and expected_x (obs_id, *event), expected_x = E_q E[x|z] over 200 draws; gap (obs_id)
         * `density` (d = 1 or 2, and where there are gaps): log_posterior, log_guide (case, row, column), normalised; axes
@@ -152,7 +152,7 @@ def _plane(vae: VAE, rate: np.ndarray, points: int) -> xr.Dataset:
         middle = torch.zeros_like(example[0])
     else:
         quantiles, middle = torch.quantile(example, p.to(example), dim=0), example.median(0).values
-    latents = [int(j) for j in np.argsort(-rate, kind="stable")[:2]]
+    latents = sorted(int(j) for j in np.argsort(-rate, kind="stable")[:2])
     attrs = {"latents": latents, "long_name": "E[x|z] at prior quantiles"}
     column = quantiles[:, latents[0]]
     if len(latents) == 1:
@@ -189,9 +189,7 @@ def spread(values: np.ndarray, count: int) -> np.ndarray:
     return order[np.linspace(0, len(order) - 1, count).round().astype(int)]
 
 
-def _reconstruction(
-    vae: VAE, x: Tensor, obs_id: np.ndarray, gap: np.ndarray, elbo: np.ndarray, count: int
-) -> xr.Dataset:
+def _reconstruction(vae: VAE, x: Tensor, obs_id: np.ndarray, gap: np.ndarray, elbo: np.ndarray, count: int) -> xr.Dataset:
     """Return data spread over the gap (over -ELBO where there is no gap) beside their E_q E[x|z], from 200 draws of q."""
     index = spread(gap if np.isfinite(gap).any() else -elbo, count)
     x = x[torch.as_tensor(index, device=x.device)]
@@ -226,9 +224,7 @@ def _shrink(z: Tensor, log_density: Tensor, step: Tensor, depth: float) -> tuple
     return low, high
 
 
-def _density(
-    vae: VAE, x: Tensor, obs_id: np.ndarray, gap: np.ndarray, encoding: xr.Dataset, points: int
-) -> xr.Dataset:
+def _density(vae: VAE, x: Tensor, obs_id: np.ndarray, gap: np.ndarray, encoding: xr.Dataset, points: int) -> xr.Dataset:
     """Return exact posterior and guide densities on a box that holds both, for the smallest, median and largest gap.
 
     The box starts at the whole of the prior and of the guide and closes in on what lies within 8 nats of either maximum. The

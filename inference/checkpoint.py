@@ -14,9 +14,7 @@ from elbowroom.errors import RunFolderError
 from elbowroom.files import atomic, sha256
 
 
-def identity(
-    module: nn.Module, data: Sequence[Tensor], *, options: Mapping[str, Any], seed: int, spec: str
-) -> dict[str, str]:
+def identity(module: nn.Module, data: Sequence[Tensor], *, options: Mapping[str, Any], seed: int, spec: str) -> dict[str, str]:
     """Describe what a checkpoint must share with a fit to be resumed by it: data, options, seed, module and spec.
 
     Args:

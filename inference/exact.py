@@ -1,6 +1,6 @@
 r"""Exact posteriors: the closed form of a linear-Gaussian VAE.
 
-    p(z|x) = N(m, M^-1),   log p(x) by `elbowroom.models.linear`
+p(z|x) = N(m, M^-1),   log p(x) by `elbowroom.models.linear`
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class ClosedForm(Reference):
     def refusal(self, log_joint: LogJoint) -> str | None:
         """Only a VAE with normal prior, linear decoder and gaussian likelihood of constant scale has one."""
         if self._oracle(log_joint) is None:
-            return "closed_form needs a VAE with normal prior, linear decoder and gaussian likelihood whose scale is not `decoder`"
+            return (
+                "closed_form needs a VAE with normal prior, linear decoder and gaussian likelihood whose scale is not `decoder`"
+            )
         return None
 
     @staticmethod

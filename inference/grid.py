@@ -16,7 +16,6 @@ reason. Everything runs in the log joint's dtype (float64).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -138,9 +137,7 @@ class Grid(Reference):
 
     name: ClassVar[str] = "grid"
 
-    def __init__(
-        self, *, tolerance: Annotated[float, Gt(0)] = 1e-4, max_points: Annotated[int, Gt(8)] | None = None
-    ) -> None:
+    def __init__(self, *, tolerance: Annotated[float, Gt(0)] = 1e-4, max_points: Annotated[int, Gt(8)] | None = None) -> None:
         self.tolerance = tolerance
         self.max_points = max_points
 
@@ -207,9 +204,9 @@ class Grid(Reference):
     def _locate(self, log_joint: LogJoint, seed: int) -> _Box:
         """Find each posterior on a shared coarse grid, then whiten until nothing is cut off."""
         n, d = log_joint.n_obs, log_joint.dim
-        some = torch.cat(
-            [log_joint.sample_prior(2 + 4000 // n, seed), log_joint.sample_guide(2 + 1000 // n, seed)[0]]
-        ).flatten(0, 1)
+        some = torch.cat([log_joint.sample_prior(2 + 4000 // n, seed), log_joint.sample_guide(2 + 1000 // n, seed)[0]]).flatten(
+            0, 1
+        )
         low, high = some.amin(0), some.amax(0)
         margin = 0.2 * (high - low) + 1e-6
         low, high = low - margin, high + margin
@@ -230,13 +227,13 @@ class Grid(Reference):
         mean = torch.einsum("gn,gd->nd", weight, z)
         second = torch.einsum("gn,gd,ge->nde", weight, z, z) - mean.unsqueeze(-1) * mean.unsqueeze(-2)
         eye = torch.eye(d, dtype=z.dtype, device=z.device)
-        root = torch.linalg.cholesky(second + (cell.square() / 4 + 1e-9 * second.diagonal(dim1=-2, dim2=-1)).unsqueeze(-1) * eye)
+        root = torch.linalg.cholesky(
+            second + (cell.square() / 4 + 1e-9 * second.diagonal(dim1=-2, dim2=-1)).unsqueeze(-1) * eye
+        )
         # as wide as the region above the threshold on the coarse grid, and one coarse cell more
         reach = torch.linalg.inv(root).abs()
         inside = log_p > log_p.max(0).values - DEPTH
-        spread = torch.stack(
-            [torch.where(inside, (z[:, j, None] - mean[:, j]).abs(), 0.0).amax(0) for j in range(d)], -1
-        )
+        spread = torch.stack([torch.where(inside, (z[:, j, None] - mean[:, j]).abs(), 0.0).amax(0) for j in range(d)], -1)
         half = ((reach @ (spread + cell).unsqueeze(-1)).squeeze(-1)).clamp(6.0, 60.0)
         box = _Box(mean, root, -half, half)
         for turn in range(MAX_TURNS):
@@ -260,7 +257,9 @@ class Grid(Reference):
         step = torch.full_like(best, 0.5)
         for _ in range(10):
             move = torch.einsum("nde,sne->snd", covariance, gradient)
-            size = torch.linalg.vector_norm(torch.linalg.solve(torch.linalg.cholesky(covariance), move.unsqueeze(-1)), dim=(-2, -1))
+            size = torch.linalg.vector_norm(
+                torch.linalg.solve(torch.linalg.cholesky(covariance), move.unsqueeze(-1)), dim=(-2, -1)
+            )
             trial = z + move * (step / (size / 4).clamp_min(1)).unsqueeze(-1)
             value, new_gradient = log_joint.grad(trial)
             better = value > best

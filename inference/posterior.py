@@ -70,7 +70,7 @@ class Posterior:
         return torch.tensor([s in ("exact", "certified") for s in self.status])
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation per datum and coordinate, (N, d) each: the better-known ones if given, else of the draws."""
+        """Return mean and standard deviation, (N, d) each: the better-known ones if given, else of the draws."""
         if self.mean is not None and self.covariance is not None:
             return self.mean, self.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
         flat = self.draws.flatten(0, 1)

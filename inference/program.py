@@ -385,8 +385,8 @@ def _check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], pl
         )
     if _kind(prior) != _kind(posterior):
         raise UnsupportedProgram(
-            f"site {name!r}: guide support {_kind(posterior)}, prior support {_kind(prior)}; wrap the guide's distribution in a "
-            "transform onto the prior's support, so that both densities live on the same set"
+            f"site {name!r}: guide support {_kind(posterior)}, prior support {_kind(prior)}; wrap the guide's distribution in "
+            "a transform onto the prior's support, so that both densities live on the same set"
         )
 
 
@@ -540,7 +540,7 @@ def find_modules(*roots: Any) -> list[torch.nn.Module]:
 
 def _is_user_code(item: Any) -> bool:
     module = getattr(item, "__module__", None) or ""
-    return not module.split(".")[0] in {"torch", "pyro", "numpy", "builtins", "math"}
+    return module.split(".")[0] not in {"torch", "pyro", "numpy", "builtins", "math"}
 
 
 def store_parameters() -> list[Tensor]:

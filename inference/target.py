@@ -19,12 +19,13 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
-from torch.distributions import biject_to
 from torch import Tensor
+from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
@@ -93,7 +94,7 @@ class LogJoint:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return log p(x_n, z_sn) with the Jacobian, (S, N), for z of shape (S, N, d)."""
-        parts = [self._map(lambda u, a=a: self._joint(u, a), z) for a in self.program.assignments]
+        parts = [self._map(partial(self._joint, assignment=a), z) for a in self.program.assignments]
         return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), 0)
 
     def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,12 +120,12 @@ class LogJoint:
 
     def log_guide(self, z: Tensor) -> Tensor:
         """Return log q(z_sn | x_n) in unconstrained coordinates, (S, N), for z of shape (S, N, d)."""
-        parts = [self._map(lambda u, a=a: self._guide_density(u, a), z) for a in self._guide_assignments()]
+        parts = [self._map(partial(self._guide_density, assignment=a), z) for a in self._guide_assignments()]
         return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), 0)
 
     def assignment_probabilities(self, z: Tensor) -> Tensor:
         """Return p(discrete assignment | x_n, z_sn), (A, S, N), over `program.assignments`."""
-        parts = torch.stack([self._map(lambda u, a=a: self._joint(u, a), z) for a in self.program.assignments])
+        parts = torch.stack([self._map(partial(self._joint, assignment=a), z) for a in self.program.assignments])
         return torch.softmax(parts, 0)
 
     def sample_guide(self, n_draws: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -50,9 +50,11 @@ def test_two_sites_in_a_hierarchy() -> None:
     axis = torch.linspace(-7, 7, 1401, dtype=F64)
     expected = [
         trapezoid(
-            lambda a, b, y=y: dist.Normal(0.0, 1.0).log_prob(a)
-            + dist.Normal(torch.tanh(a), 0.5).log_prob(b)
-            + dist.Normal(b**2, 0.7).log_prob(y),
+            lambda a, b, y=y: (
+                dist.Normal(0.0, 1.0).log_prob(a)
+                + dist.Normal(torch.tanh(a), 0.5).log_prob(b)
+                + dist.Normal(b**2, 0.7).log_prob(y)
+            ),
             axis,
             axis,
         )
@@ -77,9 +79,7 @@ def test_a_positive_latent_is_integrated_with_its_jacobian() -> None:
 
     result = audit(model, guide, counts)
     # gamma-Poisson: negative binomial evidence, gamma posterior
-    exact = (
-        torch.lgamma(counts + 2) - torch.lgamma(counts + 1) + 2 * math.log(0.5) - (counts + 2) * math.log(1.5)
-    )
+    exact = torch.lgamma(counts + 2) - torch.lgamma(counts + 1) + 2 * math.log(0.5) - (counts + 2) * math.log(1.5)
     check(result, exact)
     draws = result.posteriors["grid"].posterior["rate"].values.reshape(-1, 3)
     mean, sd = ((counts + 2) / 1.5).numpy(), ((counts + 2) / 1.5**2).sqrt().numpy()
@@ -130,8 +130,10 @@ def test_an_observation_mask_hides_what_it_masks(way: str) -> None:
     axis = torch.linspace(-9, 9, 4001, dtype=F64)
     expected = [
         trapezoid(
-            lambda z, row=row, s=s: dist.Normal(0.0, 1.0).log_prob(z)
-            + sum(dist.Normal(z * weight[j], 0.5).log_prob(row[j]) for j in range(2) if s[j]),
+            lambda z, row=row, s=s: (
+                dist.Normal(0.0, 1.0).log_prob(z)
+                + sum(dist.Normal(z * weight[j], 0.5).log_prob(row[j]) for j in range(2) if s[j])
+            ),
             axis,
         )
         for row, s in zip(y, seen, strict=True)
@@ -254,9 +256,7 @@ def test_a_discrete_local_site_is_summed_out_in_model_and_guide() -> None:
     log_joint = LogJoint(model, guide, X)
     logits = torch.log_softmax(torch.stack([-X, X], -1), -1)
     by_hand = torch.logsumexp(
-        torch.stack(
-            [logits[:, k] + dist.Normal(0.8 * X + 0.2 * (2.0 * k - 1.0), 0.45).log_prob(z[0, :, 0]) for k in (0, 1)]
-        ),
+        torch.stack([logits[:, k] + dist.Normal(0.8 * X + 0.2 * (2.0 * k - 1.0), 0.45).log_prob(z[0, :, 0]) for k in (0, 1)]),
         0,
     )
     torch.testing.assert_close(log_joint.log_guide(z)[0], by_hand)
@@ -281,9 +281,11 @@ def test_a_masked_latent_is_removed_for_its_datum() -> None:
     axis = torch.linspace(-8, 8, 2001, dtype=F64)
     with_extra = [
         trapezoid(
-            lambda z, u, y=y: dist.Normal(0.0, 1.0).log_prob(z)
-            + dist.Normal(0.0, 1.0).log_prob(u)
-            + dist.Normal(z + u.exp(), 0.5).log_prob(y),
+            lambda z, u, y=y: (
+                dist.Normal(0.0, 1.0).log_prob(z)
+                + dist.Normal(0.0, 1.0).log_prob(u)
+                + dist.Normal(z + u.exp(), 0.5).log_prob(y)
+            ),
             axis,
             axis,
         )
@@ -536,7 +538,9 @@ def test_dropout_and_batch_norm_are_in_eval_mode_inside_and_put_back() -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     log_joint = LogJoint(model, guide, y)
     assert all(module.training for module in net.modules())
-    assert all(torch.equal(before[name], value) and before[name].dtype == value.dtype for name, value in net.state_dict().items())
+    assert all(
+        torch.equal(before[name], value) and before[name].dtype == value.dtype for name, value in net.state_dict().items()
+    )
     assert all(parameter.requires_grad for parameter in net.parameters())
     z = torch.randn(2, 6, 1, dtype=F64)
     values = log_joint(z)

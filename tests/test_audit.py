@@ -1,0 +1,186 @@
+"""The audit's table, its files, and the words that it may use."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import arviz as az
+import arviz_plots
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from conftest import linear_vae, mlp_vae, set_guide
+
+from elbowroom.analysis.audit import VARIABLES, Audit, audit, audit_log_joint
+from elbowroom.analysis.distances import sliced_wasserstein
+from elbowroom.analysis.evidence import LOWER_BOUND
+from elbowroom.errors import RunFolderError
+from elbowroom.inference.target import LogJoint
+from elbowroom.models.guides import FullRankNormal
+
+F64 = torch.float64
+
+
+@pytest.fixture(scope="module")
+def small() -> Audit:
+    vae = mlp_vae(2)
+    x = torch.bernoulli(torch.full((9, 12), 0.5))
+    return audit(vae.model, vae.guide, x, references=["grid"])
+
+
+def test_the_gap_is_evidence_minus_elbo_with_an_interval(small: Audit) -> None:
+    t = small.table
+    np.testing.assert_allclose(t["gap_total"], t["log_evidence"] - t["elbo"])
+    assert (t["gap_total_lower"] <= t["gap_total"]).all()
+    assert (t["gap_total"] <= t["gap_total_upper"]).all()
+    np.testing.assert_allclose(t["rate"] + t["distortion"], -t["elbo"], atol=1e-8)
+    assert (t["gap_total"] > -3 * t["elbo_se"]).all()
+
+
+def test_every_variable_has_units_and_a_long_name(small: Audit) -> None:
+    for name in VARIABLES:
+        assert small.table[name].attrs["units"]
+        assert small.table[name].attrs["long_name"]
+
+
+def test_gap_equals_the_kl_by_quadrature(small: Audit) -> None:
+    """KL(q || p) integrated on a fine lattice over q's own support, with the evidence of the audit."""
+    vae = mlp_vae(2).double()
+    x = torch.tensor(small.posteriors["grid"].observed_data["x"].values, dtype=F64)
+    log_joint = LogJoint(vae.model, vae.guide, x)
+    q = vae.posterior(x)
+    axis = torch.linspace(-6, 6, 121, dtype=F64)
+    lattice = torch.cartesian_prod(axis, axis)
+    z = (q.mean + lattice[:, None] * q.variance.sqrt()).detach()
+    with torch.no_grad():
+        log_q, log_p = log_joint.log_guide(z), log_joint(z)
+    weight = torch.softmax(log_q, 0)
+    kl = (weight * (log_q - log_p)).sum(0) + torch.tensor(small.table["log_evidence"].values)
+    error = torch.tensor(small.table["gap_total"].values) - kl
+    assert (error.abs() < 4.5 * torch.tensor(small.table["elbo_se"].values) + 1e-6).all()
+
+
+def test_files_round_trip_and_open_in_arviz(small: Audit, tmp_path: Path) -> None:
+    small.save(tmp_path)
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"audit.nc", "audit.csv", "guide.nc", "grid.nc"}
+    again = Audit.load(tmp_path)
+    assert again.verdict == small.verdict
+    assert again.table.identical(small.table)
+    for method in ("guide", "grid"):
+        tree = az.from_netcdf(tmp_path / "posteriors" / f"{method}.nc")
+        summary = az.summary(tree, var_names=["z"])
+        assert len(summary) == 18
+        assert (summary["r_hat"] < 1.05).all()
+        means = tree.posterior["z"].mean(("chain", "draw")).values
+        moments = again.posteriors[method]["moments"]
+        sd = np.sqrt(np.einsum("nii->ni", moments["covariance"].values))
+        assert (abs(means - moments["mean"].values) < 4.5 * sd / 1000**0.5).all()
+        (axes,) = az.plot_forest(tree, var_names=["z"], coords={"obs_id": [0, 1]}, combined=True)
+        assert len(axes.get_yticklabels()) == 4
+        plt.close("all")
+        plots = arviz_plots.plot_dist(again.posteriors[method], var_names=["z"], coords={"obs_id": [0, 1]})
+        assert plots.viz is not None
+        plt.close("all")
+    text = (tmp_path / "audit.csv").read_text().splitlines()
+    assert len(text) == 10
+    assert "mean_error[grid]" in text[0]
+
+
+def test_dims_and_groups_are_arviz(small: Audit) -> None:
+    tree = small.posteriors["guide"]
+    assert tree.posterior["z"].dims == ("chain", "draw", "obs_id", "latent")
+    assert tree.sample_stats["lp"].dims == ("chain", "draw", "obs_id")
+    assert tree.observed_data["x"].dims == ("obs_id", "x_dim_0")
+    assert tree.attrs["method"] == "guide"
+
+
+def test_a_folder_without_an_audit_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"no audit.nc here; run `elbowroom audit"):
+        Audit.load(tmp_path)
+
+
+def test_beyond_the_grid_a_bad_guide_gets_a_bound_that_is_called_one() -> None:
+    """d = 5, no closed form offered: k-hat is large, so there is no value of log p(x) and no gap, only a lower bound."""
+    vae, x, oracle = linear_vae(5, 8, noise=0.05)
+    set_guide(vae, oracle)
+    log_joint = LogJoint(vae.model, vae.guide, x)
+    result = audit_log_joint(log_joint, references=[], draws=2000)
+    table = result.table
+    bound = table["evidence_method"] == LOWER_BOUND
+    assert bound.all()
+    assert table["log_evidence"].isnull().all()
+    assert table["gap_total"].isnull().all()
+    assert table["log_evidence_upper"].isnull().all()
+    exact = oracle.log_evidence(x).numpy()
+    # Markov: a bound exceeds log p + b with probability at most exp(-b)
+    assert ((table["log_evidence_lower"].values - exact) < 7).all()
+    assert (table["log_evidence_lower"].values < exact).mean() > 0.5
+    assert "lower bound" in result.verdict
+    assert "is known: the latent space is too large for a grid" in result.verdict
+    assert all("log p(x) [nats], 0 data" in name or "log p(x)" not in name for name, _ in result.lines())
+
+
+def test_beyond_the_grid_a_good_guide_gets_an_estimate_with_its_error() -> None:
+    vae, x, oracle = linear_vae(5, 8, family=FullRankNormal)
+    set_guide(vae, oracle)
+    with torch.no_grad():  # 10 % too wide: good weights, but not constant ones
+        vae.posterior.encoder.body.bias[5:10] += 0.1
+    result = audit_log_joint(LogJoint(vae.model, vae.guide, x), references=[], draws=4000)
+    table = result.table
+    assert set(table["evidence_method"].values) == {"importance sampling estimate"}
+    error = table["log_evidence"].values - oracle.log_evidence(x).numpy()
+    assert (abs(error) < 4.5 * table["log_evidence_se"].values).all()
+    assert table.sizes["reference"] == 0
+
+
+def test_auto_takes_the_closed_form_where_there_is_one() -> None:
+    vae, x, oracle = linear_vae(4, 6, n=6)
+    set_guide(vae, oracle)
+    result = audit(vae.model, vae.guide, x)
+    assert result.table["reference"].values.tolist() == ["closed_form"]
+
+
+def test_evidence_agrees_with_importance_sampling_where_k_is_small() -> None:
+    vae = mlp_vae(2)
+    x = torch.bernoulli(torch.full((30, 12), 0.5))
+    log_joint = LogJoint(vae.model, vae.guide, x)
+    grid = audit_log_joint(log_joint, references=["grid"]).table
+    sampled = audit_log_joint(log_joint, references=[], seed=1).table
+    good = (sampled["pareto_k"] < 0.5) & sampled["log_evidence"].notnull()
+    assert good.sum() > 0
+    z_score = (grid["log_evidence"] - sampled["log_evidence"])[good] / sampled["log_evidence_se"][good]
+    assert (abs(z_score) < 4.5).all()
+
+
+def test_blocks_of_data_give_the_table_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, x, oracle = linear_vae(2, 6, n=10)
+    log_joint = LogJoint(vae.model, vae.guide, x)
+    whole = audit_log_joint(log_joint, references=["grid"], draws=400, keep=200).table
+    monkeypatch.setattr("elbowroom.analysis.audit.BLOCK", 1600)
+    said: list[str] = []
+    blocks = audit_log_joint(log_joint, references=["grid"], draws=400, keep=200, progress=said.append).table
+    assert "grid for data 4..7 of 10" in said
+    np.testing.assert_allclose(whole["log_evidence"], blocks["log_evidence"], atol=1e-8)
+    assert whole["obs_id"].equals(blocks["obs_id"])
+
+
+def test_sliced_wasserstein_of_a_shift() -> None:
+    """In one dimension W1 of a shift is the shift; sliced over a plane it shrinks by the mean |cosine|, 2/pi."""
+    a = torch.randn(500, 3, 1, dtype=F64)
+    torch.testing.assert_close(sliced_wasserstein(a, a + 0.7), torch.full((3,), 0.7, dtype=F64))
+    b = torch.randn(500, 2, 2, dtype=F64)
+    shifted = b + torch.tensor([0.6, 0.8], dtype=F64)
+    distance = sliced_wasserstein(b, shifted, projections=4000)
+    torch.testing.assert_close(distance, torch.full((2,), 2 / math.pi, dtype=F64), atol=0.02, rtol=0)
+    with pytest.raises(ValueError, match="samples differ in shape"):
+        sliced_wasserstein(a, b)
+
+
+def test_distance_of_the_reference_to_itself_is_its_noise_floor() -> None:
+    vae, x, oracle = linear_vae(2, 6, family=FullRankNormal)
+    set_guide(vae, oracle)
+    table = audit(vae.model, vae.guide, x, references=["grid"]).table
+    ratio = (table["sliced_wasserstein"] / table["noise_floor"]).values
+    assert 0.8 < np.median(ratio) < 1.25
