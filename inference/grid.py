@@ -254,12 +254,11 @@ class Grid(Reference):
         """Return the highest log joint met by climbing from guide and prior draws, (N,): a peak that the grid must not miss."""
         z = torch.cat([log_joint.sample_guide(PROBES, seed + 1)[0], log_joint.sample_prior(PROBES, seed + 1)])
         best, gradient = log_joint.grad(z)
+        whiten = torch.linalg.inv(torch.linalg.cholesky(covariance))
         step = torch.full_like(best, 0.5)
         for _ in range(10):
             move = torch.einsum("nde,sne->snd", covariance, gradient)
-            size = torch.linalg.vector_norm(
-                torch.linalg.solve(torch.linalg.cholesky(covariance), move.unsqueeze(-1)), dim=(-2, -1)
-            )
+            size = torch.einsum("nde,sne->snd", whiten, move).norm(dim=-1)
             trial = z + move * (step / (size / 4).clamp_min(1)).unsqueeze(-1)
             value, new_gradient = log_joint.grad(trial)
             better = value > best
