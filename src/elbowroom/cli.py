@@ -41,9 +41,7 @@ app.add_typer(spec_app, name="spec")
 
 SpecArg = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec file (.yaml)", show_default=False)]
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder", show_default=False)]
-Out = Annotated[
-    Path | None, typer.Option("--out", metavar="FOLDER", help="the run folder [default: runs/<spec's name>]")
-]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="the run folder [default: runs/<spec's name>]")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="move what is there aside first")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the run that is there")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="change the spec; may be repeated")]
@@ -63,9 +61,7 @@ def _version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _elbowroom(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
 ) -> None:
     """How much room is there between your ELBO and the truth? Fit a VAE, then audit its posterior."""
     if context.invoked_subcommand is None:
@@ -104,7 +100,7 @@ def fit(
     """Fit the VAE that a spec declares."""
     fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device)
     if fitted is not None and not as_json:
-        _console().print(f"\nnext: elbowroom audit {fitted.path}", highlight=False)
+        typer.echo(f"next: elbowroom audit {fitted.path}")
     _finish(result, as_json)
 
 
@@ -133,7 +129,7 @@ def audit(
         fitted.check_audit(data)
         result["dry_run"] = "everything was checked, nothing was written"
         if not as_json:
-            _console().print(f"{run}: {result['dry_run']}", highlight=False, soft_wrap=True)
+            typer.echo(f"{run}: {result['dry_run']}")
     else:
         result |= _audit(fitted, data, out, as_json, device)
     _finish(result, as_json)
@@ -177,9 +173,7 @@ def _spec(context: typer.Context) -> None:
 
 @spec_app.command("init")
 def spec_init(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="the spec to copy; without it, list them")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="the spec to copy; without it, list them")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="where to [default: NAME.yaml]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file that is there")] = False,
     as_json: Json = False,
@@ -232,8 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error))
     except _ClickException as error:
-        message = " ".join(error.format_message().split()).rstrip(".")
-        _fail(f"{message}{_suggestion(error)}; see `{_command(error)} --help`")
+        _fail(f"{_usage_problem(error)}; see `{_command(error)} --help`")
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("elbowroom: interrupted; a fit goes on with --resume", err=True)
         sys.exit(130)
@@ -252,19 +245,19 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _suggestion(error: Any) -> str:
-    """Name the nearest option where click does not."""
+def _usage_problem(error: Any) -> str:
+    """Say a usage error in one line, with the nearest option or command."""
     context, name = getattr(error, "ctx", None), getattr(error, "option_name", None)
-    if context is None or name is None or getattr(error, "possibilities", None):
-        return ""
-    offered = [option for parameter in context.command.params for option in parameter.opts if option.startswith("--")]
-    hint = nearest(name, offered)
-    return hint if hint.startswith("; did") else ""
+    if context is not None and name is not None:
+        offered = [o for parameter in context.command.params for o in parameter.opts if o.startswith("--")]
+        return f"no such option {name}{nearest(name, offered)}".rstrip("?")
+    message = " ".join(error.format_message().split()).rstrip(".?")
+    return message[:1].lower() + message[1:].replace(". Did you mean", "; did you mean")
 
 
 def _command(error: Any) -> str:
     context = getattr(error, "ctx", None)
-    return "elbowroom" if context is None else "elbowroom " + " ".join(context.command_path.split()[1:]).strip()
+    return " ".join(["elbowroom", *(context.command_path.split()[1:] if context is not None else ())])
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -303,9 +296,7 @@ def _fit(
         typer.echo(f"elbowroom: note: {note}", err=True)
     path, use = shell.ready(experiment, out, overwrite=overwrite, resume=resume)
     if dry_run:
-        sentence = (
-            f"{experiment.label}: everything was checked, nothing was written; the run would go to {path} ({use})"
-        )
+        sentence = f"{experiment.label}: everything was checked, nothing was written; the run would go to {path} ({use})"
         if not as_json:
             typer.echo(sentence)
         return None, {"run": str(path), "dry_run": sentence, "notes": list(experiment.loaded.notes)}
@@ -313,7 +304,7 @@ def _fit(
         fitted = shell.fit(experiment, path, overwrite=overwrite, resume=resume, report=report)
     if not as_json:
         _console().print(f"fit: {fitted.summary}", highlight=False)
-        _console().print(f"wrote {path}/ (weights.pt, history.csv, spec.yaml, split.npz)", highlight=False)
+        typer.echo(f"wrote {path}/ (weights.pt, history.csv, spec.yaml, split.npz)")
     return fitted, {"run": str(path), "fit": fitted.summary, "notes": list(experiment.loaded.notes)}
 
 
@@ -343,7 +334,7 @@ def _print_audit(found: Audit, folder: Path) -> None:
     for sentence in found.verdict.splitlines():
         console.print(sentence, highlight=False)
     posteriors = ", ".join(f"posteriors/{name}.nc" for name in found.posteriors)
-    console.print(f"\nwrote {folder}/ (audit.nc, audit.csv, {posteriors})", highlight=False)
+    typer.echo(f"\nwrote {folder}/ (audit.nc, audit.csv, {posteriors})")
 
 
 def _report(run: Path, as_json: bool) -> dict[str, Any]:
@@ -406,9 +397,7 @@ def _print_components(found: list[Any], problems: dict[str, list[str]] | None) -
             console.print(Padding(Text(f"FAILED: {problem}", "bold red"), (0, 0, 0, 6)))
     if problems is not None:
         bad = sum(bool(p) for p in problems.values())
-        console.print(
-            f"\nchecked {len(found)}: {'all keep the protocol' if not bad else f'{bad} do not'}", highlight=False
-        )
+        console.print(f"\nchecked {len(found)}: {'all keep the protocol' if not bad else f'{bad} do not'}", highlight=False)
 
 
 if __name__ == "__main__":

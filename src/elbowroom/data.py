@@ -11,6 +11,7 @@ import io
 import math
 import warnings
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,9 +77,7 @@ class Dataset:
         if x.dtype.kind not in "buif":
             raise DataError(f"{self.name}: numbers are needed, this array holds {_kind(x)}; convert it to float first")
         if x.ndim == 1:
-            raise DataError(
-                f"{self.name}: rows and columns are needed, this array is flat; reshape it to ({len(x)}, 1)"
-            )
+            raise DataError(f"{self.name}: rows and columns are needed, this array is flat; reshape it to ({len(x)}, 1)")
         if x.ndim == 0 or x.size == 0:
             raise DataError(f"{self.name}: empty, shape {tuple(x.shape)}; at least 3 rows of one number are needed")
         for start, part in _parts(x):
@@ -188,9 +187,7 @@ class Digits(Source):
         bunch = load_digits()
         grey = bunch.images
         if self.binarize is not None and self.binarize > grey.max():
-            raise SpecError(
-                f"data.binarize: {self.binarize:g} leaves every pixel 0: pixels go from 0 to {grey.max():g}"
-            )
+            raise SpecError(f"data.binarize: {self.binarize:g} leaves every pixel 0: pixels go from 0 to {grey.max():g}")
         x = grey / self.scale if self.binarize is None else grey >= self.binarize
         return Dataset(x.astype(np.float32), "digits", labels=bunch.target.astype(np.int64))
 
@@ -286,29 +283,25 @@ class File(Source):
 
     def _npz(self) -> Dataset:
         try:
-            archive = np.load(self.path, allow_pickle=False)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            with self.path.open("rb") as handle:
+                archive = np.load(handle, allow_pickle=False)
+                if not isinstance(archive, np.lib.npyio.NpzFile):
+                    raise DataError(f"{self.label}: not an .npz archive; if it is one array, call it .npy")
+                key = self._choose(list(archive.files))
+                x = np.asarray(archive[key])
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
             raise DataError(f"{self.label}: {_numpy_problem(error)}") from None
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"{self.label}: not an .npz archive; if it is one array, call it .npy")
-        with archive:
-            keys = list(archive.files)
-            key = self.key
-            if key is None:
-                if len(keys) != 1 and "x" not in keys:
-                    raise DataError(f"{self.label}: holds {', '.join(keys) or 'nothing'}; say which with data.key")
-                key = "x" if "x" in keys else keys[0]
-            elif key not in keys:
-                raise DataError(f"{self.label}: data.key: there is no array {key!r}{nearest(key, keys)}")
-            try:
-                x = archive[key]
-            except (ValueError, EOFError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-                raise DataError(f"{self.label}: array {key!r}: {_numpy_problem(error)}") from None
-            except Exception as error:
-                if type(error).__name__ not in ("error", "LZMAError"):  # zlib.error, lzma.LZMAError
-                    raise
-                raise DataError(f"{self.label}: array {key!r}: {_numpy_problem(error)}") from None
-        return Dataset(np.asarray(x), f"{self.label}[{key}]" if self.key else self.label)
+        return Dataset(x, self.label if self.key is None else f"{self.label}[{key}]")
+
+    def _choose(self, keys: list[str]) -> str:
+        """Name the array of an archive to use."""
+        if self.key is None:
+            if len(keys) != 1 and "x" not in keys:
+                raise DataError(f"{self.label}: holds {', '.join(keys) or 'nothing'}; say which with data.key")
+            return "x" if "x" in keys else keys[0]
+        if self.key not in keys:
+            raise DataError(f"{self.label}: data.key: there is no array {self.key!r}{nearest(self.key, keys)}")
+        return self.key
 
 
 def read_csv(path: Path, label: str) -> Dataset:

@@ -100,9 +100,7 @@ def read(path: str | Path) -> dict[str, Any]:
             raise SpecError(f"{label}: more than {MAX_BYTES:,} bytes: this is not a spec")
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise SpecError(
-            f"{path}: no such spec; `elbowroom spec init` copies one of those that come with elbowroom"
-        ) from None
+        raise SpecError(f"{path}: no such spec; `elbowroom spec init` copies one of those that come with elbowroom") from None
     except UnicodeDecodeError as error:
         raise SpecError(f"{label}: not a text file in UTF-8 (byte {error.start})") from None
     except (OSError, ValueError) as error:
@@ -217,9 +215,7 @@ def assign(tree: dict[str, Any], changes: dict[tuple[str, ...], Any]) -> tuple[d
                 continue  # the name has not changed: the options stay
             dropped = [option for option in old if option != "name"]
             if dropped:
-                notes.append(
-                    f"--set {dotted(path)}={value}: the options of {old['name']} were reset ({', '.join(dropped)})"
-                )
+                notes.append(f"--set {dotted(path)}={value}: the options of {old['name']} were reset ({', '.join(dropped)})")
         elif isinstance(value, dict) and isinstance(old, dict):
             dropped = [option for option in old if option not in value and option != "name"]
             if dropped:

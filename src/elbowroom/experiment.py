@@ -155,9 +155,7 @@ class Experiment:
             torch.manual_seed(self.spec.seed)
             try:
                 prior = components.build("prior", model.prior, where="model.prior", latent_dim=d)
-                likelihood = components.build(
-                    "likelihood", model.likelihood, where="model.likelihood", event_shape=shape
-                )
+                likelihood = components.build("likelihood", model.likelihood, where="model.likelihood", event_shape=shape)
                 family = components.build("guide", guide.family, where="guide.family", latent_dim=d)
                 decoder = components.build(
                     "network", model.decoder, where="model.decoder", in_shape=(d,), out_dim=likelihood.param_dim
@@ -379,9 +377,7 @@ class Run:
             if self.experiment.data_sha256 != record.data_sha256:
                 raise RunFolderError(f"{self.path}: {self.experiment.data.name} has changed since the fit; fit again")
             if self.experiment.identity != record.experiment:
-                raise RunFolderError(
-                    f"{self.path / folder.SPEC}: was changed after the fit; fit again with --overwrite"
-                )
+                raise RunFolderError(f"{self.path / folder.SPEC}: was changed after the fit; fit again with --overwrite")
         return self.experiment.data
 
     def audit(
@@ -483,9 +479,7 @@ class Run:
         shape = self.vae.likelihood.event_shape
         if dataset.event_shape != shape:
             if int(np.prod(dataset.event_shape)) != int(np.prod(shape)):
-                raise DataError(
-                    f"{dataset.name}: each datum has shape {dataset.event_shape}, the model expects {shape}"
-                )
+                raise DataError(f"{dataset.name}: each datum has shape {dataset.event_shape}, the model expects {shape}")
             dataset = Dataset(dataset.x.reshape(-1, *shape), dataset.name)
         try:
             Experiment.check_support(self.experiment, self.vae, dataset)
@@ -514,9 +508,7 @@ def _load_weights(vae: VAE, path: Path) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise RunFolderError(
-            f"{path}: missing: the fit has not ended; go on with `elbowroom fit SPEC --resume`"
-        ) from None
+        raise RunFolderError(f"{path}: missing: the fit has not ended; go on with `elbowroom fit SPEC --resume`") from None
     except Exception as error:
         reason = str(error).split(". ")[0][:80]
         raise RunFolderError(f"{path}: damaged ({reason}); fit again with --overwrite") from None
@@ -527,6 +519,4 @@ def _load_weights(vae: VAE, path: Path) -> None:
                 setattr(vae.get_submodule(owner), leaf, state[name].clone())
         vae.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise RunFolderError(
-            f"{path}: does not belong to this spec ({str(error).splitlines()[-1].strip()[:120]})"
-        ) from None
+        raise RunFolderError(f"{path}: does not belong to this spec ({str(error).splitlines()[-1].strip()[:120]})") from None

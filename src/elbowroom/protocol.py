@@ -87,9 +87,7 @@ def _prior(prior: Any, expect: Expect) -> None:
     trace = pyro.poutine.trace(program).get_trace()
     z = trace.nodes["_RETURN"]["value"]
     expect(tuple(z.shape) == (N, DIM), f"returns z of shape (N, latent_dim), got {tuple(z.shape)}")
-    latent = [
-        site for site in trace.nodes.values() if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
-    ]
+    latent = [site for site in trace.nodes.values() if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"]
     sites = [site for site in latent if site["name"] != "data"]
     expect(bool(sites), "draws a sample site")
     expect(prior.latent_dim == DIM, "states latent_dim")
@@ -156,14 +154,10 @@ def _reference(reference: Any, expect: Expect) -> None:
     mean, sd = posterior.moments()
     exact, covariance = oracle.posterior(x)
     off = ((mean - exact) / covariance.diagonal().sqrt()).abs().max()
-    expect(
-        float(off.detach()) < 0.3, f"posterior mean within 0.3 sd of the closed form, off by {float(off.detach()):.2f}"
-    )
+    expect(float(off.detach()) < 0.3, f"posterior mean within 0.3 sd of the closed form, off by {float(off.detach()):.2f}")
     if posterior.evidence is not None and posterior.evidence.kind == "exact":
         error = (posterior.evidence.value - oracle.log_evidence(x)).abs().max()
-        expect(
-            float(error.detach()) < 1e-3, f"evidence within 1e-3 of the closed form, off by {float(error.detach()):.2g}"
-        )
+        expect(float(error.detach()) < 1e-3, f"evidence within 1e-3 of the closed form, off by {float(error.detach()):.2g}")
 
 
 def _gradient(module: nn.Module, value: Tensor, expect: Expect, *inputs: Tensor) -> None:

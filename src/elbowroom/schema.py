@@ -164,7 +164,7 @@ def type_text(annotation: Any) -> str:
     if origin is not None and str(origin).endswith("Literal"):
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if origin is not None and arguments:
-        return f"list of {type_text(arguments[0])}"
+        return f"list of {type_text(arguments[0])}".replace("number", "numbers", 1)
     name = getattr(annotation, "__name__", str(annotation))
     return "path" if name == "Path" else name
 
@@ -215,9 +215,7 @@ def _parameters(function: Callable[..., Any] | type) -> list[inspect.Parameter]:
     for p in parameters:
         if p.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
             star = "**" if p.kind is inspect.Parameter.VAR_KEYWORD else "*"
-            raise TypeError(
-                f"{function.__qualname__} takes {star}{p.name}: name every option, so that it can be checked"
-            )
+            raise TypeError(f"{function.__qualname__} takes {star}{p.name}: name every option, so that it can be checked")
     return parameters
 
 

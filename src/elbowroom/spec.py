@@ -46,9 +46,7 @@ class AuditBlock(Block):
 
     observations: Literal["all"] | Count = Field("all", description="how many of the test data to audit, or all")
     references: Any
-    draws: Annotated[int, Strict(), Ge(100)] = Field(
-        10_000, description="draws of the guide per datum for ELBO and k-hat"
-    )
+    draws: Annotated[int, Strict(), Ge(100)] = Field(10_000, description="draws of the guide per datum for ELBO and k-hat")
     keep: Annotated[int, Strict(), Ge(100)] = Field(1_000, description="draws per datum that are kept in the files")
 
 
@@ -187,17 +185,13 @@ def validate(
     if type(version) is not int or version < 1:
         raise SpecError(f"{label}: schema: must be {VERSION}, got {schema.short(version)}")
     if version > VERSION:
-        raise SpecError(
-            f"{label}: schema: {version} is newer than this elbowroom, which reads {VERSION}; upgrade elbowroom"
-        )
+        raise SpecError(f"{label}: schema: {version} is newer than this elbowroom, which reads {VERSION}; upgrade elbowroom")
     try:
         spec = spec_model().model_validate(dict(tree))
     except ValidationError as error:
         path, problem = schema.one_problem(error, tree)
         words = tuple(map(str, path))
-        ours = any(
-            words[: len(a)] == a or (problem.startswith("unknown") and a[: len(words)] == words) for a in assigned
-        )
+        ours = any(words[: len(a)] == a or (problem.startswith("unknown") and a[: len(words)] == words) for a in assigned)
         where = f"--set {dotted(path)}" if ours else f"{label}: {dotted(path)}" if path else label
         raise SpecError(f"{where}: {problem}") from None
     clash = contradiction(spec)
