@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elbowroom.analysis.audit import Audit, audit
     from elbowroom.components import register
-    from elbowroom.experiment import Experiment, Run, fit
+    from elbowroom.experiment import Experiment
     from elbowroom.inference.posterior import Posterior
     from elbowroom.inference.target import LogJoint
     from elbowroom.models.vae import VAE
+    from elbowroom.run import Run, fit
 
     __version__: str
 
@@ -39,8 +40,8 @@ _HOME = {
     "audit": "elbowroom.analysis.audit",
     "register": "elbowroom.components",
     "Experiment": "elbowroom.experiment",
-    "Run": "elbowroom.experiment",
-    "fit": "elbowroom.experiment",
+    "Run": "elbowroom.run",
+    "fit": "elbowroom.run",
     "Posterior": "elbowroom.inference.posterior",
     "LogJoint": "elbowroom.inference.target",
     "VAE": "elbowroom.models.vae",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from elbowroom.analysis.audit import Audit
-    from elbowroom.experiment import Run
+    from elbowroom.run import Run
 
 _ClickException: Any = typer.BadParameter.__mro__[2]
 """Click's base class of usage errors; typer carries its own copy of click and does not export it."""
@@ -121,7 +121,7 @@ def audit(
     device: Device = None,
 ) -> None:
     """Audit a fitted run: how far is q(z|x) from p(z|x), datum by datum."""
-    from elbowroom.experiment import Run
+    from elbowroom.run import Run
 
     fitted = Run.load(run, set=change or [])
     result: dict[str, Any] = {"run": str(run)}
@@ -222,7 +222,7 @@ def spec_schema() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        code = app(args=None if arguments is None else list(arguments), prog_name="elbowroom", standalone_mode=False)
     except UserError as error:
         _fail(str(error))
     except _ClickException as error:
@@ -251,7 +251,7 @@ def _usage_problem(error: Any) -> str:
     if context is not None and name is not None:
         offered = [o for parameter in context.command.params for o in parameter.opts if o.startswith("--")]
         return f"no such option {name}{nearest(name, offered)}".rstrip("?")
-    message = " ".join(error.format_message().split()).rstrip(".?")
+    message = " ".join(error.format_message().split()).rstrip(".?").replace("argument(s)", "argument")
     return message[:1].lower() + message[1:].replace(". Did you mean", "; did you mean")
 
 
@@ -288,10 +288,11 @@ def _fit(
     device: str | None,
 ) -> tuple[Run | None, dict[str, Any]]:
     """Fit and say so; (None, result) after a dry run."""
-    from elbowroom import experiment as shell
+    from elbowroom import run as shell
+    from elbowroom.experiment import Experiment
 
     changes = [*(change or []), *([f"fit.device={device}"] if device is not None else [])]
-    experiment = shell.Experiment.load(spec, set=changes)
+    experiment = Experiment.load(spec, set=changes)
     for note in experiment.loaded.notes:
         typer.echo(f"elbowroom: note: {note}", err=True)
     path, use = shell.ready(experiment, out, overwrite=overwrite, resume=resume)
