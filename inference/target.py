@@ -30,7 +30,9 @@ from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.feed import Feed
-from elbowroom.inference.program import find_modules, inspect, per_datum, store_parameters
+from elbowroom.inference.inspection import inspect
+from elbowroom.inference.program import per_datum
+from elbowroom.inference.snapshot import Snapshot
 
 log = logging.getLogger("elbowroom")
 
@@ -75,16 +77,14 @@ class LogJoint:
         **kwargs: Any,
     ) -> None:
         self.model, self.guide = model, guide
-        self.args, self.kwargs = args, kwargs
-        self.modules = find_modules(model, guide, args, kwargs)
-        self.dtype: torch.dtype | None = None
-        with self._eval_mode(), _seeded(0), torch.no_grad(), pyro.validation_enabled(True):
+        self.snapshot = Snapshot((model, guide), args, kwargs)
+        with self.snapshot.eval_mode(), _seeded(0), torch.no_grad(), pyro.validation_enabled(True):
             self.program = inspect(model, guide, args, kwargs, plate)
         self.n_obs, self.dim, self.sites = self.program.n_obs, self.program.dim, self.program.sites
         self.plate = self.program.plate
         self.notes = self.program.notes
-        self.device = next((t.device for t in self._leaves() if isinstance(t, Tensor)), torch.device("cpu"))
-        self._snapshot(None)
+        self.device = next((t.device for t in self.snapshot.leaves() if isinstance(t, Tensor)), torch.device("cpu"))
+        self._take(None)
         self.mode = "loop"
         self.draws_in_plate: bool | None = None
         self._probe(dtype)
@@ -260,7 +260,7 @@ class LogJoint:
         """Apply a function of (N, d) to every draw of (S, N, d), a bounded number of rows at a time."""
         if z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim):
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (draws, {self.n_obs}, {self.dim})")
-        with self._scope():
+        with self.snapshot.scope():
             z = z if self.dtype is None else z.to(self.dtype)
             chunk = max(1, ROWS // self.n_obs)
             return torch.cat([self._map_chunk(function, part) for part in z.split(chunk)])
@@ -275,7 +275,7 @@ class LogJoint:
 
     def _draw(self, program: Callable[..., Any], n_draws: int, seed: int) -> Tensor:
         """Run a program forward and read off the local sites, in unconstrained coordinates: (S, N, d)."""
-        with _seeded(seed), self._scope(), torch.no_grad():
+        with _seeded(seed), self.snapshot.scope(), torch.no_grad():
             chunk = max(1, 8 * ROWS // self.n_obs)
             sizes = [chunk] * (n_draws // chunk) + [n_draws % chunk] * (n_draws % chunk > 0)
             z = torch.cat([self._forward(program, size) for size in sizes])
@@ -331,7 +331,7 @@ class LogJoint:
         return torch.stack(runs)
 
     def _shared(self, z: Tensor) -> Tensor:
-        with self._scope():
+        with self.snapshot.scope():
             z = z if self.dtype is None else z.to(self.dtype)
             rows = max(1, ROWS * 8 // self.n_obs)
             parts = []
@@ -374,16 +374,16 @@ class LogJoint:
             )
         self._check_local(z, base)
         self._check_outside(z)
-        own = next((t.dtype for t in self._leaves() if t.is_floating_point()), torch.get_default_dtype())
+        own = next((t.dtype for t in self.snapshot.leaves() if t.is_floating_point()), torch.get_default_dtype())
         if dtype is not None:
             try:
-                self._snapshot(dtype)
+                self._take(dtype)
                 in_dtype = self(z.to(dtype))
                 if not torch.allclose(in_dtype, base.to(dtype), rtol=1e-3, atol=1e-2):
                     raise RuntimeError("values differ by more than rounding")
                 base, z = in_dtype, z.to(dtype)
             except (RuntimeError, TypeError) as error:
-                self._snapshot(None)
+                self._take(None)
                 self._note(f"evaluated in {own}, not {dtype}: {_first_line(error)}")
         for mode in ("vmap", "repeat"):
             self.mode = mode
@@ -413,7 +413,7 @@ class LogJoint:
     def _check_outside(self, z: Tensor) -> None:
         if self.dim == 0:
             return
-        with self._scope():
+        with self.snapshot.scope():
             a, b = (self._run(self.model, self.program.assignments[0], z=u, index=self._index).outside for u in (z[0], z[1]))
         if not torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-4, atol=1e-4):
             raise UnsupportedProgram(
@@ -421,66 +421,24 @@ class LogJoint:
                 "through it; move it inside the plate"
             )
 
+    def _take(self, dtype: torch.dtype | None) -> None:
+        """Copy weights, arguments and pinned values in `dtype`."""
+        self.snapshot.take(dtype)
+        self._args, self._kwargs = self.snapshot.args, self.snapshot.kwargs
+        self._index: dict[str, Tensor] = dict(self.program.index)
+        pinned = {name: Snapshot.convert(value, dtype) for name, value in self.program.pinned.items()}
+        self.program = dataclasses.replace(self.program, pinned=pinned)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The floating-point type of all computations; None for the program's own."""
+        return self.snapshot.dtype
+
     def _note(self, sentence: str) -> None:
         self.notes.append(sentence)
         log.info(sentence)
 
-    # -- scopes: nothing the user owns is left changed ------------------------------------------------------------------
-
-    def _leaves(self) -> list[Tensor]:
-        """Every tensor that the program's numbers come from: arguments, parameters, buffers, the parameter store."""
-        tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-        for module in self.modules:
-            tensors += [*module.parameters(), *module.buffers()]
-        tensors += store_parameters()
-        return list({id(t): t for t in tensors}.values())
-
-    def _snapshot(self, dtype: torch.dtype | None) -> None:
-        """Copy weights and arguments, in `dtype` where they are floating point."""
-
-        def convert(t: Any) -> Any:
-            if not isinstance(t, Tensor):
-                return t
-            return t.detach().clone() if dtype is None or not t.is_floating_point() else t.detach().to(dtype, copy=True)
-
-        self.dtype = dtype
-        self._args, self._kwargs = pytree.tree_map(convert, (self.args, self.kwargs))
-        argument_ids = {id(t) for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)}
-        self._weights = [(t, convert(t)) for t in self._leaves() if id(t) not in argument_ids]
-        pinned = {name: convert(value) for name, value in self.program.pinned.items()}
-        self.program = dataclasses.replace(self.program, pinned=pinned)
-        self._index: dict[str, Tensor] = dict(self.program.index)
-
-    @contextlib.contextmanager
-    def _eval_mode(self) -> Iterator[None]:
-        training = [(m, m.training) for root in self.modules for m in root.modules()]
-        for module, _ in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, was in training:
-                module.training = was
-
-    @contextlib.contextmanager
-    def _scope(self) -> Iterator[None]:
-        """Swap in the snapshot, in eval mode, without gradients in the weights and without Pyro's validation."""
-        default = torch.get_default_dtype()
-        originals = [(t, t.data, t.requires_grad) for t, _ in self._weights]
-        with self._eval_mode(), pyro.validation_enabled(False):
-            try:
-                for tensor, value in self._weights:
-                    if tensor.is_leaf:
-                        tensor.requires_grad_(False)
-                    tensor.data = value
-                torch.set_default_dtype(self.dtype or default)
-                yield
-            finally:
-                torch.set_default_dtype(default)
-                for tensor, data, requires_grad in originals:
-                    tensor.data = data
-                    if tensor.is_leaf:
-                        tensor.requires_grad_(requires_grad)
+    # -- scopes --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _repeated(self, times: int) -> Iterator[None]:
