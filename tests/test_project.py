@@ -1,0 +1,75 @@
+"""Packaging, and tools that must be seen to look."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_package_list_is_the_folders() -> None:
+    setuptools = PROJECT["tool"]["setuptools"]
+    folders = {"elbowroom": "src/elbowroom"}
+    for top in ("models", "inference", "analysis", "experiments"):
+        for folder in [ROOT / top, *(p for p in (ROOT / top).rglob("*") if p.is_dir())]:
+            if any(folder.glob("*.py")) and "__pycache__" not in folder.parts:
+                relative = folder.relative_to(ROOT)
+                folders[".".join(("elbowroom", *relative.parts))] = str(relative)
+    assert setuptools["package-dir"] == folders
+    assert sorted(setuptools["packages"]) == sorted(folders)
+
+
+def test_domain_folders_are_linked_for_checkers_and_editors() -> None:
+    for name in ("models", "inference", "analysis", "experiments"):
+        link = ROOT / "src" / "elbowroom" / name
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / name
+
+
+def test_the_type_checker_looks_into_the_domain_folders(tmp_path: Path) -> None:
+    """A planted error must be found, or the checker checks nothing."""
+    planted = tmp_path / "planted.py"
+    planted.write_text(
+        "from elbowroom.models.linear import LinearGaussian\ndef wrong(oracle: LinearGaussian) -> str:\n    return oracle.W\n",
+        encoding="utf-8",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(ROOT / "pyproject.toml"),
+        str(planted),
+    ]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert 'Incompatible return value type (got "Tensor", expected "str")' in found.stdout
+
+
+def test_the_linter_forbids_bare_imports_of_the_domain_folders(tmp_path: Path) -> None:
+    planted = tmp_path / "planted.py"
+    planted.write_text("import models\n\nprint(models)\n", encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--config",
+        str(ROOT / "pyproject.toml"),
+        "--select",
+        "TID251",
+        str(planted),
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "a bare `models` makes a second copy" in found.stdout
+
+
+def test_requirements_are_pinned_by_the_constraints() -> None:
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    for name in ("torch", "pyro-ppl", "numpy", "xarray", "matplotlib", "arviz-base"):
+        assert name in pinned
