@@ -130,7 +130,7 @@ def bare(axes: Axes) -> None:
 
 
 def say(value: float, digits: int = 3) -> str:
-    """Write a number for people: `digits` significant ones, at least two decimals below 10, a real minus sign."""
+    """Write a number for people: `digits` significant ones, a real minus sign."""
     if not math.isfinite(value):
         return "not known" if math.isnan(value) else ("∞" if value > 0 else "−∞")
     if value == 0:
@@ -139,7 +139,9 @@ def say(value: float, digits: int = 3) -> str:
     if size < 1e-4 or size >= 1e6:
         text = f"{value:.1e}"
     else:
-        text = f"{value:.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
+        digits = digits if size >= 0.01 else min(digits, 2)
+        decimals = max(0, digits - 1 - math.floor(math.log10(size)))
+        text = f"{value:.{min(decimals, 3) if size >= 0.01 else decimals}f}"
     return text.replace("-", "−")
 
 
@@ -194,8 +196,10 @@ def show_tiles(axes: Axes, images: np.ndarray, limits: tuple[float, float]) -> N
 
     Tile (i, j) has its centre at x = j, y = i, whatever the images' resolution.
     """
+    zoom = math.ceil(32 / max(images.shape[-2:]))
+    images = images.repeat(zoom, -1).repeat(zoom, -2)
     rows, columns, height, width = images.shape
-    gap = max(1, round(0.08 * max(height, width)))
+    gap = max(1, round(0.06 * max(height, width)))
     sheet = mosaic(images, gap)
     right, bottom = columns - 0.5 - gap / (width + gap), rows - 0.5 - gap / (height + gap)
     shift_x, shift_y = 0.5 * gap / (width + gap), 0.5 * gap / (height + gap)

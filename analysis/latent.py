@@ -63,7 +63,7 @@ def describe(
         * `reconstruction`: x and expected_x (obs_id, *event), expected_x = E_q E[x|z] over 200 draws; gap (obs_id)
         * `density` (d = 1 or 2, and where there are gaps): log_posterior, log_guide (case, row, column), normalised; axes
           z_row (case, row), z_column (case, column); gap, obs_id, log_evidence (case), the last by quadrature over the
-          picture itself; d = 1: without row
+          picture itself; x (case, *event); d = 1: without row
 
     Raises:
         ValueError: when x, table and labels differ in length.
@@ -263,6 +263,7 @@ def _density(vae: VAE, x: Tensor, obs_id: np.ndarray, gap: np.ndarray, encoding:
         "log_evidence": (("case",), _array(log_evidence), {"units": "nats", "long_name": "log p(x), by quadrature"}),
         "gap": (("case",), gap[index], {"units": "nats", "long_name": "log p(x) - ELBO"}),
         "obs_id": (("case",), obs_id[index]),
+        "x": (("case", *_event(vae)), _array(x[rows])),
         "z_column": (("case", "column"), _array(axes[..., 0].T)),
     }
     if d == 2:

@@ -85,11 +85,12 @@ def training(history: pd.DataFrame | None) -> Plot | Absent:
     hidden = _clip_start(axes, np.concatenate([train, validation]), train)
     axes.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 1.0), borderaxespad=0.2)
     rate, weight = history["learning_rate"].to_numpy(float), history["kl_weight"].to_numpy(float)
-    below.plot(epoch, rate / rate.max(), color=INK, label=f"learning rate / {rate.max():g}")
+    below.plot(epoch, rate / rate.max(), color=INK, label=f"learning rate / {rate.max():.3g}")
     below.plot(epoch, weight, color=ALARM, linestyle="--", label="KL weight")
     below.set(xlabel="epoch", ylabel="relative", ylim=(-0.08, 1.15), yticks=[0, 1])
+    below.set_xlim(epoch[0] - 0.01 * len(epoch), epoch[-1] + 0.01 * len(epoch))
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    below.legend(loc="center left", bbox_to_anchor=(0.01, 0.45))
+    below.legend(loc="lower left", ncols=2, borderaxespad=0.2)
     return Plot("training", figure, _training_alt(judged), _training_caption(history, best, judged, hidden), wide=True)
 
 
@@ -197,7 +198,7 @@ def _latent_plane(axes: Axes, loc: np.ndarray, scale: np.ndarray, label: np.ndar
         spread = EllipseCollection(
             size[:, 0], size[:, 1], np.zeros(len(size)), units="xy", offsets=loc[rows], transOffset=axes.transData
         )
-        spread.set(facecolor=(*colour, 0.12) if isinstance(colour, tuple) else colour + "1f", edgecolor="none")
+        spread.set(facecolor=(*colour, 0.07) if isinstance(colour, tuple) else colour + "14", edgecolor="none")
         axes.add_collection(spread)
         axes.scatter(*loc[rows].T, s=11, color=colour, edgecolor=PAPER, linewidth=0.3, zorder=3)
     for value in values if label is not None else []:
@@ -334,12 +335,12 @@ def prior_samples(latent: xr.DataTree | None, observed: np.ndarray | None) -> Pl
     image = event_image(latent)
     real = None if observed is None else observed.reshape(len(observed), -1)
     if image is not None:
-        n = min(10 * (len(x) // 10), 20) or len(x)
-        columns = min(n, 10)
-        blocks = [("E[x|z], z from the prior", expected[:n]), ("x drawn from p(x|z), same z", x[:n])]
+        columns = min(5, len(x))
+        n = columns * min(4, len(x) // columns)
+        blocks = [("E[x|z], z from the prior", expected[:n]), ("x from p(x|z), at the same z", x[:n])]
         if observed is not None and len(observed) >= n:
-            blocks.append(("real data", observed[:n]))
-        figure = canvas(WIDE, 0.75 + 3.25 * (n // columns) * 0.32, "Draws from the model")
+            blocks.append(("data", observed[:n]))
+        figure = canvas(WIDE, 0.75 + 3.3 * (n // columns) / columns * image[0] / image[1], "Draws from the model")
         limits = tone(x if observed is None else observed)
         for axes, (title, values) in zip(np.atleast_1d(figure.subplots(1, len(blocks))), blocks, strict=True):
             show_tiles(axes, values.reshape(n // columns, columns, *image), limits)
@@ -389,7 +390,8 @@ def reconstructions(latent: xr.DataTree | None) -> Plot | Absent:
     image = event_image(latent)
     names = [f"{say(g, 2)}" if np.isfinite(g) else "–" for g in gap]
     if image is not None:
-        figure = canvas(WIDE, 3.1, "Reconstructions, by the room between ELBO and log p(x)")
+        tile = min(0.93, (WIDE - 0.8) / len(x))
+        figure = canvas(WIDE, 1.05 + 2 * tile * image[0] / image[1], "Reconstructions, by the room between ELBO and log p(x)")
         axes = figure.subplots()
         show_tiles(axes, np.stack([x, expected]).reshape(2, len(x), *image), tone(x))
         axes.set_yticks([0, 1], ["x", "E[x|q]"])

@@ -33,6 +33,7 @@ from elbowroom.analysis.canvas import (
     WIDE,
     Absent,
     Plot,
+    bare,
     canvas,
     count,
     heading,
@@ -91,7 +92,7 @@ def contours(latent: xr.DataTree | None, *, width: float = WIDE, title: str | No
         return Absent("contours", f"No picture of guide and exact posterior: {why}.")
     cases = [data.isel(case=i) for i in range(data.sizes["case"])]
     plane = "z_row" in data
-    figure = canvas(width, 0.43 * width if plane else 0.32 * width, title or "The guide against the exact posterior")
+    figure = canvas(width, 0.4 * width if plane else 0.32 * width, title or "The guide against the exact posterior")
     panels = np.atleast_1d(figure.subplots(1, len(cases)))
     for axes, case in zip(panels, cases, strict=True):
         (_draw_plane if plane else _draw_line)(axes, case)
@@ -100,7 +101,7 @@ def contours(latent: xr.DataTree | None, *, width: float = WIDE, title: str | No
         _same_scale(panels, cases)
         for axes, case in zip(panels, cases, strict=True):
             axes.set_xlabel("latent 0 (prior sd)")
-            _inset(axes, latent, int(case["obs_id"]))
+            _inset(axes, latent, case)
         panels[0].set_ylabel("latent 1 (prior sd)")
     else:
         panels[0].set_ylabel("posterior density")
@@ -162,15 +163,14 @@ def _same_scale(panels: np.ndarray, cases: list[xr.Dataset]) -> None:
         axes.set(xlim=middle[0] + np.array([-half, half]), ylim=middle[1] + np.array([-half, half]), aspect="equal")
 
 
-def _inset(axes: Axes, latent: xr.DataTree, obs_id: int) -> None:
-    """Show the datum itself in the corner, where it is an image that latent.nc holds."""
-    image, data = event_image(latent), group(latent, "reconstruction")
-    if image is None or data is None or obs_id not in data["obs_id"].values:
+def _inset(axes: Axes, latent: xr.DataTree, case: xr.Dataset) -> None:
+    """Show the datum itself in the corner, where it is an image."""
+    image = event_image(latent)
+    if image is None or "x" not in case:
         return
-    x = data["x"].sel(obs_id=obs_id).values.reshape(image)
-    low, high = tone(data["x"].values)
     corner = axes.inset_axes((0.80, 0.80, 0.19, 0.19))
-    corner.imshow(x, cmap=TILES, vmin=low, vmax=high)
+    low, high = tone(case["x"].values)
+    corner.imshow(case["x"].values.reshape(image), cmap=TILES, vmin=low, vmax=high)
     corner.set(xticks=[], yticks=[], facecolor=PAPER)
     corner.grid(False)
     corner.spines[:].set(visible=True, color=MUTED, linewidth=0.6)
@@ -209,19 +209,20 @@ def gaps(table: xr.Dataset, bits_per: int | None = None) -> Plot | Absent:
         n = count(int(gap.size))
         return Absent("gaps", f"No distribution of the gap: log p(x), hence the gap, is known for {n} of {everything.size}.")
     low, middle, high = np.quantile(gap, [0.25, 0.5, 0.75])
-    symmetric = bool(gap[-1] > 8 * max(high, 1e-12))
+    stretched, unit = bool(gap[-1] > 8 * max(high, 1e-12)), max(float(middle), 1e-6)
     figure = canvas(WIDE, 3.3, "The room between ELBO and log p(x)")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    bins = _bins(gap, symmetric, max((high - low) / 4, 1e-9))
+    bins = _bins(gap, stretched, unit)
     for axes in (left, right):
         axes.axvspan(low, high, color=FAINT, alpha=0.7, linewidth=0)
         axes.axvline(middle, color=GUIDE, linewidth=1.5)
-        if symmetric:
-            _asinh_axis(axes, gap, max(middle, 1e-6))
+        if stretched:
+            _asinh_axis(axes, gap, unit)
         axes.set_xlabel("gap = log p(x) − ELBO (nats)")
-    sns.histplot(x=gap[gap >= 0], bins=bins, ax=left, color=EXACT, edgecolor=PAPER, linewidth=0.5, alpha=0.9)
+    left.hist(gap[gap >= 0], bins, color=EXACT, edgecolor=PAPER, linewidth=0.5, alpha=0.9)
     if (gap < 0).any():
-        sns.histplot(x=gap[gap < 0], bins=bins, ax=left, color=ALARM, edgecolor=PAPER, linewidth=0.5, alpha=0.9)
+        left.hist(gap[gap < 0], bins, color=ALARM, edgecolor=PAPER, linewidth=0.5, alpha=0.9, label="negative: estimation error")
+        left.legend(loc="upper right")
     sns.rugplot(x=gap, ax=left, height=-0.025, clip_on=False, color=INK, alpha=0.35, linewidth=0.6)
     left.set_ylabel("number of data")
     left.set_xlabel("gap = log p(x) − ELBO (nats)", labelpad=8)
@@ -237,16 +238,17 @@ def gaps(table: xr.Dataset, bits_per: int | None = None) -> Plot | Absent:
         bbox={"boxstyle": "round,pad=0.15", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.85},
     )
     sns.ecdfplot(x=gap, ax=right, color=EXACT)
+    for axes in (left, right):
+        axes.set_xlim(min(0.0, float(bins[0])), float(bins[-1]))
     right.set(ylabel="share of data with a smaller gap", ylim=(0, 1.01))
     alt = "Histogram with rug, and cumulative distribution, of the gap over data; the median is marked, quartiles are shaded."
-    return Plot("gaps", figure, alt, _gap_caption(table, gap, everything.size, bits_per, symmetric), wide=True)
+    return Plot("gaps", figure, alt, _gap_caption(table, gap, everything.size, bits_per, stretched), wide=True)
 
 
 def _bins(gap: np.ndarray, stretched: bool, unit: float) -> np.ndarray:
     n = int(np.clip(2 * np.sqrt(gap.size), 10, 48))
     if not stretched:
-        return np.linspace(gap[0], gap[-1], n + 1)
-    unit = max(float(np.median(gap)), 1e-6)
+        return np.linspace(gap[0], max(gap[-1], gap[0] + 1e-9), n + 1)
     return np.sinh(np.linspace(np.arcsinh(gap[0] / unit), np.arcsinh(gap[-1] / unit), n + 1)) * unit
 
 
@@ -314,7 +316,8 @@ def trust(table: xr.Dataset) -> Plot | Absent:
 def _trust_caption(gap: np.ndarray, k: np.ndarray, both: np.ndarray, bad: np.ndarray) -> str:
     if np.ptp(gap[both]) > 0 and np.ptp(k[both]) > 0:
         rho = float(spearmanr(gap[both], k[both]).statistic)
-        relation = f"The rank correlation of gap and k-hat is {say(rho, 2)}"
+        relation = f"The rank correlation of gap and k-hat is {rho:.2f}"
+        relation = relation.replace("-0", "−0")
         relation += (
             ": k-hat finds the bad data without a reference." if rho > 0.7 else ": k-hat alone does not tell which gaps are large."
         )
@@ -409,23 +412,24 @@ def intervals(table: xr.Dataset, posteriors: Mapping[str, xr.DataTree]) -> Plot 
     gap = column(table, "gap_total")
     gap[~trusted(table, reference)] = np.nan
     order = np.argsort(gap)[: int(np.isfinite(gap).sum())]
-    rows = order[np.unique(np.linspace(0, len(order) - 1, min(6, len(order))).round().astype(int))]
+    rows = order[np.unique(np.linspace(0, len(order) - 1, min(5, len(order))).round().astype(int))]
     obs_id = table["obs_id"].values[rows]
+    if not all(np.isin(obs_id, posteriors[m]["posterior"]["obs_id"].values).all() for m in ("guide", reference)):
+        return Absent("intervals", "No intervals: the files of draws and audit.nc hold different data; run the audit again.")
     names = [f"#{i}, gap {say(float(gap[n]), 2)}" for i, n in zip(obs_id, rows, strict=True)]
     slices = {
         label: _slice(posteriors[method], obs_id, names)
         for label, method in (("guide q(z|x)", "guide"), (f"{_words(reference)} p(z|x)", reference))
     }
-    figure, sites = _forest(slices)
-    heading(figure, "Intervals from the draws: guide and reference", WIDE)
-    off = _disagreement(slices, sites)
+    figure = _forest(slices)
+    off, total = _disagreement(slices)
     text = (
-        f"Central 50 and 95% intervals and means of the draws that ArviZ reads, for {count(len(rows))} from the smallest to the "
-        f"largest gap. The guide's 50% interval misses the reference's mean in {off[0]} of {off[1]} cases"
+        f"Central 50 and 95% intervals and means, drawn by ArviZ from posteriors/*.nc for {count(len(rows))} from the smallest to "
+        f"the largest gap. The guide's 50% interval misses the reference's mean in {off} of {total} cases"
     )
-    text += ": a reader of the guide's intervals would be misled there." if off[0] > off[1] / 4 else "."
+    text += ": who reads these off the guide is misled there." if off > total / 4 else "."
     alt = "Forest plot of the intervals of guide and reference draws for some data."
-    return Plot("intervals", figure, alt, text, wide=True)
+    return Plot("intervals", figure, alt, text)
 
 
 def _slice(tree: xr.DataTree, obs_id: np.ndarray, names: list[str]) -> xr.Dataset:
@@ -442,13 +446,12 @@ def _slice(tree: xr.DataTree, obs_id: np.ndarray, names: list[str]) -> xr.Datase
     return xr.Dataset(out, coords={"datum": names})
 
 
-def _forest(slices: Mapping[str, xr.Dataset]) -> tuple[Figure, list[str]]:
+def _forest(slices: Mapping[str, xr.Dataset]) -> Figure:
+    """Draw the intervals with arviz-plots, and dress its figure as ours."""
     import arviz_plots
     from matplotlib import pyplot
 
-    sites = [str(name) for name in next(iter(slices.values())).data_vars]
     trees = {label: xr.DataTree.from_dict({"posterior": part}) for label, part in slices.items()}
-    rows = next(iter(slices.values())).sizes["datum"] * len(sites)
     collection = arviz_plots.plot_forest(
         trees,
         combined=True,
@@ -456,19 +459,32 @@ def _forest(slices: Mapping[str, xr.Dataset]) -> tuple[Figure, list[str]]:
         ci_kind="eti",
         ci_probs=(0.5, 0.95),
         color=[GUIDE, EXACT],
-        figure_kwargs={"figsize": (WIDE, 1.2 + 0.3 * rows)},
+        figure_kwargs={"figsize": (HALF, 4.0), "width_ratios": [1, 1.7]},
     )
-    figure = collection.viz["figure"].item()
+    figure: Figure = collection.viz["figure"].item()
     pyplot.close(figure)
-    return figure, sites
+    figure.set_layout_engine("constrained")
+    names, axes = figure.axes[:2]
+    bare(names)
+    names.set_xticks([])
+    for text in names.texts:
+        text.set(fontsize=8, color=INK)
+    rows = sum(part.sizes["datum"] * len(part.data_vars) for part in slices.values()) / len(slices)
+    names.set_ylim(rows - 0.4, -0.6) if names.yaxis_inverted() else names.set_ylim(-0.6, rows - 0.4)
+    axes.set_xlabel("value of the latent")
+    heading(figure, "Intervals from the draws", HALF)
+    handles = [Line2D([], [], color=colour, marker="o", markerfacecolor=PAPER) for colour in (GUIDE, EXACT)]
+    figure.legend(handles, list(slices), loc="outside lower center", ncols=2)
+    return figure
 
 
-def _disagreement(slices: Mapping[str, xr.Dataset], sites: list[str]) -> tuple[int, int]:
+def _disagreement(slices: Mapping[str, xr.Dataset]) -> tuple[int, int]:
+    """Count the latents whose reference mean lies outside the guide's central 50 % interval, and all of them."""
     guide, reference = slices.values()
     outside = total = 0
-    for site in sites:
-        low, high = guide[site].quantile([0.25, 0.75], ("chain", "draw"))
-        mean = reference[site].mean(("chain", "draw"))
+    for site in guide.data_vars:
+        low, high = (guide[site].quantile(p, ("chain", "draw")).values for p in (0.25, 0.75))
+        mean = reference[site].mean(("chain", "draw")).values
         outside += int(((mean < low) | (mean > high)).sum())
         total += mean.size
     return outside, total

@@ -1,0 +1,233 @@
+"""The report: one self-contained `report.html`, and its figures as PNG, from the files of a run folder alone.
+
+Neither torch nor Pyro nor the weights are needed. What a folder lacks costs a sentence, not the report; only `audit.nc` must
+be there.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+import xarray as xr
+import yaml
+
+from elbowroom.analysis import findings, plots, plots_audit
+from elbowroom.analysis.canvas import DPI, Absent, Plot, thumbnail, tone
+from elbowroom.errors import RunFolderError
+from elbowroom.files import atomic, write_text
+
+TEMPLATES = Path(__file__).parent / "templates"
+FIGURES = "figures"
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run folder holds, as far as a report needs it.
+
+    Attributes:
+        name: of the run.
+        audit: `audit.nc`.
+        spec: `spec.yaml`; None where there is none.
+        split: sizes of train, validation and test, and their rows.
+        history: `history.csv`.
+        latent: `latent.nc`.
+        posteriors: `posteriors/*.nc`.
+    """
+
+    name: str
+    audit: xr.Dataset
+    spec: dict[str, Any] | None = None
+    split: dict[str, np.ndarray] | None = None
+    history: pd.DataFrame | None = None
+    latent: xr.DataTree | None = None
+    posteriors: dict[str, xr.DataTree] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Files:
+        """Read a run folder.
+
+        Raises:
+            RunFolderError: it has no audit, or one of its files is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / "audit.nc").is_file():
+            raise RunFolderError(f"{folder}: no audit.nc here; run `elbowroom audit {folder}` first")
+        audit = _read(folder / "audit.nc", lambda path: _load(xr.open_dataset(path, engine="h5netcdf")))
+        if not audit.sizes.get("obs_id"):
+            raise RunFolderError(f"{folder / 'audit.nc'}: holds no data (dimension obs_id)")
+        trees = {}
+        for path in sorted((folder / "posteriors").glob("*.nc")):
+            trees[path.stem] = _read(path, lambda p: _load(xr.open_datatree(p, engine="h5netcdf")))
+        return cls(
+            name=str(audit.attrs.get("experiment") or folder.resolve().name),
+            audit=audit,
+            spec=_read(folder / "spec.yaml", _read_spec),
+            split=_read(folder / "split.npz", _read_split),
+            history=_read(folder / "history.csv", pd.read_csv),
+            latent=_read(folder / "latent.nc", lambda path: _load(xr.open_datatree(path, engine="h5netcdf"))),
+            posteriors=trees,
+        )
+
+    @property
+    def observed(self) -> np.ndarray | None:
+        """The audited data, (N, *event), from whichever file holds them; only where there is one observed site."""
+        for tree in self.posteriors.values():
+            if "observed_data" in tree.children:
+                sites = list(tree["observed_data"].data_vars.values())
+                if len(sites) == 1 and "obs_id" in sites[0].dims:
+                    values = sites[0].transpose("obs_id", ...).values
+                    return values if len(values) == self.audit.sizes["obs_id"] else None
+        return None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether all audited data are of the test split."""
+        if self.split is None or "test" not in self.split:
+            return False
+        return bool(np.isin(self.audit["obs_id"].values, self.split["test"]).all())
+
+    @property
+    def entries(self) -> int | None:
+        """Entries of one datum where the likelihood is one of discrete data, else None: bits are for these."""
+        likelihood = (self.spec or {}).get("model", {}).get("likelihood")
+        name = likelihood.get("name") if isinstance(likelihood, Mapping) else likelihood
+        if name not in findings.DISCRETE or self.latent is None or "event_shape" not in self.latent.attrs:
+            return None
+        return math.prod(int(n) for n in np.atleast_1d(self.latent.attrs["event_shape"]))
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `figures/*.png` and `report.html` into a run folder, from its files alone.
+
+    Figures of an earlier report that this one lacks are removed. Each file is written whole or not at all.
+
+    Args:
+        folder: the run folder; it must hold an audit.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        RunFolderError: there is no audit, or a file is damaged.
+    """
+    folder = Path(folder)
+    files = Files.read(folder)
+    drawn = draw(files)
+    shown = {name: _embed(item, folder / FIGURES) for name, item in drawn.items()}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    may, may_not = findings.conclusions(files.audit)
+    verdict = str(files.audit.attrs.get("verdict", "")).splitlines()
+    split = None if files.split is None else {name: len(rows) for name, rows in files.split.items()}
+    rows = findings.worst_rows(files.audit)
+    html = environment.get_template("report.html.j2").render(
+        name=files.name,
+        verdict=[line for line in verdict if line.strip()] or ["The audit gives no verdict."],
+        facts=findings.key_figures(files.audit, files.entries, held_out=files.held_out),
+        n=files.audit.sizes["obs_id"],
+        figures=shown,
+        worst=rows,
+        thumbnails=_thumbnails(files, [row.obs_id for row in rows]),
+        columns=findings.WORST_COLUMNS,
+        may=may,
+        may_not=may_not,
+        declared=findings.declared(files.spec, split, files.audit),
+        has_spec=files.spec is not None,
+        version=str(files.audit.attrs.get("elbowroom", "")),
+    )
+    path = folder / "report.html"
+    write_text(path, html)
+    return path
+
+
+def draw(files: Files) -> dict[str, Plot | Absent]:
+    """Draw every figure of the report, name -> figure, or why there is none."""
+    drawn = (
+        plots_audit.contours(files.latent),
+        plots_audit.gaps(files.audit, files.entries),
+        plots_audit.trust(files.audit),
+        plots_audit.intervals(files.audit, files.posteriors),
+        plots_audit.comparison(files.audit),
+        plots.latent_space(files.latent),
+        plots.plane(files.latent),
+        plots.prior_samples(files.latent, files.observed),
+        plots.reconstructions(files.latent),
+        plots.training(files.history),
+    )
+    return {item.name: item for item in drawn}
+
+
+def _embed(item: Plot | Absent, folder: Path) -> dict[str, Any]:
+    """Write a figure as PNG and return what the page shows of it; remove the file of one that is absent."""
+    path = folder / f"{item.name}.png"
+    if isinstance(item, Absent):
+        path.unlink(missing_ok=True)
+        return {"absent": item.reason}
+    with atomic(path) as temporary:
+        item.figure.savefig(temporary, dpi=DPI)
+    width, height = item.figure.get_size_inches() * (DPI / 2)
+    return {
+        "absent": None,
+        "source": _data_uri(path.read_bytes()),
+        "width": round(width),
+        "height": round(height),
+        "alt": item.alt,
+        "caption": item.caption,
+        "wide": item.wide,
+    }
+
+
+def _thumbnails(files: Files, obs_id: list[int]) -> dict[int, str]:
+    """Return small pictures of the data, obs_id -> data URI; none where the data are not images."""
+    image, observed = plots.event_image(files.latent), files.observed
+    if image is None or observed is None:
+        return {}
+    limits, everything = tone(observed), files.audit["obs_id"].values
+    place = {int(label): n for n, label in enumerate(everything)}
+    return {i: _data_uri(thumbnail(observed[place[i]].reshape(image), limits)) for i in obs_id}
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _load(data: Any) -> Any:
+    """Bring a file's contents into memory and close it."""
+    with data as opened:
+        return opened.load()
+
+
+def _read(path: Path, reader: Any) -> Any:
+    """Read a file, None where there is none; one that cannot be read is named."""
+    if not path.is_file():
+        return None
+    try:
+        return reader(path)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise RunFolderError(f"{path}: damaged ({reason}); make it anew, or remove it") from error
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict):
+        raise ValueError("not a mapping")
+    return tree
+
+
+def _read_split(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
