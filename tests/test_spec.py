@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import tomllib
-from pathlib import Path
 
 import pytest
 
 from elbowroom import document, spec
 from elbowroom.errors import SpecError
 
-ROOT = Path(__file__).parents[1]
 GOOD = """\
 schema: 1
 data: {name: digits, binarize: 8}
@@ -257,16 +254,3 @@ def test_the_json_schema_knows_every_component():
     text = json.dumps(spec.json_schema())
     for word in ("bernoulli", "full_rank_normal", "closed_form", "kl_warmup", "binarize", "latent_dim"):
         assert f'"{word}"' in text
-
-
-def test_the_package_list_matches_the_folders():
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = {"elbowroom"} | {
-        f"elbowroom.{folder.name}" for folder in (ROOT / "src/elbowroom").iterdir() if (folder / "__init__.py").is_file()
-    }
-    assert set(table["packages"]) == found
-    assert set(table["package-dir"]) == found
-    for package, folder in table["package-dir"].items():
-        nested = [p for p in (ROOT / folder).rglob("__init__.py") if p.parent != ROOT / folder and p.parent.is_dir()]
-        if package != "elbowroom":
-            assert nested == [], f"{package} has sub-packages that the wheel would leave out"
