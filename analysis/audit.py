@@ -98,8 +98,9 @@ class Audit:
     def to_csv(self, path: str | Path) -> None:
         """Write one line per datum; what is per reference gets a column each, such as `mean_error[grid]`."""
         flat = self.table.drop_dims("reference").to_dataframe()
+        per_datum = list(flat.columns)
         for reference in self.table["reference"].values:
-            part = self.table.sel(reference=reference, drop=True).drop_vars(list(flat.columns)).to_dataframe()
+            part = self.table.sel(reference=reference, drop=True).drop_vars(per_datum).to_dataframe()
             flat = flat.join(part.add_suffix(f"[{reference}]"))
         flat.to_csv(path)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge
 from torch import Tensor, nn
 
 Activation = Literal["silu", "tanh", "softplus", "relu"]
@@ -63,7 +64,7 @@ class MLP(Network):
         in_shape: tuple[int, ...],
         out_dim: int,
         *,
-        hidden: Sequence[int] = (128, 128),
+        hidden: Sequence[Annotated[int, Ge(1)]] = (128, 128),
         activation: Activation = "silu",
     ) -> None:
         if any(width < 1 for width in hidden):

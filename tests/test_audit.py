@@ -135,6 +135,18 @@ def test_beyond_the_grid_a_good_guide_gets_an_estimate_with_its_error() -> None:
     assert table.sizes["reference"] == 0
 
 
+def test_the_csv_has_a_column_for_each_reference(tmp_path: Path) -> None:
+    vae, x, oracle = linear_vae(2, 6, n=5)
+    set_guide(vae, oracle)
+    result = audit(vae.model, vae.guide, x, references=["closed_form", "grid"])
+    result.to_csv(tmp_path / "audit.csv")
+    header = (tmp_path / "audit.csv").read_text().splitlines()[0].split(",")
+    assert len(header) == len(set(header))
+    for name in ("mean_error", "status", "refinement_error"):
+        assert f"{name}[closed_form]" in header
+        assert f"{name}[grid]" in header
+
+
 def test_auto_takes_the_closed_form_where_there_is_one() -> None:
     vae, x, oracle = linear_vae(4, 6, n=6)
     set_guide(vae, oracle)

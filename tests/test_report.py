@@ -1,0 +1,537 @@
+"""The report, from files in exactly the format of a run folder; the model behind them is linear-Gaussian, in plain numpy."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+import yaml
+from matplotlib import pyplot
+from PIL import Image
+
+from elbowroom.analysis import canvas, findings, plots, plots_audit, plots_posterior
+from elbowroom.analysis.report import Files, write_report
+from elbowroom.errors import RunFolderError
+
+FIGURES = {
+    "contours",
+    "gaps",
+    "trust",
+    "intervals",
+    "comparison",
+    "latent_space",
+    "plane",
+    "prior_samples",
+    "reconstructions",
+    "training",
+}
+OF_LATENT = {"contours", "latent_space", "plane", "prior_samples", "reconstructions"}
+INJECTION = "<script>alert(1)</script>"
+
+
+def gaussian_kl(a, S, m, C):
+    """KL(N(a, diag S) || N(m, C)) for a, m (N, d), S (d,), C (d, d)."""
+    inverse = np.linalg.inv(C)
+    trace = np.trace(inverse * S)
+    log_dets = np.linalg.slogdet(C)[1] - np.log(S).sum()
+    return 0.5 * (trace - len(S) + log_dets + np.einsum("ni,ij,nj->n", a - m, inverse, a - m))
+
+
+def write_run(
+    folder: Path, *, d=2, n=40, event=(8, 8), labels=True, known=None, references=True, name="toy", likelihood="gaussian"
+):
+    """Write a run folder whose numbers are all exact: x = W z + 0.5 e, guide = diagonal normal beside the posterior.
+
+    known: how many data have a known log p(x); the others have a bound.
+    """
+    rng = np.random.default_rng(0)
+    width, known = int(np.prod(event)), n if known is None else known
+    W = rng.normal(size=(width, d)) / np.sqrt(width) * np.array([2.0, 1.0, 0.5, 0.3, 0.1])[:d]
+    z = rng.normal(size=(n, d))
+    x = z @ W.T + 0.5 * rng.normal(size=(n, width))
+    C = np.linalg.inv(np.eye(d) + W.T @ W / 0.25)
+    m = x @ W @ C / 0.25
+    a, S = m + 0.4 * rng.normal(size=(n, d)) * rng.exponential(size=(n, 1)), 0.8 * np.diag(C)
+    cov_x = W @ W.T + 0.25 * np.eye(width)
+    log_p = -0.5 * (
+        width * np.log(2 * np.pi) + np.linalg.slogdet(cov_x)[1] + np.einsum("ni,ij,nj->n", x, np.linalg.inv(cov_x), x)
+    )
+    gap = gaussian_kl(a, S, m, C)
+    elbo = log_p - gap
+    gap[0], elbo[0] = -0.004, log_p[0] + 0.004  # an ELBO that its own noise lifts above log p(x)
+    method = np.array(["grid"] * known + ["importance-weighted lower bound"] * (n - known))
+    unknown = np.arange(n) >= known
+    value, upper, se = np.where(unknown, np.nan, log_p), np.where(unknown, np.nan, log_p), np.where(unknown, np.nan, 1e-6)
+    obs_id = 100 + 3 * np.arange(n)
+    one, two = "obs_id", ("obs_id", "reference")
+    names = ["grid"] if references else []
+    status = np.where(unknown, "uncertified", "exact")[:, None][:, : len(names)]
+    per_reference = {
+        "mean_error": (np.abs(a - m) / np.sqrt(np.diag(C))).max(1),
+        "sd_ratio": np.full(n, np.sqrt(0.8)),
+        "sliced_wasserstein": 0.1 + gap,
+        "noise_floor": np.full(n, 0.05),
+        "border_mass": np.zeros(n),
+        "refinement_error": np.full(n, 1e-6),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    audit = xr.Dataset(
+        {
+            "elbo": (one, elbo),
+            "elbo_se": (one, np.full(n, 0.01)),
+            "log_evidence": (one, value),
+            "log_evidence_se": (one, se),
+            "log_evidence_lower": (one, log_p - 0.01),
+            "log_evidence_upper": (one, upper),
+            "gap_total": (one, value - elbo),
+            "gap_total_lower": (one, np.where(unknown, log_p - 0.01, log_p) - elbo - 0.02),
+            "gap_total_upper": (one, upper - elbo + 0.02),
+            "pareto_k": (one, np.linspace(-0.2, 1.0, n)),
+            "ess_fraction": (one, np.full(n, 0.6)),
+            "rate": (one, np.full(n, 2.0)),
+            "distortion": (one, -elbo - 2.0),
+            "evidence_method": (one, method),
+            **{key: (two, values[:, None][:, : len(names)]) for key, values in per_reference.items()},
+            "status": (two, status),
+            "reason": (two, np.full(status.shape, "grid: <b>fine</b>")),
+        },
+        coords={"obs_id": obs_id, "reference": np.array(names, dtype=str)},
+        attrs={"verdict": "First sentence.\nSecond & last sentence.", "seed": "0", "plate": "data", "experiment": name},
+    )
+    audit.to_netcdf(folder / "audit.nc", engine="h5netcdf")
+    x_dims = tuple(f"x_dim_{i}" for i in range(len(event)))
+    (folder / "posteriors").mkdir(exist_ok=True)
+    exact = m + rng.multivariate_normal(np.zeros(d), C, size=(4, 50, n))
+    guide = a + np.sqrt(S) * rng.normal(size=(4, 50, n, d))
+    for key, draws in {"guide": guide, **({"grid": exact} if references else {})}.items():
+        xr.DataTree.from_dict(
+            {
+                "posterior": xr.Dataset(
+                    {"z": (("chain", "draw", "obs_id", "latent"), draws)},
+                    coords={"chain": range(4), "draw": range(50), "obs_id": obs_id, "latent": range(d)},
+                ),
+                "observed_data": xr.Dataset({"x": (("obs_id", *x_dims), x.reshape(n, *event))}, coords={"obs_id": obs_id}),
+            }
+        ).to_netcdf(folder / "posteriors" / f"{key}.nc", engine="h5netcdf")
+    write_latent(folder, W, m, C, a, S, x, gap, obs_id, event, rng.integers(0, 3, n) if labels else None, rng)
+    tree = {
+        "schema": 1,
+        "data": {"name": "toy", "scale": None},
+        "model": {
+            "latent_dim": d,
+            "likelihood": {"name": likelihood, "scale": 0.5},
+            "decoder": {"name": INJECTION, "hidden": [3, 4]},
+        },
+        "guide": {"family": {"name": "diagonal_normal"}},
+        "fit": {"epochs": 20},
+        "seed": 7,
+        "record": {"elbowroom": "0.1.0", "versions": {"torch": "2.13.0"}, "event_shape": list(event)},
+    }
+    (folder / "spec.yaml").write_text(yaml.safe_dump(tree))
+    np.savez(folder / "split.npz", train=np.arange(50), validation=np.arange(50, 60), test=100 + np.arange(3 * n))
+    epoch = np.arange(1, 21)
+    curve = -50 - 100.0 / epoch
+    pd.DataFrame(
+        {
+            "epoch": epoch,
+            "step": 4 * epoch,
+            "learning_rate": 1e-3,
+            "kl_weight": np.minimum(1, epoch / 5),
+            "train_loss": -curve,
+            "train_elbo": curve,
+            "validation_elbo": curve - 0.5 - np.where(epoch > 15, epoch - 15.0, 0),
+            "seconds": 0.1 * epoch,
+        }
+    ).to_csv(folder / "history.csv", index=False)
+    return folder
+
+
+def write_latent(folder, W, m, C, a, S, x, gap, obs_id, event, label, rng):
+    d, n = W.shape[1], len(x)
+    dims = tuple(f"x_dim_{i}" for i in range(len(event)))
+    encoding = xr.Dataset(
+        {
+            "loc": (("obs_id", "latent"), a),
+            "scale": (("obs_id", "latent"), np.broadcast_to(np.sqrt(S), a.shape)),
+            "rate": ("latent", 0.5 * (a**2 + S - 1 - np.log(S)).mean(0)),
+        },
+        coords={"obs_id": obs_id, "latent": range(d)},
+    )
+    if label is not None:
+        encoding["label"] = ("obs_id", label)
+    side = np.linspace(-2, 2, 5)
+    if d == 1:
+        plane = xr.Dataset(
+            {"expected_x": (("column", *dims), (side[:, None] @ W.T).reshape(5, *event))}, coords={"z_column": ("column", side)}
+        )
+        plane.attrs["latents"] = [0]
+    else:
+        zz = np.zeros((5, 5, d))
+        zz[..., 0], zz[..., 1] = side[None], side[:, None]
+        plane = xr.Dataset(
+            {"expected_x": (("row", "column", *dims), (zz @ W.T).reshape(5, 5, *event))},
+            coords={"z_row": ("row", side), "z_column": ("column", side)},
+            attrs={"latents": [0, 1]},
+        )
+    z = rng.normal(size=(20, d))
+    mean = (z @ W.T).reshape(20, *event)
+    prior = xr.Dataset(
+        {"z": (("sample", "latent"), z), "expected_x": (("sample", *dims), mean), "x": (("sample", *dims), mean)}
+    )
+    show = np.argsort(gap)[np.linspace(0, n - 1, min(6, n)).round().astype(int)]
+    reconstruction = xr.Dataset(
+        {
+            "x": (("obs_id", *dims), x[show].reshape(-1, *event)),
+            "expected_x": (("obs_id", *dims), (a[show] @ W.T).reshape(-1, *event)),
+            "gap": ("obs_id", gap[show]),
+        },
+        coords={"obs_id": obs_id[show]},
+    )
+    groups = {"encoding": encoding, "plane": plane, "prior": prior, "reconstruction": reconstruction}
+    if d <= 2:
+        groups["density"] = density(m, C, a, S, gap, obs_id)
+    tree = xr.DataTree.from_dict(groups)
+    tree.attrs.update({"latent_dim": d, "event_shape": list(event)})
+    tree.to_netcdf(folder / "latent.nc", engine="h5netcdf")
+
+
+def density(m, C, a, S, gap, obs_id):
+    order = np.argsort(gap)
+    cases = order[[0, len(gap) // 2, -1]]
+    d = m.shape[1]
+    axis = np.linspace(-6, 6, 121)
+    z_axes = m[cases][:, None] + axis[:, None] * np.sqrt(np.diag(C)).max()  # (case, point, latent)
+    parts = {"log_posterior": [], "log_guide": []}
+    for c, n in enumerate(cases):
+        if d == 1:
+            z = z_axes[c]
+        else:
+            grid = np.meshgrid(z_axes[c, :, 0], z_axes[c, :, 1], indexing="xy")
+            z = np.stack(grid, -1)
+        for key, mean, cov in (("log_posterior", m[n], C), ("log_guide", a[n], np.diag(S))):
+            r = z - mean
+            quadratic = np.einsum("...i,ij,...j->...", r, np.linalg.inv(cov), r)
+            parts[key].append(-0.5 * (quadratic + d * np.log(2 * np.pi) + np.linalg.slogdet(cov)[1]))
+    dims = ("case", "column") if d == 1 else ("case", "row", "column")
+    out = {key: (dims, np.stack(values)) for key, values in parts.items()}
+    out |= {"gap": ("case", gap[cases]), "obs_id": ("case", obs_id[cases]), "z_column": (("case", "column"), z_axes[..., 0])}
+    if d == 2:
+        out["z_row"] = (("case", "row"), z_axes[..., 1])
+    return xr.Dataset(out, coords={"case": np.array(["best", "typical", "worst"], dtype=object)})
+
+
+class Page(HTMLParser):
+    """Reads a page: its text, its images, its links, and whether its tags match."""
+
+    VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.links, self.words, self.tags = [], [], [], [], set()
+        self.feed(text)
+        self.close()
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        self.links += [value for key, value in attrs if key in ("href", "src")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("runs") / "toy")
+    return folder, Page(write_report(folder).read_text("utf-8"))
+
+
+def test_the_page_is_whole_and_self_contained(reported):
+    folder, page = reported
+    assert page.open == []
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert {"script", "link", "iframe"}.isdisjoint(page.tags)
+    assert all(image["alt"] and image["width"] and image["height"] for image in page.images)
+    assert "First sentence." in page.text
+    assert "Second & last sentence." in page.text
+    assert len(page.images) == len(FIGURES) + 10  # and a thumbnail for each of the ten worst data
+
+
+def test_every_figure_is_also_a_file_at_twice_its_size(reported):
+    folder, page = reported
+    assert {path.stem for path in (folder / "figures").iterdir()} == FIGURES
+    shown = {(int(i["width"]), int(i["height"])) for i in page.images}
+    for path in (folder / "figures").iterdir():
+        with Image.open(path) as image:
+            width, height = image.size
+        assert any(abs(2 * w - width) <= 1 and abs(2 * h - height) <= 1 for w, h in shown), path.name
+    assert not list(folder.rglob("*.tmp*"))
+
+
+def test_the_same_files_give_the_same_report(reported):
+    folder, _ = reported
+    before = (folder / "report.html").read_bytes()
+    assert write_report(folder).read_bytes() == before
+
+
+def test_no_weights_and_no_torch_are_needed(tmp_path):
+    folder = write_run(tmp_path / "run", n=12)
+    code = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'pyro', 'arviz'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from elbowroom.analysis.report import write_report\n"
+        f"print(write_report({str(folder)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(folder / "report.html")
+
+
+def test_text_is_escaped(tmp_path):
+    folder = write_run(tmp_path / "run", n=12, name=INJECTION)
+    text = write_report(folder).read_text("utf-8")
+    assert "<script" not in text
+    assert "<b>fine" not in text
+    page = Page(text)
+    assert page.text.count(INJECTION) >= 3  # the title, the heading and the decoder's name, all as text
+    assert "<b>fine</b>" in page.text
+
+
+@pytest.mark.parametrize(
+    ("d", "event", "labels"),
+    [(1, (8, 8), True), (1, (3,), False), (2, (6,), False), (2, (20,), True), (5, (8, 8), False), (5, (20,), True)],
+)
+def test_any_latent_and_event_shape(tmp_path, d, event, labels):
+    folder = write_run(tmp_path / "run", d=d, n=15, event=event, labels=labels)
+    page = Page(write_report(folder).read_text("utf-8"))
+    missing = {"contours"} if d > 2 else set()
+    assert {path.stem for path in (folder / "figures").iterdir()} == FIGURES - missing
+    if d > 2:
+        assert "it can be drawn for one or two latents, this model has 5" in page.text
+
+
+@pytest.mark.parametrize(
+    ("remove", "lost", "sentence"),
+    [
+        ("latent.nc", OF_LATENT, "the run folder has no latent.nc"),
+        ("history.csv", {"training"}, "no history.csv"),
+        ("posteriors", {"intervals"}, "does not hold the draws of both"),
+        ("spec.yaml", set(), "no spec.yaml"),
+        ("split.npz", set(), ""),
+    ],
+)
+def test_what_is_missing_costs_a_sentence(tmp_path, reported, remove, lost, sentence):
+    folder = tmp_path / "run"
+    shutil.copytree(reported[0], folder)
+    path = folder / remove
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = Page(write_report(folder).read_text("utf-8"))
+    assert sentence in page.text
+    assert {p.stem for p in (folder / "figures").iterdir()} == FIGURES - lost  # the old figure is gone, too
+
+
+def test_the_audit_alone_is_enough(tmp_path, reported):
+    shutil.copy(reported[0] / "audit.nc", tmp_path / "audit.nc")
+    page = Page(write_report(tmp_path).read_text("utf-8"))
+    assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"gaps", "trust", "comparison"}
+    assert "held out" not in page.text
+
+
+def test_no_reference_and_no_evidence(tmp_path):
+    folder = write_run(tmp_path / "run", d=5, n=12, known=0, references=False)
+    page = Page(write_report(folder).read_text("utf-8"))
+    assert "lower bound on log p(x), held out" in page.text
+    assert "log p(x) itself is not known for any of them" in page.text
+    assert "median gap –" in page.text
+    assert "Anything about the gap of 12 data of 12" in page.text
+    assert {"gaps", "trust", "comparison", "intervals"}.isdisjoint(p.stem for p in (folder / "figures").iterdir())
+
+
+def test_one_datum(tmp_path):
+    folder = write_run(tmp_path / "run", n=1)
+    assert "1 datum" in Page(write_report(folder).read_text("utf-8")).text
+
+
+def test_data_without_evidence_are_counted_and_enter_no_mean(tmp_path):
+    folder = write_run(tmp_path / "run", n=30, known=24)
+    files = Files.read(folder)
+    log_p = files.audit["log_evidence"].values[:24]
+    facts = {fact.label: fact for fact in findings.key_figures(files.audit, None, held_out=True)}
+    evidence = facts["log p(x), held out"]
+    assert evidence.value == f"{log_p.mean():.1f} ± {log_p.std(ddof=1) / np.sqrt(24):.1f}".replace("-", "−")
+    assert "exact for 24, unknown for 6, which are not in this mean of 30 data (by grid)" in evidence.note
+    assert facts["posteriors exact or certified"].value == "80%"
+    assert float(facts["median gap"].value) == pytest.approx(np.median(files.audit["gap_total"].values[:24]), abs=5e-4)
+    page = Page(write_report(folder).read_text("utf-8"))
+    assert "6 data of 30 have no known log p(x)" in page.text
+    assert "6 data without an exact or certified reference are left out" in page.text
+    assert "Anything about the gap of 6 data of 30" in page.text
+
+
+def test_a_negative_gap_is_shown_and_said(reported):
+    _, page = reported
+    assert "1 datum has a negative gap, all within 3 standard errors of 0" in page.text
+
+
+def test_bits_are_said_of_discrete_data_only(tmp_path, reported):
+    assert "bits per dimension" not in reported[1].text
+    folder = write_run(tmp_path / "run", n=12, likelihood="bernoulli")
+    files = Files.read(folder)
+    assert files.entries == 64
+    bits = -files.audit["log_evidence"].values.mean() / (64 * np.log(2))
+    note = findings.key_figures(files.audit, 64, held_out=True)[0].note
+    assert f"{canvas.say(bits)} bits per dimension." in note
+
+
+def test_the_worst_rows_are_the_worst(reported):
+    files = Files.read(reported[0])
+    gap = files.audit["gap_total"].values
+    rows = findings.worst_rows(files.audit)
+    assert [row.obs_id for row in rows] == files.audit["obs_id"].values[np.argsort(-gap)][:10].tolist()
+    assert rows[0].cells[2].startswith(canvas.say(gap.max()))
+    bounded = write_run(reported[0].parent / "bounded", n=12, known=8)
+    cells = [row.cells for row in findings.worst_rows(Files.read(bounded).audit, 12)]
+    assert [("(bound)" in c[1], "≥" in c[1]) for c in cells] == [(False, False)] * 8 + [(True, True)] * 4
+
+
+def test_the_weights_kept_are_the_best_at_full_kl_weight(reported):
+    assert "Validation ELBO is highest at epoch 15 of 20" in reported[1].text
+    assert "the model over-fits" in reported[1].text
+
+
+def test_the_words_of_the_contours_are_true(reported):
+    data = Files.read(reported[0]).latent["density"].to_dataset()
+    caption = plots_posterior.contours(Files.read(reported[0]).latent).caption
+    case = data.isel(case=2)
+    q, p = np.exp(case["log_guide"].values), np.exp(case["log_posterior"].values)
+    inside = q >= -np.sort(-q.ravel())[np.searchsorted(np.cumsum(-np.sort(-q.ravel())), 0.9 * q.sum())]
+    assert f"{canvas.percent(p[inside].sum() / p.sum())} (worst)" in caption
+
+
+def test_nothing_global_changes(reported):
+    before = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"axes.facecolor": "black"}):
+        write_report(reported[0])
+        assert matplotlib.rcParams["axes.facecolor"] == "black"
+    assert dict(matplotlib.rcParams) == before
+    assert pyplot.get_fignums() == []
+
+
+def test_no_audit_is_one_line(tmp_path):
+    with pytest.raises(RunFolderError, match=r"no audit.nc here; run `elbowroom audit .*` first"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["audit.nc", "latent.nc", "spec.yaml", "split.npz", "posteriors/guide.nc"])
+def test_a_damaged_file_is_named(tmp_path, reported, name):
+    folder = tmp_path / "run"
+    shutil.copytree(reported[0], folder)
+    (folder / name).write_bytes(b"\x00: [")
+    with pytest.raises(RunFolderError, match=re.escape(str(folder / name)) + ": damaged"):
+        write_report(folder)
+
+
+def test_files_of_different_audits_are_noticed(tmp_path, reported):
+    folder = tmp_path / "run"
+    shutil.copytree(reported[0], folder)
+    with xr.open_dataset(folder / "audit.nc", engine="h5netcdf") as audit:
+        moved = audit.load().assign_coords(obs_id=audit["obs_id"].values + 1)
+    moved.to_netcdf(folder / "audit.nc", engine="h5netcdf")
+    assert "hold different data; run the audit again" in Page(write_report(folder).read_text("utf-8")).text
+
+
+def test_heavy_tails_and_equal_gaps_are_drawn(reported):
+    audit = Files.read(reported[0]).audit
+    n = audit.sizes["obs_id"]
+    for gap in (np.geomspace(1e-3, 1e3, n), np.full(n, 0.2), np.zeros(n), np.linspace(-1, 40, n) ** 3):
+        table = audit.assign(gap_total=("obs_id", gap))
+        for plot in (plots_audit.gaps(table), plots_audit.trust(table)):
+            assert isinstance(plot, canvas.Plot)
+            plot.figure.savefig(Path("/dev/null"), format="png")
+            assert "nan" not in plot.caption
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1.23456, "1.23"),
+        (-20.961, "−21.0"),
+        (0.00671, "0.0067"),
+        (0.097, "0.097"),
+        (1234567.0, "1.2e+06"),
+        (np.nan, "not known"),
+        (-np.inf, "−∞"),
+        (1482.3, "1482"),
+    ],
+)
+def test_say(value, text):
+    assert canvas.say(value) == text
+
+
+def test_percent_keeps_all_and_none_for_all_and_none():
+    assert canvas.percent(5, 5) == "100%"
+    assert canvas.percent(9999, 10000) == "99.9%"
+    assert canvas.percent(1, 100000) == "0.1%"
+    assert canvas.percent(0, 7) == "0%"
+    assert canvas.percent(1, 2) == "50%"
+
+
+def test_region_levels_of_a_normal():
+    z = np.linspace(-8, 8, 16001)
+    levels = canvas.region_levels(-0.5 * z**2)
+    assert np.sqrt(-2 * np.array(levels)) == pytest.approx([0.6745, 1.6449], abs=2e-3)
+    assert canvas.mass_inside(-0.5 * z**2, np.abs(z) < 1.6449) == pytest.approx(0.9, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("event", "declared", "shape"),
+    [
+        ((8, 8), None, (8, 8)),
+        ((64,), None, (8, 8)),
+        ((1, 28, 28), None, (28, 28)),
+        ((16,), None, None),
+        ((63,), None, None),
+        ((12,), (3, 4), (3, 4)),
+        ((12,), (5, 5), None),
+        ((), None, None),
+        ((2, 3), None, None),
+    ],
+)
+def test_image_shape(event, declared, shape):
+    assert canvas.image_shape(event, declared) == shape
+
+
+def test_tiles_stand_where_their_labels_are():
+    figure = canvas.canvas(4, 4, "tiles")
+    axes = figure.subplots()
+    images = np.zeros((3, 2, 8, 8))
+    images[2, 1] = 1  # the last row, at the bottom
+    canvas.show_tiles(axes, images, (0, 1))
+    sheet, (left, right, bottom, top) = axes.images[0].get_array(), axes.images[0].get_extent()
+    height, width = sheet.shape
+    at = lambda x, y: sheet[int((y - top) / (bottom - top) * height), int((x - left) / (right - left) * width)]
+    assert at(1, 2) == 1
+    assert at(0, 0) == at(1, 1) == at(0, 2) == 0
+    assert plots.event_image(None) is None
