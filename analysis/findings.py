@@ -1,7 +1,7 @@
-"""From the tables of a run folder to what a report says in words and numbers. No figures here, and nothing is computed twice.
+"""From the tables of a run folder to what a report says in words and numbers.
 
-Only values of log p(x) (exact, or an estimate that can be trusted) enter a mean or a gap; bounds are called bounds, and the data
-that have nothing else are counted and named. All log densities are in nats per datum.
+Only values of log p(x) (exact, or an estimate that can be trusted) enter a mean or a gap; bounds are called bounds, and the
+data that have nothing else are counted and named. All log densities are in nats per datum.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.canvas import count, percent, say
-from elbowroom.analysis.plots_audit import GOOD_K, best_reference, column, trusted
+from elbowroom.analysis.table import GOOD_K, best_reference, column, trusted
 
-# likelihoods of discrete data: there -log p(x) / (D log 2) is a code length in bits per entry
+# likelihoods of discrete data: there -log p(x) / (D log 2) is a code length in bits per dimension
 DISCRETE = frozenset({"bernoulli", "binomial", "poisson", "categorical", "negative_binomial"})
 
 
@@ -101,7 +101,7 @@ def _evidence_note(table: xr.Dataset) -> str:
 
 
 def _bits(mean: float, entries: int | None) -> str:
-    return f" {say(-mean / (entries * math.log(2)))} bits per entry." if entries and math.isfinite(mean) else ""
+    return f" {say(-mean / (entries * math.log(2)))} bits per dimension." if entries and math.isfinite(mean) else ""
 
 
 def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> list[Figure]:
@@ -109,7 +109,7 @@ def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> li
 
     Args:
         table: the audit.
-        entries: entries of one datum, where the data are discrete (then bits per entry are said too).
+        entries: entries of one datum, where the data are discrete (then bits per dimension are said too).
         held_out: whether the audited data took no part in the fit.
     """
     n = table.sizes["obs_id"]
@@ -131,7 +131,7 @@ def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> li
     known = gap[np.isfinite(gap)]
     if known.size:
         low, middle, high = (float(v) for v in np.quantile(known, [0.25, 0.5, 0.75]))
-        bits = f", {say(middle / (entries * math.log(2)), 2)} bits per entry" if entries else ""
+        bits = f", {say(middle / (entries * math.log(2)), 2)} bits per dimension" if entries else ""
         note = f"Median of log p(x) − ELBO over {count(known.size)}{bits}. Middle half: {say(low)} to {say(high)}."
         figures.append(Figure("median gap", say(middle), "nats", note))
         worst = int(np.nanargmax(gap))
@@ -166,7 +166,8 @@ def worst_rows(table: xr.Dataset, size: int = 10) -> list[Row]:
         if math.isfinite(gap[n]):
             evidence, room = say(one["log_evidence"], 4), f"{say(float(gap[n]))} [{say(low)}, {say(high)}]"
         elif math.isfinite(one["log_evidence_lower"]):
-            evidence, room = f"≥ {say(one['log_evidence_lower'], 4)} (bound)", f"at least {say(low)}" if low > 0 else "not known"
+            evidence = f"≥ {say(one['log_evidence_lower'], 4)} (bound)"
+            room = f"at least {say(low)}" if low > 0 else "not known"
         else:
             evidence, room = "not known", "not known"
         cells = [f"{say(one['elbo'], 4)} ± {say(one['elbo_se'], 2)}", evidence, room, _short(column(table, "pareto_k")[n])]
@@ -176,7 +177,7 @@ def worst_rows(table: xr.Dataset, size: int = 10) -> list[Row]:
         else:
             cells += [_short(part[name].values[n]) for name in ("mean_error", "sd_ratio")]
             cells.append(f"{str(reference).replace('_', ' ')}: {part['status'].values[n]}")
-            reason = str(part["reason"].values[n]) if "reason" in part else ""
+            reason = str(part["reason"].values[n]).removeprefix(f"{reference}: ") if "reason" in part else ""
         rows.append(Row(int(table["obs_id"].values[n]), tuple(cells), reason))
     return rows
 
@@ -196,8 +197,8 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
     if known.size:
         median = float(np.median(known))
         may.append(
-            f"On {count(int(known.size))} of {n:,} the ELBO is below log p(x) by {say(median)} nats at the median: that much is "
-            "lost by this guide, with this decoder held as it is."
+            f"log p(x) is known for {known.size:,} of {count(n)}, and the ELBO lies {say(median)} nats below it at the median. "
+            "That much this guide loses, with this decoder held as it is."
         )
     if sure.any():
         part = table.sel(reference=reference)
@@ -215,18 +216,18 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
             "guide, unless it misses a mode altogether, which k-hat cannot see."
         )
     may_not.append(
-        "That the decoder is right: every posterior, exact ones too, is that of the trained decoder. A better fit changes p(z|x) "
-        "itself, and a small gap can belong to a poor model."
+        "That the decoder is right: every posterior, exact ones too, is that of the trained decoder. A better fit changes "
+        "p(z|x) itself, and a small gap can belong to a poor model."
     )
     if kind["bound"]:
         may_not.append(
-            f"Anything about the gap of {count(kind['bound'])} of {n:,}: for them only a probabilistic lower bound on log p(x) is "
-            "known. It is no estimate, and they are in no mean, median or figure of the gap."
+            f"Anything about the gap of {count(kind['bound'])} of {n:,}: for them only a probabilistic lower bound on log p(x) "
+            "is known. It is no estimate, and they are in no mean, median or figure of the gap."
         )
     if kind["estimate"]:
         may_not.append(
-            f"Exact values of log p(x) for {count(kind['estimate'])}: theirs is an importance-sampling estimate with the standard "
-            "error given, accepted because its weights are well behaved."
+            f"Exact values of log p(x) for {count(kind['estimate'])}: theirs is an importance-sampling estimate with the "
+            "standard error given, accepted because its weights are well behaved."
         )
     unsure = n - int(sure.sum())
     if unsure:
@@ -235,12 +236,12 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
             + ("there is no reference." if reference is None else "their reference is not certified, and they are left out.")
         )
     may_not.append(
-        "Whether the family or the encoder is to blame: the total gap adds both. A richer family (guide.family) or a longer fit "
-        "of the encoder will tell."
+        "Whether the family or the encoder is to blame: the total gap adds both. A richer family (guide.family) or a longer "
+        "fit of the encoder will tell."
     )
     if good < n:
         may_not.append(f"Importance-weighted results for {count(n - good)} where k-hat is {GOOD_K} or more, or not known.")
-    may_not.append("Anything about data unlike the audited ones: these are averages over them, and the worst datum can be worse.")
+    may_not.append("Anything about data unlike the audited ones: other data can have a larger gap than the worst one here.")
     return may, may_not
 
 

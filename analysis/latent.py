@@ -7,8 +7,6 @@ the exact posterior and guide densities of the best, a typical and the worst dat
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pyro
 import torch
@@ -268,6 +266,4 @@ def _density(vae: VAE, x: Tensor, obs_id: np.ndarray, gap: np.ndarray, encoding:
     }
     if d == 2:
         data["z_row"] = (("case", "row"), _array(axes[..., 1].T))
-    dataset = xr.Dataset(data, coords={"case": np.array(case, dtype=object)})
-    assert math.prod(shape) == log_p.numel()  # noqa: S101 - a broken seam must not become a scrambled picture
-    return dataset
+    return xr.Dataset(data, coords={"case": np.array(case, dtype=object)})

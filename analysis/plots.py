@@ -1,7 +1,7 @@
-"""Figures of the model: its training, its latent space, and what the decoder makes of it. Drawn from files alone.
+"""Figures of the model: its latent space, and what the decoder makes of it. Drawn from `latent.nc` alone.
 
 Each function returns a `Plot`, whose caption is computed from the numbers that it draws, or an `Absent` that says what was
-missing. The figures of the audit are in `elbowroom.analysis.plots_audit`.
+missing. The other figures are in `plots_training`, `plots_audit` (the table) and `plots_posterior` (single data).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-import pandas as pd
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
@@ -19,9 +18,7 @@ from matplotlib.patches import Ellipse
 from matplotlib.ticker import MaxNLocator
 
 from elbowroom.analysis.canvas import (
-    ALARM,
     EXACT,
-    FAINT,
     GUIDE,
     HALF,
     INK,
@@ -31,7 +28,6 @@ from elbowroom.analysis.canvas import (
     Absent,
     Plot,
     canvas,
-    count,
     image_shape,
     percent,
     say,
@@ -53,92 +49,6 @@ def event_image(latent: xr.DataTree | None) -> tuple[int, int] | None:
     if latent is None or "event_shape" not in latent.attrs:
         return None
     return image_shape(np.atleast_1d(latent.attrs["event_shape"]).tolist(), latent.attrs.get("image_shape"))
-
-
-@styled
-def training(history: pd.DataFrame | None) -> Plot | Absent:
-    """Draw training and validation ELBO, learning rate and KL weight over epochs."""
-    if history is None or not len(history):
-        return Absent("training", "The run folder has no history.csv: the model was not fitted by Elbowroom.")
-    epoch = history["epoch"].to_numpy()
-    train, validation = history["train_elbo"].to_numpy(float), history["validation_elbo"].to_numpy(float)
-    figure = canvas(WIDE, 3.7, "Training")
-    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    axes.plot(epoch, train, color=MUTED, label="training ELBO (mean over the epoch's steps)")
-    judged = bool(np.isfinite(validation).any())
-    full = history["kl_weight"].to_numpy(float) >= 1
-    best = int(np.nanargmax(np.where(full, validation, -np.inf))) if judged and full.any() else len(history) - 1
-    if judged:
-        axes.plot(epoch, validation, color=EXACT, label="validation ELBO (end of epoch)")
-        axes.plot(epoch[best], validation[best], "o", color=GUIDE, markersize=7, markeredgecolor=PAPER, zorder=5)
-        axes.annotate(
-            f"weights kept: epoch {epoch[best]}, {say(validation[best], 4)} nats",
-            (epoch[best], validation[best]),
-            xytext=(0, -16),
-            textcoords="offset points",
-            ha="right" if best > len(epoch) / 2 else "left",
-            va="top",
-            color=GUIDE,
-            fontsize=8,
-        )
-    axes.set_ylabel("ELBO (nats per datum)")
-    hidden = _clip_start(axes, np.concatenate([train, validation]), train)
-    axes.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 1.0), borderaxespad=0.2)
-    rate, weight = history["learning_rate"].to_numpy(float), history["kl_weight"].to_numpy(float)
-    below.plot(epoch, rate / rate.max(), color=INK, label=f"learning rate / {rate.max():.3g}")
-    below.plot(epoch, weight, color=ALARM, linestyle="--", label="KL weight")
-    below.set(xlabel="epoch", ylabel="relative", ylim=(-0.08, 1.15), yticks=[0, 1])
-    below.set_xlim(epoch[0] - 0.01 * len(epoch), epoch[-1] + 0.01 * len(epoch))
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    below.legend(loc="lower left", ncols=2, borderaxespad=0.2)
-    return Plot("training", figure, _training_alt(judged), _training_caption(history, best, judged, hidden), wide=True)
-
-
-def _training_alt(judged: bool) -> str:
-    curves = "training and validation ELBO" if judged else "training ELBO"
-    return f"Line chart of {curves} by epoch, above a line chart of learning rate and KL weight."
-
-
-def _clip_start(axes: Axes, values: np.ndarray, train: np.ndarray) -> int:
-    """Let the axis start where the first tenth of the training ended, if the start would flatten the rest; count what it hides."""
-    settled = train[len(train) // 10 :]
-    finite = values[np.isfinite(values)]
-    low, high = settled[np.isfinite(settled)].min(), finite.max()
-    low -= 0.08 * (high - low)
-    if low <= finite.min() or high <= low:
-        return 0
-    axes.set_ylim(low, high + 0.06 * (high - low))
-    return int((train < low).sum())
-
-
-def _training_caption(history: pd.DataFrame, best: int, judged: bool, hidden: int) -> str:
-    train, validation = history["train_elbo"].to_numpy(float), history["validation_elbo"].to_numpy(float)
-    epochs, seconds = len(history), float(history["seconds"].iloc[-1])
-    start = f" The first {count(hidden, 'epoch', 'epochs')} lie below the axis." if hidden else ""
-    if not judged:
-        return (
-            f"{epochs} epochs in {say(seconds)} s. There were no validation data, so the last weights were kept and "
-            f"over-fitting could not be seen.{start}"
-        )
-    tail = max(1, epochs // 10)
-    gain = float(np.nanmean(validation[-tail:]) - np.nanmean(validation[-2 * tail : -tail])) if epochs >= 4 else math.nan
-    over = float(train[best] - validation[best])
-    if not math.isfinite(gain):
-        trend = ""
-    elif gain > 0.1:
-        trend = (
-            f" Validation ELBO still rose by {say(gain)} nats between the last two tenths of the training: more epochs "
-            "would probably help."
-        )
-    elif gain < -0.1:
-        trend = f" It then fell by {say(-gain)} nats between the last two tenths of the training: the model over-fits."
-    else:
-        trend = f" It had levelled off: the last tenth of the training changed it by {say(gain)} nats."
-    side = f"{say(abs(over))} nats {'below' if over >= 0 else 'above'} training ELBO"
-    return (
-        f"Validation ELBO is highest at epoch {history['epoch'].iloc[best]} of {epochs} ({say(validation[best], 4)} nats "
-        f"per datum, {side}); those weights were kept.{trend}{start}"
-    )
 
 
 @styled
@@ -169,7 +79,9 @@ def _latent_line(axes: Axes, loc: np.ndarray, label: np.ndarray | None) -> None:
     groups = {"all": loc} if label is None else {str(v): loc[label == v] for v in np.unique(label)}
     palette = sns.color_palette("colorblind", max(len(groups), 10))
     bins = np.linspace(min(-3.2, loc.min()), max(3.2, loc.max()), 41)
-    axes.hist(list(groups.values()), bins, stacked=True, density=True, color=palette[: len(groups)], label=list(groups))
+    axes.hist(
+        list(groups.values()), bins.tolist(), stacked=True, density=True, color=palette[: len(groups)], label=list(groups)
+    )
     z = np.linspace(bins[0], bins[-1], 300)
     axes.plot(z, np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi), color=INK, linestyle="--", label="prior density")
     axes.set(xlabel="mean of q(z|x), latent 0 (prior sd)", ylabel="density")
@@ -200,11 +112,12 @@ def _latent_plane(axes: Axes, loc: np.ndarray, scale: np.ndarray, label: np.ndar
         )
         spread.set(facecolor=(*colour, 0.07) if isinstance(colour, tuple) else colour + "14", edgecolor="none")
         axes.add_collection(spread)
-        axes.scatter(*loc[rows].T, s=11, color=colour, edgecolor=PAPER, linewidth=0.3, zorder=3)
+        axes.scatter(loc[rows, 0], loc[rows, 1], s=11, color=colour, edgecolor=PAPER, linewidth=0.3, zorder=3)
     for value in values if label is not None else []:
         middle = np.median(loc[label == value], 0)
         axes.text(
-            *middle,
+            float(middle[0]),
+            float(middle[1]),
             str(value),
             fontsize=11,
             weight="bold",
@@ -233,9 +146,7 @@ def _latent_caption(loc: np.ndarray, scale: np.ndarray, rate: np.ndarray, shown:
     region = "Dashed: the regions that hold 50, 90 and 99% of the prior. " if d > 1 else ""
     dead = [int(j) for j in range(d) if loc[:, j].var() < 0.01]
     fit = "close to the prior" if abs(inside - 0.9) < 0.03 else ("wider than the prior" if inside < 0.9 else "narrower")
-    verdict = (
-        f"{percent(inside)} of the draws from q over these data lie where 90% of the prior does: as a whole, q is {fit}."
-    )
+    verdict = f"{percent(inside)} of the draws from q over these data lie where 90% of the prior does: as a whole, q is {fit}."
     active = (
         f" {len(dead)} of {d} latents are unused (variance of the means below 0.01)." if dead else " Every latent is in use."
     )
@@ -261,7 +172,7 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
     rest = "" if latent is None or latent.attrs["latent_dim"] <= 2 else ", the other latents at the prior's median"
     if image is not None:
         flat = expected if len(axes_z) == 2 else expected[None]
-        tiles = flat.reshape(*flat.shape[: 2], *image)
+        tiles = flat.reshape(*flat.shape[:2], *image)
         figure = canvas(HALF, 5.0, "What the decoder makes of it: E[x|z]") if len(axes_z) == 2 else canvas(WIDE, 1.7, "E[x|z]")
         axes = figure.subplots()
         show_tiles(axes, tiles[::-1], tone(expected))
@@ -366,11 +277,12 @@ def _spread_by_entry(axes: Axes, sets: Mapping[str, np.ndarray]) -> None:
 
 def _prior_caption(x: np.ndarray, real: np.ndarray | None) -> str:
     totals = x.mean(1)
-    text = f"{len(x)} draws have a mean entry of {say(float(totals.mean()))} ± {say(float(totals.std() / math.sqrt(len(x))))} (SE)"
+    error = float(totals.std() / math.sqrt(len(x)))
+    text = f"{len(x)} draws have a mean entry of {say(float(totals.mean()))} ± {say(error)} (SE)"
     if real is None:
         return f"{text}. The run folder keeps no data to compare them with."
     other = real.mean(1)
-    se = math.hypot(float(totals.std()) / math.sqrt(len(x)), float(other.std()) / math.sqrt(len(real)))
+    se = math.hypot(error, float(other.std()) / math.sqrt(len(real)))
     far = abs(float(totals.mean() - other.mean())) / max(se, 1e-12)
     verdict = "so on this average the model is like its data" if far < 3 else f"which is {say(far, 2)} standard errors away"
     return (
@@ -437,6 +349,3 @@ def _reconstruction_caption(error: np.ndarray, gap: np.ndarray) -> str:
         f"{text}, which are spread evenly over the ranks of the gap, smallest to the left. Mean error of the left half "
         f"{say(low)}, of the right half {say(high)}: {verdict}."
     )
-
-
-__all__ = ["FAINT", "event_image", "group", "latent_space", "plane", "prior_samples", "reconstructions", "training"]

@@ -19,7 +19,7 @@ import pandas as pd
 import xarray as xr
 import yaml
 
-from elbowroom.analysis import findings, plots, plots_audit
+from elbowroom.analysis import findings, plots, plots_audit, plots_posterior, plots_training
 from elbowroom.analysis.canvas import DPI, Absent, Plot, thumbnail, tone
 from elbowroom.errors import RunFolderError
 from elbowroom.files import atomic, write_text
@@ -156,16 +156,16 @@ def write_report(folder: str | Path) -> Path:
 def draw(files: Files) -> dict[str, Plot | Absent]:
     """Draw every figure of the report, name -> figure, or why there is none."""
     drawn = (
-        plots_audit.contours(files.latent),
+        plots_posterior.contours(files.latent),
         plots_audit.gaps(files.audit, files.entries),
         plots_audit.trust(files.audit),
-        plots_audit.intervals(files.audit, files.posteriors),
+        plots_posterior.intervals(files.audit, files.posteriors),
         plots_audit.comparison(files.audit),
         plots.latent_space(files.latent),
         plots.plane(files.latent),
         plots.prior_samples(files.latent, files.observed),
         plots.reconstructions(files.latent),
-        plots.training(files.history),
+        plots_training.training(files.history),
     )
     return {item.name: item for item in drawn}
 

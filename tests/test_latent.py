@@ -53,7 +53,7 @@ def test_the_moments_are_those_of_the_guide_and_the_rates_add_up():
     q = vae.posterior(x)
     np.testing.assert_allclose(encoding["loc"].values, q.mean.detach().numpy())
     np.testing.assert_allclose(encoding["scale"].values, q.stddev.detach().numpy())
-    kl = torch.distributions.kl_divergence(q.base_dist, torch.distributions.Normal(0.0, 1.0)).sum(-1).mean()
+    kl = torch.distributions.kl_divergence(q.base_dist, torch.distributions.Normal(0.0, 1.0)).sum(-1).mean().detach()
     assert float(encoding["rate"].sum()) == pytest.approx(float(kl), rel=1e-6)
     assert encoding["label"].values.tolist() == list(range(9))
 

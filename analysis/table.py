@@ -1,0 +1,34 @@
+"""Reading an audit's table: columns that may be missing, the reference to rely on, and the data it can be relied on for."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+GOOD_K = 0.7
+TRUSTED = ("exact", "certified")
+
+
+def column(table: xr.Dataset, name: str) -> np.ndarray:
+    """Return a per-datum variable of the audit, (N,), NaN where the audit has none."""
+    return table[name].values.astype(float) if name in table else np.full(table.sizes["obs_id"], np.nan)
+
+
+def best_reference(table: xr.Dataset) -> str | None:
+    """Return the reference that is exact or certified for the most data, the first of equals; None without any."""
+    if "reference" not in table.dims or not table.sizes["reference"] or "status" not in table:
+        return None
+    trusted = np.isin(table["status"].values.astype(str), TRUSTED).sum(0)
+    return str(table["reference"].values[int(np.argmax(trusted))]) if trusted.any() else None
+
+
+def trusted(table: xr.Dataset, reference: str | None) -> np.ndarray:
+    """Return which data the reference is exact or certified for, (N,)."""
+    if reference is None:
+        return np.zeros(table.sizes["obs_id"], dtype=bool)
+    return np.isin(table["status"].sel(reference=reference).values.astype(str), TRUSTED)
+
+
+def in_words(reference: str) -> str:
+    """Return a reference's name as an adjective."""
+    return {"closed_form": "closed-form", "grid": "exact grid"}.get(reference, reference)
