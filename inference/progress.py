@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from elbowroom.inference.history import Row
 from elbowroom.inference.schedule import Plan
@@ -21,11 +22,10 @@ def progress_bar(console: Console) -> Iterator[Callable[[Plan, Row], None]]:
     """
     columns = (
         TextColumn("fit"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs  train ELBO {task.fields[train]}  validation ELBO {task.fields[validation]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=12),
+        TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+        TextColumn("ELBO {task.fields[train]}, validation {task.fields[validation]}", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("fit", total=None, train="-", validation="-")

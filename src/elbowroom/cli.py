@@ -324,12 +324,13 @@ def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, devi
 
 
 def _print_audit(found: Audit, folder: Path) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     console = _console()
     table = Table(title=f"audit of {found.table.sizes['obs_id']} data", title_justify="left", show_header=False)
     for quantity, value in found.lines():
-        table.add_row(quantity, value)
+        table.add_row(escape(quantity), escape(value))
     console.print()
     console.print(table)
     for sentence in found.verdict.splitlines():
