@@ -119,7 +119,8 @@ def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> li
     mean, se = _mean_se(evidence)
     if math.isfinite(mean):
         note = f"Mean ± SE over data; {_evidence_note(table)}.{_bits(mean, entries)}"
-        figures.append(Figure(f"log p(x){where}", _with_error(mean, se), "nats", note))
+        label = "log p(x)" if kinds(table)["exact"] else "estimate of log p(x)"
+        figures.append(Figure(f"{label}{where}", _with_error(mean, se), "nats", note))
     else:
         mean, se = _mean_se(column(table, "log_evidence_lower"))
         note = f"Mean ± SE of a probabilistic lower bound, over {count(n)}. log p(x) itself is not known for any of them."
@@ -186,6 +187,11 @@ def _short(value: Any) -> str:
     return say(float(value), 2) if math.isfinite(float(value)) else "–"
 
 
+def _how(kind: Mapping[str, int]) -> str:
+    both = "exact or estimated" if kind["estimate"] else "exact"
+    return both if kind["exact"] else "estimated"
+
+
 def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
     """Return what the reader may conclude from this audit, and what not, one sentence each."""
     n, kind = table.sizes["obs_id"], kinds(table)
@@ -197,8 +203,8 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
     if known.size:
         median = float(np.median(known))
         may.append(
-            f"log p(x) is known for {known.size:,} of {count(n)}, and the ELBO lies {say(median)} nats below it at the median. "
-            "That much this guide loses, with this decoder held as it is."
+            f"log p(x) is {_how(kind)} for {known.size:,} of {count(n)}; the ELBO lies {say(median)} nats below it at the "
+            "median. That much this guide loses, with this decoder held as it is."
         )
     if sure.any():
         part = table.sel(reference=reference)

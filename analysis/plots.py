@@ -35,6 +35,7 @@ from elbowroom.analysis.canvas import (
     styled,
     tone,
 )
+from elbowroom.analysis.table import SMALL_GAP
 
 NO_LATENT = "the run folder has no latent.nc, which describes the decoder: run the audit again to make it"
 
@@ -62,17 +63,19 @@ def latent_space(latent: xr.DataTree | None) -> Plot | Absent:
     if label is not None and len(np.unique(label)) > 12:
         label = None
     rate = encoding["rate"].values
-    figure = canvas(HALF, 5.0, "The latent space")
-    if loc.shape[1] == 1:
-        axes = figure.subplots()
+    line = loc.shape[1] == 1
+    figure = canvas(WIDE, 3.2, "The latent space") if line else canvas(HALF, 5.0, "The latent space")
+    axes = figure.subplots()
+    if line:
         _latent_line(axes, loc[:, 0], label)
         shown = [0]
     else:
-        axes = figure.subplots()
         shown = sorted(int(j) for j in np.argsort(-rate, kind="stable")[:2])
         _latent_plane(axes, loc[:, shown], scale[:, shown], label)
         axes.set(xlabel=f"latent {shown[0]} (prior sd)", ylabel=f"latent {shown[1]} (prior sd)")
-    return Plot("latent_space", figure, _latent_alt(label), _latent_caption(loc, scale, rate, shown))
+    return Plot(
+        "latent_space", figure, _latent_alt(label), _latent_caption(loc, scale, rate, shown, label is not None), wide=line
+    )
 
 
 def _latent_line(axes: Axes, loc: np.ndarray, label: np.ndarray | None) -> None:
@@ -85,7 +88,7 @@ def _latent_line(axes: Axes, loc: np.ndarray, label: np.ndarray | None) -> None:
     z = np.linspace(bins[0], bins[-1], 300)
     axes.plot(z, np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi), color=INK, linestyle="--", label="prior density")
     axes.set(xlabel="mean of q(z|x), latent 0 (prior sd)", ylabel="density")
-    axes.legend(ncols=2)
+    axes.legend(loc="upper right", ncols=2)
 
 
 def _latent_plane(axes: Axes, loc: np.ndarray, scale: np.ndarray, label: np.ndarray | None) -> None:
@@ -100,25 +103,28 @@ def _latent_plane(axes: Axes, loc: np.ndarray, scale: np.ndarray, label: np.ndar
             ha="center",
             va="center",
             bbox={"boxstyle": "round,pad=0.15", "facecolor": PAPER, "edgecolor": "none"},
-            zorder=1.5,
+            zorder=3.5,
         )
     values = [None] if label is None else list(np.unique(label))
     palette = [EXACT] if label is None else sns.color_palette("colorblind", max(len(values), 10))
+    cover = float(scale.prod(1).sum()) / 4  # how often the halos would cover a disc of two prior sd
+    alpha = float(np.clip(0.5 / max(cover, 1e-9), 0.012, 0.15))
     for value, colour in zip(values, palette, strict=False):
         rows = np.full(len(loc), True) if value is None else label == value
         size = 2 * scale[rows]
         spread = EllipseCollection(
             size[:, 0], size[:, 1], np.zeros(len(size)), units="xy", offsets=loc[rows], transOffset=axes.transData
         )
-        spread.set(facecolor=(*colour, 0.07) if isinstance(colour, tuple) else colour + "14", edgecolor="none")
+        spread.set(facecolor=colour, alpha=alpha, edgecolor="none")
         axes.add_collection(spread)
         axes.scatter(loc[rows, 0], loc[rows, 1], s=11, color=colour, edgecolor=PAPER, linewidth=0.3, zorder=3)
-    for value in values if label is not None else []:
-        middle = np.median(loc[label == value], 0)
+    extent = max(3.2, 1.04 * float(np.abs(loc).max()))
+    named = [] if label is None else [(str(value), np.median(loc[label == value], 0)) for value in values]
+    for (text, _), place in zip(named, _apart([place for _, place in named], 0.15 * extent), strict=True):
         axes.text(
-            float(middle[0]),
-            float(middle[1]),
-            str(value),
+            float(place[0]),
+            float(place[1]),
+            text,
             fontsize=11,
             weight="bold",
             ha="center",
@@ -127,8 +133,24 @@ def _latent_plane(axes: Axes, loc: np.ndarray, scale: np.ndarray, label: np.ndar
             zorder=4,
             bbox={"boxstyle": "circle,pad=0.18", "facecolor": PAPER, "edgecolor": MUTED, "linewidth": 0.6, "alpha": 0.85},
         )
-    extent = max(3.2, 1.04 * float(np.abs(loc).max()))
     axes.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
+
+
+def _apart(places: list[np.ndarray], distance: float) -> list[np.ndarray]:
+    """Push points (2,) apart until they keep `distance`, each pair sharing the way, for at most 100 rounds."""
+    moved = [place.astype(float) + 1e-6 * n for n, place in enumerate(places)]
+    for _ in range(100):
+        crowded = False
+        for i in range(len(moved)):
+            for j in range(i):
+                step = moved[i] - moved[j]
+                length = float(np.hypot(*step))
+                if length < 0.999 * distance:
+                    push = step / length * (distance - length) / 2
+                    moved[i], moved[j], crowded = moved[i] + push, moved[j] - push, True
+        if not crowded:
+            break
+    return moved
 
 
 def _latent_alt(label: np.ndarray | None) -> str:
@@ -136,14 +158,18 @@ def _latent_alt(label: np.ndarray | None) -> str:
     return f"Guide means of the audited data in the latent space{colours}, over contours of the prior."
 
 
-def _latent_caption(loc: np.ndarray, scale: np.ndarray, rate: np.ndarray, shown: list[int]) -> str:
+def _latent_caption(loc: np.ndarray, scale: np.ndarray, rate: np.ndarray, shown: list[int], labelled: bool) -> str:
     d = loc.shape[1]
     draws = loc + scale * np.random.default_rng(0).standard_normal((200, *loc.shape))
     inside = float((np.square(draws[..., shown]).sum(-1) < _radius2(len(shown))).mean())
     order = np.argsort(-rate, kind="stable")
     rates = ", ".join(f"latent {j}: {say(rate[j])}" for j in order[:6]) + (" and so on" if d > 6 else "")
-    what = "Each dot is the mean of q(z|x) of one datum" + (", its halo one sd" if d > 1 else "")
-    region = "Dashed: the regions that hold 50, 90 and 99% of the prior. " if d > 1 else ""
+    stacked = ", stacked by label" if labelled else ""
+    what = f"The distribution of the means of q(z|x) over data{stacked}, beside the prior's density. "
+    if d > 1:
+        what = (
+            "Each dot is the mean of q(z|x) of one datum, its halo one sd; dashed, the regions of 50, 90 and 99% of the prior. "
+        )
     dead = [int(j) for j in range(d) if loc[:, j].var() < 0.01]
     fit = "close to the prior" if abs(inside - 0.9) < 0.03 else ("wider than the prior" if inside < 0.9 else "narrower")
     verdict = f"{percent(inside)} of the draws from q over these data lie where 90% of the prior does: as a whole, q is {fit}."
@@ -151,7 +177,7 @@ def _latent_caption(loc: np.ndarray, scale: np.ndarray, rate: np.ndarray, shown:
         f" {len(dead)} of {d} latents are unused (variance of the means below 0.01)." if dead else " Every latent is in use."
     )
     other = f" Shown are the two latents of {d} with the highest rate." if d > 2 else ""
-    return f"{what}. {region}{verdict} Rate in nats per datum: {rates}.{active}{other}"
+    return f"{what}{verdict} Rate in nats per datum: {rates}.{active}{other}"
 
 
 def _radius2(d: int, mass: float = 0.9) -> float:
@@ -173,7 +199,11 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
     if image is not None:
         flat = expected if len(axes_z) == 2 else expected[None]
         tiles = flat.reshape(*flat.shape[:2], *image)
-        figure = canvas(HALF, 5.0, "What the decoder makes of it: E[x|z]") if len(axes_z) == 2 else canvas(WIDE, 1.7, "E[x|z]")
+        figure = (
+            canvas(HALF, 5.0, "What the decoder makes of it: E[x|z]")
+            if len(axes_z) == 2
+            else canvas(WIDE, 1.5, "What the decoder makes of it: E[x|z]")
+        )
         axes = figure.subplots()
         show_tiles(axes, tiles[::-1], tone(expected))
         ticks = np.linspace(0, len(axes_z[0]) - 1, 5).round().astype(int)
@@ -185,8 +215,9 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
         else:
             axes.set_yticks([])
     else:
-        figure = canvas(HALF if len(axes_z) == 1 else WIDE, 3.4, "What the decoder makes of it: E[x|z]")
-        panels = np.atleast_1d(figure.subplots(1, len(axes_z), sharey=True))
+        size = (WIDE, 3.4) if len(axes_z) == 1 else (HALF, 5.0)
+        figure = canvas(*size, "What the decoder makes of it: E[x|z]")
+        panels = np.atleast_1d(figure.subplots(len(axes_z), 1))
         for k, (axes, z) in enumerate(zip(panels, axes_z, strict=True)):
             cut = expected
             if len(axes_z) == 2:
@@ -203,13 +234,13 @@ def _profile(axes: Axes, z: np.ndarray, expected: np.ndarray, label: str, *, fir
         palette = sns.color_palette("colorblind", 8)
         for i in range(expected.shape[1]):
             axes.plot(z, expected[:, i], color=palette[i], label=f"entry {i}")
-        axes.set(xlabel=label, ylabel="E[x|z] (data units)" if first else "")
+        axes.set(xlabel=label, ylabel="E[x|z] (data units)")
         if first:
-            axes.legend(ncols=2)
+            axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return
     axes.grid(False)
     mesh = axes.pcolormesh(z, np.arange(expected.shape[1]), expected.T, cmap="cividis", shading="nearest", rasterized=True)
-    axes.set(xlabel=label, ylabel="entry of x" if first else "")
+    axes.set(xlabel=label, ylabel="entry of x")
     axes.figure.colorbar(mesh, ax=axes, label="E[x|z] (data units)", pad=0.02)
 
 
@@ -336,6 +367,8 @@ def _reconstruction_caption(error: np.ndarray, gap: np.ndarray) -> str:
         f"Root mean square error per entry runs from {say(float(error.min()))} to {say(float(error.max()))} (data units) over "
         "these data"
     )
+    if np.isfinite(gap).all() and gap.max() < SMALL_GAP:
+        return f"{text}. All gaps are below {SMALL_GAP} nats, too small for the guide to show in a reconstruction."
     if not np.isfinite(gap).all() or len(gap) < 3:
         return f"{text}. They have no known gap to order them by; they stand in the order of their ELBO."
     half = len(gap) // 2

@@ -30,7 +30,7 @@ from elbowroom.analysis.canvas import (
     say,
     styled,
 )
-from elbowroom.analysis.table import GOOD_K, best_reference, column, in_words, trusted
+from elbowroom.analysis.table import GOOD_K, LARGE_GAP, SMALL_GAP, best_reference, column, in_words, trusted
 
 
 @styled
@@ -124,6 +124,9 @@ def _gap_caption(table: xr.Dataset, gap: np.ndarray, n: int, bits_per: int | Non
         text += f" {count(negative)} {verb} a negative gap, {beyond}: the ELBO is itself estimated."
     if gap.size < n:
         text += f" {count(n - gap.size)} of {n} have no known log p(x); they are not in this figure."
+    estimated = int((np.char.find(table["evidence_method"].values.astype(str), "estimate") >= 0).sum())
+    if estimated:
+        text += f" For {count(estimated)} log p(x) is itself an importance-sampling estimate."
     return text + (" The axis is linear near 0 and logarithmic beyond the median." if stretched else "")
 
 
@@ -154,20 +157,23 @@ def trust(table: xr.Dataset) -> Plot | Absent:
 
 
 def _trust_caption(gap: np.ndarray, k: np.ndarray, both: np.ndarray, bad: np.ndarray) -> str:
-    if np.ptp(gap[both]) > 0 and np.ptp(k[both]) > 0:
+    if gap[both].max() < SMALL_GAP:
+        relation = f"All gaps are below {SMALL_GAP} nats: there is little to mend."
+    elif np.ptp(gap[both]) > 0 and np.ptp(k[both]) > 0:
         rho = float(spearmanr(gap[both], k[both]).statistic)
         relation = f"The rank correlation of gap and k-hat is {round(rho, 2) + 0.0:.2f}".replace("-0", "−0")
         found = "finds the bad data without a reference" if rho > 0.7 else "alone does not tell which gaps are large"
         relation += f": k-hat {found}."
     else:
-        relation = "Gap or k-hat is the same for all data."
+        relation = "Gap or k-hat is the same for all data, so neither tells anything of the other."
     largest = int(np.flatnonzero(both)[np.argmax(gap[both])])
-    hidden = both & (k < GOOD_K) & (gap > np.quantile(gap[both], 0.95))
+    hidden = both & (k < GOOD_K) & (gap > max(LARGE_GAP, float(np.quantile(gap[both], 0.95))))
     text = (
         f"Where k-hat is below {GOOD_K}, weighted draws from the guide can stand for the posterior; that is so for "
-        f"{percent(float((~bad & both).sum()), float(both.sum()))} of the data. {relation} The datum with the largest gap has "
-        f"k-hat {say(float(k[largest]), 2)}."
+        f"{percent(float((~bad & both).sum()), float(both.sum()))} of the data. {relation}"
     )
+    if gap[largest] >= SMALL_GAP:
+        text += f" The datum with the largest gap has k-hat {say(float(k[largest]), 2)}."
     if hidden.any():
         verb = "passes" if hidden.sum() == 1 else "pass"
         text += f" {count(int(hidden.sum()))} among the 5% with the largest gaps {verb} k-hat."
@@ -191,10 +197,11 @@ def comparison(table: xr.Dataset) -> Plot | Absent:
     _histogram(first, mean, "largest error of a mean (posterior sd)")
     first.set_ylabel("number of data")
     _histogram(second, np.log2(ratio), "sd of guide / sd of posterior (worst latent)", zero=False)
-    reach = max(0.6, 1.05 * float(np.abs(np.log2(ratio[np.isfinite(ratio) & (ratio > 0)])).max(initial=0.5)))
-    marks = [m for m in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.7, 1, 1.4, 2, 4, 8, 16) if abs(np.log2(m)) <= reach]
-    if len(marks) > 5:
-        marks = [m for m in marks if m not in (0.7, 1.4)]
+    reach = max(0.2, 1.05 * float(np.abs(np.log2(ratio[np.isfinite(ratio) & (ratio > 0)])).max(initial=0.0)))
+    marks = [m for m in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.7, 0.9, 1, 1.1, 1.4, 2, 4, 8, 16) if abs(np.log2(m)) <= reach]
+    for fine in ((0.9, 1.1), (0.7, 1.4)):
+        if len(marks) > 5:
+            marks = [m for m in marks if m not in fine]
     second.set(xlim=(-reach, reach))
     second.set_xticks(np.log2(marks), [f"{m:g}" if m >= 0.5 else f"1/{1 / m:g}" for m in marks])
     second.axvline(0, color=INK, linewidth=1)
@@ -203,7 +210,7 @@ def comparison(table: xr.Dataset) -> Plot | Absent:
     sns.ecdfplot(x=floor, ax=third, color=MUTED, linestyle="--", label="noise floor: reference against itself")
     sns.ecdfplot(x=distance, ax=third, color=GUIDE, label="guide against reference")
     third.set(xlabel="sliced Wasserstein distance (posterior sd)", ylabel="share of data below", ylim=(0, 1.01), xlim=(0, None))
-    third.legend(loc="lower right")
+    third.legend(loc="best")
     alt = "Histograms of mean error and sd ratio of the guide, and distribution of its distance beside the noise floor."
     caption = _comparison_caption(mean, ratio, distance, floor, table.sizes["obs_id"] - int(rows.sum()))
     return Plot("comparison", figure, alt, caption, wide=True)

@@ -164,7 +164,7 @@ def _contour_caption(cases: list[xr.Dataset]) -> str:
         text += f" The exact posterior of the worst datum has {regions} separate regions, which one normal cannot follow."
     shift = _shift(worst)
     if shift > 1:
-        text += f" There the guide's mean is off by {say(shift, 2)} posterior sd: the encoder points to the wrong place."
+        text += f" The worst guide is off centre by {say(shift, 2)} posterior sd: the encoder points to the wrong place."
     return text + " All panels have the same scale." * ("z_row" in worst)
 
 

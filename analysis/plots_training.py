@@ -42,7 +42,7 @@ def training(history: pd.DataFrame | None) -> Plot | Absent:
     hidden = _clip_start(axes, np.concatenate([train, validation]), train)
     axes.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 1.0), borderaxespad=0.2)
     rate, weight = history["learning_rate"].to_numpy(float), history["kl_weight"].to_numpy(float)
-    below.plot(epoch, rate / rate.max(), color=INK, label=f"learning rate / {rate.max():.3g}")
+    below.plot(epoch, rate / rate.max(), color=INK, label=f"learning rate / {rate.max():.2g}")
     below.plot(epoch, weight, color=ALARM, linestyle="--", label="KL weight")
     below.set(xlabel="epoch", ylabel="relative", ylim=(-0.08, 1.15), yticks=[0, 1])
     below.set_xlim(epoch[0] - 0.01 * len(epoch), epoch[-1] + 0.01 * len(epoch))

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 GOOD_K = 0.7
+SMALL_GAP, LARGE_GAP = 0.1, 1.0  # nats
 TRUSTED = ("exact", "certified")
 
 
