@@ -36,6 +36,7 @@ log = logging.getLogger("elbowroom")
 AUTO: tuple[type[Reference], ...] = (ClosedForm, Grid)
 BLOCK = 2**22  # draws x data held at once
 Z95 = 1.959963984540054
+SEED_STEP = 7919
 
 NATS = "nats"
 VARIABLES: dict[str, tuple[str, str]] = {
@@ -191,9 +192,10 @@ def audit_log_joint(
     for part, label in _blocks(log_joint, draws):
         say(f"guide{label}")
         guides.append(amortized(part, draws=draws, keep=keep, seed=seed))
-        for method, results in zip(chosen, found, strict=True):
+        for k, (method, results) in enumerate(zip(chosen, found, strict=True), start=1):
             say(f"{method.name}{label}")
-            results.append(method(part, keep=keep, seed=seed))
+            # a seed of its own: draws that shared the guide's random numbers would lie closer to it than chance
+            results.append(method(part, keep=keep, seed=seed + SEED_STEP * k))
     guide, posteriors = concatenate(guides), [concatenate(results) for results in found]
     labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
     comparisons = [compare(guide, posterior, seed=seed) for posterior in posteriors]

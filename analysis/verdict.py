@@ -105,8 +105,8 @@ def _gap(table: xr.Dataset, numbers: Numbers) -> str:
     size = "close to" if median < SMALL_GAP else "at some distance from" if median < LARGE_GAP else "far from"
     worst = table["obs_id"].values[int(np.nanargmax(table["gap_total"].values))]
     return (
-        f"The amortized posterior is {size} the true one: the ELBO of a typical datum lies {median:.2f} nats below log p(x) "
-        f"(95 % of the data: below {high:.2f}; the largest gap, {numbers.gap.max():.2f}, is at datum {worst})."
+        f"The amortized posterior is {size} the true one: the ELBO of a typical datum lies {median:.2g} nats below log p(x) "
+        f"(95 % of the data: below {high:.2g}; the largest gap, {numbers.gap.max():.2g}, is at datum {worst})."
     )
 
 

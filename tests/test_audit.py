@@ -190,9 +190,11 @@ def test_sliced_wasserstein_of_a_shift() -> None:
         sliced_wasserstein(a, b)
 
 
-def test_distance_of_the_reference_to_itself_is_its_noise_floor() -> None:
+@pytest.mark.parametrize("reference", ["grid", "closed_form"])
+def test_a_guide_equal_to_the_reference_lies_at_the_noise_floor(reference: str) -> None:
+    """Below it the draws would share random numbers, above it the distance would be biased."""
     vae, x, oracle = linear_vae(2, 6, family=FullRankNormal)
     set_guide(vae, oracle)
-    table = audit(vae.model, vae.guide, x, references=["grid"]).table
+    table = audit(vae.model, vae.guide, x, references=[reference]).table
     ratio = (table["sliced_wasserstein"] / table["noise_floor"]).values
     assert 0.8 < np.median(ratio) < 1.25
