@@ -153,6 +153,26 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
+def write_picture(folder: str | Path, path: str | Path) -> Path:
+    """Write the picture of guide and exact posterior by itself, as wide as a README: best, typical and worst datum.
+
+    Args:
+        folder: the run folder; its model has one or two latents.
+        path: the PNG to write.
+
+    Raises:
+        RunFolderError: the folder cannot give this picture; says why.
+    """
+    files = Files.read(folder)
+    title = f"Three of {files.audit.sizes['obs_id']} data: the exact posterior p(z|x), and what the encoder says, q(z|x)"
+    item = plots_posterior.contours(files.latent, width=11.5, title=title)
+    if isinstance(item, Absent):
+        raise RunFolderError(f"{folder}: {item.reason}")
+    with atomic(path) as temporary:
+        item.figure.savefig(temporary, dpi=DPI)
+    return Path(path)
+
+
 def draw(files: Files) -> dict[str, Plot | Absent]:
     """Draw every figure of the report, name -> figure, or why there is none."""
     drawn = (

@@ -19,7 +19,7 @@ from matplotlib import pyplot
 from PIL import Image
 
 from elbowroom.analysis import canvas, findings, plots, plots_audit, plots_posterior
-from elbowroom.analysis.report import Files, write_report
+from elbowroom.analysis.report import Files, write_picture, write_report
 from elbowroom.errors import RunFolderError
 
 FIGURES = {
@@ -426,6 +426,15 @@ def test_the_words_of_the_contours_are_true(reported):
     q, p = np.exp(case["log_guide"].values), np.exp(case["log_posterior"].values)
     inside = q >= -np.sort(-q.ravel())[np.searchsorted(np.cumsum(-np.sort(-q.ravel())), 0.9 * q.sum())]
     assert f"{canvas.percent(p[inside].sum() / p.sum())} (worst)" in caption
+
+
+def test_the_picture_of_the_readme(tmp_path, reported):
+    with Image.open(write_picture(reported[0], tmp_path / "images" / "picture.png")) as image:
+        assert image.size[0] == 2300
+    write_run(tmp_path / "deep", d=5, n=12)
+    with pytest.raises(RunFolderError, match="one or two latents, this model has 5"):
+        write_picture(tmp_path / "deep", tmp_path / "no.png")
+    assert not (tmp_path / "no.png").exists()
 
 
 def test_nothing_global_changes(reported):
