@@ -32,9 +32,11 @@ FACTS: dict[str, frozenset[str]] = {
 
 _table: dict[str, dict[str, str | type]] = {
     "data": {
+        "binarized_mnist": "elbowroom.published:BinarizedMNIST",
         "digits": "elbowroom.data:Digits",
         "file": "elbowroom.data:File",
         "linear_gaussian": "elbowroom.data:LinearGaussianData",
+        "mnist": "elbowroom.published:MNIST",
     },
     "prior": {"normal": "elbowroom.models.priors:Normal"},
     "likelihood": {

@@ -46,6 +46,8 @@ class Dataset:
         labels: one label per datum, (N,), for colours in figures only.
         truth: the program that made them, where it is known.
         columns: the names of the columns of x, where it has any.
+        split: the rows that train, validate and test, where whoever published the data says so.
+        grey: where x is one draw from Bernoulli(grey / 255), the grey values, (N, *event) uint8: training draws anew.
     """
 
     x: np.ndarray
@@ -53,6 +55,8 @@ class Dataset:
     labels: np.ndarray | None = None
     truth: LinearGaussian | None = None
     columns: tuple[str, ...] | None = None
+    split: Split | None = None
+    grey: np.ndarray | None = None
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -148,6 +152,10 @@ class Source(ABC):
     """
 
     split: Sequence[float]
+
+    def missing(self) -> str | None:
+        """Say what `load` needs that this machine does not have; None where it can read or make the data."""
+        return None
 
     @abstractmethod
     def load(self) -> Dataset:

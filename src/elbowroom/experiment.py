@@ -89,6 +89,8 @@ class Experiment:
     @functools.cached_property
     def split(self) -> Split:
         """The rows that train, choose the best weights, and are audited."""
+        if self.data.split is not None:
+            return self.data.split
         with self._labelled():
             return split_rows(len(self.data), self._source.split, self.spec.seed, self.data.name)
 
