@@ -88,8 +88,12 @@ class Audit:
         return summary(self.table)
 
     def save(self, folder: str | Path) -> None:
-        """Write posteriors/<method>.nc, audit.csv and, last, audit.nc into a folder, each whole or not at all."""
+        """Write posteriors/<method>.nc, audit.csv and, last, audit.nc into a folder, each whole or not at all.
+
+        An audit.nc that is there is removed first: where one is, all that lies beside it belongs to it.
+        """
         folder = Path(folder)
+        (folder / "audit.nc").unlink(missing_ok=True)
         for method, tree in self.posteriors.items():
             idata.write(tree, folder / "posteriors" / f"{method}.nc")
         with atomic(folder / "audit.csv") as temporary:
@@ -115,8 +119,7 @@ class Audit:
         folder = Path(folder)
         if not (folder / "audit.nc").is_file():
             raise RunFolderError(f"{folder}: no audit.nc here; run `elbowroom audit {folder}` first")
-        with xr.open_dataset(folder / "audit.nc", engine="h5netcdf") as table:
-            table = table.load()
+        table = idata.read_table(folder / "audit.nc")
         trees = {path.stem: idata.read(path) for path in sorted((folder / "posteriors").glob("*.nc"))}
         return cls(table, trees)
 

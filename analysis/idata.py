@@ -6,15 +6,22 @@ own), sample_stats, observed_data, and moments (unconstrained mean and covarianc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import arviz_base
 import numpy as np
 import xarray as xr
 
+from elbowroom.archive import too_large
+from elbowroom.errors import RunFolderError
 from elbowroom.files import atomic
-from elbowroom.inference.posterior import Posterior
+
+if TYPE_CHECKING:
+    from elbowroom.inference.posterior import Posterior
 
 
 def to_datatree(
@@ -66,12 +73,42 @@ def _site_dims(name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def write(tree: xr.DataTree | xr.Dataset, path: str | Path) -> None:
-    """Write a DataTree or Dataset to a netCDF file, whole or not at all."""
+    """Write a DataTree or Dataset to a netCDF file, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or cannot be written; HDF5's own words are turned into the system's.
+    """
     with atomic(path) as temporary:
-        tree.to_netcdf(temporary, engine="h5netcdf")
+        try:
+            tree.to_netcdf(temporary, engine="h5netcdf")
+        except (OSError, RuntimeError) as error:
+            found = re.search(r"errno = (\d+)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def read(path: str | Path) -> xr.DataTree:
-    """Read a DataTree into memory and close the file."""
-    with xr.open_datatree(path, engine="h5netcdf") as tree:
-        return tree.load()
+    """Read a DataTree into memory and close the file.
+
+    Raises:
+        RunFolderError: it is damaged, or larger than this machine's memory.
+    """
+    return _read(Path(path), xr.open_datatree)
+
+
+def read_table(path: str | Path) -> xr.Dataset:
+    """Read a Dataset into memory and close the file; raises as `read`."""
+    return _read(Path(path), xr.open_dataset)
+
+
+def _read(path: Path, opener: Callable[..., Any]) -> Any:
+    try:
+        with opener(path, engine="h5netcdf") as opened:
+            problem = too_large(opened.nbytes)
+            if problem is None:
+                return opened.load()
+    except Exception as error:  # HDF5, h5netcdf and xarray have a dozen ways to say it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise RunFolderError(f"{path}: damaged ({reason}); make it anew, or remove it") from error
+    raise RunFolderError(f"{path}: {problem}; make it anew with fewer draws")

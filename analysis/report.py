@@ -19,8 +19,9 @@ import pandas as pd
 import xarray as xr
 import yaml
 
-from elbowroom.analysis import findings, plots, plots_audit, plots_posterior, plots_training
+from elbowroom.analysis import findings, idata, plots, plots_audit, plots_posterior, plots_training
 from elbowroom.analysis.canvas import DPI, Absent, Plot, thumbnail, tone
+from elbowroom.archive import read_npz
 from elbowroom.errors import RunFolderError
 from elbowroom.files import atomic, write_text
 
@@ -60,19 +61,19 @@ class Files:
         folder = Path(folder)
         if not (folder / "audit.nc").is_file():
             raise RunFolderError(f"{folder}: no audit.nc here; run `elbowroom audit {folder}` first")
-        audit = _read(folder / "audit.nc", lambda path: _load(xr.open_dataset(path, engine="h5netcdf")))
+        audit = _read(folder / "audit.nc", idata.read_table)
         if not audit.sizes.get("obs_id"):
             raise RunFolderError(f"{folder / 'audit.nc'}: holds no data (dimension obs_id)")
         trees = {}
         for path in sorted((folder / "posteriors").glob("*.nc")):
-            trees[path.stem] = _read(path, lambda p: _load(xr.open_datatree(p, engine="h5netcdf")))
+            trees[path.stem] = _read(path, idata.read)
         return cls(
             name=str(audit.attrs.get("experiment") or folder.resolve().name),
             audit=audit,
             spec=_read(folder / "spec.yaml", _read_spec),
             split=_read(folder / "split.npz", _read_split),
             history=_read(folder / "history.csv", pd.read_csv),
-            latent=_read(folder / "latent.nc", lambda path: _load(xr.open_datatree(path, engine="h5netcdf"))),
+            latent=_read(folder / "latent.nc", idata.read),
             posteriors=trees,
         )
 
@@ -224,30 +225,28 @@ def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _load(data: Any) -> Any:
-    """Bring a file's contents into memory and close it."""
-    with data as opened:
-        return opened.load()
-
-
 def _read(path: Path, reader: Any) -> Any:
     """Read a file, None where there is none; one that cannot be read is named."""
     if not path.is_file():
         return None
     try:
         return reader(path)
+    except RunFolderError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise RunFolderError(f"{path}: damaged ({reason}); make it anew, or remove it") from error
 
 
 def _read_spec(path: Path) -> dict[str, Any]:
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+        raise ValueError("aliases are not allowed")
+    tree = yaml.safe_load(text)
     if not isinstance(tree, dict):
         raise ValueError("not a mapping")
     return tree
 
 
 def _read_split(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    return read_npz(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elbowroom.archive import check_stored
 from elbowroom.errors import RunFolderError
 from elbowroom.files import atomic, sha256
 
@@ -38,7 +40,9 @@ def identity(module: nn.Module, data: Sequence[Tensor], *, options: Mapping[str,
 def save(path: Path, value: Mapping[str, Any]) -> None:
     """Write tensors and plain values to `path` atomically; `torch.load(path, weights_only=True)` reads them."""
     with atomic(path) as temporary:
-        torch.save(value, temporary)
+        packed = io.BytesIO()  # torch's own writer hides what the disk says
+        torch.save(value, packed)
+        temporary.write_bytes(packed.getbuffer())
 
 
 def load(path: Path, identity: Mapping[str, str]) -> dict[str, Any]:
@@ -48,6 +52,7 @@ def load(path: Path, identity: Mapping[str, str]) -> dict[str, Any]:
         RunFolderError: it is not readable, or belongs to a fit with another identity; says in what they differ.
     """
     try:
+        check_stored(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         theirs = state["identity"]
     except Exception as error:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 _ClickException: Any = typer.BadParameter.__mro__[2]
 """Click's base class of usage errors; typer carries its own copy of click and does not export it."""
 
-_USERS_DISK = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
+_USERS_DISK = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+}
 
 app = typer.Typer(
     name="elbowroom",
@@ -80,9 +83,10 @@ def run(
     device: Device = None,
 ) -> None:
     """Fit a spec, audit the posterior, write the report."""
-    fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device)
-    if fitted is not None:
-        result |= _audit(fitted, None, None, as_json, device) | _report(fitted.path, as_json)
+    with ExitStack() as stack:  # one claim over all three, so that no other process comes in between
+        fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device, stack)
+        if fitted is not None:
+            result |= _audit(fitted, None, None, as_json, device, resume) | _report(fitted.path, as_json)
     _finish(result, as_json)
 
 
@@ -115,6 +119,7 @@ def audit(
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="where to write [default: RUN; with --data RUN/audits/<name>]"),
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="keep the audit that is there, if it is whole and the same")] = False,
     change: Changes = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -131,7 +136,7 @@ def audit(
         if not as_json:
             typer.echo(f"{run}: {result['dry_run']}")
     else:
-        result |= _audit(fitted, data, out, as_json, device)
+        result |= _audit(fitted, data, out, as_json, device, resume)
     _finish(result, as_json)
 
 
@@ -286,8 +291,9 @@ def _fit(
     dry_run: bool,
     as_json: bool,
     device: str | None,
+    claim: ExitStack | None = None,
 ) -> tuple[Run | None, dict[str, Any]]:
-    """Fit and say so; (None, result) after a dry run."""
+    """Fit and say so; (None, result) after a dry run. `claim` keeps the folder locked after the fit."""
     from elbowroom import run as shell
     from elbowroom.experiment import Experiment
 
@@ -301,6 +307,10 @@ def _fit(
         if not as_json:
             typer.echo(sentence)
         return None, {"run": str(path), "dry_run": sentence, "notes": list(experiment.loaded.notes)}
+    if claim is not None:
+        from elbowroom.files import locked
+
+        claim.enter_context(locked(path))
     with _bar(as_json) as report:
         fitted = shell.fit(experiment, path, overwrite=overwrite, resume=resume, report=report)
     if not as_json:
@@ -309,10 +319,12 @@ def _fit(
     return fitted, {"run": str(path), "fit": fitted.summary, "notes": list(experiment.loaded.notes)}
 
 
-def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, device: str | None) -> dict[str, Any]:
-    """Audit, print the table and the verdict, say where the files are."""
+def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, device: str | None, resume: bool) -> dict[str, Any]:
+    """Audit, print the table and the verdict, say where the files are. On `resume` a whole audit is kept."""
     console = _console(stderr=True)
-    if as_json:
+    if resume and (there := fitted.audited(data, out=out)) is not None:
+        found = there
+    elif as_json:
         found = fitted.audit(data, out=out, device=device)
     else:
         with console.status("audit") as status:
@@ -341,8 +353,13 @@ def _print_audit(found: Audit, folder: Path) -> None:
 
 def _report(run: Path, as_json: bool) -> dict[str, Any]:
     from elbowroom.analysis.report import write_report
+    from elbowroom.errors import RunFolderError
+    from elbowroom.files import locked
 
-    path = write_report(run)
+    if not (run / "audit.nc").is_file():
+        raise RunFolderError(f"{run}: no audit.nc here; run `elbowroom audit {run}` first")
+    with locked(run):
+        path = write_report(run)
     if not as_json:
         typer.echo(f"wrote {path}")
     return {"report": str(path)}

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import numpy as np
 
 from elbowroom import document
+from elbowroom.archive import read_npz
 from elbowroom.data import Split
 from elbowroom.errors import RunFolderError
-from elbowroom.files import atomic
+from elbowroom.files import atomic, is_ours, move_aside, write_text
 from elbowroom.schema import short
 
-SPEC, SPLIT, WEIGHTS, LATENT, REPORT = "spec.yaml", "split.npz", "weights.pt", "latent.nc", "report.html"
+SPEC, SPLIT, WEIGHTS = "spec.yaml", "split.npz", "weights.pt"
+AUDIT, LATENT, REPORT = "audit.nc", "latent.nc", "report.html"
 POSTERIORS, AUDITS = "posteriors", "audits"
 
 Use = Literal["new", "resume", "replace"]
@@ -39,11 +41,13 @@ def check(path: Path, identity: str, tree: Mapping[str, Any], *, overwrite: bool
     there = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise RunFolderError(f"{path}: cannot be written ({there} is not a writable folder); name another with --out")
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or all(is_ours(entry.name) for entry in path.iterdir()):
         return "new"
     if not (path / SPEC).is_file():
         raise RunFolderError(f"{path}: is not empty and not a run folder (it has no {SPEC}); name another with --out")
     if overwrite:
+        if path.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise RunFolderError(f"{path}: the working folder cannot be moved aside; go elsewhere, or name another with --out")
         return "replace"
     if not resume:
         raise RunFolderError(
@@ -59,12 +63,27 @@ def check(path: Path, identity: str, tree: Mapping[str, Any], *, overwrite: bool
     return "resume"
 
 
-def set_aside(path: Path) -> Path:
-    """Move a folder to the first free name `<name>.1`, `<name>.2`, ... beside it and return that."""
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return path.rename(aside)
+def claim(path: Path, tree: Mapping[str, Any], use: Use) -> None:
+    """Bring a locked folder to where a fit can start: the old run aside, `spec.yaml` in place.
+
+    Args:
+        path: the folder.
+        tree: the resolved spec.
+        use: what `check` said. On `resume` the record stays; what a fit does not depend on (audit, device) may change.
+    """
+    if use == "replace":
+        move_aside(path)
+    if use == "resume":
+        theirs = document.read(path / SPEC)
+        tree = {**tree, "record": theirs["record"]}
+        if tree == theirs:
+            return
+    write_text(path / SPEC, document.write(tree))
+
+
+def name_for(path: str | Path) -> str:
+    """Return a folder's name for a file: its stem without leading dots, so that no name leads out of a folder."""
+    return Path(path).stem.lstrip(".") or "unnamed"
 
 
 def write_split(path: Path, split: Split) -> None:
@@ -80,12 +99,14 @@ def read_split(path: Path) -> Split:
         RunFolderError: it is missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return Split(train=archive["train"], validation=archive["validation"], test=archive["test"])
+        rows = read_npz(path, ("train", "validation", "test"))
     except FileNotFoundError:
         raise RunFolderError(f"{path}: missing; go on with `elbowroom fit SPEC --resume`") from None
     except Exception as error:
         raise RunFolderError(f"{path}: damaged ({str(error)[:80]}); fit again with --overwrite") from None
+    if any(part.ndim != 1 or part.dtype.kind not in "iu" for part in rows.values()):
+        raise RunFolderError(f"{path}: damaged (row numbers are whole numbers); fit again with --overwrite")
+    return Split(**{name: part.astype(np.int64) for name, part in rows.items()})
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,10 +16,11 @@ import torch
 
 from elbowroom import document, folder, spec
 from elbowroom.analysis.audit import Audit, audit_log_joint, choose
+from elbowroom.archive import check_stored
 from elbowroom.data import Dataset, File
 from elbowroom.errors import DataError, RunFolderError, SpecError
 from elbowroom.experiment import Experiment, identity
-from elbowroom.files import write_text
+from elbowroom.files import locked, sha256
 from elbowroom.inference import svi
 from elbowroom.inference.history import Row
 from elbowroom.inference.schedule import Plan
@@ -55,17 +58,16 @@ def fit(
     path, use = ready(experiment, out, overwrite=overwrite, resume=resume)
     train, validation = experiment.rows(experiment.split.train), experiment.rows(experiment.split.validation)
     tree = experiment.tree()
-    if use == "replace":
-        folder.set_aside(path)
-    if use != "resume":
-        write_text(path / folder.SPEC, document.write(tree))
-    folder.write_split(path / folder.SPLIT, experiment.split)
     vae = experiment.build()
     options = {name: getattr(experiment.spec.fit, name) for name in type(experiment.spec.fit).model_fields}
-    session = svi.Session(
-        folder=path, resume=use == "resume", seed=experiment.spec.seed, fingerprint=experiment.identity, report=report
-    )
-    history = svi.fit(vae, train, validation, session, **options)
+    with locked(path):  # look again: another process may have been here first
+        use = folder.check(path, experiment.identity, tree, overwrite=overwrite, resume=resume)
+        folder.claim(path, tree, use)
+        folder.write_split(path / folder.SPLIT, experiment.split)
+        session = svi.Session(
+            folder=path, resume=use == "resume", seed=experiment.spec.seed, fingerprint=experiment.identity, report=report
+        )
+        history = svi.fit(vae, train, validation, session, **options)
     return Run(path, experiment, vae.eval(), f"{history.plan}; {history.stopped_because}")
 
 
@@ -89,10 +91,8 @@ def ready(
 
 def default_folder(experiment: Experiment) -> Path:
     """Return `runs/<the spec's stem>`; for the spec of a run folder, that folder's name."""
-    stem = Path(experiment.label).stem
-    if experiment.label == folder.SPEC:
-        stem = experiment.loaded.folder.name
-    return Path("runs") / stem
+    label = Path(experiment.label)
+    return Path("runs") / folder.name_for(experiment.loaded.folder.name if label.name == folder.SPEC else label)
 
 
 @dataclass(eq=False)
@@ -189,31 +189,59 @@ class Run:
         audit_spec, place = self.experiment.spec.audit, svi.resolve_device(device or self.experiment.spec.fit.device)
         target = self.audit_folder(data, out)
         dataset, obs_id = self._audited(data)
-        on_data = Experiment(self.experiment.loaded)
-        on_data.__dict__["data"] = dataset
-        x = on_data.rows(obs_id).to(place)
-        self.vae.to(place)
-        log_joint = LogJoint(self.vae.model, self.vae.guide, x)
-        result = audit_log_joint(
-            log_joint,
-            references=cast(Any, self.experiment.references()),
-            draws=audit_spec.draws,
-            keep=audit_spec.keep,
-            seed=self.experiment.spec.seed,
-            obs_id=obs_id.tolist(),
-            attrs=self._attributes(dataset),
-            progress=progress,
-        )
-        result.save(target)
-        for stale in (target / folder.POSTERIORS).glob("*.nc"):
-            if stale.stem not in result.posteriors:
-                stale.unlink()
-        from elbowroom.analysis import idata, latent
+        with self._claimed(target):
+            on_data = Experiment(self.experiment.loaded)
+            on_data.__dict__["data"] = dataset
+            x = on_data.rows(obs_id).to(place)
+            self.vae.to(place)
+            log_joint = LogJoint(self.vae.model, self.vae.guide, x)
+            result = audit_log_joint(
+                log_joint,
+                references=cast(Any, self.experiment.references()),
+                draws=audit_spec.draws,
+                keep=audit_spec.keep,
+                seed=self.experiment.spec.seed,
+                obs_id=obs_id.tolist(),
+                attrs=self._attributes(dataset),
+                progress=progress,
+            )
+            from elbowroom.analysis import idata, latent
 
-        labels = None if dataset.labels is None else dataset.labels[obs_id]
-        described = latent.describe(self.vae, x, result.table, labels, seed=self.experiment.spec.seed)
-        idata.write(described, target / folder.LATENT)
+            labels = None if dataset.labels is None else dataset.labels[obs_id]
+            described = latent.describe(self.vae, x, result.table, labels, seed=self.experiment.spec.seed)
+            (target / folder.AUDIT).unlink(missing_ok=True)  # it is written last: where it is, the others belong to it
+            for stale in (target / folder.POSTERIORS).glob("*.nc"):
+                if stale.stem not in result.posteriors:
+                    stale.unlink()
+            idata.write(described, target / folder.LATENT)
+            result.save(target)
         return result
+
+    def audited(self, data: str | Path | np.ndarray | None = None, *, out: str | Path | None = None) -> Audit | None:
+        """Return the audit that is there, if it is whole and the one that `audit` would make; else None."""
+        target = self.audit_folder(data, out)
+        if not (target / folder.AUDIT).is_file() or not (target / folder.LATENT).is_file():
+            return None
+        dataset, obs_id = self._audited(data)
+        try:
+            found = Audit.load(target)
+        except RunFolderError:
+            return None
+        wanted = self._attributes(dataset) | {"seed": str(self.experiment.spec.seed)}
+        whole = {"guide", *found.table["reference"].values.astype(str)} <= set(found.posteriors)
+        same = all(found.table.attrs.get(key) == value for key, value in wanted.items())
+        return found if whole and same and np.array_equal(found.table["obs_id"].values, obs_id) else None
+
+    @contextmanager
+    def _claimed(self, target: Path) -> Iterator[None]:
+        """Lock the folder that an audit goes to, and the run's own unless it cannot be written to."""
+        if target.resolve() != self.path.resolve() and (target / folder.SPEC).exists():
+            raise RunFolderError(f"{target}: is another run's folder; name another with --out")
+        with ExitStack() as stack:
+            if os.access(self.path, os.W_OK):
+                stack.enter_context(locked(self.path))
+            stack.enter_context(locked(target))
+            yield
 
     def audit_folder(self, data: str | Path | np.ndarray | None = None, out: str | Path | None = None) -> Path:
         """Return the folder that `audit` writes to."""
@@ -221,7 +249,7 @@ class Run:
             return Path(out)
         if data is None:
             return self.path
-        return self.path / folder.AUDITS / (Path(data).stem if isinstance(data, str | Path) else "array")
+        return self.path / folder.AUDITS / (folder.name_for(data) if isinstance(data, str | Path) else "array")
 
     def check_audit(self, data: str | Path | np.ndarray | None = None) -> None:
         """Check that an audit could start, and write nothing (`--dry-run`).
@@ -251,7 +279,8 @@ class Run:
         """Write `report.html` and the figures from the files of the run; return the report's path."""
         from elbowroom.analysis.report import write_report
 
-        return write_report(self.path)
+        with locked(self.path):
+            return write_report(self.path)
 
     def _foreign(self, data: str | Path | np.ndarray) -> Dataset:
         """Read and check data that the run was not fitted to; flat rows take the model's shape."""
@@ -271,17 +300,30 @@ class Run:
     def _attributes(self, dataset: Dataset) -> dict[str, str]:
         record = self.experiment.spec.record
         return {
-            "experiment": self.path.name,
+            "experiment": self.path.resolve().name,
             "data": dataset.name,
+            "data_sha256": self.experiment.data_sha256
+            if dataset is self.experiment.__dict__.get("data")
+            else dataset.fingerprint(),
+            "weights_sha256": _fingerprint(self.vae),
             "spec_sha256": self.experiment.identity if record is None else record.experiment,
             "elbowroom": metadata.version("elbowroom"),
             "audit": json.dumps(self.experiment.spec.tree()["audit"]),
         }
 
 
+def _fingerprint(vae: VAE) -> str:
+    """Return the SHA-256 of the weights: names, types and values."""
+    parts: list[bytes] = []
+    for name, value in vae.state_dict().items():
+        parts += [f"{name} {value.dtype} {tuple(value.shape)}".encode(), value.detach().cpu().contiguous().numpy().tobytes()]
+    return sha256(*parts)
+
+
 def _load_weights(vae: VAE, path: Path) -> None:
     """Load a state dict; buffers take the shapes that the training data gave them."""
     try:
+        check_stored(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunFolderError(f"{path}: missing: the fit has not ended; go on with `elbowroom fit SPEC --resume`") from None
@@ -294,5 +336,8 @@ def _load_weights(vae: VAE, path: Path) -> None:
             if name in state:
                 setattr(vae.get_submodule(owner), leaf, state[name].clone())
         vae.load_state_dict(state)
+        bad = [name for name, value in vae.state_dict().items() if not bool(value.isfinite().all())]
+        if bad:
+            raise TypeError(f"{bad[0]} is not finite")
     except (RuntimeError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{path}: does not belong to this spec ({str(error).splitlines()[-1].strip()[:120]})") from None
