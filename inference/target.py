@@ -38,6 +38,7 @@ log = logging.getLogger("elbowroom")
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 ROWS = 2**15  # decoder rows (draws x data) evaluated at once
+ENTRIES = 2**20  # rows x width of a datum evaluated at once on a CPU: what its caches hold
 
 
 class LogJoint:
@@ -85,6 +86,7 @@ class LogJoint:
         self.notes = self.program.notes
         self.device = next((t.device for t in self.snapshot.leaves() if isinstance(t, Tensor)), torch.device("cpu"))
         self._take(None)
+        self._rows = self._rows_at_once()
         self.mode = "loop"
         self.draws_in_plate: bool | None = None
         self._probe(dtype)
@@ -262,7 +264,7 @@ class LogJoint:
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (draws, {self.n_obs}, {self.dim})")
         with self.snapshot.scope():
             z = z if self.dtype is None else z.to(self.dtype)
-            chunk = max(1, ROWS // self.n_obs)
+            chunk = max(1, self._rows // self.n_obs)
             return torch.cat([self._map_chunk(function, part) for part in z.split(chunk)])
 
     def _map_chunk(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
@@ -333,7 +335,7 @@ class LogJoint:
     def _shared(self, z: Tensor) -> Tensor:
         with self.snapshot.scope():
             z = z if self.dtype is None else z.to(self.dtype)
-            rows = max(1, ROWS * 8 // self.n_obs)
+            rows = max(1, min(ROWS * 8 // self.n_obs, self._rows))
             parts = []
             for u in z.split(rows):
                 totals = []
@@ -428,6 +430,14 @@ class LogJoint:
         self._index: dict[str, Tensor] = dict(self.program.index)
         pinned = {name: Snapshot.convert(value, dtype) for name, value in self.program.pinned.items()}
         self.program = dataclasses.replace(self.program, pinned=pinned)
+
+    def _rows_at_once(self) -> int:
+        """Return how many rows (draws x data) to evaluate together: wide data in small parts, which stay in the caches."""
+        if self.device.type != "cpu":
+            return ROWS
+        leaves = [t for t in pytree.tree_leaves((self._args, self._kwargs)) if isinstance(t, Tensor) and self.n_obs in t.shape]
+        width = max((t.numel() // self.n_obs for t in leaves), default=1)
+        return max(64, min(ROWS, ENTRIES // max(1, width)))
 
     @property
     def dtype(self) -> torch.dtype | None:
