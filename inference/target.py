@@ -265,7 +265,15 @@ class LogJoint:
         with self.snapshot.scope():
             z = z if self.dtype is None else z.to(self.dtype)
             chunk = max(1, self._rows // self.n_obs)
-            return torch.cat([self._map_chunk(function, part) for part in z.split(chunk)])
+            parts = z.split(chunk)
+            first = self._map_chunk(function, parts[0])
+            if len(parts) == 1 or first.requires_grad:
+                return torch.cat([first, *(self._map_chunk(function, part) for part in parts[1:])])
+            out = first.new_empty(len(z), *first.shape[1:])  # small results between large ones would tear the heap apart
+            out[:chunk] = first
+            for i, part in enumerate(parts[1:], 1):
+                out[i * chunk : (i + 1) * chunk] = self._map_chunk(function, part)
+            return out
 
     def _map_chunk(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         if self.mode == "vmap":
