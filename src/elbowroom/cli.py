@@ -296,6 +296,7 @@ def _fit(
     """Fit and say so; (None, result) after a dry run. `claim` keeps the folder locked after the fit."""
     from elbowroom import run as shell
     from elbowroom.experiment import Experiment
+    from elbowroom.files import locked
 
     changes = [*(change or []), *([f"fit.device={device}"] if device is not None else [])]
     experiment = Experiment.load(spec, set=changes)
@@ -308,10 +309,8 @@ def _fit(
             typer.echo(sentence)
         return None, {"run": str(path), "dry_run": sentence, "notes": list(experiment.loaded.notes)}
     if claim is not None:
-        from elbowroom.files import locked
-
         claim.enter_context(locked(path))
-    with _bar(as_json) as report:
+    with locked(path), _bar(as_json) as report:
         fitted = shell.fit(experiment, path, overwrite=overwrite, resume=resume, report=report)
     if not as_json:
         _console().print(f"fit: {fitted.summary}", highlight=False)

@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -21,11 +21,15 @@ from elbowroom.data import Dataset, File
 from elbowroom.errors import DataError, RunFolderError, SpecError
 from elbowroom.experiment import Experiment, identity
 from elbowroom.files import locked, sha256
+from elbowroom.frames import from_python
 from elbowroom.inference import svi
 from elbowroom.inference.history import Row
 from elbowroom.inference.schedule import Plan
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.vae import VAE
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def fit(
@@ -56,7 +60,7 @@ def fit(
     if not isinstance(experiment, Experiment):
         experiment = Experiment.load(experiment)
     path, use = ready(experiment, out, overwrite=overwrite, resume=resume)
-    train, validation = experiment.rows(experiment.split.train), experiment.rows(experiment.split.validation)
+    train, validation = experiment.part(experiment.split.train, training=True), experiment.part(experiment.split.validation)
     tree = experiment.tree()
     vae = experiment.build()
     options = {name: getattr(experiment.spec.fit, name) for name in type(experiment.spec.fit).model_fields}
@@ -120,12 +124,13 @@ class Run:
         return f"Run({str(self.path)!r})"
 
     @classmethod
-    def load(cls, path: str | Path, set: Iterable[str] = ()) -> Run:
+    def load(cls, path: str | Path, set: Iterable[str] = (), *, data: np.ndarray | pd.DataFrame | None = None) -> Run:
         """Open a run folder.
 
         Args:
             path: the folder.
             set: changes to the audit, `audit.x=y`; what was fitted cannot be changed.
+            data: the rows that it was fitted to, where they came from Python.
 
         Raises:
             RunFolderError: it is missing, no run folder, not finished, or its files do not belong together.
@@ -147,7 +152,7 @@ class Run:
             raise RunFolderError(f"{label}: has no record of a run; this is a spec, fit it with `elbowroom fit`")
         if identity(tree, record.data_sha256) != record.experiment:
             raise RunFolderError(f"{label}: was changed after the fit; fit again with --overwrite")
-        experiment = Experiment(loaded)
+        experiment = Experiment(loaded, None if data is None else from_python(data))
         vae = experiment.build(record.event_shape)
         _load_weights(vae, path / folder.WEIGHTS)
         return cls(path, experiment, vae.eval())
@@ -159,14 +164,15 @@ class Run:
         Raises:
             RunFolderError: they are not what they were when the run was fitted.
         """
-        record = self.experiment.spec.record
-        if record is not None and self.experiment.data_sha256 != record.data_sha256:
+        record, stamp = self.experiment.spec.record, self.experiment.data.stamp()
+        untouched = record is not None and stamp is not None and stamp == record.data_stamp
+        if record is not None and not untouched and self.experiment.data_sha256 != record.data_sha256:
             raise RunFolderError(f"{self.path}: {self.experiment.data.name} has changed since the fit; fit again")
         return self.experiment.data
 
     def audit(
         self,
-        data: str | Path | np.ndarray | None = None,
+        data: str | Path | np.ndarray | pd.DataFrame | None = None,
         *,
         out: str | Path | None = None,
         device: str | None = None,
@@ -175,7 +181,7 @@ class Run:
         """Compare the guide with exact posteriors, datum by datum, and write what was found.
 
         Args:
-            data: a file or an array (N, *event) to audit; by default the test split of the run.
+            data: a file, an array (N, *event) or a frame to audit; by default the test split of the run.
             out: where the files go; by default the run folder, for other data `audits/<name>` in it.
             device: where to compute: auto, cpu, cuda; by default where the spec says.
             progress: called with a sentence at each step.
@@ -217,7 +223,9 @@ class Run:
             result.save(target)
         return result
 
-    def audited(self, data: str | Path | np.ndarray | None = None, *, out: str | Path | None = None) -> Audit | None:
+    def audited(
+        self, data: str | Path | np.ndarray | pd.DataFrame | None = None, *, out: str | Path | None = None
+    ) -> Audit | None:
         """Return the audit that is there, if it is whole and the one that `audit` would make; else None."""
         target = self.audit_folder(data, out)
         if not (target / folder.AUDIT).is_file() or not (target / folder.LATENT).is_file():
@@ -229,7 +237,7 @@ class Run:
             return None
         wanted = self._attributes(dataset) | {"seed": str(self.experiment.spec.seed)}
         whole = {"guide", *found.table["reference"].values.astype(str)} <= set(found.posteriors)
-        same = all(found.table.attrs.get(key) == value for key, value in wanted.items())
+        same = all(found.table.attrs.get(key) == value for key, value in wanted.items() if key != "data")  # a mere name
         return found if whole and same and np.array_equal(found.table["obs_id"].values, obs_id) else None
 
     @contextmanager
@@ -243,7 +251,7 @@ class Run:
             stack.enter_context(locked(target))
             yield
 
-    def audit_folder(self, data: str | Path | np.ndarray | None = None, out: str | Path | None = None) -> Path:
+    def audit_folder(self, data: str | Path | np.ndarray | pd.DataFrame | None = None, out: str | Path | None = None) -> Path:
         """Return the folder that `audit` writes to."""
         if out is not None:
             return Path(out)
@@ -251,7 +259,7 @@ class Run:
             return self.path
         return self.path / folder.AUDITS / (folder.name_for(data) if isinstance(data, str | Path) else "array")
 
-    def check_audit(self, data: str | Path | np.ndarray | None = None) -> None:
+    def check_audit(self, data: str | Path | np.ndarray | pd.DataFrame | None = None) -> None:
         """Check that an audit could start, and write nothing (`--dry-run`).
 
         Raises:
@@ -261,13 +269,13 @@ class Run:
         two = torch.from_numpy(np.array(dataset.x[obs_id[:2]])).to(self.experiment.dtype)
         choose(cast(Any, self.experiment.references()), LogJoint(self.vae.model, self.vae.guide, two))
 
-    def _audited(self, data: str | Path | np.ndarray | None) -> tuple[Dataset, np.ndarray]:
+    def _audited(self, data: str | Path | np.ndarray | pd.DataFrame | None) -> tuple[Dataset, np.ndarray]:
         """Return the data to audit and the rows of them, sorted."""
         observations = self.experiment.spec.audit.observations
         if data is None:
             dataset, obs_id = self.data, folder.read_split(self.path / folder.SPLIT).test
         else:
-            dataset = self._foreign(data)
+            dataset = self._foreign(data, None if observations == "all" else observations)
             obs_id = np.arange(len(dataset), dtype=np.int64)
         if observations != "all":
             if observations > len(obs_id):
@@ -282,15 +290,17 @@ class Run:
         with locked(self.path):
             return write_report(self.path)
 
-    def _foreign(self, data: str | Path | np.ndarray) -> Dataset:
-        """Read and check data that the run was not fitted to; flat rows take the model's shape."""
-        dataset = Dataset(data, "data") if isinstance(data, np.ndarray) else File(Path.cwd(), path=Path(data)).load()
+    def _foreign(self, data: str | Path | np.ndarray | pd.DataFrame, most: int | None) -> Dataset:
+        """Read and check data that the run was not fitted to, at most so many rows; flat rows take the model's shape."""
+        dataset = File(Path.cwd(), path=Path(data)).load() if isinstance(data, str | Path) else from_python(data)
+        dataset.check(values=False)
+        dataset = replace(dataset, x=dataset.x[:most])  # of a memory map, the rest is not read
         dataset.check()
         shape = self.vae.likelihood.event_shape
         if dataset.event_shape != shape:
             if int(np.prod(dataset.event_shape)) != int(np.prod(shape)):
                 raise DataError(f"{dataset.name}: each datum has shape {dataset.event_shape}, the model expects {shape}")
-            dataset = Dataset(dataset.x.reshape(-1, *shape), dataset.name)
+            dataset = replace(dataset, x=dataset.x.reshape(-1, *shape), columns=None)
         try:
             self.experiment.check_support(self.vae, dataset)
         except DataError as error:
@@ -299,12 +309,11 @@ class Run:
 
     def _attributes(self, dataset: Dataset) -> dict[str, str]:
         record = self.experiment.spec.record
+        own = self.experiment.data_sha256 if record is None else record.data_sha256
         return {
             "experiment": self.path.resolve().name,
             "data": dataset.name,
-            "data_sha256": self.experiment.data_sha256
-            if dataset is self.experiment.__dict__.get("data")
-            else dataset.fingerprint(),
+            "data_sha256": dataset.fingerprint() if dataset is not self.experiment.__dict__.get("data") else own,
             "weights_sha256": _fingerprint(self.vae),
             "spec_sha256": self.experiment.identity if record is None else record.experiment,
             "elbowroom": metadata.version("elbowroom"),
