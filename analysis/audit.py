@@ -36,7 +36,8 @@ log = logging.getLogger("elbowroom")
 AUTO: tuple[type[Reference], ...] = (ClosedForm, Grid)
 BLOCK = 2**22  # draws x data held at once
 Z95 = 1.959963984540054
-SEED_STEP = 7919
+SEED_STEP = 7919  # between the guide and each reference
+BLOCK_STEP = 104_729  # between blocks of data: shared noise would hide in the error of means
 
 NATS = "nats"
 VARIABLES: dict[str, tuple[str, str]] = {
@@ -192,13 +193,13 @@ def audit_log_joint(
     say = progress or (lambda sentence: None)
     guides: list[Posterior] = []
     found: list[list[Posterior]] = [[] for _ in chosen]
-    for part, label in _blocks(log_joint, draws):
+    for block, (part, label) in enumerate(_blocks(log_joint, draws)):
         say(f"guide{label}")
-        guides.append(amortized(part, draws=draws, keep=keep, seed=seed))
+        guides.append(amortized(part, draws=draws, keep=keep, seed=seed + BLOCK_STEP * block))
         for k, (method, results) in enumerate(zip(chosen, found, strict=True), start=1):
             say(f"{method.name}{label}")
             # a seed of its own: draws that shared the guide's random numbers would lie closer to it than chance
-            results.append(method(part, keep=keep, seed=seed + SEED_STEP * k))
+            results.append(method(part, keep=keep, seed=seed + SEED_STEP * k + BLOCK_STEP * block))
     guide, posteriors = concatenate(guides), [concatenate(results) for results in found]
     labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
     comparisons = [compare(guide, posterior, seed=seed) for posterior in posteriors]

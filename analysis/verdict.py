@@ -24,6 +24,9 @@ class Numbers:
     n: int
     known: int
     exact: int
+    infinite: int
+    negative: int
+    uncertified: int
     gap: np.ndarray
     bad_k: int
 
@@ -32,12 +35,17 @@ class Numbers:
         """Read them off the table."""
         gap = table["gap_total"].values
         exact = np.isin(table["evidence_method"].values, ("closed form", "grid"))
+        error = np.hypot(table["elbo_se"].values, np.nan_to_num(table["log_evidence_se"].values))
+        status = table["status"].values
         return cls(
             n=gap.size,
-            known=int(np.isfinite(gap).sum()),
+            known=int(np.isfinite(table["log_evidence"].values).sum()),
             exact=int(exact.sum()),
+            infinite=int(np.isposinf(gap).sum()),
+            negative=int((gap < -5 * error - 1e-6).sum()),
+            uncertified=int((~np.isin(status, ("exact", "certified")).any(1)).sum()) if status.size else 0,
             gap=gap[np.isfinite(gap)],
-            bad_k=int((table["pareto_k"].values > GOOD_K).sum()),
+            bad_k=int((~(table["pareto_k"].values <= GOOD_K)).sum()),
         )
 
 
@@ -96,18 +104,38 @@ def sentences(table: xr.Dataset) -> list[str]:
 
 
 def _gap(table: xr.Dataset, numbers: Numbers) -> str:
-    if not numbers.known:
+    if numbers.negative:
         return (
-            f"The gap of none of the {numbers.n} data is known: the latent space is too large for a grid and the guide's "
-            "importance weights cannot be trusted; log_evidence_lower holds a probabilistic lower bound for each."
+            f"The numbers contradict each other: for {numbers.negative} of {numbers.n} data log p(x) lies below the ELBO "
+            "by more than their errors allow, which cannot be; a mode was missed or a density is not normalised. Trust none of them."
+        )
+    if not numbers.gap.size:
+        if numbers.infinite:
+            return f"The ELBO of {numbers.infinite} of {numbers.n} data is minus infinity: q puts mass where p(x, z) is zero."
+        grid = (
+            "no grid could be certified"
+            if table.sizes["reference"]
+            else "the latent space is too large for the references here"
+        )
+        return (
+            f"The gap of none of the {numbers.n} data is known: {grid} and the guide's importance weights cannot be trusted; "
+            "log_evidence_lower holds a probabilistic lower bound for each."
         )
     median, high = np.median(numbers.gap), np.quantile(numbers.gap, 0.95)
-    size = "close to" if median < SMALL_GAP else "at some distance from" if median < LARGE_GAP else "far from"
     worst = table["obs_id"].values[int(np.nanargmax(table["gap_total"].values))]
-    return (
-        f"The amortized posterior is {size} the true one: the ELBO of a typical datum lies {median:.2g} nats below log p(x) "
-        f"(95 % of the data: below {high:.2g}; the largest gap, {numbers.gap.max():.2g}, is at datum {worst})."
+    tail = (
+        f"the ELBO of a typical datum lies {median:.2g} nats below log p(x) (95 % of the data: below {high:.2g}; the largest "
+        f"gap, {numbers.gap.max():.2g}, is at datum {worst})."
     )
+    if numbers.infinite:
+        tail += f" For {numbers.infinite} more the ELBO is minus infinity: q puts mass where p(x, z) is zero."
+    if not numbers.exact:
+        return (
+            f"Where the guide puts mass, {tail} log p(x) is estimated by importance sampling from the guide itself: a mode "
+            "that the guide misses would be missing in it too, and the true gap larger."
+        )
+    size = "close to" if median < SMALL_GAP else "at some distance from" if median < LARGE_GAP else "far from"
+    return f"The amortized posterior is {size} the true one: {tail}"
 
 
 def _shape(table: xr.Dataset) -> str:
@@ -146,7 +174,14 @@ def _trust(numbers: Numbers) -> str:
 
 
 def _caveat(table: xr.Dataset, numbers: Numbers) -> str:
-    missing = numbers.n - numbers.known
-    kinds = "log p(x) is exact, up to the numerical error stated, " if numbers.exact == numbers.known else "log p(x) is known "
-    left = f" and for the other {missing} only a lower bound is known; they enter no gap above" if missing else ""
-    return f"{kinds}for {numbers.known} of {numbers.n} data{left}. All of this is conditional on the trained decoder."
+    missing, estimated = numbers.n - numbers.known, numbers.known - numbers.exact
+    parts = []
+    if numbers.exact:
+        parts.append(f"log p(x) is exact, up to the numerical error stated, for {numbers.exact} of {numbers.n} data")
+    if estimated:
+        parts.append(f"log p(x) is an importance-sampling estimate for {estimated} of {numbers.n}")
+    if missing:
+        parts.append(f"only a lower bound is known for {missing} of {numbers.n}, which enter no gap above")
+    if numbers.uncertified and table.sizes["reference"]:
+        parts.append(f"no reference could be certified for {numbers.uncertified}")
+    return f"{'; '.join(parts)}. All of this is conditional on the trained decoder."

@@ -9,7 +9,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from elbowroom.inference.program import Program, Site, frame_of, per_datum
+from elbowroom.inference.program import Program, Site, frame_of, per_datum, support_of
 from elbowroom.inference.sharing import shared_log_prob
 
 
@@ -23,10 +23,12 @@ class Feed(Messenger):
         values: constrained values by site, instead of z.
         index: sub-sampling indices, if not the program's own.
         shared: z is (G, 1, d), the same points for every datum.
+        draws_dim: batch dimension of an outer plate of draws; densities are then summed per draw, not per datum.
 
     Attributes:
         values: the value of each latent site that was met.
-        supports: its support, as the program stated it.
+        distributions: its distribution, as the program stated it.
+        per_draw: log density of the latent sites per draw of the outer plate, (S,).
         log_prior: log density of the latent sites, (N,).
         log_likelihood: log density of the observed sites, (N,).
         log_det: log Jacobian of the map from z to the values, (N,).
@@ -42,6 +44,7 @@ class Feed(Messenger):
         values: dict[str, Tensor] | None = None,
         index: dict[str, Tensor] | None = None,
         shared: bool = False,
+        draws_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.program = program
@@ -52,8 +55,10 @@ class Feed(Messenger):
         self.given = values
         self.index = program.index if index is None else index
         self.shared = shared
+        self.draws_dim = draws_dim
+        self.per_draw: Any = 0.0
         self.values: dict[str, Tensor] = {}
-        self.supports: dict[str, Any] = {}
+        self.distributions: dict[str, Any] = {}
         self.log_prior: Any = 0.0
         self.log_likelihood: Any = 0.0
         self.log_det: Any = 0.0
@@ -73,7 +78,7 @@ class Feed(Messenger):
         elif name in self.sites and self.given is not None:
             self._set(msg, self.given[name])
         elif name in self.sites and self.z is not None:
-            transform = biject_to(msg["fn"].support)
+            transform = biject_to(support_of(msg["fn"]))
             u = self.sites[name].split(self.z)
             value = transform(u)
             self.log_det = self.log_det + self._jacobian(self.sites[name], transform, u, value, msg["mask"])
@@ -118,8 +123,14 @@ class Feed(Messenger):
             return
         if name in self.sites or name in self.discrete:
             self.values[name] = msg["value"]
-            self.supports[name] = fn.support
+            self.distributions[name] = fn
         elif not msg["is_observed"]:
+            return
+        if self.draws_dim is not None:
+            if name in self.values:
+                log_prob = scale_and_mask(fn.log_prob(msg["value"]), 1.0, msg["mask"])
+                log_prob = log_prob.movedim(self.draws_dim, 0)
+                self.per_draw = self.per_draw + log_prob.reshape(len(log_prob), -1).sum(1)
             return
         raw = shared_log_prob(fn, msg["value"]) if self.shared else fn.log_prob(msg["value"])
         log_prob = scale_and_mask(raw, 1.0, msg["mask"])

@@ -60,7 +60,7 @@ class Smoothed:
 
     Attributes:
         log_weights: normalised smoothed log weights, (S, N).
-        pareto_k: tail index, (N,); -inf where the weights of a datum are all equal.
+        pareto_k: tail index, (N,); -inf where the largest weights of a datum are all equal, NaN where it cannot be had.
         ess_fraction: 1 / (S sum_s W_s^2) of the normalised raw weights, (N,).
     """
 
@@ -91,6 +91,7 @@ def psis(log_weights: Tensor) -> Smoothed:
     safe = torch.where(spread, excess, torch.linspace(0.1, 1, tail, dtype=excess.dtype, device=excess.device)[:, None])
     k, sigma = fit_generalized_pareto(safe.clamp_min(torch.finfo(excess.dtype).tiny))
     usable = spread & k.isfinite()
+    equal = ~spread & log_weights.isfinite().all(0)
 
     p = (torch.arange(tail, dtype=excess.dtype, device=excess.device)[:, None] + 0.5) / tail
     quantile = torch.where(k.abs() < 1e-12, -sigma * torch.log1p(-p), sigma * torch.expm1(-k * torch.log1p(-p)) / k)
@@ -99,7 +100,7 @@ def psis(log_weights: Tensor) -> Smoothed:
     result = shifted.scatter(1, place[:, :-1], new_tail)
     return Smoothed(
         log_weights=torch.log_softmax(result, 1).T,
-        pareto_k=torch.where(usable, k, torch.full_like(k, -torch.inf)),
+        pareto_k=torch.where(usable, k, torch.where(equal, -torch.inf, torch.nan)),
         ess_fraction=ess_fraction,
     )
 

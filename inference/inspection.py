@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.program import Program, Site, frame_of
+from elbowroom.inference.program import Program, Site, frame_of, support_of
 
 log = logging.getLogger("elbowroom")
 
@@ -58,6 +58,7 @@ def inspect(
     dropped = frozenset(_latents(model_trace)) - frozenset(latents)
     guide_latents = {name: site for name, site in _latents(guide_trace).items() if name not in dropped}
     _refuse_auxiliary(guide_latents, latents)
+    _refuse_factors(guide_trace)
 
     name = _data_plate(latents, model_trace, plate)
     local = {k: v for k, v in latents.items() if frame_of(v, name) is not None}
@@ -75,6 +76,7 @@ def inspect(
     }
     notes += [f"site {half!r} is the unobserved half of obs_mask: integrated out" for half in sorted(dropped)]
     notes += _scale_notes(model_trace, guide_trace)
+    notes += _subsample_notes(model_trace, name)
 
     first = model_trace.nodes[next(iter(local))]
     n_obs = first["fn"].batch_shape[_frame_dim(first, name)]
@@ -90,9 +92,16 @@ def inspect(
         if guide_node is None:
             raise UnsupportedProgram(f"guide: it has no site {site_name!r}, a latent of the model inside plate {name!r}")
         _check_guide_site(node, guide_node, name)
+        _check_masks(node, guide_node)
         site = _continuous_site(node, name, offset)
         offset = site.columns.stop
         sites.append(site)
+    moving = next((site for site in sites if site.transform is None), None)
+    if discrete and moving is not None:
+        raise UnsupportedProgram(
+            f"site {moving.name!r}: its support depends on other sites, which is not done beside the discrete site "
+            f"{discrete[0].name!r}; give it a fixed support"
+        )
     count = math.prod(len(site.values) for site in discrete if site.values is not None)
     if count > MAX_ASSIGNMENTS:
         names = ", ".join(repr(site.name) for site in discrete)
@@ -188,6 +197,28 @@ def _refuse_auxiliary(guide_latents: Mapping[str, Any], latents: Mapping[str, An
         )
 
 
+def _refuse_factors(guide_trace: Trace) -> None:
+    for name, node in guide_trace.nodes.items():
+        observed = node["type"] == "sample" and node["is_observed"] and not node["infer"].get("_deterministic")
+        if observed and not site_is_subsample(node):
+            raise UnsupportedProgram(
+                f"guide site {name!r} is observed (a pyro.factor or obs= in the guide): q(z|x) would not be normalised, and "
+                "neither its ELBO nor its gap would mean anything; remove it"
+            )
+
+
+def _check_masks(node: Mapping[str, Any], guide_node: Mapping[str, Any]) -> None:
+    def full(n: Mapping[str, Any]) -> Tensor:
+        mask = True if n["mask"] is None else n["mask"]
+        return torch.as_tensor(mask).expand(n["fn"].batch_shape)
+
+    mine, theirs = full(node), full(guide_node)
+    if mine.shape != theirs.shape or not torch.equal(mine, theirs):
+        raise UnsupportedProgram(
+            f"site {node['name']!r} is masked differently in model and guide: open the same poutine.mask around it in both"
+        )
+
+
 def _data_plate(latents: Mapping[str, Mapping[str, Any]], trace: Trace, asked: str | None) -> str:
     plates = {f.name for node in trace.nodes.values() if node["type"] == "sample" for f in node["cond_indep_stack"]}
     if not latents:
@@ -238,6 +269,7 @@ def _pin(
 
 
 def _median(fn: TorchDistribution) -> Tensor:
+    """Return the median of each coordinate, taken in unconstrained coordinates so that it stays in the support."""
     base = fn
     while isinstance(base, dist.Independent):
         base = base.base_dist
@@ -246,7 +278,8 @@ def _median(fn: TorchDistribution) -> Tensor:
     try:
         return base.icdf(torch.full_like(base.sample(), 0.5)).detach()
     except (NotImplementedError, AttributeError, TypeError):
-        return fn.sample(torch.Size([PIN_DRAWS])).median(0).values.detach()
+        transform = biject_to(support_of(fn))
+        return transform(transform.inv(fn.sample(torch.Size([PIN_DRAWS]))).median(0).values).detach()
 
 
 def _scale_notes(*traces: Trace) -> list[str]:
@@ -267,6 +300,15 @@ def _scale_notes(*traces: Trace) -> list[str]:
     return notes
 
 
+def _subsample_notes(trace: Trace, plate: str) -> list[str]:
+    frames = {f.name: f for node in trace.nodes.values() if node["type"] == "sample" for f in node["cond_indep_stack"]}
+    return [
+        f"plate {name!r} is sub-sampled inside {plate!r}: log p(x_n) is that of the {frame.size} of {frame.full_size} drawn"
+        for name, frame in frames.items()
+        if name != plate and frame.full_size is not None and frame.full_size != frame.size
+    ]
+
+
 def _check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], plate: str) -> None:
     name = node["name"]
     if frame_of(guide_node, plate) is None:
@@ -278,7 +320,7 @@ def _check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], pl
         raise UnsupportedProgram(
             f"guide site {name!r} is a point mass (Delta): it has no density, so there is no ELBO and no gap to measure"
         )
-    prior, posterior = node["fn"].support, guide_node["fn"].support
+    prior, posterior = support_of(node["fn"]), support_of(guide_node["fn"])
     value = guide_node["value"]
     if not bool(prior.check(value).all()):
         raise UnsupportedProgram(
@@ -315,7 +357,14 @@ def _layout(node: Mapping[str, Any], plate: str) -> tuple[int, int, Tensor]:
 def _continuous_site(node: Mapping[str, Any], plate: str, offset: int) -> Site:
     fn = node["fn"]
     dim, batch_ndim, value = _layout(node, plate)
-    free = biject_to(fn.support).inv(value)
+    support = support_of(fn)
+    try:
+        transform = biject_to(support)
+    except NotImplementedError:
+        raise UnsupportedProgram(
+            f"site {node['name']!r}: no transform onto the support of {type(fn).__name__} ({support}) is known"
+        ) from None
+    free = transform.inv(value)
     free_event_dim = free.dim() - batch_ndim
     shape = tuple(value.movedim(dim - fn.event_dim, 0).shape[1:])
     free_shape = tuple(free.movedim(dim - free_event_dim, 0).shape[1:])
@@ -328,7 +377,8 @@ def _continuous_site(node: Mapping[str, Any], plate: str, offset: int) -> Site:
         free_shape=free_shape,
         free_event_dim=free_event_dim,
         columns=slice(offset, offset + math.prod(free_shape)),
-        transform=biject_to(fn.support) if _is_static(fn.support) else None,
+        support=support if _is_static(support) else None,
+        transform=transform if _is_static(support) else None,
     )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro.distributions as dist
+from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import Transform, constraints
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Site:
         free_event_dim: number of event dimensions of an unconstrained value.
         columns: columns of the unconstrained vector z (N, d) that hold this site; empty for a discrete site.
         values: the values of a discrete site, (K, *event); None for a continuous one.
+        support: the prior's support, where it is the same for every value of the other sites.
         transform: unconstrained -> constrained, where the support is the same for every value of the other sites.
     """
 
@@ -37,6 +42,7 @@ class Site:
     free_event_dim: int
     columns: slice
     values: Tensor | None = None
+    support: Any = None
     transform: Transform | None = None
 
     def split(self, z: Tensor) -> Tensor:
@@ -90,6 +96,32 @@ class Program:
         names = [site.name for site in self.discrete]
         tables = [site.values for site in self.discrete if site.values is not None]
         return [dict(zip(names, combination, strict=True)) for combination in itertools.product(*tables)]
+
+
+def support_of(fn: TorchDistribution) -> Any:
+    """Return the support of a distribution as a constraint that has a transform.
+
+    A mixture has that of its components. A von Mises angle states the real line but has period 2 pi: it is held in one period.
+    """
+    base, wrapped = fn, 0
+    while isinstance(base, dist.Independent):
+        wrapped += base.reinterpreted_batch_ndims
+        base = base.base_dist
+    support: Any
+    if isinstance(base, dist.VonMises):
+        support = constraints.interval(-math.pi, math.pi)
+    else:
+        support = base.support
+        while isinstance(support, MixtureSameFamilyConstraint):
+            support = support.base_constraint
+    return constraints.independent(support, wrapped) if wrapped else support
+
+
+def is_real(support: Any) -> bool:
+    """Whether a support is the real line or space, so that values are their own unconstrained coordinates."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.real or support is constraints.real_vector
 
 
 def frame_of(msg: Mapping[str, Any], plate: str) -> Any | None:

@@ -8,6 +8,9 @@ and put back after it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +18,8 @@ import pyro
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+STORE = ("_params", "_param_to_name", "_constraints")  # the mappings of Pyro's parameter store
 
 
 class Snapshot:
@@ -45,6 +50,8 @@ class Snapshot:
         self.dtype = dtype
         self.args, self.kwargs = pytree.tree_map(convert, self._original)
         arguments = {id(t) for t in pytree.tree_leaves(self._original) if isinstance(t, Tensor)}
+        store = pyro.get_param_store()
+        self._store = [dict(getattr(store, name)) for name in STORE]
         self._weights = [(t, self.convert(t, dtype)) for t in self.leaves() if id(t) not in arguments]
 
     @staticmethod
@@ -76,9 +83,13 @@ class Snapshot:
     def scope(self) -> Iterator[None]:
         """Swap the copies in, in eval mode, without gradients in the weights and without Pyro's validation."""
         default = torch.get_default_dtype()
+        store = pyro.get_param_store()
+        kept = [getattr(store, name) for name in STORE]
         originals = [(t, t.data, t.requires_grad) for t, _ in self._weights]
         with self.eval_mode(), pyro.validation_enabled(False):
             try:
+                for name, mapping in zip(STORE, self._store, strict=True):
+                    setattr(store, name, dict(mapping))
                 for tensor, value in self._weights:
                     if tensor.is_leaf:
                         tensor.requires_grad_(False)
@@ -87,6 +98,8 @@ class Snapshot:
                 yield
             finally:
                 torch.set_default_dtype(default)
+                for name, mapping in zip(STORE, kept, strict=True):
+                    setattr(store, name, mapping)
                 for tensor, data, requires_grad in originals:
                     tensor.data = data
                     if tensor.is_leaf:
@@ -94,47 +107,55 @@ class Snapshot:
 
 
 def _find_modules(*roots: Any) -> list[torch.nn.Module]:
-    """Collect the nn.Modules that a callable can reach: itself, its owner, its closure, partials, and named globals."""
+    """Collect the nn.Modules that callables can reach.
+
+    That is: a module itself, a method's owner, closures, partials, attributes of plain objects, containers, and globals that
+    a function or a function within it names.
+    """
     found: dict[int, torch.nn.Module] = {}
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # holds the items, so that no id is used twice
 
     def visit(item: Any) -> None:
-        if id(item) in seen:
+        if id(item) in seen or isinstance(item, Tensor | str | bytes | int | float | types.ModuleType | type):
             return
-        seen.add(id(item))
+        seen[id(item)] = item
         if isinstance(item, torch.nn.Module):
             found[id(item)] = item
-            return
-        if isinstance(item, list | tuple):
+        if isinstance(item, list | tuple | set):
             for part in item:
                 visit(part)
         elif isinstance(item, dict):
             for part in item.values():
                 visit(part)
-        for attribute in ("__self__", "__wrapped__", "func", "fn", "model", "guide"):
-            part = getattr(item, attribute, None)
-            if isinstance(part, torch.nn.Module) or callable(part):
-                visit(part)
-        if hasattr(item, "args") and hasattr(item, "keywords"):
-            visit(item.args)
-            visit(item.keywords)
-        code = getattr(item, "__code__", None)
-        if code is not None:
+        elif isinstance(item, types.FunctionType):
             for cell in item.__closure__ or ():
-                try:
+                with contextlib.suppress(ValueError):  # an empty cell
                     visit(cell.cell_contents)
-                except ValueError:
-                    continue  # an empty cell
-            for word in code.co_names:
-                part = item.__globals__.get(word)
-                if isinstance(part, torch.nn.Module) or (callable(part) and _is_user_code(part)):
+            visit(getattr(item, "__wrapped__", None))
+            for name in _names(item.__code__):
+                part = item.__globals__.get(name)
+                if _is_users(part) or isinstance(part, torch.nn.Module | list | tuple | dict):
                     visit(part)
+        elif isinstance(item, types.MethodType):
+            visit(item.__self__)
+            visit(item.__func__)
+        elif isinstance(item, functools.partial):
+            visit([item.func, item.args, item.keywords])
+        elif _is_users(item) or not isinstance(item, torch.nn.Module):
+            visit(getattr(item, "__dict__", None))
+            visit(inspect.getattr_static(type(item), "__call__", None))
 
     for root in roots:
         visit(root)
     return list(found.values())
 
 
-def _is_user_code(item: Any) -> bool:
-    module = getattr(item, "__module__", None) or ""
-    return module.split(".")[0] not in {"torch", "pyro", "numpy", "builtins", "math"}
+def _names(code: types.CodeType) -> set[str]:
+    """Global names that a function's code uses, functions within it included."""
+    nested = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*nested)
+
+
+def _is_users(item: Any) -> bool:
+    module = getattr(item, "__module__", None) or getattr(type(item), "__module__", None) or ""
+    return module.split(".")[0] not in {"torch", "pyro", "numpy", "builtins", "math", "functools"}

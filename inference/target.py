@@ -25,13 +25,14 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.feed import Feed
+from elbowroom.inference.forward import Which, first_line, forward
 from elbowroom.inference.inspection import inspect
-from elbowroom.inference.program import per_datum
+from elbowroom.inference.probes import probe
+from elbowroom.inference.program import is_real, per_datum
 from elbowroom.inference.snapshot import Snapshot
 
 log = logging.getLogger("elbowroom")
@@ -61,7 +62,9 @@ class LogJoint:
         dim: number of unconstrained continuous coordinates d per datum.
         sites: the continuous local sites, in program order.
         mode: how draws are evaluated together: `vmap`, `repeat` or `loop`.
-        draws_in_plate: whether the guide broadcasts over an outer plate of draws.
+        joined: whether model and guide may be drawn from in an outer plate of draws; None until the first draw.
+        shares: whether one grid can be evaluated for all data at once; None until it was tried.
+        tested: (S, N, d), draws of guide and prior that the construction was tested at.
         notes: sentences about what was pinned, dropped, ignored or slowed down, and why.
 
     Raises:
@@ -85,12 +88,12 @@ class LogJoint:
         self.plate = self.program.plate
         self.notes = self.program.notes
         self.device = next((t.device for t in self.snapshot.leaves() if isinstance(t, Tensor)), torch.device("cpu"))
-        self._take(None)
+        self.take(None)
         self._rows = self._rows_at_once()
         self.mode = "loop"
-        self.draws_in_plate: bool | None = None
-        self._probe(dtype)
+        self.joined: dict[Which, bool | None] = {"model": None, "guide": None}
         self.shares: bool | None = None
+        self.tested = probe(self, dtype)
 
     # -- the interface --------------------------------------------------------------------------------------------------
 
@@ -105,7 +108,7 @@ class LogJoint:
             raise ValueError("terms: the joint is a sum over discrete values and has no single prior and likelihood term")
 
         def both(u: Tensor) -> Tensor:
-            feed = self._run(self.model, {}, z=u, index=self._index)
+            feed = self.run("model", {}, z=u)
             prior = feed.log_prior + feed.log_det + self._padding(u)
             return torch.stack([prior, torch.as_tensor(feed.log_likelihood).expand_as(prior)], -1)
 
@@ -114,7 +117,8 @@ class LogJoint:
 
     def grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(x_n, z_sn), (S, N), and its gradient in z, (S, N, d)."""
-        with torch.enable_grad():
+        # the backward pass reads the weights too: both happen in one scope
+        with self.snapshot.scope(), torch.enable_grad():
             z = z.detach().requires_grad_()
             value = self(z)
             (gradient,) = torch.autograd.grad(value.sum(), z)
@@ -132,12 +136,29 @@ class LogJoint:
 
     def sample_guide(self, n_draws: int, seed: int) -> tuple[Tensor, Tensor]:
         """Draw z ~ q(z|x): z (S, N, d) and log q(z|x), (S, N), in unconstrained coordinates."""
-        z = self._draw(self.guide, n_draws, seed)
+        z = self.draw("guide", n_draws, seed)
         return z, self.log_guide(z)
 
     def sample_prior(self, n_draws: int, seed: int) -> Tensor:
         """Draw the latents from the generative program, ignoring the data: z (S, N, d), unconstrained."""
-        return self._draw(self.model, n_draws, seed)
+        return self.draw("model", n_draws, seed)
+
+    def saturated(self, z: Tensor) -> Tensor:
+        """Return (S, N) True where a constrained value has rounded to its support's edge, so that z cannot be had back."""
+
+        def lost(u: Tensor) -> Tensor:
+            bad = torch.zeros(len(u), dtype=torch.bool, device=u.device)
+            for site in self.sites:
+                if site.transform is not None and site.columns.stop > site.columns.start:
+                    part = site.split(u)
+                    off = (site.transform.inv(site.transform(part)) - part).abs()
+                    off = site.gather(off, site.free_event_dim).reshape(len(u), -1)
+                    bad = bad | ~(off <= 1e-3 * (1 + part.abs().max())).all(-1)
+            return bad
+
+        if all(is_real(site.support) for site in self.sites):
+            return torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
+        return torch.stack([lost(u) for u in z])
 
     def data(self) -> Tensor:
         """Return the first tensor among the arguments that has one row per datum, in the computation's dtype."""
@@ -150,7 +171,7 @@ class LogJoint:
         """Map z (S, N, d) to the program's own sites: name -> (S, N, *shape); NaN where a latent is masked out."""
 
         def values(u: Tensor) -> Tensor:
-            feed = self._run(self.model, self.program.assignments[0], z=u)
+            feed = self.run("model", self.program.assignments[0], z=u)
             parts = [site.gather(feed.values[site.name], site.event_dim) for site in self.sites]
             return torch.cat([part.reshape(len(u), -1) for part in parts], -1) if parts else u
 
@@ -159,8 +180,10 @@ class LogJoint:
         out = {}
         for site, part in zip(self.sites, flat.split(sizes, -1), strict=True):
             if self.program.active is not None:
-                shown = self.program.active[:, site.columns].any(-1)
-                part = torch.where(shown[:, None], part, torch.full_like(part, torch.nan))
+                shown = self.program.active[:, site.columns]
+                if shown.shape[-1] != part.shape[-1]:  # e.g. a simplex: masked as a whole
+                    shown = shown.any(-1, keepdim=True)
+                part = torch.where(shown, part, torch.full_like(part, torch.nan))
             out[site.name] = part.reshape(*part.shape[:-1], *site.shape)
         return out
 
@@ -171,7 +194,7 @@ class LogJoint:
         enter through one matrix product; this is checked against plain evaluation and left where they differ.
         """
         if self.shares is None:
-            self.shares = self._probe_shared(z)
+            self.shares = self._probe_shared()
         if self.shares:
             return self._shared(z)
         return self(z[:, None].expand(-1, self.n_obs, -1))
@@ -195,32 +218,35 @@ class LogJoint:
         active = None if self.program.active is None else self.program.active[rows]
         part.program = dataclasses.replace(self.program, n_obs=len(rows), active=active)
         part.n_obs = len(rows)
-        z = torch.linspace(-0.5, 0.5, self.n_obs * self.dim, dtype=self.dtype, device=self.device)
-        z = z.reshape(1, self.n_obs, self.dim)
+        part.joined = dict(self.joined)
         try:
-            same = torch.allclose(part(z[:, rows]), self(z)[:, rows], rtol=1e-6, atol=1e-6)
+            mine, whole = part(self.tested[:, rows]), self(self.tested)[:, rows]
+            finite = whole.isfinite()
+            same = torch.allclose(mine[finite], whole[finite], rtol=1e-6, atol=1e-6)
         except (RuntimeError, ValueError, IndexError):
             return None
+        part.tested = self.tested[:, rows]
         return part if same else None
 
     # -- running the program --------------------------------------------------------------------------------------------
 
-    def _run(self, program: Callable[..., Any], assignment: dict[str, Tensor], **options: Any) -> Feed:
-        with Feed(self.program, assignment, **options) as feed:
-            program(*self._args, **self._kwargs)
+    def run(self, which: Which, assignment: dict[str, Tensor], **options: Any) -> Feed:
+        """Run one of the two programs once, inside the snapshot's scope, and return what was read off."""
+        with Feed(self.program, assignment, index=self._index, **options) as feed:
+            (self.model if which == "model" else self.guide)(*self._args, **self._kwargs)
         return feed
 
     def _joint(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
-        feed = self._run(self.model, assignment, z=z, index=self._index)
+        feed = self.run("model", assignment, z=z)
         return feed.log_prior + feed.log_likelihood + feed.log_det + self._padding(z)
 
     def _guide_density(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
         if self.program.active is None and all(site.transform is not None for site in self.sites):
             values, log_det = self._transform(z)
         else:  # a support depends on an earlier site, or a mask on the site: the model says how
-            model = self._run(self.model, assignment or self.program.assignments[0], z=z, index=self._index)
+            model = self.run("model", assignment or self.program.assignments[0], z=z)
             values, log_det = model.values, model.log_det
-        feed = self._run(self.guide, assignment, values=values, index=self._index)
+        feed = self.run("guide", assignment, values=values)
         return feed.log_prior + log_det + self._padding(z)
 
     def _transform(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -263,7 +289,7 @@ class LogJoint:
         if z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim):
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (draws, {self.n_obs}, {self.dim})")
         with self.snapshot.scope():
-            z = z if self.dtype is None else z.to(self.dtype)
+            z = z.to(self.dtype or self.own_dtype)
             chunk = max(1, self._rows // self.n_obs)
             parts = z.split(chunk)
             first = self._map_chunk(function, parts[0])
@@ -283,155 +309,50 @@ class LogJoint:
                 return function(z.flatten(0, 1)).unflatten(0, z.shape[:2])
         return torch.stack([function(u) for u in z])
 
-    def _draw(self, program: Callable[..., Any], n_draws: int, seed: int) -> Tensor:
+    def draw(self, which: Which, n_draws: int, seed: int) -> Tensor:
         """Run a program forward and read off the local sites, in unconstrained coordinates: (S, N, d)."""
         with _seeded(seed), self.snapshot.scope(), torch.no_grad():
             chunk = max(1, 8 * ROWS // self.n_obs)
             sizes = [chunk] * (n_draws // chunk) + [n_draws % chunk] * (n_draws % chunk > 0)
-            z = torch.cat([self._forward(program, size) for size in sizes])
+            z = torch.cat([forward(self, which, size) for size in sizes])
             if self.program.active is not None:
                 z = torch.where(self.program.active, z, torch.randn_like(z))
             return z
 
-    def _forward(self, program: Callable[..., Any], n_draws: int) -> Tensor:
-        """Draw all at once in an outer plate, where the program broadcasts; else one run per draw."""
-        if self.draws_in_plate is not False:
-            dim = -self.program.nesting - 1
-            try:
-                with pyro.plate("_draws", n_draws, dim=dim):
-                    drawn = self._run(program, {}, index=self._index)
-                values = {}
-                for site in (*self.sites, *self.program.discrete):
-                    if site.name in drawn.values:
-                        value = drawn.values[site.name].movedim(dim - site.event_dim, 0)
-                        keep = value.dim() - site.batch_ndim - site.event_dim
-                        values[site.name] = value.flatten(0, keep - 1) if keep > 1 else value
-                z = self._free(values)
-                if z.shape != (n_draws, self.n_obs, self.dim):
-                    raise RuntimeError(f"draws have shape {tuple(z.shape)}")
-                self.draws_in_plate = True
-                return z
-            except (RuntimeError, ValueError, IndexError) as error:
-                if self.draws_in_plate:
-                    raise
-                self.draws_in_plate = False
-                self._note(f"drawn one at a time, the program does not broadcast over draws: {_first_line(error)}")
-        runs = [self._run(program, {}, index=self._index).values for _ in range(n_draws)]
-        return self._free({name: torch.stack([run[name] for run in runs]) for name in runs[0]})
-
-    def _free(self, values: dict[str, Tensor]) -> Tensor:
-        """Map constrained values (S, batch, event) of all local sites to unconstrained coordinates (S, N, d)."""
-        n_draws = len(next(iter(values.values()))) if values else 0
-        if all(site.transform is not None for site in self.sites):
-            parts = []
-            for site in self.sites:
-                u = site.transform.inv(values[site.name])  # type: ignore[union-attr]
-                parts.append(u.movedim(site.plate_dim - site.free_event_dim, 1).reshape(n_draws, self.n_obs, -1))
-            return torch.cat(parts, -1)
-        runs = []
-        for s in range(n_draws):
-            given = {name: value[s] for name, value in values.items()}
-            discrete = {site.name: given.pop(site.name) for site in self.program.discrete if site.name in given}
-            model = self._run(self.model, discrete, values=given, index=self._index)
-            parts = []
-            for site in self.sites:
-                u = biject_to(model.supports[site.name]).inv(model.values[site.name])
-                parts.append(site.gather(u, site.free_event_dim).reshape(self.n_obs, -1))
-            runs.append(torch.cat(parts, -1))
-        return torch.stack(runs)
-
     def _shared(self, z: Tensor) -> Tensor:
         with self.snapshot.scope():
-            z = z if self.dtype is None else z.to(self.dtype)
+            z = z.to(self.dtype or self.own_dtype)
             rows = max(1, min(ROWS * 8 // self.n_obs, self._rows))
             parts = []
             for u in z.split(rows):
                 totals = []
                 for a in self.program.assignments:
-                    feed = self._run(self.model, a, z=u[:, None], index=self._index, shared=True)
+                    feed = self.run("model", a, z=u[:, None], shared=True)
                     totals.append((feed.log_prior + feed.log_likelihood + feed.log_det).expand(len(u), self.n_obs))
                 parts.append(totals[0] if len(totals) == 1 else torch.logsumexp(torch.stack(totals), 0))
             return torch.cat(parts)
 
-    def _probe_shared(self, z: Tensor) -> bool:
+    def _probe_shared(self) -> bool:
         if any(site.plate_dim != -1 or site.batch_ndim != 1 for site in self.sites) or self.program.active is not None:
             return False
-        some = z[torch.linspace(0, len(z) - 1, 3, device=z.device).long()]
+        points = 3 if self.n_obs != 3 else 4  # as many as data would hide a mistaken broadcast
+        some = self.tested.flatten(0, 1)
+        some = some[torch.linspace(0, len(some) - 1, points, device=some.device).long()]
         try:
             fast = self._shared(some)
         except (RuntimeError, ValueError, IndexError) as error:
-            self._note(f"shared grid: the program does not broadcast over draws ({_first_line(error)}); evaluated per datum")
+            self.note(f"shared grid: the program does not broadcast over draws ({first_line(error)}); evaluated per datum")
             return False
         slow = self(some[:, None].expand(-1, self.n_obs, -1))
-        agree = fast.shape == slow.shape and torch.allclose(fast, slow, rtol=1e-5, atol=1e-5)
+        finite = slow.isfinite()
+        agree = fast.shape == slow.shape and torch.allclose(fast[finite], slow[finite], rtol=1e-5, atol=1e-5)
         if not agree:
-            self._note("shared grid: broadcasting the program over draws changed its values; evaluated per datum")
+            self.note("shared grid: broadcasting the program over draws changed its values; evaluated per datum")
         return agree
 
     # -- construction ---------------------------------------------------------------------------------------------------
 
-    def _probe(self, dtype: torch.dtype | None) -> None:
-        """Check on real values that the density is deterministic and local, then choose the fastest right evaluation."""
-        z = self._draw(self.guide, 2, seed=0)
-        base = self(z)
-        if not base.isfinite().all():
-            row = int((~base.isfinite()).any(0).nonzero()[0])
-            raise UnsupportedProgram(f"model: log p(x, z) of datum {row} is not finite at a draw of the guide")
-        if not torch.equal(base, self(z)):
-            raise UnsupportedProgram(
-                "model: its log density changes between two evaluations at the same z; something draws random numbers outside "
-                "a sample site (dropout left on?) or depends on a value that was integrated out"
-            )
-        self._check_local(z, base)
-        self._check_outside(z)
-        own = next((t.dtype for t in self.snapshot.leaves() if t.is_floating_point()), torch.get_default_dtype())
-        if dtype is not None:
-            try:
-                self._take(dtype)
-                in_dtype = self(z.to(dtype))
-                if not torch.allclose(in_dtype, base.to(dtype), rtol=1e-3, atol=1e-2):
-                    raise RuntimeError("values differ by more than rounding")
-                base, z = in_dtype, z.to(dtype)
-            except (RuntimeError, TypeError) as error:
-                self._take(None)
-                self._note(f"evaluated in {own}, not {dtype}: {_first_line(error)}")
-        for mode in ("vmap", "repeat"):
-            self.mode = mode
-            try:
-                ok = torch.allclose(self(z), base, rtol=1e-4, atol=1e-4) and self.log_guide(z).shape == base.shape
-                gradient = self.grad(z)[1] if ok and self.dim else None
-                if ok and (gradient is None or gradient.isfinite().all()):
-                    return
-                reason = "its values differ from one draw at a time"
-            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-                reason = _first_line(error)
-            self._note(f"{mode} over draws does not apply: {reason}")
-        self.mode = "loop"
-
-    def _check_local(self, z: Tensor, base: Tensor) -> None:
-        if self.n_obs < 2 or self.dim == 0:
-            return
-        moved = z.clone()
-        moved[:, 0] += 0.3
-        after = self(moved)
-        if not torch.allclose(after[:, 1:], base[:, 1:], rtol=1e-4, atol=1e-4):
-            raise UnsupportedProgram(
-                "model: moving the latent of datum 0 changes log p of other data; the data are coupled (batch normalisation "
-                "in train mode, or a latent shared between data), so no per-datum posterior exists"
-            )
-
-    def _check_outside(self, z: Tensor) -> None:
-        if self.dim == 0:
-            return
-        with self.snapshot.scope():
-            a, b = (self._run(self.model, self.program.assignments[0], z=u, index=self._index).outside for u in (z[0], z[1]))
-        if not torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-4, atol=1e-4):
-            raise UnsupportedProgram(
-                f"model: an observed site outside plate {self.plate!r} depends on the local latents, so the data are coupled "
-                "through it; move it inside the plate"
-            )
-
-    def _take(self, dtype: torch.dtype | None) -> None:
+    def take(self, dtype: torch.dtype | None) -> None:
         """Copy weights, arguments and pinned values in `dtype`."""
         self.snapshot.take(dtype)
         self._args, self._kwargs = self.snapshot.args, self.snapshot.kwargs
@@ -452,7 +373,14 @@ class LogJoint:
         """The floating-point type of all computations; None for the program's own."""
         return self.snapshot.dtype
 
-    def _note(self, sentence: str) -> None:
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """The floating-point type that the programs themselves compute in."""
+        floating = (t.dtype for t in self.snapshot.leaves() if t.is_floating_point())
+        return next(floating, torch.get_default_dtype())
+
+    def note(self, sentence: str) -> None:
+        """Record and log one sentence."""
         self.notes.append(sentence)
         log.info(sentence)
 
@@ -485,8 +413,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

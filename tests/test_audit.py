@@ -9,14 +9,19 @@ import arviz as az
 import arviz_plots
 import matplotlib.pyplot as plt
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+import xarray as xr
 from conftest import linear_vae, mlp_vae, set_guide
 
 from elbowroom.analysis.audit import VARIABLES, Audit, audit, audit_log_joint
 from elbowroom.analysis.distances import sliced_wasserstein
 from elbowroom.analysis.evidence import LOWER_BOUND
+from elbowroom.analysis.verdict import sentences
 from elbowroom.errors import RunFolderError
+from elbowroom.inference.grid import Grid
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.guides import FullRankNormal
 
@@ -118,7 +123,7 @@ def test_beyond_the_grid_a_bad_guide_gets_a_bound_that_is_called_one() -> None:
     assert ((table["log_evidence_lower"].values - exact) < 7).all()
     assert (table["log_evidence_lower"].values < exact).mean() > 0.5
     assert "lower bound" in result.verdict
-    assert "is known: the latent space is too large for a grid" in result.verdict
+    assert "is known: the latent space is too large for the references here" in result.verdict
     assert all("log p(x) [nats], 0 data" in name or "log p(x)" not in name for name, _ in result.lines())
 
 
@@ -198,3 +203,47 @@ def test_a_guide_equal_to_the_reference_lies_at_the_noise_floor(reference: str) 
     table = audit(vae.model, vae.guide, x, references=[reference]).table
     ratio = (table["sliced_wasserstein"] / table["noise_floor"]).values
     assert 0.8 < np.median(ratio) < 1.25
+
+
+def test_a_missed_mode_is_not_called_close_to_the_true_posterior() -> None:
+    """Sixteen mirror modes in four dimensions, the guide on one: importance sampling cannot see the others, and it is said."""
+    y = torch.ones(4, 4, dtype=F64)
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4, dtype=F64), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z**2, 0.3).to_event(1), obs=y)
+
+    def guide(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(torch.ones(4, 4, dtype=F64), 0.16).to_event(1))
+
+    verdict = audit(model, guide, y).verdict
+    assert "Where the guide puts mass" in verdict
+    assert "a mode that the guide misses would be missing in it too" in verdict
+    assert "close to the true one" not in verdict
+
+
+def test_an_uncertified_grid_is_not_overruled_by_a_guide_on_one_mode() -> None:
+    y = torch.tensor([1.0, 2.0], dtype=F64)
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=F64), 1.0).to_event(1))
+            pyro.sample("y", dist.Laplace(z[..., 0].abs(), 0.1), obs=y)
+
+    def guide(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Laplace(y.unsqueeze(-1), 0.11).to_event(1))
+
+    table = audit(model, guide, y, references=[Grid(tolerance=1e-12, max_points=60)]).table
+    assert set(table["status"].values.flatten()) == {"uncertified"}
+    assert set(table["evidence_method"].values) == {LOWER_BOUND}
+    assert table["log_evidence"].isnull().all()
+
+
+def test_contradicting_and_infinite_numbers_are_said(small: Audit) -> None:
+    negative = small.table.assign(gap_total=small.table["gap_total"] - 3)
+    assert sentences(negative)[0].startswith("The numbers contradict each other: for 9 of 9 data log p(x) lies below the ELBO")
+    infinite = small.table.assign(gap_total=xr.full_like(small.table["gap_total"], np.inf))
+    assert sentences(infinite)[0] == "The ELBO of 9 of 9 data is minus infinity: q puts mass where p(x, z) is zero."
