@@ -13,23 +13,25 @@ from torch import Tensor, nn
 
 from elbowroom.archive import check_stored
 from elbowroom.errors import RunFolderError
-from elbowroom.files import atomic, sha256
+from elbowroom.files import atomic, sha256, sha256_of
+from elbowroom.inference.rows import Rows
 
 
-def identity(module: nn.Module, data: Sequence[Tensor], *, options: Mapping[str, Any], seed: int, spec: str) -> dict[str, str]:
+def identity(
+    module: nn.Module, data: Sequence[Tensor | Rows], *, options: Mapping[str, Any], seed: int, spec: str
+) -> dict[str, str]:
     """Describe what a checkpoint must share with a fit to be resumed by it: data, options, seed, module and spec.
 
     Args:
         module: its structure and the shapes of its state count, not the values.
-        data: every tensor that the fit sees; all their bytes count.
+        data: all that the fit sees; all their bytes count.
         options: of the fit, as plain numbers and strings.
         seed: of the fit.
         spec: whatever else tells fits apart.
     """
-    parts = [part for x in data for part in (str(tuple(x.shape)).encode(), x.cpu().contiguous().numpy().tobytes())]
     shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     return {
-        "data": sha256(*parts),
+        "data": sha256_of(part for x in data for part in Rows.of(x).bytes()),
         "options": json.dumps(options, sort_keys=True),
         "seed": str(seed),
         "model": sha256(repr(module).encode(), repr(shapes).encode()),

@@ -19,21 +19,22 @@ from typing import Annotated, Any, Literal
 
 import pyro
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from elbowroom.errors import NonFiniteLoss, SpecError
 from elbowroom.inference.checkpoint import identity, load, save
 from elbowroom.inference.history import History, Row
 from elbowroom.inference.objectives import NonFiniteSite, Objective
+from elbowroom.inference.rows import Rows
 from elbowroom.inference.schedule import Plan, Schedule, plan
 from elbowroom.inference.scopes import contained, mode
 from elbowroom.models.vae import VAE
 
 CHECKPOINT, WEIGHTS, HISTORY = "checkpoint.pt", "weights.pt", "history.csv"
 
-# three streams of random numbers from one seed: noise and initial state, shuffling, validation
-_SHUFFLE, _VALIDATION = 0x5F3759DF, 0x2545F491
+# four streams of random numbers from one seed: noise and initial state, shuffling, validation, binarization
+_SHUFFLE, _VALIDATION, _REDRAW = 0x5F3759DF, 0x2545F491, 0x1B873593
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
 
 
-def evaluate_elbo(vae: VAE, x: Tensor, *, draws: int = 8, seed: int = 0, rows: int = 2048) -> float:
+def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, rows: int = 2048) -> float:
     """Estimate the mean ELBO of data, in nats per datum, without changing anything.
 
     (1/N) sum_n (1/S) sum_s log p(x_n, z_ns) - log q(z_ns|x_n), z_ns ~ q(z|x_n), unweighted, networks in eval mode. The
@@ -159,14 +160,14 @@ def evaluate_elbo(vae: VAE, x: Tensor, *, draws: int = 8, seed: int = 0, rows: i
     with contained(seed, x.device), mode(vae, training=False), torch.no_grad():
         for part in x.split(max(1, rows // draws)):
             # the draws stand beside each other in the plate, so any network that takes a batch will do
-            total += objective(part.repeat(draws, *[1] * (x.ndim - 1))).elbo / draws
+            total += objective(part.repeat(draws, *[1] * (part.ndim - 1))).elbo / draws
     return total / len(x)
 
 
 def fit(
     vae: VAE,
-    train: Tensor,
-    validation: Tensor,
+    train: Tensor | Rows,
+    validation: Tensor | Rows,
     session: Session | None = None,
     *,
     objective: Literal["elbo"] = "elbo",
@@ -177,7 +178,7 @@ def fit(
     kl_warmup: Annotated[int, Ge(0)] = 0,
     patience: Annotated[int, Ge(1)] | None = None,
     gradient_clip: Annotated[float, Gt(0)] | None = None,
-    validation_draws: Annotated[int, Ge(1)] = 8,
+    validation_draws: Annotated[int, Ge(1), Le(10_000)] = 8,
     dtype: Literal["float32", "float64"] = "float32",
     device: str = "auto",
 ) -> History:
@@ -191,7 +192,7 @@ def fit(
 
     Args:
         vae: the model and guide, trained in place.
-        train: training data, (N, *event).
+        train: training data, (N, *event), in memory or read as they are needed; the result is the same.
         validation: validation data, (M, *event); M = 0 is allowed.
         session: folder, seed, resumption and report (facts of the run).
         objective: what is maximised: `elbo`.
@@ -233,9 +234,9 @@ def fit(
     if patience is not None and len(validation) == 0:
         raise SpecError("fit.patience: needs validation data to judge by; set it to null or make a validation split")
     place, precision = resolve_device(device), getattr(torch, dtype)
-    train, validation = train.to(place, precision), validation.to(place, precision)
+    train, validation = Rows.of(train).to(place, precision), Rows.of(validation).to(place, precision)
     vae.to(place, precision)
-    vae.adapt(train)
+    vae.adapt(train.sample())
     with contained(session.seed, place), mode(vae, training=True):
         step = Step(vae, size=len(train), learning_rate=learning_rate, gradient_clip=gradient_clip)
         run = _Run(vae, train, validation, session, planned, step, options)
@@ -251,8 +252,8 @@ class _Run:
     def __init__(
         self,
         vae: VAE,
-        train: Tensor,
-        validation: Tensor,
+        train: Rows,
+        validation: Rows,
         session: Session,
         planned: Plan,
         step: Step,
@@ -261,6 +262,7 @@ class _Run:
         self.vae, self.train, self.validation = vae, train, validation
         self.session, self.plan, self.step, self.options = session, planned, step, options
         self.generator = shuffler(session.seed, train.device)
+        self.redraw = torch.Generator(train.device).manual_seed(session.seed + _REDRAW)
         self.history = History(plan=str(planned))
         self.best: dict[str, Tensor] | None = None
         self.saved_epoch: int | None = None
@@ -295,7 +297,7 @@ class _Run:
         for batch, index in enumerate(batches(len(self.train), self.plan.batch_size, self.generator), start=1):
             rate, weight = self.plan.learning_rate_at(step), self.plan.kl_weight_at(step)
             try:
-                losses = self.step(self.train[index], kl_weight=weight, learning_rate=rate)
+                losses = self.step(self.train.batch(index, self.redraw), kl_weight=weight, learning_rate=rate)
             except NonFiniteSite as error:
                 raise self._stop(error, f"epoch {epoch}, batch {batch} of {self.plan.batches}", index) from None
             share = len(index) / len(self.train)
@@ -352,7 +354,7 @@ class _Run:
 
     def _rehearse(self) -> None:
         """Run both programs once with Pyro's checks on: wrong shapes and undeclared plates are found before step 1."""
-        two = self.train[:2]
+        two = self.train.first(2)
         with contained(self.session.seed, two.device), mode(self.vae, training=False), torch.no_grad():
             try:
                 self.step.objective(two, size=len(self.train))
@@ -403,6 +405,7 @@ class _Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(place) if place.type == "cuda" else None,
             "shuffle": self.generator.get_state(),
+            "redraw": self.redraw.get_state(),
         }
         self.history.write(folder / HISTORY)
         save(folder / CHECKPOINT, state)
@@ -425,5 +428,6 @@ class _Run:
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], place)
         self.generator.set_state(state["shuffle"])
+        self.redraw.set_state(state["redraw"])
         self.saved_epoch, self.saved_at = len(self.history.rows), time.perf_counter()
         self.started = time.perf_counter() - self.history.rows[-1].seconds

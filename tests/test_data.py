@@ -144,8 +144,8 @@ def test_damaged_files(tmp_path):
 
 FILES = {
     ("path", "nofile.csv"): "nofile.csv: no such file (looked for {folder}/nofile.csv)",
-    ("path", "x.nyp"): "x.nyp: files of type '.nyp' are not read; allowed: .npz, .npy, .csv",
-    ("path", "x"): "x: files of type 'no suffix' are not read; allowed: .npz, .npy, .csv",
+    ("path", "x.nyp"): "x.nyp: files of type '.nyp' are not read; allowed: .npz, .npy, .csv, .parquet",
+    ("path", "x"): "x: files of type 'no suffix' are not read; allowed: .npz, .npy, .csv, .parquet",
     ("path", "sub.csv"): "sub.csv: this is a folder; name a file",
     ("path", "empty.npy"): "empty.npy: empty",
     ("path", "y.npy"): "y.npy: no such file (looked for {folder}/y.npy); did you mean 'x.npy'?",

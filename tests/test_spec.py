@@ -246,7 +246,7 @@ def test_shipped_specs_round_trip(name, tmp_path):
 
 
 def test_shipped_names():
-    assert spec.shipped() == ["digits", "digits_gaussian", "linear_gaussian"]
+    assert spec.shipped() == ["binarized_mnist", "digits", "digits_gaussian", "linear_gaussian"]
     assert message(spec.shipped_text, "digit") == "there is no spec 'digit' in elbowroom; did you mean 'digits'?"
 
 

@@ -36,6 +36,7 @@ _table: dict[str, dict[str, str | type]] = {
         "digits": "elbowroom.data:Digits",
         "file": "elbowroom.data:File",
         "linear_gaussian": "elbowroom.data:LinearGaussianData",
+        "memory": "elbowroom.frames:Memory",
         "mnist": "elbowroom.published:MNIST",
     },
     "prior": {"normal": "elbowroom.models.priors:Normal"},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import mmap
 import warnings
 import zipfile
 import zlib
@@ -21,14 +22,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from annotated_types import Ge, Gt, Len
 
+from elbowroom.archive import check_npz, too_large
 from elbowroom.errors import DataError, SpecError, nearest
-from elbowroom.files import sha256
+from elbowroom.files import sha256_of
 
 if TYPE_CHECKING:
     from elbowroom.models.linear import LinearGaussian
 
 CHUNK = 2**22
 """Entries looked at together, so that a memory-mapped array is never read as a whole."""
+
+BUDGET = 2**30
+"""Bytes of data, in the precision of the fit, above which they are read as they are needed, not held in memory."""
 
 DEFAULT_SPLIT = (0.6, 0.2, 0.2)
 
@@ -68,11 +73,37 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of shape, type and values."""
-        head = f"{self.x.shape} {self.x.dtype.str}".encode()
-        return sha256(head, *(np.ascontiguousarray(part).tobytes() for _, part in _parts(self.x)))
 
-    def check(self) -> None:
+        def parts() -> Iterator[bytes]:
+            yield f"{self.x.shape} {self.x.dtype.str}".encode()
+            for array in (self.x,) if self.grey is None else (self.x, self.grey):
+                for _, part in rows_of(array):
+                    yield np.ascontiguousarray(part).tobytes()
+
+        return sha256_of(parts())
+
+    def large(self, itemsize: int) -> bool:
+        """Say whether x takes more than BUDGET bytes at so many bytes per number."""
+        return self.x.size * itemsize > BUDGET
+
+    @property
+    def mapped(self) -> bool:
+        """Whether x is a memory map too large to be read without need."""
+        return isinstance(self.x, np.memmap) and self.large(self.x.itemsize)
+
+    def stamp(self) -> str | None:
+        """Return size and time of change of the file behind a large memory map: while they stay, its content is taken to."""
+        filename = self.x.filename if isinstance(self.x, np.memmap) and self.mapped else None
+        if filename is None:
+            return None
+        stat = Path(filename).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
+    def check(self, *, values: bool = True) -> None:
         """Refuse what no model can use.
+
+        Args:
+            values: look at every number; else at shape and type alone.
 
         Raises:
             DataError: for an array of the wrong kind or shape, or for NaN and infinities; names the first place.
@@ -84,7 +115,7 @@ class Dataset:
             raise DataError(f"{self.name}: rows and columns are needed, this array is flat; reshape it to ({len(x)}, 1)")
         if x.ndim == 0 or x.size == 0:
             raise DataError(f"{self.name}: empty, shape {tuple(x.shape)}; at least 3 rows of one number are needed")
-        for start, part in _parts(x):
+        for start, part in rows_of(x) if values else ():
             if part.dtype.kind == "f" and not np.isfinite(part).all():
                 index = np.argwhere(~np.isfinite(part))[0]
                 value = part[tuple(index)]
@@ -233,6 +264,8 @@ class LinearGaussianData(Source):
 
         from elbowroom.models.linear import LinearGaussian
 
+        if problem := too_large(24.0 * (self.n + self.latent_dim) * (self.dim + self.latent_dim)):
+            raise SpecError(f"data: linear_gaussian {problem}; make n or dim smaller")
         generator = torch.Generator().manual_seed(self.seed)
         W = torch.randn(self.dim, self.latent_dim, dtype=torch.float64, generator=generator)
         mu = torch.randn(self.dim, dtype=torch.float64, generator=generator)
@@ -242,7 +275,7 @@ class LinearGaussianData(Source):
 
 
 class File(Source):
-    """Your own data: .npz, .npy (memory-mapped) or .csv (with or without a header).
+    """Your own data: .npz, .npy (memory-mapped), .csv (with or without a header) or .parquet (extra `parquet`).
 
     Args:
         folder: the folder that relative paths start from: that of the spec (a fact).
@@ -260,7 +293,7 @@ class File(Source):
     def load(self) -> Dataset:
         """Read the file."""
         path, label = self.path, self.label
-        readers = {".npz": self._npz, ".npy": self._npy, ".csv": lambda: read_csv(path, label)}
+        readers = {".npz": self._npz, ".npy": self._npy, ".csv": lambda: read_csv(path, label), ".parquet": self._parquet}
         if path.suffix.lower() not in readers:
             allowed = ", ".join(readers)
             raise DataError(f"{label}: files of type {path.suffix or 'no suffix'!r} are not read; allowed: {allowed}")
@@ -279,8 +312,13 @@ class File(Source):
             raise DataError(f"{label}: no such file (looked for {path}){hint}") from None
         except OSError as error:
             raise DataError(f"{label}: cannot be read: {error.strerror or error}") from None
-        dataset.check()
+        dataset.check(values=not dataset.mapped)
         return dataset
+
+    def _parquet(self) -> Dataset:
+        from elbowroom.frames import read_parquet
+
+        return read_parquet(self.path, self.label)
 
     def _npy(self) -> Dataset:
         try:
@@ -296,6 +334,7 @@ class File(Source):
                 if not isinstance(archive, np.lib.npyio.NpzFile):
                     raise DataError(f"{self.label}: not an .npz archive; if it is one array, call it .npy")
                 key = self._choose(list(archive.files))
+                check_npz(self.path, key, self.label)
                 x = np.asarray(archive[key])
         except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
             raise DataError(f"{self.label}: {_numpy_problem(error)}") from None
@@ -399,8 +438,16 @@ def _kind(x: np.ndarray) -> str:
     return kinds.get(x.dtype.kind, f"values of type {x.dtype}")
 
 
-def _parts(x: np.ndarray) -> Iterator[tuple[int, Any]]:
-    """Yield (first row, rows) of an array, a few million entries at a time."""
+def rows_of(x: np.ndarray) -> Iterator[tuple[int, Any]]:
+    """Yield (first row, rows) of an array, a few million entries at a time; of a memory map nothing else stays in memory."""
     rows = max(1, CHUNK // max(1, math.prod(x.shape[1:])))
     for start in range(0, len(x), rows):
         yield start, x[start : start + rows]
+        forget(x)
+
+
+def forget(x: np.ndarray) -> None:
+    """Let go of the pages of a memory map that were read; the system may still have them cached."""
+    pages = getattr(x, "_mmap", None)
+    if isinstance(pages, mmap.mmap) and getattr(x, "mode", "") == "r" and hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)

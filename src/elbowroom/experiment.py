@@ -5,26 +5,32 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from elbowroom import components, spec
-from elbowroom.data import CHUNK, Dataset, File, Source, Split, split_rows
+from elbowroom.archive import SHARE, amount, memory
+from elbowroom.data import CHUNK, Dataset, File, Source, Split, forget, rows_of, split_rows
 from elbowroom.errors import DataError, SpecError
 from elbowroom.files import sha256
+from elbowroom.frames import from_python
 from elbowroom.inference import svi
 from elbowroom.inference.posterior import Reference
+from elbowroom.inference.rows import Rows
 from elbowroom.inference.schedule import plan
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.guides import AmortizedGuide
 from elbowroom.models.vae import VAE
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 VERSIONS_OF = ("torch", "pyro-ppl", "numpy", "xarray", "arviz-base", "scikit-learn")
 
@@ -35,6 +41,7 @@ class Experiment:
 
     Attributes:
         loaded: the resolved spec, its file's name, and where relative paths start.
+        given: the data, where they came from Python.
 
     Example:
         >>> import elbowroom as er
@@ -42,24 +49,40 @@ class Experiment:
     """
 
     loaded: spec.Loaded
+    given: Dataset | None = None
 
     @classmethod
-    def load(cls, path: str | Path, set: Iterable[str] = ()) -> Experiment:
+    def load(cls, path: str | Path, set: Iterable[str] = (), *, data: np.ndarray | pd.DataFrame | None = None) -> Experiment:
         """Read a spec file and apply changes.
 
         Args:
             path: the file.
             set: changes `a.b=c`, as on the command line.
+            data: rows to use in place of the spec's data: an array (N, *event) or a frame. Of the spec's own `data` only
+                `split` counts then.
 
         Raises:
             SpecError: one line.
+            DataError: `data` are not rows of numbers.
         """
-        return cls(spec.load(path, set))
+        if data is None:
+            return cls(spec.load(path, set))
+        return cls(spec.load(path, set, in_memory=True), from_python(data))
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any], base: str | Path = ".") -> Experiment:
-        """Check a spec given as dictionaries; `base` is the folder that relative paths start from."""
-        return cls(spec.validate(tree, folder=Path(base).resolve()))
+    def from_dict(
+        cls, tree: Mapping[str, Any], base: str | Path = ".", *, data: np.ndarray | pd.DataFrame | None = None
+    ) -> Experiment:
+        """Check a spec given as dictionaries.
+
+        Args:
+            tree: the spec; with `data` it needs no data of its own.
+            base: the folder that relative paths start from.
+            data: as in `load`.
+        """
+        given = None if data is None else from_python(data)
+        tree = tree if given is None else spec.of_memory(tree)
+        return cls(spec.validate(tree, folder=Path(base).resolve()), given)
 
     def __repr__(self) -> str:
         return f"Experiment({self.label!r})"
@@ -82,8 +105,8 @@ class Experiment:
             DataError: they are missing or cannot be used.
         """
         with self._labelled():
-            dataset = self._source.load()
-            dataset.check()
+            dataset = self._source.load() if self.given is None else self.given
+            dataset.check(values=not dataset.mapped)
         return dataset
 
     @functools.cached_property
@@ -125,7 +148,8 @@ class Experiment:
         Raises:
             DataError: a number is too large for the precision.
         """
-        part = np.array(self.data.x[index])
+        part = np.asarray(self.data.x[index])
+        forget(self.data.x)
         with np.errstate(over="ignore"):
             x = torch.from_numpy(part.astype(np.float32 if self.dtype is torch.float32 else np.float64))
         if not bool(x.isfinite().all()):
@@ -138,6 +162,19 @@ class Experiment:
             )
         return x
 
+    def part(self, index: np.ndarray, *, training: bool = False) -> Rows:
+        """Return data for a fit: in memory, or read as they are needed where all data would take more than `data.BUDGET`.
+
+        Args:
+            index: row numbers, (n,).
+            training: these are to be drawn anew in each epoch, where the data are a draw from grey values.
+        """
+        shape = (len(index), *self.data.event_shape)
+        if self.data.large(self.dtype.itemsize) and self.data.grey is None:
+            return Rows(shape, lambda rows: self.rows(index[rows.numpy()]), dtype=self.dtype)
+        grey = self.data.grey
+        return Rows.of(self.rows(index), torch.from_numpy(grey[index]) if training and grey is not None else None)
+
     def build(self, event_shape: Sequence[int] | None = None) -> VAE:
         """Build the VAE with fresh weights, which depend on the seed alone.
 
@@ -146,23 +183,23 @@ class Experiment:
         """
         shape = tuple(self.data.event_shape if event_shape is None else event_shape)
         model, guide, d = self.spec.model, self.spec.guide, self.spec.model.latent_dim
-        with self._labelled(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.spec.seed)
-            try:
-                prior = components.build("prior", model.prior, where="model.prior", latent_dim=d)
-                likelihood = components.build("likelihood", model.likelihood, where="model.likelihood", event_shape=shape)
-                family = components.build("guide", guide.family, where="guide.family", latent_dim=d)
-                decoder = components.build(
-                    "network", model.decoder, where="model.decoder", in_shape=(d,), out_dim=likelihood.param_dim
-                )
-                encoder = components.build(
-                    "network", guide.encoder, where="guide.encoder", in_shape=shape, out_dim=family.param_dim
-                )
-            except RuntimeError as error:
-                if "memory" not in str(error):
-                    raise
-                raise SpecError("model: the networks are too large for this machine's memory") from error
+
+        def assemble() -> VAE:
+            prior = components.build("prior", model.prior, where="model.prior", latent_dim=d)
+            likelihood = components.build("likelihood", model.likelihood, where="model.likelihood", event_shape=shape)
+            family = components.build("guide", guide.family, where="guide.family", latent_dim=d)
+            decoder = components.build(
+                "network", model.decoder, where="model.decoder", in_shape=(d,), out_dim=likelihood.param_dim
+            )
+            encoder = components.build(
+                "network", guide.encoder, where="guide.encoder", in_shape=shape, out_dim=family.param_dim
+            )
             return VAE(prior, likelihood, decoder, AmortizedGuide(encoder, family)).to(self.dtype)
+
+        with self._labelled(), torch.random.fork_rng(devices=[]):
+            _check_size(assemble)
+            torch.manual_seed(self.spec.seed)
+            return assemble()
 
     def references(self) -> str | list[Reference]:
         """Return the references that the audit will use, built; `auto` as it is."""
@@ -186,6 +223,9 @@ class Experiment:
             plan(len(self.split.train), **{name: getattr(options, name) for name in type(options).model_fields})
         vae = self.build()
         self.check_support(vae, self.data)
+        if self.data.large(self.dtype.itemsize):  # too large for the precision: found now, not in mid-fit
+            for start, part in rows_of(self.data.x):
+                self.rows(np.arange(start, start + len(part)))
         references = self.references()
         if not isinstance(references, str):
             vae.adapt(self.rows(self.split.train[:100]))
@@ -208,6 +248,7 @@ class Experiment:
                 vae.likelihood.check(torch.from_numpy(np.array(part, dtype=np.float64)))
             except DataError as error:
                 raise DataError(f"{self.label}: {_shift_row(str(error), start)}") from None
+            forget(data.x)
 
     def tree(self) -> dict[str, Any]:
         """Return the resolved spec as a run folder records it: paths absolute, versions and hashes with it."""
@@ -218,6 +259,7 @@ class Experiment:
             "elbowroom": metadata.version("elbowroom"),
             "versions": {name: metadata.version(name) for name in VERSIONS_OF},
             "data_sha256": self.data_sha256,
+            **({} if (stamp := self.data.stamp()) is None else {"data_stamp": stamp}),
             "event_shape": list(self.data.event_shape),
             "experiment": self.identity,
         }
@@ -233,6 +275,23 @@ class Experiment:
             if re.match(r"(data|model|guide|fit|audit|seed)\b[\w.]*:", text):
                 raise type(error)(f"{self.label}: {text}") from error
             raise
+
+
+def _check_size(assemble: Callable[[], VAE]) -> None:
+    """Refuse networks that cannot be trained on this machine: weights, gradient and Adam's two moments are held at once."""
+    try:
+        with torch.device("meta"):  # shapes only
+            needed = 4.0 * sum(p.numel() * p.element_size() for p in assemble().parameters())
+    except (RuntimeError, OverflowError, TypeError) as error:
+        if not re.search("overflow|too large|too big|invalid combination|out of range", str(error), re.IGNORECASE):
+            return  # not made for this; it will be seen when it is built
+        needed = float("inf")
+    if needed > SHARE * memory():
+        size = f"{amount(needed)} to train" if needed < 1e18 else "more memory than there is"
+        raise SpecError(
+            f"model: these networks need {size}, and this machine has {amount(memory())} of memory; "
+            "choose smaller hidden layers or fewer latents"
+        )
 
 
 def identity(tree: Mapping[str, Any], data_sha256: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 def sha256(*parts: bytes) -> str:
     """Return the hexadecimal SHA-256 digest of the concatenated parts."""
+    return sha256_of(parts)
+
+
+def sha256_of(parts: Iterable[bytes]) -> str:
+    """Return the hexadecimal SHA-256 digest of parts that are made one after the other, so that one is held at a time."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

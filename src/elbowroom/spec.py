@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Le, MinLen
 from pydantic import BeforeValidator, Field, Strict, ValidationError, create_model
 
 from elbowroom import components, document, schema
@@ -23,6 +23,7 @@ from elbowroom.schema import Block, dotted
 
 VERSION = 1
 Count = Annotated[int, Strict(), Ge(1)]
+Draws = Annotated[int, Strict(), Ge(100), Le(1_000_000)]
 
 
 class ModelBlock(Block):
@@ -46,8 +47,8 @@ class AuditBlock(Block):
 
     observations: Literal["all"] | Count = Field("all", description="how many of the test data to audit, or all")
     references: Any
-    draws: Annotated[int, Strict(), Ge(100)] = Field(10_000, description="draws of the guide per datum for ELBO and k-hat")
-    keep: Annotated[int, Strict(), Ge(100)] = Field(1_000, description="draws per datum that are kept in the files")
+    draws: Draws = Field(10_000, description="draws of the guide per datum for ELBO and k-hat")
+    keep: Draws = Field(1_000, description="draws per datum that are kept in the files")
 
 
 class Record(Block):
@@ -56,6 +57,7 @@ class Record(Block):
     elbowroom: str = Field(..., description="version of elbowroom")
     versions: dict[str, str] = Field(..., description="versions of what it stands on")
     data_sha256: str = Field(..., description="hash of the data")
+    data_stamp: str | None = Field(None, description="size and time of change of a file too large to be read again")
     event_shape: list[int] = Field(..., description="shape of one datum")
     experiment: str = Field(..., description="hash of all that the fit depends on")
 
@@ -145,12 +147,13 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
-def load(path: str | Path, changes: Iterable[str] = ()) -> Loaded:
+def load(path: str | Path, changes: Iterable[str] = (), *, in_memory: bool = False) -> Loaded:
     """Read a spec file, apply `--set` changes, check everything that can be checked without the data.
 
     Args:
         path: the file.
         changes: strings `a.b=c`; their order never matters.
+        in_memory: the data come from Python; of the spec's own only `split` counts.
 
     Raises:
         SpecError: one line.
@@ -159,8 +162,17 @@ def load(path: str | Path, changes: Iterable[str] = ()) -> Loaded:
     label = Path(path).name
     assigned = document.assignments(changes)
     tree, notes = document.assign(tree, assigned)
+    if in_memory:
+        tree = of_memory(tree)
     loaded = validate(tree, label=label, folder=Path(path).resolve().parent, assigned=assigned)
     return replace(loaded, notes=tuple(notes))
+
+
+def of_memory(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a spec whose data come from Python, split as it says."""
+    own = tree.get("data")
+    kept = {"split": own["split"]} if isinstance(own, Mapping) and "split" in own else {}
+    return {**tree, "data": {"name": "memory", **kept}}
 
 
 def validate(

@@ -1,0 +1,98 @@
+"""The data of a fit, of which it takes a few rows at a time: held in memory, or read as they are needed.
+
+Both give the same values, so a fit comes out the same bit for bit. Where the data are grey pixels to be binarized anew in
+every epoch (Salakhutdinov and Murray 2008), training batches are fresh draws and everything else sees one fixed draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SAMPLE = 2**28
+"""Bytes of training data that means and scales are taken from (evenly spaced rows), whether or not the rest is in memory."""
+CHUNK = 2**22  # entries read together
+WHITE = 255.0
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Data (N, *event).
+
+    Attributes:
+        shape: (N, *event).
+        read: row positions (B,) int64 on the CPU -> (B, *event).
+        whole: all rows, where they are in memory.
+        grey: (N, *event) uint8; where it is given, a training batch is a draw from Bernoulli(grey / 255).
+        device: where the rows are wanted.
+        dtype: their precision.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[Tensor], Tensor]
+    whole: Tensor | None = None
+    grey: Tensor | None = None
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, x: Tensor | Rows, grey: Tensor | None = None) -> Rows:
+        """Wrap a tensor that is in memory."""
+        if isinstance(x, Rows):
+            return x
+        return cls(tuple(x.shape), x.__getitem__, x, grey, x.device, x.dtype)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Rows:
+        """Return the same rows on a device and in a precision."""
+        whole = None if self.whole is None else self.whole.to(device, dtype)
+        grey = None if self.grey is None else self.grey.to(device)
+        return replace(self, whole=whole, grey=grey, device=device, dtype=dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return rows by position, (B, *event)."""
+        if self.whole is not None:
+            return self.whole[index]
+        return self.read(index.cpu()).to(self.device, self.dtype)
+
+    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Return rows as a training step sees them: drawn anew from their grey values, where they have any."""
+        if self.grey is None:
+            return self.take(index)
+        return torch.bernoulli(self.grey[index].to(self.dtype) / WHITE, generator=generator)
+
+    def first(self, n: int) -> Tensor:
+        """Return the first n rows, or all where there are fewer."""
+        return self.take(torch.arange(min(n, len(self)), device=self.device))
+
+    def sample(self) -> Tensor:
+        """Return all rows, or evenly spaced ones of SAMPLE bytes where there are more."""
+        most = max(1, SAMPLE // max(1, _entries(self.shape[1:]) * self.dtype.itemsize))
+        if len(self) <= most:
+            return self.whole if self.whole is not None else self.first(len(self))
+        return self.take(torch.arange(most, device=self.device) * len(self) // most)
+
+    def split(self, rows: int) -> Iterator[Tensor]:
+        """Yield all rows in order, `rows` at a time."""
+        if self.whole is not None:
+            yield from self.whole.split(rows)
+            return
+        for index in torch.arange(len(self)).split(rows):
+            yield self.take(index)
+
+    def bytes(self) -> Iterator[bytes]:
+        """Yield everything that a fit depends on, a part at a time."""
+        yield str(self.shape).encode()
+        for part in self.split(max(1, CHUNK // max(1, _entries(self.shape[1:])))):
+            yield part.cpu().contiguous().numpy().tobytes()
+        if self.grey is not None:
+            yield self.grey.cpu().contiguous().numpy().tobytes()
+
+
+def _entries(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
