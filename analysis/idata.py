@@ -42,8 +42,8 @@ def to_datatree(
     Returns:
         A DataTree that every ArviZ function reads.
     """
-    observed = dict(observed or {})
-    draws = {name: value.cpu().numpy().astype(np.float32) for name, value in posterior.sites.items()}
+    observed = _file_names(observed or {})
+    draws = {name: value.cpu().numpy().astype(np.float32) for name, value in _file_names(posterior.sites).items()}
     stats = {name: value.cpu().numpy().astype(np.float64) for name, value in posterior.sample_stats.items()}
     dims = {name: ["obs_id", *_site_dims(name, value.shape[3:])] for name, value in draws.items()}
     dims |= {name: ["obs_id"] for name in stats}
@@ -66,6 +66,11 @@ def to_datatree(
         )
         tree["moments"] = xr.DataTree(moments)
     return tree
+
+
+def _file_names(sites: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the slash of Pyro's scopes, which a file format reads as a group."""
+    return {name.replace("/", "."): value for name, value in sites.items()}
 
 
 def _site_dims(name: str, shape: tuple[int, ...]) -> list[str]:
@@ -104,7 +109,7 @@ def read_table(path: str | Path) -> xr.Dataset:
 
 def _read(path: Path, opener: Callable[..., Any]) -> Any:
     try:
-        with opener(path, engine="h5netcdf") as opened:
+        with opener(path, engine="h5netcdf", phony_dims="sort") as opened:
             problem = too_large(opened.nbytes)
             if problem is None:
                 return opened.load()

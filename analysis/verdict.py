@@ -107,7 +107,8 @@ def _gap(table: xr.Dataset, numbers: Numbers) -> str:
     if numbers.negative:
         return (
             f"The numbers contradict each other: for {numbers.negative} of {numbers.n} data log p(x) lies below the ELBO "
-            "by more than their errors allow, which cannot be; a mode was missed or a density is not normalised. Trust none of them."
+            "by more than their errors allow, which cannot be; a mode was missed or a density is not "
+            "normalised. Trust none of them."
         )
     if not numbers.gap.size:
         if numbers.infinite:
