@@ -4,9 +4,12 @@ PYTHON ?= python3
 PIPFLAGS ?=
 SPEC ?= experiments/digits.yaml
 BIN := .venv/bin
+PYTHON312 ?= python3.12
+BIN1 := .venv-arviz1/bin
+STAMP1 := .venv-arviz1/.installed
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-arviz1 lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/elbowroom run $(SPEC) --out runs/demo --overwrite
@@ -18,6 +21,12 @@ test: lint
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow or gpu"
 
+# The files of a run in ArviZ 1.x (Python 3.12, no torch): the same numbers as here.
+test-arviz1: $(STAMP) $(STAMP1)
+	rm -rf build/arviz1 && mkdir -p build/arviz1
+	$(BIN)/python tests/arviz1/expect.py build/arviz1
+	$(BIN1)/python tests/arviz1/check.py build/arviz1
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,9 +37,14 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv build dist src/*.egg-info
+	rm -rf .venv .venv-arviz1 build dist src/*.egg-info
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q $(PIPFLAGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(STAMP1): tests/arviz1/requirements.txt
+	test -x $(BIN1)/python || $(PYTHON312) -m venv .venv-arviz1
+	$(BIN1)/python -m pip install -q $(PIPFLAGS) -r tests/arviz1/requirements.txt
 	touch $@
