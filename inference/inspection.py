@@ -58,7 +58,7 @@ def inspect(
     dropped = frozenset(_latents(model_trace)) - frozenset(latents)
     guide_latents = {name: site for name, site in _latents(guide_trace).items() if name not in dropped}
     _refuse_auxiliary(guide_latents, latents)
-    _refuse_factors(guide_trace)
+    _refuse_factors(guide_trace, model_trace)
 
     name = _data_plate(latents, model_trace, plate)
     local = {k: v for k, v in latents.items() if frame_of(v, name) is not None}
@@ -197,10 +197,11 @@ def _refuse_auxiliary(guide_latents: Mapping[str, Any], latents: Mapping[str, An
         )
 
 
-def _refuse_factors(guide_trace: Trace) -> None:
+def _refuse_factors(guide_trace: Trace, model_trace: Trace) -> None:
     for name, node in guide_trace.nodes.items():
         observed = node["type"] == "sample" and node["is_observed"] and not node["infer"].get("_deterministic")
-        if observed and not site_is_subsample(node):
+        # a messenger guide runs the model itself and meets its observed sites; what only the guide observes is a factor
+        if observed and not site_is_subsample(node) and name not in model_trace.nodes:
             raise UnsupportedProgram(
                 f"guide site {name!r} is observed (a pyro.factor or obs= in the guide): q(z|x) would not be normalised, and "
                 "neither its ELBO nor its gap would mean anything; remove it"
