@@ -6,8 +6,6 @@ own), sample_stats, observed_data, and moments (unconstrained mean and covarianc
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,17 +78,14 @@ def _site_dims(name: str, shape: tuple[int, ...]) -> list[str]:
 def write(tree: xr.DataTree | xr.Dataset, path: str | Path) -> None:
     """Write a DataTree or Dataset to a netCDF file, whole or not at all.
 
+    HDF5 writes to memory first: on a full disk it would take the whole process down.
+
     Raises:
-        OSError: the disk is full or cannot be written; HDF5's own words are turned into the system's.
+        OSError: the disk is full or cannot be written to.
     """
+    packed = tree.to_netcdf(None, engine="h5netcdf")
     with atomic(path) as temporary:
-        try:
-            tree.to_netcdf(temporary, engine="h5netcdf")
-        except (OSError, RuntimeError) as error:
-            found = re.search(r"errno = (\d+)", str(error))
-            if found is None:
-                raise
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        temporary.write_bytes(packed)
 
 
 def read(path: str | Path) -> xr.DataTree:

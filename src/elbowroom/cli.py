@@ -28,7 +28,7 @@ _ClickException: Any = typer.BadParameter.__mro__[2]
 """Click's base class of usage errors; typer carries its own copy of click and does not export it."""
 
 _USERS_DISK = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
 }
 
@@ -300,9 +300,9 @@ def _fit(
 
     changes = [*(change or []), *([f"fit.device={device}"] if device is not None else [])]
     experiment = Experiment.load(spec, set=changes)
+    path, use = shell.ready(experiment, out, overwrite=overwrite, resume=resume)
     for note in experiment.loaded.notes:
         typer.echo(f"elbowroom: note: {note}", err=True)
-    path, use = shell.ready(experiment, out, overwrite=overwrite, resume=resume)
     if dry_run:
         sentence = f"{experiment.label}: everything was checked, nothing was written; the run would go to {path} ({use})"
         if not as_json:

@@ -46,9 +46,12 @@ class _Loader(yaml.SafeLoader):
     def construct_number(self, node: yaml.ScalarNode) -> int:
         text = node.value.replace("_", "")
         try:
-            return int(text, 0 if re.match(r"[-+]?0[xob]", text) else 10)
+            number = int(text, 0 if re.match(r"[-+]?0[xob]", text) else 10)
         except ValueError:
             raise _problem("this number has too many digits", node) from None
+        if abs(number) >= 2**63:
+            raise _problem("this number has too many digits", node)
+        return number
 
     def construct_text(self, node: yaml.ScalarNode) -> str:
         try:

@@ -148,18 +148,22 @@ class Experiment:
         Raises:
             DataError: a number is too large for the precision.
         """
-        part = np.asarray(self.data.x[index])
-        forget(self.data.x)
-        with np.errstate(over="ignore"):
-            x = torch.from_numpy(part.astype(np.float32 if self.dtype is torch.float32 else np.float64))
-        if not bool(x.isfinite().all()):
-            first = x.isfinite().logical_not().nonzero()[0].numpy()
-            place = self.data.place(int(index[first[0]]), first[1:])
-            value = part[tuple(first)]
-            raise DataError(
-                f"{self.label}: {self.data.name}: {value:g} at {place} is too large for {self.spec.fit.dtype}; "
-                "rescale the data or use fit.dtype = float64"
-            )
+        x = torch.empty(len(index), *self.data.event_shape, dtype=self.dtype)
+        step = max(1, CHUNK // max(1, int(np.prod(self.data.event_shape))))
+        for start in range(0, len(index), step):
+            part = np.asarray(self.data.x[index[start : start + step]])
+            forget(self.data.x)
+            rows = x[start : start + step]
+            with np.errstate(over="ignore"):
+                rows.copy_(torch.from_numpy(part.astype(np.float32 if self.dtype is torch.float32 else np.float64)))
+            if not bool(rows.isfinite().all()):
+                first = rows.isfinite().logical_not().nonzero()[0].numpy()
+                place = self.data.place(int(index[start + first[0]]), first[1:])
+                value = part[tuple(first)]
+                raise DataError(
+                    f"{self.label}: {self.data.name}: {value:g} at {place} is too large for {self.spec.fit.dtype}; "
+                    "rescale the data or use fit.dtype = float64"
+                )
         return x
 
     def part(self, index: np.ndarray, *, training: bool = False) -> Rows:
@@ -223,9 +227,8 @@ class Experiment:
             plan(len(self.split.train), **{name: getattr(options, name) for name in type(options).model_fields})
         vae = self.build()
         self.check_support(vae, self.data)
-        if self.data.large(self.dtype.itemsize):  # too large for the precision: found now, not in mid-fit
-            for start, part in rows_of(self.data.x):
-                self.rows(np.arange(start, start + len(part)))
+        for start, part in rows_of(self.data.x):  # too large for the precision: found now, not in mid-fit
+            self.rows(np.arange(start, start + len(part)))
         references = self.references()
         if not isinstance(references, str):
             vae.adapt(self.rows(self.split.train[:100]))

@@ -22,7 +22,7 @@ from elbowroom.errors import DataError, RunFolderError, SpecError
 from elbowroom.experiment import Experiment, identity
 from elbowroom.files import locked, sha256
 from elbowroom.frames import from_python
-from elbowroom.inference import svi
+from elbowroom.inference import checkpoint, svi
 from elbowroom.inference.history import Row
 from elbowroom.inference.schedule import Plan
 from elbowroom.inference.target import LogJoint
@@ -67,7 +67,8 @@ def fit(
     with locked(path):  # look again: another process may have been here first
         use = folder.check(path, experiment.identity, tree, overwrite=overwrite, resume=resume)
         folder.claim(path, tree, use)
-        folder.write_split(path / folder.SPLIT, experiment.split)
+        if use != "resume" or not (path / folder.SPLIT).exists():
+            folder.write_split(path / folder.SPLIT, experiment.split)
         session = svi.Session(
             folder=path, resume=use == "resume", seed=experiment.spec.seed, fingerprint=experiment.identity, report=report
         )
@@ -90,7 +91,14 @@ def ready(
     if overwrite and resume:  # told first, before the data are read
         raise SpecError("--overwrite and --resume contradict each other: one starts anew, the other goes on")
     experiment.check()
-    return path, folder.check(path, experiment.identity, experiment.tree(), overwrite=overwrite, resume=resume)
+    use = folder.check(path, experiment.identity, experiment.tree(), overwrite=overwrite, resume=resume)
+    if use == "resume":
+        theirs = document.read(path / folder.SPEC)
+        if identity(theirs, theirs["record"].get("data_sha256", "")) != experiment.identity:
+            raise RunFolderError(f"{path / folder.SPEC}: was changed after the fit; fit again with --overwrite")
+        if (path / svi.CHECKPOINT).exists():
+            checkpoint.read(path / svi.CHECKPOINT)
+    return path, use
 
 
 def default_folder(experiment: Experiment) -> Path:
@@ -146,6 +154,7 @@ class Run:
                 raise SpecError(f"--set {'.'.join(key)}: the run is fitted; only audit.* can be set for it")
         tree, _ = document.assign(tree, changes)
         label = str(path / folder.SPEC)
+        _known(tree.get("record"), label)
         loaded = spec.validate(tree, label=label, folder=path.resolve(), assigned=changes)
         record = loaded.spec.record
         if record is None:
@@ -195,7 +204,7 @@ class Run:
         audit_spec, place = self.experiment.spec.audit, svi.resolve_device(device or self.experiment.spec.fit.device)
         target = self.audit_folder(data, out)
         dataset, obs_id = self._audited(data)
-        with self._claimed(target):
+        with self._claimed(target, data is not None):
             on_data = Experiment(self.experiment.loaded)
             on_data.__dict__["data"] = dataset
             x = on_data.rows(obs_id).to(place)
@@ -241,10 +250,14 @@ class Run:
         return found if whole and same and np.array_equal(found.table["obs_id"].values, obs_id) else None
 
     @contextmanager
-    def _claimed(self, target: Path) -> Iterator[None]:
+    def _claimed(self, target: Path, foreign: bool) -> Iterator[None]:
         """Lock the folder that an audit goes to, and the run's own unless it cannot be written to."""
         if target.resolve() != self.path.resolve() and (target / folder.SPEC).exists():
             raise RunFolderError(f"{target}: is another run's folder; name another with --out")
+        if target.exists() and not target.is_dir():
+            raise RunFolderError(f"{target}: this is a file; name a folder with --out")
+        if foreign and target.resolve() == self.path.resolve():
+            raise RunFolderError(f"{target}: holds the audit of the run's own test data; name another with --out")
         with ExitStack() as stack:
             if os.access(self.path, os.W_OK):
                 stack.enter_context(locked(self.path))
@@ -319,6 +332,16 @@ class Run:
             "elbowroom": metadata.version("elbowroom"),
             "audit": json.dumps(self.experiment.spec.tree()["audit"]),
         }
+
+
+def _known(record: Any, label: str) -> None:
+    """Refuse the record of a newer Elbowroom, which says more than this one understands."""
+    unknown = [key for key in record if key not in spec.Record.model_fields] if isinstance(record, dict) else []
+    if unknown:
+        theirs, ours = record.get("elbowroom", "unknown"), metadata.version("elbowroom")
+        raise RunFolderError(
+            f"{label}: record.{unknown[0]}: unknown (written by elbowroom {theirs}, this is {ours}); upgrade elbowroom"
+        )
 
 
 def _fingerprint(vae: VAE) -> str:

@@ -284,7 +284,8 @@ def _phrase(error: Any) -> str:
         return f"must be {_MUST_BE[kind]}"
     if kind in _BOUND:
         key, words = _BOUND[kind]
-        return f"must be {words} {context[key]:g}"
+        bound = context[key]
+        return f"must be {words} {bound if isinstance(bound, int) else format(bound, 'g')}"
     if kind == "literal_error":
         return f"must be {context['expected']}"
     if kind == "missing":
