@@ -33,7 +33,7 @@ CHUNK = 2**22
 """Entries looked at together, so that a memory-mapped array is never read as a whole."""
 
 BUDGET = 2**30
-"""Bytes of data, in the precision of the fit, above which they are read as they are needed, not held in memory."""
+"""Bytes of data, as they are or in the precision of the fit, above which they are read as needed and not held in memory."""
 
 DEFAULT_SPLIT = (0.6, 0.2, 0.2)
 

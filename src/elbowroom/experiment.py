@@ -174,7 +174,7 @@ class Experiment:
             training: these are to be drawn anew in each epoch, where the data are a draw from grey values.
         """
         shape = (len(index), *self.data.event_shape)
-        if self.data.large(self.dtype.itemsize) and self.data.grey is None:
+        if self.data.large(max(self.dtype.itemsize, self.data.x.itemsize)) and self.data.grey is None:
             return Rows(shape, lambda rows: self.rows(index[rows.numpy()]), dtype=self.dtype)
         grey = self.data.grey
         return Rows.of(self.rows(index), torch.from_numpy(grey[index]) if training and grey is not None else None)
