@@ -113,7 +113,7 @@ def audit(
     run: RunArg,
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="FILE", help="audit these data (.npz, .npy, .csv), not the test split"),
+        typer.Option("--data", metavar="FILE", help="audit these data (.npz, .npy, .csv, .parquet), not the test split"),
     ] = None,
     out: Annotated[
         Path | None,

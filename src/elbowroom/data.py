@@ -6,11 +6,8 @@ are made by the experiment, in its own precision.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import mmap
-import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -292,8 +289,15 @@ class File(Source):
 
     def load(self) -> Dataset:
         """Read the file."""
+        from elbowroom.frames import read_csv, read_parquet
+
         path, label = self.path, self.label
-        readers = {".npz": self._npz, ".npy": self._npy, ".csv": lambda: read_csv(path, label), ".parquet": self._parquet}
+        readers = {
+            ".npz": self._npz,
+            ".npy": self._npy,
+            ".csv": lambda: read_csv(path, label),
+            ".parquet": lambda: read_parquet(path, label),
+        }
         if path.suffix.lower() not in readers:
             allowed = ", ".join(readers)
             raise DataError(f"{label}: files of type {path.suffix or 'no suffix'!r} are not read; allowed: {allowed}")
@@ -314,11 +318,6 @@ class File(Source):
             raise DataError(f"{label}: cannot be read: {error.strerror or error}") from None
         dataset.check(values=not dataset.mapped)
         return dataset
-
-    def _parquet(self) -> Dataset:
-        from elbowroom.frames import read_parquet
-
-        return read_parquet(self.path, self.label)
 
     def _npy(self) -> Dataset:
         try:
@@ -349,81 +348,6 @@ class File(Source):
         if self.key not in keys:
             raise DataError(f"{self.label}: data.key: there is no array {self.key!r}{nearest(self.key, keys)}")
         return self.key
-
-
-def read_csv(path: Path, label: str) -> Dataset:
-    """Read numbers separated by commas, semicolons or tabs; a first line with text in it is the header.
-
-    Args:
-        path: the file.
-        label: its name for messages.
-
-    Raises:
-        DataError: names line (counted from 1) and column of the first cell that is no number, or of a ragged line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{label}: not a text file in UTF-8 (byte {error.start}); export it as UTF-8") from None
-    if "\x00" in text:
-        raise DataError(f"{label}: not a text file (it holds NUL characters)")
-    first = next((line for line in text.splitlines() if line.strip()), None)
-    if first is None:
-        raise DataError(f"{label}: empty")
-    delimiter = max(",;\t", key=first.count)
-    cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter))]
-    header = any(cell and not _is_number(cell) for cell in cells)
-    if header and (repeated := [name for name in cells if cells.count(name) > 1]):
-        raise DataError(f"{label}: the column name {repeated[0]!r} appears twice in the header")
-    columns = tuple(cells) if header else None
-    body = text.split(first, 1)[1] if header else text
-    if not body.strip():
-        raise DataError(f"{label}: a header and no rows")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            x = np.loadtxt(io.StringIO(body), delimiter=delimiter, ndmin=2, comments=None, quotechar='"')
-        if columns is None or x.shape[1] == len(columns):
-            return Dataset(x, label, columns=columns)
-    except (ValueError, UserWarning, OverflowError):
-        pass
-    raise DataError(_csv_problem(text, label, delimiter, columns))
-
-
-def _csv_problem(text: str, label: str, delimiter: str, columns: tuple[str, ...] | None) -> str:
-    """Find the first cell or line that keeps a CSV file from being read."""
-    width = len(columns) if columns else None
-    seen_header = columns is None
-    try:
-        reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-        for row in reader:
-            if not any(cell.strip() for cell in row):
-                continue
-            if not seen_header:
-                seen_header = True
-                continue
-            line = reader.line_num
-            width = width or len(row)
-            if len(row) != width:
-                cells = f"{len(row)} cell{'s' * (len(row) != 1)}"
-                return f"{label}: line {line} has {cells}, the lines before it have {width}; every line needs the same"
-            for i, cell in enumerate(row):
-                if not _is_number(cell.strip()):
-                    column = repr(columns[i]) if columns else str(i)
-                    what = f"the text {cell.strip()[:40]!r} is no number" if cell.strip() else "an empty cell"
-                    cure = "fill it in or remove the row" if not cell.strip() else "remove the column or encode it"
-                    return f"{label}: line {line}, column {column}: {what}; {cure}"
-    except csv.Error as error:
-        return f"{label}: not a CSV file: {error}"
-    return f"{label}: not a CSV file of numbers"
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return "_" not in cell
 
 
 def _numpy_problem(error: Exception) -> str:

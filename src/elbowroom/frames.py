@@ -1,7 +1,10 @@
-"""Tables and arrays from Python, and parquet files: rows of numbers, with the names of their columns for messages."""
+"""Tables: frames and arrays from Python, parquet and CSV files, as rows of numbers with the names of their columns."""
 
 from __future__ import annotations
 
+import csv
+import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,3 +129,78 @@ def read_parquet(path: Path, label: str) -> Dataset:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
         raise DataError(f"{label}: damaged or no parquet file ({reason}); write it again") from None
     return from_frame(frame, label)
+
+
+def read_csv(path: Path, label: str) -> Dataset:
+    """Read numbers separated by commas, semicolons or tabs; a first line with text in it is the header.
+
+    Args:
+        path: the file.
+        label: its name for messages.
+
+    Raises:
+        DataError: names line (counted from 1) and column of the first cell that is no number, or of a ragged line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{label}: not a text file in UTF-8 (byte {error.start}); export it as UTF-8") from None
+    if "\x00" in text:
+        raise DataError(f"{label}: not a text file (it holds NUL characters)")
+    first = next((line for line in text.splitlines() if line.strip()), None)
+    if first is None:
+        raise DataError(f"{label}: empty")
+    delimiter = max(",;\t", key=first.count)
+    cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter))]
+    header = any(cell and not _is_number(cell) for cell in cells)
+    if header and (repeated := [name for name in cells if cells.count(name) > 1]):
+        raise DataError(f"{label}: the column name {repeated[0]!r} appears twice in the header")
+    columns = tuple(cells) if header else None
+    body = text.split(first, 1)[1] if header else text
+    if not body.strip():
+        raise DataError(f"{label}: a header and no rows")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            x = np.loadtxt(io.StringIO(body), delimiter=delimiter, ndmin=2, comments=None, quotechar='"')
+        if columns is None or x.shape[1] == len(columns):
+            return Dataset(x, label, columns=columns)
+    except (ValueError, UserWarning, OverflowError):
+        pass
+    raise DataError(_csv_problem(text, label, delimiter, columns))
+
+
+def _csv_problem(text: str, label: str, delimiter: str, columns: tuple[str, ...] | None) -> str:
+    """Find the first cell or line that keeps a CSV file from being read."""
+    width = len(columns) if columns else None
+    seen_header = columns is None
+    try:
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                continue
+            if not seen_header:
+                seen_header = True
+                continue
+            line = reader.line_num
+            width = width or len(row)
+            if len(row) != width:
+                cells = f"{len(row)} cell{'s' * (len(row) != 1)}"
+                return f"{label}: line {line} has {cells}, the lines before it have {width}; every line needs the same"
+            for i, cell in enumerate(row):
+                if not _is_number(cell.strip()):
+                    column = repr(columns[i]) if columns else str(i)
+                    what = f"the text {cell.strip()[:40]!r} is no number" if cell.strip() else "an empty cell"
+                    cure = "fill it in or remove the row" if not cell.strip() else "remove the column or encode it"
+                    return f"{label}: line {line}, column {column}: {what}; {cure}"
+    except csv.Error as error:
+        return f"{label}: not a CSV file: {error}"
+    return f"{label}: not a CSV file of numbers"
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return "_" not in cell
