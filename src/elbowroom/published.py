@@ -129,7 +129,7 @@ class BinarizedMNIST(PublishedSource):
     """Larochelle's static binarized MNIST: 70,000 handwritten digits of 28 x 28 pixels that are 0 or 1, no labels.
 
     Salakhutdinov and Murray 2008, as fixed by Larochelle and Murray 2011, https://proceedings.mlr.press/v15/larochelle11a.html.
-    The published split is kept; the test rows, sorted by digit in the file, are taken in a fixed random order. 17 MB are
+    The published split is kept; the test rows, sorted by digit in the file, are taken in a fixed random order. 110 MB are
     downloaded once, unless `ELBOWROOM_DATA` names a folder with the files.
     """
 
