@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
+import http.server
 import os
 import struct
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,6 +176,32 @@ def test_without_a_folder_pooch_downloads_once(
     assert all(known.startswith("md5:") for _, known in asked)
     np.testing.assert_array_equal(MNIST().load().x, first.x)
     assert len(asked) == 4
+
+
+def test_pooch_itself_downloads_checks_and_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing mocked but the publisher: a server on this machine."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    raw, cache, shelf = b"0 1 \n", tmp_path / "cache", tmp_path / "shelf"
+    shelf.mkdir()
+    (shelf / "binarized_mnist_train.amat").write_bytes(raw)
+    monkeypatch.delenv(published.VARIABLE, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("pooch.os_cache", lambda name: cache)
+    known = published.FILES["train.amat"]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(shelf))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url, sha256 = f"http://127.0.0.1:{server.server_port}/{known.name}", hashlib.sha256(raw).hexdigest()
+        with pytest.raises(DataError, match=r"could not be downloaded from .* does not match the known hash"):
+            published.content(replace(known, url=url))
+        assert not any(cache.rglob("*.amat"))
+        ours = replace(known, url=url, download=f"sha256:{sha256}", md5=hashlib.md5(raw).hexdigest(), sha256=sha256)
+        assert published.content(ours) == raw
+        server.shutdown()
+    assert published.content(ours) == raw
 
 
 def test_a_failed_download_names_file_url_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
