@@ -283,9 +283,7 @@ def test_fit_learns_and_leaves_the_best_weights(tmp_path):
     x, v = data(200, dtype=torch.float32), data(60, seed=2, dtype=torch.float32)
     vae = make()
     before = evaluate_elbo(copy.deepcopy(vae), v)
-    history = fit(
-        vae, x, v, Session(folder=tmp_path, seed=4), epochs=30, batch_size=50, learning_rate=3e-2, kl_warmup=3
-    )
+    history = fit(vae, x, v, Session(folder=tmp_path, seed=4), epochs=30, batch_size=50, learning_rate=3e-2, kl_warmup=3)
     values = [row.validation_elbo for row in history.rows]
     assert max(values) > before + 1
     assert history.best_epoch == 4 + max(range(len(values) - 3), key=lambda i: values[3 + i])
@@ -414,9 +412,7 @@ def test_resume_is_bitwise(tmp_path, stop):
     history = fit(resumed, x, v, session, **options)
     assert seen == list(range(stop + 1, 9))
     assert same(parameters(resumed), parameters(whole))
-    assert [{**asdict(row), "seconds": 0} for row in history.rows] == [
-        {**asdict(row), "seconds": 0} for row in expected.rows
-    ]
+    assert [{**asdict(row), "seconds": 0} for row in history.rows] == [{**asdict(row), "seconds": 0} for row in expected.rows]
     seconds = [row.seconds for row in history.rows]
     assert seconds == sorted(seconds)
     assert (history.best_epoch, history.stopped_because) == (expected.best_epoch, expected.stopped_because)
