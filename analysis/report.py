@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from elbowroom.analysis.canvas import DPI, Absent, Plot, thumbnail, tone
 from elbowroom.archive import read_npz
 from elbowroom.errors import RunFolderError
 from elbowroom.files import atomic, write_text
+from elbowroom.inference.history import Row
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIGURES = "figures"
@@ -72,7 +73,7 @@ class Files:
             audit=audit,
             spec=_read(folder / "spec.yaml", _read_spec),
             split=_read(folder / "split.npz", _read_split),
-            history=_read(folder / "history.csv", pd.read_csv),
+            history=_read(folder / "history.csv", _read_history),
             latent=_read(folder / "latent.nc", idata.read),
             posteriors=trees,
         )
@@ -246,6 +247,15 @@ def _read_spec(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError("not a mapping")
     return tree
+
+
+def _read_history(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path)
+    for name in (column.name for column in fields(Row)):
+        if name not in table:
+            raise ValueError(f"there is no column {name}")
+        table[name] = pd.to_numeric(table[name])
+    return table
 
 
 def _read_split(path: Path) -> dict[str, np.ndarray]:

@@ -110,7 +110,7 @@ def unreadable(folder: Path) -> list[str]:
                     with h5py.File(path) as opened:
                         opened.visititems(lambda _, item: item[()] if isinstance(item, h5py.Dataset) else None)
                 case ".npz":
-                    with np.load(path) as arrays:
+                    with path.open("rb") as handle, np.load(handle) as arrays:
                         [arrays[name] for name in arrays.files]
                 case ".csv":
                     text = path.read_text()

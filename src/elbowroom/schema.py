@@ -309,7 +309,7 @@ def _phrase(error: Any) -> str:
 def _hint(error: Any) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind in ("unknown_key", "unknown_component"):
-        return nearest(context.get("key") or str(context["tag"]), context["allowed"])
+        return nearest(context["key"] if "key" in context else str(context["tag"]), context["allowed"])
     given = error.get("input")
     if kind == "literal_error" and isinstance(given, str):
         hint = nearest(given, _quoted(context["expected"]))
