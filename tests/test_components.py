@@ -53,7 +53,7 @@ def test_options_are_the_keyword_only_parameters():
     mlp = components.component("network", "mlp")
     assert mlp.facts == ("in_shape", "out_dim")
     assert [(o.name, o.type_text, o.default) for o in mlp.options] == [
-        ("hidden", "list of whole numbers", (128, 128)),
+        ("hidden", "list of whole numbers >= 1", (128, 128)),
         ("activation", "one of silu, tanh, softplus, relu", "silu"),
     ]
 
