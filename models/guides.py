@@ -95,8 +95,9 @@ class AmortizedGuide(nn.Module):
         """Centre and scale the encoder's input by the mean and standard deviation of training data (N, *event)."""
         if not x.is_floating_point():
             raise UserError("the encoder needs floating-point data")
-        self.loc = x.mean(0)
-        self.scale = x.std().clamp_min(torch.finfo(x.dtype).tiny ** 0.5) if len(x) > 1 else torch.ones_like(x.mean())
+        wide = x.double()  # the square of 1e30 is no float32
+        self.loc = wide.mean(0).to(x.dtype)
+        self.scale = wide.std().to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny) if len(x) > 1 else torch.ones_like(x.mean())
 
     def forward(self, x: Tensor) -> TorchDistribution:
         """Return q(z|x) with batch shape (N,) and event shape (d,) for x of shape (N, *event)."""

@@ -150,21 +150,27 @@ class Gaussian(Likelihood):
             self.raw_scale = nn.Parameter(torch.zeros(self.event_shape))
 
     def adapt(self, x: Tensor) -> None:
-        """Take the location and unit of each column from training data; a constant column takes the overall unit."""
+        """Take the location and unit of each column from training data; a constant column takes the overall unit.
+
+        In float64: the square of 1e30 is no float32. A column is constant whose standard deviation is rounding error.
+        """
         if len(x) < 2:
             return
-        unit = x.std(0)
-        overall = unit.square().mean().sqrt()
-        overall = torch.where(overall > 0, overall, torch.ones_like(overall))
-        self.loc = x.mean(0)
-        self.unit = torch.where(unit > 1e-6 * overall, unit, overall)
+        wide = x.double()
+        unit, loc = wide.std(0), wide.mean(0)
+        varies = unit > 4 * torch.finfo(x.dtype).eps * loc.abs()
+        overall = torch.where(varies, unit, 0.0).square().mean().sqrt()
+        overall = torch.where(overall > torch.finfo(x.dtype).tiny, overall, torch.ones_like(overall))
+        self.loc = loc.to(x.dtype)
+        self.unit = torch.where(varies & (unit > torch.finfo(x.dtype).tiny), unit, overall).to(x.dtype)
 
     def noise_scale(self, raw: Tensor | None = None) -> Tensor:
         """Return s in the data's units, broadcastable to the event shape; `raw` is the decoder's half if it gives s."""
         if isinstance(self.scale, int | float):
             return torch.full_like(self.loc, float(self.scale))
         if self.scale == "shared":
-            return self.unit.square().mean().sqrt() * (softplus(self.raw_scale) + self.floor)
+            largest = self.unit.max()  # the square of 1e30 is no float32
+            return largest * (self.unit / largest).square().mean().sqrt() * (softplus(self.raw_scale) + self.floor)
         return self.unit * (softplus(self.raw_scale if raw is None else raw) + self.floor)
 
     def forward(self, params: Tensor) -> TorchDistribution:
