@@ -5,7 +5,7 @@ r"""The exact posterior by quadrature on a grid, for up to three latent dimensio
 1. A coarse grid over the prior, which all data share, and climbing from draws of guide and prior find the landmarks of each
    posterior (`landmarks`). A likelihood that factorises needs one matrix product for the coarse grid.
 2. A local box per datum, whitened by the moments found so far (z = m + L t, t on a lattice) and as wide as the posterior above
-   exp(-30) of its peak, is moved and rescaled until it cuts nothing off, then grown until it holds every landmark.
+   exp(-26) of its peak, is moved and rescaled until it cuts nothing off, then grown until it holds every landmark.
 3. The evidence on the final box is computed on three lattices: one, the same shifted, and a shifted one 1.4 times finer,
    whose value counts. Shifts turn the phase of the aliasing error, so that two lattices cannot agree by chance alone. The
    stated error is three times the largest change, and the rounding of log p. Data whose error exceeds the tolerance, or with a
@@ -31,7 +31,7 @@ from elbowroom.inference.target import LogJoint
 MAX_DIM = 3
 LOCAL = {1: 41, 2: 19, 3: 13}
 FINAL = {1: 65, 2: 27, 3: 19}
-SPACING = 0.75  # largest spacing, in posterior scales, at which a lattice is worth summing
+SPACING = 1.0  # largest spacing, in posterior scales, at which a lattice is worth summing
 MAX_POINTS = {1: 20_001, 2: 601, 3: 97}
 BLOCK = 2**22  # points x data held at once
 SHIFTS = ((0.5, 0.27, 0.13), (0.23, 0.41, 0.09))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elbowroom.inference.target import LogJoint
 
-DEPTH = 30.0  # log density below the peak at which a box may end
+DEPTH = 26.0  # log density below the peak at which a box may end
 NO_SHIFT = (0.0, 0.0, 0.0)
 
 
@@ -33,12 +33,12 @@ class Box:
         return torch.linalg.solve_triangular(self.root, (z - self.centre).movedim(0, -1), upper=False).movedim(-1, 0)
 
     def including(self, z: Tensor, wanted: Tensor, margin: float) -> Box:
-        """Grow the boxes so that the points z (S, N, d) that are wanted (S, N) lie at least `margin` inside."""
+        """Grow the boxes by `margin` around each point z (S, N, d) that is wanted (S, N) and not yet margin / 4 inside."""
         t = self.coordinates(z)
         mask = wanted.unsqueeze(-1)
         low = torch.where(mask, t - margin, torch.inf).amin(0)
         high = torch.where(mask, t + margin, -torch.inf).amax(0)
-        inside = (torch.where(mask, t, 0.0) > self.low + margin / 2) & (torch.where(mask, t, 0.0) < self.high - margin / 2)
+        inside = (torch.where(mask, t, 0.0) > self.low + margin / 4) & (torch.where(mask, t, 0.0) < self.high - margin / 4)
         settled = (inside | ~mask).all(0)
         return Box(
             self.centre,
