@@ -147,9 +147,7 @@ def test_archives_are_sized_before_they_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "memory", lambda: 100_000)
     np.savez_compressed(tmp_path / "zeros.npz", x=np.zeros((1000, 100)))  # 1 kB that unpacks to 800 kB
     assert (tmp_path / "zeros.npz").stat().st_size < 5_000
-    with pytest.raises(
-        DataError, match=r"^zeros.npz: x unpacks to 800 kB, and this machine has 100 kB of memory; save it as"
-    ):
+    with pytest.raises(DataError, match=r"^zeros.npz: x unpacks to 800 kB, and this machine has 100 kB of memory; save it as"):
         archive.check_npz(tmp_path / "zeros.npz", "x", "zeros.npz")
     with pytest.raises(DataError, match=r"^zeros.npz: x unpacks to"):
         archive.read_npz(tmp_path / "zeros.npz")
