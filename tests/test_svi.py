@@ -566,8 +566,8 @@ def test_the_progress_bar_shows_both_elbos():
         history = fit(make(), data(20), data(10, seed=2), Session(report=report), epochs=2)
     text = console.file.getvalue()
     assert "2/2" in text
-    assert f"train ELBO {history.rows[-1].train_elbo:.2f}" in text
-    assert f"validation ELBO {history.rows[-1].validation_elbo:.2f}" in text
+    assert f"ELBO {history.rows[-1].train_elbo:.2f}" in text
+    assert f"validation {history.rows[-1].validation_elbo:.2f}" in text
 
 
 def test_without_a_report_nothing_is_printed(capfd):
