@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import arviz_base
+import h5netcdf
 import numpy as np
 import xarray as xr
 
@@ -100,6 +101,11 @@ def read(path: str | Path) -> xr.DataTree:
 def read_table(path: str | Path) -> xr.Dataset:
     """Read a Dataset into memory and close the file; raises as `read`."""
     return _read(Path(path), xr.open_dataset)
+
+
+# A file object of h5netcdf that could not be opened lacks this, and says so on stderr when it is collected.
+if not hasattr(h5netcdf.File, "_writable"):
+    h5netcdf.File._writable = False
 
 
 def _read(path: Path, opener: Callable[..., Any]) -> Any:
