@@ -125,8 +125,8 @@ def _gap(table: xr.Dataset, numbers: Numbers) -> str:
     median, high = np.median(numbers.gap), np.quantile(numbers.gap, 0.95)
     worst = table["obs_id"].values[int(np.nanargmax(table["gap_total"].values))]
     tail = (
-        f"the ELBO of a typical datum lies {median:.2g} nats below log p(x) (95 % of the data: below {high:.2g}; the largest "
-        f"gap, {numbers.gap.max():.2g}, is at datum {worst})."
+        f"the ELBO of a typical datum lies {median:.3g} nats below log p(x) (95 % of the data: below {high:.3g}; the largest "
+        f"gap, {numbers.gap.max():.3g}, is at datum {worst})."
     )
     if numbers.infinite:
         tail += f" For {numbers.infinite} more the ELBO is minus infinity: q puts mass where p(x, z) is zero."
