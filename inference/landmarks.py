@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from elbowroom.inference.forward import Which
 from elbowroom.inference.lattice import Box, border, floor_nan, lattice, root_of
 from elbowroom.inference.target import LogJoint
 
 COARSE = {1: 2001, 2: 161, 3: 41}
 COARSE_PER_DATUM = {1: 401, 2: 49, 3: 19}  # where the coarse grid costs one program evaluation per datum
 MAXIMA = 6  # local maxima of the coarse grid, per datum
-STARTS = {"guide": 4, "model": 6}  # draws to climb from, per datum
+STARTS: dict[Which, int] = {"guide": 4, "model": 6}  # draws to climb from, per datum
 STEPS = 16
 EXPANSIONS = 8
 COARSE_BLOCK = 2**24
@@ -46,7 +47,7 @@ def survey(log_joint: LogJoint, seed: int) -> Landmarks:
     margin = 0.4 * (high - low) + 1e-6
     scale = ((torch.quantile(some, 0.84, dim=0) - torch.quantile(some, 0.16, dim=0)) / 2).clamp_min(1e-12)
     boxes, maxima = _coarse(log_joint, low - margin, high + margin)
-    starts = [maxima, *(log_joint.draw(which, count, seed + 1) for which, count in STARTS.items())]  # type: ignore[arg-type]
+    starts = [maxima, *(log_joint.draw(which, count, seed + 1) for which, count in STARTS.items())]
     z, log_p = _climb(log_joint, torch.cat(starts), scale)
     return Landmarks(z, log_p, boxes)
 
