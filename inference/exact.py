@@ -5,6 +5,7 @@ p(z|x) = N(m, M^-1),   log p(x) by `elbowroom.models.linear`
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -33,7 +34,7 @@ class ClosedForm(Reference):
         owner = getattr(log_joint.model, "__self__", None)
         return owner.linear_gaussian() if isinstance(owner, VAE) else None
 
-    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int) -> Posterior:
+    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
         """Return exact moments, evidence and independent draws."""
         oracle = self._oracle(log_joint)
         if oracle is None:

@@ -17,6 +17,7 @@ algebraic. A datum that any of these checks speaks against is `uncertified`, wit
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar
 
 import torch
@@ -64,7 +65,7 @@ class Grid(Reference):
             return "grid needs a continuous latent, this model has none"
         return None
 
-    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int) -> Posterior:
+    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
         """Return quadrature moments, evidence, and draws (from the weights, jittered within cells, for plots and ArviZ)."""
         with torch.no_grad():
             marks = survey(log_joint, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,18 +23,21 @@ class Evidence:
     """log p(x_n) per datum, in nats.
 
     Attributes:
-        kind: `exact` (value up to the numerical `error`), `estimate` (value with standard error `error`), or `lower bound`
+        kind: `exact` (value up to the numerical `error`), `estimate` (value with standard error `error`), or `bound`
             (a probabilistic lower bound: it exceeds log p(x) + b with probability at most exp(-b); `error` is the standard
             error of the bound itself).
         method: how it was computed, in words.
         value: (N,).
         error: (N,).
+        upper: a probabilistic upper bound, (N,): it falls below log p(x) - b with probability at most exp(-b), conditional on
+            the draw of the posterior that it starts from being a good one; NaN where there is none.
     """
 
-    kind: Literal["exact", "estimate", "lower bound"]
+    kind: Literal["exact", "estimate", "bound"]
     method: str
     value: Tensor
     error: Tensor
+    upper: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ def concatenate(parts: Sequence[Posterior]) -> Posterior:
     if all(p.evidence is not None for p in parts) and first.evidence is not None:
         value = torch.cat([p.evidence.value for p in parts if p.evidence])
         error = torch.cat([p.evidence.error for p in parts if p.evidence])
-        evidence = Evidence(first.evidence.kind, first.evidence.method, value, error)
+        upper = joined(lambda p: None if p.evidence is None else p.evidence.upper)
+        evidence = Evidence(first.evidence.kind, first.evidence.method, value, error, upper)
     return Posterior(
         method=first.method,
         draws=torch.cat([p.draws for p in parts], 2),
@@ -128,5 +133,13 @@ class Reference(ABC):
         """Say in one clause why the method cannot be used on this model; None when it can."""
 
     @abstractmethod
-    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int) -> Posterior:
-        """Compute the posterior of every datum, keeping `keep` draws each."""
+    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
+        """Compute the posterior of every datum, keeping `keep` draws each.
+
+        Args:
+            log_joint: the model and guide.
+            keep: draws kept per datum.
+            seed: random seed.
+            until: value of `time.monotonic()` after which a method that runs on stops, and says so for each datum that it
+                could not certify.
+        """

@@ -60,6 +60,8 @@ class LogJoint:
         program: what was learnt from running the pair.
         n_obs: number of data N.
         dim: number of unconstrained continuous coordinates d per datum.
+        args: copies of the arguments that the programs are run with.
+        kwargs: likewise.
         sites: the continuous local sites, in program order.
         mode: how draws are evaluated together: `vmap`, `repeat` or `loop`.
         joined: whether model and guide may be drawn from in an outer plate of draws; None until the first draw.
@@ -82,7 +84,7 @@ class LogJoint:
     ) -> None:
         self.model, self.guide = model, guide
         self.snapshot = Snapshot((model, guide), args, kwargs)
-        with self.snapshot.eval_mode(), _seeded(0), torch.no_grad(), pyro.validation_enabled(True):
+        with self.snapshot.eval_mode(), seeded(0), torch.no_grad(), pyro.validation_enabled(True):
             self.program = inspect(model, guide, args, kwargs, plate)
         self.n_obs, self.dim, self.sites = self.program.n_obs, self.program.dim, self.program.sites
         self.plate = self.program.plate
@@ -103,26 +105,56 @@ class LogJoint:
         return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), 0)
 
     def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log p(z) with the Jacobian and log p(x_n|z), each (S, N); only where no discrete site is summed out."""
-        if self.program.discrete:
-            raise ValueError("terms: the joint is a sum over discrete values and has no single prior and likelihood term")
+        """Return log p(z) with the Jacobian and log p(x_n|z), each (S, N).
 
-        def both(u: Tensor) -> Tensor:
-            feed = self.run("model", {}, z=u)
-            prior = feed.log_prior + feed.log_det + self._padding(u)
-            return torch.stack([prior, torch.as_tensor(feed.log_likelihood).expand_as(prior)], -1)
-
-        pair = self._map(both, z)
-        return pair[..., 0], pair[..., 1]
+        Where discrete sites are summed out, log p(z) is the marginal of the continuous ones, and log p(x_n|z) likewise.
+        """
+        return self._split(z).unbind(-1)
 
     def grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(x_n, z_sn), (S, N), and its gradient in z, (S, N, d)."""
+        return self._backward(z, self)
+
+    def tempered(self, z: Tensor, b: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log p(z), log p(x_n|z), (S, N) each, and the gradient of log p(z) + b log p(x_n|z), (S, N, d).
+
+        Args:
+            z: (S, N, d).
+            b: inverse temperature, a number or broadcastable to (S, N).
+        """
+        power = torch.as_tensor(b, dtype=z.dtype, device=z.device).expand(z.shape[:2])[..., None]
+        power = torch.cat([torch.ones_like(power), power], -1)
+        both, gradient = self._backward(z, self._split, power)
+        return both[..., 0], both[..., 1], gradient
+
+    def _split(self, z: Tensor) -> Tensor:
+        """Return log p(z) and log p(x_n|z), (S, N, 2)."""
+
+        def both(u: Tensor, assignment: dict[str, Tensor]) -> Tensor:
+            feed = self.run("model", assignment, z=u)
+            prior = feed.log_prior + feed.log_det + self._padding(u)
+            return torch.stack([prior, torch.as_tensor(feed.log_likelihood).expand_as(prior)], -1)
+
+        parts = [self._map(partial(both, assignment=a), z) for a in self.program.assignments]
+        if len(parts) == 1:
+            return parts[0]
+        priors, likelihoods = torch.stack(parts).unbind(-1)
+        prior = torch.logsumexp(priors, 0)
+        return torch.stack([prior, torch.logsumexp(priors + likelihoods, 0) - prior], -1)
+
+    def _backward(self, z: Tensor, function: Callable[[Tensor], Tensor], weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return a function's values and the gradient of their weighted sum, keeping the graph of few rows at a time."""
+        values, gradients = [], []
         # the backward pass reads the weights too: both happen in one scope
         with self.snapshot.scope(), torch.enable_grad():
-            z = z.detach().requires_grad_()
-            value = self(z)
-            (gradient,) = torch.autograd.grad(value.sum(), z)
-        return value.detach(), gradient
+            for rows in torch.arange(len(z), device=z.device).split(max(1, self._rows // self.n_obs)):
+                u = z[rows].detach().requires_grad_()
+                value = function(u)
+                total = value.sum() if weight is None else (value * weight[rows]).sum()
+                (gradient,) = torch.autograd.grad(total, u)
+                values.append(value.detach())
+                gradients.append(gradient)
+        return torch.cat(values), torch.cat(gradients)
 
     def log_guide(self, z: Tensor) -> Tensor:
         """Return log q(z_sn | x_n) in unconstrained coordinates, (S, N), for z of shape (S, N, d)."""
@@ -162,7 +194,7 @@ class LogJoint:
 
     def data(self) -> Tensor:
         """Return the first tensor among the arguments that has one row per datum, in the computation's dtype."""
-        for leaf in pytree.tree_leaves((self._args, self._kwargs)):
+        for leaf in pytree.tree_leaves((self.args, self.kwargs)):
             if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.n_obs:
                 return leaf
         raise ValueError("no argument of the model has one row per datum")
@@ -214,7 +246,7 @@ class LogJoint:
             return t.index_select(list(t.shape).index(self.n_obs), rows)
 
         part = copy.copy(self)
-        part._args, part._kwargs = pytree.tree_map(take, (self._args, self._kwargs))
+        part.args, part.kwargs = pytree.tree_map(take, (self.args, self.kwargs))
         active = None if self.program.active is None else self.program.active[rows]
         part.program = dataclasses.replace(self.program, n_obs=len(rows), active=active)
         part.n_obs = len(rows)
@@ -233,7 +265,7 @@ class LogJoint:
     def run(self, which: Which, assignment: dict[str, Tensor], **options: Any) -> Feed:
         """Run one of the two programs once, inside the snapshot's scope, and return what was read off."""
         with Feed(self.program, assignment, index=self._index, **options) as feed:
-            (self.model if which == "model" else self.guide)(*self._args, **self._kwargs)
+            (self.model if which == "model" else self.guide)(*self.args, **self.kwargs)
         return feed
 
     def _joint(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
@@ -311,7 +343,7 @@ class LogJoint:
 
     def draw(self, which: Which, n_draws: int, seed: int) -> Tensor:
         """Run a program forward and read off the local sites, in unconstrained coordinates: (S, N, d)."""
-        with _seeded(seed), self.snapshot.scope(), torch.no_grad():
+        with seeded(seed), self.snapshot.scope(), torch.no_grad():
             chunk = max(1, 8 * ROWS // self.n_obs)
             sizes = [chunk] * (n_draws // chunk) + [n_draws % chunk] * (n_draws % chunk > 0)
             z = torch.cat([forward(self, which, size) for size in sizes])
@@ -355,7 +387,7 @@ class LogJoint:
     def take(self, dtype: torch.dtype | None) -> None:
         """Copy weights, arguments and pinned values in `dtype`."""
         self.snapshot.take(dtype)
-        self._args, self._kwargs = self.snapshot.args, self.snapshot.kwargs
+        self.args, self.kwargs = self.snapshot.args, self.snapshot.kwargs
         self._index: dict[str, Tensor] = dict(self.program.index)
         pinned = {name: Snapshot.convert(value, dtype) for name, value in self.program.pinned.items()}
         self.program = dataclasses.replace(self.program, pinned=pinned)
@@ -364,7 +396,7 @@ class LogJoint:
         """Return how many rows (draws x data) to evaluate together: wide data in small parts, which stay in the caches."""
         if self.device.type != "cpu":
             return ROWS
-        leaves = [t for t in pytree.tree_leaves((self._args, self._kwargs)) if isinstance(t, Tensor) and self.n_obs in t.shape]
+        leaves = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and self.n_obs in t.shape]
         width = max((t.numel() // self.n_obs for t in leaves), default=1)
         return max(64, min(ROWS, ENTRIES // max(1, width)))
 
@@ -389,7 +421,7 @@ class LogJoint:
     @contextlib.contextmanager
     def _repeated(self, times: int) -> Iterator[None]:
         """Repeat the arguments along the data plate, draw by draw."""
-        args, kwargs, index = self._args, self._kwargs, self._index
+        args, kwargs, index = self.args, self.kwargs, self._index
         if index:
             self._index = {name: value.repeat(times) for name, value in index.items()}
         else:
@@ -400,15 +432,16 @@ class LogJoint:
                 dim = list(t.shape).index(self.n_obs)
                 return t.repeat(*[times if i == dim else 1 for i in range(t.dim())])
 
-            self._args, self._kwargs = pytree.tree_map(repeat, (args, kwargs))
+            self.args, self.kwargs = pytree.tree_map(repeat, (args, kwargs))
         try:
             yield
         finally:
-            self._args, self._kwargs, self._index = args, kwargs, index
+            self.args, self.kwargs, self._index = args, kwargs, index
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generators for a while, and put their states back."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
