@@ -25,6 +25,8 @@ from elbowroom.analysis.evidence import Ladder, climb
 from elbowroom.analysis.verdict import sentences, summary
 from elbowroom.errors import RunFolderError, UserError
 from elbowroom.files import atomic
+from elbowroom.inference import discrete
+from elbowroom.inference.enumeration import Enumeration
 from elbowroom.inference.exact import ClosedForm
 from elbowroom.inference.grid import Grid
 from elbowroom.inference.importance import amortized
@@ -33,10 +35,11 @@ from elbowroom.inference.target import LogJoint
 
 log = logging.getLogger("elbowroom")
 
-AUTO: tuple[type[Reference], ...] = (ClosedForm, Grid)
+AUTO: tuple[type[Reference], ...] = (ClosedForm, Enumeration, Grid)
 BLOCK = 2**22  # draws x data held at once
 Z95 = 1.959963984540054
 SEED_STEP = 7919  # between the guide and each reference
+DISCRETE_STEP = 15_485_863  # between draws of the continuous sites and of the discrete ones
 BLOCK_STEP = 104_729  # between blocks of data: shared noise would hide in the error of means
 
 NATS = "nats"
@@ -62,6 +65,10 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "sd_ratio": ("1", "sd_q / sd_ref of the latent where it is farthest from 1"),
     "sliced_wasserstein": ("reference sd", "sliced 1-Wasserstein distance between guide and reference draws"),
     "noise_floor": ("reference sd", "the same distance between two halves of the reference's draws"),
+    "total_variation": (
+        "1",
+        "half the sum over the discrete sites' joint values of |q - p_ref|; NaN beside continuous latents",
+    ),
     "border_mass": ("1", "share of the posterior on the grid's border"),
     "refinement_error": (NATS, "change of log p(x) under a shifted, finer grid"),
 }
@@ -145,7 +152,8 @@ def audit(
         guide: Pyro program q(z|x), with the same plate.
         *args: arguments of both programs.
         plate: name of the data plate, where several could be meant.
-        references: `auto` (closed form, else a grid for d <= 3), or names (`closed_form`, `grid`) or Reference objects.
+        references: `auto` (closed form, else enumeration where all latents are discrete, else a grid for d <= 3), or names
+            (`closed_form`, `enumeration`, `grid`) or Reference objects.
         seed: random seed.
         **kwargs: keyword arguments of both programs.
 
@@ -187,19 +195,20 @@ def audit_log_joint(
         UserError: when a reference that was asked for cannot be used on this model.
     """
     keep = min(keep, draws) // CHAINS * CHAINS
-    if log_joint.dim == 0:
-        raise UserError("model: every latent is discrete; the audit compares continuous latents")
     chosen = choose(references, log_joint)
     say = progress or (lambda sentence: None)
     guides: list[Posterior] = []
     found: list[list[Posterior]] = [[] for _ in chosen]
     for block, (part, label) in enumerate(_blocks(log_joint, draws)):
         say(f"guide{label}")
-        guides.append(amortized(part, draws=draws, keep=keep, seed=seed + BLOCK_STEP * block))
+        start = seed + BLOCK_STEP * block
+        drawn = amortized(part, draws=draws, keep=keep, seed=start)
+        guides.append(discrete.completed(part, drawn, start + DISCRETE_STEP, which="guide"))
         for k, (method, results) in enumerate(zip(chosen, found, strict=True), start=1):
             say(f"{method.name}{label}")
             # a seed of its own: draws that shared the guide's random numbers would lie closer to it than chance
-            results.append(method(part, keep=keep, seed=seed + SEED_STEP * k + BLOCK_STEP * block))
+            drawn = method(part, keep=keep, seed=start + SEED_STEP * k)
+            results.append(discrete.completed(part, drawn, start + SEED_STEP * k + DISCRETE_STEP))
     guide, posteriors = concatenate(guides), [concatenate(results) for results in found]
     labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
     comparisons = [compare(guide, posterior, seed=seed) for posterior in posteriors]
@@ -210,15 +219,18 @@ def audit_log_joint(
     table = tabulate(guide, posteriors, comparisons, climb(guide, posteriors), labels, facts)
     table.attrs["verdict"] = "\n".join(sentences(table))
     observed = {name: value.cpu().numpy() for name, value in log_joint.program.observed.items()}
+    joint = {name: value.cpu().numpy() for name, value in discrete.values(log_joint).items()}
     trees = {
-        posterior.method: idata.to_datatree(posterior, obs_id=labels.tolist(), observed=observed, attrs=facts)
+        posterior.method: idata.to_datatree(
+            posterior, obs_id=labels.tolist(), observed=observed, assignments=joint, attrs=facts
+        )
         for posterior in (guide, *posteriors)
     }
     return Audit(table, trees)
 
 
 def choose(references: Literal["auto"] | Sequence[str | Reference], log_joint: LogJoint) -> list[Reference]:
-    """Turn names into methods; `auto` takes the first of closed form and grid that applies.
+    """Turn names into methods; `auto` takes the first of closed form, enumeration and grid that applies.
 
     Raises:
         UserError: for an unknown name, or a method that cannot be used on this model.
@@ -287,7 +299,7 @@ def tabulate(
     per_reference = {
         **{
             name: pile([getattr(c, name) for c in comparisons])
-            for name in ("mean_error", "sd_ratio", "sliced_wasserstein", "noise_floor")
+            for name in ("mean_error", "sd_ratio", "sliced_wasserstein", "noise_floor", "total_variation")
         },
         **{
             name: pile([p.stats.get(name) for p in references])

@@ -1,6 +1,7 @@
 r"""Distances between the guide and a reference posterior, per datum, always beside their noise floor.
 
-All are computed in the seam's unconstrained coordinates and in units of the reference's standard deviation.
+All are computed in the seam's unconstrained coordinates and in units of the reference's standard deviation; the total
+variation of discrete sites is computed from their exact probabilities, so that it has no noise.
 """
 
 from __future__ import annotations
@@ -54,12 +55,17 @@ class Comparison:
         sd_ratio: sd_q / sd_ref of the latent where it is farthest from 1 (by its logarithm).
         sliced_wasserstein: between guide and reference draws, in units of the reference's standard deviation.
         noise_floor: the same distance between two halves of the reference's own draws, of the same size.
+        total_variation: (1/2) sum_c |q(c|x) - p_ref(c|x)| over the joint values c of discrete sites, where every latent is
+            discrete; NaN elsewhere.
+
+    Without a continuous latent all but the last are NaN.
     """
 
     mean_error: Tensor
     sd_ratio: Tensor
     sliced_wasserstein: Tensor
     noise_floor: Tensor
+    total_variation: Tensor
 
 
 def compare(guide: Posterior, reference: Posterior, *, seed: int = 0) -> Comparison:
@@ -70,6 +76,12 @@ def compare(guide: Posterior, reference: Posterior, *, seed: int = 0) -> Compari
         reference: posterior of a reference method, of the same data.
         seed: seed of the projections.
     """
+    n, d = guide.draws.shape[2:]
+    none = torch.full((n,), torch.nan, dtype=torch.float64, device=guide.draws.device)
+    if d == 0:
+        q_c, p_c = guide.stats.get("probabilities"), reference.stats.get("probabilities")
+        distance = none if q_c is None or p_c is None else 0.5 * (q_c - p_c).abs().sum(-1)
+        return Comparison(none, none, none, none, total_variation=distance)
     q_mean, q_sd = guide.moments()
     p_mean, p_sd = reference.moments()
     log_ratio = (q_sd / p_sd).log()
@@ -82,4 +94,5 @@ def compare(guide: Posterior, reference: Posterior, *, seed: int = 0) -> Compari
         sd_ratio=log_ratio.gather(-1, worst).squeeze(-1).exp(),
         sliced_wasserstein=sliced_wasserstein(q[:half], p[:half], seed=seed),
         noise_floor=sliced_wasserstein(p[:half], p[half : 2 * half], seed=seed),
+        total_variation=none,
     )

@@ -1,7 +1,8 @@
 """ArviZ's schema: the only module that touches ArviZ's data structures.
 
 A posterior becomes a DataTree with groups posterior (sites in constrained space; dims chain, draw, obs_id, then the site's
-own), sample_stats, observed_data, and moments (unconstrained mean and covariance, where known better than from the draws).
+own), sample_stats, observed_data, moments (unconstrained mean and covariance, where known better than from the draws), and
+assignments (exact probability of each joint value of the discrete sites, where known). Draws of discrete sites are integers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from elbowroom.archive import too_large
 from elbowroom.errors import RunFolderError
 from elbowroom.files import atomic
 
+PROBABILITIES = 2**23  # most data x joint values that a file holds: 64 MB
+
 if TYPE_CHECKING:
     from elbowroom.inference.posterior import Posterior
 
@@ -28,6 +31,7 @@ def to_datatree(
     *,
     obs_id: Sequence[int],
     observed: Mapping[str, np.ndarray] | None = None,
+    assignments: Mapping[str, np.ndarray] | None = None,
     attrs: Mapping[str, str] | None = None,
 ) -> xr.DataTree:
     """Convert a posterior to ArviZ's schema.
@@ -36,13 +40,14 @@ def to_datatree(
         posterior: of N data.
         obs_id: N labels of the data.
         observed: observed sites, name -> (N, ...).
+        assignments: values of the discrete sites in each of their A joint values, name -> (A, ...).
         attrs: attributes of the file.
 
     Returns:
         A DataTree that every ArviZ function reads.
     """
     observed = _file_names(observed or {})
-    draws = {name: value.cpu().numpy().astype(np.float32) for name, value in _file_names(posterior.sites).items()}
+    draws = {name: _compact(value.cpu().numpy()) for name, value in _file_names(posterior.sites).items()}
     stats = {name: value.cpu().numpy().astype(np.float64) for name, value in posterior.sample_stats.items()}
     dims = {name: ["obs_id", *_site_dims(name, value.shape[3:])] for name, value in draws.items()}
     dims |= {name: ["obs_id"] for name in stats}
@@ -64,7 +69,23 @@ def to_datatree(
             attrs={"description": "posterior mean and covariance in unconstrained coordinates"},
         )
         tree["moments"] = xr.DataTree(moments)
+    probabilities = posterior.stats.get("probabilities")
+    if probabilities is not None and probabilities.numel() <= PROBABILITIES:
+        values = _file_names(assignments or {})
+        exact = xr.Dataset(
+            {"probability": (("obs_id", "assignment"), probabilities.cpu().numpy())},
+            coords={
+                "obs_id": np.asarray(obs_id),
+                **{name: (("assignment", *_site_dims(name, value.shape[1:])), value) for name, value in values.items()},
+            },
+            attrs={"description": "exact probability of each joint value of the discrete sites, whose values are coordinates"},
+        )
+        tree["assignments"] = xr.DataTree(exact)
     return tree
+
+
+def _compact(draws: np.ndarray) -> np.ndarray:
+    return draws.astype(np.int32 if np.issubdtype(draws.dtype, np.integer) else np.float32)
 
 
 def _file_names(sites: Mapping[str, Any]) -> dict[str, Any]:

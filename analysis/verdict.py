@@ -34,7 +34,7 @@ class Numbers:
     def of(cls, table: xr.Dataset) -> Numbers:
         """Read them off the table."""
         gap = table["gap_total"].values
-        exact = np.isin(table["evidence_method"].values, ("closed form", "grid"))
+        exact = np.isin(table["evidence_method"].values, ("closed form", "enumeration", "grid"))
         error = np.hypot(table["elbo_se"].values, np.nan_to_num(table["log_evidence_se"].values))
         status = table["status"].values
         return cls(
@@ -87,8 +87,11 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
     for reference in table["reference"].values:
         part = table.sel(reference=reference)
         good = part["status"].isin(["exact", "certified"]).values
+        rows.append((f"{reference}: exact or certified", f"{int(good.sum())} of {numbers.n}"))
+        if np.isfinite(part["total_variation"].values).any():
+            rows.append((f"{reference}: total variation", _quartiles(part["total_variation"].values[good])))
+            continue
         rows += [
-            (f"{reference}: exact or certified", f"{int(good.sum())} of {numbers.n}"),
             (f"{reference}: mean error [sd]", _quartiles(part["mean_error"].values[good], 2)),
             (f"{reference}: sd ratio", _quartiles(part["sd_ratio"].values[good], 2)),
             (f"{reference}: sliced Wasserstein [sd]", _quartiles(part["sliced_wasserstein"].values[good], 3)),
@@ -146,6 +149,12 @@ def _shape(table: xr.Dataset) -> str:
     good = part["status"].isin(["exact", "certified"]).values
     if not good.any():
         return ""
+    variation = part["total_variation"].values[good]
+    if np.isfinite(variation).all():  # every latent is discrete: there is no width and no centre
+        return (
+            f"The typical q(z|x) puts {np.median(variation):.2g} of its probability on other values than the true posterior "
+            f"(total variation; the largest, {variation.max():.2g})."
+        )
     ratio, shift = np.median(part["sd_ratio"].values[good]), np.median(part["mean_error"].values[good])
     width = (
         f"too narrow (sd {ratio:.2f} of the true one)"

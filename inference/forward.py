@@ -34,6 +34,8 @@ def forward(joint: LogJoint, which: Which, n_draws: int) -> Tensor:
         which: `model` (the prior) or `guide`.
         n_draws: S.
     """
+    if joint.dim == 0:  # every latent is discrete, and summed out
+        return torch.zeros(n_draws, joint.n_obs, 0, dtype=joint.dtype or joint.own_dtype, device=joint.device)
     if joint.joined[which] is None:
         joint.joined[which] = _joins(joint, which)
     if joint.joined[which]:

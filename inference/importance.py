@@ -18,11 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elbowroom.inference import discrete
 from elbowroom.inference.posterior import Evidence, Posterior, in_chains
 from elbowroom.inference.target import LogJoint
 
 PRIOR_WEIGHT = 10  # observations that the weak prior on k counts for, as in the loo package
 MIN_ESS = 400
+SEED_STEP = 32_452_843  # between draws for estimates and draws that are kept
 
 
 def good_k(n_draws: int) -> float:
@@ -137,8 +139,11 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
     Returns:
         The guide as a `Posterior`, status `amortized`, with stats elbo, elbo_se (standard error over draws), pareto_k,
         ess_fraction, importance_trusted (1 or 0), rate E_q log q/p(z) and distortion -E_q log p(x|z), in nats (NaN where
-        discrete sites are summed out), and importance-sampling evidence.
+        discrete sites are summed out), and importance-sampling evidence. Where every latent is discrete, sums take the place of
+        draws, see `_amortized_discrete`.
     """
+    if log_joint.dim == 0:
+        return _amortized_discrete(log_joint, draws=draws, keep=keep, seed=seed)
     with torch.no_grad():
         z, log_q = log_joint.sample_guide(draws, seed)
         if log_joint.program.discrete:
@@ -178,4 +183,60 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         evidence=value,
         stats=stats,
         sample_stats={"lp": in_chains(log_p[:keep]), "log_q": in_chains(log_q[:keep])},
+    )
+
+
+def _amortized_discrete(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Posterior:
+    r"""Measure a guide whose latents are all discrete: sums over its joint values where draws are not needed.
+
+        ELBO = sum_c q(c|x) log [p(x, c) / q(c|x)],   KL(q || p) = log p(x) - ELBO
+        ESS / S -> 1 / sum_c p(c|x)^2 / q(c|x),       0 where q excludes a value that p allows
+
+    Args:
+        log_joint: a model whose latents are all discrete.
+        draws: number of draws S per datum for the importance-sampling evidence.
+        keep: number of draws per datum kept in the result.
+        seed: random seed.
+
+    Returns:
+        As `amortized`, with elbo, rate, distortion and ess_fraction exact (elbo_se 0), and `probabilities` q(c|x),
+        (N, A). The weights take A values, so there is no tail to fit: pareto_k is -inf where S draws have an effective size
+        of 400 or more, NaN elsewhere. A guide that leaves all discrete sites to be summed out is p(c|x) itself.
+
+    Raises:
+        UnsupportedProgram: see `discrete.table`.
+    """
+    found = discrete.table(log_joint)
+    log_q, log_p = found.log_guide, found.log_joint
+    q = log_q.exp()
+
+    def expected(term: Tensor) -> Tensor:  # a value that q excludes counts nothing, whatever its density
+        return torch.where(q > 0, q * term, 0).sum(0)
+
+    twice = torch.where(found.log_posterior == -torch.inf, -torch.inf, 2 * found.log_posterior - log_q)
+    ess_fraction = torch.exp(-torch.logsumexp(twice, 0))
+    n = log_joint.n_obs
+    drawn = discrete.draw(log_q, draws, seed + SEED_STEP)
+    pareto_k = torch.where(ess_fraction * draws >= MIN_ESS, -torch.inf, torch.nan)
+    value, trusted = evidence((log_p - log_q).gather(0, drawn), pareto_k, ess_fraction)
+    index = discrete.draw(log_q, keep, seed)
+    return Posterior(
+        method="guide",
+        draws=index.new_zeros(*in_chains(index).shape, 0, dtype=log_p.dtype),
+        sites={name: in_chains(draw) for name, draw in discrete.at(log_joint, index).items()},
+        status=["amortized"] * n,
+        reason=["draws of q(z|x)" if found.amortized else "the guide leaves the discrete sites to be summed out"] * n,
+        evidence=value,
+        stats={
+            "elbo": expected(log_p - log_q),
+            "elbo_se": torch.zeros_like(log_p[0]),
+            "pareto_k": pareto_k,
+            "ess_fraction": ess_fraction,
+            "importance_trusted": trusted.to(log_p.dtype),
+            "rate": expected(log_q - found.log_prior),
+            "distortion": -expected(found.log_likelihood),
+            "log_joint_max": torch.where(q > 0, log_p, -torch.inf).amax(0),
+            "probabilities": q.T,
+        },
+        sample_stats={"lp": in_chains(log_p.gather(0, index)), "log_q": in_chains(log_q.gather(0, index))},
     )

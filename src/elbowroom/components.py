@@ -52,6 +52,7 @@ _table: dict[str, dict[str, str | type]] = {
     },
     "reference": {
         "closed_form": "elbowroom.inference.exact:ClosedForm",
+        "enumeration": "elbowroom.inference.enumeration:Enumeration",
         "grid": "elbowroom.inference.grid:Grid",
     },
 }

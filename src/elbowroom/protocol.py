@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
@@ -146,13 +147,10 @@ def _reference(reference: Any, expect: Expect) -> None:
     x = torch.randn(N, WIDTH, dtype=torch.float64)
     log_joint = LogJoint(vae.model, vae.guide, x)
     refusal = reference.refusal(log_joint)
-    expect(refusal is None, f"takes a linear-Gaussian model with one latent; it says: {refusal}")
     if refusal is not None:
+        _discrete_reference(reference, refusal, expect)
         return
-    posterior = reference(log_joint, keep=400, seed=0)
-    expect(posterior.method == type(reference).name, "names itself in its posterior")
-    expect(tuple(posterior.draws.shape[2:]) == (N, 1), "draws of shape (chain, draw, N, d)")
-    expect(len(posterior.status) == N == len(posterior.reason), "a status and a reason per datum")
+    posterior = _promised(reference, log_joint, 1, expect)
     mean, sd = posterior.moments()
     exact, covariance = oracle.posterior(x)
     off = ((mean - exact) / covariance.diagonal().sqrt()).abs().max()
@@ -160,6 +158,44 @@ def _reference(reference: Any, expect: Expect) -> None:
     if posterior.evidence is not None and posterior.evidence.kind == "exact":
         error = (posterior.evidence.value - oracle.log_evidence(x)).abs().max()
         expect(float(error.detach()) < 1e-3, f"evidence within 1e-3 of the closed form, off by {float(error.detach()):.2g}")
+
+
+def _discrete_reference(reference: Any, refusal: str, expect: Expect) -> None:
+    """Check a reference that refuses continuous latents on a mixture of two normals."""
+    from elbowroom.inference.target import LogJoint
+
+    x = torch.randn(N, dtype=torch.float64)
+    loc = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            kind = pyro.sample("kind", dist.Categorical(loc.new_tensor([0.3, 0.7])))
+            pyro.sample("x", dist.Normal(loc[kind], 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("kind", dist.Categorical(x.new_tensor([0.5, 0.5])))
+
+    log_joint = LogJoint(model, guide, x)
+    again = reference.refusal(log_joint)
+    expect(again is None, f"takes a linear-Gaussian model with one latent, or a discrete mixture; it says: {refusal}")
+    if again is not None:
+        return
+    posterior = _promised(reference, log_joint, 0, expect)
+    expect(tuple(posterior.sites["kind"].shape[2:]) == (N,), "draws of the discrete site, (chain, draw, N)")
+    exact = torch.logsumexp(loc.new_tensor([0.3, 0.7]).log() + dist.Normal(loc, 1.0).log_prob(x[:, None]), -1)
+    if posterior.evidence is not None and posterior.evidence.kind == "exact":
+        error = float((posterior.evidence.value - exact).abs().max())
+        expect(error < 1e-3, f"evidence within 1e-3 of the sum over both values, off by {error:.2g}")
+
+
+def _promised(reference: Any, log_joint: Any, dim: int, expect: Expect) -> Any:
+    """Run a reference and check the layout of what it returns."""
+    posterior = reference(log_joint, keep=400, seed=0)
+    expect(posterior.method == type(reference).name, "names itself in its posterior")
+    expect(tuple(posterior.draws.shape[2:]) == (N, dim), "draws of shape (chain, draw, N, d)")
+    expect(len(posterior.status) == N == len(posterior.reason), "a status and a reason per datum")
+    return posterior
 
 
 def _gradient(module: nn.Module, value: Tensor, expect: Expect, *inputs: Tensor) -> None:
