@@ -425,12 +425,358 @@ def square(idle: int, n: int, seed: int) -> Problem:
     return _problem("square_idle" if idle else "square", LogJoint(model, guide, y), log_density, truth)
 
 
+def positive(n: int, seed: int) -> Problem:
+    """A gamma-Poisson rate, conjugate: z = log rate, E z = digamma(a) - log b, Var z = trigamma(a)."""
+    g = _random(seed, 4)
+    rate = -0.5 * torch.rand(2, n, generator=g, dtype=F64).log().sum(0) / 0.25
+    k = torch.poisson(rate, g)
+
+    def model(k):
+        with pyro.plate("rows", len(k)):
+            pyro.sample("k", dist.Poisson(pyro.sample("rate", dist.Gamma(2.0, 0.5))), obs=k)
+
+    def guide(k):
+        with pyro.plate("rows", len(k)):
+            pyro.sample("rate", dist.LogNormal((k + 1.5).log() - 0.4, 0.9 * (k + 2).rsqrt()))
+
+    def log_density(z: Tensor) -> Tensor:
+        u = z[..., 0]
+        return 2 * math.log(0.5) + 2 * u - 0.5 * u.exp() + k * u - u.exp() - torch.lgamma(k + 1)
+
+    a, b = k + 2, math.log(1.5)
+    evidence = torch.lgamma(a) - torch.lgamma(k + 1) + 2 * math.log(0.5) - a * b
+    truth = closed_form((torch.digamma(a) - b)[:, None], torch.polygamma(1, a)[:, None, None], evidence)
+    return _problem("positive", LogJoint(model, guide, k), log_density, truth)
+
+
+def positive_scale(n: int, seed: int) -> Problem:
+    """Four observations of a normal of unknown scale, scale ~ Gamma(2, 1): positive and not conjugate."""
+
+    def simulate(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        scale = -torch.rand(2, n, generator=g, dtype=F64).log().sum(0)
+        return scale.log()[:, None], scale[:, None] * _randn(g, n, 4)
+
+    encode = _encoder(simulate, seed, lambda y: (y.square().mean(-1, keepdim=True) + 1e-4).log())
+    y = simulate(n, _random(seed, 5))[1]
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            scale = pyro.sample("scale", dist.Gamma(torch.tensor(2.0, dtype=F64), 1.0))
+            pyro.sample("y", dist.Normal(torch.zeros(4, dtype=F64), scale[..., None]).to_event(1), obs=y)
+
+    def guide(y):
+        loc, scale = encode(y)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("scale", dist.LogNormal(loc[..., 0], scale[..., 0]))
+
+    def log_density(z: Tensor) -> Tensor:
+        return 2 * z[..., 0] - z[..., 0].exp() + _normal(y, 0.0, z.exp()).sum(-1)
+
+    truth = quadrature(log_density, _box(n, (-25, 6)), 1201)
+    return _problem("positive_scale", LogJoint(model, guide, y), log_density, truth)
+
+
+def simplex(d: int, n: int, seed: int) -> Problem:
+    """Dirichlet-multinomial shares of d + 1 categories in stick-breaking coordinates.
+
+    The sticks b_j = p_j / (p_j + p_{j+1} + ...) of a Dirichlet(a) are independent Beta(a_j, a_{j+1} + ...), and
+    z_j = logit b_j + log(d + 1 - j), so that E z_j = digamma(a_j) - digamma(sum of the rest) + log(d + 1 - j).
+    """
+    g, total = _random(seed, 6), 12
+    alpha = torch.linspace(0.7, 2.0, d + 1, dtype=F64)
+    share = torch._standard_gamma(alpha.expand(n, -1), generator=g)
+    x = torch.zeros(n, d + 1, dtype=F64)
+    x.scatter_add_(1, torch.multinomial(share, total, replacement=True, generator=g), torch.ones(n, total, dtype=F64))
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            p = pyro.sample("p", dist.Dirichlet(alpha))
+            pyro.sample("x", dist.Multinomial(total, p), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("p", dist.Dirichlet(1.0 + 0.9 * x))
+
+    offset = torch.arange(d, 0, -1, dtype=F64)
+    constant = torch.lgamma(alpha.sum()) - torch.lgamma(alpha).sum() + math.lgamma(total + 1) - torch.lgamma(x + 1).sum(-1)
+
+    def log_density(z: Tensor) -> Tensor:
+        stay, go = torch.nn.functional.logsigmoid(z - offset.log()), torch.nn.functional.logsigmoid(offset.log() - z)
+        left = torch.cat([torch.zeros_like(go[..., :1]), go.cumsum(-1)], -1)  # log of what the earlier sticks left
+        log_p = left + torch.cat([stay, torch.zeros_like(go[..., :1])], -1)
+        jacobian = (left[..., :-1] + stay + go).sum(-1)
+        return constant + ((alpha + x - 1) * log_p).sum(-1) + jacobian
+
+    a = alpha + x
+    rest = a.flip(-1).cumsum(-1).flip(-1)[:, 1:]
+    mean = torch.digamma(a[:, :-1]) - torch.digamma(rest) + offset.log()
+    covariance = torch.diag_embed(torch.polygamma(1, a[:, :-1]) + torch.polygamma(1, rest))
+    evidence = constant + torch.lgamma(a).sum(-1) - torch.lgamma(a.sum(-1))
+    return _problem(f"simplex_d{d}", LogJoint(model, guide, x), log_density, closed_form(mean, covariance, evidence))
+
+
+def hierarchy(n: int, seed: int) -> Problem:
+    """Two sites: top ~ N(0, 1), low ~ N(2 tanh top, 0.5), a count ~ Poisson(exp low)."""
+
+    def simulate(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        top = _randn(g, n)
+        low = 2 * torch.tanh(top) + 0.5 * _randn(g, n)
+        return torch.stack([top, low], -1), torch.poisson(low.exp(), g)
+
+    encode = _encoder(lambda n, g: (lambda z, k: (z, k[:, None]))(*simulate(n, g)), seed, torch.log1p)
+    k = simulate(n, _random(seed, 7))[1]
+
+    def model(k):
+        with pyro.plate("rows", len(k)):
+            top = pyro.sample("top", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+            low = pyro.sample("low", dist.Normal(2 * torch.tanh(top), 0.5))
+            pyro.sample("k", dist.Poisson(low.exp()), obs=k)
+
+    def guide(k):
+        loc, scale = encode(k[..., None])
+        with pyro.plate("rows", len(k)):
+            pyro.sample("top", dist.Normal(loc[..., 0], scale[..., 0]))
+            pyro.sample("low", dist.Normal(loc[..., 1], scale[..., 1]))
+
+    def log_density(z: Tensor) -> Tensor:
+        top, low = z.unbind(-1)
+        prior = _normal(top, 0.0, 1.0) + _normal(low, 2 * torch.tanh(top), 0.5)
+        return prior + k * low - low.exp() - torch.lgamma(k + 1)
+
+    truth = quadrature(log_density, _box(n, (-9, 9), (-8, 8)), 161)
+    return _problem("hierarchy", LogJoint(model, guide, k), log_density, truth)
+
+
+def discrete(n: int, seed: int) -> Problem:
+    """A kind c in {0, 1, 2} beside a continuous z ~ N(m_c, s_c), y ~ N(z, 0.8): a mixture of three normals in closed form."""
+    g = _random(seed, 8)
+    pi = torch.tensor([0.5, 0.3, 0.2], dtype=F64)
+    m, s = torch.tensor([0.0, 1.0, -0.5], dtype=F64), torch.tensor([0.6, 1.0, 1.8], dtype=F64)
+    c = torch.multinomial(pi, n, replacement=True, generator=g)
+    y = m[c] + s[c] * _randn(g, n) + 0.8 * _randn(g, n)
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            c = pyro.sample("c", dist.Categorical(pi))
+            z = pyro.sample("z", dist.Normal(m[c], s[c]))
+            pyro.sample("y", dist.Normal(z, 0.8), obs=y)
+
+    def guide(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(0.6 * y, 0.65))
+
+    def log_density(z: Tensor) -> Tensor:
+        return torch.logsumexp(pi.log() + _normal(z, m, s), -1) + _normal(y, z[..., 0], 0.8)
+
+    each = pi.log() + _normal(y[:, None], m, (s.square() + 0.64).sqrt())
+    w, v = torch.softmax(each, -1), 1 / (1 / s.square() + 1 / 0.64)
+    centre = v * (m / s.square() + y[:, None] / 0.64)
+    mean = (w * centre).sum(-1)
+    variance = (w * (v + (centre - mean[:, None]).square())).sum(-1)
+    exact = closed_form(mean[:, None], variance[:, None, None], torch.logsumexp(each, -1))
+    found = quadrature(log_density, _box(n, (-20, 20)), 1201)
+    truth = replace(exact, unimodal=found.unimodal, masses=found.masses, mode_of=found.mode_of)
+    return _problem("discrete", LogJoint(model, guide, y), log_density, truth)
+
+
+def bimodal_unequal(d: int, n: int, seed: int) -> Problem:
+    """z_1 ~ w N(2, .6) + (1 - w) N(-2, .6), y ~ N(z_1^2 / 2 + z_2, .7): the likelihood cannot tell the sign of z_1.
+
+    The masses of the two modes are w and 1 - w up to what the components overlap; w is 50, 80, 93 or 97 %, on either side, and
+    the guide sits on the larger mode. With d = 1 there is no z_2; with d > 2 the rest keep their prior.
+    """
+    g = _random(seed, 9)
+    w = torch.tensor([0.5, 0.2, 0.93, 0.03, 0.8, 0.07, 0.97], dtype=F64).repeat(n // 7 + 1)[:n]
+    side = torch.where(torch.rand(n, generator=g, dtype=F64) < w, 1.0, -1.0)
+    first = 2 * side + 0.6 * _randn(g, n)
+    y = first.square() / 2 + 0.7 * _randn(g, n) + (_randn(g, n) if d > 1 else 0.0)
+    loc = torch.zeros(2, d, dtype=F64)
+    loc[:, 0] = torch.tensor([2.0, -2.0])
+    scale = torch.ones(d, dtype=F64)
+    scale[0] = 0.6
+
+    def predicted(z: Tensor) -> Tensor:
+        return z[..., 0].square() / 2 + (z[..., 1] if d > 1 else 0.0)
+
+    def model(y, w):
+        with pyro.plate("rows", len(y)):
+            parts = dist.Normal(loc.expand(len(y), 2, d), scale).to_event(1)
+            weights = dist.Categorical(torch.stack([w, 1 - w], -1))
+            z = pyro.sample("z", dist.MixtureSameFamily(weights, parts))
+            pyro.sample("y", dist.Normal(predicted(z), 0.7), obs=y)
+
+    def guide(y, w):
+        larger = torch.where(w >= 0.5, 1.0, -1.0).to(F64)
+        noise = 0.49 if d == 1 else 1.49
+        fit = (2 / 0.36 + 2 * y.clamp_min(0.3) / noise * (2 * y.clamp_min(0.3)).sqrt()) / (
+            1 / 0.36 + 2 * y.clamp_min(0.3) / noise
+        )
+        rest = torch.zeros(*y.shape, d - 1, dtype=F64)
+        with pyro.plate("rows", len(y)):
+            width = (1 / 0.36 + 2 * y.clamp_min(0.3) / noise).rsqrt()[..., None]
+            normal = dist.Normal(torch.cat([(larger * fit)[..., None], rest], -1), torch.cat([width, rest + 0.9], -1))
+            pyro.sample("z", normal.to_event(1))
+
+    def plane(z: Tensor) -> Tensor:
+        both = torch.stack([w.log() + _normal(z[..., 0], 2.0, 0.6), (1 - w).log() + _normal(z[..., 0], -2.0, 0.6)])
+        return torch.logsumexp(both, 0) + _normal(z[..., 1:2], 0.0, 1.0).sum(-1) + _normal(y, predicted(z), 0.7)
+
+    def log_density(z: Tensor) -> Tensor:
+        return plane(z[..., :2]) + _normal(z[..., 2:], 0.0, 1.0).sum(-1)
+
+    sides = ((-9.0, 9.0), (-9.0, 9.0))[: min(d, 2)]
+    truth = quadrature(plane, _box(n, *sides), {1: 1601, 2: 161}[len(sides)])
+    if d > 2:
+        covariance = torch.eye(d, dtype=F64).repeat(n, 1, 1)
+        covariance[:, :2, :2] = truth.covariance
+        truth = replace(truth, mean=torch.nn.functional.pad(truth.mean, (0, d - 2)), covariance=covariance)
+    return _problem(f"bimodal_unequal_d{d}", LogJoint(model, guide, y, w), log_density, truth)
+
+
+def banana(n: int, seed: int) -> Problem:
+    """z_1 ~ N(0, 1), z_2 ~ N(0, 3); x_1 = z_1 + noise, x_2 = z_2 + z_1^2 + noise: a thin, bent ridge.
+
+    Given z_1 the rest is normal, so that the truth is an integral over z_1 alone.
+    """
+
+    def simulate(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        z = _randn(g, n, 2) * torch.tensor([1.0, 3.0], dtype=F64)
+        return z, torch.stack([z[:, 0], z[:, 1] + z[:, 0].square()], -1) + _randn(g, n, 2) * torch.tensor([1.0, 0.3])
+
+    encode = _encoder(simulate, seed)
+    x = simulate(n, _random(seed, 10))[1]
+    spread = torch.tensor([1.0, 3.0], dtype=F64)
+    noise = torch.tensor([1.0, 0.3], dtype=F64)
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=F64), spread).to_event(1))
+            bent = torch.stack([z[..., 0], z[..., 1] + z[..., 0].square()], -1)
+            pyro.sample("x", dist.Normal(bent, noise).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(*encode(x)).to_event(1))
+
+    def log_density(z: Tensor) -> Tensor:
+        prior = _normal(z[..., 0], 0.0, 1.0) + _normal(z[..., 1], 0.0, 3.0)
+        return prior + _normal(x[:, 0], z[..., 0], 1.0) + _normal(x[:, 1], z[..., 1] + z[..., 0].square(), 0.3)
+
+    def marginal(z: Tensor) -> Tensor:
+        first = _normal(z[..., 0], 0.0, 1.0) + _normal(x[:, 0], z[..., 0], 1.0)
+        return first + _normal(x[:, 1], z[..., 0].square(), math.sqrt(9.09))
+
+    def given(z: Tensor) -> tuple[Tensor, Tensor]:
+        mean = (x[:, 1] - z[..., 0].square()) * 9 / 9.09
+        return mean, torch.full_like(mean, 9 * 0.09 / 9.09)
+
+    truth = quadrature(marginal, _box(n, (-9, 9)), 801, given=given)  # of constant width: the profile is the marginal
+    return _problem("banana", LogJoint(model, guide, x), log_density, truth)
+
+
+def funnel(n: int, seed: int) -> Problem:
+    """v ~ N(0, 1.5), w|v ~ N(0, exp(v / 2)), y ~ N(w, 1). Given v, w is normal: the truth is an integral over v alone."""
+
+    def simulate(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        v = 1.5 * _randn(g, n)
+        w = (v / 2).exp() * _randn(g, n)
+        return torch.stack([v, w], -1), w + _randn(g, n)
+
+    def features(y: Tensor) -> Tensor:
+        return torch.cat([y.clamp(-8, 8), torch.log1p(y.square()), torch.tanh(y)], -1)
+
+    encode = _encoder(lambda n, g: (lambda z, y: (z, y[:, None]))(*simulate(n, g)), seed, features)
+    y = simulate(n, _random(seed, 11))[1]
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            v = pyro.sample("v", dist.Normal(torch.zeros((), dtype=F64), 1.5))
+            w = pyro.sample("w", dist.Normal(torch.zeros((), dtype=F64), (v / 2).exp()))
+            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    def guide(y):
+        loc, scale = encode(y[..., None])
+        with pyro.plate("rows", len(y)):
+            pyro.sample("v", dist.Normal(loc[..., 0], scale[..., 0]))
+            pyro.sample(
+                "w", dist.Normal(y * y.square() / (3 + y.square()), (y.square() + 0.5).sqrt() / (y.square() + 2).sqrt())
+            )
+
+    def log_density(z: Tensor) -> Tensor:
+        v, w = z.unbind(-1)
+        return _normal(v, 0.0, 1.5) + _normal(w, 0.0, (v / 2).exp()) + _normal(y, w, 1.0)
+
+    def marginal(z: Tensor) -> Tensor:
+        return _normal(z[..., 0], 0.0, 1.5) + _normal(y, 0.0, (z[..., 0].exp() + 1).sqrt())
+
+    def given(z: Tensor) -> tuple[Tensor, Tensor]:
+        share = torch.sigmoid(z[..., 0])  # e^v / (e^v + 1)
+        return share * y, share
+
+    def profile(z: Tensor) -> Tensor:
+        return log_density(torch.cat([z, given(z)[0][..., None]], -1))
+
+    truth = quadrature(marginal, _box(n, (-16, 16)), 1201, given=given, height=profile)
+    return _problem("funnel", LogJoint(model, guide, y), log_density, truth)
+
+
+def heavy_tails(d: int, n: int, seed: int) -> Problem:
+    """Student-t priors that the likelihood does not cut off.
+
+    d = 1: z ~ t_4, y ~ N(3 tanh(z / 3), 1): the likelihood levels off and the posterior keeps tails z^-5, so that its variance
+    exists and its fourth moment does not: an estimate of the sd has no finite standard error.
+    d = 2: z_j ~ t_3, y_1 ~ t_4(z_1, 1.5), y_2 ~ t_4(z_1 + z_2, 1.5).
+    """
+
+    def simulate(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        z = _draw_student(g, 4 if d == 1 else 3, n, d)
+        if d == 1:
+            return z, 3 * torch.tanh(z / 3) + _randn(g, n, 1)
+        return z, z.cumsum(-1) + 1.5 * _draw_student(g, 4, n, 2)
+
+    encode = _encoder(simulate, seed, lambda y: y.clamp(-8, 8))
+    y = simulate(n, _random(seed, 12))[1]
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            zero = torch.zeros(d, dtype=F64)
+            z = pyro.sample("z", dist.StudentT(4.0 if d == 1 else 3.0, zero, 1.0).to_event(1))
+            seen = dist.Normal(3 * torch.tanh(z / 3), 1.0) if d == 1 else dist.StudentT(4.0, z.cumsum(-1), 1.5)
+            pyro.sample("y", seen.to_event(1), obs=y)
+
+    def guide(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(*encode(y)).to_event(1))
+
+    def log_density(z: Tensor) -> Tensor:
+        if d == 1:
+            return _student(z[..., 0], 4, 1.0) + _normal(y[:, 0], 3 * torch.tanh(z[..., 0] / 3), 1.0)
+        return _student(z, 3, 1.0).sum(-1) + _student(y - z.cumsum(-1), 4, 1.5).sum(-1)
+
+    side = {1: (-25.0, 25.0), 2: (-14.0, 14.0)}[d]
+    truth = quadrature(log_density, _box(n, *[side] * d), {1: 2001, 2: 241}[d], sinh=True)
+    return _problem(f"heavy_tails_d{d}", LogJoint(model, guide, y), log_density, truth)
+
+
 PROBLEMS: dict[str, Callable[[int, int], Problem]] = {
     **{f"linear_gaussian_d{d}": partial(linear_gaussian, d) for d in (1, 2, 5, 20)},
     "correlated": correlated,
     **{f"mlp_{likelihood}": partial(mlp, likelihood) for likelihood in ("bernoulli", "gaussian", "poisson")},
+    "positive": positive,
+    "positive_scale": positive_scale,
+    "simplex_d2": partial(simplex, 2),
+    "simplex_d5": partial(simplex, 5),
+    "hierarchy": hierarchy,
+    "discrete": discrete,
+    "banana": banana,
+    "funnel": funnel,
+    "heavy_tails_d1": partial(heavy_tails, 1),
+    "heavy_tails_d2": partial(heavy_tails, 2),
     "square": partial(square, 0),
     "square_idle": partial(square, 6),
+    "bimodal_unequal_d1": partial(bimodal_unequal, 1),
+    "bimodal_unequal_d2": partial(bimodal_unequal, 2),
+    "bimodal_unequal_d7": partial(bimodal_unequal, 7),
 }
-MULTIMODAL = ["square", "square_idle"]
+MULTIMODAL = ["square", "square_idle", "bimodal_unequal_d1", "bimodal_unequal_d2", "bimodal_unequal_d7"]
 UNIMODAL = [name for name in PROBLEMS if name not in MULTIMODAL]
