@@ -21,7 +21,7 @@ from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.target import LogJoint
 
 BLOCK = 2**22  # assignments x draws x data held at once
-TOLERANCE = 1e-5  # of a sum of probabilities: the program may state them in float32
+TOLERANCE = 1e-5  # of a sum of probabilities: the program may compute in float32
 FAILURES = (RuntimeError, ValueError, IndexError)
 
 
@@ -123,7 +123,7 @@ def _check_local(log_joint: LogJoint, log_p: Tensor, z: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(len(log_p), (n,), generator=generator).to(z.device)
     index[: min(n, len(log_p))] = torch.arange(min(n, len(log_p)), device=z.device)  # no value twice where it can be helped
-    stacked = values(log_joint)
+    stacked = _stacked(log_joint)
     mixed = {}
     for site in log_joint.program.discrete:
         value = stacked[site.name][index]
@@ -131,24 +131,33 @@ def _check_local(log_joint: LogJoint, log_p: Tensor, z: Tensor) -> None:
         mixed[site.name] = value.reshape(n, *inner, *site.shape[len(site.shape) - site.event_dim :])
     with torch.no_grad(), log_joint.snapshot.scope():
         feed = log_joint.run("model", mixed, z=z)
+        other = log_joint.run("model", log_joint.program.assignments[0], z=z)
+    tight = 1e-9 if log_p.dtype == torch.float64 else 1e-5
     alone = log_p.gather(0, index[None])[0]
-    together = (feed.log_prior + feed.log_likelihood).expand(n)
-    finite = alone.isfinite()
-    if not torch.allclose(together[finite], alone[finite], rtol=TOLERANCE, atol=TOLERANCE):
-        raise UnsupportedProgram(
-            "model: moving the discrete latents of some data changes log p of others; the data are coupled, so no per-datum "
-            "posterior exists"
-        )
+    pairs = [((feed.log_prior + feed.log_likelihood).expand(n), alone)]
+    pairs.append((torch.as_tensor(feed.outside), torch.as_tensor(other.outside)))
+    for together, expected in pairs:
+        finite = expected.isfinite()
+        if not torch.allclose(together[finite], expected[finite], rtol=tight, atol=100 * tight):
+            raise UnsupportedProgram(
+                "model: moving the discrete latents of some data changes log p of others, or of what is observed outside the "
+                "plate; the data are coupled, so no per-datum posterior exists"
+            )
+
+
+def _stacked(log_joint: LogJoint) -> dict[str, Tensor]:
+    """Return the discrete sites' values in every assignment, as the program states them: name -> (A, *site)."""
+    assignments = log_joint.program.assignments
+    return {
+        site.name: torch.stack([assignment[site.name] for assignment in assignments]).reshape(len(assignments), *site.shape)
+        for site in log_joint.program.discrete
+    }
 
 
 def values(log_joint: LogJoint) -> dict[str, Tensor]:
     """Return the discrete sites' values in every assignment: name -> (A, *site), int64 where all of them are whole numbers."""
-    assignments = log_joint.program.assignments
-    stacked = {}
-    for site in log_joint.program.discrete:
-        value = torch.stack([assignment[site.name] for assignment in assignments]).reshape(len(assignments), *site.shape)
-        stacked[site.name] = value.long() if torch.equal(value, value.round()) else value
-    return stacked
+    stacked = _stacked(log_joint)
+    return {name: value.long() if torch.equal(value, value.round()) else value for name, value in stacked.items()}
 
 
 def at(log_joint: LogJoint, index: Tensor) -> dict[str, Tensor]:

@@ -29,8 +29,10 @@ class Enumeration(Reference):
             return None
         return f"enumeration needs a model whose latents are all discrete, this one has {log_joint.dim} continuous dimensions"
 
-    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int) -> Posterior:
+    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
         """Return p(c | x_n) of every joint value, (N, A), as `probabilities`, the evidence, and independent draws.
+
+        It is one pass over the joint values, which `until` does not cut short.
 
         Raises:
             UnsupportedProgram: see `discrete.table`.
