@@ -196,11 +196,14 @@ def _per_column(draws: Tensor, function: Callable[[Tensor], Tensor], min_chains:
     n_chains, n_draws, *batch = draws.shape
     if n_chains < min_chains or n_draws < MIN_DRAWS or not draws.numel():
         return torch.full(batch, torch.nan, dtype=torch.float64, device=draws.device)
-    results = []
-    for part in draws.detach()[..., None].flatten(2).split(max(1, CHUNK // (n_chains * n_draws)), dim=2):
+    columns = draws.detach()[..., None].flatten(2)
+    width = max(1, CHUNK // (n_chains * n_draws))
+    # written in place: small results kept between large temporaries would keep the allocator from giving those back
+    result = torch.empty(columns.shape[2], dtype=torch.float64, device=draws.device)
+    for part, out in zip(columns.split(width, 2), result.split(width), strict=True):
         x = part.permute(2, 0, 1).to(torch.float64).contiguous()
-        results.append(function(x).masked_fill(x.isnan().flatten(1).any(1), torch.nan))
-    return torch.cat(results).reshape(batch)
+        out.copy_(function(x).masked_fill(x.isnan().flatten(1).any(1), torch.nan))
+    return result.reshape(batch)
 
 
 def _halves(x: Tensor) -> Tensor:

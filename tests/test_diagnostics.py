@@ -112,6 +112,13 @@ def test_equals_arviz_in_other_tails() -> None:
         np.testing.assert_allclose(ess_tail(draws, prob).numpy(), expected, rtol=1e-9)
 
 
+def test_quantiles_are_numpy_s_to_the_last_bit() -> None:
+    """Draws are compared with them."""
+    ascending = normal(1, 171, 400, seed=14)[0].T.sort(1).values
+    for prob in (0.05, 0.7, 0.95, 1.0):
+        assert (diagnostics._quantile(ascending, prob).numpy() == np.quantile(ascending.numpy(), prob, axis=1)).all()
+
+
 def test_one_chain_has_ess_and_no_rhat() -> None:
     draws = autoregressive(normal(1, 200, N_COLUMNS, seed=2), 0.5)
     assert rhat(draws).isnan().all()
@@ -126,7 +133,11 @@ def test_batch_shapes_precision_and_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     whole = ours(draws)
     assert rhat(draws[..., 0, 0, 0]).shape == ()
     assert ess_bulk(draws[..., :0]).shape == (3, 2, 0)
-    monkeypatch.setattr(diagnostics, "CHUNK", 5 * 4 * 50)  # chunks of 5 of the 12 columns: the last is smaller
+    monkeypatch.setattr(diagnostics, "CHUNK", 5 * 4 * 50)
+    seen, function = [], diagnostics._rhat
+    monkeypatch.setattr(diagnostics, "_rhat", lambda x: (seen.append(len(x)), function(x))[1])
+    rhat(draws)
+    assert seen == [5, 5, 2]
     for name, value in ours(draws).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=0, msg=name)
         torch.testing.assert_close(ours(draws[:, :, 1, 1, 0])[name], value[1, 1, 0], rtol=1e-12, atol=0, msg=name)
