@@ -83,7 +83,7 @@ def refit(
     also: Sequence[Normals] = (),
     draws: int | None = None,
     score_draws: int | None = None,
-    tolerance: float = 0.02,
+    tolerance: float | None = None,
     max_iterations: int = 60,
     seed: int = 0,
 ) -> Refit:
@@ -96,7 +96,8 @@ def refit(
         also: further starts, e.g. the diagonal solution for the full family.
         draws: noise draws S of the refinement; default max(64, 10 d), at least 2 d.
         score_draws: draws of the ELBO; default max(128, S).
-        tolerance: shortfall, in nats, up to which a datum counts as converged; data above it are given more noise.
+        tolerance: shortfall, in nats, up to which a datum counts as converged; data above it are given more noise. Default
+            0.02, or 0.002 d beyond ten dimensions.
         max_iterations: evaluations of the objective per stage.
         seed: random seed.
 
@@ -108,18 +109,29 @@ def refit(
     d, n = log_joint.dim, log_joint.n_obs
     if d == 0:
         raise ValueError("refit needs a continuous latent, this model has none")
+    tolerance = 0.002 * max(10, d) if tolerance is None else tolerance
     block = max(1, ENTRIES // ((1 + starts + len(also)) * d * d))
     if n > block:
         rows = torch.arange(n, device=log_joint.device).split(block)
         parts = [log_joint.subset(r) for r in rows]
-        if all(part is not None for part in parts):
-            options = {"family": family, "starts": starts, "draws": draws, "score_draws": score_draws, "seed": seed}
-            options |= {"tolerance": tolerance, "max_iterations": max_iterations}
-            found = [
-                refit(part, also=[q.rows(r) for q in also], **options)  # type: ignore[arg-type]
-                for part, r in zip(parts, rows, strict=True)
-            ]
-            return _joined(found)
+        if None not in parts:
+            return _joined(
+                [
+                    refit(
+                        part,
+                        family=family,
+                        starts=starts,
+                        also=[q.rows(r) for q in also],
+                        draws=draws,
+                        score_draws=score_draws,
+                        tolerance=tolerance,
+                        max_iterations=max_iterations,
+                        seed=seed,
+                    )
+                    for part, r in zip(parts, rows, strict=True)
+                    if part is not None
+                ]
+            )
     with torch.no_grad():
         return _Search(log_joint, family, draws or max(64, 10 * d), max_iterations, seed).run(
             starts, also, score_draws, tolerance
@@ -129,12 +141,17 @@ def refit(
 def matched_noise(n_draws: int, dim: int, generator: torch.Generator) -> Tensor:
     """Return standard normal noise (S, d) in antithetic pairs with mean exactly 0 and second moments exactly I; S >= 2 d.
 
+    The half that is not mirrored is a scrambled Sobol sequence: two batches with different scrambles are independent, and each
+    integrates a smooth function far better than independent draws would.
+
     Args:
         n_draws: S, even.
         dim: d.
         generator: source of randomness.
     """
-    half = torch.randn(n_draws // 2, dim, dtype=torch.float64, device=generator.device, generator=generator)
+    seed = int(torch.randint(2**31, (), device=generator.device, generator=generator))
+    uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(n_draws // 2, dtype=torch.float64)
+    half = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).to(generator.device)
     values, vectors = torch.linalg.eigh(half.mT @ half / len(half))
     half = half @ (vectors * values.rsqrt()) @ vectors.mT
     return torch.cat([half, -half])
@@ -183,11 +200,11 @@ class _Search:
         q = Normals(torch.cat([b.loc for b in begin]), torch.cat([b.root for b in begin]))
         climbed = self._climb(q, owner, self._noise(max(8, 4 * self.d)), LOOSE)
         # fresh noise chooses: the noise of the climb flatters whoever fitted it best
-        judged = self._measure(climbed.loc, climbed.root, owner, self._noise(self.draws if count > 1 else 2 * self.d), False)
-        value = judged.value.reshape(count, self.n)
+        value = self._values(climbed, self._noise(max(32, 4 * self.d))).reshape(count, self.n)
         start = (value >= value.amax(0) - TIE).int().argmax(0)
         chosen = start * self.n + self.everyone
-        point = self._climb(Normals(climbed.loc[chosen], climbed.root[chosen]), self.everyone, self._noise(self.draws), 1e-4)
+        best = Normals(climbed.loc[chosen], climbed.root[chosen])
+        point = self._climb(best, self.everyone, self._noise(self.draws), tolerance / 20)
         point, check = self._until_unseen_noise_agrees(point, tolerance)
         dead = ~(check.value.isfinite() & check.loc.isfinite().all(-1) & check.root.isfinite().all(-1).all(-1))
         loc = torch.where(dead[:, None], encoder.loc, check.loc)
@@ -281,6 +298,20 @@ class _Search:
         value = value / len(noise) + root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return _Point(loc, root, value, slope, curvature, self._decrement(slope, curvature))
 
+    def _values(self, point: _Point, noise: Tensor) -> Tensor:
+        """Return F of whole blocks of all data, one after the other, (starts N,)."""
+        blocks = zip(point.loc.split(self.n), point.root.split(self.n), strict=True)
+        values = [
+            torch.cat(
+                [self.joint(loc + torch.einsum("sj,pij->spi", e, root)) for e in noise.split(max(1, ENTRIES // loc.numel()))]
+            )
+            .double()
+            .mean(0)
+            for loc, root in blocks
+        ]
+        value = torch.cat(values) + point.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return torch.where(value.isfinite() & point.value.isfinite(), value, -torch.inf)
+
     def _decrement(self, slope: Tensor, curvature: Tensor) -> Tensor:
         """Return what the quadratic model says is left, (P,), inf where it has no maximum."""
         factor, info = torch.linalg.cholesky_ex(curvature)
@@ -329,7 +360,7 @@ class _Search:
             todo = open_.nonzero()[:, 0]
             if not len(todo):
                 break
-            if target is None or len(todo) < 0.75 * len(active):
+            if target is None or len(todo) < 0.6 * len(active):
                 active, target = todo, self._target(owner[todo])
             self.iterations += 1
             at = point.rows(active)
@@ -363,7 +394,7 @@ class _Search:
             if not len(todo):
                 break
             draws *= GROWTH
-            again = self._climb(Normals(point.loc[todo], point.root[todo]), todo, self._noise(draws), 1e-4)
+            again = self._climb(Normals(point.loc[todo], point.root[todo]), todo, self._noise(draws), tolerance / 20)
             unseen = self._measure(again.loc, again.root, todo, self._noise(draws), seen=False)
             point.put(todo, again)
             check.put(todo, unseen)
@@ -375,7 +406,7 @@ class _Search:
         The quadratic model, whose expectation is known, is the control variate: it comes from other draws, hence no bias.
         """
         half = torch.randn(n_draws // 2, self.d, dtype=torch.float64, device=self.device, generator=self.generator)
-        slope, curvature = point.slope.nan_to_num(0.0, 0.0, 0.0), point.curvature.nan_to_num(0.0, 0.0, 0.0)
+        curvature = point.curvature.nan_to_num(0.0, 0.0, 0.0)
         pairs = []
         for e in half.split(max(1, ENTRIES // (2 * point.loc.numel()))):
             offset = torch.einsum("sj,pij->spi", e, point.root)
