@@ -1,0 +1,226 @@
+r"""Annealed importance sampling as a reference: bounds on log p(x) and weighted draws from two starts.
+
+Every datum is annealed from the prior, and from its inflated refitted normal q*. The start with the larger lower bound is run
+again with fresh random numbers, and that run is reported: the larger of two noisy bounds would not be one. Where the starts
+disagree by more than their errors, one of them has missed a mode; that is an alarm, and their agreement is no proof.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from elbowroom.inference.annealing import Bound, block_size, lower, tune
+from elbowroom.inference.normals import Normals
+from elbowroom.inference.paths import Path, PriorPath, RefitPath
+from elbowroom.inference.posterior import Evidence, Posterior, Reference, in_chains
+from elbowroom.inference.scout import scout
+from elbowroom.inference.target import LogJoint
+
+ALARM = 4.5  # standard errors between the two starts
+MATTERS = 0.1  # nats between them that are let pass however small the errors
+
+
+class Annealed(Reference):
+    """Lower bounds on log p(x), and weighted draws, by annealed importance sampling from the prior and from a refitted normal.
+
+    Args:
+        temperatures: steps from the start to the posterior; more make the bounds tighter and the weights more equal.
+        chains: annealed chains per datum and start.
+        leapfrogs: gradient steps per temperature.
+        start: `prior`, `refit` (an inflated best normal, blind to other modes), or `both`.
+        inflation: factor of the best normal's standard deviations.
+    """
+
+    name: ClassVar[str] = "ais"
+
+    def __init__(
+        self,
+        *,
+        temperatures: Annotated[int, Gt(1)] = 100,
+        chains: Annotated[int, Ge(4)] = 32,
+        leapfrogs: Annotated[int, Gt(0)] = 4,
+        start: Literal["both", "prior", "refit"] = "both",
+        inflation: Annotated[float, Ge(1)] = 1.3,
+    ) -> None:
+        self.temperatures, self.chains, self.leapfrogs = temperatures, chains, leapfrogs
+        self.start, self.inflation = start, inflation
+
+    def refusal(self, log_joint: LogJoint) -> str | None:
+        """Without a continuous latent there is nothing to anneal."""
+        return "ais needs a continuous latent, this model has none" if log_joint.dim == 0 else None
+
+    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
+        """Return evidence bounds, weighted moments, and draws resampled from the chains by weight; all data uncertified.
+
+        Data not reached before the budget ended have NaN everywhere.
+        """
+        seeds = torch.randint(2**62, (7,), generator=torch.Generator().manual_seed(seed)).tolist()
+        paths = self._paths(log_joint, scout(log_joint).refit.q, seeds[0])
+        found = _Found.empty(log_joint, keep)
+        every = torch.arange(log_joint.n_obs, device=log_joint.device)
+        blocks = list(every.split(block_size(log_joint, self.chains)))
+        if len(blocks) > 1 and log_joint.subset(blocks[0]) is None:
+            blocks = [every]
+        # streams of random numbers differ between blocks as well
+        more = torch.randint(2**62, (len(blocks), 7), generator=torch.Generator().manual_seed(seeds[1])).tolist()
+        with torch.no_grad():
+            for rows, own in zip(blocks, more, strict=True):
+                if time.monotonic() > until:
+                    break
+                parts = paths if len(blocks) == 1 else [p for p in (path.rows(rows) for path in paths) if p is not None]
+                self._anneal(found, rows, parts, own)
+            return self._posterior(log_joint, found)
+
+    def _paths(self, log_joint: LogJoint, q_star: Normals, seed: int) -> list[Path]:
+        paths: list[Path] = []
+        if self.start != "refit":
+            paths.append(PriorPath(log_joint, q_star, seed=seed))
+        if self.start != "prior":
+            paths.append(RefitPath(log_joint, q_star, inflation=self.inflation))
+        return paths
+
+    def _anneal(self, found: _Found, rows: Tensor, paths: Sequence[Path], seeds: Sequence[int]) -> None:
+        plans = [
+            tune(path, temperatures=self.temperatures, leapfrogs=self.leapfrogs, seed=seeds[i]) for i, path in enumerate(paths)
+        ]
+        first = [
+            lower(path, plan, chains=self.chains, seed=seeds[2 + i])
+            for i, (path, plan) in enumerate(zip(paths, plans, strict=True))
+        ]
+        for path, bound in zip(paths, first, strict=True):
+            found.value[path.name][rows], found.error[path.name][rows] = bound.value, bound.error
+        winner = torch.stack([b.value.nan_to_num(nan=-torch.inf) for b in first]).argmax(0)
+        for i, (path, plan, bound) in enumerate(zip(paths, plans, first, strict=True)):
+            mine = (winner == i).nonzero()[:, 0]
+            if not len(mine):
+                continue
+            part = path if len(mine) == len(rows) else path.rows(mine)
+            if part is None:  # cannot be taken apart: run all, keep some
+                again = lower(path, plan, chains=self.chains, seed=seeds[4 + i]).rows(mine)
+            else:
+                again = lower(part, plan.rows(mine), chains=self.chains, seed=seeds[4 + i])
+            found.take(rows[mine], bound.rows(mine), again, path.name, seeds[6])
+
+    def _posterior(self, log_joint: LogJoint, found: _Found) -> Posterior:
+        prior, refit = found.value["prior"], found.value["refit"]
+        spread = (found.error["prior"].square() + found.error["refit"].square()).sqrt()
+        apart = (prior - refit) / spread.clamp_min(1e-12)
+        alarm = (apart.abs() > ALARM) & ((prior - refit).abs() > MATTERS)
+        known = found.draws.nan_to_num()  # a program need not take NaN
+        lost = found.draws.isnan().any(-1).any(0)
+        blank = lambda value: value.masked_fill(lost.reshape(1, -1, *[1] * (value.dim() - 2)), torch.nan)
+        stats = {
+            "ais_lower_prior": prior,
+            "ais_lower_refit": refit,
+            "ais_disagreement": apart,
+            "ais_ess": found.ess,
+            "ais_failed": found.failed,
+        }
+        return Posterior(
+            method=self.name,
+            draws=in_chains(found.draws),
+            sites={name: in_chains(blank(value)) for name, value in log_joint.constrain(known).items()},
+            status=["uncertified"] * log_joint.n_obs,
+            reason=self._reasons(found, apart, alarm),
+            mean=found.mean,
+            covariance=found.covariance,
+            evidence=Evidence("bound", "annealed importance sampling", found.bound, found.bound_error),
+            stats=stats,
+            sample_stats={"lp": in_chains(blank(log_joint(known)))},
+        )
+
+    def _reasons(self, found: _Found, apart: Tensor, alarm: Tensor) -> list[str]:
+        reasons = []
+        gap = (found.value["prior"] - found.value["refit"]).tolist()
+        for value, ess, wrong, sigmas, nats in zip(
+            found.bound.tolist(), found.ess.tolist(), alarm.tolist(), apart.tolist(), gap, strict=True
+        ):
+            if math.isnan(value):
+                sentence = "the budget ended before this datum was reached"
+            elif math.isinf(value):
+                sentence = "no chain ended with a finite weight"
+            elif wrong:
+                seen = "the prior" if nats > 0 else "q*"
+                sentence = (
+                    f"chains from {seen} found {abs(nats):.2g} nats more ({abs(sigmas):.1f} standard errors): a mode was missed"
+                )
+            else:
+                sentence = (
+                    f"a lower bound on log p(x) and {ess:.0f} effective chains of {self.chains}: no certificate of the draws"
+                )
+            reasons.append(f"ais: {sentence}")
+        return reasons
+
+
+@dataclass
+class _Found:
+    """What the runs gave, (N, ...) each; NaN where no run has been."""
+
+    value: dict[str, Tensor]
+    error: dict[str, Tensor]
+    bound: Tensor
+    bound_error: Tensor
+    ess: Tensor
+    failed: Tensor
+    mean: Tensor
+    covariance: Tensor
+    draws: Tensor
+
+    @classmethod
+    def empty(cls, log_joint: LogJoint, keep: int) -> _Found:
+        n, d = log_joint.n_obs, log_joint.dim
+        dtype = log_joint.dtype or log_joint.own_dtype
+
+        def nan(*shape: int) -> Tensor:
+            return torch.full(shape, torch.nan, dtype=dtype, device=log_joint.device)
+
+        value, error = {"prior": nan(n), "refit": nan(n)}, {"prior": nan(n), "refit": nan(n)}
+        return cls(value, error, nan(n), nan(n), nan(n), nan(n), nan(n, d), nan(n, d, d), nan(keep, n, d))
+
+    def take(self, rows: Tensor, first: Bound, again: Bound, name: str, seed: int) -> None:
+        """Take the winner's second run as the bound, and the chains of both as particles."""
+        self.bound[rows], self.bound_error[rows] = again.value, again.error
+        self.ess[rows], self.failed[rows] = again.ess, again.failed
+        z = torch.cat([first.z, again.z])
+        log_w = torch.cat([first.log_weights, again.log_weights])
+        some = log_w.isfinite().any(0)
+        weights = torch.softmax(torch.where(some, log_w, 0.0), 0)
+        z = torch.where(weights[..., None] > 0, z, 0.0)
+        mean = torch.einsum("sn,snd->nd", weights, z)
+        centred = z - mean
+        covariance = torch.einsum("sn,snd,sne->nde", weights, centred, centred)
+        lost = ~some[:, None]
+        self.mean[rows] = mean.masked_fill(lost, torch.nan)
+        self.covariance[rows] = covariance.masked_fill(lost[..., None], torch.nan)
+        generator = torch.Generator(device=z.device).manual_seed(seed + (name == "refit"))
+        self.draws[:, rows] = resample(z, weights, len(self.draws), generator).masked_fill(lost, torch.nan)
+
+
+def resample(z: Tensor, weights: Tensor, n_draws: int, generator: torch.Generator) -> Tensor:
+    """Draw from weighted particles by systematic resampling, in random order.
+
+    Args:
+        z: particles, (S, N, d).
+        weights: normalised along the particles, (S, N).
+        n_draws: number of draws K per datum; a particle of weight W is drawn floor(K W) or ceil(K W) times.
+        generator: of random numbers.
+
+    Returns:
+        (K, N, d).
+    """
+    n = z.shape[1]
+    offset = torch.rand(n, 1, dtype=z.dtype, device=z.device, generator=generator)
+    place = (torch.arange(n_draws, dtype=z.dtype, device=z.device) + offset) / n_draws
+    cumulative = weights.T.cumsum(1).contiguous()
+    index = torch.searchsorted(cumulative / cumulative[:, -1:], place).clamp_max(len(z) - 1)
+    order = torch.rand(n, n_draws, dtype=z.dtype, device=z.device, generator=generator).argsort(1)
+    index = index.gather(1, order).T
+    return z.gather(0, index[..., None].expand(-1, -1, z.shape[-1]))
