@@ -204,8 +204,8 @@ class _Search:
         start = (value >= value.amax(0) - TIE).int().argmax(0)
         chosen = start * self.n + self.everyone
         best = Normals(climbed.loc[chosen], climbed.root[chosen])
-        point = self._climb(best, self.everyone, self._noise(self.draws), tolerance / 20)
-        point, check = self._until_unseen_noise_agrees(point, tolerance)
+        q = self._climb_and_step(best, self.everyone, self._noise(self.draws), tolerance / 20)
+        check = self._until_unseen_noise_agrees(q, tolerance)
         dead = ~(check.value.isfinite() & check.loc.isfinite().all(-1) & check.root.isfinite().all(-1).all(-1))
         loc = torch.where(dead[:, None], encoder.loc, check.loc)
         root = torch.where(dead[:, None, None], encoder.root, check.root)
@@ -385,20 +385,26 @@ class _Search:
 
     # -- the end --------------------------------------------------------------------------------------------------------
 
-    def _until_unseen_noise_agrees(self, point: _Point, tolerance: float) -> tuple[_Point, _Point]:
+    def _climb_and_step(self, q: Normals, owner: Tensor, noise: Tensor, enough: float) -> Normals:
+        """Climb, then take the step that the last evaluation suggests: it costs nothing, and unseen noise judges it anyway."""
+        point = self._climb(q, owner, noise, enough)
+        near = point.decrement <= enough
+        loc, root = self._step(point, near.double())
+        near &= loc.isfinite().all(-1) & root.isfinite().all(-1).all(-1)
+        return Normals(torch.where(near[:, None], loc, point.loc), torch.where(near[:, None, None], root, point.root))
+
+    def _until_unseen_noise_agrees(self, q: Normals, tolerance: float) -> _Point:
         """Measure what is left on fresh noise; climb again on more noise where that is above the tolerance."""
         draws = self.draws
-        check = self._measure(point.loc, point.root, self.everyone, self._noise(draws), seen=False)
+        check = self._measure(q.loc, q.root, self.everyone, self._noise(draws), seen=False)
         for _ in range(ROUNDS):
             todo = ((check.decrement > tolerance) & check.value.isfinite()).nonzero()[:, 0]
             if not len(todo):
                 break
             draws *= GROWTH
-            again = self._climb(Normals(point.loc[todo], point.root[todo]), todo, self._noise(draws), tolerance / 20)
-            unseen = self._measure(again.loc, again.root, todo, self._noise(draws), seen=False)
-            point.put(todo, again)
-            check.put(todo, unseen)
-        return point, check
+            again = self._climb_and_step(Normals(check.loc[todo], check.root[todo]), todo, self._noise(draws), tolerance / 20)
+            check.put(todo, self._measure(again.loc, again.root, todo, self._noise(draws), seen=False))
+        return check
 
     def _score(self, point: _Point, n_draws: int) -> tuple[Tensor, Tensor]:
         """Return L[q] and its standard error, on plain antithetic draws.
