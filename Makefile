@@ -7,9 +7,11 @@ BIN := .venv/bin
 PYTHON312 ?= python3.12
 BIN1 := .venv-arviz1/bin
 STAMP1 := .venv-arviz1/.installed
+BINB := .venv-bench/bin
+STAMPB := .venv-bench/.installed
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-arviz1 lint bench clean
+.PHONY: demo test test-slow test-arviz1 lint bench bench-posteriors clean
 
 demo: $(STAMP)
 	$(BIN)/elbowroom run $(SPEC) --out runs/demo --overwrite
@@ -36,8 +38,12 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
+# Ours against blackjax, NumPyro and Pyro on the same posteriors; ARGS="--data 50" for a quick look.
+bench-posteriors: $(STAMPB)
+	$(BINB)/python -m benchmarks.posteriors $(ARGS)
+
 clean:
-	rm -rf .venv .venv-arviz1 build dist src/*.egg-info
+	rm -rf .venv .venv-arviz1 .venv-bench build dist src/*.egg-info
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -47,4 +53,9 @@ $(STAMP): pyproject.toml constraints.txt
 $(STAMP1): tests/arviz1/requirements.txt
 	test -x $(BIN1)/python || $(PYTHON312) -m venv .venv-arviz1
 	$(BIN1)/python -m pip install -q $(PIPFLAGS) -r tests/arviz1/requirements.txt
+	touch $@
+
+$(STAMPB): pyproject.toml constraints.txt benchmarks/requirements.txt
+	test -x $(BINB)/python || $(PYTHON) -m venv .venv-bench
+	$(BINB)/python -m pip install -q $(PIPFLAGS) -c constraints.txt -r benchmarks/requirements.txt -e .
 	touch $@

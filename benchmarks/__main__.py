@@ -1,4 +1,4 @@
-"""`make bench`: ours and the others side by side in one run, quality beside time; writes benchmarks/RESULTS.md."""
+"""`make bench`: ours and the others side by side in one run, quality beside time; writes its part of benchmarks/RESULTS.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import arviz_stats
 import numpy as np
@@ -152,7 +151,7 @@ def main() -> None:
         ratio = f"{r.ours / r.other:.2f} | {r.low:.2f} .. {r.high:.2f}"
         lines.append(f"| {r.what} | {r.ours:.4f} | {r.other:.4f} | {ratio} | {r.quality} |")
     text = "\n".join(lines) + "\n"
-    Path(__file__).with_name("RESULTS.md").write_text(text, encoding="utf-8")
+    results.write(text)
     print(text)
 
 

@@ -1,0 +1,159 @@
+"""The peers of the posterior benchmark: blackjax and NumPyro under vmap, Pyro one posterior at a time.
+
+Imported only when they run: they live in `.venv-bench` (benchmarks/requirements.txt).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pyro
+import pyro.distributions as dist
+import torch
+from jax import Array
+from numpyro.infer.hmc import hmc
+from pyro.infer.mcmc.util import initialize_model
+
+from benchmarks.problem import Method, Problem, Run, Settings
+
+Kernel = Callable[[Array, Array, Array], tuple[Array, Array]]  # key, z0 (d,), x (pixels,) -> draws (S, d), divergences
+
+
+def log_joint(weights: list[tuple[Array, Array]]) -> Callable[[Array, Array], Array]:
+    """Return log p(x, z) for one z (d,) and one x (pixels,), nats: N(0, I) prior, tanh network, Bernoulli pixels."""
+
+    def log_density(z: Array, x: Array) -> Array:
+        h = z
+        for w, b in weights[:-1]:
+            h = jnp.tanh(h @ w.T + b)
+        w, b = weights[-1]
+        logits = h @ w.T + b
+        prior = -0.5 * jnp.sum(z**2) - 0.5 * z.size * jnp.log(2 * jnp.pi)
+        return prior + jnp.sum(x * logits - jax.nn.softplus(logits))
+
+    return log_density
+
+
+def evaluate(problem: Problem, z: np.ndarray, *, double: bool) -> np.ndarray:
+    """Return log p(x_n, z_sn), (S, N), as jax computes it, in float32 or float64."""
+    with jax.enable_x64(double):
+        dtype = jnp.float64 if double else jnp.float32
+        weights = [(jnp.asarray(w, dtype), jnp.asarray(b, dtype)) for w, b in problem.weights]
+        function = jax.vmap(jax.vmap(log_joint(weights)), in_axes=(0, None))
+        return np.asarray(jax.jit(function)(jnp.asarray(z, dtype), jnp.asarray(problem.x.numpy(), dtype)))
+
+
+def blackjax_nuts(problem: Problem, settings: Settings) -> Method:
+    """Blackjax's NUTS with window adaptation (diagonal metric, target 0.8) per chain, under vmap over chains x data."""
+
+    def kernel(density: Callable[[Array, Array], Array]) -> Kernel:
+        def one(key: Array, z: Array, x: Array) -> tuple[Array, Array]:
+            target = lambda u: density(u, x)
+            warm_key, run_key = jax.random.split(key)
+            adaptation = blackjax.window_adaptation(blackjax.nuts, target, adaptation_info_fn=lambda *_: ())
+            (state, parameters), _ = adaptation.run(warm_key, z, num_steps=settings.warmup)
+            step = blackjax.nuts(target, **parameters).step
+
+            def body(state: Any, key: Array) -> tuple[Any, tuple[Array, Array]]:
+                state, info = step(key, state)
+                return state, (state.position, info.is_divergent)
+
+            _, (draws, divergent) = jax.lax.scan(body, state, jax.random.split(run_key, settings.draws))
+            return draws, divergent.sum()
+
+        return one
+
+    return _compiled(f"blackjax {blackjax.__version__} NUTS, vmap", problem, settings, kernel)
+
+
+def numpyro_nuts(problem: Problem, settings: Settings) -> Method:
+    """NumPyro's NUTS kernel with its warm-up (diagonal metric, target 0.8) per chain, under vmap over chains x data."""
+
+    def kernel(density: Callable[[Array, Array], Array]) -> Kernel:
+        def one(key: Array, z: Array, x: Array) -> tuple[Array, Array]:
+            start, step = hmc(lambda u: -density(u, x), algo="NUTS")
+            state = start(z, settings.warmup, rng_key=key)
+            state, _ = jax.lax.scan(lambda s, _: (step(s), None), state, length=settings.warmup)
+
+            def body(state: Any, _: None) -> tuple[Any, tuple[Array, Array]]:
+                state = step(state)
+                return state, (state.z, state.diverging)
+
+            _, (draws, divergent) = jax.lax.scan(body, state, length=settings.draws)
+            return draws, divergent.sum()
+
+        return one
+
+    return _compiled(f"NumPyro {numpyro.__version__} NUTS, vmap", problem, settings, kernel)
+
+
+def _compiled(name: str, problem: Problem, settings: Settings, kernel: Callable[..., Kernel]) -> Method:
+    """Compile a kernel for all chains and data at once in float32, jax's default."""
+    weights = [(jnp.asarray(w, jnp.float32), jnp.asarray(b, jnp.float32)) for w, b in problem.weights]
+    x = jnp.asarray(problem.x.numpy(), jnp.float32)
+    many = jax.vmap(jax.vmap(kernel(log_joint(weights)), in_axes=(0, 0, 0)), in_axes=(0, 0, None))
+
+    def arguments(seed: int) -> tuple[Array, Array, Array]:
+        keys = jax.random.split(jax.random.key(seed), (settings.chains, problem.n_obs))
+        return keys, jnp.asarray(problem.starts(settings.chains, seed).numpy(), jnp.float32), x
+
+    start = time.perf_counter()
+    executable = jax.jit(many).lower(*arguments(0)).compile()
+    compile_seconds = time.perf_counter() - start
+
+    def run(seed: int) -> Run:
+        given = jax.block_until_ready(arguments(seed))
+        start = time.perf_counter()
+        draws, divergences = jax.block_until_ready(executable(*given))
+        seconds = time.perf_counter() - start
+        # (chain, N, draw, d) -> (chain, draw, N, d)
+        return Run(np.asarray(draws, np.float64).swapaxes(1, 2), seconds, int(divergences.sum()))
+
+    return Method(name, "float32", problem.n_obs, settings.chains, run, compile_seconds)
+
+
+def pyro_nuts(problem: Problem, settings: Settings) -> Method:
+    """Pyro's NUTS, one datum and one chain after the other, each with its own model (float32, Pyro's default)."""
+    n = min(settings.pyro, problem.n_obs)
+    layers = [(torch.as_tensor(w, dtype=torch.float32), torch.as_tensor(b, dtype=torch.float32)) for w, b in problem.weights]
+    data = problem.x[:n].float()
+
+    def model(x: torch.Tensor) -> None:
+        h = pyro.sample("z", dist.Normal(torch.zeros(problem.dim), 1.0).to_event(1))
+        for w, b in layers[:-1]:
+            h = torch.tanh(h @ w.T + b)
+        w, b = layers[-1]
+        pyro.sample("x", dist.Bernoulli(logits=h @ w.T + b).to_event(1), obs=x)
+
+    where = problem.starts(1, 0)[0, :n].float()
+    theirs = torch.stack([-initialize_model(model, (x,))[1]({"z": z}) for x, z in zip(data, where, strict=True)])
+    ours = problem.log_joint(problem.starts(1, 0))[0, :n]
+    problem.same("Pyro, float32", theirs.double().numpy(), ours.numpy(), 1e-4)
+
+    def run(seed: int) -> Run:
+        pyro.set_rng_seed(seed)
+        starts = problem.starts(1, seed)[0, :n].float()
+        draws, divergences = [], 0
+        start = time.perf_counter()
+        for x, z in zip(data, starts, strict=True):
+            mcmc = pyro.infer.MCMC(
+                pyro.infer.NUTS(model),
+                num_samples=settings.draws,
+                warmup_steps=settings.warmup,
+                initial_params={"z": z},
+                disable_progbar=True,
+            )
+            mcmc.run(x)
+            draws.append(mcmc.get_samples()["z"])
+            divergences += sum(len(found) for found in mcmc.diagnostics()["divergences"].values())
+        seconds = time.perf_counter() - start
+        return Run(torch.stack(draws, 1)[None].double().numpy(), seconds, divergences)
+
+    return Method(f"Pyro {pyro.__version__} NUTS, one by one", "float32", n, 1, run)

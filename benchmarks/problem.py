@@ -1,0 +1,108 @@
+"""The posteriors that the benchmark compares methods on, and what a method is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyro
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from elbowroom.inference.svi import Step, batches
+from elbowroom.inference.target import LogJoint
+from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods import Bernoulli
+from elbowroom.models.networks import MLP
+from elbowroom.models.priors import Normal
+from elbowroom.models.vae import VAE
+
+PIXELS, DIM, EPOCHS = 64, 2, 100
+FIT, DATA, STARTS = 101, 102, 103  # seeds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run compares: chains, warm-up and draws per chain, data for Pyro's NUTS, timed repeats, threads."""
+
+    chains: int
+    warmup: int
+    draws: int
+    pyro: int
+    repeats: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """Draws (chain, draw, N, d), the seconds they took and how many of them came from divergent transitions."""
+
+    draws: np.ndarray
+    seconds: float
+    divergences: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One competitor: `run(seed)` samples the first `n_obs` data; compilation has happened before, in `compile_seconds`."""
+
+    name: str
+    dtype: str
+    n_obs: int
+    chains: int
+    run: Callable[[int], Run]
+    compile_seconds: float = math.nan
+
+
+class Problem:
+    """Posteriors that share a decoder: the fitted pair, data x (N, 64) drawn from it, and the decoder's weights in numpy."""
+
+    def __init__(self, vae: VAE, n_obs: int) -> None:
+        self.vae, self.n_obs, self.dim = vae, n_obs, DIM
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(DATA)
+            self.x = vae.decode(torch.randn(n_obs, DIM)).sample()
+        linear = [layer for layer in vae.decoder.modules() if isinstance(layer, torch.nn.Linear)]
+        self.weights = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linear]
+        self.log_joint = self.fresh()
+
+    def fresh(self) -> LogJoint:
+        """Return a new seam, of which nothing is known yet."""
+        return LogJoint(self.vae.model, self.vae.guide, self.x)
+
+    def starts(self, chains: int, seed: int) -> Tensor:
+        """Return starting points (chains, N, d): half from the guide, half from the prior, in float64."""
+        half = (chains + 1) // 2
+        from_guide, _ = self.log_joint.sample_guide(half, STARTS + seed)
+        return (
+            torch.cat([from_guide, self.log_joint.sample_prior(chains - half, STARTS + seed + 1)])
+            if chains > half
+            else from_guide
+        )
+
+    def same(self, who: str, theirs: np.ndarray, ours: np.ndarray, tolerance: float) -> None:
+        """Raise unless two evaluations of log p(x, z) agree to a relative tolerance: otherwise nothing is comparable."""
+        error = float(np.max(np.abs(theirs - ours) / (1 + np.abs(ours))))
+        if not error <= tolerance:
+            raise RuntimeError(f"{who}: log p(x, z) differs from ours by a relative {error:.1e} (allowed {tolerance:g})")
+        print(f"{who}: log p(x, z) equals ours to a relative {error:.1e}", flush=True)
+
+
+def fitted(hidden: int, epochs: int = EPOCHS) -> VAE:
+    """Fit the pair to the binarized digits by Adam: batches of 128, learning rate 3e-3."""
+    x = torch.as_tensor(load_digits().data >= 8, dtype=torch.float32)
+    with torch.random.fork_rng(), pyro.get_param_store().scope():
+        torch.manual_seed(FIT)
+        family, options = DiagonalNormal(DIM), {"hidden": (hidden,), "activation": "tanh"}
+        encoder = AmortizedGuide(MLP((PIXELS,), family.param_dim, **options), family)
+        vae = VAE(Normal(DIM), Bernoulli((PIXELS,)), MLP((DIM,), PIXELS, **options), encoder)
+        vae.adapt(x)
+        step, order = Step(vae, size=len(x), learning_rate=3e-3), torch.Generator().manual_seed(FIT)
+        for _ in range(epochs):
+            for index in batches(len(x), 128, order):
+                step(x[index])
+    return vae.eval()
