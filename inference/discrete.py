@@ -188,11 +188,10 @@ def sample(log_probability: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         Indices (S, ...), int64; an index of probability zero is never drawn; -1 where a column is not a distribution.
     """
-    cumulative = torch.softmax(log_probability, 0).cumsum(0).movedim(0, -1).contiguous()
+    cumulative = torch.softmax(log_probability.movedim(0, -1), -1).cumsum(-1).contiguous()
     broken = ~cumulative[..., -1].isfinite()
-    cumulative = torch.where(broken[..., None], 1.0, cumulative)
     # divided by its rounded end: a uniform number lies below the last value, and a value not above its predecessor is skipped
-    cumulative = cumulative / cumulative[..., -1:]
+    cumulative /= cumulative[..., -1:].clone()
     index = torch.searchsorted(cumulative, uniform.movedim(0, -1).contiguous(), right=True).movedim(-1, 0)
     return torch.where(broken, -1, index)
 
