@@ -22,7 +22,7 @@ from elbowroom.inference.target import LogJoint
 
 BLOCK = 2**22  # assignments x draws x data held at once
 TOLERANCE = 1e-5  # of a sum of probabilities: the program may compute in float32
-FAILURES = (RuntimeError, ValueError, IndexError)
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 @dataclass(frozen=True)

@@ -397,6 +397,10 @@ def fewer_values(y):
         pyro.sample("k", dist.Categorical(torch.ones(len(y), 2)))
 
 
+def outside_the_plate(y):
+    pyro.sample("k", dist.Categorical(WEIGHTS))
+
+
 @pytest.mark.parametrize(
     ("model", "guide", "message"),
     [
@@ -404,7 +408,8 @@ def fewer_values(y):
         (observed_outside, logits_guide, "outside the plate"),
         (masked, logits_guide, "prior probabilities of 'k' for datum 0 sum to 3"),
         (mixture, other_values, "guide: its probabilities of 'k' for datum 0 sum to 0.9999 over"),
-        (mixture, fewer_values, "guide"),
+        (mixture, fewer_values, "guide: it gives no probability of k=2"),
+        (mixture, outside_the_plate, "guide: it gives no probability of k=0"),
     ],
 )
 def test_what_enumeration_would_get_wrong_is_refused(model, guide, message: str) -> None:
