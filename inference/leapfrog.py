@@ -40,6 +40,10 @@ class State:
         value, gradient = target(z)
         return cls(z, *_finite(value, gradient))
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return positions, log densities and gradients."""
+        return self.z, self.value, self.gradient
+
     def rows(self, index: Tensor) -> State:
         """Return the chains of some of the data."""
         return State(self.z[:, index], self.value[:, index], self.gradient[:, index])

@@ -109,7 +109,8 @@ class LogJoint:
 
         Where discrete sites are summed out, log p(z) is the marginal of the continuous ones, and log p(x_n|z) likewise.
         """
-        return self._split(z).unbind(-1)
+        log_prior, log_likelihood = self._split(z).unbind(-1)
+        return log_prior, log_likelihood
 
     def grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(x_n, z_sn), (S, N), and its gradient in z, (S, N, d)."""
@@ -259,6 +260,18 @@ class LogJoint:
             return None
         part.tested = self.tested[:, rows]
         return part if same else None
+
+    def blocks(self, size: int) -> list[LogJoint]:
+        """Split the data, in order, into parts of at most `size`; one part where the arguments cannot be taken apart."""
+        if self.n_obs <= size:
+            return [self]
+        parts = []
+        for rows in torch.arange(self.n_obs, device=self.device).split(max(1, size)):
+            part = self.subset(rows)
+            if part is None:
+                return [self]
+            parts.append(part)
+        return parts
 
     # -- running the program --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,226 @@
+r"""Mode search: many short runs per datum that start from the prior and are annealed into the posterior.
+
+The path is p(z) p(x|z)^b. Each datum raises b by itself, as far as a conditional effective sample size of its particles allows
+(adaptive tempering: Del Moral, Doucet and Jasra 2012), with one trajectory per temperature; at b = 1 the runs go on for some
+trajectories, whose mean is kept. The increments of log p(x|z) give every run its annealing weight.
+
+A mode is unseen by other chains when a run's mean lies farther from them (in their own covariance) than the means of as many
+of their own consecutive states ever do. Few chains and R-hat do not see modes; this does, whatever the number of long chains.
+Runs start from independent draws of the prior: a basin that holds a share s of the prior is missed by all P runs with
+probability (1 - s)^P; annealing only improves on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elbowroom.inference.leapfrog import State, Target, transition
+from elbowroom.inference.normals import Normals, safe_cholesky, whiten
+from elbowroom.inference.target import LogJoint
+
+RUNS = 128
+TEMPERATURES = 40
+SETTLE, KEPT = 6, 8  # trajectories at b = 1 before the mean is taken, and those that it is taken over
+LEAPFROGS = 3
+MAX_LEAPFROGS = 8
+QUARTER = math.pi / 2
+CESS = 0.7  # conditional effective sample size that one rise of b may cost
+ACCEPT, GAIN = 0.75, 0.5  # acceptance aimed at, and how fast step sizes follow
+MISS = 1e-3
+SLACK, FACTOR = 4.0, 1.5  # a run is unseen beyond FACTOR x (the farthest segment) + SLACK, in squared standard deviations
+NEGLIGIBLE = 0.01  # share of the mass of unseen runs that is let pass
+PRIOR_DRAWS = 200
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What the runs found that other chains have not seen, per datum.
+
+    Attributes:
+        share: estimated share of the posterior's mass in the unseen runs, (N,).
+        place: where the heaviest unseen run is, (N, d); NaN where none is.
+        matters: whether the share is too large to be ignored, or cannot be told, (N,).
+    """
+
+    share: Tensor
+    place: Tensor
+    matters: Tensor
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Short runs from the prior, P per datum.
+
+    Attributes:
+        mean: mean of each run's last states, (P, N, d).
+        end: each run's last state, (P, N, d).
+        level: mean log joint of each run's last states, (P, N).
+        log_weight: annealing weights, unnormalised, (P, N).
+        ladder: inverse temperatures that each datum went through, (T, N), from 0, ending at 1.
+        length: number of states in each mean.
+    """
+
+    mean: Tensor
+    end: Tensor
+    level: Tensor
+    log_weight: Tensor
+    ladder: Tensor
+    length: int
+
+    @property
+    def smallest_basin(self) -> float:
+        """Share of the prior's mass that a basin must hold to be missed with a probability below 1e-3."""
+        return 1 - MISS ** (1 / len(self.mean))
+
+    def rows(self, index: Tensor) -> Modes:
+        """Return those of some of the data."""
+        parts = (self.mean[:, index], self.end[:, index], self.level[:, index], self.log_weight[:, index])
+        return Modes(*parts, self.ladder[:, index], self.length)
+
+    def longer(self, log_joint: LogJoint, root: Tensor, step: Tensor, settle: int, generator: torch.Generator) -> Modes:
+        """Return the runs after `settle` further trajectories and those that the mean is taken over.
+
+        A run that a slow start held back joins the others; one in a mode of its own stays.
+
+        Args:
+            log_joint: the same data.
+            root: metric roots, (N, d, d).
+            step: step sizes, (N,).
+            settle: trajectories before the mean is taken.
+            generator: of all randomness.
+        """
+        state, sums, level = State.at(log_joint.grad, self.end), torch.zeros_like(self.end), torch.zeros_like(self.level)
+        for i in range(settle + self.length):
+            n_steps = min(max(1, math.ceil(QUARTER / float(step.median()))), MAX_LEAPFROGS)
+            jitter = 0.6 + 0.4 * float(torch.rand((), generator=generator, device=step.device))  # no run at its own period
+            move = transition(log_joint.grad, state, root, step * jitter, n_steps, generator)
+            state = move.state
+            if i < settle:
+                step = _follow(step, move.accept)
+            else:
+                sums, level = sums + state.z, level + state.value
+        return Modes(sums / self.length, state.z, level / self.length, self.log_weight, self.ladder, self.length)
+
+    def unseen_by(self, draws: Tensor, lp: Tensor) -> Unseen:
+        """Compare the runs with chains.
+
+        Args:
+            draws: (C, S, N, d).
+            lp: their log joint, (C, S, N).
+        """
+        flat = draws.flatten(0, 1)
+        centre = flat.mean(0)
+        centred = flat - centre
+        root = safe_cholesky(torch.einsum("snd,sne->nde", centred, centred) / (len(flat) - 1))
+        segments = draws[:, : draws.shape[1] // self.length * self.length].unflatten(1, (-1, self.length)).mean(2)
+        reach = whiten(root, segments.flatten(0, 1) - centre).square().sum(-1).amax(0)
+        distance = whiten(root, self.mean - centre).square().sum(-1)
+        unseen = distance > FACTOR * reach + SLACK
+        weight = torch.softmax(self.log_weight, 0)
+        share = (weight * unseen).sum(0)
+        ess = 1 / weight.square().sum(0)
+        # few effective weights tell little: then the height of log p(x, z) speaks, as if the volumes were equal
+        height = torch.where(unseen, self.level, -torch.inf).amax(0) - lp.flatten(0, 1).mean(0)
+        reliable = ess > len(weight) / 10
+        matters = torch.where(reliable, share > NEGLIGIBLE, (share > NEGLIGIBLE) | (height.exp() > NEGLIGIBLE))
+        score = torch.where(unseen, self.level, -torch.inf)
+        best = score.argmax(0)
+        place = self.mean.gather(0, best[None, :, None].expand(1, *self.mean.shape[1:]))[0]
+        place = torch.where(unseen.any(0).unsqueeze(-1), place, torch.nan)
+        return Unseen(share, place, matters & unseen.any(0))
+
+
+def search(log_joint: LogJoint, q: Normals, *, runs: int = RUNS, seed: int = 0) -> Modes:
+    """Send short annealed runs from the prior into every posterior.
+
+    Args:
+        log_joint: the model and guide.
+        q: normals near the posteriors, for the metric only.
+        runs: number P of runs per datum.
+        seed: random seed.
+    """
+    generator = torch.Generator(device=log_joint.device).manual_seed(seed + 1)
+    metric = Metric.of(log_joint, q, seed + 2)
+    z = log_joint.sample_prior(runs, seed).to(q.loc.dtype)
+    n, d = q.loc.shape
+    b = torch.zeros(n, dtype=z.dtype, device=z.device)
+    step = torch.full_like(b, d**-0.25)
+    log_weight = torch.zeros(runs, n, dtype=z.dtype, device=z.device)
+    ladder = [b]
+    for t in range(TEMPERATURES):
+        if not bool((b < 1).any()):
+            break
+        likelihood = log_joint.terms(z)[1].nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+        raised = _raise(b, likelihood) if t + 1 < TEMPERATURES else torch.ones_like(b)
+        log_weight = log_weight + (raised - b) * likelihood.clamp_min(-1e300)
+        b = raised
+        ladder.append(b)
+        z, step = _move(tempered(log_joint, b), z, metric.root(b), step, generator)
+    found = Modes(z, z, log_weight, log_weight, torch.stack(ladder), KEPT)
+    return found.longer(log_joint, metric.root(torch.ones_like(b)), step, SETTLE, generator)
+
+
+def tempered(log_joint: LogJoint, b: Tensor) -> Target:
+    """Return the density p(z) p(x|z)^b with b per datum (N,), or per chain and datum (S, N)."""
+
+    def target(z: Tensor) -> tuple[Tensor, Tensor]:
+        prior, likelihood, gradient = log_joint.tempered(z, b)
+        return torch.where(b > 0, prior + b * likelihood, prior), gradient
+
+    return target
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Roots for the densities between prior and posterior: precision (1 - b) / prior variance + b (covariance of q)^-1.
+
+    Attributes:
+        prior: prior precisions, (N, d).
+        precision: precision of q, (N, d, d).
+    """
+
+    prior: Tensor
+    precision: Tensor
+
+    @classmethod
+    def of(cls, log_joint: LogJoint, q: Normals, seed: int) -> Metric:
+        """Take the prior's scale from quartiles of draws of it: heavy tails have no variance."""
+        draws = log_joint.sample_prior(PRIOR_DRAWS, seed).to(q.loc.dtype)
+        low, high = torch.quantile(draws, torch.tensor([0.16, 0.84], dtype=draws.dtype, device=draws.device), dim=0)
+        scale = ((high - low) / 2).clamp_min(1e-6)
+        return cls(scale.square().reciprocal(), torch.cholesky_inverse(q.root))
+
+    def root(self, b: Tensor) -> Tensor:
+        """Return lower-triangular roots (N, d, d) at the inverse temperatures b (N,)."""
+        mixed = torch.diag_embed((1 - b).unsqueeze(-1) * self.prior) + b[:, None, None] * self.precision
+        return safe_cholesky(torch.cholesky_inverse(safe_cholesky(mixed)))
+
+    def rows(self, index: Tensor) -> Metric:
+        """Return those of some of the data."""
+        return Metric(self.prior[index], self.precision[index])
+
+
+def _move(target: Target, z: Tensor, root: Tensor, step: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    move = transition(target, State.at(target, z), root, step, LEAPFROGS, generator)
+    return move.state.z, _follow(step, move.accept)
+
+
+def _follow(step: Tensor, accept: Tensor) -> Tensor:
+    return step * torch.exp(GAIN * (accept.mean(0) - ACCEPT))
+
+
+def _raise(b: Tensor, likelihood: Tensor) -> Tensor:
+    """Return the largest next b, per datum, whose incremental weights keep CESS of the particles, by bisection."""
+    low, high = b, torch.ones_like(b)
+    for _ in range(20):
+        middle = (low + high) / 2
+        weight = torch.softmax((middle - b) * likelihood, 0)
+        enough = 1 / (len(likelihood) * weight.square().sum(0)) >= CESS
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    full = torch.softmax((1 - b) * likelihood, 0)
+    done = 1 / (len(likelihood) * full.square().sum(0)) >= CESS
+    return torch.where(done | ~likelihood.isfinite().any(0), 1.0, low)

@@ -1,0 +1,127 @@
+"""The chains of batched HMC: warm-up, then frozen step sizes and jittered trajectories, in buckets of similar step size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elbowroom.inference.certificate import Chains
+from elbowroom.inference.leapfrog import DualAveraging, State, transition
+from elbowroom.inference.normals import safe_cholesky
+from elbowroom.inference.scout import Scout
+from elbowroom.inference.target import LogJoint
+
+QUARTER = math.pi / 2  # of the period of a standard normal's oscillation: the state after it is independent
+JITTER = (0.7, 1.3)
+WARMUP = (80, 70)  # trajectories before and after the metric is re-estimated
+WARM_LEAPFROGS, MAX_LEAPFROGS = 8, 64
+RATIO, WIDE_RATIO = 1.35, 3.0  # largest ratios of step sizes within a bucket, and within a small one
+SMALL = 1000  # chains x data below which a bucket costs as much as a larger one
+PRIOR_DRAWS_WORTH = 5  # draws per dimension that q*'s covariance counts for beside the chains' own
+
+
+@dataclass
+class Sampler:
+    """Chains of some data with their frozen metric and step sizes.
+
+    Attributes:
+        log_joint: the data's densities.
+        state: where the chains are.
+        root: metric roots, (N, d, d).
+        step: step sizes in whitened coordinates, (N,).
+        generator: of all randomness.
+    """
+
+    log_joint: LogJoint
+    state: State
+    root: Tensor
+    step: Tensor
+    generator: torch.Generator
+
+    @classmethod
+    def warmed_up(cls, log_joint: LogJoint, known: Scout, chains: int, generator: torch.Generator) -> Sampler:
+        """Start half of the chains from q* and half from annealed draws of the prior, and adapt metric and step sizes."""
+        half = chains // 2
+        start = torch.cat([known.refit.q.sample(chains - half, generator), known.modes.end[:half]])
+        root = known.refit.q.root
+        state = State.at(log_joint.grad, start)
+        state, step, draws = _adapt(log_joint, state, root, torch.full_like(root[:, 0, 0], _first(root)), WARMUP[0], generator)
+        root = _reestimated(root, draws[WARMUP[0] // 3 :])
+        state, step, _ = _adapt(log_joint, state, root, torch.full_like(step, _first(root)), WARMUP[1], generator)
+        return cls(log_joint, state, root, step, generator)
+
+    def rows(self, part: LogJoint, index: Tensor) -> Sampler:
+        """Return the chains of some of the data, whose seam is `part`."""
+        return Sampler(part, self.state.rows(index), self.root[index], self.step[index], self.generator)
+
+    def run(self, length: int) -> Chains:
+        """Return the next `length` draws of every chain."""
+        c, n, d = self.state.z.shape
+        new = lambda *shape: torch.empty(c, length, n, *shape, dtype=self.state.z.dtype, device=self.state.z.device)
+        out = Chains(new(d), new(), new(), new(), torch.empty(c, length, n, dtype=torch.bool, device=self.state.z.device))
+        for rows in self._buckets():
+            part = self.log_joint if len(rows) == n else self.log_joint.subset(rows)
+            if part is None:  # raised by `_buckets` before any work was done
+                raise AssertionError("a bucket of data that cannot be taken apart")
+            state, step = self.state.rows(rows), float(self.step[rows].min())
+            for i in range(length):
+                low, high = JITTER
+                tau = QUARTER * (low + (high - low) * float(torch.rand((), generator=self.generator, device=state.z.device)))
+                n_steps = min(math.ceil(tau / step), MAX_LEAPFROGS)
+                move = transition(part.grad, state, self.root[rows], min(tau / n_steps, step), n_steps, self.generator)
+                state = move.state
+                out.draws[:, i, rows], out.lp[:, i, rows] = state.z, state.value
+                out.energy[:, i, rows] = move.energy  # type: ignore[index]
+                out.accept[:, i, rows], out.divergent[:, i, rows] = move.accept, move.divergent
+            self.state.z[:, rows], self.state.value[:, rows], self.state.gradient[:, rows] = (
+                state.z,
+                state.value,
+                state.gradient,
+            )
+        return out
+
+    def _buckets(self) -> list[Tensor]:
+        """Group the data by step size; one group where the arguments cannot be taken apart."""
+        steps, order = self.step.sort()
+        small = max(1, SMALL // len(self.state.z))
+        edges, first = [], 0
+        values = steps.tolist()
+        for i, value in enumerate(values):
+            allowed = WIDE_RATIO if i - first < small else RATIO
+            if value > allowed * values[first]:
+                edges.append(i)
+                first = i
+        groups = list(order.tensor_split(edges)) if edges else [order]
+        if len(groups) > 1 and self.log_joint.subset(groups[0]) is None:
+            return [order]
+        return [group.sort().values for group in groups]
+
+
+def _first(root: Tensor) -> float:
+    return float(root.shape[-1]) ** -0.25
+
+
+def _adapt(
+    log_joint: LogJoint, state: State, root: Tensor, step: Tensor, length: int, generator: torch.Generator
+) -> tuple[State, Tensor, Tensor]:
+    """Run trajectories under dual averaging: state, final step sizes, and the draws (length, C, N, d)."""
+    adaptation, draws = DualAveraging(step), []
+    for _ in range(length):
+        n_steps = min(max(1, math.ceil(QUARTER / float(adaptation.step.median()))), WARM_LEAPFROGS)
+        move = transition(log_joint.grad, state, root, adaptation.step, n_steps, generator)
+        state = move.state
+        adaptation.update(move.accept.mean(0))
+        draws.append(state.z)
+    return state, adaptation.final(), torch.stack(draws)
+
+
+def _reestimated(root: Tensor, draws: Tensor) -> Tensor:
+    """Return roots of the covariance within chains, drawn towards that of q* as a few draws per dimension would."""
+    length, chains, _, d = draws.shape
+    centred = draws - draws.mean(0)
+    within = torch.einsum("scnd,scne->nde", centred, centred) / ((length - 1) * chains)
+    weight = length * chains / (length * chains + PRIOR_DRAWS_WORTH * d * 4)
+    return safe_cholesky(weight * within + (1 - weight) * root @ root.mT)

@@ -1,0 +1,140 @@
+r"""Parallel tempering for the posteriors that single chains do not cross: replicas at p(z) p(x|z)^b that swap places.
+
+Every datum has its own ladder of inverse temperatures, the one that the mode search raised b by: neighbours overlap by
+construction. The replica at b = 0 is drawn afresh from the prior each time, so what reaches b = 1 comes from anywhere that the
+prior knows of. Swaps of even and odd neighbours alternate (non-reversible: Syed, Bouchard-Cote, Deligiannidis and Doucet 2022,
+https://doi.org/10.1111/rssb.12464) and are accepted with probability min(1, exp((b_i - b_j) (log p(x|z_j) - log p(x|z_i)))).
+Chains are independent ensembles, so R-hat and ESS mean what they always mean.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from elbowroom.inference.certificate import Chains
+from elbowroom.inference.leapfrog import DualAveraging, Move, State, transition
+from elbowroom.inference.modes import Metric, Modes, tempered
+from elbowroom.inference.target import LogJoint
+
+REPLICAS = 14  # temperatures at most
+WARMUP = 150
+LEAPFROGS = (2, 6)
+PRIOR_BATCH = 64
+
+
+class Tempering:
+    """Ensembles of replicas of some data.
+
+    Args:
+        log_joint: the model and guide.
+        modes: their mode search, for the ladder and the starts.
+        metric: roots along the ladder.
+        chains: number of independent ensembles C per datum.
+        generator: of everything but the prior's draws.
+        seed: of the prior's draws.
+        shrink: factor on the step sizes that the adaptation found.
+    """
+
+    def __init__(
+        self,
+        log_joint: LogJoint,
+        modes: Modes,
+        metric: Metric,
+        chains: int,
+        generator: torch.Generator,
+        seed: int,
+        shrink: float = 1.0,
+    ) -> None:
+        self.log_joint, self.chains, self.generator, self.seed = log_joint, chains, generator, seed
+        self.b = _ladder(modes.ladder)  # (K, N)
+        k, n = self.b.shape
+        d = log_joint.dim
+        self.root = torch.stack([metric.root(b) for b in self.b]).flatten(0, 1)  # (K N, d, d)
+        pick = torch.multinomial(torch.softmax(modes.log_weight, 0).T, chains * k, replacement=True, generator=generator).T
+        start = modes.end.gather(0, pick[..., None].expand(-1, -1, d))
+        self.z = start.reshape(chains, k, n, d)
+        self.step = torch.full((k * n,), d**-0.25, dtype=start.dtype, device=start.device)
+        self.sweeps = 0
+        self.prior: list[Tensor] = []
+        adaptation = DualAveraging(self.step)
+        for _ in range(WARMUP):
+            self.step = adaptation.step
+            adaptation.update(self._sweep().accept.mean(0))
+        self.step = shrink * adaptation.final()
+
+    def run(self, length: int, until: float = math.inf) -> Chains:
+        """Return the next `length` draws at b = 1 of every ensemble; fewer where the time ends."""
+        k, n = self.b.shape
+        draws, lp, accept, divergent = [], [], [], []
+        for _ in range(length):
+            move = self._sweep()
+            cold = slice((k - 1) * n, None)
+            draws.append(self.z[:, -1])
+            lp.append(self.level)
+            accept.append(move.accept[:, cold])
+            divergent.append(move.divergent[:, cold])
+            if time.monotonic() > until and len(draws) >= 16:
+                break
+        return Chains(torch.stack(draws, 1), torch.stack(lp, 1), None, torch.stack(accept, 1), torch.stack(divergent, 1))
+
+    def _sweep(self) -> Move:
+        """Move every replica, draw the hottest afresh, swap neighbours."""
+        c, k = self.chains, len(self.b)
+        n, d = self.b.shape[1], self.z.shape[-1]
+        bs = self.b.expand(c, k, n).reshape(c * k, n)
+        along = tempered(self.log_joint, bs)
+
+        def target(z: Tensor) -> tuple[Tensor, Tensor]:  # (C, K N, d): a replica of a datum is a datum of its own
+            value, gradient = along(z.reshape(c * k, n, d))
+            return value.reshape(c, k * n), gradient.reshape(c, k * n, d)
+
+        low, high = LEAPFROGS
+        n_steps = int(torch.randint(low, high, (), generator=self.generator, device=self.z.device))
+        state = State.at(target, self.z.reshape(c, k * n, d))
+        move = transition(target, state, self.root, self.step, n_steps, self.generator)
+        self.z = move.state.z.reshape(c, k, n, d).clone()
+        self.z[:, 0] = self._fresh()
+        self._swap()
+        self.sweeps += 1
+        return move
+
+    def _swap(self) -> None:
+        c, k = self.chains, len(self.b)
+        flat = self.z.flatten(0, 1)
+        prior, likelihood = self.log_joint.terms(flat)
+        prior, likelihood = (t.reshape(c, k, -1) for t in (prior, likelihood))
+        first = torch.arange(self.sweeps % 2, k - 1, 2, device=flat.device)
+        if len(first):
+            gain = (self.b[first] - self.b[first + 1]) * (likelihood[:, first + 1] - likelihood[:, first])
+            log_u = torch.rand(gain.shape, dtype=gain.dtype, device=gain.device, generator=self.generator).log()
+            swap = log_u < gain.nan_to_num(nan=-torch.inf)
+            index = torch.arange(k, device=flat.device)[:, None].expand(c, k, swap.shape[-1]).clone()
+            index[:, first] = torch.where(swap, first[:, None] + 1, first[:, None])
+            index[:, first + 1] = torch.where(swap, first[:, None], first[:, None] + 1)
+            self.z = self.z.gather(1, index.unsqueeze(-1).expand_as(self.z))
+            prior, likelihood = prior.gather(1, index), likelihood.gather(1, index)
+        self.level = prior[:, -1] + likelihood[:, -1]
+
+    def _fresh(self) -> Tensor:
+        """Return new draws of the prior, (C, N, d)."""
+        if not self.prior:
+            self.seed += 1
+            batch = self.log_joint.sample_prior(self.chains * PRIOR_BATCH, self.seed).to(self.z.dtype)
+            self.prior = list(batch.split(self.chains))
+        return self.prior.pop()
+
+
+def _ladder(ladder: Tensor) -> Tensor:
+    """Thin each datum's ladder (T, N), 0 .. 1, to at most REPLICAS temperatures, the same number for all."""
+    used = 1 + (ladder < 1).sum(0)  # rungs up to the first 1
+    count = min(REPLICAS, int(used.max()))
+    place = torch.linspace(0, 1, count, dtype=ladder.dtype, device=ladder.device)[:, None] * (used - 1)
+    below = place.floor().long().clamp_max(len(ladder) - 1)
+    above = (below + 1).clamp_max(len(ladder) - 1)
+    share = place - below
+    low, high = ladder.gather(0, below), ladder.gather(0, above)
+    return torch.where(low > 0, low.clamp_min(1e-300) ** (1 - share) * high**share, high * share)
