@@ -1,8 +1,10 @@
 r"""Annealed importance sampling as a reference: bounds on log p(x) and weighted draws from two starts.
 
-Every datum is annealed from the prior, and from its inflated refitted normal q*. The start with the larger lower bound is run
-again with fresh random numbers, and that run is reported: the larger of two noisy bounds would not be one. Where the starts
-disagree by more than their errors, one of them has missed a mode; that is an alarm, and their agreement is no proof.
+Every datum is annealed from the prior, and from its inflated refitted normal q*. The start with the larger lower bound (less
+two standard errors) is run again with fresh random numbers, and that run is reported: the larger of two noisy bounds would not
+be one. q* has missed a mode where chains from the prior find more than those from q* by more than their errors, or where they
+end, with weight, at places that no chain from q* went to; that is an alarm, and the starts' agreement is no proof. Where chains
+from q* find more, those from the prior had too few temperatures.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from elbowroom.inference.annealing import Bound, block_size, lower, tune
-from elbowroom.inference.normals import Normals
+from elbowroom.inference.normals import Normals, whiten
 from elbowroom.inference.paths import Path, PriorPath, RefitPath
 from elbowroom.inference.posterior import Evidence, Posterior, Reference, in_chains
 from elbowroom.inference.scout import scout
 from elbowroom.inference.target import LogJoint
 
-ALARM = 4.5  # standard errors between the two starts
+ALARM = 3.0  # standard errors between the two starts
+CAUTION = 2.0  # standard errors taken off each start's bound before they are compared: of two noisy ones the noisier is larger
+UNSEEN = 0.05  # share of the mass that q*'s chains may have missed
+FACTOR, SLACK = 1.5, 4.0  # a chain lies outside beyond FACTOR x (the farthest of q*'s chains) + SLACK, in squared deviations
 MATTERS = 0.1  # nats between them that are let pass however small the errors
 
 
@@ -63,8 +68,9 @@ class Annealed(Reference):
         Data not reached before the budget ended have NaN everywhere.
         """
         seeds = torch.randint(2**62, (7,), generator=torch.Generator().manual_seed(seed)).tolist()
-        paths = self._paths(log_joint, scout(log_joint).refit.q, seeds[0])
-        found = _Found.empty(log_joint, keep)
+        q_star = scout(log_joint).refit.q
+        paths = self._paths(log_joint, q_star, seeds[0])
+        found = _Found.empty(log_joint, q_star, keep)
         every = torch.arange(log_joint.n_obs, device=log_joint.device)
         blocks = list(every.split(block_size(log_joint, self.chains)))
         if len(blocks) > 1 and log_joint.subset(blocks[0]) is None:
@@ -97,7 +103,9 @@ class Annealed(Reference):
         ]
         for path, bound in zip(paths, first, strict=True):
             found.value[path.name][rows], found.error[path.name][rows] = bound.value, bound.error
-        winner = torch.stack([b.value.nan_to_num(nan=-torch.inf) for b in first]).argmax(0)
+        if len(paths) == 2:
+            found.unseen[rows] = unseen(first[0], first[1], found.q_star.rows(rows))
+        winner = torch.stack([(b.value - CAUTION * b.error).nan_to_num(nan=-torch.inf) for b in first]).argmax(0)
         for i, (path, plan, bound) in enumerate(zip(paths, plans, first, strict=True)):
             mine = (winner == i).nonzero()[:, 0]
             if not len(mine):
@@ -113,7 +121,6 @@ class Annealed(Reference):
         prior, refit = found.value["prior"], found.value["refit"]
         spread = (found.error["prior"].square() + found.error["refit"].square()).sqrt()
         apart = (prior - refit) / spread.clamp_min(1e-12)
-        alarm = (apart.abs() > ALARM) & ((prior - refit).abs() > MATTERS)
         known = found.draws.nan_to_num()  # a program need not take NaN
         lost = found.draws.isnan().any(-1).any(0)
         blank = lambda value: value.masked_fill(lost.reshape(1, -1, *[1] * (value.dim() - 2)), torch.nan)
@@ -121,6 +128,7 @@ class Annealed(Reference):
             "ais_lower_prior": prior,
             "ais_lower_refit": refit,
             "ais_disagreement": apart,
+            "ais_unseen": found.unseen,
             "ais_ess": found.ess,
             "ais_failed": found.failed,
         }
@@ -129,7 +137,7 @@ class Annealed(Reference):
             draws=in_chains(found.draws),
             sites={name: in_chains(blank(value)) for name, value in log_joint.constrain(known).items()},
             status=["uncertified"] * log_joint.n_obs,
-            reason=self._reasons(found, apart, alarm),
+            reason=self._reasons(found, apart),
             mean=found.mean,
             covariance=found.covariance,
             evidence=Evidence("bound", "annealed importance sampling", found.bound, found.bound_error),
@@ -137,21 +145,20 @@ class Annealed(Reference):
             sample_stats={"lp": in_chains(blank(log_joint(known)))},
         )
 
-    def _reasons(self, found: _Found, apart: Tensor, alarm: Tensor) -> list[str]:
+    def _reasons(self, found: _Found, apart: Tensor) -> list[str]:
         reasons = []
-        gap = (found.value["prior"] - found.value["refit"]).tolist()
-        for value, ess, wrong, sigmas, nats in zip(
-            found.bound.tolist(), found.ess.tolist(), alarm.tolist(), apart.tolist(), gap, strict=True
-        ):
+        gap = found.value["prior"] - found.value["refit"]
+        columns = (found.bound, found.ess, found.unseen, apart, gap)
+        for value, ess, share, sigmas, nats in zip(*(column.tolist() for column in columns), strict=True):
             if math.isnan(value):
                 sentence = "the budget ended before this datum was reached"
             elif math.isinf(value):
                 sentence = "no chain ended with a finite weight"
-            elif wrong:
-                seen = "the prior" if nats > 0 else "q*"
-                sentence = (
-                    f"chains from {seen} found {abs(nats):.2g} nats more ({abs(sigmas):.1f} standard errors): a mode was missed"
-                )
+            elif share > UNSEEN:
+                sentence = f"a share {share:.2g} of the mass lies where no chain from q* went: q* missed a mode"
+            elif abs(sigmas) > ALARM and abs(nats) > MATTERS:
+                more, why = ("the prior", "q* missed a mode") if nats > 0 else ("q*", "too few temperatures from the prior")
+                sentence = f"chains from {more} found {abs(nats):.2g} nats more ({abs(sigmas):.1f} standard errors): {why}"
             else:
                 sentence = (
                     f"a lower bound on log p(x) and {ess:.0f} effective chains of {self.chains}: no certificate of the draws"
@@ -166,6 +173,8 @@ class _Found:
 
     value: dict[str, Tensor]
     error: dict[str, Tensor]
+    q_star: Normals
+    unseen: Tensor
     bound: Tensor
     bound_error: Tensor
     ess: Tensor
@@ -175,7 +184,7 @@ class _Found:
     draws: Tensor
 
     @classmethod
-    def empty(cls, log_joint: LogJoint, keep: int) -> _Found:
+    def empty(cls, log_joint: LogJoint, q_star: Normals, keep: int) -> _Found:
         n, d = log_joint.n_obs, log_joint.dim
         dtype = log_joint.dtype or log_joint.own_dtype
 
@@ -183,7 +192,7 @@ class _Found:
             return torch.full(shape, torch.nan, dtype=dtype, device=log_joint.device)
 
         value, error = {"prior": nan(n), "refit": nan(n)}, {"prior": nan(n), "refit": nan(n)}
-        return cls(value, error, nan(n), nan(n), nan(n), nan(n), nan(n, d), nan(n, d, d), nan(keep, n, d))
+        return cls(value, error, q_star, nan(n), nan(n), nan(n), nan(n), nan(n), nan(n, d), nan(n, d, d), nan(keep, n, d))
 
     def take(self, rows: Tensor, first: Bound, again: Bound, name: str, seed: int) -> None:
         """Take the winner's second run as the bound, and the chains of both as particles."""
@@ -224,3 +233,16 @@ def resample(z: Tensor, weights: Tensor, n_draws: int, generator: torch.Generato
     order = torch.rand(n, n_draws, dtype=z.dtype, device=z.device, generator=generator).argsort(1)
     index = index.gather(1, order).T
     return z.gather(0, index[..., None].expand(-1, -1, z.shape[-1]))
+
+
+def unseen(prior: Bound, refit: Bound, q_star: Normals) -> Tensor:
+    """Return the estimated share of p(x) that chains from the prior found where no chain from q* went, (N,).
+
+    A chain lies outside where its squared Mahalanobis distance from q* exceeds 1.5 times that of the farthest chain from q*,
+    plus 4. With Z_out = mean_s w_s over the prior's chains outside, the share is Z_out / (Z_out + Z_refit).
+    """
+    far = [whiten(q_star.root, bound.z - q_star.loc).square().sum(-1) for bound in (prior, refit)]
+    farthest = far[1].masked_fill(~refit.log_weights.isfinite(), 0.0).amax(0)
+    outside = far[0] > FACTOR * farthest + SLACK
+    log_out = torch.logsumexp(prior.log_weights.masked_fill(~outside, -torch.inf), 0) - math.log(len(outside))
+    return torch.sigmoid((log_out - refit.value).nan_to_num(nan=-torch.inf))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import problems
 import pyro
@@ -14,7 +17,8 @@ import torch
 from conftest import linear_vae
 from torch import Tensor
 
-from elbowroom.inference import annealing
+from elbowroom.inference import ais, annealing
+from elbowroom.inference.ais import Annealed, resample
 from elbowroom.inference.annealing import Plan, lower, schedule, summarise, tune, upper
 from elbowroom.inference.bidirectional import bdmc
 from elbowroom.inference.normals import Normals
@@ -335,3 +339,123 @@ def test_a_density_that_is_not_finite_costs_its_chain_only() -> None:
     truth = dist.Normal(torch.zeros((), dtype=F64), math.sqrt(1.25)).log_prob(y)
     mean, error = mean_and_error((holed.value - truth)[:20])
     assert -0.1 < mean < 4.5 * error
+
+
+# -- the reference -----------------------------------------------------------------------------------------------------------
+
+
+def known(monkeypatch: pytest.MonkeyPatch, q_star: Normals) -> None:
+    """Give the reference this q* in place of a search for it."""
+    monkeypatch.setattr(ais, "scout", lambda log_joint: SimpleNamespace(refit=SimpleNamespace(q=q_star)))
+
+
+def test_the_reference_gives_bounds_moments_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_joint, oracle, x = linear(30, dim=2, width=6, noise=0.5)
+    q = exact(oracle, x)
+    known(monkeypatch, q)
+    found = Annealed(temperatures=15, chains=32, leapfrogs=2)(log_joint, keep=400, seed=3)
+    assert found.method == "ais"
+    assert found.evidence is not None
+    assert (found.evidence.kind, found.evidence.upper) == ("bound", None)
+    mean, error = mean_and_error(found.evidence.value - oracle.log_evidence(x))
+    assert -0.05 < mean < 4.5 * error
+    assert set(found.status) == {"uncertified"}
+    assert not any("a mode" in reason for reason in found.reason)
+    assert found.stats["ais_unseen"].max() < 0.01
+    assert found.draws.shape == (4, 100, 30, 2)
+    assert found.mean is not None
+    assert found.covariance is not None
+    # 64 weighted particles: standardised errors of the mean of about 1/8
+    white = torch.linalg.solve_triangular(q.root, (found.mean - q.loc)[..., None], upper=False)
+    assert white.square().mean().sqrt() < 0.2
+    assert (found.covariance.diagonal(dim1=-2, dim2=-1).mean(0) / q.covariance[0].diagonal() - 1).abs().max() < 0.25
+    torch.testing.assert_close(found.draws.flatten(0, 1).mean(0), found.mean, atol=0.03, rtol=0)
+    torch.testing.assert_close(found.sample_stats["lp"].flatten(0, 1), log_joint(found.draws.flatten(0, 1)))
+    assert (found.stats["ais_disagreement"].abs() < 4.5).all()
+    assert (found.stats["ais_ess"] > 5).all()
+    again = Annealed(temperatures=15, chains=32, leapfrogs=2)(log_joint, keep=400, seed=3)
+    assert torch.equal(found.draws, again.draws)
+    assert torch.equal(found.evidence.value, again.evidence.value)
+
+
+def test_the_reference_raises_the_alarm_about_a_missed_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problems.square(0, 24, seed=3)
+    log_joint = problem.log_joint
+    z, _ = log_joint.sample_guide(2000, 0)
+    known(monkeypatch, Normals.from_moments(z.mean(0), torch.diag_embed(z.var(0))))
+    found = Annealed(temperatures=40, chains=32, leapfrogs=2)(log_joint, keep=100, seed=3)
+    separated = z[..., 0].mean(0).abs() > 5 * z[..., 0].std(0)
+    alarmed = torch.tensor(["q* missed a mode" in reason for reason in found.reason])
+    assert alarmed[separated].double().mean() > 0.9
+    assert "where no chain from q* went" in " ".join(found.reason)
+    assert (found.stats["ais_unseen"][separated] - 0.5).abs().mean() < 0.15
+    assert found.evidence is not None
+    mean, error = mean_and_error((found.evidence.value - problem.evidence)[separated])
+    assert -0.1 < mean < 4.5 * error
+    assert (found.stats["ais_lower_prior"] - found.stats["ais_lower_refit"])[separated].mean() == pytest.approx(0.6, abs=0.2)
+
+
+def test_the_reference_runs_one_start_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_joint, oracle, x = linear(5, dim=2, width=6, noise=0.5)
+    known(monkeypatch, exact(oracle, x))
+    for start, other in (("prior", "refit"), ("refit", "prior")):
+        found = Annealed(temperatures=4, chains=8, leapfrogs=2, start=start)(log_joint, keep=8, seed=3)
+        assert found.stats[f"ais_lower_{start}"].isfinite().all()
+        assert found.stats[f"ais_lower_{other}"].isnan().all()
+        assert found.evidence is not None
+        assert not torch.equal(found.evidence.value, found.stats[f"ais_lower_{start}"])  # run again
+
+
+def test_a_budget_and_a_bad_q_star(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A datum without a finite q* is annealed from the prior; after the budget has ended data are NaN and say so."""
+    log_joint, oracle, x = linear(30, dim=2, width=6, noise=0.5)
+    q = exact(oracle, x)
+    q.root[3], q.loc[3] = torch.nan, torch.nan
+    known(monkeypatch, q)
+    monkeypatch.setitem(annealing.ROWS, "cpu", 160)  # blocks of 20 data
+    method = Annealed(temperatures=20, chains=8, leapfrogs=2)
+    whole = method(log_joint, keep=8, seed=3)
+    assert whole.evidence is not None
+    assert whole.evidence.value.isfinite().all()
+    assert (whole.evidence.value - oracle.log_evidence(x)).abs().mean() < 0.2
+    ended = False
+
+    def clock() -> float:
+        return 2.0 if ended else 0.0
+
+    anneal = Annealed._anneal
+
+    def once(self: Annealed, *args: Any) -> None:
+        nonlocal ended
+        anneal(self, *args)
+        ended = True
+
+    monkeypatch.setattr(Annealed, "_anneal", once)
+    monkeypatch.setattr(ais, "time", SimpleNamespace(monotonic=clock))
+    late = method(log_joint, keep=8, seed=3, until=1.0)
+    assert late.evidence is not None
+    assert torch.equal(late.evidence.value[:20], whole.evidence.value[:20])
+    assert late.evidence.value[20:].isnan().all()
+    assert late.draws[:, :, 20:].isnan().all()
+    assert late.sites["z"][:, :, 20:].isnan().all()
+    assert late.sites["z"][:, :, :20].isfinite().all()
+    assert all("the budget ended" in reason for reason in late.reason[20:])
+    assert not any("the budget ended" in reason for reason in late.reason[:20])
+
+
+def test_resampling_is_proportional_to_the_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.softmax(torch.randn(16, 5, dtype=F64, generator=generator), 0)
+    z = torch.arange(16, dtype=F64)[:, None, None].expand(16, 5, 1)
+    counts = torch.stack([(resample(z, weights, 100, generator)[..., 0] == s).sum(0) for s in range(16)])
+    assert ((counts - 100 * weights).abs() < 1).all()
+    first = torch.stack([resample(z, weights, 4, generator)[0, :, 0] for _ in range(2000)])  # not the smallest each time
+    torch.testing.assert_close(first.mean(0), (weights * z[..., 0]).sum(0), atol=4.5 * 5 / 2000**0.5, rtol=0)
+
+
+def test_the_reference_refuses_without_a_continuous_latent() -> None:
+    log_joint, *_ = linear(3)
+    assert Annealed().refusal(log_joint) is None
+    nothing = copy.copy(log_joint)
+    nothing.dim = 0
+    assert "continuous latent" in str(Annealed().refusal(nothing))
