@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -118,23 +119,10 @@ def refit(
         rows = torch.arange(n, device=log_joint.device).split(block)
         parts = [log_joint.subset(r) for r in rows]
         if None not in parts:
-            return _joined(
-                [
-                    refit(
-                        part,
-                        family=family,
-                        starts=starts,
-                        also=[q.rows(r) for q in also],
-                        draws=draws,
-                        score_draws=score_draws,
-                        tolerance=tolerance,
-                        max_iterations=max_iterations,
-                        seed=seed,
-                    )
-                    for part, r in zip(parts, rows, strict=True)
-                    if part is not None
-                ]
-            )
+            some = partial(refit, family=family, starts=starts, draws=draws, score_draws=score_draws, tolerance=tolerance)
+            some = partial(some, max_iterations=max_iterations, seed=seed)
+            found = [some(part, also=[q.rows(r) for q in also]) for part, r in zip(parts, rows, strict=True) if part]
+            return _joined(found)
     with torch.no_grad():
         return _Search(log_joint, family, draws or default_draws(d), max_iterations, seed).run(
             starts, also, score_draws, tolerance
@@ -412,9 +400,8 @@ class _Search:
             if not len(todo):
                 break
             draws *= GROWTH
-            again = self._climb_and_step(
-                Normals(check.loc[todo], check.root[todo]), todo, self._noise(draws), min(tolerance / 20, LOOSE)
-            )
+            start = Normals(check.loc[todo], check.root[todo])
+            again = self._climb_and_step(start, todo, self._noise(draws), decrement)
             check.put(todo, self._measure(again.loc, again.root, todo, self._noise(draws), seen=False))
         return check
 
