@@ -200,7 +200,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=64, help="width of the decoder's hidden layer")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats, in turn")
     parser.add_argument("--threads", type=int, default=2, help="cores that every method may use")
-    parser.add_argument("--methods", nargs="+", default=["hmc", "chains", "blackjax", "numpyro", "pyro"])
+    parser.add_argument("--methods", nargs="*", default=["hmc", "chains", "blackjax", "numpyro", "pyro"])
     parser.add_argument("--scaling", nargs="*", type=int, default=[1000, 10_000], help="numbers of data for ours alone")
     parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--print", action="store_true", help="leave RESULTS.md as it is")
