@@ -8,6 +8,7 @@ that the annealed runs found is unseen. A datum that fails any of these is `unce
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ class Certificate:
 
     def rows(self, index: Tensor) -> Certificate:
         """Return those of some of the data."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return Certificate(**{name: v[index] if isinstance(v, Tensor) else v for name, v in parts.items()})
 
     def amended(self, index: Tensor, unseen: Unseen) -> Certificate:

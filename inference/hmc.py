@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -27,13 +26,14 @@ from elbowroom.inference.certificate import Certificate, Chains, certify
 from elbowroom.inference.modes import Metric, Modes
 from elbowroom.inference.posterior import Posterior, Reference, Status, concatenate
 from elbowroom.inference.sampler import Sampler
-from elbowroom.inference.scout import Scout, scout
+from elbowroom.inference.scout import scout
 from elbowroom.inference.target import LogJoint
 from elbowroom.inference.tempering import Tempering
 
 ENTRIES = 2**24  # chains x draws x data x d held at once
 HALVINGS = 5  # of the step sizes of a datum with divergent trajectories
 CONFIRM = 60  # further trajectories of runs that look like an unseen mode
+FINEST = 0.05  # of their step sizes: what holds a run back may be a narrow place
 BLOCK_STEP = 15_485_863  # between the seeds of blocks of data
 
 
@@ -54,7 +54,7 @@ class HMC(Reference):
         *,
         chains: Annotated[int, Ge(4), MultipleOf(2)] = 8,
         draws: Annotated[int, Ge(100)] = 250,
-        max_draws: Annotated[int, Ge(100)] = 2000,
+        max_draws: Annotated[int, Ge(100)] = 4000,
         tempering: bool = True,
     ) -> None:
         self.chains = chains
@@ -75,106 +75,103 @@ class HMC(Reference):
     def _block(self, log_joint: LogJoint, keep: int, seed: int, until: float) -> Posterior:
         generator = torch.Generator(device=log_joint.device).manual_seed(seed)
         known = scout(log_joint)
-        sampler = Sampler.warmed_up(log_joint, known, self.chains, generator)
         found = Found(log_joint, self.name, self.chains, min(keep // self.chains, self.draws))
+        sampler = Sampler.warmed_up(log_joint, known, self.chains, generator)
         everyone = torch.arange(log_joint.n_obs, device=log_joint.device)
-        groups, left = [_Group(everyone, sampler)], []
-        while groups:
-            group = groups.pop()
-            group.run(self.draws)
-            assert group.chains is not None
-            certificate = self._certify(group.chains, known.modes.rows(group.rows), group.sampler)
-            late = time.monotonic() > until
-            full = 2 * group.chains.length > self.max_draws
-            again = (certificate.diverging_count > 0) & (group.halvings < HALVINGS) & (not late)
-            closed = (certificate.holds | certificate.stuck | full | late) & ~again
-            going = ~closed & ~again
-            parts = [group.part(mask) for mask in (going, again)]
-            if None in parts:  # the arguments cannot be taken apart: all go on together, until none is open
-                together = group.halved() if bool(again.any()) else group
-                closed = torch.full_like(closed, full or late) & ~again.any()
-                parts = [] if bool(closed.all()) else [together]
-            groups += [g.halved() if k else g for k, g in enumerate(parts) if g is not None and len(g.rows)]
-            index = closed.nonzero()[:, 0]
-            found.take(group.rows[index], group.chains.rows(index), certificate.rows(index), "the budget ended" if late else "")
-            left.append(group.rows[index][~certificate.holds[index]])
-        if self.tempering and time.monotonic() < until:
-            self._temper(log_joint, torch.cat(left), known, found, generator, seed, until)
+        left = self._run(sampler, everyone, known.modes, found, until)
+        if self.tempering and len(left) and time.monotonic() < until:
+            part = log_joint if len(left) == log_joint.n_obs else log_joint.subset(left)
+            rows = everyone if part is None else left
+            part, modes = part or log_joint, known.modes.rows(rows)
+            metric = Metric.of(part, known.refit.q.rows(rows), seed + 2)
+            ensembles = Tempering(part, modes, metric, self.chains, generator, seed + 3)
+            self._run(ensembles, rows, modes, found, until)
         return found.posterior()
 
+    def _run(self, engine: Sampler | Tempering, names: Tensor, modes: Modes, found: Found, until: float) -> Tensor:
+        """Run chains on until each datum is certified, stuck, or out of budget; returns the data that are not certified.
+
+        Args:
+            engine: what draws.
+            names: place in `found` of each datum of the engine.
+            modes: mode search of the engine's data.
+            found: takes the draws and certificates of closed data.
+            until: when to stop.
+        """
+        halvings = torch.zeros_like(names)
+        groups, left = [_Group(torch.arange(len(names), device=names.device))], []
+        while groups:
+            new = engine.run(torch.cat([group.rows for group in groups]), self.draws)
+            late = time.monotonic() > until
+            offset, after, again = 0, [], []
+            for group in groups:
+                group.add(new, offset)
+                offset += len(group.rows)
+                if not late and not group.due(self.draws):
+                    after.append(group)
+                    continue
+                chains = group.joined()
+                certificate = self._certify(engine, chains, modes.rows(group.rows), group.rows)
+                mend = (certificate.diverging_count > 0) & (halvings[group.rows] < HALVINGS) & (not late)
+                closed = (certificate.holds | self._hopeless(engine, certificate) | late) & ~mend
+                closed |= ~mend & (2 * chains.length > self.max_draws)
+                index = closed.nonzero()[:, 0]
+                note = "the budget ended" if late else ""
+                found.take(names[group.rows[index]], chains.rows(index), certificate.rows(index), engine, note)
+                left.append(names[group.rows[index][~certificate.holds[index]]])
+                again.append(group.rows[mend])
+                after.append(group.only(~closed & ~mend))
+            anew = torch.cat(again) if again else names[:0]
+            engine.shrink(anew)
+            halvings[anew] += 1
+            groups = [group for group in (*after, _Group(anew)) if len(group.rows)]
+        return torch.cat(left)
+
     @staticmethod
-    def _certify(chains: Chains, modes: Modes, sampler: Sampler) -> Certificate:
+    def _hopeless(engine: Sampler | Tempering, certificate: Certificate) -> Tensor:
+        """Return where more of the same chains will not help; replicas that swap may always need more."""
+        return certificate.stuck if isinstance(engine, Sampler) else torch.zeros_like(certificate.unseen)
+
+    @staticmethod
+    def _certify(engine: Sampler | Tempering, chains: Chains, modes: Modes, rows: Tensor) -> Certificate:
         """Judge the chains; where a run looks like an unseen mode, let it go on before it is believed."""
         certificate = certify(chains, modes)
-        rows = certificate.unseen.nonzero()[:, 0]
-        some = sampler.log_joint.subset(rows) if len(rows) else None
-        if some is None:
-            return certificate
-        longer = modes.rows(rows).longer(some, sampler.root[rows], sampler.step[rows], CONFIRM, sampler.generator)
-        return certificate.amended(rows, longer.unseen_by(chains.draws[:, :, rows], chains.lp[:, :, rows]))
-
-    def _temper(
-        self, log_joint: LogJoint, rows: Tensor, known: Scout, found: Found, generator: torch.Generator, seed: int, until: float
-    ) -> None:
-        """Try the data that are left by parallel tempering, and take what it certifies."""
-        if not len(rows):
-            return
-        part = log_joint if len(rows) == log_joint.n_obs else log_joint.subset(rows)
+        some = certificate.unseen.nonzero()[:, 0]
+        part = engine.log_joint.subset(rows[some]) if len(some) else None
         if part is None:
-            part, rows = log_joint, torch.arange(log_joint.n_obs, device=log_joint.device)
-        modes = known.modes.rows(rows)
-        q = known.refit.q.rows(rows)
-        for halving in range(HALVINGS):
-            if not len(rows) or time.monotonic() > until:
-                return
-            modes = known.modes.rows(rows)
-            metric = Metric.of(part, q, seed + 2)
-            ensembles = Tempering(part, modes, metric, self.chains, generator, seed + 3 + halving, 0.5**halving)
-            so_far = None
-            while True:
-                new = ensembles.run(self.draws if so_far is None else so_far.length, until)
-                so_far = new if so_far is None else so_far.then(new)
-                certificate = certify(so_far, modes)
-                again = certificate.diverging_count > 0
-                late = time.monotonic() > until
-                if late or bool((certificate.holds | again).all()) or 2 * so_far.length > self.max_draws:
-                    break
-            index = certificate.holds.nonzero()[:, 0]
-            found.take(rows[index], so_far.rows(index), certificate.rows(index), "", "tempered")
-            smaller = part.subset(again.nonzero()[:, 0]) if bool(again.any()) else None
-            if smaller is None:
-                return
-            rows, part, q = rows[again], smaller, q.rows(again)
+            return certificate
+        root, step = engine.metric(rows[some])
+        longer = modes.rows(some).longer(part, root, step, CONFIRM, engine.generator, finest=FINEST)
+        return certificate.amended(some, longer.unseen_by(chains.draws[:, :, some], chains.lp[:, :, some]))
 
 
-@dataclass
 class _Group:
-    """Data whose chains are equally long: their sampler, and what it has drawn since step sizes were last changed."""
+    """Data with equally many draws since their step sizes were last changed: what divergences left out would be biased."""
 
-    rows: Tensor
-    sampler: Sampler
-    chains: Chains | None = None
-    halvings: int = 0
+    def __init__(self, rows: Tensor, parts: list[Chains] | None = None) -> None:
+        self.rows, self.parts = rows, parts or []
 
-    def run(self, length: int) -> None:
-        """Double the draws, or make the first `length`."""
-        new = self.sampler.run(length if self.chains is None else self.chains.length)
-        self.chains = new if self.chains is None else self.chains.then(new)
+    def add(self, new: Chains, offset: int) -> None:
+        """Add the draws of these data, which stand in `new` from `offset`."""
+        self.parts.append(new.rows(torch.arange(offset, offset + len(self.rows), device=self.rows.device)))
 
-    def part(self, mask: Tensor) -> _Group | None:
-        """Return the data where `mask`; None where the arguments cannot be taken apart."""
+    def due(self, first: int) -> bool:
+        """Whether the draws have doubled since the last look."""
+        rounds = sum(part.length for part in self.parts) // first
+        return rounds & (rounds - 1) == 0
+
+    def joined(self) -> Chains:
+        """Return all draws."""
+        whole = self.parts[0]
+        for part in self.parts[1:]:
+            whole = whole.then(part)
+        self.parts = [whole]
+        return whole
+
+    def only(self, mask: Tensor) -> _Group:
+        """Return the data where `mask`."""
         index = mask.nonzero()[:, 0]
-        if not len(index) or len(index) == len(mask):
-            chains = self.chains if len(index) else None
-            return _Group(self.rows[index], self.sampler, chains, self.halvings)
-        smaller = self.sampler.log_joint.subset(index)
-        if smaller is None or self.chains is None:
-            return None
-        return _Group(self.rows[index], self.sampler.rows(smaller, index), self.chains.rows(index), self.halvings)
-
-    def halved(self) -> _Group:
-        """Return the same with half the step sizes and nothing drawn: what divergent trajectories left out is biased."""
-        return _Group(self.rows, replace(self.sampler, step=self.sampler.step / 2), None, self.halvings + 1)
+        return _Group(self.rows[index], [part.rows(index) for part in self.parts])
 
 
 class Found:
@@ -197,8 +194,12 @@ class Found:
         self.status: list[Status] = ["uncertified"] * n
         self.reason = [""] * n
 
-    def take(self, rows: Tensor, chains: Chains, certificate: Certificate, note: str, way: str = "") -> None:
-        """Take the draws and certificates of some of the data."""
+    def take(self, rows: Tensor, chains: Chains, certificate: Certificate, engine: Sampler | Tempering, note: str) -> None:
+        """Take the draws and certificates of some of the data; tempering's only where they hold."""
+        way = "parallel tempering" if isinstance(engine, Tempering) else ""
+        if way:
+            held = certificate.holds.nonzero()[:, 0]
+            rows, chains, certificate = rows[held], chains.rows(held), certificate.rows(held)
         if not len(rows):
             return
         kept = torch.linspace(0, chains.length - 1, self.keep, device=rows.device).round().long()

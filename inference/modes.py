@@ -81,7 +81,16 @@ class Modes:
         parts = (self.mean[:, index], self.end[:, index], self.level[:, index], self.log_weight[:, index])
         return Modes(*parts, self.ladder[:, index], self.length)
 
-    def longer(self, log_joint: LogJoint, root: Tensor, step: Tensor, settle: int, generator: torch.Generator) -> Modes:
+    def longer(
+        self,
+        log_joint: LogJoint,
+        root: Tensor,
+        step: Tensor,
+        settle: int,
+        generator: torch.Generator,
+        *,
+        finest: float = 0.6,
+    ) -> Modes:
         """Return the runs after `settle` further trajectories and those that the mean is taken over.
 
         A run that a slow start held back joins the others; one in a mode of its own stays.
@@ -92,12 +101,14 @@ class Modes:
             step: step sizes, (N,).
             settle: trajectories before the mean is taken.
             generator: of all randomness.
+            finest: smallest factor on the step sizes, which vary log-uniformly from it to 1: no run at its own period, none held
+                by steps too large for its place.
         """
         state, sums, level = State.at(log_joint.grad, self.end), torch.zeros_like(self.end), torch.zeros_like(self.level)
         for i in range(settle + self.length):
             n_steps = min(max(1, math.ceil(QUARTER / float(step.median()))), MAX_LEAPFROGS)
-            jitter = 0.6 + 0.4 * float(torch.rand((), generator=generator, device=step.device))  # no run at its own period
-            move = transition(log_joint.grad, state, root, step * jitter, n_steps, generator)
+            factor = finest ** float(torch.rand((), generator=generator, device=step.device))
+            move = transition(log_joint.grad, state, root, step * factor, n_steps, generator)
             state = move.state
             if i < settle:
                 step = _follow(step, move.accept)

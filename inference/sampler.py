@@ -53,51 +53,56 @@ class Sampler:
         state, step, _ = _adapt(log_joint, state, root, torch.full_like(step, _first(root)), WARMUP[1], generator)
         return cls(log_joint, state, root, step, generator)
 
-    def rows(self, part: LogJoint, index: Tensor) -> Sampler:
-        """Return the chains of some of the data, whose seam is `part`."""
-        return Sampler(part, self.state.rows(index), self.root[index], self.step[index], self.generator)
-
-    def run(self, length: int) -> Chains:
-        """Return the next `length` draws of every chain."""
+    def run(self, rows: Tensor, length: int) -> Chains:
+        """Return the next `length` draws of every chain of some of the data, in the order of `rows`."""
         c, n, d = self.state.z.shape
         new = lambda *shape: torch.empty(c, length, n, *shape, dtype=self.state.z.dtype, device=self.state.z.device)
-        out = Chains(new(d), new(), new(), new(), torch.empty(c, length, n, dtype=torch.bool, device=self.state.z.device))
-        for rows in self._buckets():
-            part = self.log_joint if len(rows) == n else self.log_joint.subset(rows)
-            if part is None:  # raised by `_buckets` before any work was done
-                raise AssertionError("a bucket of data that cannot be taken apart")
-            state, step = self.state.rows(rows), float(self.step[rows].min())
+        energy = new()
+        out = Chains(new(d), new(), energy, new(), torch.empty(c, length, n, dtype=torch.bool, device=self.state.z.device))
+        for bucket, part in self._buckets(rows):
+            state, root, step = self.state.rows(bucket), self.root[bucket], float(self.step[bucket].min())
             for i in range(length):
                 low, high = JITTER
-                tau = QUARTER * (low + (high - low) * float(torch.rand((), generator=self.generator, device=state.z.device)))
+                tau = QUARTER * (low + (high - low) * float(torch.rand((), generator=self.generator, device=root.device)))
                 n_steps = min(math.ceil(tau / step), MAX_LEAPFROGS)
-                move = transition(part.grad, state, self.root[rows], min(tau / n_steps, step), n_steps, self.generator)
+                move = transition(part.grad, state, root, min(tau / n_steps, step), n_steps, self.generator)
                 state = move.state
-                out.draws[:, i, rows], out.lp[:, i, rows] = state.z, state.value
-                out.energy[:, i, rows] = move.energy  # type: ignore[index]
-                out.accept[:, i, rows], out.divergent[:, i, rows] = move.accept, move.divergent
-            self.state.z[:, rows], self.state.value[:, rows], self.state.gradient[:, rows] = (
-                state.z,
-                state.value,
-                state.gradient,
-            )
-        return out
+                out.draws[:, i, bucket], out.lp[:, i, bucket] = state.z, state.value
+                energy[:, i, bucket] = move.energy
+                out.accept[:, i, bucket], out.divergent[:, i, bucket] = move.accept, move.divergent
+            for mine, moved in zip(self.state.parts(), state.parts(), strict=True):
+                mine[:, bucket] = moved
+        return out.rows(rows)
 
-    def _buckets(self) -> list[Tensor]:
-        """Group the data by step size; one group where the arguments cannot be taken apart."""
-        steps, order = self.step.sort()
+    def metric(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the metric roots and step sizes of some of the data."""
+        return self.root[rows], self.step[rows]
+
+    def shrink(self, rows: Tensor) -> None:
+        """Halve the step sizes of some of the data."""
+        self.step[rows] /= 2
+
+    def _buckets(self, rows: Tensor) -> list[tuple[Tensor, LogJoint]]:
+        """Group data by step size, with their seams; all data in one group where the arguments cannot be taken apart."""
+        steps, order = self.step[rows].sort()
+        order = rows[order]
         small = max(1, SMALL // len(self.state.z))
         edges, first = [], 0
         values = steps.tolist()
         for i, value in enumerate(values):
-            allowed = WIDE_RATIO if i - first < small else RATIO
-            if value > allowed * values[first]:
+            if value > (WIDE_RATIO if i - first < small else RATIO) * values[first]:
                 edges.append(i)
                 first = i
-        groups = list(order.tensor_split(edges)) if edges else [order]
-        if len(groups) > 1 and self.log_joint.subset(groups[0]) is None:
-            return [order]
-        return [group.sort().values for group in groups]
+        groups = [group.sort().values for group in (order.tensor_split(edges) if edges else [order])]
+        if len(groups[0]) == self.log_joint.n_obs:
+            return [(groups[0], self.log_joint)]
+        found = []
+        for group in groups:
+            part = self.log_joint.subset(group)
+            if part is None:
+                return [(torch.arange(self.log_joint.n_obs, device=rows.device), self.log_joint)]
+            found.append((group, part))
+        return found
 
 
 def _first(root: Tensor) -> float:

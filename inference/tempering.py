@@ -9,8 +9,7 @@ Chains are independent ensembles, so R-hat and ESS mean what they always mean.
 
 from __future__ import annotations
 
-import math
-import time
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,7 +35,6 @@ class Tempering:
         chains: number of independent ensembles C per datum.
         generator: of everything but the prior's draws.
         seed: of the prior's draws.
-        shrink: factor on the step sizes that the adaptation found.
     """
 
     def __init__(
@@ -47,7 +45,6 @@ class Tempering:
         chains: int,
         generator: torch.Generator,
         seed: int,
-        shrink: float = 1.0,
     ) -> None:
         self.log_joint, self.chains, self.generator, self.seed = log_joint, chains, generator, seed
         self.b = _ladder(modes.ladder)  # (K, N)
@@ -59,72 +56,100 @@ class Tempering:
         self.z = start.reshape(chains, k, n, d)
         self.step = torch.full((k * n,), d**-0.25, dtype=start.dtype, device=start.device)
         self.sweeps = 0
-        self.prior: list[Tensor] = []
+        everyone = _Replicas(log_joint, self.b, self.z, self.root, self.step)
         adaptation = DualAveraging(self.step)
         for _ in range(WARMUP):
-            self.step = adaptation.step
-            adaptation.update(self._sweep().accept.mean(0))
-        self.step = shrink * adaptation.final()
+            everyone.step = adaptation.step
+            adaptation.update(self._sweep(everyone)[0].accept.mean(0))
+        self.z = everyone.z
+        self.step = adaptation.final()
 
-    def run(self, length: int, until: float = math.inf) -> Chains:
-        """Return the next `length` draws at b = 1 of every ensemble; fewer where the time ends."""
+    def run(self, rows: Tensor, length: int) -> Chains:
+        """Return the next `length` draws at b = 1 of every ensemble of some of the data, in the order of `rows`."""
         k, n = self.b.shape
+        part = self.log_joint if len(rows) == n else self.log_joint.subset(rows)
+        if part is None:
+            part, kept = self.log_joint, rows
+            rows = torch.arange(n, device=rows.device)
+        else:
+            kept = torch.arange(len(rows), device=rows.device)
+        some = _Replicas(part, self.b[:, rows], self.z[:, :, rows], *self._of(rows))
         draws, lp, accept, divergent = [], [], [], []
         for _ in range(length):
-            move = self._sweep()
-            cold = slice((k - 1) * n, None)
-            draws.append(self.z[:, -1])
-            lp.append(self.level)
-            accept.append(move.accept[:, cold])
-            divergent.append(move.divergent[:, cold])
-            if time.monotonic() > until and len(draws) >= 16:
-                break
+            move, level = self._sweep(some)
+            cold = slice((k - 1) * len(rows), None)
+            draws.append(some.z[:, -1, kept])
+            lp.append(level[:, kept])
+            accept.append(move.accept[:, cold][:, kept])
+            divergent.append(move.divergent[:, cold][:, kept])
+        self.z[:, :, rows] = some.z
         return Chains(torch.stack(draws, 1), torch.stack(lp, 1), None, torch.stack(accept, 1), torch.stack(divergent, 1))
 
-    def _sweep(self) -> Move:
-        """Move every replica, draw the hottest afresh, swap neighbours."""
-        c, k = self.chains, len(self.b)
-        n, d = self.b.shape[1], self.z.shape[-1]
-        bs = self.b.expand(c, k, n).reshape(c * k, n)
-        along = tempered(self.log_joint, bs)
+    def metric(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the metric roots and step sizes of some of the data at b = 1."""
+        return self.root.unflatten(0, self.b.shape)[-1, rows], self.step.view(self.b.shape)[-1, rows]
+
+    def shrink(self, rows: Tensor) -> None:
+        """Halve the step sizes of some of the data."""
+        self.step.view(self.b.shape)[:, rows] /= 2
+
+    def _of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the roots and step sizes of some of the data, replica by replica."""
+        k, n = self.b.shape
+        return self.root.unflatten(0, (k, n))[:, rows].flatten(0, 1), self.step.view(k, n)[:, rows].flatten()
+
+    def _sweep(self, some: _Replicas) -> tuple[Move, Tensor]:
+        """Move every replica, draw the hottest afresh, swap neighbours; returns the moves and log p(x, z) at b = 1, (C, N)."""
+        c, k, n, d = some.z.shape
+        along = tempered(some.log_joint, some.b.expand(c, k, n).reshape(c * k, n))
 
         def target(z: Tensor) -> tuple[Tensor, Tensor]:  # (C, K N, d): a replica of a datum is a datum of its own
             value, gradient = along(z.reshape(c * k, n, d))
             return value.reshape(c, k * n), gradient.reshape(c, k * n, d)
 
         low, high = LEAPFROGS
-        n_steps = int(torch.randint(low, high, (), generator=self.generator, device=self.z.device))
-        state = State.at(target, self.z.reshape(c, k * n, d))
-        move = transition(target, state, self.root, self.step, n_steps, self.generator)
-        self.z = move.state.z.reshape(c, k, n, d).clone()
-        self.z[:, 0] = self._fresh()
-        self._swap()
+        n_steps = int(torch.randint(low, high, (), generator=self.generator, device=some.z.device))
+        move = transition(target, State.at(target, some.z.reshape(c, k * n, d)), some.root, some.step, n_steps, self.generator)
+        some.z = move.state.z.reshape(c, k, n, d).clone()
+        some.z[:, 0] = some.fresh(self)
         self.sweeps += 1
-        return move
+        return move, self._swap(some)
 
-    def _swap(self) -> None:
-        c, k = self.chains, len(self.b)
-        flat = self.z.flatten(0, 1)
-        prior, likelihood = self.log_joint.terms(flat)
+    def _swap(self, some: _Replicas) -> Tensor:
+        c, k = some.z.shape[:2]
+        flat = some.z.flatten(0, 1)
+        prior, likelihood = some.log_joint.terms(flat)
         prior, likelihood = (t.reshape(c, k, -1) for t in (prior, likelihood))
         first = torch.arange(self.sweeps % 2, k - 1, 2, device=flat.device)
         if len(first):
-            gain = (self.b[first] - self.b[first + 1]) * (likelihood[:, first + 1] - likelihood[:, first])
+            gain = (some.b[first] - some.b[first + 1]) * (likelihood[:, first + 1] - likelihood[:, first])
             log_u = torch.rand(gain.shape, dtype=gain.dtype, device=gain.device, generator=self.generator).log()
             swap = log_u < gain.nan_to_num(nan=-torch.inf)
             index = torch.arange(k, device=flat.device)[:, None].expand(c, k, swap.shape[-1]).clone()
             index[:, first] = torch.where(swap, first[:, None] + 1, first[:, None])
             index[:, first + 1] = torch.where(swap, first[:, None], first[:, None] + 1)
-            self.z = self.z.gather(1, index.unsqueeze(-1).expand_as(self.z))
+            some.z = some.z.gather(1, index.unsqueeze(-1).expand_as(some.z))
             prior, likelihood = prior.gather(1, index), likelihood.gather(1, index)
-        self.level = prior[:, -1] + likelihood[:, -1]
+        return prior[:, -1] + likelihood[:, -1]
 
-    def _fresh(self) -> Tensor:
+
+@dataclass
+class _Replicas:
+    """Replicas of some of the data: temperatures (K, N), places (C, K, N, d), roots (K N, d, d), step sizes (K N,)."""
+
+    log_joint: LogJoint
+    b: Tensor
+    z: Tensor
+    root: Tensor
+    step: Tensor
+    prior: list[Tensor] = field(default_factory=list)
+
+    def fresh(self, ensembles: Tempering) -> Tensor:
         """Return new draws of the prior, (C, N, d)."""
         if not self.prior:
-            self.seed += 1
-            batch = self.log_joint.sample_prior(self.chains * PRIOR_BATCH, self.seed).to(self.z.dtype)
-            self.prior = list(batch.split(self.chains))
+            ensembles.seed += 1
+            chains = len(self.z)
+            self.prior = list(self.log_joint.sample_prior(chains * PRIOR_BATCH, ensembles.seed).to(self.z.dtype).split(chains))
         return self.prior.pop()
 
 
