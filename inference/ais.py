@@ -2,9 +2,11 @@ r"""Annealed importance sampling as a reference: bounds on log p(x) and weighted
 
 Every datum is annealed from the prior, and from its inflated refitted normal q*. The start with the larger lower bound (less
 two standard errors) is run again with fresh random numbers, and that run is reported: the larger of two noisy bounds would not
-be one. q* has missed a mode where chains from the prior find more than those from q* by more than their errors, or where they
-end, with weight, at places that no chain from q* went to; that is an alarm, and the starts' agreement is no proof. Where chains
-from q* find more, those from the prior had too few temperatures.
+be one.
+
+q* has missed a mode where chains from the prior find more than those from q* by more than their errors, or where a share of
+their weight ends at places that no chain from q* went to (a small share: and they find as much more as it is worth). That is an
+alarm, and the starts' agreement is no proof. Where chains from q* find more, those from the prior had too few temperatures.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from elbowroom.inference.target import LogJoint
 
 ALARM = 3.0  # standard errors between the two starts
 CAUTION = 2.0  # standard errors taken off each start's bound before they are compared: of two noisy ones the noisier is larger
-UNSEEN = 0.05  # share of the mass that q*'s chains may have missed
+UNSEEN, PLAIN = 0.05, 0.25  # shares of the mass that q*'s chains may have missed: let pass; told by itself
+HINT = 2.0  # standard errors between the starts that support a share between the two
 FACTOR, SLACK = 1.5, 4.0  # a chain lies outside beyond FACTOR x (the farthest of q*'s chains) + SLACK, in squared deviations
 MATTERS = 0.1  # nats between them that are let pass however small the errors
 
@@ -121,6 +124,7 @@ class Annealed(Reference):
         prior, refit = found.value["prior"], found.value["refit"]
         spread = (found.error["prior"].square() + found.error["refit"].square()).sqrt()
         apart = (prior - refit) / spread.clamp_min(1e-12)
+        missed = self._missed(prior - refit, spread, found.unseen)
         known = found.draws.nan_to_num()  # a program need not take NaN
         lost = found.draws.isnan().any(-1).any(0)
         blank = lambda value: value.masked_fill(lost.reshape(1, -1, *[1] * (value.dim() - 2)), torch.nan)
@@ -129,6 +133,7 @@ class Annealed(Reference):
             "ais_lower_refit": refit,
             "ais_disagreement": apart,
             "ais_unseen": found.unseen,
+            "ais_missed": missed.to(prior.dtype),
             "ais_ess": found.ess,
             "ais_failed": found.failed,
         }
@@ -137,7 +142,7 @@ class Annealed(Reference):
             draws=in_chains(found.draws),
             sites={name: in_chains(blank(value)) for name, value in log_joint.constrain(known).items()},
             status=["uncertified"] * log_joint.n_obs,
-            reason=self._reasons(found, apart),
+            reason=self._reasons(found, apart, missed),
             mean=found.mean,
             covariance=found.covariance,
             evidence=Evidence("bound", "annealed importance sampling", found.bound, found.bound_error),
@@ -145,20 +150,29 @@ class Annealed(Reference):
             sample_stats={"lp": in_chains(blank(log_joint(known)))},
         )
 
-    def _reasons(self, found: _Found, apart: Tensor) -> list[str]:
+    @staticmethod
+    def _missed(gap: Tensor, spread: Tensor, share: Tensor) -> Tensor:
+        """Whether q* has missed a mode, (N,): one of share s costs its chains -log(1 - s) nats."""
+        told = (gap > ALARM * spread) & (gap > MATTERS)
+        worth = -torch.log1p(-share.clamp_max(1 - 1e-12))
+        return told | (share > PLAIN) | ((share > UNSEEN) & (gap > worth / 2) & (gap > HINT * spread))
+
+    def _reasons(self, found: _Found, apart: Tensor, missed: Tensor) -> list[str]:
         reasons = []
         gap = found.value["prior"] - found.value["refit"]
-        columns = (found.bound, found.ess, found.unseen, apart, gap)
-        for value, ess, share, sigmas, nats in zip(*(column.tolist() for column in columns), strict=True):
+        columns = (found.bound, found.ess, found.unseen, missed, apart, gap)
+        for value, ess, share, lost, sigmas, nats in zip(*(column.tolist() for column in columns), strict=True):
             if math.isnan(value):
                 sentence = "the budget ended before this datum was reached"
             elif math.isinf(value):
                 sentence = "no chain ended with a finite weight"
-            elif share > UNSEEN:
-                sentence = f"a share {share:.2g} of the mass lies where no chain from q* went: q* missed a mode"
-            elif abs(sigmas) > ALARM and abs(nats) > MATTERS:
-                more, why = ("the prior", "q* missed a mode") if nats > 0 else ("q*", "too few temperatures from the prior")
-                sentence = f"chains from {more} found {abs(nats):.2g} nats more ({abs(sigmas):.1f} standard errors): {why}"
+            elif lost:
+                sentence = (
+                    f"q* missed a mode: chains from the prior found {nats:.2g} nats more ({sigmas:.1f} standard errors), "
+                )
+                sentence += f"and a share {share:.2g} of the mass where no chain from q* went"
+            elif sigmas < -ALARM and nats < -MATTERS:
+                sentence = f"too few temperatures from the prior: chains from q* found {-nats:.2g} nats more"
             else:
                 sentence = (
                     f"a lower bound on log p(x) and {ess:.0f} effective chains of {self.chains}: no certificate of the draws"

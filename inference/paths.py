@@ -22,7 +22,8 @@ from torch import Tensor
 from elbowroom.inference.normals import Normals, apply, whiten
 from elbowroom.inference.target import LogJoint
 
-PRIOR_DRAWS = 256  # for the scale of the prior
+PRIOR_DRAWS, FEWEST = 256, 32  # for the scale of the prior, fewer where there are many data
+ENTRIES = 2**23  # of those draws
 QUANTILES = (0.15865525, 0.84134475)  # one standard deviation to either side, of a normal
 FLOOR = 1e-12  # least eigenvalue of q*'s covariance, relative to the prior's
 
@@ -166,7 +167,8 @@ class PriorPath(Path):
     ) -> None:
         self.log_joint = log_joint
         if metric is None:
-            draws = log_joint.sample_prior(PRIOR_DRAWS, seed)
+            n_draws = max(FEWEST, min(PRIOR_DRAWS, ENTRIES // (log_joint.n_obs * log_joint.dim)))
+            draws = log_joint.sample_prior(n_draws, seed)
             levels = torch.tensor(QUANTILES, dtype=draws.dtype, device=draws.device)
             low, high = draws.quantile(levels, 0)  # heavy tails have no variance
             scale = (high - low) / 2

@@ -408,16 +408,16 @@ def test_the_reference_runs_one_start_when_asked(monkeypatch: pytest.MonkeyPatch
 
 def test_a_budget_and_a_bad_q_star(monkeypatch: pytest.MonkeyPatch) -> None:
     """A datum without a finite q* is annealed from the prior; after the budget has ended data are NaN and say so."""
-    log_joint, oracle, x = linear(30, dim=2, width=6, noise=0.5)
+    log_joint, oracle, x = linear(15, dim=2, width=6, noise=0.5)
     q = exact(oracle, x)
     q.root[3], q.loc[3] = torch.nan, torch.nan
     known(monkeypatch, q)
-    monkeypatch.setitem(annealing.ROWS, "cpu", 160)  # blocks of 20 data
-    method = Annealed(temperatures=20, chains=8, leapfrogs=2)
+    monkeypatch.setitem(annealing.ROWS, "cpu", 80)  # blocks of 10 data
+    method = Annealed(temperatures=10, chains=8, leapfrogs=2)
     whole = method(log_joint, keep=8, seed=3)
     assert whole.evidence is not None
     assert whole.evidence.value.isfinite().all()
-    assert (whole.evidence.value - oracle.log_evidence(x)).abs().mean() < 0.2
+    assert (whole.evidence.value - oracle.log_evidence(x)).abs().mean() < 0.25
     ended = False
 
     def clock() -> float:
@@ -434,13 +434,13 @@ def test_a_budget_and_a_bad_q_star(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ais, "time", SimpleNamespace(monotonic=clock))
     late = method(log_joint, keep=8, seed=3, until=1.0)
     assert late.evidence is not None
-    assert torch.equal(late.evidence.value[:20], whole.evidence.value[:20])
-    assert late.evidence.value[20:].isnan().all()
-    assert late.draws[:, :, 20:].isnan().all()
-    assert late.sites["z"][:, :, 20:].isnan().all()
-    assert late.sites["z"][:, :, :20].isfinite().all()
-    assert all("the budget ended" in reason for reason in late.reason[20:])
-    assert not any("the budget ended" in reason for reason in late.reason[:20])
+    assert torch.equal(late.evidence.value[:10], whole.evidence.value[:10])
+    assert late.evidence.value[10:].isnan().all()
+    assert late.draws[:, :, 10:].isnan().all()
+    assert late.sites["z"][:, :, 10:].isnan().all()
+    assert late.sites["z"][:, :, :10].isfinite().all()
+    assert all("the budget ended" in reason for reason in late.reason[10:])
+    assert not any("the budget ended" in reason for reason in late.reason[:10])
 
 
 def test_resampling_is_proportional_to_the_weights() -> None:
