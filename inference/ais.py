@@ -1,8 +1,8 @@
 r"""Annealed importance sampling as a reference: bounds on log p(x) and weighted draws from two starts.
 
 Every datum is annealed from the prior, and from its inflated refitted normal q*. The start with the larger lower bound (less
-two standard errors) is run again with fresh random numbers, and that run is reported: the larger of two noisy bounds would not
-be one.
+an allowance for noise) is run again with fresh random numbers, and that run is reported: the larger of two noisy bounds would
+not be one.
 
 q* has missed a mode where chains from the prior find more than those from q* by more than their errors, or where a share of
 their weight ends at places that no chain from q* went to (a small share: and they find as much more as it is worth). That is an
@@ -30,6 +30,10 @@ from elbowroom.inference.target import LogJoint
 
 ALARM = 3.0  # standard errors between the two starts
 CAUTION = 2.0  # standard errors taken off each start's bound before they are compared: of two noisy ones the noisier is larger
+FEW, LUCK = (
+    4.0,
+    3.0,
+)  # and nats, where so few effective chains leave no standard error; a bound is 3 too high once in 20 at most
 UNSEEN, PLAIN = 0.05, 0.25  # shares of the mass that q*'s chains may have missed: let pass; told by itself
 HINT = 2.0  # standard errors between the starts that support a share between the two
 FACTOR, SLACK = 1.5, 4.0  # a chain lies outside beyond FACTOR x (the farthest of q*'s chains) + SLACK, in squared deviations
@@ -108,7 +112,8 @@ class Annealed(Reference):
             found.value[path.name][rows], found.error[path.name][rows] = bound.value, bound.error
         if len(paths) == 2:
             found.unseen[rows] = unseen(first[0], first[1], found.q_star.rows(rows))
-        winner = torch.stack([(b.value - CAUTION * b.error).nan_to_num(nan=-torch.inf) for b in first]).argmax(0)
+        careful = [b.value - CAUTION * b.error - LUCK * (b.ess < FEW) for b in first]
+        winner = torch.stack(careful).nan_to_num(nan=-torch.inf).argmax(0)
         for i, (path, plan, bound) in enumerate(zip(paths, plans, first, strict=True)):
             mine = (winner == i).nonzero()[:, 0]
             if not len(mine):
