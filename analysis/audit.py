@@ -8,7 +8,6 @@ r"""The audit: how far is q(z|x) from p(z|x), for this model and for each datum?
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,58 +19,24 @@ import xarray as xr
 from annotated_types import Ge
 
 from elbowroom.analysis import idata
-from elbowroom.analysis.distances import Comparison, compare
-from elbowroom.analysis.evidence import Ladder, climb
+from elbowroom.analysis.distances import compare
+from elbowroom.analysis.evidence import climb
+from elbowroom.analysis.planning import choose
+from elbowroom.analysis.tabulate import tabulate
 from elbowroom.analysis.verdict import sentences, summary
-from elbowroom.errors import RunFolderError, UserError
+from elbowroom.errors import RunFolderError
 from elbowroom.files import atomic
 from elbowroom.inference import discrete
-from elbowroom.inference.enumeration import Enumeration
-from elbowroom.inference.exact import ClosedForm
-from elbowroom.inference.grid import Grid
 from elbowroom.inference.importance import amortized
 from elbowroom.inference.posterior import CHAINS, Posterior, Reference, concatenate
 from elbowroom.inference.target import LogJoint
 
 log = logging.getLogger("elbowroom")
 
-AUTO: tuple[type[Reference], ...] = (ClosedForm, Enumeration, Grid)
 BLOCK = 2**22  # draws x data held at once
-Z95 = 1.959963984540054
 SEED_STEP = 7919  # between the guide and each reference
 DISCRETE_STEP = 15_485_863  # between draws of the continuous sites and of the discrete ones
 BLOCK_STEP = 104_729  # between blocks of data: shared noise would hide in the error of means
-
-NATS = "nats"
-VARIABLES: dict[str, tuple[str, str]] = {
-    "elbo": (NATS, "ELBO of the amortized guide: E_q[log p(x, z) - log q(z|x)]"),
-    "elbo_se": (NATS, "standard error of elbo over its draws"),
-    "log_evidence": (NATS, "log p(x), exact or estimate as evidence_method says; NaN where only a bound is known"),
-    "log_evidence_se": (NATS, "numerical error (exact) or standard error (estimate) of log_evidence"),
-    "log_evidence_lower": (NATS, "lower end for log p(x); a probabilistic bound where evidence_method says lower bound"),
-    "log_evidence_upper": (NATS, "upper end for log p(x); NaN where only a lower bound is known"),
-    "gap_total": (NATS, "log_evidence - elbo = KL(q(z|x) || p(z|x))"),
-    "gap_total_lower": (NATS, "lower end of the 95 % interval for the gap (or of the gap to the lower bound)"),
-    "gap_total_upper": (NATS, "upper end of the 95 % interval for the gap; NaN where only a lower bound is known"),
-    "pareto_k": ("1", "tail index k-hat of the importance weights p(x, z) / q(z|x)"),
-    "ess_fraction": ("1", "effective sample size of the importance weights, as a fraction of the draws"),
-    "rate": (NATS, "KL(q(z|x) || p(z))"),
-    "distortion": (NATS, "-E_q log p(x|z)"),
-    "rhat_max": ("1", "largest rank-normalised split R-hat over latents; NaN for independent draws"),
-    "ess_bulk_min": ("1", "smallest bulk effective sample size over latents; NaN for independent draws"),
-    "ess_tail_min": ("1", "smallest tail effective sample size over latents; NaN for independent draws"),
-    "diverging_count": ("1", "divergent transitions; 0 where the method has none"),
-    "mean_error": ("reference sd", "largest |mean_q - mean_ref| / sd_ref over latents"),
-    "sd_ratio": ("1", "sd_q / sd_ref of the latent where it is farthest from 1"),
-    "sliced_wasserstein": ("reference sd", "sliced 1-Wasserstein distance between guide and reference draws"),
-    "noise_floor": ("reference sd", "the same distance between two halves of the reference's draws"),
-    "total_variation": (
-        "1",
-        "half the sum over the discrete sites' joint values of |q - p_ref|; NaN beside continuous latents",
-    ),
-    "border_mass": ("1", "share of the posterior on the grid's border"),
-    "refinement_error": (NATS, "change of log p(x) under a shifted, finer grid"),
-}
 
 
 @dataclass(frozen=True)
@@ -229,28 +194,6 @@ def audit_log_joint(
     return Audit(table, trees)
 
 
-def choose(references: Literal["auto"] | Sequence[str | Reference], log_joint: LogJoint) -> list[Reference]:
-    """Turn names into methods; `auto` takes the first of closed form, enumeration and grid that applies.
-
-    Raises:
-        UserError: for an unknown name, or a method that cannot be used on this model.
-    """
-    if references == "auto":
-        return [method for method in (cls() for cls in AUTO) if method.refusal(log_joint) is None][:1]
-    known = {cls.name: cls for cls in AUTO}
-    methods: list[Reference] = []
-    for item in references:
-        if isinstance(item, str):
-            if item not in known:
-                raise UserError(f"audit.references: unknown reference {item!r}; allowed: auto, {', '.join(known)}")
-            item = known[item]()
-        refusal = item.refusal(log_joint)
-        if refusal is not None:
-            raise UserError(f"audit.references: {refusal}; use auto")
-        methods.append(item)
-    return methods
-
-
 def _blocks(log_joint: LogJoint, draws: int) -> list[tuple[LogJoint, str]]:
     """Split the data so that draws x data stay within memory; one block where the arguments cannot be taken apart."""
     size = max(1, BLOCK // draws)
@@ -264,66 +207,3 @@ def _blocks(log_joint: LogJoint, draws: int) -> list[tuple[LogJoint, str]]:
             return [(log_joint, "")]
         blocks.append((part, f" for data {int(rows[0])}..{int(rows[-1])} of {n}"))
     return blocks
-
-
-def tabulate(
-    guide: Posterior,
-    references: Sequence[Posterior],
-    comparisons: Sequence[Comparison],
-    ladder: Ladder,
-    labels: np.ndarray,
-    attrs: Mapping[str, str],
-) -> xr.Dataset:
-    """Lay everything out over obs_id and reference, with units and long names."""
-    n = len(labels)
-    elbo, elbo_se = guide.stats["elbo"].cpu().numpy(), guide.stats["elbo_se"].cpu().numpy()
-    gap = ladder.value - elbo
-    spread = Z95 * np.sqrt(elbo_se**2 + np.where(ladder.is_exact, ladder.error / Z95, ladder.error) ** 2)
-    per_datum = {
-        "elbo": elbo,
-        "elbo_se": elbo_se,
-        "log_evidence": ladder.value,
-        "log_evidence_se": ladder.error,
-        "log_evidence_lower": ladder.lower,
-        "log_evidence_upper": ladder.upper,
-        "gap_total": gap,
-        "gap_total_lower": np.where(np.isnan(gap), ladder.lower - elbo - Z95 * elbo_se, gap - spread),
-        "gap_total_upper": gap + spread,
-        **{name: guide.stats[name].cpu().numpy() for name in ("pareto_k", "ess_fraction", "rate", "distortion")},
-    }
-
-    def pile(values: Sequence[torch.Tensor | None]) -> np.ndarray:
-        columns = [np.full(n, np.nan) if v is None else v.cpu().numpy().astype(float) for v in values]
-        return np.stack(columns, 1) if columns else np.empty((n, 0))
-
-    per_reference = {
-        **{
-            name: pile([getattr(c, name) for c in comparisons])
-            for name in ("mean_error", "sd_ratio", "sliced_wasserstein", "noise_floor", "total_variation")
-        },
-        **{
-            name: pile([p.stats.get(name) for p in references])
-            for name in ("rhat_max", "ess_bulk_min", "ess_tail_min", "border_mass", "refinement_error")
-        },
-        "diverging_count": pile([p.stats.get("diverging_count", torch.zeros(n)) for p in references]),
-    }
-
-    def words(get: Callable[[Posterior], Sequence[str]]) -> np.ndarray:
-        return np.array([get(p) for p in references], dtype=str).T.reshape(n, len(references))
-
-    table = xr.Dataset(
-        {
-            **{name: ("obs_id", value) for name, value in per_datum.items()},
-            "evidence_method": ("obs_id", ladder.method),
-            **{name: (("obs_id", "reference"), value) for name, value in per_reference.items()},
-            "status": (("obs_id", "reference"), words(lambda p: p.status)),
-            "reason": (("obs_id", "reference"), words(lambda p: p.reason)),
-        },
-        coords={"obs_id": labels, "reference": np.array([p.method for p in references], dtype=str)},
-        attrs=dict(attrs),
-    )
-    for name, (units, long_name) in VARIABLES.items():
-        table[name].attrs = {"units": units, "long_name": long_name}
-    if not math.isfinite(float(np.nanmax(np.abs(elbo)))):
-        log.warning("the ELBO of some data is not finite")
-    return table

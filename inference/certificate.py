@@ -90,8 +90,11 @@ class Certificate:
 
     def rows(self, index: Tensor) -> Certificate:
         """Return those of some of the data."""
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Certificate(**{name: v[index] if isinstance(v, Tensor) else v for name, v in parts.items()})
+        columns: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            columns[f.name] = value[index] if isinstance(value, Tensor) else value
+        return Certificate(**columns)
 
     def amended(self, index: Tensor, unseen: Unseen) -> Certificate:
         """Return the same with another finding about the modes of some of the data."""

@@ -101,8 +101,8 @@ class Modes:
             step: step sizes, (N,).
             settle: trajectories before the mean is taken.
             generator: of all randomness.
-            finest: smallest factor on the step sizes, which vary log-uniformly from it to 1: no run at its own period, none held
-                by steps too large for its place.
+            finest: smallest factor on the step sizes, which vary log-uniformly from it to 1: no run stays at its own period or
+                is held by steps too large for its place.
         """
         state, sums, level = State.at(log_joint.grad, self.end), torch.zeros_like(self.end), torch.zeros_like(self.level)
         for i in range(settle + self.length):

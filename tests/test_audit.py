@@ -16,9 +16,10 @@ import torch
 import xarray as xr
 from conftest import linear_vae, mlp_vae, set_guide
 
-from elbowroom.analysis.audit import VARIABLES, Audit, audit, audit_log_joint
+from elbowroom.analysis.audit import Audit, audit, audit_log_joint
 from elbowroom.analysis.distances import sliced_wasserstein
 from elbowroom.analysis.evidence import LOWER_BOUND
+from elbowroom.analysis.tabulate import VARIABLES
 from elbowroom.analysis.verdict import sentences
 from elbowroom.errors import RunFolderError
 from elbowroom.inference.grid import Grid

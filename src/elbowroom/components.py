@@ -51,9 +51,11 @@ _table: dict[str, dict[str, str | type]] = {
         "full_rank_normal": "elbowroom.models.guides:FullRankNormal",
     },
     "reference": {
+        "ais": "elbowroom.inference.ais:Annealed",
         "closed_form": "elbowroom.inference.exact:ClosedForm",
         "enumeration": "elbowroom.inference.enumeration:Enumeration",
         "grid": "elbowroom.inference.grid:Grid",
+        "hmc": "elbowroom.inference.hmc:HMC",
     },
 }
 

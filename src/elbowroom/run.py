@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from elbowroom import document, folder, spec
-from elbowroom.analysis.audit import Audit, audit_log_joint, choose
+from elbowroom.analysis.audit import Audit, audit_log_joint
+from elbowroom.analysis.planning import choose
 from elbowroom.archive import check_stored
 from elbowroom.data import Dataset, File
 from elbowroom.errors import DataError, RunFolderError, SpecError
