@@ -67,7 +67,7 @@ class Chains:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return mean (N, d) and covariance (N, d, d) of all draws."""
-        flat = self.draws.flatten(0, 1)
+        flat = self.draws.flatten(0, 1).double()
         mean = flat.mean(0)
         centred = flat - mean
         return mean, torch.einsum("snd,sne->nde", centred, centred) / (len(flat) - 1)
@@ -174,7 +174,7 @@ def certify(chains: Chains, modes: Modes) -> Certificate:
         chains: their second half started from the prior.
         modes: annealed runs from the prior, of the same data.
     """
-    draws = chains.draws
+    draws = chains.draws.double()
     n = draws.shape[2]
     rhat = torch.maximum(diagnostics.rhat(draws).amax(-1), diagnostics.rhat(chains.lp))
     if chains.energy is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from elbowroom.inference.program import Program, Site, frame_of, per_datum, support_of
+from elbowroom.inference.sharing import log_prob as sharing_log_prob
 from elbowroom.inference.sharing import shared_log_prob
 
 
@@ -132,7 +133,7 @@ class Feed(Messenger):
                 log_prob = log_prob.movedim(self.draws_dim, 0)
                 self.per_draw = self.per_draw + log_prob.reshape(len(log_prob), -1).sum(1)
             return
-        raw = shared_log_prob(fn, msg["value"]) if self.shared else fn.log_prob(msg["value"])
+        raw = (shared_log_prob if self.shared else sharing_log_prob)(fn, msg["value"])
         log_prob = scale_and_mask(raw, 1.0, msg["mask"])
         frame = frame_of(msg, self.program.plate)
         if frame is None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from elbowroom.inference.certificate import Certificate, Chains, certify
 from elbowroom.inference.modes import Metric, Modes
 from elbowroom.inference.posterior import Posterior, Reference, Status, concatenate
+from elbowroom.inference.precision import Precision, in_precision
 from elbowroom.inference.sampler import Sampler
 from elbowroom.inference.scout import scout
 from elbowroom.inference.target import LogJoint
@@ -45,6 +46,7 @@ class HMC(Reference):
         draws: draws per chain in the first round; each further round doubles them.
         max_draws: draws per chain at which a datum that is not certified is given to parallel tempering.
         tempering: whether data that are still not certified are tried by parallel tempering.
+        precision: of the chains; auto takes single where its rounding of log p(x, z) stays below 1e-3 nats.
     """
 
     name: ClassVar[str] = "hmc"
@@ -56,11 +58,13 @@ class HMC(Reference):
         draws: Annotated[int, Ge(100)] = 250,
         max_draws: Annotated[int, Ge(100)] = 4000,
         tempering: bool = True,
+        precision: Precision = "auto",
     ) -> None:
         self.chains = chains
         self.draws = draws
         self.max_draws = max_draws
         self.tempering = tempering
+        self.precision = precision
 
     def refusal(self, log_joint: LogJoint) -> str | None:
         """Without a continuous latent there is nothing to move."""
@@ -76,6 +80,7 @@ class HMC(Reference):
         generator = torch.Generator(device=log_joint.device).manual_seed(seed)
         known = scout(log_joint)
         found = Found(log_joint, self.name, self.chains, min(keep // self.chains, self.draws))
+        log_joint = in_precision(log_joint, known.refit.q, self.precision, generator)
         sampler = Sampler.warmed_up(log_joint, known, self.chains, generator)
         everyone = torch.arange(log_joint.n_obs, device=log_joint.device)
         left = self._run(sampler, everyone, known.modes, found, until)

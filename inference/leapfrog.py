@@ -40,6 +40,11 @@ class State:
         value, gradient = target(z)
         return cls(z, *_finite(value, gradient))
 
+    @classmethod
+    def of(cls, z: Tensor, value: Tensor, gradient: Tensor) -> State:
+        """Take values that are known already."""
+        return cls(z, *_finite(value, gradient))
+
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return positions, log densities and gradients."""
         return self.z, self.value, self.gradient

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elbowroom.inference.leapfrog import State, Target, transition
+from elbowroom.inference.bridge import Bridge
+from elbowroom.inference.leapfrog import State, transition
 from elbowroom.inference.normals import Normals, safe_cholesky, whiten
 from elbowroom.inference.target import LogJoint
 
@@ -123,15 +124,16 @@ class Modes:
             draws: (C, S, N, d).
             lp: their log joint, (C, S, N).
         """
+        draws, lp = draws.double(), lp.double()
         flat = draws.flatten(0, 1)
         centre = flat.mean(0)
         centred = flat - centre
         root = safe_cholesky(torch.einsum("snd,sne->nde", centred, centred) / (len(flat) - 1))
         segments = draws[:, : draws.shape[1] // self.length * self.length].unflatten(1, (-1, self.length)).mean(2)
         reach = whiten(root, segments.flatten(0, 1) - centre).square().sum(-1).amax(0)
-        distance = whiten(root, self.mean - centre).square().sum(-1)
+        distance = whiten(root, self.mean.double() - centre).square().sum(-1)
         unseen = distance > FACTOR * reach + SLACK
-        weight = torch.softmax(self.log_weight, 0)
+        weight = torch.softmax(self.log_weight.double(), 0)
         share = (weight * unseen).sum(0)
         ess = 1 / weight.square().sum(0)
         # few effective weights tell little: then the height of log p(x, z) speaks, as if the volumes were equal
@@ -155,34 +157,24 @@ def search(log_joint: LogJoint, q: Normals, *, runs: int = RUNS, seed: int = 0) 
         seed: random seed.
     """
     generator = torch.Generator(device=log_joint.device).manual_seed(seed + 1)
-    metric = Metric.of(log_joint, q, seed + 2)
-    z = log_joint.sample_prior(runs, seed).to(q.loc.dtype)
-    n, d = q.loc.shape
-    b = torch.zeros(n, dtype=z.dtype, device=z.device)
-    step = torch.full_like(b, d**-0.25)
-    log_weight = torch.zeros(runs, n, dtype=z.dtype, device=z.device)
-    ladder = [b]
-    for t in range(TEMPERATURES):
-        if not bool((b < 1).any()):
-            break
-        likelihood = log_joint.terms(z)[1].nan_to_num(nan=-torch.inf, posinf=-torch.inf)
-        raised = _raise(b, likelihood) if t + 1 < TEMPERATURES else torch.ones_like(b)
-        log_weight = log_weight + (raised - b) * likelihood.clamp_min(-1e300)
-        b = raised
-        ladder.append(b)
-        z, step = _move(tempered(log_joint, b), z, metric.root(b), step, generator)
-    found = Modes(z, z, log_weight, log_weight, torch.stack(ladder), KEPT)
-    return found.longer(log_joint, metric.root(torch.ones_like(b)), step, SETTLE, generator)
-
-
-def tempered(log_joint: LogJoint, b: Tensor) -> Target:
-    """Return the density p(z) p(x|z)^b with b per datum (N,), or per chain and datum (S, N)."""
-
-    def target(z: Tensor) -> tuple[Tensor, Tensor]:
-        prior, likelihood, gradient = log_joint.tempered(z, b)
-        return torch.where(b > 0, prior + b * likelihood, prior), gradient
-
-    return target
+    with log_joint.held():
+        metric = Metric.of(log_joint, q, seed + 2)
+        chains = Bridge(log_joint, log_joint.sample_prior(runs, seed).to(log_joint.tested.dtype))
+        b = torch.zeros_like(chains.z[0, :, 0])
+        step = torch.full_like(b, chains.z.shape[-1] ** -0.25)
+        log_weight = torch.zeros_like(chains.z[..., 0])
+        ladder = [b]
+        for t in range(TEMPERATURES):
+            if not bool((b < 1).any()):
+                break
+            raised = _raise(b, chains.likelihood) if t + 1 < TEMPERATURES else torch.ones_like(b)
+            log_weight = log_weight + torch.where(raised > b, (raised - b) * chains.likelihood, 0.0)
+            b = raised
+            ladder.append(b)
+            move = chains.move(b, metric.root(b), step, LEAPFROGS, generator)
+            step = _follow(step, move.accept)
+        found = Modes(chains.z, chains.z, log_weight, log_weight, torch.stack(ladder), KEPT)
+        return found.longer(log_joint, metric.root(b), step, SETTLE, generator)
 
 
 @dataclass(frozen=True)
@@ -206,18 +198,14 @@ class Metric:
         return cls(scale.square().reciprocal(), torch.cholesky_inverse(q.root))
 
     def root(self, b: Tensor) -> Tensor:
-        """Return lower-triangular roots (N, d, d) at the inverse temperatures b (N,)."""
-        mixed = torch.diag_embed((1 - b).unsqueeze(-1) * self.prior) + b[:, None, None] * self.precision
-        return safe_cholesky(torch.cholesky_inverse(safe_cholesky(mixed)))
+        """Return lower-triangular roots (N, d, d) at the inverse temperatures b (N,), in their precision."""
+        share = b.to(self.prior.dtype)
+        mixed = torch.diag_embed((1 - share).unsqueeze(-1) * self.prior) + share[:, None, None] * self.precision
+        return safe_cholesky(torch.cholesky_inverse(safe_cholesky(mixed))).to(b.dtype)
 
     def rows(self, index: Tensor) -> Metric:
         """Return those of some of the data."""
         return Metric(self.prior[index], self.precision[index])
-
-
-def _move(target: Target, z: Tensor, root: Tensor, step: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    move = transition(target, State.at(target, z), root, step, LEAPFROGS, generator)
-    return move.state.z, _follow(step, move.accept)
 
 
 def _follow(step: Tensor, accept: Tensor) -> Tensor:

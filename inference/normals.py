@@ -94,6 +94,10 @@ class Normals:
         """Return the same with standard deviations multiplied by `factor`."""
         return Normals(self.loc, self.root * factor)
 
+    def to(self, dtype: torch.dtype) -> Normals:
+        """Return the same in another precision."""
+        return Normals(self.loc.to(dtype), self.root.to(dtype))
+
     def rows(self, index: Tensor) -> Normals:
         """Return those of some of the data."""
         return Normals(self.loc[index], self.root[index])

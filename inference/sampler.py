@@ -44,13 +44,16 @@ class Sampler:
     @classmethod
     def warmed_up(cls, log_joint: LogJoint, known: Scout, chains: int, generator: torch.Generator) -> Sampler:
         """Start half of the chains from q* and half from annealed draws of the prior, and adapt metric and step sizes."""
-        half = chains // 2
-        start = torch.cat([known.refit.q.sample(chains - half, generator), known.modes.end[:half]])
-        root = known.refit.q.root
-        state = State.at(log_joint.grad, start)
-        state, step, draws = _adapt(log_joint, state, root, torch.full_like(root[:, 0, 0], _first(root)), WARMUP[0], generator)
-        root = _reestimated(root, draws[WARMUP[0] // 3 :])
-        state, step, _ = _adapt(log_joint, state, root, torch.full_like(step, _first(root)), WARMUP[1], generator)
+        half, dtype = chains // 2, log_joint.tested.dtype
+        ends = known.modes.end[:half].to(dtype)
+        start = torch.cat([known.refit.q.sample(chains - len(ends), generator).to(dtype), ends])
+        root = known.refit.q.root.to(dtype)
+        first = torch.full_like(root[:, 0, 0], root.shape[-1] ** -0.25)
+        with log_joint.held():
+            state = State.at(log_joint.grad, start)
+            state, step, draws = _adapt(log_joint, state, root, first, WARMUP[0], generator)
+            root = _reestimated(root, draws[WARMUP[0] // 3 :])
+            state, step, _ = _adapt(log_joint, state, root, first, WARMUP[1], generator)
         return cls(log_joint, state, root, step, generator)
 
     def run(self, rows: Tensor, length: int) -> Chains:
@@ -60,8 +63,13 @@ class Sampler:
         energy = new()
         out = Chains(new(d), new(), energy, new(), torch.empty(c, length, n, dtype=torch.bool, device=self.state.z.device))
         for bucket, part in self._buckets(rows):
+            self._run_bucket(part, bucket, out, energy)
+        return out.rows(rows)
+
+    def _run_bucket(self, part: LogJoint, bucket: Tensor, out: Chains, energy: Tensor) -> None:
+        with part.held():
             state, root, step = self.state.rows(bucket), self.root[bucket], float(self.step[bucket].min())
-            for i in range(length):
+            for i in range(out.length):
                 low, high = JITTER
                 tau = QUARTER * (low + (high - low) * float(torch.rand((), generator=self.generator, device=root.device)))
                 n_steps = min(math.ceil(tau / step), MAX_LEAPFROGS)
@@ -72,7 +80,6 @@ class Sampler:
                 out.accept[:, i, bucket], out.divergent[:, i, bucket] = move.accept, move.divergent
             for mine, moved in zip(self.state.parts(), state.parts(), strict=True):
                 mine[:, bucket] = moved
-        return out.rows(rows)
 
     def metric(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the metric roots and step sizes of some of the data."""
@@ -105,10 +112,6 @@ class Sampler:
         return found
 
 
-def _first(root: Tensor) -> float:
-    return float(root.shape[-1]) ** -0.25
-
-
 def _adapt(
     log_joint: LogJoint, state: State, root: Tensor, step: Tensor, length: int, generator: torch.Generator
 ) -> tuple[State, Tensor, Tensor]:
@@ -126,7 +129,8 @@ def _adapt(
 def _reestimated(root: Tensor, draws: Tensor) -> Tensor:
     """Return roots of the covariance within chains, drawn towards that of q* as a few draws per dimension would."""
     length, chains, _, d = draws.shape
+    dtype, root, draws = root.dtype, root.double(), draws.double()
     centred = draws - draws.mean(0)
     within = torch.einsum("scnd,scne->nde", centred, centred) / ((length - 1) * chains)
     weight = length * chains / (length * chains + PRIOR_DRAWS_WORTH * d * 4)
-    return safe_cholesky(weight * within + (1 - weight) * root @ root.mT)
+    return safe_cholesky(weight * within + (1 - weight) * root @ root.mT).to(dtype)

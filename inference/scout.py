@@ -9,7 +9,10 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 
+import torch
+
 from elbowroom.inference.modes import RUNS, Modes, search
+from elbowroom.inference.precision import in_precision
 from elbowroom.inference.refit import Refit, refit
 from elbowroom.inference.target import LogJoint
 
@@ -35,7 +38,9 @@ def scout(log_joint: LogJoint) -> Scout:
     """Return what is known of the posteriors of a `LogJoint`, computing it the first time."""
     found = _known.get(log_joint)
     if found is None:
-        best = refit(log_joint, family="full", seed=SEED)
-        found = Scout(best, search(log_joint, best.q, runs=RUNS, seed=SEED + 10))
+        with log_joint.held():
+            best = refit(log_joint, family="full", seed=SEED)
+        generator = torch.Generator(device=log_joint.device).manual_seed(SEED + 1)
+        found = Scout(best, search(in_precision(log_joint, best.q, "auto", generator), best.q, runs=RUNS, seed=SEED + 10))
         _known[log_joint] = found
     return found

@@ -8,6 +8,7 @@ and put back after it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import types
@@ -39,6 +40,7 @@ class Snapshot:
     def __init__(self, programs: tuple[Callable[..., Any], ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._original = (args, kwargs)
         self._modules = _find_modules(*programs, args, kwargs)
+        self._depth = 0
         self.take(None)
 
     def take(self, dtype: torch.dtype | None) -> None:
@@ -53,6 +55,18 @@ class Snapshot:
         store = pyro.get_param_store()
         self._store = [dict(getattr(store, name)) for name in STORE]
         self._weights = [(t, self.convert(t, dtype)) for t in self.leaves() if id(t) not in arguments]
+
+    def converted(self, dtype: torch.dtype) -> Snapshot:
+        """Return the same weights and arguments, of the moment this snapshot was taken, in another precision."""
+
+        def convert(t: Any) -> Any:
+            return self.convert(t, dtype) if isinstance(t, Tensor) else t
+
+        other = copy.copy(self)
+        other.dtype, other._depth = dtype, 0
+        other.args, other.kwargs = pytree.tree_map(convert, (self.args, self.kwargs))
+        other._weights = [(t, self.convert(value, dtype)) for t, value in self._weights]
+        return other
 
     @staticmethod
     def convert(t: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -70,18 +84,24 @@ class Snapshot:
     @contextlib.contextmanager
     def eval_mode(self) -> Iterator[None]:
         """Put every module into eval mode, and back."""
-        training = [(m, m.training) for root in self._modules for m in root.modules()]
-        for module, _ in training:
+        training = [m for root in self._modules for m in root.modules() if m.training]
+        for module in training:
             module.training = False
         try:
             yield
         finally:
-            for module, was in training:
-                module.training = was
+            for module in training:
+                module.training = True
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """Swap the copies in, in eval mode, without gradients in the weights and without Pyro's validation."""
+        """Swap the copies in, in eval mode, without gradients in the weights and without Pyro's validation.
+
+        Within it, further scopes cost nothing: hold one around many evaluations.
+        """
+        if self._depth:
+            yield
+            return
         default = torch.get_default_dtype()
         store = pyro.get_param_store()
         kept = [getattr(store, name) for name in STORE]
@@ -95,8 +115,10 @@ class Snapshot:
                         tensor.requires_grad_(False)
                     tensor.data = value
                 torch.set_default_dtype(self.dtype or default)
+                self._depth += 1
                 yield
             finally:
+                self._depth = 0
                 torch.set_default_dtype(default)
                 for name, mapping in zip(STORE, kept, strict=True):
                     setattr(store, name, mapping)

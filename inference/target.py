@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from elbowroom.inference.feed import Feed
 from elbowroom.inference.forward import Which, first_line, forward
 from elbowroom.inference.inspection import inspect
 from elbowroom.inference.probes import probe
-from elbowroom.inference.program import is_real, per_datum
+from elbowroom.inference.program import Program, is_real, per_datum
 from elbowroom.inference.snapshot import Snapshot
 
 log = logging.getLogger("elbowroom")
@@ -109,12 +109,32 @@ class LogJoint:
 
         Where discrete sites are summed out, log p(z) is the marginal of the continuous ones, and log p(x_n|z) likewise.
         """
-        log_prior, log_likelihood = self._split(z).unbind(-1)
-        return log_prior, log_likelihood
+        both = [self._map(partial(self._pair, assignment=a), z) for a in self.program.assignments]
+        return _summed_out([(pair[..., 0], pair[..., 1]) for pair in both])
 
     def grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(x_n, z_sn), (S, N), and its gradient in z, (S, N, d)."""
-        return self._backward(z, self)
+
+        def evaluate(u: Tensor) -> tuple[Tensor, ...]:
+            value = self(u)
+            return value.detach(), *torch.autograd.grad(value.sum(), u)
+
+        value, gradient = self._backward(z, evaluate)
+        return value, gradient
+
+    def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return log p(z) and log p(x_n|z) as `terms`, (S, N) each, and the gradient of each in z, (S, N, d)."""
+
+        def evaluate(u: Tensor) -> tuple[Tensor, ...]:
+            pairs = [self._map_chunk(partial(self._pair, assignment=a, apart=True), u) for a in self.program.assignments]
+            prior, likelihood = _summed_out(pairs)
+            (of_prior,) = torch.autograd.grad(prior.sum(), u, retain_graph=True)
+            (of_likelihood,) = torch.autograd.grad(likelihood.sum(), u, allow_unused=True)
+            nothing = torch.zeros_like(of_prior)
+            return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood
+
+        prior, likelihood, of_prior, of_likelihood = self._backward(z, evaluate)
+        return prior, likelihood, of_prior, of_likelihood
 
     def tempered(self, z: Tensor, b: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Return log p(z), log p(x_n|z), (S, N) each, and the gradient of log p(z) + b log p(x_n|z), (S, N, d).
@@ -123,39 +143,26 @@ class LogJoint:
             z: (S, N, d).
             b: inverse temperature, a number or broadcastable to (S, N).
         """
+        prior, likelihood, of_prior, of_likelihood = self.parts(z)
         power = torch.as_tensor(b, dtype=z.dtype, device=z.device).expand(z.shape[:2])[..., None]
-        power = torch.cat([torch.ones_like(power), power], -1)
-        both, gradient = self._backward(z, self._split, power)
-        return both[..., 0], both[..., 1], gradient
+        return prior, likelihood, torch.where(power > 0, of_prior + power * of_likelihood, of_prior)
 
-    def _split(self, z: Tensor) -> Tensor:
-        """Return log p(z) and log p(x_n|z), (S, N, 2)."""
+    def _pair(self, z: Tensor, assignment: dict[str, Tensor], apart: bool = False) -> Any:
+        """Return log p(z) and log p(x_n|z) of one assignment, (N, 2), or as a tuple of two with graphs of their own."""
+        feed = self.run("model", assignment, z=z)
+        prior = feed.log_prior + feed.log_det + self._padding(z)
+        likelihood = torch.as_tensor(feed.log_likelihood, dtype=z.dtype, device=z.device).expand_as(prior)
+        return (prior, likelihood) if apart else torch.stack([prior, likelihood], -1)
 
-        def both(u: Tensor, assignment: dict[str, Tensor]) -> Tensor:
-            feed = self.run("model", assignment, z=u)
-            prior = feed.log_prior + feed.log_det + self._padding(u)
-            return torch.stack([prior, torch.as_tensor(feed.log_likelihood).expand_as(prior)], -1)
-
-        parts = [self._map(partial(both, assignment=a), z) for a in self.program.assignments]
-        if len(parts) == 1:
-            return parts[0]
-        priors, likelihoods = torch.stack(parts).unbind(-1)
-        prior = torch.logsumexp(priors, 0)
-        return torch.stack([prior, torch.logsumexp(priors + likelihoods, 0) - prior], -1)
-
-    def _backward(self, z: Tensor, function: Callable[[Tensor], Tensor], weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return a function's values and the gradient of their weighted sum, keeping the graph of few rows at a time."""
-        values, gradients = [], []
+    def _backward(self, z: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Evaluate with gradients, keeping the graph of few rows at a time."""
+        if z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim):
+            raise ValueError(f"z has shape {tuple(z.shape)}; expected (draws, {self.n_obs}, {self.dim})")
+        z = z.to(self.dtype or self.own_dtype)
         # the backward pass reads the weights too: both happen in one scope
         with self.snapshot.scope(), torch.enable_grad():
-            for rows in torch.arange(len(z), device=z.device).split(max(1, self._rows // self.n_obs)):
-                u = z[rows].detach().requires_grad_()
-                value = function(u)
-                total = value.sum() if weight is None else (value * weight[rows]).sum()
-                (gradient,) = torch.autograd.grad(total, u)
-                values.append(value.detach())
-                gradients.append(gradient)
-        return torch.cat(values), torch.cat(gradients)
+            parts = [evaluate(u.detach().requires_grad_()) for u in z.split(max(1, self._rows // max(1, self.n_obs)))]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def log_guide(self, z: Tensor) -> Tensor:
         """Return log q(z_sn | x_n) in unconstrained coordinates, (S, N), for z of shape (S, N, d)."""
@@ -255,11 +262,26 @@ class LogJoint:
         try:
             mine, whole = part(self.tested[:, rows]), self(self.tested)[:, rows]
             finite = whole.isfinite()
-            same = torch.allclose(mine[finite], whole[finite], rtol=1e-6, atol=1e-6)
+            close = 1e-6 if whole.dtype == torch.float64 else 1e-4
+            same = torch.allclose(mine[finite], whole[finite], rtol=close, atol=close)
         except (RuntimeError, ValueError, IndexError):
             return None
         part.tested = self.tested[:, rows]
         return part if same else None
+
+    def converted(self, dtype: torch.dtype) -> LogJoint:
+        """Return the same densities, of the same weights and arguments, evaluated in another precision."""
+        other = copy.copy(self)
+        other.snapshot = self.snapshot.converted(dtype)
+
+        def convert(t: Any) -> Any:
+            return Snapshot.convert(t, dtype) if isinstance(t, Tensor) else t
+
+        other.args, other.kwargs = pytree.tree_map(convert, (self.args, self.kwargs))
+        other.program = _in(dtype, self.program)
+        other.tested = self.tested.to(dtype)
+        other.joined = dict(self.joined)
+        return other
 
     def blocks(self, size: int) -> list[LogJoint]:
         """Split the data, in order, into parts of at most `size`; one part where the arguments cannot be taken apart."""
@@ -272,6 +294,10 @@ class LogJoint:
                 return [self]
             parts.append(part)
         return parts
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keep the weights swapped in around many evaluations."""
+        return self.snapshot.scope()
 
     # -- running the program --------------------------------------------------------------------------------------------
 
@@ -346,13 +372,14 @@ class LogJoint:
                 out[i * chunk : (i + 1) * chunk] = self._map_chunk(function, part)
             return out
 
-    def _map_chunk(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    def _map_chunk(self, function: Callable[[Tensor], Any], z: Tensor) -> Any:
+        """Apply a function of (N, d) to every draw of (S, N, d); it returns a tensor (N, ...) or a tuple of them."""
         if self.mode == "vmap":
             return torch.func.vmap(function, randomness="different")(z)
         if self.mode == "repeat" and len(z) > 1:
             with self._repeated(len(z)):
-                return function(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        return torch.stack([function(u) for u in z])
+                return pytree.tree_map(lambda t: t.unflatten(0, z.shape[:2]), function(z.flatten(0, 1)))
+        return pytree.tree_map(lambda *t: torch.stack(t), *[function(u) for u in z])
 
     def draw(self, which: Which, n_draws: int, seed: int) -> Tensor:
         """Run a program forward and read off the local sites, in unconstrained coordinates: (S, N, d)."""
@@ -402,8 +429,7 @@ class LogJoint:
         self.snapshot.take(dtype)
         self.args, self.kwargs = self.snapshot.args, self.snapshot.kwargs
         self._index: dict[str, Tensor] = dict(self.program.index)
-        pinned = {name: Snapshot.convert(value, dtype) for name, value in self.program.pinned.items()}
-        self.program = dataclasses.replace(self.program, pinned=pinned)
+        self.program = _in(dtype or self.own_dtype, self.program)
 
     def _rows_at_once(self) -> int:
         """Return how many rows (draws x data) to evaluate together: wide data in small parts, which stay in the caches."""
@@ -450,6 +476,27 @@ class LogJoint:
             yield
         finally:
             self.args, self.kwargs, self._index = args, kwargs, index
+
+
+def _summed_out(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Sum discrete assignments out of pairs log p(z, c), log p(x|z, c): log p(z) and log p(x|z)."""
+    if len(pairs) == 1:
+        return pairs[0]
+    priors = torch.stack([prior for prior, _ in pairs])
+    joints = torch.stack([prior + likelihood for prior, likelihood in pairs])
+    prior = torch.logsumexp(priors, 0)
+    return prior, torch.logsumexp(joints, 0) - prior
+
+
+def _in(dtype: torch.dtype, program: Program) -> Program:
+    """Return a program whose pinned values and tables of discrete values are in `dtype`, where they are floating point."""
+    pinned = {name: Snapshot.convert(value, dtype) for name, value in program.pinned.items()}
+    tables = [site.values for site in program.discrete]
+    discrete = tuple(
+        site if table is None else dataclasses.replace(site, values=Snapshot.convert(table, dtype))
+        for site, table in zip(program.discrete, tables, strict=True)
+    )
+    return dataclasses.replace(program, pinned=pinned, discrete=discrete)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from elbowroom.inference.bridge import Bridge
 from elbowroom.inference.certificate import Chains
-from elbowroom.inference.leapfrog import DualAveraging, Move, State, transition
-from elbowroom.inference.modes import Metric, Modes, tempered
+from elbowroom.inference.leapfrog import DualAveraging, Move
+from elbowroom.inference.modes import Metric, Modes
 from elbowroom.inference.target import LogJoint
 
 REPLICAS = 14  # temperatures at most
@@ -47,21 +48,22 @@ class Tempering:
         seed: int,
     ) -> None:
         self.log_joint, self.chains, self.generator, self.seed = log_joint, chains, generator, seed
-        self.b = _ladder(modes.ladder)  # (K, N)
+        self.b = _ladder(modes.ladder.double()).to(log_joint.tested.dtype)  # (K, N)
         k, n = self.b.shape
         d = log_joint.dim
         self.root = torch.stack([metric.root(b) for b in self.b]).flatten(0, 1)  # (K N, d, d)
         pick = torch.multinomial(torch.softmax(modes.log_weight, 0).T, chains * k, replacement=True, generator=generator).T
-        start = modes.end.gather(0, pick[..., None].expand(-1, -1, d))
+        start = modes.end.gather(0, pick[..., None].expand(-1, -1, d)).to(log_joint.tested.dtype)
         self.z = start.reshape(chains, k, n, d)
         self.step = torch.full((k * n,), d**-0.25, dtype=start.dtype, device=start.device)
         self.sweeps = 0
-        everyone = _Replicas(log_joint, self.b, self.z, self.root, self.step)
-        adaptation = DualAveraging(self.step)
-        for _ in range(WARMUP):
-            everyone.step = adaptation.step
-            adaptation.update(self._sweep(everyone)[0].accept.mean(0))
-        self.z = everyone.z
+        with log_joint.held():
+            everyone = _Replicas(Bridge(log_joint, self.z), self.b, self.root, self.step)
+            adaptation = DualAveraging(self.step)
+            for _ in range(WARMUP):
+                everyone.step = adaptation.step
+                adaptation.update(self._sweep(everyone).accept.mean(0))
+        self.z = everyone.bridge.z
         self.step = adaptation.final()
 
     def run(self, rows: Tensor, length: int) -> Chains:
@@ -73,16 +75,17 @@ class Tempering:
             rows = torch.arange(n, device=rows.device)
         else:
             kept = torch.arange(len(rows), device=rows.device)
-        some = _Replicas(part, self.b[:, rows], self.z[:, :, rows], *self._of(rows))
         draws, lp, accept, divergent = [], [], [], []
-        for _ in range(length):
-            move, level = self._sweep(some)
-            cold = slice((k - 1) * len(rows), None)
-            draws.append(some.z[:, -1, kept])
-            lp.append(level[:, kept])
-            accept.append(move.accept[:, cold][:, kept])
-            divergent.append(move.divergent[:, cold][:, kept])
-        self.z[:, :, rows] = some.z
+        with part.held():
+            some = _Replicas(Bridge(part, self.z[:, :, rows]), self.b[:, rows], *self._of(rows))
+            for _ in range(length):
+                move = self._sweep(some)
+                cold = slice((k - 1) * len(rows), None)
+                draws.append(some.bridge.z[:, -1, kept])
+                lp.append(some.bridge.level()[:, -1, kept])
+                accept.append(move.accept[:, cold][:, kept])
+                divergent.append(move.divergent[:, cold][:, kept])
+        self.z[:, :, rows] = some.bridge.z
         return Chains(torch.stack(draws, 1), torch.stack(lp, 1), None, torch.stack(accept, 1), torch.stack(divergent, 1))
 
     def metric(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,48 +101,37 @@ class Tempering:
         k, n = self.b.shape
         return self.root.unflatten(0, (k, n))[:, rows].flatten(0, 1), self.step.view(k, n)[:, rows].flatten()
 
-    def _sweep(self, some: _Replicas) -> tuple[Move, Tensor]:
-        """Move every replica, draw the hottest afresh, swap neighbours; returns the moves and log p(x, z) at b = 1, (C, N)."""
-        c, k, n, d = some.z.shape
-        along = tempered(some.log_joint, some.b.expand(c, k, n).reshape(c * k, n))
-
-        def target(z: Tensor) -> tuple[Tensor, Tensor]:  # (C, K N, d): a replica of a datum is a datum of its own
-            value, gradient = along(z.reshape(c * k, n, d))
-            return value.reshape(c, k * n), gradient.reshape(c, k * n, d)
-
+    def _sweep(self, some: _Replicas) -> Move:
+        """Move every replica, draw the hottest afresh, swap neighbours."""
         low, high = LEAPFROGS
-        n_steps = int(torch.randint(low, high, (), generator=self.generator, device=some.z.device))
-        move = transition(target, State.at(target, some.z.reshape(c, k * n, d)), some.root, some.step, n_steps, self.generator)
-        some.z = move.state.z.reshape(c, k, n, d).clone()
-        some.z[:, 0] = some.fresh(self)
+        n_steps = int(torch.randint(low, high, (), generator=self.generator, device=some.b.device))
+        move = some.bridge.move(some.b, some.root, some.step, n_steps, self.generator)
+        some.bridge.replace(0, some.fresh(self))
+        self._swap(some)
         self.sweeps += 1
-        return move, self._swap(some)
+        return move
 
-    def _swap(self, some: _Replicas) -> Tensor:
-        c, k = some.z.shape[:2]
-        flat = some.z.flatten(0, 1)
-        prior, likelihood = some.log_joint.terms(flat)
-        prior, likelihood = (t.reshape(c, k, -1) for t in (prior, likelihood))
-        first = torch.arange(self.sweeps % 2, k - 1, 2, device=flat.device)
-        if len(first):
-            gain = (some.b[first] - some.b[first + 1]) * (likelihood[:, first + 1] - likelihood[:, first])
-            log_u = torch.rand(gain.shape, dtype=gain.dtype, device=gain.device, generator=self.generator).log()
-            swap = log_u < gain.nan_to_num(nan=-torch.inf)
-            index = torch.arange(k, device=flat.device)[:, None].expand(c, k, swap.shape[-1]).clone()
-            index[:, first] = torch.where(swap, first[:, None] + 1, first[:, None])
-            index[:, first + 1] = torch.where(swap, first[:, None], first[:, None] + 1)
-            some.z = some.z.gather(1, index.unsqueeze(-1).expand_as(some.z))
-            prior, likelihood = prior.gather(1, index), likelihood.gather(1, index)
-        return prior[:, -1] + likelihood[:, -1]
+    def _swap(self, some: _Replicas) -> None:
+        likelihood = some.bridge.likelihood  # (C, K, N)
+        c, k, n = likelihood.shape
+        first = torch.arange(self.sweeps % 2, k - 1, 2, device=likelihood.device)
+        if not len(first):
+            return
+        gain = (some.b[first] - some.b[first + 1]) * (likelihood[:, first + 1] - likelihood[:, first])
+        log_u = torch.rand(gain.shape, dtype=gain.dtype, device=gain.device, generator=self.generator).log()
+        swap = log_u < gain.nan_to_num(nan=-torch.inf)
+        index = torch.arange(k, device=likelihood.device)[:, None].expand(c, k, n).clone()
+        index[:, first] = torch.where(swap, first[:, None] + 1, first[:, None])
+        index[:, first + 1] = torch.where(swap, first[:, None], first[:, None] + 1)
+        some.bridge.permute(index)
 
 
 @dataclass
 class _Replicas:
-    """Replicas of some of the data: temperatures (K, N), places (C, K, N, d), roots (K N, d, d), step sizes (K N,)."""
+    """Replicas of some of the data: chains (C, K, N, d), temperatures (K, N), roots (K N, d, d), step sizes (K N,)."""
 
-    log_joint: LogJoint
+    bridge: Bridge
     b: Tensor
-    z: Tensor
     root: Tensor
     step: Tensor
     prior: list[Tensor] = field(default_factory=list)
@@ -148,8 +140,9 @@ class _Replicas:
         """Return new draws of the prior, (C, N, d)."""
         if not self.prior:
             ensembles.seed += 1
-            chains = len(self.z)
-            self.prior = list(self.log_joint.sample_prior(chains * PRIOR_BATCH, ensembles.seed).to(self.z.dtype).split(chains))
+            chains = len(self.bridge.z)
+            batch = self.bridge.log_joint.sample_prior(chains * PRIOR_BATCH, ensembles.seed)
+            self.prior = list(batch.to(self.bridge.z.dtype).split(chains))
         return self.prior.pop()
 
 
