@@ -25,6 +25,7 @@ from elbowroom.inference.annealing import Bound, block_size, lower, tune
 from elbowroom.inference.normals import Normals, whiten
 from elbowroom.inference.paths import Path, PriorPath, RefitPath
 from elbowroom.inference.posterior import Evidence, Posterior, Reference, in_chains
+from elbowroom.inference.resampling import resample
 from elbowroom.inference.scout import scout
 from elbowroom.inference.target import LogJoint
 
@@ -230,28 +231,6 @@ class _Found:
         self.covariance[rows] = covariance.masked_fill(lost[..., None], torch.nan)
         generator = torch.Generator(device=z.device).manual_seed(seed + (name == "refit"))
         self.draws[:, rows] = resample(z, weights, len(self.draws), generator).masked_fill(lost, torch.nan)
-
-
-def resample(z: Tensor, weights: Tensor, n_draws: int, generator: torch.Generator) -> Tensor:
-    """Draw from weighted particles by systematic resampling, in random order.
-
-    Args:
-        z: particles, (S, N, d).
-        weights: normalised along the particles, (S, N).
-        n_draws: number of draws K per datum; a particle of weight W is drawn floor(K W) or ceil(K W) times.
-        generator: of random numbers.
-
-    Returns:
-        (K, N, d).
-    """
-    n = z.shape[1]
-    offset = torch.rand(n, 1, dtype=z.dtype, device=z.device, generator=generator)
-    place = (torch.arange(n_draws, dtype=z.dtype, device=z.device) + offset) / n_draws
-    cumulative = weights.T.cumsum(1).contiguous()
-    index = torch.searchsorted(cumulative / cumulative[:, -1:], place).clamp_max(len(z) - 1)
-    order = torch.rand(n, n_draws, dtype=z.dtype, device=z.device, generator=generator).argsort(1)
-    index = index.gather(1, order).T
-    return z.gather(0, index[..., None].expand(-1, -1, z.shape[-1]))
 
 
 def unseen(prior: Bound, refit: Bound, q_star: Normals) -> Tensor:

@@ -25,6 +25,7 @@ from elbowroom.inference.target import LogJoint
 PRIOR_WEIGHT = 10  # observations that the weak prior on k counts for, as in the loo package
 MIN_ESS = 400
 SEED_STEP = 32_452_843  # between draws for estimates and draws that are kept
+FINITE_K = 0.5  # weights with a larger tail index have no variance, hence no standard error
 
 
 def good_k(n_draws: int) -> float:
@@ -117,14 +118,34 @@ def evidence(log_weights: Tensor, pareto_k: Tensor, ess_fraction: Tensor) -> tup
 
     Returns:
         log mean w with its delta-method standard error sqrt((1 / ESS - 1 / S)), and (N,) True where it may be read as an
-        estimate: k < good_k(S) and ESS >= 400.
+        estimate with that error: k < 1/2, beyond which the weights have no variance, and ESS >= 400.
     """
     n_draws = log_weights.shape[0]
     value = torch.logsumexp(log_weights, 0) - math.log(n_draws)
     ess = ess_fraction * n_draws
     error = (1 / ess - 1 / n_draws).clamp_min(0).sqrt()
-    trusted = (pareto_k < good_k(n_draws)) & (ess >= MIN_ESS)
+    trusted = (pareto_k < min(FINITE_K, good_k(n_draws))) & (ess >= MIN_ESS)
     return Evidence("estimate", "importance sampling", value, error), trusted
+
+
+def halves(log_weights: Tensor) -> dict[str, Tensor]:
+    """Return log mean w of the first half of the draws, by which a bound may be chosen, and of the second, which it then is.
+
+    The largest of several noisy bounds is none; the one that was largest on other draws is.
+
+    Args:
+        log_weights: (S, N), raw.
+
+    Returns:
+        bound_first, bound_fresh and bound_fresh_se (delta method), (N,) each, in nats.
+    """
+    first, fresh = log_weights.tensor_split(2)
+    ess = (2 * torch.logsumexp(fresh, 0) - torch.logsumexp(2 * fresh, 0)).exp()
+    return {
+        "bound_first": torch.logsumexp(first, 0) - math.log(len(first)),
+        "bound_fresh": torch.logsumexp(fresh, 0) - math.log(len(fresh)),
+        "bound_fresh_se": (1 / ess - 1 / len(fresh)).clamp_min(0).sqrt(),
+    }
 
 
 def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Posterior:
@@ -168,6 +189,7 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         "pareto_k": smoothed.pareto_k,
         "ess_fraction": smoothed.ess_fraction,
         "importance_trusted": trusted.to(log_weights.dtype),
+        **halves(log_weights),
         "rate": rate,
         "distortion": distortion,
         "log_joint_max": log_p.max(0).values,

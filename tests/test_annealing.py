@@ -18,11 +18,12 @@ from conftest import linear_vae
 from torch import Tensor
 
 from elbowroom.inference import ais, annealing
-from elbowroom.inference.ais import Annealed, resample
+from elbowroom.inference.ais import Annealed
 from elbowroom.inference.annealing import Plan, lower, schedule, summarise, tune, upper
 from elbowroom.inference.bidirectional import bdmc
 from elbowroom.inference.normals import Normals
 from elbowroom.inference.paths import Metric, PriorPath, RefitPath, StudentT
+from elbowroom.inference.resampling import resample
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.linear import LinearGaussian
 

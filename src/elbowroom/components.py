@@ -56,6 +56,7 @@ _table: dict[str, dict[str, str | type]] = {
         "enumeration": "elbowroom.inference.enumeration:Enumeration",
         "grid": "elbowroom.inference.grid:Grid",
         "hmc": "elbowroom.inference.hmc:HMC",
+        "importance": "elbowroom.inference.proposal:ImportanceSampling",
     },
 }
 
