@@ -8,8 +8,10 @@ r"""The audit: how far is q(z|x) from p(z|x), for this model and for each datum?
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,25 +20,27 @@ import torch
 import xarray as xr
 from annotated_types import Ge
 
+from elbowroom import clock
 from elbowroom.analysis import idata
-from elbowroom.analysis.distances import compare
+from elbowroom.analysis.blocks import Work, unreached
 from elbowroom.analysis.evidence import climb
-from elbowroom.analysis.planning import choose
+from elbowroom.analysis.pace import Pace, Step
+from elbowroom.analysis.planning import Plan, choose
+from elbowroom.analysis.store import Store
 from elbowroom.analysis.tabulate import tabulate
 from elbowroom.analysis.verdict import sentences, summary
-from elbowroom.errors import RunFolderError
+from elbowroom.errors import RunFolderError, UnsupportedProgram
 from elbowroom.files import atomic
 from elbowroom.inference import discrete
-from elbowroom.inference.importance import amortized
-from elbowroom.inference.posterior import CHAINS, Posterior, Reference, concatenate
+from elbowroom.inference.posterior import CHAINS, Reference
 from elbowroom.inference.target import LogJoint
 
 log = logging.getLogger("elbowroom")
 
 BLOCK = 2**22  # draws x data held at once
-SEED_STEP = 7919  # between the guide and each reference
-DISCRETE_STEP = 15_485_863  # between draws of the continuous sites and of the discrete ones
-BLOCK_STEP = 104_729  # between blocks of data: shared noise would hide in the error of means
+ENTRIES = 2**25  # draws x data x latents held at once: 256 MB
+KEPT = 2**29  # bytes of draws that are kept of all data and methods
+LEAST = 8  # draws kept of each datum, however many data
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ def audit(
     plate: str | None = None,
     references: Literal["auto"] | Sequence[str | Reference] = "auto",
     seed: int = 0,
+    budget: float | str | None = None,
+    progress: Callable[[Step], None] | None = None,
     **kwargs: Any,
 ) -> Audit:
     """Audit the guide of any Pyro (model, guide) pair against references.
@@ -117,9 +123,12 @@ def audit(
         guide: Pyro program q(z|x), with the same plate.
         *args: arguments of both programs.
         plate: name of the data plate, where several could be meant.
-        references: `auto` (closed form, else enumeration where all latents are discrete, else a grid for d <= 3), or names
-            (`closed_form`, `enumeration`, `grid`) or Reference objects.
+        references: `auto` (closed form, else enumeration where all latents are discrete, else a grid for d <= 3, else hmc,
+            importance and ais), or names (`closed_form`, `enumeration`, `grid`, `hmc`, `importance`, `ais`), or Reference
+            objects.
         seed: random seed.
+        budget: seconds that the audit may take, or a text such as `10m`; data that are not reached are uncertified.
+        progress: as in `audit_log_joint`.
         **kwargs: keyword arguments of both programs.
 
     Returns:
@@ -129,8 +138,9 @@ def audit(
         UnsupportedProgram: when per-datum inference does not apply to the pair; it names the site or plate and the reason.
         UserError: when a reference that was asked for cannot be used on this model.
     """
+    clock.seconds(budget)
     log_joint = LogJoint(model, guide, *args, plate=plate, **kwargs)
-    return audit_log_joint(log_joint, references=references, seed=seed)
+    return audit_log_joint(log_joint, references=references, seed=seed, budget=budget, progress=progress)
 
 
 def audit_log_joint(
@@ -142,47 +152,56 @@ def audit_log_joint(
     seed: int = 0,
     obs_id: Sequence[int] | None = None,
     attrs: Mapping[str, str] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[Step], None] | None = None,
+    budget: float | str | None = None,
+    store: Store | None = None,
 ) -> Audit:
-    """Audit a guide through the seam.
+    """Audit a guide through the seam, block by block of data; each block's draws are thinned before the next one.
 
     Args:
         log_joint: the model and guide.
         references: as in `audit`.
         draws: guide draws per datum for ELBO, k-hat and importance sampling.
-        keep: draws per datum and method kept in the files.
+        keep: draws per datum and method kept in the files; fewer where all of them would take more than 512 MB.
         seed: random seed.
         obs_id: labels of the data; default 0 .. N-1.
         attrs: further attributes of the files, such as the spec's hash.
-        progress: called with a short sentence before each piece of work.
+        progress: called before each piece of work with a `Step`: a short sentence that also knows the share that is done, the
+            seconds left and the plan.
+        budget: seconds for the whole audit, or a text such as `10m`. It is shared out over references and blocks; data that are
+            not reached are `uncertified`, with the reason. The guide's own pass is always made.
+        store: where finished parts are kept and looked up.
 
     Raises:
-        UserError: when a reference that was asked for cannot be used on this model.
+        UserError: when a reference that was asked for cannot be used on this model, or the budget is no time.
     """
+    started, limit = time.monotonic(), clock.seconds(budget)
     keep = min(keep, draws) // CHAINS * CHAINS
-    chosen = choose(references, log_joint)
-    say = progress or (lambda sentence: None)
-    guides: list[Posterior] = []
-    found: list[list[Posterior]] = [[] for _ in chosen]
-    for block, (part, label) in enumerate(_blocks(log_joint, draws)):
-        say(f"guide{label}")
-        start = seed + BLOCK_STEP * block
-        drawn = amortized(part, draws=draws, keep=keep, seed=start)
-        guides.append(discrete.completed(part, drawn, start + DISCRETE_STEP, which="guide"))
-        for k, (method, results) in enumerate(zip(chosen, found, strict=True), start=1):
-            say(f"{method.name}{label}")
-            # a seed of its own: draws that shared the guide's random numbers would lie closer to it than chance
-            drawn = method(part, keep=keep, seed=start + SEED_STEP * k)
-            results.append(discrete.completed(part, drawn, start + SEED_STEP * k + DISCRETE_STEP))
-    guide, posteriors = concatenate(guides), [concatenate(results) for results in found]
+    plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=_block_size(log_joint, draws))
+    if store is not None:
+        plan = _continued(plan, references, log_joint, store)
+    sizes = _sizes(log_joint, plan.size)
+    pace = Pace(plan, sizes, started + limit)
+    log.info("%s", plan)
+    say = progress or (lambda step: None)
+    say(Step.of("plan", pace))
+    kept, moments = _kept(log_joint, keep, len(plan.references))
+    work = Work(pace, say, keep=keep, kept=kept, moments=moments, draws=draws, seed=seed, store=store)
+    found = [work.block(part, number, label) for number, (part, label) in enumerate(_blocks(log_joint, sizes))]
+    guide, posteriors, comparisons = work.joined(found)
     labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
-    comparisons = [compare(guide, posterior, seed=seed) for posterior in posteriors]
     facts = {"seed": str(seed), "plate": log_joint.plate, "latent_dim": str(log_joint.dim), "draws": str(draws)}
-    if log_joint.notes:
-        facts["notes"] = "\n".join(log_joint.notes)
+    facts["plan"] = "; ".join(f"{name}: {reason}" for name, reason in zip(plan.names, plan.reasons, strict=True))
+    notes = list(log_joint.notes)
+    if kept < keep:
+        notes.append(f"{kept} of {keep} draws per datum and method are kept in the files, to stay within memory")
+    if not moments:
+        notes.append("the files hold no covariances, to stay within memory")
+    if notes:
+        facts["notes"] = "\n".join(notes)
     facts |= dict(attrs or {})
     table = tabulate(guide, posteriors, comparisons, climb(guide, posteriors), labels, facts)
-    table.attrs["verdict"] = "\n".join(sentences(table))
+    table.attrs["verdict"] = "\n".join([*sentences(table), *unreached(posteriors, limit)])
     observed = {name: value.cpu().numpy() for name, value in log_joint.program.observed.items()}
     joint = {name: value.cpu().numpy() for name, value in discrete.values(log_joint).items()}
     trees = {
@@ -194,16 +213,47 @@ def audit_log_joint(
     return Audit(table, trees)
 
 
-def _blocks(log_joint: LogJoint, draws: int) -> list[tuple[LogJoint, str]]:
-    """Split the data so that draws x data stay within memory; one block where the arguments cannot be taken apart."""
-    size = max(1, BLOCK // draws)
+def _continued(plan: Plan, references: Literal["auto"] | Sequence[str | Reference], log_joint: LogJoint, store: Store) -> Plan:
+    """Keep to the plan of the audit that is continued: timing it again could have led to another one."""
+    kept = store.remember({"references": plan.names, "reasons": plan.reasons, "size": plan.size})
+    if references == "auto" and kept["references"] != plan.names:
+        plan = choose(kept["references"], log_joint, budget=plan.budget, size=plan.size)
+    return replace(plan, reasons=list(kept["reasons"]), size=int(kept["size"]))
+
+
+def _block_size(log_joint: LogJoint, draws: int) -> int:
+    """Return how many data's draws of the guide are held at once."""
+    return max(1, min(BLOCK // draws, ENTRIES // (draws * max(1, log_joint.dim))))
+
+
+def _kept(log_joint: LogJoint, keep: int, references: int) -> tuple[int, bool]:
+    """Return how many draws of each datum can be held of all methods within memory, and whether covariances can be."""
+    methods, n, d = 1 + references, log_joint.n_obs, log_joint.dim
+    sites = sum(math.prod(site.shape) for site in log_joint.sites) + len(log_joint.program.discrete)
+    each = 8 * n * methods * (d + sites + 3)
+    return keep if each * keep <= KEPT else max(LEAST, KEPT // each // LEAST * LEAST), 8 * n * methods * d * d <= KEPT
+
+
+def _sizes(log_joint: LogJoint, size: int) -> list[int]:
+    """Return the number of data in each block; all in one where the arguments cannot be taken apart."""
     n = log_joint.n_obs
     if n <= size:
-        return [(log_joint, "")]
-    blocks = []
-    for rows in torch.arange(n, device=log_joint.device).split(size):
+        return [n]
+    every = torch.arange(n, device=log_joint.device)
+    parts = every.split(size)
+    if any(log_joint.subset(rows) is None for rows in (parts[0], parts[-1])):
+        return [n]
+    return [len(rows) for rows in parts]
+
+
+def _blocks(log_joint: LogJoint, sizes: Sequence[int]) -> Iterator[tuple[LogJoint, str]]:
+    """Yield blocks of data, one at a time, so that what methods remember of a block goes with it."""
+    n = log_joint.n_obs
+    if len(sizes) == 1:
+        yield log_joint, ""
+        return
+    for rows in torch.arange(n, device=log_joint.device).split(list(sizes)):
         part = log_joint.subset(rows)
         if part is None:
-            return [(log_joint, "")]
-        blocks.append((part, f" for data {int(rows[0])}..{int(rows[-1])} of {n}"))
-    return blocks
+            raise UnsupportedProgram(f"data {int(rows[0])}..{int(rows[-1])} cannot be taken out of the arguments")
+        yield part, f" for data {int(rows[0])}..{int(rows[-1])} of {n}"
