@@ -33,12 +33,15 @@ from benchmarks import results
 from benchmarks.problem import DIM, PIXELS, Method, Problem, Run, Settings, fitted
 from elbowroom.inference.grid import Grid
 from elbowroom.inference.hmc import HMC
+from elbowroom.inference.precision import in_precision
 from elbowroom.inference.refit import refit
 from elbowroom.inference.sampler import Sampler
 from elbowroom.inference.scout import Scout, scout
 
 HEADING = "## Posteriors"
 POINTS, RUNS, TRUTH = 104, 105, 106  # seeds
+
+CHAINS_FLOAT = "float32, metric float64"
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------------
@@ -57,7 +60,7 @@ def ours(problem: Problem, settings: Settings) -> Method:
         divergences = int(posterior.sample_stats["diverging"].nan_to_num().sum())
         return Run(posterior.draws.numpy(), seconds, divergences, f"{certified / problem.n_obs:.1%} certified")
 
-    return Method("elbowroom HMC, with mode search and certificate", "float64", problem.n_obs, settings.chains, run)
+    return Method("elbowroom HMC, with mode search and certificate", CHAINS_FLOAT, problem.n_obs, settings.chains, run)
 
 
 def chains_alone(problem: Problem, settings: Settings) -> Method:
@@ -68,11 +71,13 @@ def chains_alone(problem: Problem, settings: Settings) -> Method:
         log_joint, generator = problem.fresh(), torch.Generator().manual_seed(seed)
         start = time.perf_counter()
         best = refit(log_joint, family="full", seed=seed)
-        found = Sampler.warmed_up(log_joint, Scout(best, known), settings.chains, generator).run(settings.draws)
+        log_joint = in_precision(log_joint, best.q, "auto", generator)
+        sampler = Sampler.warmed_up(log_joint, Scout(best, known), settings.chains, generator)
+        found = sampler.run(torch.arange(problem.n_obs), settings.draws)
         seconds = time.perf_counter() - start
         return Run(found.draws.numpy(), seconds, int(found.divergent.sum()))
 
-    return Method("elbowroom HMC, chains alone", "float64", problem.n_obs, settings.chains, run)
+    return Method("elbowroom HMC, chains alone", CHAINS_FLOAT, problem.n_obs, settings.chains, run)
 
 
 # -- quality ----------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ QUARTER = math.pi / 2  # of the period of a standard normal's oscillation: the s
 JITTER = (0.7, 1.3)
 WARMUP = (80, 70)  # trajectories before and after the metric is re-estimated
 WARM_LEAPFROGS, MAX_LEAPFROGS = 8, 64
-RATIO, WIDE_RATIO = 1.35, 3.0  # largest ratios of step sizes within a bucket, and within a small one
-SMALL = 1000  # chains x data below which a bucket costs as much as a larger one
+JITTERS = (0.75, 0.85, 0.95, 1.05, 1.15, 1.25)  # trajectory lengths that stand for the jitter
+OVERHEAD = 1500  # chains x data whose gradient costs as much as the call itself
+CUTS = 24  # quantiles of the step sizes at which buckets may be cut
 PRIOR_DRAWS_WORTH = 5  # draws per dimension that q*'s covariance counts for beside the chains' own
 
 
@@ -92,15 +93,7 @@ class Sampler:
     def _buckets(self, rows: Tensor) -> list[tuple[Tensor, LogJoint]]:
         """Group data by step size, with their seams; all data in one group where the arguments cannot be taken apart."""
         steps, order = self.step[rows].sort()
-        order = rows[order]
-        small = max(1, SMALL // len(self.state.z))
-        edges, first = [], 0
-        values = steps.tolist()
-        for i, value in enumerate(values):
-            if value > (WIDE_RATIO if i - first < small else RATIO) * values[first]:
-                edges.append(i)
-                first = i
-        groups = [group.sort().values for group in (order.tensor_split(edges) if edges else [order])]
+        groups = [group.sort().values for group in rows[order].tensor_split(cuts(steps.tolist(), len(self.state.z)))]
         if len(groups[0]) == self.log_joint.n_obs:
             return [(groups[0], self.log_joint)]
         found = []
@@ -110,6 +103,24 @@ class Sampler:
                 return [(torch.arange(self.log_joint.n_obs, device=rows.device), self.log_joint)]
             found.append((group, part))
         return found
+
+
+def cuts(steps: list[float], chains: int) -> list[int]:
+    """Return where to cut ascending step sizes into buckets, so that all trajectories together cost least.
+
+    A bucket of n data costs (OVERHEAD + n x chains) per leapfrog, and its smallest step size sets the number of leapfrogs.
+    """
+    n = len(steps)
+    places = sorted({round(n * i / CUTS) for i in range(CUTS)})
+    best: dict[int, tuple[float, list[int]]] = {n: (0.0, [])}
+    for start in reversed(places):
+        leapfrogs = sum(min(math.ceil(QUARTER * u / steps[start]), MAX_LEAPFROGS) for u in JITTERS) / len(JITTERS)
+        best[start] = min(
+            (leapfrogs * (OVERHEAD + (end - start) * chains) + best[end][0], [end, *best[end][1]])
+            for end in (*places, n)
+            if end > start
+        )
+    return best[0][1][:-1]
 
 
 def _adapt(
