@@ -33,6 +33,7 @@ from elbowroom.errors import RunFolderError, UnsupportedProgram
 from elbowroom.files import atomic
 from elbowroom.inference import discrete
 from elbowroom.inference.posterior import CHAINS, Reference
+from elbowroom.inference.progress import PLANNED
 from elbowroom.inference.target import LogJoint
 
 log = logging.getLogger("elbowroom")
@@ -177,14 +178,14 @@ def audit_log_joint(
     """
     started, limit = time.monotonic(), clock.seconds(budget)
     keep = min(keep, draws) // CHAINS * CHAINS
-    plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=_block_size(log_joint, draws))
+    plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=block_size(log_joint, draws))
     if store is not None:
         plan = _continued(plan, references, log_joint, store)
     sizes = _sizes(log_joint, plan.size)
     pace = Pace(plan, sizes, started + limit)
     log.info("%s", plan)
     say = progress or (lambda step: None)
-    say(Step.of("plan", pace))
+    say(Step.of(PLANNED, pace))
     kept, moments = _kept(log_joint, keep, len(plan.references))
     work = Work(pace, say, keep=keep, kept=kept, moments=moments, draws=draws, seed=seed, store=store)
     found = [work.block(part, number, label) for number, (part, label) in enumerate(_blocks(log_joint, sizes))]
@@ -221,7 +222,7 @@ def _continued(plan: Plan, references: Literal["auto"] | Sequence[str | Referenc
     return replace(plan, reasons=list(kept["reasons"]), size=int(kept["size"]))
 
 
-def _block_size(log_joint: LogJoint, draws: int) -> int:
+def block_size(log_joint: LogJoint, draws: int) -> int:
     """Return how many data's draws of the guide are held at once."""
     return max(1, min(BLOCK // draws, ENTRIES // (draws * max(1, log_joint.dim))))
 

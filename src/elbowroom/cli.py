@@ -46,7 +46,10 @@ SpecArg = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec file (.y
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="the run folder [default: runs/<spec's name>]")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="move what is there aside first")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with the run that is there")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the run that is there, its audit too")]
+Budget = Annotated[
+    str | None, typer.Option("--budget", metavar="TIME", help="time that the audit may take: 90s, 10m, 1h [default: no limit]")
+]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="change the spec; may be repeated")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
@@ -81,8 +84,10 @@ def run(
     dry_run: DryRun = False,
     as_json: Json = False,
     device: Device = None,
+    budget: Budget = None,
 ) -> None:
     """Fit a spec, audit the posterior, write the report."""
+    change = [*(change or []), *_budget(budget)]
     with ExitStack() as stack:  # one claim over all three, so that no other process comes in between
         fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device, stack)
         if fitted is not None:
@@ -119,22 +124,28 @@ def audit(
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="where to write [default: RUN; with --data RUN/audits/<name>]"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="keep the audit that is there, if it is whole and the same")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="keep the audit that is there if it is whole and the same, or go on with it")
+    ] = False,
     change: Changes = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     device: Device = None,
+    budget: Budget = None,
 ) -> None:
-    """Audit a fitted run: how far is q(z|x) from p(z|x), datum by datum."""
+    """Audit a fitted run: how far is q(z|x) from p(z|x), datum by datum.
+
+    References are chosen by kind, dimension and cost (audit.references: auto); the plan and its time are said first.
+    """
     from elbowroom.run import Run
 
-    fitted = Run.load(run, set=change or [])
+    fitted = Run.load(run, set=[*(change or []), *_budget(budget)])
     result: dict[str, Any] = {"run": str(run)}
     if dry_run:
-        fitted.check_audit(data)
-        result["dry_run"] = "everything was checked, nothing was written"
+        plan = fitted.plan(data)
+        result |= {"dry_run": "everything was checked, nothing was written", "plan": plan.tree()}
         if not as_json:
-            typer.echo(f"{run}: {result['dry_run']}")
+            typer.echo(f"{run}: {result['dry_run']}\n{plan}")
     else:
         result |= _audit(fitted, data, out, as_json, device, resume)
     _finish(result, as_json)
@@ -265,6 +276,16 @@ def _command(error: Any) -> str:
     return " ".join(["elbowroom", *(context.command_path.split()[1:] if context is not None else ())])
 
 
+def _budget(budget: str | None) -> list[str]:
+    """Return the change of the spec that `--budget` stands for."""
+    if budget is None:
+        return []
+    from elbowroom import clock
+
+    clock.seconds(budget, "--budget")
+    return [f"audit.budget={budget.strip()}"]
+
+
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
@@ -305,9 +326,10 @@ def _fit(
         typer.echo(f"elbowroom: note: {note}", err=True)
     if dry_run:
         sentence = f"{experiment.label}: everything was checked, nothing was written; the run would go to {path} ({use})"
+        plan = experiment.foreseen()
         if not as_json:
-            typer.echo(sentence)
-        return None, {"run": str(path), "dry_run": sentence, "notes": list(experiment.loaded.notes)}
+            typer.echo(f"{sentence}\naudit, {plan}")
+        return None, {"run": str(path), "dry_run": sentence, "plan": plan.tree(), "notes": list(experiment.loaded.notes)}
     if claim is not None:
         claim.enter_context(locked(path))
     with locked(path), _bar(as_json) as report:
@@ -320,18 +342,19 @@ def _fit(
 
 def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, device: str | None, resume: bool) -> dict[str, Any]:
     """Audit, print the table and the verdict, say where the files are. On `resume` a whole audit is kept."""
-    console = _console(stderr=True)
-    if resume and (there := fitted.audited(data, out=out)) is not None:
-        found = there
-    elif as_json:
-        found = fitted.audit(data, out=out, device=device)
+    from elbowroom.inference.progress import audit_bar
+
+    plan: dict[str, Any] = {}
+    if as_json:
+        found = fitted.audit(data, out=out, device=device, resume=resume, progress=lambda step: plan.update(step.plan.tree()))
     else:
-        with console.status("audit") as status:
-            found = fitted.audit(data, out=out, device=device, progress=lambda text: status.update(f"audit: {text}"))
+        with audit_bar(_console(stderr=True)) as report:
+            found = fitted.audit(data, out=out, device=device, resume=resume, progress=report)
     folder = fitted.audit_folder(data, out)
     if not as_json:
         _print_audit(found, folder)
-    return {"audit": {"table": dict(found.lines()), "verdict": found.verdict.splitlines(), "folder": str(folder)}}
+    told = {"table": dict(found.lines()), "verdict": found.verdict.splitlines(), "folder": str(folder)}
+    return {"audit": told | ({"plan": plan} if plan else {})}
 
 
 def _print_audit(found: Audit, folder: Path) -> None:

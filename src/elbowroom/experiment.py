@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from elbowroom import components, spec
+from elbowroom import clock, components, spec
 from elbowroom.archive import SHARE, amount, memory
 from elbowroom.data import CHUNK, Dataset, File, Source, Split, forget, rows_of, split_rows
 from elbowroom.errors import DataError, SpecError
@@ -31,6 +32,10 @@ from elbowroom.models.vae import VAE
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from elbowroom.analysis.planning import Plan as AuditPlan
+
+PILOT = 64  # data that the cost of an audit is estimated from
 
 VERSIONS_OF = ("torch", "pyro-ppl", "numpy", "xarray", "arviz-base", "scikit-learn")
 
@@ -237,6 +242,35 @@ class Experiment:
                 refusal = reference.refusal(log_joint)
                 if refusal is not None:
                     raise SpecError(f"{self.label}: audit.references: {refusal}; use auto")
+
+    def plan(self, vae: VAE, data: Dataset, obs_id: np.ndarray, budget: float = math.inf) -> AuditPlan:
+        """Return what an audit would do and how long it would take.
+
+        Args:
+            vae: the fitted VAE, or one with fresh weights for a first idea.
+            data: the data.
+            obs_id: rows of them that are audited.
+            budget: seconds that the audit may take.
+
+        Raises:
+            SpecError: a reference that was asked for cannot be used on this model.
+        """
+        from elbowroom.analysis.audit import block_size
+        from elbowroom.analysis.planning import choose
+
+        audit, few = self.spec.audit, np.array(data.x[obs_id[:PILOT]])
+        log_joint = LogJoint(vae.model, vae.guide, torch.from_numpy(few).to(self.dtype))
+        size, n = block_size(log_joint, audit.draws), len(obs_id)
+        references = cast(Any, self.references())
+        return choose(references, log_joint, draws=audit.draws, keep=audit.keep, budget=budget, size=size, n_obs=n)
+
+    def foreseen(self) -> AuditPlan:
+        """Return the plan of the audit before the fit, from fresh weights."""
+        vae, obs_id = self.build(), self.split.test
+        vae.adapt(self.rows(self.split.train[:100]))
+        if self.spec.audit.observations != "all":
+            obs_id = obs_id[: self.spec.audit.observations]
+        return self.plan(vae.eval(), self.data, np.sort(obs_id), clock.seconds(self.spec.audit.budget))
 
     def check_support(self, vae: VAE, data: Dataset) -> None:
         """Check all data against the likelihood's support, a few million entries at a time.

@@ -6,6 +6,7 @@ every parameter.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,11 @@ def _guide(family: Any, expect: Expect) -> None:
 
 
 def _reference(reference: Any, expect: Expect) -> None:
+    from elbowroom.analysis.planning import UNTIL, heeds_the_clock
+
+    if not heeds_the_clock(reference):
+        expect(False, f"`__call__` takes a keyword `until`: {UNTIL}")
+        return
     from elbowroom.inference.target import LogJoint
 
     likelihood, family = Gaussian((WIDTH,), scale=0.5), DiagonalNormal(1)
@@ -191,7 +197,7 @@ def _discrete_reference(reference: Any, refusal: str, expect: Expect) -> None:
 
 def _promised(reference: Any, log_joint: Any, dim: int, expect: Expect) -> Any:
     """Run a reference and check the layout of what it returns."""
-    posterior = reference(log_joint, keep=400, seed=0)
+    posterior = reference(log_joint, keep=400, seed=0, until=math.inf)
     expect(posterior.method == type(reference).name, "names itself in its posterior")
     expect(tuple(posterior.draws.shape[2:]) == (N, dim), "draws of shape (chain, draw, N, d)")
     expect(len(posterior.status) == N == len(posterior.reason), "a status and a reason per datum")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from elbowroom import document, folder, spec
+from elbowroom import clock, document, folder, spec
 from elbowroom.analysis.audit import Audit, audit_log_joint
-from elbowroom.analysis.planning import choose
+from elbowroom.analysis.pace import Step
+from elbowroom.analysis.planning import Plan as AuditPlan
+from elbowroom.analysis.store import Store
 from elbowroom.archive import check_stored
 from elbowroom.data import Dataset, File
 from elbowroom.errors import DataError, RunFolderError, SpecError
@@ -186,26 +188,40 @@ class Run:
         *,
         out: str | Path | None = None,
         device: str | None = None,
-        progress: Callable[[str], None] | None = None,
+        progress: Callable[[Step], None] | None = None,
+        budget: float | str | None = None,
+        resume: bool = False,
     ) -> Audit:
-        """Compare the guide with exact posteriors, datum by datum, and write what was found.
+        """Compare the guide with reference posteriors, datum by datum, and write what was found.
+
+        Parts that are done are kept in `parts/` until the audit is: one that was killed goes on with `resume`.
 
         Args:
             data: a file, an array (N, *event) or a frame to audit; by default the test split of the run.
             out: where the files go; by default the run folder, for other data `audits/<name>` in it.
             device: where to compute: auto, cpu, cuda; by default where the spec says.
-            progress: called with a sentence at each step.
+            progress: called before each piece of work with a `Step`: a sentence that also knows the seconds left and the plan.
+            budget: seconds that the audit may take, or a text such as `10m`; by default the spec's `audit.budget`.
+            resume: return the audit that is there, if it is whole and the same; else go on from the parts of one that was
+                killed, with the same result bit for bit where there is no budget.
 
         Returns:
             The audit.
 
         Raises:
-            UserError: the data do not fit the model, or a reference refuses it.
+            UserError: the data do not fit the model, a reference refuses it, or the budget is no time.
         """
+        if budget is not None:
+            return self._with_budget(budget).audit(data, out=out, device=device, progress=progress, resume=resume)
         audit_spec, place = self.experiment.spec.audit, svi.resolve_device(device or self.experiment.spec.fit.device)
         target = self.audit_folder(data, out)
         dataset, obs_id = self._audited(data)
         with self._claimed(target, data is not None):
+            attributes = self._attributes(dataset)
+            store = Store(target, self._identity(attributes, obs_id, place), resume=resume)
+            if resume and (there := self.audited(data, out=out)) is not None:
+                store.clear()
+                return there
             on_data = Experiment(self.experiment.loaded)
             on_data.__dict__["data"] = dataset
             x = on_data.rows(obs_id).to(place)
@@ -218,8 +234,10 @@ class Run:
                 keep=audit_spec.keep,
                 seed=self.experiment.spec.seed,
                 obs_id=obs_id.tolist(),
-                attrs=self._attributes(dataset),
+                attrs=attributes,
                 progress=progress,
+                budget=audit_spec.budget,
+                store=store,
             )
             from elbowroom.analysis import idata, latent
 
@@ -231,7 +249,30 @@ class Run:
                     stale.unlink()
             idata.write(described, target / folder.LATENT)
             result.save(target)
+            store.clear()
         return result
+
+    def _with_budget(self, budget: float | str) -> Run:
+        """Return the same run with another `audit.budget`."""
+        seconds = clock.seconds(budget)
+        tree = self.experiment.spec.model_copy(
+            update={
+                "audit": self.experiment.spec.audit.model_copy(
+                    update={"budget": budget if isinstance(budget, str) else f"{seconds:g}s"}
+                )
+            }
+        )
+        experiment = Experiment(replace(self.experiment.loaded, spec=tree), self.experiment.given)
+        known = ("data", "data_sha256")  # read and hashed once
+        experiment.__dict__.update({key: self.experiment.__dict__[key] for key in known if key in self.experiment.__dict__})
+        return replace(self, experiment=experiment)
+
+    @staticmethod
+    def _identity(attributes: Mapping[str, str], obs_id: np.ndarray, place: torch.device) -> dict[str, Any]:
+        """Return all that the parts of an audit depend on beside the references' own seeds; not its budget."""
+        chosen = {key: value for key, value in json.loads(attributes["audit"]).items() if key != "budget"}
+        rows = sha256(np.ascontiguousarray(obs_id, dtype=np.int64).tobytes())
+        return {**attributes, "audit": chosen, "rows": rows, "device": place.type, "torch": metadata.version("torch")}
 
     def audited(
         self, data: str | Path | np.ndarray | pd.DataFrame | None = None, *, out: str | Path | None = None
@@ -273,15 +314,24 @@ class Run:
             return self.path
         return self.path / folder.AUDITS / (folder.name_for(data) if isinstance(data, str | Path) else "array")
 
-    def check_audit(self, data: str | Path | np.ndarray | pd.DataFrame | None = None) -> None:
-        """Check that an audit could start, and write nothing (`--dry-run`).
+    def plan(
+        self, data: str | Path | np.ndarray | pd.DataFrame | None = None, *, budget: float | str | None = None
+    ) -> AuditPlan:
+        """Check that an audit could start, and say what it would do and how long it would take; write nothing (`--dry-run`).
+
+        Args:
+            data: as in `audit`.
+            budget: as in `audit`.
+
+        Returns:
+            The plan; print it.
 
         Raises:
             UserError: as `audit`.
         """
         dataset, obs_id = self._audited(data)
-        two = torch.from_numpy(np.array(dataset.x[obs_id[:2]])).to(self.experiment.dtype)
-        choose(cast(Any, self.experiment.references()), LogJoint(self.vae.model, self.vae.guide, two))
+        budget = clock.seconds(self.experiment.spec.audit.budget if budget is None else budget)
+        return self.experiment.plan(self.vae, dataset, obs_id, budget)
 
     def _audited(self, data: str | Path | np.ndarray | pd.DataFrame | None) -> tuple[Dataset, np.ndarray]:
         """Return the data to audit and the rows of them, sorted."""

@@ -16,14 +16,29 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
 from pydantic import BeforeValidator, Field, Strict, ValidationError, create_model
+from pydantic_core import PydanticCustomError
 
-from elbowroom import components, document, schema
+from elbowroom import clock, components, document, schema
 from elbowroom.errors import SpecError, nearest
 from elbowroom.schema import Block, dotted
 
 VERSION = 1
 Count = Annotated[int, Strict(), Ge(1)]
 Draws = Annotated[int, Strict(), Ge(100), Le(1_000_000)]
+
+
+def _budget(given: Any) -> Any:
+    """Check a time; a bare number is one of seconds."""
+    if given is None:
+        return None
+    try:
+        seconds = clock.seconds(given if isinstance(given, str | int | float) else repr(given))
+    except SpecError:
+        raise PydanticCustomError("no_time", clock.WANTED) from None
+    return given if isinstance(given, str) else f"{seconds:g}s"
+
+
+Budget = Annotated[str | None, BeforeValidator(_budget)]
 
 
 class ModelBlock(Block):
@@ -49,6 +64,7 @@ class AuditBlock(Block):
     references: Any
     draws: Draws = Field(10_000, description="draws of the guide per datum for ELBO and k-hat")
     keep: Draws = Field(1_000, description="draws per datum that are kept in the files")
+    budget: Budget = Field(None, description="time that the audit may take, such as 10m; without one, as long as it takes")
 
 
 class Record(Block):
@@ -109,7 +125,10 @@ def spec_model() -> type[Spec]:
     audit = create_model(
         "audit",
         __base__=AuditBlock,
-        references=(references, Field("auto", description="what the guide is compared with; auto takes what applies")),
+        references=(
+            references,
+            Field("auto", description="what the guide is compared with; auto chooses by kind, dimension and cost"),
+        ),
     )
     return create_model(
         "spec",
