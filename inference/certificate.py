@@ -21,7 +21,7 @@ RHAT = 1.01
 ESS_BULK, ESS_TAIL = 1000, 400
 BFMI = 0.3
 AGREE = 4.5  # standard errors
-STUCK = 1.1  # an R-hat that more of the same chains will not mend
+STUCK = 1.3  # an R-hat that more of the same chains will not mend
 
 
 @dataclass(frozen=True)

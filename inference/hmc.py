@@ -33,7 +33,7 @@ from elbowroom.inference.tempering import Tempering
 
 ENTRIES = 2**24  # chains x draws x data x d held at once
 HALVINGS = 5  # of the step sizes of a datum with divergent trajectories
-CONFIRM = 60  # further trajectories of runs that look like an unseen mode
+CONFIRM = 200  # further trajectories of runs that look like an unseen mode
 FINEST = 0.05  # of their step sizes: what holds a run back may be a narrow place
 BLOCK_STEP = 15_485_863  # between the seeds of blocks of data
 

@@ -111,7 +111,7 @@ def cuts(steps: list[float], chains: int) -> list[int]:
     A bucket of n data costs (OVERHEAD + n x chains) per leapfrog, and its smallest step size sets the number of leapfrogs.
     """
     n = len(steps)
-    places = sorted({round(n * i / CUTS) for i in range(CUTS)})
+    places = sorted({n * i // CUTS for i in range(CUTS)})
     best: dict[int, tuple[float, list[int]]] = {n: (0.0, [])}
     for start in reversed(places):
         leapfrogs = sum(min(math.ceil(QUARTER * u / steps[start]), MAX_LEAPFROGS) for u in JITTERS) / len(JITTERS)
