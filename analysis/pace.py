@@ -35,9 +35,10 @@ class Step(str):
 
 @dataclass
 class _Piece:
-    """A method's remaining work: data per block still to come, and how far its estimates were off."""
+    """A method's remaining work: data per block still to come, seconds it may spend, and how far its estimates were off."""
 
     blocks: list[int]
+    credit: float = 0.0
     estimated: float = 0.0
     took: float = 0.0
 
@@ -49,8 +50,8 @@ class _Piece:
 class Pace:
     """Shares a budget out over blocks and methods, so that no block eats another's part.
 
-    Time is given as credit: each piece of work adds its part of what is left. A piece that could not even begin within
-    the credit is left out, and its part is there for the next ones.
+    Time is given to each method as credit: its part of what is left, block after block. A block in which it could not even
+    begin within its credit is left out, and the credit is there for its next block; what it does not use is there for all.
 
     Args:
         plan: what is to be done.
@@ -65,7 +66,6 @@ class Pace:
         self.plan, self.deadline, self.clock = plan, deadline, clock
         self.costs = {"": plan.guide, **dict(zip(plan.names, plan.costs, strict=True))}
         self.pieces = {name: _Piece(list(sizes)) for name in self.costs}
-        self.credit = 0.0
         self.total = max(self._left(), 1e-9)
 
     @property
@@ -85,12 +85,12 @@ class Pace:
         now, cost, piece = self.clock(), self.costs[name], self.pieces[name]
         guide = self._estimate("") * self.pieces[""].factor
         references = self._left() - guide
-        free = max(0.0, self.deadline - now - guide - self.credit)
+        free = max(0.0, self.deadline - now - guide - sum(other.credit for other in self.pieces.values()))
         mine = cost.of(piece.blocks[0]) * piece.factor
-        self.credit += free * mine / max(references, 1e-12)
-        if self.credit < cost.least * TOLERANCE * mine or now >= self.deadline:
+        piece.credit += free * mine / max(references, 1e-12)
+        if piece.credit < cost.least * TOLERANCE * mine or now >= self.deadline:
             return None
-        return now + self.credit
+        return now + piece.credit
 
     def finished(self, name: str, took: float, *, whole: bool) -> None:
         """Take the next piece of a method off the list.
@@ -100,12 +100,12 @@ class Pace:
             took: seconds it took; 0 where it was left out.
             whole: whether it was carried out to its end, so that its time says something.
         """
-        n = self.pieces[name].blocks.pop(0)
+        piece = self.pieces[name]
+        n = piece.blocks.pop(0)
         if whole:
-            self.pieces[name].estimated += self.costs[name].of(n)
-            self.pieces[name].took += took
-        if name:
-            self.credit = max(0.0, self.credit - took)
+            piece.estimated += self.costs[name].of(n)
+            piece.took += took
+        piece.credit = 0.0 if whole or not piece.blocks else max(0.0, piece.credit - took)
 
     def _estimate(self, name: str) -> float:
         return sum(self.costs[name].of(n) for n in self.pieces[name].blocks)

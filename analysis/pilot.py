@@ -25,7 +25,7 @@ from elbowroom.inference.target import LogJoint
 log = logging.getLogger("elbowroom")
 
 ROWS = 64  # data that a gradient is timed at
-DRAWS = (4, 32)  # and draws of each
+DRAWS = (4, 128)  # and draws of each
 FEW, SOME = 2, 8  # data that other methods are timed at
 SEED = 777  # of its own: the pilot's random numbers are nobody else's
 
@@ -74,7 +74,7 @@ WORK = {
     "importance": Work(calls=60, points=5_000),
 }
 """Gradients of each method alone."""
-LATTICE = {1: Work(calls=40, points=2_500), 2: Work(calls=40, points=11_000), 3: Work(calls=60, points=130_000)}
+LATTICE = {1: Work(calls=40, points=2_500), 2: Work(calls=40, points=14_000), 3: Work(calls=60, points=130_000)}
 """Densities, of a grid in 1, 2 or 3 dimensions."""
 GUIDE = 1.5  # densities that a draw of the guide costs, its own and the weights' diagnostics included
 
