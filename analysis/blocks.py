@@ -13,6 +13,9 @@ from torch import Tensor
 
 from elbowroom import clock
 from elbowroom.analysis.distances import Comparison, compare
+from elbowroom.analysis.evidence import sandwich
+from elbowroom.analysis.gaps import refitted, unknown
+from elbowroom.analysis.missed import missed_mass
 from elbowroom.analysis.pace import Pace, Step
 from elbowroom.analysis.store import Part, Store, described
 from elbowroom.inference import discrete
@@ -22,6 +25,8 @@ from elbowroom.inference.target import LogJoint
 
 SEED_STEP = 7919  # between the guide and each reference
 DISCRETE_STEP = 15_485_863  # between draws of the continuous sites and of the discrete ones
+SANDWICH_STEP = 49_979_687  # to the reverse chains of the upper bounds
+SCOUTS = ("hmc", "importance", "ais")  # they refit the guide's normals anyway
 BLOCK_STEP = 104_729  # between blocks of data: shared noise would hide in the error of means
 ENDED = re.compile(r"the budget (of .+ )?ended")
 
@@ -66,7 +71,7 @@ class Work:
             for name in ("", *plan.names):
                 self.pace.finished(name, 0.0, whole=False)
             self.say(Step.of(f"found{label}", self.pace))
-            return found
+            return self._closed(part, keys, found, start)
         self.say(Step.of(f"guide{label}", self.pace))
         began = time.monotonic()
         guide = amortized(part, draws=self.draws, keep=self.keep, seed=start)
@@ -83,11 +88,37 @@ class Work:
             # a seed of its own: draws that shared the guide's random numbers would lie closer to it than chance
             drawn = method(part, keep=self.keep, seed=start + SEED_STEP * k, until=until)
             drawn = discrete.completed(part, drawn, start + SEED_STEP * k + DISCRETE_STEP)
+            drawn.stats["missed_mass"] = missed_mass(part, guide, drawn)
             whole = not any(map(ENDED.search, drawn.reason))
             # what the budget cut short is not kept: an audit that goes on has time again
             found[k] = self._keep(keys[k] if whole else "", drawn, compare(guide, drawn, seed=self.seed))
             self.pace.finished(method.name, time.monotonic() - began, whole=whole)
+        return self._closed(part, keys, found, start)
+
+    def _closed(self, log_joint: LogJoint, keys: Sequence[str], found: list[Part | None], start: int) -> list[Part | None]:
+        """Add what takes several methods: q*'s share of the gap to the guide, upper bounds to annealing; once."""
+        plan, late = self.pace.plan, time.monotonic() > self.pace.deadline
+        guide = found[0]
+        if guide is not None and "elbo_refit" not in guide.posterior.stats and set(SCOUTS) & set(plan.names):
+            columns = unknown(log_joint.n_obs) if late else refitted(log_joint)
+            stats = guide.posterior.stats | {name: value.cpu() for name, value in columns.items()}
+            piece = dataclasses.replace(guide, posterior=dataclasses.replace(guide.posterior, stats=stats))
+            found[0] = self._again("" if late else keys[0], piece)
+        places = [k for k in range(1, len(found)) if found[k] is not None]
+        posteriors = [piece.posterior for piece in found[1:] if piece is not None]
+        methods = [plan.references[k - 1] for k in places]
+        done = sandwich(log_joint, methods, posteriors, seed=start + SANDWICH_STEP, until=self.pace.deadline)
+        whole = len(places) == len(plan.references) and not any(ENDED.search(r) for p in posteriors for r in p.reason)
+        for k, old, new in zip(places, posteriors, done, strict=True):
+            before = found[k]
+            if new is not old and before is not None:
+                found[k] = self._again(keys[k] if whole else "", dataclasses.replace(before, posterior=new))
         return found
+
+    def _again(self, key: str, part: Part) -> Part:
+        if self.store is not None and key:
+            self.store.put(key, part)
+        return part
 
     def joined(self, found: Sequence[Sequence[Part | None]]) -> tuple[Posterior, list[Posterior], list[Comparison]]:
         """Return the guide, the references and their comparisons, each over all data."""

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elbowroom.analysis.missed import ALARM
 from elbowroom.inference.ais import Annealed
 from elbowroom.inference.annealing import tune, upper
 from elbowroom.inference.paths import PriorPath, RefitPath
@@ -33,7 +34,6 @@ Z95 = 1.959963984540054
 MOST = 0.25  # nats: an uncertified reference farther off than this contradicts, however large its error
 APART = 3.0  # standard errors by which an annealed bound must exceed an estimate to contradict it
 MATTERS = 0.1  # nats that it must exceed it by as well
-MISSED = 0.05  # posterior mass that the guide may miss before its weights are distrusted
 LOWER_BOUND = "importance-weighted lower bound"
 REFIT_BOUND = "importance-weighted lower bound from q*"
 AIS_BOUND = "annealed lower bound"
@@ -75,13 +75,12 @@ class _Candidate:
     fresh: np.ndarray
 
 
-def climb(guide: Posterior, references: Sequence[Posterior], missed: Tensor | None = None) -> Ladder:
+def climb(guide: Posterior, references: Sequence[Posterior]) -> Ladder:
     """Take, for each datum, the first rung that holds.
 
     Args:
         guide: the amortized posterior, with its importance-sampling evidence.
-        references: posteriors, best first.
-        missed: posterior mass in modes that the guide misses, (N,), where it is known (see `missed`), NaN elsewhere.
+        references: posteriors, best first; `stats["missed_mass"]` is the mass in modes that the guide misses (see `missed`).
     """
     n = guide.draws.shape[2]
     value, error, lower, upper_ = (np.full(n, np.nan) for _ in range(4))
@@ -101,7 +100,7 @@ def climb(guide: Posterior, references: Sequence[Posterior], missed: Tensor | No
             continue
         v, e = _numpy(posterior.evidence.value), _numpy(posterior.evidence.error)
         own = posterior is guide
-        doubt = _doubt(posterior, guide, references, missed)
+        doubt = _doubt(posterior, guide, references)
         why_not = np.where(open_ & (why_not == ""), doubt, why_not)
         take = open_ & (doubt == "") & np.isfinite(v)
         value[take], error[take] = v[take], e[take]
@@ -125,7 +124,7 @@ def _numpy(t: Tensor) -> np.ndarray:
     return out
 
 
-def _doubt(estimate: Posterior, guide: Posterior, references: Sequence[Posterior], missed: Tensor | None) -> np.ndarray:
+def _doubt(estimate: Posterior, guide: Posterior, references: Sequence[Posterior]) -> np.ndarray:
     """Return why an estimate cannot stand for log p(x), per datum; empty where it can."""
     assert estimate.evidence is not None
     value, error = _numpy(estimate.evidence.value), _numpy(estimate.evidence.error)
@@ -136,9 +135,9 @@ def _doubt(estimate: Posterior, guide: Posterior, references: Sequence[Posterior
 
     if estimate is guide:
         add(~(_numpy(guide.stats["importance_trusted"]) > 0), "the guide's importance weights cannot be trusted")
-        if missed is not None:
-            add(_numpy(missed) > MISSED, "the guide misses a mode")
         for other in references:
+            if "missed_mass" in other.stats:
+                add(_numpy(other.stats["missed_mass"]) > ALARM, "the guide misses a mode")
             if "mode_unseen" in other.stats:
                 add(_numpy(other.stats["mode_unseen"]) > 0, "annealed runs from the prior found a mode that q* does not reach")
     else:
@@ -218,12 +217,12 @@ def sandwich(
         until: value of `time.monotonic()` after which no further block of data is begun.
 
     Returns:
-        `found`, with `evidence.upper` of `ais` filled, NaN where there is no certified draw or no need.
+        `found`, with `evidence.upper` of `ais` filled, NaN where there is no certified draw or no need. One that has it stays.
     """
     out = list(found)
     for k, method in enumerate(methods):
         evidence = found[k].evidence
-        if not isinstance(method, Annealed) or evidence is None:
+        if not isinstance(method, Annealed) or evidence is None or evidence.upper is not None:
             continue
         bound = torch.full_like(evidence.value, torch.nan)
         exact = torch.zeros_like(bound, dtype=torch.bool)
@@ -253,6 +252,7 @@ def _reverse(
     log_joint: LogJoint, method: Annealed, rows: Tensor, draws: Tensor, prior: bool, seeds: list[int], scale: int, until: float
 ) -> Tensor:
     """Return upper bounds for some of the data, (len(rows),)."""
+    home, rows, draws = draws.device, rows.to(log_joint.device), draws.to(log_joint.device)
     part = log_joint if len(rows) == log_joint.n_obs else log_joint.subset(rows)
     used = rows
     if part is None:  # cannot be taken apart: run all, keep some
@@ -263,4 +263,4 @@ def _reverse(
     with torch.no_grad():
         plan = tune(path, temperatures=method.temperatures, leapfrogs=method.leapfrogs, seed=seeds[0], until=until)
         value = upper(path, plan, start, seed=seeds[1], until=until).value
-    return value if len(used) == len(rows) else value[rows]
+    return (value if len(used) == len(rows) else value[rows]).to(home)

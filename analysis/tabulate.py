@@ -25,10 +25,27 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "log_evidence": (NATS, "log p(x), exact or estimate as evidence_method says; NaN where only a bound is known"),
     "log_evidence_se": (NATS, "numerical error (exact) or standard error (estimate) of log_evidence"),
     "log_evidence_lower": (NATS, "lower end for log p(x); a probabilistic bound where evidence_method says lower bound"),
-    "log_evidence_upper": (NATS, "upper end for log p(x); NaN where only a lower bound is known"),
+    "log_evidence_upper": (
+        NATS,
+        "upper end for log p(x); where evidence_method says so a probabilistic bound, conditional on the certified draws that "
+        "reverse annealing starts from; NaN where only a lower bound is known",
+    ),
+    "elbo_refit": (NATS, "L[q*], the ELBO of the best normal of the guide's family (diagonal or full covariance)"),
+    "elbo_refit_se": (NATS, "standard error of elbo_refit over its draws"),
+    "refit_shortfall": (NATS, "estimate of what the refit is still short of the best normal nearby"),
     "gap_total": (NATS, "log_evidence - elbo = KL(q(z|x) || p(z|x))"),
     "gap_total_lower": (NATS, "lower end of the 95 % interval for the gap (or of the gap to the lower bound)"),
-    "gap_total_upper": (NATS, "upper end of the 95 % interval for the gap; NaN where only a lower bound is known"),
+    "gap_total_upper": (NATS, "upper end of the 95 % interval for the gap (or of the gap to the upper bound), NaN without one"),
+    "gap_approximation": (NATS, "log_evidence - elbo_refit: what the guide's family cannot reach"),
+    "gap_approximation_lower": (
+        NATS,
+        "lower end for gap_approximation, less refit_shortfall; also where only bounds are known",
+    ),
+    "gap_approximation_upper": (NATS, "upper end for gap_approximation; NaN without an upper end for log p(x)"),
+    "gap_amortization": (NATS, "elbo_refit - elbo: what the encoder misses of its own family"),
+    "gap_amortization_lower": (NATS, "lower end of the 95 % interval for gap_amortization"),
+    "gap_amortization_upper": (NATS, "upper end of the 95 % interval for gap_amortization, refit_shortfall added"),
+    "missed_mass": ("1", "share of the posterior in modes that the guide misses; NaN without a certified reference"),
     "pareto_k": ("1", "tail index k-hat of the importance weights p(x, z) / q(z|x)"),
     "ess_fraction": ("1", "effective sample size of the importance weights, as a fraction of the draws"),
     "rate": (NATS, "KL(q(z|x) || p(z))"),
@@ -45,9 +62,56 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "1",
         "half the sum over the discrete sites' joint values of |q - p_ref|; NaN beside continuous latents",
     ),
+    "weights_pareto_k": ("1", "tail index k-hat of the reference's own importance weights"),
+    "weights_ess": ("1", "effective number of draws that the reference's own importance weights are worth"),
+    "unseen_share": ("1", "share of the mass in annealed runs from the prior that the reference's draws do not reach"),
+    "bound_lower": (NATS, "probabilistic lower bound by this reference, where annealing is one"),
+    "bound_upper": (NATS, "probabilistic upper bound by this reference, conditional on the draws that it starts from"),
     "border_mass": ("1", "share of the posterior on the grid's border"),
     "refinement_error": (NATS, "change of log p(x) under a shifted, finer grid"),
 }
+PER_REFERENCE = (
+    "rhat_max",
+    "ess_bulk_min",
+    "ess_tail_min",
+    "weights_pareto_k",
+    "weights_ess",
+    "unseen_share",
+    "border_mass",
+    "refinement_error",
+)
+
+
+def _first(references: Sequence[Posterior], name: str, n: int) -> np.ndarray:
+    """Return a statistic of the first reference that has it, per datum, NaN where none has."""
+    value = np.full(n, np.nan)
+    for posterior in references:
+        if name in posterior.stats:
+            value = np.where(np.isnan(value), posterior.stats[name].cpu().numpy(), value)
+    return value
+
+
+def _gaps(guide: Posterior, ladder: Ladder, elbo: np.ndarray, elbo_se: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the gap and its two parts, with intervals; all from the same data."""
+    gap = ladder.value - elbo
+    spread = Z95 * np.sqrt(elbo_se**2 + np.where(ladder.is_exact, ladder.error / Z95, ladder.error) ** 2)
+    no_value = np.isnan(gap)
+    best, best_se, short = (_first([guide], name, len(elbo)) for name in ("elbo_refit", "elbo_refit_se", "refit_shortfall"))
+    amortization, both = best - elbo, Z95 * np.hypot(elbo_se, best_se)
+    return {
+        "elbo_refit": best,
+        "elbo_refit_se": best_se,
+        "refit_shortfall": short,
+        "gap_total": gap,
+        "gap_total_lower": np.where(no_value, ladder.lower - elbo - Z95 * elbo_se, gap - spread),
+        "gap_total_upper": np.where(no_value, ladder.upper - elbo + Z95 * elbo_se, gap + spread),
+        "gap_approximation": ladder.value - best,
+        "gap_approximation_lower": ladder.lower - best - short - Z95 * best_se,
+        "gap_approximation_upper": ladder.upper - best + Z95 * best_se,
+        "gap_amortization": amortization,
+        "gap_amortization_lower": amortization - both,
+        "gap_amortization_upper": amortization + both + short,
+    }
 
 
 def tabulate(
@@ -61,8 +125,6 @@ def tabulate(
     """Lay everything out over obs_id and reference, with units and long names."""
     n = len(labels)
     elbo, elbo_se = guide.stats["elbo"].cpu().numpy(), guide.stats["elbo_se"].cpu().numpy()
-    gap = ladder.value - elbo
-    spread = Z95 * np.sqrt(elbo_se**2 + np.where(ladder.is_exact, ladder.error / Z95, ladder.error) ** 2)
     per_datum = {
         "elbo": elbo,
         "elbo_se": elbo_se,
@@ -70,9 +132,8 @@ def tabulate(
         "log_evidence_se": ladder.error,
         "log_evidence_lower": ladder.lower,
         "log_evidence_upper": ladder.upper,
-        "gap_total": gap,
-        "gap_total_lower": np.where(np.isnan(gap), ladder.lower - elbo - Z95 * elbo_se, gap - spread),
-        "gap_total_upper": gap + spread,
+        **_gaps(guide, ladder, elbo, elbo_se),
+        "missed_mass": _first(references, "missed_mass", n),
         **{name: guide.stats[name].cpu().numpy() for name in ("pareto_k", "ess_fraction", "rate", "distortion")},
     }
 
@@ -85,10 +146,9 @@ def tabulate(
             name: pile([getattr(c, name) for c in comparisons])
             for name in ("mean_error", "sd_ratio", "sliced_wasserstein", "noise_floor", "total_variation")
         },
-        **{
-            name: pile([p.stats.get(name) for p in references])
-            for name in ("rhat_max", "ess_bulk_min", "ess_tail_min", "border_mass", "refinement_error")
-        },
+        **{name: pile([p.stats.get(name) for p in references]) for name in PER_REFERENCE},
+        "bound_lower": pile([p.evidence.value if p.evidence and p.evidence.kind == "bound" else None for p in references]),
+        "bound_upper": pile([p.evidence.upper if p.evidence else None for p in references]),
         "diverging_count": pile([p.stats.get("diverging_count", torch.zeros(n)) for p in references]),
     }
 
@@ -99,6 +159,7 @@ def tabulate(
         {
             **{name: ("obs_id", value) for name, value in per_datum.items()},
             "evidence_method": ("obs_id", ladder.method),
+            "evidence_reason": ("obs_id", ladder.reason),
             **{name: (("obs_id", "reference"), value) for name, value in per_reference.items()},
             "status": (("obs_id", "reference"), words(lambda p: p.status)),
             "reason": (("obs_id", "reference"), words(lambda p: p.reason)),

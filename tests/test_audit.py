@@ -217,7 +217,7 @@ def test_a_missed_mode_is_not_called_close_to_the_true_posterior() -> None:
 
     def guide(y):
         with pyro.plate("rows", len(y)):
-            pyro.sample("z", dist.Normal(torch.ones(4, 4, dtype=F64), 0.16).to_event(1))
+            pyro.sample("z", dist.Normal(torch.ones(4, 4, dtype=F64), 0.19).to_event(1))
 
     verdict = audit(model, guide, y, references=[]).verdict
     assert "Where the guide puts mass" in verdict
