@@ -19,7 +19,8 @@ from torch import Tensor
 
 from elbowroom.analysis.distances import Comparison
 from elbowroom.archive import check_stored
-from elbowroom.files import atomic, sha256
+from elbowroom.files import sha256
+from elbowroom.inference import checkpoint
 from elbowroom.inference.posterior import Evidence, Posterior, Reference
 
 log = logging.getLogger("elbowroom")
@@ -105,8 +106,7 @@ class Store:
             shutil.rmtree(self.folder)
 
     def _write(self, path: Path, contents: dict[str, Any]) -> None:
-        with atomic(path) as temporary:
-            torch.save(contents, temporary)
+        checkpoint.save(path, contents)
 
     def _read(self, path: Path) -> Any:
         if not path.is_file():

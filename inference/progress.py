@@ -45,11 +45,14 @@ def progress_bar(console: Console) -> Iterator[Callable[[Plan, Row], None]]:
 
 
 @contextmanager
-def audit_bar(console: Console) -> Iterator[Callable[[Step], None]]:
-    """Show a bar on `console` while the context is open; yield the function to give to `audit(progress=...)`.
+def audit_bar(console: Console, plan: Callable[[str], None]) -> Iterator[Callable[[Step], None]]:
+    """Show a bar on a terminal while the context is open; yield the function to give to `audit(progress=...)`.
 
-    First the plan is printed: the references, why these, and how long each will take. Then the bar shows what is being done,
-    the share of the estimated time that is behind it and the estimated time left.
+    The bar shows what is being done, the share of the estimated time that is behind it and the estimated time left.
+
+    Args:
+        console: where the bar goes, if it is a terminal.
+        plan: told the plan before anything starts: the references, why these, and how long each will take.
     """
     columns = (
         TextColumn("audit"),
@@ -58,18 +61,22 @@ def audit_bar(console: Console) -> Iterator[Callable[[Step], None]]:
         TextColumn("{task.description}"),
         TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=1.0, left="")
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    task = bar.add_task("", total=1.0, left="")
 
-        def report(step: Step) -> None:
-            if step == PLANNED:
-                bar.console.print(str(step.plan), highlight=False, markup=False, soft_wrap=True)
-                return
-            left = f"{timedelta(seconds=math.ceil(step.seconds_left))} left"
-            bar.update(task, description=str(step), completed=step.done, left=left)
+    def report(step: Step) -> None:
+        if step == PLANNED:
+            plan(str(step.plan))
+            bar.start()
+            return
+        left = f"{timedelta(seconds=math.ceil(step.seconds_left))} left"
+        bar.update(task, description=str(step), completed=step.done, left=left)
 
+    try:
         yield report
         bar.update(task, completed=1.0, description="", left="")
+    finally:
+        bar.stop()
 
 
 PLANNED = "plan"

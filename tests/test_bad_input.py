@@ -376,6 +376,16 @@ BAD = {
     "spec init digits --out x.npy/s.yaml": "x.npy: File exists",
     "run s.yaml --out " + "n" * 300: "n" * 300 + ": File name too long",
     # flags
+    "run s.yaml --budget soon": "--budget: must be a time above 0, such as 90s, 10m or 1h, got 'soon'",
+    "run s.yaml --budget -5": "--budget: must be a time above 0, such as 90s, 10m or 1h, got '-5'",
+    "run s.yaml --budget 0s": "--budget: must be a time above 0, such as 90s, 10m or 1h, got '0s'",
+    "audit run --budget 1d": "--budget: must be a time above 0, such as 90s, 10m or 1h, got '1d'",
+    "audit run --budget -5": "--budget: must be a time above 0, such as 90s, 10m or 1h, got '-5'",
+    "audit run --budget 0": "--budget: must be a time above 0, such as 90s, 10m or 1h, got '0'",
+    "audit run --budget inf": "--budget: must be a time above 0, such as 90s, 10m or 1h, got 'inf'",
+    "run s.yaml --set audit.budget=often": ("--set audit.budget: must be a time above 0, such as 90s, 10m or 1h, got 'often'"),
+    "run s.yaml --budget 1m --set audit.budget=2m": "--set audit.budget: given twice",
+    "run s.yaml --budget": "option '--budget' requires an argument; see `elbowroom --help`",
     "run s.yaml --device cuda": "s.yaml: fit.device: 'cuda' was asked for, but torch sees 0 CUDA devices; use auto or cpu",
     "run s.yaml --device cuda:7": "s.yaml: fit.device: 'cuda:7' was asked for, but torch sees 0 CUDA devices; use auto or cpu",
     "fit s.yaml --json --overwrite --resume": (
@@ -386,7 +396,7 @@ BAD = {
         "run: holds a run already; use --resume to go on, --overwrite to move it aside, or another --out"
     ),
     "audit run --resume --overwrite": (
-        "no such option --overwrite; allowed: --data, --device, --dry-run, --json, --out, --resume, --set; "
+        "no such option --overwrite; allowed: --budget, --data, --device, --dry-run, --json, --out, --resume, --set; "
         "see `elbowroom audit --help`"
     ),
     "report run --resume": "no such option --resume; allowed: --json; see `elbowroom report --help`",

@@ -47,9 +47,10 @@ def call(*arguments: str) -> int:
 def test_dry_run_writes_nothing(here, capsys):
     before = listing(here)
     assert call("run", "s.yaml", "--dry-run") == 0
-    assert capsys.readouterr().out == (
-        "s.yaml: everything was checked, nothing was written; the run would go to runs/s (new)\n"
-    )
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "s.yaml: everything was checked, nothing was written; the run would go to runs/s (new)"
+    assert out[1].startswith("audit, plan for 8 data, about ")
+    assert [line.split()[0] for line in out[2:]] == ["guide", "grid"]
     assert listing(here) == before
 
 

@@ -58,7 +58,7 @@ NAMES = [
     "kl_warmup", "gradient_clip", "validation_draws", "dtype", "device", "observations", "references", "draws", "keep",
     "digits", "linear_gaussian", "file", "normal", "bernoulli", "gaussian", "continuous_bernoulli", "mlp", "linear",
     "diagonal_normal", "full_rank_normal", "grid", "closed_form", "auto", "all", "scale", "floor", "binarize", "n", "dim",
-    "noise", "tolerance", "shared", "float64", "cpu", "cosine", "x.npy", "",
+    "noise", "tolerance", "shared", "float64", "cpu", "cosine", "x.npy", "", "budget", "10m", "hmc", "ais", "importance",
 ]  # fmt: skip
 NUMBERS = st.one_of(
     st.integers(-3, 12),

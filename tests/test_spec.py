@@ -135,8 +135,11 @@ REPLACED = {
     ("learning_rate: 1e-3", "dtype: float16"): "fit.dtype: must be 'float32' or 'float64', got 'float16'; "
     "did you mean 'float64'?",
     ("references: auto", "references: grd"): "audit.references: unknown reference 'grd'; did you mean 'grid'?",
-    ("references: auto", "references: [grid, {name: hmc}]"): "audit.references.1.name: unknown reference 'hmc'; "
-    "allowed: closed_form, grid",
+    ("references: auto", "references: [grid, {name: nuts}]"): "audit.references.1.name: unknown reference 'nuts'; "
+    "allowed: ais, closed_form, enumeration, grid, hmc, importance",
+    ("observations: all", "budget: soon"): "audit.budget: must be a time above 0, such as 90s, 10m or 1h, got 'soon'",
+    ("observations: all", "budget: -3"): "audit.budget: must be a time above 0, such as 90s, 10m or 1h, got -3",
+    ("observations: all", "budget: [1]"): "audit.budget: must be a time above 0, such as 90s, 10m or 1h, got [1]",
     ("references: auto", "references: [{name: grid, tolerence: 1}]"): "audit.references.0.tolerence: unknown option of grid; "
     "did you mean 'tolerance'?",
     ("references: auto", "references: []"): "audit.references: must be 'auto' or a list of at least 1, got []",
@@ -186,7 +189,8 @@ SETS = {
     ("model.decoder.hidden.7=1",): "--set model.decoder.hidden.7: the list has 2 entries; name one by its position, from 0",
     ("seed=[1",): "--set seed, line 1, column 3: expected ',' or ']', but got '<stream end>'",
     ("model.likelihood.scale=1",): "--set model.likelihood.scale: bernoulli takes no options",
-    ("audit.references=grid,hmc",): "--set audit.references.1: unknown reference 'hmc'; allowed: closed_form, grid",
+    ("audit.references=grid,nuts",): "--set audit.references.1: unknown reference 'nuts'; "
+    "allowed: ais, closed_form, enumeration, grid, hmc, importance",
 }
 
 
@@ -246,7 +250,7 @@ def test_shipped_specs_round_trip(name, tmp_path):
 
 
 def test_shipped_names():
-    assert spec.shipped() == ["binarized_mnist", "digits", "digits_gaussian", "linear_gaussian"]
+    assert spec.shipped() == ["binarized_mnist", "binarized_mnist_d50", "digits", "digits_gaussian", "linear_gaussian"]
     assert message(spec.shipped_text, "digit") == "there is no spec 'digit' in elbowroom; did you mean 'digits'?"
 
 

@@ -348,7 +348,7 @@ def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, devi
     if as_json:
         found = fitted.audit(data, out=out, device=device, resume=resume, progress=lambda step: plan.update(step.plan.tree()))
     else:
-        with audit_bar(_console(stderr=True)) as report:
+        with audit_bar(_console(stderr=True), typer.echo) as report:
             found = fitted.audit(data, out=out, device=device, resume=resume, progress=report)
     folder = fitted.audit_folder(data, out)
     if not as_json:
