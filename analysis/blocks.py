@@ -97,7 +97,9 @@ class Work:
 
     def _closed(self, log_joint: LogJoint, keys: Sequence[str], found: list[Part | None], start: int) -> list[Part | None]:
         """Add what takes several methods: q*'s share of the gap to the guide, upper bounds to annealing; once."""
-        plan, late = self.pace.plan, time.monotonic() > self.pace.deadline
+        plan, began = self.pace.plan, time.monotonic()
+        scouted = any(piece is not None for name, piece in zip(plan.names, found[1:], strict=True) if name in SCOUTS)
+        late = began > self.pace.deadline or not scouted  # what none of the methods knows yet is no longer found out
         guide = found[0]
         if guide is not None and "elbo_refit" not in guide.posterior.stats and set(SCOUTS) & set(plan.names):
             columns = unknown(log_joint.n_obs) if late else refitted(log_joint)
@@ -113,6 +115,8 @@ class Work:
             before = found[k]
             if new is not old and before is not None:
                 found[k] = self._again(keys[k] if whole else "", dataclasses.replace(before, posterior=new))
+        if plan.names:
+            self.pace.also(plan.names[-1], time.monotonic() - began)
         return found
 
     def _again(self, key: str, part: Part) -> Part:

@@ -107,6 +107,11 @@ class Pace:
             piece.took += took
         piece.credit = 0.0 if whole or not piece.blocks else max(0.0, piece.credit - took)
 
+    def also(self, name: str, took: float) -> None:
+        """Count seconds that come after a method's piece as its own, as the estimates do."""
+        if self.pieces[name].estimated > 0:
+            self.pieces[name].took += took
+
     def _estimate(self, name: str) -> float:
         return sum(self.costs[name].of(n) for n in self.pieces[name].blocks)
 

@@ -19,6 +19,7 @@ from elbowroom.inference.target import LogJoint
 
 AFFORDABLE = 3600.0  # seconds of a grid that are spent without a budget, where sampling would take less
 PARTS = 10  # blocks that a budget which is too small is shared out over, at least
+OVERHEAD = 0.1  # seconds of a block that are nobody's; blocks of a budget are large enough to keep these below a tenth of it
 
 REASONS = {
     "closed_form": "the model is linear-Gaussian: its posterior is known in closed form",
@@ -142,7 +143,8 @@ def choose(
     share = budget / PARTS
     free = [cost for cost in costs if cost.fixed < share]
     smaller = min(size, -(-n // PARTS), *(int((share - cost.fixed) / max(cost.each, 1e-12)) for cost in free))
-    return Plan(methods, reasons, plan.guide, costs, n, max(1, smaller), budget)
+    least = min(size, math.ceil(n / max(PARTS, 0.1 * budget / OVERHEAD)))
+    return Plan(methods, reasons, plan.guide, costs, n, max(least, smaller), budget)
 
 
 def _auto(log_joint: LogJoint, pilot: Pilot, n: int, budget: float) -> tuple[list[Reference], list[str]]:
