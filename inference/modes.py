@@ -33,7 +33,8 @@ CESS = 0.7  # conditional effective sample size that one rise of b may cost
 ACCEPT, GAIN = 0.75, 0.5  # acceptance aimed at, and how fast step sizes follow
 MISS = 1e-3
 SLACK, FACTOR = 4.0, 1.5  # a run is unseen beyond FACTOR x (the farthest segment) + SLACK, in squared standard deviations
-NEGLIGIBLE = 0.01  # share of the mass of unseen runs that is let pass
+NEGLIGIBLE = 0.02  # share of the mass of unseen runs that is let pass
+ENOUGH = 5.0  # effective runs, below which their weights tell nothing
 PRIOR_DRAWS = 200
 
 
@@ -138,7 +139,7 @@ class Modes:
         ess = 1 / weight.square().sum(0)
         # few effective weights tell little: then the height of log p(x, z) speaks, as if the volumes were equal
         height = torch.where(unseen, self.level, -torch.inf).amax(0) - lp.flatten(0, 1).mean(0)
-        reliable = ess > len(weight) / 10
+        reliable = ess > ENOUGH
         matters = torch.where(reliable, share > NEGLIGIBLE, (share > NEGLIGIBLE) | (height.exp() > NEGLIGIBLE))
         score = torch.where(unseen, self.level, -torch.inf)
         best = score.argmax(0)
