@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.canvas import count, percent, say
+from elbowroom.analysis.missed import ALARM
 from elbowroom.analysis.table import GOOD_K, best_reference, column, trusted
 
 # likelihoods of discrete data: there -log p(x) / (D log 2) is a code length in bits per dimension
@@ -167,7 +168,10 @@ def worst_rows(table: xr.Dataset, size: int = 10) -> list[Row]:
         if math.isfinite(gap[n]):
             evidence, room = say(one["log_evidence"], 4), f"{say(float(gap[n]))} [{say(low)}, {say(high)}]"
         elif math.isfinite(one["log_evidence_lower"]):
+            above = float(column(table, "log_evidence_upper")[n])
             evidence = f"≥ {say(one['log_evidence_lower'], 4)} (bound)"
+            if math.isfinite(above):
+                evidence = f"{say(one['log_evidence_lower'], 4)} to {say(above, 4)} (bounds)"
             room = f"at least {say(low)}" if low > 0 else "not known"
         else:
             evidence, room = "not known", "not known"
@@ -227,13 +231,19 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
     )
     if kind["bound"]:
         may_not.append(
-            f"Anything about the gap of {count(kind['bound'])} of {n:,}: for them only a probabilistic lower bound on log p(x) "
-            "is known. It is no estimate, and they are in no mean, median or figure of the gap."
+            f"Anything about the gap of {count(kind['bound'])} of {n:,} but its bounds: for them only probabilistic bounds on "
+            "log p(x) are known, an upper one only where the table has it and conditional on certified draws. They are no "
+            "estimates, and enter no mean, median or figure of the gap."
         )
     if kind["estimate"]:
         may_not.append(
             f"Exact values of log p(x) for {count(kind['estimate'])}: theirs is an importance-sampling estimate with the "
             "standard error given, accepted because its weights are well behaved."
+        )
+    lost = int((column(table, "missed_mass") > ALARM).sum())
+    if lost:
+        may_not.append(
+            f"Anything that the guide or its weights say of {count(lost)}: it misses a mode of their posterior (missed_mass)."
         )
     unsure = n - int(sure.sum())
     if unsure:

@@ -10,11 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from elbowroom.analysis.missed import ALARM
+from elbowroom.analysis.table import best_reference, column
+
 SMALL_GAP = 0.1  # nats: exp(-0.1) = 0.90 of the evidence is in the bound
 LARGE_GAP = 1.0
 GOOD_K = 0.7
 MEAN_ERROR = 0.2  # reference standard deviations
 SD_RATIO = 1.25
+GUIDE_ESTIMATE = "importance sampling estimate"
+NAMED = 5  # data that a sentence names
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
         part = table.sel(reference=reference)
         good = part["status"].isin(["exact", "certified"]).values
         rows.append((f"{reference}: exact or certified", f"{int(good.sum())} of {numbers.n}"))
+        if not good.any():  # such as annealing, which certifies nothing: its bounds stand in the table
+            continue
         if np.isfinite(part["total_variation"].values).any():
             rows.append((f"{reference}: total variation", _quartiles(part["total_variation"].values[good])))
             continue
@@ -101,9 +108,27 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
 
 
 def sentences(table: xr.Dataset) -> list[str]:
-    """Return two to four plain sentences: how large the gap is, what is wrong with q, what could not be certified."""
+    """Return two to five plain sentences: how large the gap is, what is wrong with q, what could not be certified."""
     numbers = Numbers.of(table)
-    return [line for line in (_gap(table, numbers), _shape(table), _trust(numbers), _caveat(table, numbers)) if line]
+    lines = (_gap(table, numbers), _missed(table), _shape(table), _trust(numbers), _caveat(table, numbers))
+    return [line for line in lines if line]
+
+
+def _missed(table: xr.Dataset) -> str:
+    """Name the data at which the guide misses a mode, and the mass of what it misses."""
+    mass = column(table, "missed_mass")
+    lost = np.flatnonzero(mass > ALARM)
+    if not lost.size:
+        return ""
+    lost = lost[np.argsort(-mass[lost], kind="stable")]
+    labels = ", ".join(str(label) for label in table["obs_id"].values[lost[:NAMED]])
+    more = f" and {lost.size - NAMED} more" if lost.size > NAMED else ""
+    low, high = mass[lost].min(), mass[lost].max()
+    share = f"{high:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+    return (
+        f"The guide misses a mode at {lost.size} of {mass.size} data (obs {labels}{more}; it holds {share} of the posterior "
+        "there): draws of q, and importance sampling from it, know nothing of it."
+    )
 
 
 def _gap(table: xr.Dataset, numbers: Numbers) -> str:
@@ -116,14 +141,16 @@ def _gap(table: xr.Dataset, numbers: Numbers) -> str:
     if not numbers.gap.size:
         if numbers.infinite:
             return f"The ELBO of {numbers.infinite} of {numbers.n} data is minus infinity: q puts mass where p(x, z) is zero."
-        grid = (
-            "no grid could be certified"
+        why = (
+            "no reference gave a value that could be certified"
             if table.sizes["reference"]
             else "the latent space is too large for the references here"
         )
+        above = int(np.isfinite(column(table, "log_evidence_upper")).sum())
+        upper = f", log_evidence_upper a conditional upper bound for {above}" if above else ""
         return (
-            f"The gap of none of the {numbers.n} data is known: {grid} and the guide's importance weights cannot be trusted; "
-            "log_evidence_lower holds a probabilistic lower bound for each."
+            f"The gap of none of the {numbers.n} data is known: {why} and the guide's importance weights cannot be trusted; "
+            f"log_evidence_lower holds a probabilistic lower bound for each{upper}."
         )
     median, high = np.median(numbers.gap), np.quantile(numbers.gap, 0.95)
     worst = table["obs_id"].values[int(np.nanargmax(table["gap_total"].values))]
@@ -134,21 +161,22 @@ def _gap(table: xr.Dataset, numbers: Numbers) -> str:
     if numbers.infinite:
         tail += f" For {numbers.infinite} more the ELBO is minus infinity: q puts mass where p(x, z) is zero."
     if not numbers.exact:
-        return (
-            f"Where the guide puts mass, {tail} log p(x) is estimated by importance sampling from the guide itself: a mode "
-            "that the guide misses would be missing in it too, and the true gap larger."
-        )
+        if (table["evidence_method"].values == GUIDE_ESTIMATE).any():
+            return (
+                f"Where the guide puts mass, {tail} log p(x) is estimated by importance sampling from the guide itself: a mode "
+                "that the guide misses would be missing in it too, and the true gap larger."
+            )
+        tail += " log p(x) is estimated by importance sampling from q*, not from the guide."
     size = "close to" if median < SMALL_GAP else "at some distance from" if median < LARGE_GAP else "far from"
     return f"The amortized posterior is {size} the true one: {tail}"
 
 
 def _shape(table: xr.Dataset) -> str:
-    if not table.sizes["reference"]:
+    best = best_reference(table)
+    if best is None:
         return ""
-    part = table.isel(reference=0)
+    part = table.sel(reference=best)
     good = part["status"].isin(["exact", "certified"]).values
-    if not good.any():
-        return ""
     variation = part["total_variation"].values[good]
     if np.isfinite(variation).all():  # every latent is discrete: there is no width and no centre
         return (
@@ -164,9 +192,8 @@ def _shape(table: xr.Dataset) -> str:
         else f"about as wide as the true posterior (sd ratio {ratio:.2f})"
     )
     place = f"off centre by {shift:.2f} posterior sd" if shift > MEAN_ERROR else f"centred within {shift:.2f} posterior sd"
-    method = str(table["reference"].values[0])
     advice = (
-        f" Where this matters use the exact posterior, posteriors/{method}.nc, or try a richer guide "
+        f" Where this matters use the reference's posterior, posteriors/{best}.nc, or try a richer guide "
         "(guide.family=full_rank_normal)."
         if shift > MEAN_ERROR or not 1 / SD_RATIO < ratio < SD_RATIO or np.median(part["pareto_k"].values) > GOOD_K
         else " For most purposes q(z|x) may be used as it is."
@@ -191,7 +218,13 @@ def _caveat(table: xr.Dataset, numbers: Numbers) -> str:
     if estimated:
         parts.append(f"log p(x) is an importance-sampling estimate for {estimated} of {numbers.n}")
     if missing:
-        parts.append(f"only a lower bound is known for {missing} of {numbers.n}, which enter no gap above")
+        both = int((np.isfinite(column(table, "log_evidence_upper")) & ~np.isfinite(column(table, "log_evidence"))).sum())
+        parts.append(f"only a lower bound is known for {missing - both} of {numbers.n}, which enter no gap above")
+        if both:
+            parts[-1] = (
+                f"only bounds are known for {missing} of {numbers.n}, which enter no gap above (an upper one for {both}, "
+                "conditional on the certified draws that it starts from)"
+            )
     if numbers.uncertified and table.sizes["reference"]:
         parts.append(f"no reference could be certified for {numbers.uncertified}")
     return f"{'; '.join(parts)}. All of this is conditional on the trained decoder."

@@ -213,11 +213,11 @@ def test_a_missed_mode_is_not_called_close_to_the_true_posterior() -> None:
     def model(y):
         with pyro.plate("rows", len(y)):
             z = pyro.sample("z", dist.Normal(torch.zeros(4, dtype=F64), 1.0).to_event(1))
-            pyro.sample("y", dist.Normal(z**2, 0.3).to_event(1), obs=y)
+            pyro.sample("y", dist.Normal(z**2, 0.05).to_event(1), obs=y)
 
     def guide(y):
         with pyro.plate("rows", len(y)):
-            pyro.sample("z", dist.Normal(torch.ones(4, 4, dtype=F64), 0.19).to_event(1))
+            pyro.sample("z", dist.Normal(torch.ones(4, 4, dtype=F64), 0.03).to_event(1))
 
     verdict = audit(model, guide, y, references=[]).verdict
     assert "Where the guide puts mass" in verdict
