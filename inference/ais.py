@@ -21,7 +21,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from elbowroom.inference.annealing import Bound, block_size, lower, tune
+from elbowroom.inference.annealing import Bound, block_size, lower, surely, tune
 from elbowroom.inference.normals import Normals, whiten
 from elbowroom.inference.paths import Path, PriorPath, RefitPath
 from elbowroom.inference.posterior import Evidence, Posterior, Reference, in_chains
@@ -142,6 +142,7 @@ class Annealed(Reference):
             "ais_missed": missed.to(prior.dtype),
             "ais_ess": found.ess,
             "ais_failed": found.failed,
+            "bound_sure": found.sure,
         }
         return Posterior(
             method=self.name,
@@ -202,6 +203,7 @@ class _Found:
     mean: Tensor
     covariance: Tensor
     draws: Tensor
+    sure: Tensor
 
     @classmethod
     def empty(cls, log_joint: LogJoint, q_star: Normals, keep: int) -> _Found:
@@ -212,12 +214,15 @@ class _Found:
             return torch.full(shape, torch.nan, dtype=dtype, device=log_joint.device)
 
         value, error = {"prior": nan(n), "refit": nan(n)}, {"prior": nan(n), "refit": nan(n)}
-        return cls(value, error, q_star, nan(n), nan(n), nan(n), nan(n), nan(n), nan(n, d), nan(n, d, d), nan(keep, n, d))
+        return cls(
+            value, error, q_star, nan(n), nan(n), nan(n), nan(n), nan(n), nan(n, d), nan(n, d, d), nan(keep, n, d), nan(n)
+        )
 
     def take(self, rows: Tensor, first: Bound, again: Bound, name: str, seed: int) -> None:
         """Take the winner's second run as the bound, and the chains of both as particles."""
         self.bound[rows], self.bound_error[rows] = again.value, again.error
         self.ess[rows], self.failed[rows] = again.ess, again.failed
+        self.sure[rows] = surely(again.log_weights)
         z = torch.cat([first.z, again.z])
         log_w = torch.cat([first.log_weights, again.log_weights])
         some = log_w.isfinite().any(0)

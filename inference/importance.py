@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.inference import discrete
+from elbowroom.inference.annealing import surely
 from elbowroom.inference.posterior import Evidence, Posterior, in_chains
 from elbowroom.inference.target import LogJoint
 
@@ -129,7 +130,7 @@ def evidence(log_weights: Tensor, pareto_k: Tensor, ess_fraction: Tensor) -> tup
 
 
 def halves(log_weights: Tensor) -> dict[str, Tensor]:
-    """Return log mean w of the first half of the draws, by which a bound may be chosen, and of the second, which it then is.
+    """Return log mean w of the first half of the draws, by which a bound may be chosen, and the bound by the second half.
 
     The largest of several noisy bounds is none; the one that was largest on other draws is.
 
@@ -137,14 +138,14 @@ def halves(log_weights: Tensor) -> dict[str, Tensor]:
         log_weights: (S, N), raw.
 
     Returns:
-        bound_first, bound_fresh and bound_fresh_se (delta method), (N,) each, in nats.
+        bound_first, bound_sure (see `surely`), and bound_all, sure too and by all draws: for where there is nothing to choose;
+        (N,) each, in nats.
     """
     first, fresh = log_weights.tensor_split(2)
-    ess = (2 * torch.logsumexp(fresh, 0) - torch.logsumexp(2 * fresh, 0)).exp()
     return {
         "bound_first": torch.logsumexp(first, 0) - math.log(len(first)),
-        "bound_fresh": torch.logsumexp(fresh, 0) - math.log(len(fresh)),
-        "bound_fresh_se": (1 / ess - 1 / len(fresh)).clamp_min(0).sqrt(),
+        "bound_sure": surely(fresh),
+        "bound_all": surely(log_weights),
     }
 
 
