@@ -65,13 +65,13 @@ class Cost:
 
 UNKNOWN = Cost(1.0, 0.0)
 
-SCOUT = Work(calls=130, points=8_500)
+SCOUT = Work(calls=130, points=3_500)
 """Gradients of q* and the mode search, which the methods of `SCOUTED` share."""
 SCOUTED = ("hmc", "importance", "ais")
 WORK = {
-    "hmc": Work(calls=1_000, points=9_000, least=0.4),
-    "ais": Work(calls=3_200, points=68_000),  # with the reverse chains of the upper bounds
-    "importance": Work(calls=60, points=5_000),
+    "hmc": Work(calls=1_000, points=4_500, least=0.4),
+    "ais": Work(calls=3_200, points=30_000),  # with the reverse chains of the upper bounds
+    "importance": Work(calls=60, points=14_000),
 }
 """Gradients of each method alone."""
 LATTICE = {1: Work(calls=40, points=2_500), 2: Work(calls=40, points=14_000), 3: Work(calls=60, points=130_000)}
