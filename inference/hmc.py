@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, MultipleOf
 from torch import Tensor
 
+from elbowroom.inference.ascent import climb
 from elbowroom.inference.certificate import Certificate, Chains, certify
-from elbowroom.inference.modes import Metric, Modes
+from elbowroom.inference.modes import Modes
 from elbowroom.inference.posterior import Posterior, Reference, Status, concatenate
 from elbowroom.inference.precision import Precision, in_precision
 from elbowroom.inference.sampler import Sampler
@@ -33,6 +35,7 @@ from elbowroom.inference.tempering import Tempering
 
 ENTRIES = 2**24  # chains x draws x data x d held at once
 HALVINGS = 5  # of the step sizes of a datum with divergent trajectories
+CLIMB = 40  # steps up of runs that look like an unseen mode
 CONFIRM = 200  # further trajectories of runs that look like an unseen mode
 FINEST = 0.05  # of their step sizes: what holds a run back may be a narrow place
 BLOCK_STEP = 15_485_863  # between the seeds of blocks of data
@@ -88,8 +91,7 @@ class HMC(Reference):
             part = log_joint if len(left) == log_joint.n_obs else log_joint.subset(left)
             rows = everyone if part is None else left
             part, modes = part or log_joint, known.modes.rows(rows)
-            metric = Metric.of(part, known.refit.q.rows(rows), seed + 2)
-            ensembles = Tempering(part, modes, metric, self.chains, generator, seed + 3)
+            ensembles = Tempering(part, modes, known.refit.q.rows(rows), self.chains, generator, seed + 3)
             self._run(ensembles, rows, modes, found, until)
         return found.posterior()
 
@@ -115,11 +117,10 @@ class HMC(Reference):
                 if not late and not group.due(self.draws):
                     after.append(group)
                     continue
-                chains = group.joined()
-                certificate = self._certify(engine, chains, modes.rows(group.rows), group.rows)
+                chains, certificate = self._judge(engine, group, modes)
                 mend = (certificate.diverging_count > 0) & (halvings[group.rows] < HALVINGS) & (not late)
                 closed = (certificate.holds | self._hopeless(engine, certificate) | late) & ~mend
-                closed |= ~mend & (2 * chains.length > self.max_draws)
+                closed |= ~mend & (2 * group.length > self.max_draws)
                 index = closed.nonzero()[:, 0]
                 note = "the budget ended" if late else ""
                 found.take(names[group.rows[index]], chains.rows(index), certificate.rows(index), engine, note)
@@ -131,6 +132,16 @@ class HMC(Reference):
             halvings[anew] += 1
             groups = [group for group in (*after, _Group(anew)) if len(group.rows)]
         return torch.cat(left)
+
+    def _judge(self, engine: Sampler | Tempering, group: _Group, modes: Modes) -> tuple[Chains, Certificate]:
+        """Judge all draws of a group; or, where that certifies more of it, those after a longer warm-up."""
+        chains = group.joined()
+        certificate = self._certify(engine, chains, modes.rows(group.rows), group.rows)
+        if chains.length <= self.draws or bool(certificate.holds.all()):
+            return chains, certificate
+        later = chains.after(chains.length // 2)
+        second = self._certify(engine, later, modes.rows(group.rows), group.rows)
+        return (later, second) if second.holds.sum() > certificate.holds.sum() else (chains, certificate)
 
     @staticmethod
     def _hopeless(engine: Sampler | Tempering, certificate: Certificate) -> Tensor:
@@ -146,7 +157,11 @@ class HMC(Reference):
         if part is None:
             return certificate
         root, step = engine.metric(rows[some])
-        longer = modes.rows(some).longer(part, root, step, CONFIRM, engine.generator, finest=FINEST)
+        held = modes.rows(some)
+        with part.held():  # a run that is held by a steep place, not by a mode, climbs out of it
+            scale = root.square().sum(-1).sqrt()
+            held = replace(held, end=climb(part, held.end.to(root.dtype), scale, CLIMB)[0])
+            longer = held.longer(part, root, step, CONFIRM, engine.generator, finest=FINEST)
         return certificate.amended(some, longer.unseen_by(chains.draws[:, :, some], chains.lp[:, :, some]))
 
 
@@ -162,8 +177,13 @@ class _Group:
 
     def due(self, first: int) -> bool:
         """Whether the draws have doubled since the last look."""
-        rounds = sum(part.length for part in self.parts) // first
+        rounds = self.length // first
         return rounds & (rounds - 1) == 0
+
+    @property
+    def length(self) -> int:
+        """Draws per chain."""
+        return sum(part.length for part in self.parts)
 
     def joined(self) -> Chains:
         """Return all draws."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from elbowroom.inference.ascent import climb
 from elbowroom.inference.forward import Which
 from elbowroom.inference.lattice import Box, border, floor_nan, lattice, root_of
 from elbowroom.inference.target import LogJoint
@@ -20,7 +21,6 @@ COARSE = {1: 2001, 2: 161, 3: 41}
 COARSE_PER_DATUM = {1: 401, 2: 49, 3: 19}  # where the coarse grid costs one program evaluation per datum
 MAXIMA = 6  # local maxima of the coarse grid, per datum
 STARTS: dict[Which, int] = {"guide": 4, "model": 6}  # draws to climb from, per datum
-STEPS = 16
 EXPANSIONS = 8
 COARSE_BLOCK = 2**24
 
@@ -48,7 +48,7 @@ def survey(log_joint: LogJoint, seed: int) -> Landmarks:
     scale = ((torch.quantile(some, 0.84, dim=0) - torch.quantile(some, 0.16, dim=0)) / 2).clamp_min(1e-12)
     boxes, maxima = _coarse(log_joint, low - margin, high + margin)
     starts = [maxima, *(log_joint.draw(which, count, seed + 1) for which, count in STARTS.items())]
-    z, log_p = _climb(log_joint, torch.cat(starts), scale)
+    z, log_p = climb(log_joint, torch.cat(starts), scale)
     return Landmarks(z, log_p, boxes)
 
 
@@ -103,21 +103,3 @@ def _local_maxima(z: Tensor, log_p: Tensor, size: int, dim: int) -> Tensor:
     value, place = peaks.topk(MAXIMA, dim=1)
     place = torch.where(value.isfinite(), place, place[:, :1])
     return z[place].transpose(0, 1)
-
-
-def _climb(log_joint: LogJoint, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Climb from every start by steps along the gradient, measured in prior scales; only ever upwards."""
-    best, gradient = log_joint.grad(z)
-    best = floor_nan(best)
-    step = torch.full_like(best, 0.1)
-    for _ in range(STEPS):
-        direction = (gradient * scale).nan_to_num(0.0, 0.0, 0.0)
-        direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-300)
-        trial = z + scale * direction * step.unsqueeze(-1)
-        value, new_gradient = log_joint.grad(trial)
-        better = value > best
-        z = torch.where(better.unsqueeze(-1), trial, z)
-        gradient = torch.where(better.unsqueeze(-1), new_gradient, gradient)
-        best = torch.where(better, value, best)
-        step = torch.where(better, step * 1.5, step * 0.3)
-    return z, best

@@ -33,7 +33,8 @@ CESS = 0.7  # conditional effective sample size that one rise of b may cost
 ACCEPT, GAIN = 0.75, 0.5  # acceptance aimed at, and how fast step sizes follow
 MISS = 1e-3
 SLACK, FACTOR = 4.0, 1.5  # a run is unseen beyond FACTOR x (the farthest segment) + SLACK, in squared standard deviations
-NEGLIGIBLE = 0.02  # share of the mass of unseen runs that is let pass
+NEGLIGIBLE = 0.005  # share of the mass of unseen runs that is let pass
+LIGHT = 0.1  # of the average weight, below which a run is no start
 ENOUGH = 5.0  # effective runs, below which their weights tell nothing
 PRIOR_DRAWS = 200
 
@@ -82,6 +83,27 @@ class Modes:
         """Return those of some of the data."""
         parts = (self.mean[:, index], self.end[:, index], self.level[:, index], self.log_weight[:, index])
         return Modes(*parts, self.ladder[:, index], self.length)
+
+    def starts(self, q: Normals, count: int) -> Tensor:
+        """Return ends of `count` runs to start chains from, (count, N, d): the two farthest, then runs as they came.
+
+        Chains that start in every mode that the runs know show by their R-hat whether they mix; chains that start at random
+        mostly start in the same one.
+
+        Args:
+            q: normals that other chains start from.
+            count: number of starts.
+        """
+        u = whiten(q.root, self.mean.to(q.root.dtype) - q.loc)
+        weighty = torch.softmax(self.log_weight.double(), 0) > LIGHT / len(self.mean)
+        nearest = u.square().sum(-1)
+        picked = []
+        for _ in range(min(2, count)):
+            far = torch.where(weighty, nearest, -1.0).argmax(0)
+            place = far[None, :, None].expand(1, *self.end.shape[1:])
+            picked.append(self.end.gather(0, place))
+            nearest = torch.minimum(nearest, (u - u.gather(0, place)).square().sum(-1))
+        return torch.cat([*picked, self.end[: count - len(picked)]])
 
     def longer(
         self,

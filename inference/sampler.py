@@ -46,8 +46,8 @@ class Sampler:
     def warmed_up(cls, log_joint: LogJoint, known: Scout, chains: int, generator: torch.Generator) -> Sampler:
         """Start half of the chains from q* and half from annealed draws of the prior, and adapt metric and step sizes."""
         half, dtype = chains // 2, log_joint.tested.dtype
-        ends = known.modes.end[:half].to(dtype)
-        start = torch.cat([known.refit.q.sample(chains - len(ends), generator).to(dtype), ends])
+        ends = known.modes.starts(known.refit.q, half)
+        start = torch.cat([known.refit.q.sample(chains - half, generator), ends.to(known.refit.q.loc.dtype)]).to(dtype)
         root = known.refit.q.root.to(dtype)
         first = torch.full_like(root[:, 0, 0], root.shape[-1] ** -0.25)
         with log_joint.held():

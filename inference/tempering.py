@@ -18,6 +18,7 @@ from elbowroom.inference.bridge import Bridge
 from elbowroom.inference.certificate import Chains
 from elbowroom.inference.leapfrog import DualAveraging, Move
 from elbowroom.inference.modes import Metric, Modes
+from elbowroom.inference.normals import Normals
 from elbowroom.inference.target import LogJoint
 
 REPLICAS = 14  # temperatures at most
@@ -32,7 +33,7 @@ class Tempering:
     Args:
         log_joint: the model and guide.
         modes: their mode search, for the ladder and the starts.
-        metric: roots along the ladder.
+        q: normals near the posteriors, for the metric and the starts.
         chains: number of independent ensembles C per datum.
         generator: of everything but the prior's draws.
         seed: of the prior's draws.
@@ -42,19 +43,22 @@ class Tempering:
         self,
         log_joint: LogJoint,
         modes: Modes,
-        metric: Metric,
+        q: Normals,
         chains: int,
         generator: torch.Generator,
         seed: int,
     ) -> None:
         self.log_joint, self.chains, self.generator, self.seed = log_joint, chains, generator, seed
+        metric = Metric.of(log_joint, q, seed)
         self.b = _ladder(modes.ladder.double()).to(log_joint.tested.dtype)  # (K, N)
         k, n = self.b.shape
         d = log_joint.dim
         self.root = torch.stack([metric.root(b) for b in self.b]).flatten(0, 1)  # (K N, d, d)
-        pick = torch.multinomial(torch.softmax(modes.log_weight, 0).T, chains * k, replacement=True, generator=generator).T
-        start = modes.end.gather(0, pick[..., None].expand(-1, -1, d)).to(log_joint.tested.dtype)
-        self.z = start.reshape(chains, k, n, d)
+        # whole ensembles start in one place, half from q*, half from the runs: a population of replicas that forgets its start
+        # slowly shows in R-hat
+        ends = modes.starts(q, chains // 2).to(q.loc.dtype)
+        start = torch.cat([q.sample(chains - len(ends), generator), ends]).to(log_joint.tested.dtype)
+        self.z = start.unsqueeze(1).expand(chains, k, n, d).clone()
         self.step = torch.full((k * n,), d**-0.25, dtype=start.dtype, device=start.device)
         self.sweeps = 0
         with log_joint.held():
