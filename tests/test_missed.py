@@ -99,7 +99,7 @@ def test_no_false_alarm_where_there_is_one_mode(name: str) -> None:
 
 @pytest.mark.parametrize("dim", [2, 20])
 def test_a_shifted_guide_of_a_normal_posterior_misses_no_mode(dim: int) -> None:
-    """Five posterior sd off centre and half as wide: all of the posterior lies where q has nothing, and nothing lies between."""
+    """Five posterior sd off centre and half as wide: the posterior lies where q has nothing, and no valley lies between."""
     y = torch.randn(20, dim, generator=torch.Generator().manual_seed(5), dtype=F64)
 
     def model(y):

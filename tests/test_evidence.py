@@ -1,0 +1,237 @@
+"""The evidence ladder: which number, what kind of number, and why; bounds that are bounds; words that claim no more."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from conftest import linear_vae, mlp_vae, set_guide
+from problems import F64, PROBLEMS
+
+from elbowroom.analysis.audit import audit_log_joint
+from elbowroom.analysis.evidence import AIS_BOUND, LOWER_BOUND, REFIT_BOUND, TWO_SIDED, climb, sandwich
+from elbowroom.analysis.gaps import guide_family, refitted
+from elbowroom.analysis.tabulate import VARIABLES
+from elbowroom.analysis.verdict import sentences, summary
+from elbowroom.inference.ais import Annealed
+from elbowroom.inference.exact import ClosedForm
+from elbowroom.inference.importance import amortized
+from elbowroom.inference.posterior import Evidence, Posterior, in_chains
+from elbowroom.inference.proposal import ImportanceSampling
+from elbowroom.inference.target import LogJoint
+from elbowroom.models.guides import FullRankNormal
+
+N = 4
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values * (N if len(values) == 1 else 1), dtype=F64)
+
+
+def posterior(method: str, evidence: Evidence | None, status: str = "uncertified", **stats: torch.Tensor) -> Posterior:
+    words = ["exact", "certified", "uncertified", "amortized"]
+    assert status in words
+    return Posterior(
+        method,
+        torch.zeros(4, 5, N, 1, dtype=F64),
+        {},
+        [status] * N,  # type: ignore[list-item]
+        [f"{method}: because"] * N,
+        evidence=evidence,
+        stats=stats,
+    )
+
+
+def guide(trusted: float = 1.0, value: float = -10.0) -> Posterior:
+    stats = {"importance_trusted": column(trusted), "bound_first": column(value - 0.2), "bound_sure": column(value - 0.5)}
+    evidence = Evidence("estimate", "importance sampling", column(value), column(0.01))
+    return posterior("guide", evidence, "amortized", bound_all=column(value - 0.4), **stats)
+
+
+def grid(value: float, status: str) -> Posterior:
+    return posterior("grid", Evidence("exact", "grid", column(value), column(1e-6)), status)
+
+
+def weights(value: float, status: str, first: float = -11.0, unseen: float = 0.0) -> Posterior:
+    evidence = Evidence("estimate", "importance sampling from q*", column(value), column(0.01))
+    stats = {"bound_first": column(first), "bound_sure": column(value - 0.5), "mode_unseen": column(unseen)}
+    return posterior("importance", evidence, status, **stats)
+
+
+def annealed(value: float, upper: float | None = None) -> Posterior:
+    above = None if upper is None else column(upper)
+    stats = {"ais_lower_prior": column(value), "ais_lower_refit": column(value - 0.1), "bound_sure": column(value - 0.3)}
+    return posterior("ais", Evidence("bound", "annealed", column(value), column(0.05), above), **stats)
+
+
+def test_an_exact_value_comes_first() -> None:
+    found = climb(guide(), [weights(-9.0, "certified"), grid(-9.5, "exact")])
+    assert set(found.method) == {"grid"}
+    assert found.is_exact.all()
+    np.testing.assert_allclose(found.value, -9.5)
+    assert set(found.reason) == {"exact up to its numerical error"}
+
+
+def test_the_refits_weights_come_before_the_guides() -> None:
+    found = climb(guide(), [weights(-10.01, "certified")])
+    assert set(found.method) == {"importance sampling from q* estimate"}
+    np.testing.assert_allclose(found.upper - found.value, 1.96 * 0.01, rtol=1e-4)
+    found = climb(guide(), [weights(-10.01, "uncertified")])
+    assert set(found.method) == {"importance sampling estimate"}
+
+
+@pytest.mark.parametrize(
+    ("references", "why"),
+    [
+        ([grid(-9.0, "uncertified")], "an uncertified exact reference contradicts"),
+        ([weights(-10.0, "uncertified", unseen=1.0)], "because"),
+        ([annealed(-9.3)], "annealed lower bound lies above"),
+        ([posterior("hmc", None, "certified", missed_mass=column(0.5))], "the guide misses a mode"),
+    ],
+)
+def test_what_contradicts_an_estimate_leaves_bounds(references: list[Posterior], why: str) -> None:
+    found = climb(guide(), references)
+    assert np.isnan(found.value).all()
+    assert np.isnan(found.error).all()
+    assert all("bound" in method for method in found.method)
+    assert all(why in reason for reason in found.reason)
+    assert np.isfinite(found.lower).all()
+
+
+def test_an_estimate_that_annealing_agrees_with_stays() -> None:
+    assert np.isfinite(climb(guide(), [annealed(-9.95)]).value).all()
+    assert np.isfinite(climb(guide(), [annealed(-30.0)]).value).all()
+
+
+def test_the_bound_that_was_largest_on_other_draws_is_taken() -> None:
+    bad = guide(trusted=0.0)
+    assert set(climb(bad, []).method) == {LOWER_BOUND}
+    np.testing.assert_allclose(climb(bad, []).lower, -10.4)
+    found = climb(bad, [weights(-9.0, "uncertified", first=-20.0), annealed(-9.7)])
+    assert set(found.method) == {AIS_BOUND}  # q*'s second half was the larger, its first half was not
+    np.testing.assert_allclose(found.lower, -10.0)
+    assert np.isnan(found.upper).all()
+    found = climb(bad, [weights(-9.0, "uncertified", first=-9.2), annealed(-9.7, upper=-8.0)])
+    assert set(found.method) == {REFIT_BOUND + TWO_SIDED}
+    np.testing.assert_allclose(found.upper, -8.0)
+    assert all("conditional on the certified draws" in reason for reason in found.reason)
+
+
+def test_both_bounds_fail_at_most_once_in_forty() -> None:
+    """Linear-Gaussian data, d = 5, ten temperatures only: bounds need no mixing; their width is what mixing buys."""
+    problem = PROBLEMS["linear_gaussian_d5"](200, 61)
+    log_joint = problem.log_joint
+    method = Annealed(temperatures=10, chains=16, leapfrogs=2)
+    found = method(log_joint, keep=16, seed=1)
+    root = torch.linalg.cholesky(problem.covariance)
+    noise = torch.randn(400, 200, 5, generator=torch.Generator().manual_seed(2), dtype=F64)
+    draws = problem.mean + (root @ noise[..., None])[..., 0]
+    oracle = Posterior("hmc", in_chains(draws), {}, ["certified"] * 200, ["by construction"] * 200)
+    with_upper = sandwich(log_joint, [ClosedForm(), method], [oracle, found], seed=3)[1]
+    assert with_upper.evidence is not None
+    assert with_upper.evidence.upper is not None
+    above, below = with_upper.evidence.upper - problem.evidence, found.stats["bound_sure"] - problem.evidence
+    limit = 0.025 + 3 * (0.025 * 0.975 / 200) ** 0.5
+    assert (below > 0).double().mean() <= limit
+    assert (above < 0).double().mean() <= limit
+    width = (above - below).median().item()
+    print(f"median width {width:.2f} nats, lower {below.median():.2f}, upper {above.median():.2f}")
+    assert width < 3
+    assert sandwich(log_joint, [ClosedForm(), method], [oracle, with_upper], seed=4)[1] is with_upper
+
+
+def test_upper_bounds_want_certified_draws_and_no_exact_value() -> None:
+    problem = PROBLEMS["linear_gaussian_d2"](6, 63)
+    log_joint = problem.log_joint
+    method = Annealed(temperatures=5, chains=8, leapfrogs=2)
+    found = method(log_joint, keep=16, seed=1)
+    exact = ClosedForm()(log_joint, keep=100, seed=2)
+    draws = exact.draws.clone()
+    status = ["certified", "uncertified", "certified", "uncertified", "certified", "certified"]
+    some = Posterior("hmc", draws, {}, status, [""] * 6)  # type: ignore[arg-type]
+    upper = sandwich(log_joint, [ClosedForm(), method], [some, found], seed=3)[1].evidence.upper  # type: ignore[union-attr]
+    assert upper.isfinite().tolist() == [s == "certified" for s in status]  # type: ignore[union-attr]
+    upper = sandwich(log_joint, [ClosedForm(), method], [exact, found], seed=3)[1].evidence.upper  # type: ignore[union-attr]
+    assert upper.isnan().all()  # type: ignore[union-attr]
+
+
+# -- the two parts of the gap -----------------------------------------------------------------------------------------------
+
+
+def test_families_are_told_apart() -> None:
+    for family, name in ((None, "diagonal"), (FullRankNormal, "full")):
+        vae, x, oracle = linear_vae(3, 8, n=5, **({} if family is None else {"family": family}))
+        set_guide(vae, oracle)
+        assert guide_family(LogJoint(vae.model, vae.guide, x)) == name
+    assert guide_family(PROBLEMS["positive"](5, 3).log_joint) == "diagonal"  # log-normal: a normal where it is unconstrained
+    assert guide_family(PROBLEMS["simplex_d2"](5, 3).log_joint) in (None, "diagonal", "full")
+
+
+def test_the_parts_of_the_gap_of_a_linear_model() -> None:
+    """The best diagonal guide, shifted: approximation 1/2 [sum log M_jj - log |M|], amortization the shift's."""
+    vae, x, oracle = linear_vae(5, 12, n=60)
+    set_guide(vae, oracle)
+    with torch.no_grad():
+        vae.posterior.encoder.body.bias[:5] += 0.05
+    log_joint = LogJoint(vae.model, vae.guide, x)
+    table = audit_log_joint(log_joint, references=[ClosedForm(), ImportanceSampling(draws=2000)], draws=4000).table
+    precision = torch.linalg.inv(oracle.posterior(x)[1])
+    approximation = 0.5 * (precision.diagonal(dim1=-2, dim2=-1).log().sum(-1) - torch.logdet(precision)).mean().item()
+    shift = torch.full((5,), 0.05, dtype=F64)
+    amortization = 0.5 * (shift @ precision.reshape(-1, 5, 5)[0] @ shift).item()
+    assert (abs(table["gap_approximation"] - approximation) < 0.02).all()
+    assert (table["gap_approximation_lower"] <= approximation + 1e-6).all()
+    assert (table["gap_approximation_upper"] >= approximation - 0.02).all()
+    inside = (table["gap_amortization_lower"] <= amortization) & (amortization <= table["gap_amortization_upper"])
+    assert inside.mean() > 0.87
+    assert amortization > 0.01
+    np.testing.assert_allclose(table["gap_total"], table["gap_approximation"] + table["gap_amortization"])
+
+
+def test_a_guide_that_is_no_normal_has_no_refit() -> None:
+    log_joint = PROBLEMS["mlp_gaussian"](4, 3).log_joint
+    assert guide_family(log_joint) == "diagonal"
+    log_joint.log_guide = lambda z: -z.abs().sum(-1)  # type: ignore[method-assign]
+    assert guide_family(log_joint) is None
+    assert all(value.isnan().all() for value in refitted(log_joint).values())
+
+
+# -- words ------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_text_calls_a_bound_a_value() -> None:
+    """In names of columns, in the short table and in the verdict of data for which nothing but bounds is known."""
+    for name, (_, text) in VARIABLES.items():
+        if name.startswith(("bound_", "log_evidence_lower", "log_evidence_upper")):
+            assert "bound" in text
+        elif re.search(r"log p\(x\)|log_evidence", text):
+            assert name.startswith(("log_evidence", "gap_", "refinement", "elbo"))
+    vae, x, oracle = linear_vae(5, 8, noise=0.05)
+    set_guide(vae, oracle)
+    result = audit_log_joint(LogJoint(vae.model, vae.guide, x), references=[Annealed(temperatures=5)], draws=1000)
+    table = result.table
+    assert all("bound" in method for method in table["evidence_method"].values)
+    assert table["log_evidence"].isnull().all()
+    assert table["log_evidence_se"].isnull().all()
+    assert table["gap_total"].isnull().all()
+    assert table["gap_approximation"].isnull().all()
+    for sentence in re.split(r"[.;] ", result.verdict):
+        assert "log p(x)" not in sentence or "bound" in sentence
+    shown = dict(summary(table))
+    assert shown["mean log p(x) [nats], 0 data"] == "not available"
+    upper = table.assign(log_evidence_upper=table["log_evidence_lower"] + 1)
+    assert "a conditional upper bound for" in sentences(upper)[0]
+    assert isinstance(upper, xr.Dataset)
+
+
+def test_the_reason_stands_in_the_table() -> None:
+    vae = mlp_vae(2)
+    x = torch.bernoulli(torch.full((6, 12), 0.5), generator=torch.Generator().manual_seed(0))
+    table = audit_log_joint(LogJoint(vae.model, vae.guide, x), references=["grid"], draws=1000).table
+    assert set(table["evidence_reason"].values) == {"exact up to its numerical error"}
+    assert not math.isnan(float(table["missed_mass"].max()))
+    assert amortized(LogJoint(vae.model, vae.guide, x), draws=500, keep=100, seed=1).stats["bound_all"].shape == (6,)
