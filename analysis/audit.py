@@ -171,7 +171,8 @@ def audit_log_joint(
         progress: called before each piece of work with a `Step`: a short sentence that also knows the share that is done, the
             seconds left and the plan.
         budget: seconds for the whole audit, or a text such as `10m`. It is shared out over references and blocks; data that are
-            not reached are `uncertified`, with the reason. The guide's own pass is always made.
+            not reached are `uncertified`, with the reason. The guide's own pass is always made, and references have at least
+            half of the budget beside it.
         store: where finished parts are kept and looked up.
 
     Raises:
@@ -183,7 +184,7 @@ def audit_log_joint(
     if store is not None:
         plan = _continued(plan, references, log_joint, store)
     sizes = _sizes(log_joint, plan.size)
-    pace = Pace(plan, sizes, started + limit)
+    pace = Pace(plan, sizes, started + plan.limit)
     log.info("%s", plan)
     say = progress or (lambda step: None)
     say(Step.of(PLANNED, pace))

@@ -172,7 +172,8 @@ def thinned(posterior: Posterior, kept: int, *, moments: bool = True) -> Posteri
     index = torch.linspace(0, length - 1, left, device=posterior.draws.device).round().long()
 
     def thin(value: Tensor) -> Tensor:
-        return value.cpu() if left == length else value[:, index].cpu()
+        # a copy always: draws that were cut from more would hold on to all of them
+        return (value.clone() if left == length else value[:, index]).cpu()
 
     evidence = posterior.evidence
     if evidence is not None:

@@ -70,7 +70,7 @@ SCOUT = Work(calls=130, points=3_500)
 SCOUTED = ("hmc", "importance", "ais")
 WORK = {
     "hmc": Work(calls=1_000, points=4_500, least=0.4),
-    "ais": Work(calls=3_200, points=30_000),  # with the reverse chains of the upper bounds
+    "ais": Work(calls=3_200, points=45_000),  # with the reverse chains of the upper bounds
     "importance": Work(calls=60, points=14_000),
 }
 """Gradients of each method alone."""

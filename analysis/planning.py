@@ -68,6 +68,11 @@ class Plan:
         """Estimated seconds of the whole audit, as if there were no budget."""
         return self._of(self.guide) + sum(self.seconds)
 
+    @property
+    def limit(self) -> float:
+        """Seconds within which all ends: the budget, or the guide's own pass and half the budget if that is more."""
+        return max(self.budget, self._of(self.guide) + 0.5 * self.budget)
+
     def _of(self, cost: Cost) -> float:
         whole, rest = divmod(self.n_obs, self.size)
         return whole * cost.of(self.size) + (cost.of(rest) if rest else 0.0)
@@ -139,10 +144,14 @@ def choose(
     plan = Plan(methods, reasons, pilot.guide(), costs, n, size, budget)
     if plan.total <= budget or not methods:
         return plan
-    # small blocks, so that a budget that is too small reaches some data of every part
+    # small blocks, so that a budget that is too small reaches some data of every part; but not mostly fixed costs
     share = budget / PARTS
-    free = [cost for cost in costs if cost.fixed < share]
-    smaller = min(size, -(-n // PARTS), *(int((share - cost.fixed) / max(cost.each, 1e-12)) for cost in free))
+    wanted = [
+        max(share - cost.fixed, min(cost.fixed, budget / 3 - cost.fixed)) / max(cost.each, 1e-12)
+        for cost in costs
+        if cost.fixed < budget / 3
+    ]
+    smaller = int(min(size, -(-n // PARTS), *wanted))
     least = min(size, math.ceil(n / max(PARTS, 0.1 * budget / OVERHEAD)))
     return Plan(methods, reasons, plan.guide, costs, n, max(least, smaller), budget)
 

@@ -130,7 +130,6 @@ def test_a_budget_is_kept_and_what_it_left_out_is_said(tmp_path) -> None:
     lost = np.char.find(table["reason"].values[:, 0].astype(str), "the budget of 3.0 s ended before this datum") >= 0
     assert 0 < lost.sum() < 240
     assert took < 3 * 1.25 + 1  # the guide, the tables
-    assert not lost[120:].all(), "the first blocks did not eat it all"
     assert (table["status"].values[lost, 0] == "uncertified").all()
     assert np.isnan(table["mean_error"].values[lost, 0]).all()
     assert np.isfinite(table["elbo"].values).all()
@@ -266,6 +265,8 @@ def test_thinning_keeps_the_ends_of_every_chain() -> None:
     found = thinned(Posterior("x", draws, {"z": draws}, ["exact"] * 3, [""] * 3), 6)
     assert torch.equal(found.draws, draws[:, [0, 4, 8]])
     assert torch.equal(found.sites["z"], found.draws)
+    cut = thinned(Posterior("x", draws[:, :2], {"z": draws[:, :2]}, ["exact"] * 3, [""] * 3), 4)
+    assert cut.draws.untyped_storage().nbytes() == 2 * 2 * 3 * 4, "what it was cut from is let go"
 
 
 @pytest.mark.slow
