@@ -66,7 +66,25 @@ class Pace:
         self.plan, self.deadline, self.clock = plan, deadline, clock
         self.costs = {"": plan.guide, **dict(zip(plan.names, plan.costs, strict=True))}
         self.pieces = {name: _Piece(list(sizes)) for name in self.costs}
+        self.dropped: set[str] = set()
+        if math.isfinite(deadline):
+            self._drop()
         self.total = max(self._left(), 1e-9)
+
+    def _drop(self) -> None:
+        """Give up, worst first, methods whose whole part of the budget would not do for one block: others can use it."""
+        free = self.deadline - self.clock() - self._estimate("")
+        while active := [name for name in self.plan.names if name not in self.dropped]:
+            share = free / max(sum(self._estimate(name) for name in active), 1e-12)
+            hopeless = [name for name in active if share * self._estimate(name) < self._least(name)]
+            if not hopeless:
+                return
+            self.dropped.add(hopeless[-1])
+
+    def _least(self, name: str) -> float:
+        """Return the seconds without which the next piece of a method is not begun."""
+        cost, piece = self.costs[name], self.pieces[name]
+        return TOLERANCE * cost.least * cost.of(piece.blocks[0]) * piece.factor
 
     @property
     def seconds_left(self) -> float:
@@ -82,13 +100,15 @@ class Pace:
         """Return when the next piece of a method must end; None where its time is too short to begin."""
         if math.isinf(self.deadline):
             return math.inf
+        if name in self.dropped:
+            return None
         now, cost, piece = self.clock(), self.costs[name], self.pieces[name]
         guide = self._estimate("") * self.pieces[""].factor
         references = self._left() - guide
         free = max(0.0, self.deadline - now - guide - sum(other.credit for other in self.pieces.values()))
         mine = cost.of(piece.blocks[0]) * piece.factor
         piece.credit += free * mine / max(references, 1e-12)
-        if piece.credit < cost.least * TOLERANCE * mine or now >= self.deadline:
+        if piece.credit < self._least(name) or now >= self.deadline:
             return None
         return now + piece.credit
 
@@ -113,7 +133,7 @@ class Pace:
             self.pieces[name].took += took
 
     def _estimate(self, name: str) -> float:
-        return sum(self.costs[name].of(n) for n in self.pieces[name].blocks)
+        return 0.0 if name in self.dropped else sum(self.costs[name].of(n) for n in self.pieces[name].blocks)
 
     def _left(self) -> float:
         return sum(self._estimate(name) * piece.factor for name, piece in self.pieces.items())

@@ -146,12 +146,9 @@ def choose(
         return plan
     # small blocks, so that a budget that is too small reaches some data of every part; but not mostly fixed costs
     share = budget / PARTS
-    wanted = [
-        max(share - cost.fixed, min(cost.fixed, budget / 3 - cost.fixed)) / max(cost.each, 1e-12)
-        for cost in costs
-        if cost.fixed < budget / 3
-    ]
-    smaller = int(min(size, -(-n // PARTS), *wanted))
+    best = costs[0]  # the others may have no block within their part
+    wanted = max(share - best.fixed, min(best.fixed, budget / 3 - best.fixed)) / max(best.each, 1e-12)
+    smaller = int(min(size, -(-n // PARTS), wanted))
     least = min(size, math.ceil(n / max(PARTS, 0.1 * budget / OVERHEAD)))
     return Plan(methods, reasons, plan.guide, costs, n, max(least, smaller), budget)
 

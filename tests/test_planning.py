@@ -207,6 +207,13 @@ def test_a_budget_is_shared_out_fairly(wrong: float, least: float) -> None:
         assert quarters.min() >= 2
 
 
+def test_a_method_that_could_not_begin_leaves_its_part_to_others() -> None:
+    took, ran = simulate(10, {"hmc": 2.0, "ais": 100.0}, 20.0, 1.0, 1.0)
+    assert len(ran["hmc"]) >= 8
+    assert ran["ais"] == []
+    assert took <= 22
+
+
 def test_without_a_budget_nothing_is_left_out_and_the_time_left_is_counted() -> None:
     took, ran = simulate(7, {"grid": 3.0}, math.inf, 2.0, 1.0)
     assert ran == {"grid": list(range(7))}
