@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elbowroom.analysis.missed import ALARM
+from elbowroom.analysis.table import MISSED
 from elbowroom.inference.ais import Annealed
 from elbowroom.inference.annealing import surely, tune, upper
 from elbowroom.inference.paths import PriorPath, RefitPath
@@ -139,7 +139,7 @@ def _doubt(estimate: Posterior, guide: Posterior, references: Sequence[Posterior
         add(~(_numpy(guide.stats["importance_trusted"]) > 0), "the guide's importance weights cannot be trusted")
         for other in references:
             if "missed_mass" in other.stats:
-                add(_numpy(other.stats["missed_mass"]) > ALARM, "the guide misses a mode")
+                add(_numpy(other.stats["missed_mass"]) > MISSED, "the guide misses a mode")
             if "mode_unseen" in other.stats:
                 add(_numpy(other.stats["mode_unseen"]) > 0, "annealed runs from the prior found a mode that q* does not reach")
     else:

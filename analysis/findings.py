@@ -15,8 +15,7 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.canvas import count, percent, say
-from elbowroom.analysis.missed import ALARM
-from elbowroom.analysis.table import GOOD_K, best_reference, column, trusted
+from elbowroom.analysis.table import GOOD_K, MISSED, best_reference, column, trusted
 
 # likelihoods of discrete data: there -log p(x) / (D log 2) is a code length in bits per dimension
 DISCRETE = frozenset({"bernoulli", "binomial", "poisson", "categorical", "negative_binomial"})
@@ -240,7 +239,7 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
             f"Exact values of log p(x) for {count(kind['estimate'])}: theirs is an importance-sampling estimate with the "
             "standard error given, accepted because its weights are well behaved."
         )
-    lost = int((column(table, "missed_mass") > ALARM).sum())
+    lost = int((column(table, "missed_mass") > MISSED).sum())
     if lost:
         may_not.append(
             f"Anything that the guide or its weights say of {count(lost)}: it misses a mode of their posterior (missed_mass)."

@@ -18,11 +18,11 @@ import math
 import torch
 from torch import Tensor
 
+from elbowroom.analysis.table import MISSED
 from elbowroom.inference.normals import Normals, whiten
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.target import LogJoint
 
-ALARM = 0.05  # share from which on a mode counts
 DRAWS = 200  # of the reference and of the guide that are connected
 NEAREST, HIGHEST = 3, 3  # of the guide's draws that every reference draw is connected with
 NEIGHBOURS = 8  # of the reference's
@@ -50,7 +50,7 @@ def missed_mass(log_joint: LogJoint, guide: Posterior, reference: Posterior) -> 
     with torch.no_grad():
         lowest = guide.sample_stats["log_q"].flatten(0, 1).amin(0)
         far = log_joint.log_guide(draws.nan_to_num()) < lowest
-        rows = (known & (far.double().mean(0) > ALARM)).nonzero()[:, 0]
+        rows = (known & (far.double().mean(0) > MISSED)).nonzero()[:, 0]
         if not len(rows):
             return share
         starts = _spread(guide.draws.flatten(0, 1))
@@ -90,7 +90,7 @@ def _share(log_joint: LogJoint, metric: Normals, draws: Tensor, starts: Tensor, 
     ends = torch.minimum(height.T[..., None], _pick(level.T, to))
     straight = (ends - lowest <= STRAIGHT).any(-1).T
     apart = far & ~straight  # (R, N)
-    some = (apart.double().mean(0) > ALARM).nonzero()[:, 0]
+    some = (apart.double().mean(0) > MISSED).nonzero()[:, 0]
     share = torch.zeros(draws.shape[1], dtype=torch.float64, device=draws.device)
     if not len(some):
         return share

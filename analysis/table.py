@@ -7,6 +7,7 @@ import xarray as xr
 
 GOOD_K = 0.7
 SMALL_GAP, LARGE_GAP = 0.1, 1.0  # nats
+MISSED = 0.05  # posterior mass from which on a mode that the guide misses is named
 TRUSTED = ("exact", "certified")
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.missed import ALARM
-from elbowroom.analysis.table import best_reference, column
+from elbowroom.analysis.table import MISSED, best_reference, column
 
 SMALL_GAP = 0.1  # nats: exp(-0.1) = 0.90 of the evidence is in the bound
 LARGE_GAP = 1.0
@@ -117,7 +116,7 @@ def sentences(table: xr.Dataset) -> list[str]:
 def _missed(table: xr.Dataset) -> str:
     """Name the data at which the guide misses a mode, and the mass of what it misses."""
     mass = column(table, "missed_mass")
-    lost = np.flatnonzero(mass > ALARM)
+    lost = np.flatnonzero(mass > MISSED)
     if not lost.size:
         return ""
     lost = lost[np.argsort(-mass[lost], kind="stable")]

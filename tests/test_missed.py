@@ -9,7 +9,8 @@ import torch
 from problems import F64, PROBLEMS, mode_shares
 
 from elbowroom.analysis.audit import audit, audit_log_joint
-from elbowroom.analysis.missed import ALARM, missed_mass
+from elbowroom.analysis.missed import missed_mass
+from elbowroom.analysis.table import MISSED
 from elbowroom.inference.grid import Grid
 from elbowroom.inference.importance import amortized
 from elbowroom.inference.posterior import Posterior, in_chains
@@ -72,7 +73,7 @@ def test_a_guide_on_both_modes_misses_none(share: float) -> None:
     y = torch.linspace(2, 20, 30, dtype=F64)
     log_joint = squares(y, share=share)
     guide = amortized(log_joint, draws=1000, keep=1000, seed=1)
-    assert (missed_mass(log_joint, guide, exactly(from_roots(y, 0, 2))) <= ALARM).all()
+    assert (missed_mass(log_joint, guide, exactly(from_roots(y, 0, 2))) <= MISSED).all()
 
 
 @pytest.mark.parametrize("width", [0.015, 0.6])
@@ -94,7 +95,7 @@ def test_no_false_alarm_where_there_is_one_mode(name: str) -> None:
     guide = amortized(log_joint, draws=1000, keep=1000, seed=4)
     mass = missed_mass(log_joint, guide, grid)[problem.unimodal & grid.trusted]
     assert len(mass) > 20
-    assert (mass <= ALARM).all()
+    assert (mass <= MISSED).all()
 
 
 @pytest.mark.parametrize("dim", [2, 20])
@@ -130,9 +131,9 @@ def test_the_smaller_mode_is_named_where_it_is_large_and_far(name: str) -> None:
     truth = torch.where(held == 0, problem.masses, 0).sum(-1)  # of the modes that no draw of the guide is in
     large = grid.trusted & (truth > 0.15)
     assert large.sum() > 10
-    found = (mass > ALARM)[large].double().mean()
+    found = (mass > MISSED)[large].double().mean()
     assert found > 0.9
-    assert (mass[grid.trusted & (truth == 0)] <= ALARM).all()
+    assert (mass[grid.trusted & (truth == 0)] <= MISSED).all()
 
 
 def test_uncertified_references_tell_nothing() -> None:
