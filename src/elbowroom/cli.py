@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _ClickException as error:
         _fail(f"{_usage_problem(error)}; see `{_command(error)} --help`")
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("elbowroom: interrupted; a fit goes on with --resume", err=True)
+        typer.echo("elbowroom: interrupted; a fit and an audit go on with --resume", err=True)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
