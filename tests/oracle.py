@@ -24,7 +24,7 @@ from problems import MAJOR, NO_SD_ERROR, PROBLEMS, Problem
 from torch import Tensor
 
 from elbowroom.analysis.evidence import sandwich
-from elbowroom.inference import diagnostics, hmc, proposal
+from elbowroom.inference import diagnostics, hmc
 from elbowroom.inference.ais import Annealed
 from elbowroom.inference.exact import ClosedForm
 from elbowroom.inference.grid import Grid
@@ -141,7 +141,7 @@ class Judged:
         trusted: certified or exact, (N,).
         z_mean: |error of the mean| / MCSE, the worst coordinate, (N,); NaN where there is no MCSE.
         z_sd: likewise of the standard deviation.
-        relative: |error of the mean| / posterior sd, the worst coordinate, (N,).
+        relative: |error of the mean| / posterior sd, (N, d).
         missed: modes of more than 5 % of the mass of which the draws hold less than a quarter of that, (N,) bool.
         kind: of the evidence, `` without any.
         evidence: value - truth, (N,), nats.
@@ -239,7 +239,7 @@ def judge(problem: Problem, posterior: Posterior, seen: Estimates | None = None)
         trusted=posterior.trusted,
         z_mean=z_mean,
         z_sd=z_sd,
-        relative=((mean - problem.mean).abs() / spread).amax(-1),
+        relative=(mean - problem.mean).abs() / spread,
         missed=((problem.masses > MAJOR) & ~(shares >= FRACTION * problem.masses)).any(-1),
         kind="" if evidence is None else evidence.kind,
         evidence=none if evidence is None else evidence.value - problem.evidence,
@@ -323,7 +323,8 @@ def shortcomings(judged: Judged) -> list[str]:
     for what, z in (("mean", judged.z_mean), ("sd", judged.z_sd)):
         far = int((z[t] > LIMIT).sum())
         if far:
-            bad.append(f"{at}: {what} of {far} of {int(t.sum())} certified data beyond {LIMIT} MCSE, worst {z[t].nan_to_num().amax():.1f}")
+            worst = float(z[t].nan_to_num().amax())
+            bad.append(f"{at}: {what} of {far} of {int(t.sum())} certified data beyond {LIMIT} MCSE, worst {worst:.1f}")
     missing = int((judged.missed & t).sum())
     if missing:
         bad.append(f"{at}: {missing} certified data miss a mode of more than {MAJOR:.0%}")
