@@ -1,8 +1,9 @@
 """Certificates of Markov chains, per datum: whether these draws may be trusted, by what, and if not why not.
 
-All of: rank-normalised split R-hat < 1.01 of every latent and of the log density; bulk ESS >= 1,000; tail ESS and the ESS of the
-mean >= 400 (that of the mean is not rank-normalised, so that a rare mode shows); no divergence; E-BFMI > 0.3; chains started
-from q* and from the prior agree within 4.5 standard errors in mean and spread; no mode that the annealed runs found is unseen.
+All of: rank-normalised split R-hat < 1.01 of every latent and of the log density; bulk ESS >= 1,000; tail ESS and the ESS of
+the mean >= 400 (that of the mean is not rank-normalised, so that a rare mode shows); no divergence; E-BFMI > 0.3; chains
+started from q* and from the prior agree within 4.5 standard errors in mean and spread; no mode that the annealed runs found is
+unseen.
 A datum that fails any of these is `uncertified`, and the reason says which.
 """
 
@@ -169,7 +170,7 @@ class Certificate:
                 )
                 continue
             if unseen:
-                sentence = f"annealed runs from the prior found a mode (mass about {share:.2g}) that the chains did not visit"
+                sentence = f"annealed runs from the prior found a mode (mass about {share:.2g}) that the chains hardly visited"
             elif diverging:
                 sentence = f"{diverging:.0f} divergent trajectories"
             elif not rhat < RHAT:

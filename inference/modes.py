@@ -5,7 +5,8 @@ The path is p(z) p(x|z)^b. Each datum raises b by itself, as far as a conditiona
 trajectories, whose mean is kept. The increments of log p(x|z) give every run its annealing weight.
 
 A mode is unseen by other chains when a run's mean lies farther from them (in their own covariance) than the means of as many
-of their own consecutive states ever do. Few chains and R-hat do not see modes; this does, whatever the number of long chains.
+of their own consecutive states do in all but one of a hundred cases, and the runs there weigh more than the chains' own visits:
+R-hat does not see what few chains visit rarely or never; this does, whatever the number of long chains.
 Runs start from independent draws of the prior: a basin that holds a share s of the prior is missed by all P runs with
 probability (1 - s)^P; annealing only improves on it.
 """
@@ -29,10 +30,12 @@ SETTLE, KEPT = 6, 8  # trajectories at b = 1 before the mean is taken, and those
 LEAPFROGS = 3
 MAX_LEAPFROGS = 8
 QUARTER = math.pi / 2
+JITTER = 0.6  # smallest factor on step sizes: no run stays at its own period
 CESS = 0.7  # conditional effective sample size that one rise of b may cost
 ACCEPT, GAIN = 0.75, 0.5  # acceptance aimed at, and how fast step sizes follow
 MISS = 1e-3
-SLACK, FACTOR = 4.0, 1.5  # a run is unseen beyond FACTOR x (the farthest segment) + SLACK, in squared standard deviations
+OFTEN = 0.99  # of the chains' segments: what lies beyond was seen rarely, if at all
+SLACK, FACTOR = 4.0, 1.5  # a run is unseen beyond FACTOR x (the far segments) + SLACK, in squared standard deviations
 NEGLIGIBLE = 0.005  # share of the mass of unseen runs that is let pass
 LIGHT = 0.1  # of the average weight, below which a run is no start
 ENOUGH = 5.0  # effective runs, below which their weights tell nothing
@@ -44,7 +47,7 @@ class Unseen:
     """What the runs found that other chains have not seen, per datum.
 
     Attributes:
-        share: estimated share of the posterior's mass in the unseen runs, (N,).
+        share: estimated share of the posterior's mass in the unseen runs, less that of the chains' own rare visits, (N,).
         place: where the heaviest unseen run is, (N, d); NaN where none is.
         matters: whether the share is too large to be ignored, or cannot be told, (N,).
     """
@@ -113,7 +116,7 @@ class Modes:
         settle: int,
         generator: torch.Generator,
         *,
-        finest: float = 0.6,
+        finest: float = JITTER,
     ) -> Modes:
         """Return the runs after `settle` further trajectories and those that the mean is taken over.
 
@@ -125,13 +128,14 @@ class Modes:
             step: step sizes, (N,).
             settle: trajectories before the mean is taken.
             generator: of all randomness.
-            finest: smallest factor on the step sizes, which vary log-uniformly from it to 1: no run stays at its own period or
-                is held by steps too large for its place.
+            finest: smallest factor on the step sizes while settling, log-uniform up to 1: no run is held by steps too large for
+                its place. The mean is taken at full steps, like those of the chains that it is compared with.
         """
         state, sums, level = State.at(log_joint.grad, self.end), torch.zeros_like(self.end), torch.zeros_like(self.level)
         for i in range(settle + self.length):
             n_steps = min(max(1, math.ceil(QUARTER / float(step.median()))), MAX_LEAPFROGS)
-            factor = finest ** float(torch.rand((), generator=generator, device=step.device))
+            least = finest if i < settle else JITTER
+            factor = least ** float(torch.rand((), generator=generator, device=step.device))
             move = transition(log_joint.grad, state, root, step * factor, n_steps, generator)
             state = move.state
             if i < settle:
@@ -153,11 +157,13 @@ class Modes:
         centred = flat - centre
         root = safe_cholesky(torch.einsum("snd,sne->nde", centred, centred) / (len(flat) - 1))
         segments = draws[:, : draws.shape[1] // self.length * self.length].unflatten(1, (-1, self.length)).mean(2)
-        reach = whiten(root, segments.flatten(0, 1) - centre).square().sum(-1).amax(0)
+        far = whiten(root, segments.flatten(0, 1) - centre).square().sum(-1)
+        reach = far.quantile(OFTEN, 0)
         distance = whiten(root, self.mean.double() - centre).square().sum(-1)
-        unseen = distance > FACTOR * reach + SLACK
+        limit = FACTOR * reach + SLACK
+        unseen = distance > limit
         weight = torch.softmax(self.log_weight.double(), 0)
-        share = (weight * unseen).sum(0)
+        share = ((weight * unseen).sum(0) - (far > limit).double().mean(0)).clamp_min(0)
         ess = 1 / weight.square().sum(0)
         # few effective weights tell little: then the height of log p(x, z) speaks, as if the volumes were equal
         height = torch.where(unseen, self.level, -torch.inf).amax(0) - lp.flatten(0, 1).mean(0)
