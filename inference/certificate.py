@@ -190,12 +190,13 @@ class Certificate:
         return status, reason
 
 
-def certify(chains: Chains, modes: Modes) -> Certificate:
+def certify(chains: Chains, modes: Modes, *, hops: bool = False) -> Certificate:
     """Judge the chains of every datum.
 
     Args:
         chains: their second half started from the prior.
         modes: annealed runs from the prior, of the same data.
+        hops: whether consecutive draws jump between modes, as replicas do.
     """
     draws = chains.draws.double()
     n = draws.shape[2]
@@ -204,7 +205,7 @@ def certify(chains: Chains, modes: Modes) -> Certificate:
         bfmi = torch.full((n,), torch.inf, dtype=draws.dtype, device=draws.device)
     else:
         bfmi = diagnostics.ebfmi(chains.energy).amin(0)
-    unseen = modes.unseen_by(draws, chains.lp)
+    unseen = modes.unseen_by(draws, chains.lp, hops=hops)
     return Certificate(
         rhat_max=rhat,
         ess_bulk_min=diagnostics.ess_bulk(draws).amin(-1),

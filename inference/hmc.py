@@ -151,7 +151,8 @@ class HMC(Reference):
     @staticmethod
     def _certify(engine: Sampler | Tempering, chains: Chains, modes: Modes, rows: Tensor) -> Certificate:
         """Judge the chains; where a run looks like an unseen mode, let it go on before it is believed."""
-        certificate = certify(chains, modes)
+        hops = isinstance(engine, Tempering)
+        certificate = certify(chains, modes, hops=hops)
         some = certificate.unseen.nonzero()[:, 0]
         part = engine.log_joint.subset(rows[some]) if len(some) else None
         if part is None:
@@ -162,7 +163,7 @@ class HMC(Reference):
             scale = root.square().sum(-1).sqrt()
             held = replace(held, end=climb(part, held.end.to(root.dtype), scale, CLIMB)[0])
             longer = held.longer(part, root, step, CONFIRM, engine.generator, finest=FINEST)
-        return certificate.amended(some, longer.unseen_by(chains.draws[:, :, some], chains.lp[:, :, some]))
+        return certificate.amended(some, longer.unseen_by(chains.draws[:, :, some], chains.lp[:, :, some], hops=hops))
 
 
 class _Group:

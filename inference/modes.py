@@ -24,7 +24,7 @@ from elbowroom.inference.leapfrog import State, transition
 from elbowroom.inference.normals import Normals, safe_cholesky, whiten
 from elbowroom.inference.target import LogJoint
 
-RUNS = 128
+RUNS = 256
 TEMPERATURES = 40
 SETTLE, KEPT = 6, 8  # trajectories at b = 1 before the mean is taken, and those that it is taken over
 LEAPFROGS = 3
@@ -139,27 +139,29 @@ class Modes:
             move = transition(log_joint.grad, state, root, step * factor, n_steps, generator)
             state = move.state
             if i < settle:
-                step = _follow(step, move.accept)
+                step = _follow(step, move.accept) if least == JITTER else step
             else:
                 sums, level = sums + state.z, level + state.value
         return Modes(sums / self.length, state.z, level / self.length, self.log_weight, self.ladder, self.length)
 
-    def unseen_by(self, draws: Tensor, lp: Tensor) -> Unseen:
+    def unseen_by(self, draws: Tensor, lp: Tensor, *, hops: bool = False) -> Unseen:
         """Compare the runs with chains.
 
         Args:
             draws: (C, S, N, d).
             lp: their log joint, (C, S, N).
+            hops: whether consecutive draws jump between modes, as replicas do: then single states are compared, not means.
         """
         draws, lp = draws.double(), lp.double()
         flat = draws.flatten(0, 1)
         centre = flat.mean(0)
         centred = flat - centre
         root = safe_cholesky(torch.einsum("snd,sne->nde", centred, centred) / (len(flat) - 1))
-        segments = draws[:, : draws.shape[1] // self.length * self.length].unflatten(1, (-1, self.length)).mean(2)
+        length, runs = (1, self.end) if hops else (self.length, self.mean)
+        segments = draws[:, : draws.shape[1] // length * length].unflatten(1, (-1, length)).mean(2)
         far = whiten(root, segments.flatten(0, 1) - centre).square().sum(-1)
         reach = far.quantile(OFTEN, 0)
-        distance = whiten(root, self.mean.double() - centre).square().sum(-1)
+        distance = whiten(root, runs.double() - centre).square().sum(-1)
         limit = FACTOR * reach + SLACK
         unseen = distance > limit
         weight = torch.softmax(self.log_weight.double(), 0)
