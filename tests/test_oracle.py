@@ -18,7 +18,7 @@ from elbowroom.inference.posterior import Posterior
 
 CHEAP = [
     "linear_gaussian_d2",
-    "linear_gaussian_d20",
+    "linear_gaussian_d5",
     "correlated",
     "mlp_bernoulli",
     "mlp_gaussian",
@@ -114,7 +114,7 @@ def test_the_page_is_written_between_its_markers(tmp_path: Path) -> None:
     assert text.endswith("after\n")
 
 
-# -- the big run: 2,300 posteriors ----------------------------------------------------------------------------------------------
+# -- the big run: 2,300 posteriors ---------------------------------------------------------------------------------------------
 
 
 @cache
