@@ -1,7 +1,7 @@
 """Certificates of Markov chains, per datum: whether these draws may be trusted, by what, and if not why not.
 
 All of: rank-normalised split R-hat < 1.01 of every latent and of the log density; bulk ESS >= 1,000; tail ESS and the ESS of
-the mean >= 400 (that of the mean is not rank-normalised, so that a rare mode shows); no divergence; E-BFMI > 0.3; chains
+mean and sd >= 400 (the latter are not rank-normalised, so that a rare mode shows); no divergence; E-BFMI > 0.3; chains
 started from q* and from the prior agree within 4.5 standard errors in mean and spread; no mode that the annealed runs found is
 unseen.
 A datum that fails any of these is `uncertified`, and the reason says which.
@@ -180,7 +180,7 @@ class Certificate:
             elif not tail >= ESS_TAIL:
                 sentence = f"tail ESS {tail:.0f} (must be at least {ESS_TAIL})"
             elif not plain >= ESS_TAIL:
-                sentence = f"ESS of the mean {plain:.0f} (must be at least {ESS_TAIL}): a rare mode, or heavy tails"
+                sentence = f"ESS of mean or sd {plain:.0f} (must be at least {ESS_TAIL}): a rare mode, or heavy tails"
             elif not bfmi > BFMI:
                 sentence = f"E-BFMI {bfmi:.2f} (must exceed {BFMI})"
             else:
@@ -210,7 +210,7 @@ def certify(chains: Chains, modes: Modes, *, hops: bool = False) -> Certificate:
         rhat_max=rhat,
         ess_bulk_min=diagnostics.ess_bulk(draws).amin(-1),
         ess_tail_min=diagnostics.ess_tail(draws).amin(-1),
-        ess_mean_min=diagnostics.ess_mean(draws).amin(-1),
+        ess_mean_min=torch.minimum(diagnostics.ess_mean(draws), diagnostics.ess_sd(draws)).amin(-1),
         diverging_count=chains.divergent.sum((0, 1)),
         bfmi_min=bfmi,
         disagreement=_disagreement(draws),

@@ -162,7 +162,7 @@ class HMC(Reference):
         with part.held():  # a run that is held by a steep place, not by a mode, climbs out of it
             scale = root.square().sum(-1).sqrt()
             held = replace(held, end=climb(part, held.end.to(root.dtype), scale, CLIMB)[0])
-            longer = held.longer(part, root, step, CONFIRM, engine.generator, finest=FINEST)
+            longer = held.longer(part, root, step, CONFIRM, engine.generator, kept=4 * held.length, finest=FINEST)
         return certificate.amended(some, longer.unseen_by(chains.draws[:, :, some], chains.lp[:, :, some], hops=hops))
 
 

@@ -67,7 +67,7 @@ class Modes:
         level: mean log joint of each run's last states, (P, N).
         log_weight: annealing weights, unnormalised, (P, N).
         ladder: inverse temperatures that each datum went through, (T, N), from 0, ending at 1.
-        length: number of states in each mean.
+        length: number of consecutive states whose mean a run's is compared with.
     """
 
     mean: Tensor
@@ -116,6 +116,7 @@ class Modes:
         settle: int,
         generator: torch.Generator,
         *,
+        kept: int = KEPT,
         finest: float = JITTER,
     ) -> Modes:
         """Return the runs after `settle` further trajectories and those that the mean is taken over.
@@ -128,11 +129,12 @@ class Modes:
             step: step sizes, (N,).
             settle: trajectories before the mean is taken.
             generator: of all randomness.
+            kept: trajectories that the mean is taken over.
             finest: smallest factor on the step sizes while settling, log-uniform up to 1: no run is held by steps too large for
                 its place. The mean is taken at full steps, like those of the chains that it is compared with.
         """
         state, sums, level = State.at(log_joint.grad, self.end), torch.zeros_like(self.end), torch.zeros_like(self.level)
-        for i in range(settle + self.length):
+        for i in range(settle + kept):
             n_steps = min(max(1, math.ceil(QUARTER / float(step.median()))), MAX_LEAPFROGS)
             least = finest if i < settle else JITTER
             factor = least ** float(torch.rand((), generator=generator, device=step.device))
@@ -142,7 +144,7 @@ class Modes:
                 step = _follow(step, move.accept) if least == JITTER else step
             else:
                 sums, level = sums + state.z, level + state.value
-        return Modes(sums / self.length, state.z, level / self.length, self.log_weight, self.ladder, self.length)
+        return Modes(sums / kept, state.z, level / kept, self.log_weight, self.ladder, self.length)
 
     def unseen_by(self, draws: Tensor, lp: Tensor, *, hops: bool = False) -> Unseen:
         """Compare the runs with chains.
