@@ -17,6 +17,7 @@ from elbowroom.inference.target import LogJoint
 QUARTER = math.pi / 2  # of the period of a standard normal's oscillation: the state after it is independent
 JITTER = (0.7, 1.3)
 WARMUP = (80, 70)  # trajectories before and after the metric is re-estimated
+SMALLEST = 1e-9  # step size: a chain that needs less stands still
 WARM_LEAPFROGS, MAX_LEAPFROGS = 8, 64
 JITTERS = (0.75, 0.85, 0.95, 1.05, 1.15, 1.25)  # trajectory lengths that stand for the jitter
 OVERHEAD = 1500  # chains x data whose gradient costs as much as the call itself
@@ -55,7 +56,7 @@ class Sampler:
             state, step, draws = _adapt(log_joint, state, root, first, WARMUP[0], generator)
             root = _reestimated(root, draws[WARMUP[0] // 3 :])
             state, step, _ = _adapt(log_joint, state, root, first, WARMUP[1], generator)
-        return cls(log_joint, state, root, step, generator)
+        return cls(log_joint, state, root, step.clamp_min(SMALLEST), generator)
 
     def run(self, rows: Tensor, length: int) -> Chains:
         """Return the next `length` draws of every chain of some of the data, in the order of `rows`."""
@@ -69,12 +70,13 @@ class Sampler:
 
     def _run_bucket(self, part: LogJoint, bucket: Tensor, out: Chains, energy: Tensor) -> None:
         with part.held():
-            state, root, step = self.state.rows(bucket), self.root[bucket], float(self.step[bucket].min())
+            state, root, step = self.state.rows(bucket), self.root[bucket], self.step[bucket]
+            least = float(step.min())
             for i in range(out.length):
                 low, high = JITTER
                 tau = QUARTER * (low + (high - low) * float(torch.rand((), generator=self.generator, device=root.device)))
-                n_steps = min(math.ceil(tau / step), MAX_LEAPFROGS)
-                move = transition(part.grad, state, root, min(tau / n_steps, step), n_steps, self.generator)
+                n_steps = min(math.ceil(tau / least), MAX_LEAPFROGS)
+                move = transition(part.grad, state, root, step.clamp_max(tau / n_steps), n_steps, self.generator)
                 state = move.state
                 out.draws[:, i, bucket], out.lp[:, i, bucket] = state.z, state.value
                 energy[:, i, bucket] = move.energy
@@ -111,14 +113,15 @@ def cuts(steps: list[float], chains: int) -> list[int]:
     A bucket of n data costs (OVERHEAD + n x chains) per leapfrog, and its smallest step size sets the number of leapfrogs.
     """
     n = len(steps)
-    places = sorted({n * i // CUTS for i in range(CUTS)})
+    slow = sum(step * MAX_LEAPFROGS < QUARTER for step in steps)  # whose trajectories are cut short: a bucket of their own
+    places = sorted({0, slow, *(slow + (n - slow) * i // CUTS for i in range(CUTS))} - {n})
     best: dict[int, tuple[float, list[int]]] = {n: (0.0, [])}
     for start in reversed(places):
         leapfrogs = sum(min(math.ceil(QUARTER * u / steps[start]), MAX_LEAPFROGS) for u in JITTERS) / len(JITTERS)
         best[start] = min(
             (leapfrogs * (OVERHEAD + (end - start) * chains) + best[end][0], [end, *best[end][1]])
             for end in (*places, n)
-            if end > start
+            if end > start and (start >= slow or end <= slow)
         )
     return best[0][1][:-1]
 
