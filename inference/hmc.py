@@ -35,6 +35,7 @@ from elbowroom.inference.tempering import Tempering
 
 ENTRIES = 2**24  # chains x draws x data x d held at once
 HALVINGS = 5  # of the step sizes of a datum with divergent trajectories
+DEAD = 1e-3  # acceptance of chains that stand still
 CLIMB = 40  # steps up of runs that look like an unseen mode
 CONFIRM = 200  # further trajectories of runs that look like an unseen mode
 FINEST = 0.05  # of their step sizes: what holds a run back may be a narrow place
@@ -118,8 +119,9 @@ class HMC(Reference):
                     after.append(group)
                     continue
                 chains, certificate = self._judge(engine, group, modes)
-                mend = (certificate.diverging_count > 0) & (halvings[group.rows] < HALVINGS) & (not late)
-                closed = (certificate.holds | self._hopeless(engine, certificate) | late) & ~mend
+                dead = chains.accept.double().mean((0, 1)) < DEAD  # no step size will help a density without support
+                mend = ~dead & (certificate.diverging_count > 0) & (halvings[group.rows] < HALVINGS) & (not late)
+                closed = (certificate.holds | dead | self._hopeless(engine, certificate) | late) & ~mend
                 closed |= ~mend & (2 * group.length > self.max_draws)
                 index = closed.nonzero()[:, 0]
                 note = "the budget ended" if late else ""

@@ -397,6 +397,12 @@ def _discrete_site(node: Mapping[str, Any], plate: str) -> Site:
             f"discrete site {name!r} lies inside a plate within plate {plate!r}: its values multiply and would need variable "
             "elimination, which is not done here"
         )
+    mask = node["mask"]
+    if mask is False or (isinstance(mask, Tensor) and not bool(mask.all())):
+        raise UnsupportedProgram(
+            f"discrete site {name!r} is masked out of some data: each of its values would count as having probability one; "
+            "observe it, or leave those data out"
+        )
     return Site(
         name=name,
         plate_dim=dim,

@@ -21,14 +21,9 @@ CHEAP = [
     "linear_gaussian_d5",
     "correlated",
     "mlp_bernoulli",
-    "mlp_gaussian",
-    "mlp_poisson",
     "positive",
     "simplex_d2",
-    "simplex_d5",
     "discrete",
-    "heavy_tails_d1",
-    "heavy_tails_d2",
 ]
 FAST = ("closed_form", "importance", "hmc")
 

@@ -134,6 +134,14 @@ def no_latent(y):
         pyro.sample("y", dist.Normal(torch.zeros_like(y), 0.5), obs=y)
 
 
+def masked_class(y):
+    with pyro.plate("rows", len(y)):
+        with pyro.poutine.mask(mask=torch.arange(len(y)) > 0):
+            c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.5)), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", dist.Normal(c, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
 REFUSALS = {
     "sequential plate": (sequential, sequential, r"plate 'rows' is sequential \(a Python loop; site 'z0'\): open it as a"),
     "no plate": (no_plate, no_plate, r"no plate holds a latent site \('z'\); one datum cannot be told from the next"),
@@ -157,6 +165,7 @@ REFUSALS = {
     "mask in the guide only": (normal_model, masked_guide, r"site 'z' is masked differently in model and guide"),
     "support without a transform": (sphere_model, sphere_guide, r"site 'z': no transform onto the support of ProjectedNormal"),
     "support moved by a discrete site": (moving_support, moving_support, r"its support depends on other sites"),
+    "masked discrete site": (masked_class, normal_guide, r"discrete site 'c' is masked out of some data"),
     "coupled elsewhere": (partner, normal_guide, r"moving the latents of some data changes log p of others"),
     "no latent": (no_latent, empty_guide, r"it has no latent sample site"),
 }
