@@ -192,18 +192,23 @@ def intervals(table: xr.Dataset, posteriors: Mapping[str, xr.DataTree]) -> Plot 
     reference = best_reference(table)
     if reference is None or reference not in posteriors or "guide" not in posteriors:
         return Absent("intervals", "No intervals of guide and reference: the run folder does not hold the draws of both.")
-    gap = column(table, "gap_total")
+    gap, least = column(table, "gap_total"), column(table, "gap_total_lower")
+    known = np.isfinite(gap)
+    gap = np.where(known, gap, least)  # where only a bound is known, the gap is at least the bound's
     gap[~trusted(table, reference)] = np.nan
     order = np.argsort(gap)[: int(np.isfinite(gap).sum())]
+    if not len(order):
+        return Absent("intervals", "No intervals: no datum has both a trusted posterior and a gap.")
     rows = order[np.unique(np.linspace(0, len(order) - 1, min(5, len(order))).round().astype(int))]
     obs_id = table["obs_id"].values[rows]
     if not all(np.isin(obs_id, posteriors[m]["posterior"].to_dataset()["obs_id"].values).all() for m in ("guide", reference)):
         return Absent("intervals", "No intervals: the files of draws and audit.nc hold different data; run the audit again.")
-    names = [f"#{i}, gap {say(float(gap[n]), 2)}" for i, n in zip(obs_id, rows, strict=True)]
-    slices = {
-        label: _slice(posteriors[method], obs_id, names)
-        for label, method in (("guide q(z|x)", "guide"), (f"{in_words(reference)} p(z|x)", reference))
-    }
+    least_of = lambda n: "" if known[n] else "≥ "
+    names = [f"#{i}, gap {least_of(n)}{say(float(gap[n]), 2)}" for i, n in zip(obs_id, rows, strict=True)]
+    methods = (("guide q(z|x)", "guide"), (f"{in_words(reference)} p(z|x)", reference))
+    sizes = [posteriors[method]["posterior"].sizes for _, method in methods]
+    draws = min(size["chain"] * size["draw"] for size in sizes)
+    slices = {label: _slice(posteriors[method], obs_id, names, draws) for label, method in methods}
     figure = _forest(slices)
     off, total = _disagreement(slices)
     text = (
@@ -215,13 +220,14 @@ def intervals(table: xr.Dataset, posteriors: Mapping[str, xr.DataTree]) -> Plot 
     return Plot("intervals", figure, alt, text)
 
 
-def _slice(tree: xr.DataTree, obs_id: np.ndarray, names: list[str]) -> xr.Dataset:
-    """Return at most four scalar latents of the chosen data, each a variable over `datum`."""
+def _slice(tree: xr.DataTree, obs_id: np.ndarray, names: list[str], draws: int) -> xr.Dataset:
+    """Return at most four scalar latents of the chosen data, each a variable over `datum`, as one chain of so many draws."""
     posterior = tree["posterior"].to_dataset().sel(obs_id=obs_id)
     out: dict[str, Any] = {}
     for site, values in posterior.data_vars.items():
         flat = values.transpose("chain", "draw", "obs_id", ...).values
-        flat = flat.reshape(*flat.shape[:3], -1)
+        flat = flat.reshape(1, -1, flat.shape[2], int(np.prod(flat.shape[3:])))
+        flat = flat[:, np.linspace(0, flat.shape[1] - 1, draws).round().astype(int)]
         for j in range(flat.shape[-1]):
             name = str(site) if flat.shape[-1] == 1 else f"{site}[{j}]"
             if len(out) < 4:
