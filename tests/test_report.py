@@ -481,6 +481,25 @@ def test_heavy_tails_and_equal_gaps_are_drawn(reported):
             assert "nan" not in plot.caption
 
 
+def test_intervals_of_methods_with_different_chains_and_of_bounds(reported):
+    """hmc has eight chains where others have four, and certified posteriors may have no log p(x), only a bound."""
+    files = Files.read(reported[0])
+    posteriors = dict(files.posteriors)
+    draws = posteriors["grid"]["posterior"].to_dataset()
+    k = draws.sizes["draw"] // 2 - 1
+    halves = [draws.isel(draw=slice(start, start + k)).assign_coords(draw=range(k)) for start in (0, k)]
+    eight = xr.concat(halves, "chain").assign_coords(chain=range(8))
+    posteriors["grid"] = xr.DataTree.from_dict({"posterior": eight})
+    plot = plots_posterior.intervals(files.audit, posteriors)
+    assert isinstance(plot, canvas.Plot)
+    table = files.audit.assign(gap_total=files.audit["gap_total"] * np.nan, gap_total_lower=files.audit["gap_total"])
+    bounded = plots_posterior.intervals(table, posteriors)
+    assert isinstance(bounded, canvas.Plot)
+    assert any("≥" in text.get_text() for axes in bounded.figure.axes for text in axes.texts)
+    nothing = plots_posterior.intervals(table.assign(gap_total_lower=table["gap_total"]), posteriors)
+    assert "no datum has both" in nothing.reason
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
