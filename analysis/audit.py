@@ -26,6 +26,7 @@ from elbowroom.analysis.blocks import Work, unreached
 from elbowroom.analysis.evidence import climb
 from elbowroom.analysis.pace import Pace, Step
 from elbowroom.analysis.planning import Plan, choose
+from elbowroom.analysis.progress import PLANNED
 from elbowroom.analysis.store import Store
 from elbowroom.analysis.tabulate import tabulate
 from elbowroom.analysis.verdict import sentences, summary
@@ -33,7 +34,6 @@ from elbowroom.errors import RunFolderError, UnsupportedProgram
 from elbowroom.files import atomic
 from elbowroom.inference import discrete
 from elbowroom.inference.posterior import CHAINS, Reference
-from elbowroom.inference.progress import PLANNED
 from elbowroom.inference.target import LogJoint
 
 log = logging.getLogger("elbowroom")

@@ -8,19 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from elbowroom import clock, components
+from elbowroom import clock
 from elbowroom.analysis.pilot import Cost, Pilot
 from elbowroom.errors import UserError
+from elbowroom.inference.ais import Annealed
 from elbowroom.inference.enumeration import Enumeration
 from elbowroom.inference.exact import ClosedForm
 from elbowroom.inference.grid import MAX_DIM, Grid
+from elbowroom.inference.hmc import HMC
 from elbowroom.inference.posterior import Reference
+from elbowroom.inference.proposal import ImportanceSampling
 from elbowroom.inference.target import LogJoint
 
 AFFORDABLE = 3600.0  # seconds of a grid that are spent without a budget, where sampling would take less
 PARTS = 10  # blocks that a budget which is too small is shared out over, at least
 OVERHEAD = 0.1  # seconds of a block that are nobody's; blocks of a budget are large enough to keep these below a tenth of it
 
+KNOWN: dict[str, type[Reference]] = {
+    cls.name: cls for cls in (ClosedForm, Enumeration, Grid, HMC, ImportanceSampling, Annealed)
+}
 REASONS = {
     "closed_form": "the model is linear-Gaussian: its posterior is known in closed form",
     "enumeration": "every latent is discrete: the posterior is a finite sum",
@@ -166,21 +172,18 @@ def _auto(log_joint: LogJoint, pilot: Pilot, n: int, budget: float) -> tuple[lis
         if takes <= max(min(budget, AFFORDABLE), instead):
             return [grid], [REASONS["grid"]]
         names, why = ["hmc", "importance"], f"a grid would take {clock.words(takes)}; "
-    names = [name for name in names if name in components.names("reference")]
     return [_build(name) for name in names], [why * (k == 0) + REASONS[name] for k, name in enumerate(names)]
 
 
 def _build(name: str) -> Reference:
-    method: Reference = components.component("reference", name).cls()
-    return method
+    return KNOWN[name]()
 
 
 def _named(item: str | Reference, log_joint: LogJoint) -> Reference:
     """Return the method that a name stands for, or that was given, if it can be used."""
     if isinstance(item, str):
-        known = components.names("reference")
-        if item not in known:
-            raise UserError(f"audit.references: unknown reference {item!r}; allowed: auto, {', '.join(known)}")
+        if item not in KNOWN:
+            raise UserError(f"audit.references: unknown reference {item!r}; allowed: auto, {', '.join(sorted(KNOWN))}")
         item = _build(item)
     if not heeds_the_clock(item):
         raise UserError(f"audit.references: {type(item).__name__}.__call__ needs a keyword `until`: {UNTIL}")

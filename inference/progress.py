@@ -1,12 +1,10 @@
-"""Progress bars: of a fit, with the training and the validation ELBO; of an audit, with the time left."""
+"""A progress bar for a fit, with the training and the validation ELBO."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,9 +12,6 @@ from rich.table import Column
 
 from elbowroom.inference.history import Row
 from elbowroom.inference.schedule import Plan
-
-if TYPE_CHECKING:
-    from elbowroom.analysis.pace import Step
 
 
 @contextmanager
@@ -42,42 +37,3 @@ def progress_bar(console: Console) -> Iterator[Callable[[Plan, Row], None]]:
             bar.update(task, total=plan.epochs, completed=row.epoch, train=train, validation=validation)
 
         yield report
-
-
-@contextmanager
-def audit_bar(console: Console, plan: Callable[[str], None]) -> Iterator[Callable[[Step], None]]:
-    """Show a bar on a terminal while the context is open; yield the function to give to `audit(progress=...)`.
-
-    The bar shows what is being done, the share of the estimated time that is behind it and the estimated time left.
-
-    Args:
-        console: where the bar goes, if it is a terminal.
-        plan: told the plan before anything starts: the references, why these, and how long each will take.
-    """
-    columns = (
-        TextColumn("audit"),
-        BarColumn(bar_width=12),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.description}"),
-        TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
-    )
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
-    task = bar.add_task("", total=1.0, left="")
-
-    def report(step: Step) -> None:
-        if step == PLANNED:
-            plan(str(step.plan))
-            bar.start()
-            return
-        left = f"{timedelta(seconds=math.ceil(step.seconds_left))} left"
-        bar.update(task, description=str(step), completed=step.done, left=left)
-
-    try:
-        yield report
-        bar.update(task, completed=1.0, description="", left="")
-    finally:
-        bar.stop()
-
-
-PLANNED = "plan"
-"""The first step of an audit."""

@@ -342,7 +342,7 @@ def _fit(
 
 def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, device: str | None, resume: bool) -> dict[str, Any]:
     """Audit, print the table and the verdict, say where the files are. On `resume` a whole audit is kept."""
-    from elbowroom.inference.progress import audit_bar
+    from elbowroom.analysis.progress import audit_bar
 
     plan: dict[str, Any] = {}
     if as_json:
