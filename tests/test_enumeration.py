@@ -406,7 +406,7 @@ def outside_the_plate(y):
     [
         (coupled, logits_guide, "the data are coupled"),
         (observed_outside, logits_guide, "outside the plate"),
-        (masked, logits_guide, "prior probabilities of 'k' for datum 0 sum to 3"),
+        (masked, logits_guide, "discrete site 'k' is masked out of some data"),
         (mixture, other_values, "guide: its probabilities of 'k' for datum 0 sum to 0.9999 over"),
         (mixture, fewer_values, "guide: it gives no probability of k=2"),
         (mixture, outside_the_plate, "guide: it gives no probability of k=0"),
