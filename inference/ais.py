@@ -31,10 +31,8 @@ from elbowroom.inference.target import LogJoint
 
 ALARM = 3.0  # standard errors between the two starts
 CAUTION = 2.0  # standard errors taken off each start's bound before they are compared: of two noisy ones the noisier is larger
-FEW, LUCK = (
-    4.0,
-    3.0,
-)  # and nats, where so few effective chains leave no standard error; a bound is 3 too high once in 20 at most
+FEW = 4.0  # effective chains, below which there is no standard error to speak of
+LUCK = 3.0  # nats that are taken off then: a bound is as much too high once in 20 at most
 UNSEEN, PLAIN = 0.05, 0.25  # shares of the mass that q*'s chains may have missed: let pass; told by itself
 HINT = 2.0  # standard errors between the starts that support a share between the two
 FACTOR, SLACK = 1.5, 4.0  # a chain lies outside beyond FACTOR x (the farthest of q*'s chains) + SLACK, in squared deviations

@@ -166,7 +166,7 @@ class Certificate:
                 status.append("certified")
                 reason.append(
                     f"{method}: R-hat {rhat:.3f}, bulk ESS {bulk:.0f}, tail ESS {tail:.0f}; {self.runs} annealed runs from the "
-                    f"prior found no other mode (a basin of {self.smallest_basin:.1%} of the prior is missed once in 1,000)"
+                    f"prior found no mode it lacks (a basin of {self.smallest_basin:.1%} of the prior is missed once in 1,000)"
                 )
                 continue
             if unseen:

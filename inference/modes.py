@@ -48,12 +48,10 @@ class Unseen:
 
     Attributes:
         share: estimated share of the posterior's mass in the unseen runs, less that of the chains' own rare visits, (N,).
-        place: where the heaviest unseen run is, (N, d); NaN where none is.
         matters: whether the share is too large to be ignored, or cannot be told, (N,).
     """
 
     share: Tensor
-    place: Tensor
     matters: Tensor
 
 
@@ -173,11 +171,7 @@ class Modes:
         height = torch.where(unseen, self.level, -torch.inf).amax(0) - lp.flatten(0, 1).mean(0)
         reliable = ess > ENOUGH
         matters = torch.where(reliable, share > NEGLIGIBLE, (share > NEGLIGIBLE) | (height.exp() > NEGLIGIBLE))
-        score = torch.where(unseen, self.level, -torch.inf)
-        best = score.argmax(0)
-        place = self.mean.gather(0, best[None, :, None].expand(1, *self.mean.shape[1:]))[0]
-        place = torch.where(unseen.any(0).unsqueeze(-1), place, torch.nan)
-        return Unseen(share, place, matters & unseen.any(0))
+        return Unseen(share, matters & unseen.any(0))
 
 
 def search(log_joint: LogJoint, q: Normals, *, runs: int = RUNS, seed: int = 0) -> Modes:
@@ -235,10 +229,6 @@ class Metric:
         share = b.to(self.prior.dtype)
         mixed = torch.diag_embed((1 - share).unsqueeze(-1) * self.prior) + share[:, None, None] * self.precision
         return safe_cholesky(torch.cholesky_inverse(safe_cholesky(mixed))).to(b.dtype)
-
-    def rows(self, index: Tensor) -> Metric:
-        """Return those of some of the data."""
-        return Metric(self.prior[index], self.precision[index])
 
 
 def _follow(step: Tensor, accept: Tensor) -> Tensor:

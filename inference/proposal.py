@@ -245,7 +245,7 @@ class ImportanceSampling(Reference):
                 certified = True
                 sentence = (
                     f"k-hat {k:.2f}, the weights are worth {ess:.0f} of {self.draws:,} draws; {len(modes.mean)} annealed "
-                    f"runs from the prior found no other mode (a basin of {modes.smallest_basin:.1%} of the prior is missed "
+                    f"runs from the prior found no mode it lacks (a basin of {modes.smallest_basin:.1%} of the prior is missed "
                     "once in 1,000)"
                 )
             status.append("certified" if certified else "uncertified")
