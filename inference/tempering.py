@@ -74,9 +74,8 @@ class Tempering:
         """Return the next `length` draws at b = 1 of every ensemble of some of the data, in the order of `rows`."""
         k, n = self.b.shape
         part = self.log_joint.subset(rows) if len(rows) < n else None
-        if (
-            part is None
-        ):  # all data, or arguments that cannot be taken apart: in the order of the data, whatever that of the rows
+        # all data, or arguments that cannot be taken apart: in the order of the data, whatever that of the rows
+        if part is None:
             part, kept = self.log_joint, rows
             rows = torch.arange(n, device=rows.device)
         else:
