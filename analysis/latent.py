@@ -121,7 +121,7 @@ def _encoding(vae: VAE, x: Tensor, obs_id: np.ndarray, labels: np.ndarray | None
     rate_j = mean_n KL( N(m_nj, s_nj^2) || N(a_j, b_j^2) ), a and b the prior's mean and standard deviation: for a diagonal
     normal guide and a standard normal prior these are the shares of the rate, and they add up to it.
     """
-    loc, scale = _moments(vae.posterior(x))
+    loc, scale = _moments(vae.encode(x))
     if isinstance(vae.prior, Normal):
         a, b = torch.zeros_like(loc[0]), torch.ones_like(loc[0])
     else:
@@ -191,7 +191,7 @@ def _reconstruction(vae: VAE, x: Tensor, obs_id: np.ndarray, gap: np.ndarray, el
     """Return data spread over the gap (over -ELBO where there is no gap) beside their E_q E[x|z], from 200 draws of q."""
     index = spread(gap if np.isfinite(gap).any() else -elbo, count)
     x = x[torch.as_tensor(index, device=x.device)]
-    z = vae.posterior(x).sample(torch.Size([200]))
+    z = vae.encode(x).sample(torch.Size([200]))
     dims = ("obs_id", *_event(vae))
     return xr.Dataset(
         {

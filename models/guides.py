@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
@@ -15,6 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from elbowroom.errors import UserError
+from elbowroom.models import spaces
+from elbowroom.models.networks import Network
+from elbowroom.models.spaces import Space
+
+LogDensity = Callable[[Tensor], Tensor]
+"""z (N, d) -> (N,), in nats."""
 
 SCALE_FLOOR = 1e-5
 _UNIT = math.log(math.expm1(1.0))  # softplus(_UNIT) = 1: an encoder that outputs 0 gives unit scales
@@ -26,14 +35,60 @@ class Family(nn.Module, ABC):
     Attributes:
         latent_dim: width d of z.
         param_dim: width of the parameters, which is the encoder's output width.
+        space: the set that z lives in.
+        sites: names of the sample sites that `draw` draws.
+        reparametrized: whether draws are differentiable in the parameters (`rsample`).
     """
 
     latent_dim: int
     param_dim: int
+    space: ClassVar[Space] = "real"
+    sites: ClassVar[tuple[str, ...]] = ("z",)
+    reparametrized: ClassVar[bool] = True
 
     @abstractmethod
     def forward(self, params: Tensor) -> TorchDistribution:
         """Turn parameters (..., param_dim) into a distribution over z, event shape (d,)."""
+
+    def draw(self, params: Tensor) -> Tensor:
+        """Draw the family's sites inside the caller's plate; return z (..., d)."""
+        return pyro.sample("z", self(params))
+
+    def refined(self, params: Tensor, log_joint: LogDensity) -> Tensor:
+        """Return better parameters than the encoder's, (N, param_dim), where the family looks for them; else the same."""
+        return params
+
+
+class Onto(Family):
+    """A family on R^m carried onto another space by that space's standard map (exp; stick breaking).
+
+    Args:
+        base: the family on R^m.
+        space: where z is to live.
+        latent_dim: width of z there.
+    """
+
+    def __init__(self, base: Family, space: Space, latent_dim: int) -> None:
+        super().__init__()
+        self.base = base
+        self.latent_dim = latent_dim
+        self.param_dim = base.param_dim
+        self.space = space  # type: ignore[misc]
+        self.reparametrized = base.reparametrized  # type: ignore[misc]
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Turn parameters into the carried distribution."""
+        return dist.TransformedDistribution(self.base(params), [spaces.onto(self.space)], validate_args=False)
+
+    def refined(self, params: Tensor, log_joint: LogDensity) -> Tensor:
+        """Refine the base's parameters, in its own coordinates."""
+        transform = spaces.onto(self.space)
+
+        def free(u: Tensor) -> Tensor:
+            z = transform(u)
+            return log_joint(z) + transform.log_abs_det_jacobian(u, z)
+
+        return self.base.refined(params, free)
 
 
 class DiagonalNormal(Family):
@@ -75,17 +130,21 @@ class FullRankNormal(Family):
 
 
 class AmortizedGuide(nn.Module):
-    """q(z|x) = family(encoder((x - loc) / scale)), the amortized guide.
+    """q(z|x, c) = family(encoder(standardised x, marks of missing entries, covariates)), the amortized guide.
+
+    Columns of a table are standardised one by one, images and sequences (whose entries share a unit) by one number.
 
     Args:
         encoder: network from x to `family.param_dim` numbers.
         family: the distribution family.
+        marks: tell the encoder which entries are missing (NaN); else a missing entry looks like an average one.
     """
 
-    def __init__(self, encoder: nn.Module, family: Family) -> None:
+    def __init__(self, encoder: nn.Module, family: Family, *, marks: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
         self.family = family
+        self.marks = marks
         self.loc: Tensor
         self.scale: Tensor
         self.register_buffer("loc", torch.zeros(()))
@@ -96,9 +155,38 @@ class AmortizedGuide(nn.Module):
         if not x.is_floating_point():
             raise UserError("the encoder needs floating-point data")
         wide = x.double()  # the square of 1e30 is no float32
-        self.loc = wide.mean(0).to(x.dtype)
-        self.scale = wide.std().to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny) if len(x) > 1 else torch.ones_like(x.mean())
+        seen = ~wide.isnan()
+        loc = wide.nansum(0) / seen.sum(0).clamp_min(1)
+        centred = torch.where(seen, wide - (loc if x.dim() == 2 else wide.nansum() / seen.sum().clamp_min(1)), 0.0)
+        over = 0 if x.dim() == 2 else tuple(range(x.dim()))
+        scale = (centred.square().sum(over) / (seen.sum(over) - 1).clamp_min(1)).sqrt()
+        varies = scale > 4 * torch.finfo(x.dtype).eps * (loc.abs() if x.dim() == 2 else loc.abs().max())
+        self.loc = loc.to(x.dtype)
+        self.scale = torch.where(varies, scale, 1.0).to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)
 
-    def forward(self, x: Tensor) -> TorchDistribution:
-        """Return q(z|x) with batch shape (N,) and event shape (d,) for x of shape (N, *event)."""
-        return self.family(self.encoder((x - self.loc) / self.scale))
+    def params(self, x: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """Return the encoder's output, (N, family.param_dim), for x (N, *event), NaN where missing, and c (N, C)."""
+        seen = ~x.isnan() if self.marks else None
+        standard = ((x - self.loc) / self.scale).nan_to_num(nan=0.0)
+        if seen is None and covariates is None:
+            return self.encoder(standard)
+        join = getattr(self.encoder, "join", None) or Network.join.__get__(self.encoder)
+        return self.encoder(join(standard, None if seen is None else seen.to(x.dtype), covariates))
+
+    def forward(self, x: Tensor, covariates: Tensor | None = None, log_joint: LogDensity | None = None) -> TorchDistribution:
+        """Return q(z|x) with batch shape (N,) and event shape (d,) for x of shape (N, *event).
+
+        Args:
+            x: what the encoder sees of the data; NaN where missing.
+            covariates: (N, C), standardised.
+            log_joint: z (N, d) -> log p(x_n, z_n), (N,), for families that refine the encoder's parameters.
+        """
+        return self.family(self._refined(x, covariates, log_joint))
+
+    def draw(self, x: Tensor, covariates: Tensor | None = None, log_joint: LogDensity | None = None) -> Tensor:
+        """Draw the guide's sites inside the caller's plate; arguments as `forward`; return z (N, d)."""
+        return self.family.draw(self._refined(x, covariates, log_joint))
+
+    def _refined(self, x: Tensor, covariates: Tensor | None, log_joint: LogDensity | None) -> Tensor:
+        params = self.params(x, covariates)
+        return params if log_joint is None else self.family.refined(params, log_joint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from elbowroom.errors import DataError
+from elbowroom.models.incomplete import Incomplete
 
 
 def _first_bad(x: Tensor, bad: Tensor) -> str:
@@ -30,13 +31,20 @@ def _first_bad(x: Tensor, bad: Tensor) -> str:
 class Likelihood(nn.Module, ABC):
     """A map from decoder outputs (..., param_dim) to p(x|z) with event shape `event_shape`.
 
+    Entries of x that are NaN are missing: their factors are left out.
+
     Attributes:
         event_shape: shape of one datum.
-        param_dim: the decoder's output width.
+        width: number of entries of one datum.
+        param_dim: the decoder's output width; a multiple k of `width`, laid out (k, *event_shape), unless entries differ.
+        inside: a value of the support, a number or (*event_shape), that stands in for missing entries.
+        takes_exposure: whether `forward` takes an exposure (N,), which multiplies the rate of counts.
     """
 
     event_shape: tuple[int, ...]
     param_dim: int
+    inside: float | Tensor = 0.0
+    takes_exposure: ClassVar[bool] = False
 
     def __init__(self, event_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -50,27 +58,46 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def problem(self, x: Tensor) -> str | None:
-        """Say in one sentence why x lies outside the support, and the remedy; None when it lies inside."""
+        """Say in one sentence why x, without holes, lies outside the support, and the remedy; None when it lies inside."""
 
     def check(self, x: Tensor) -> None:
         """Refuse data that this likelihood cannot have produced.
 
         Args:
-            x: data, (N, *event_shape).
+            x: data, (N, *event_shape); NaN where an entry is missing.
 
         Raises:
-            DataError: for a wrong shape, NaN, infinities, or values outside the support; names the first place.
+            DataError: for a wrong shape, infinities, or values outside the support; names the first place.
         """
         if x.ndim == 0 or tuple(x.shape[1:]) != self.event_shape:
             raise DataError(f"data: each datum has shape {tuple(x.shape[1:])}, the model expects {self.event_shape}")
-        if not x.isfinite().all():
-            raise DataError(f"data: {_first_bad(x, ~x.isfinite())}: remove or impute the rows that hold it")
-        problem = self.problem(x)
+        if x.isinf().any():
+            raise DataError(f"data: {_first_bad(x, x.isinf())}: remove it, or make it NaN to treat it as missing")
+        missing = x.isnan()
+        whole = torch.where(missing, torch.as_tensor(self.inside, dtype=x.dtype), x) if bool(missing.any()) else x
+        problem = self.problem(whole)
         if problem is not None:
             raise DataError(f"data: {problem}")
 
+    def incomplete(self, p: TorchDistribution, missing: Tensor) -> TorchDistribution:
+        """Return p(x|z) of the entries that are there; `missing` (N, *event_shape) is True where one is not."""
+        return Incomplete(p, missing, self.inside)
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        """Shape of what an encoder sees of one datum."""
+        return self.event_shape
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return what an encoder sees of x (N, *event_shape): (N, *feature_shape), NaN where an entry is missing."""
+        return x
+
+    def centre(self, p: TorchDistribution) -> Tensor:
+        """Return E[x|z] of p, (..., *event_shape); where x has no mean (categories, heavy tails), its mode or median."""
+        return p.mean
+
     def adapt(self, x: Tensor) -> None:
-        """Set data-dependent constants from training data (N, *event_shape), before the first step."""
+        """Set data-dependent constants from training data (N, *event_shape), NaN where missing, before the first step."""
 
     def _shaped(self, params: Tensor) -> Tensor:
         return params.reshape(*params.shape[:-1], *self.event_shape)
@@ -157,7 +184,9 @@ class Gaussian(Likelihood):
         if len(x) < 2:
             return
         wide = x.double()
-        unit, loc = wide.std(0), wide.mean(0)
+        n = (~wide.isnan()).sum(0)
+        loc = wide.nansum(0) / n.clamp_min(1)
+        unit = ((wide - loc).square().nansum(0) / (n - 1).clamp_min(1)).sqrt()
         varies = unit > 4 * torch.finfo(x.dtype).eps * loc.abs()
         overall = torch.where(varies, unit, 0.0).square().mean().sqrt()
         overall = torch.where(overall > torch.finfo(x.dtype).tiny, overall, torch.ones_like(overall))

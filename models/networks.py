@@ -1,4 +1,9 @@
-"""Networks: deterministic maps from a tensor of known shape to a vector of known width. They know no distributions."""
+"""Networks: deterministic maps from a tensor of known shape to a vector of known width. They know no distributions.
+
+An encoder may read more than x: where entries are missing, marks that say which (1 seen, 0 missing), and covariates. How they
+join x is the network's own affair: side by side in a vector (here), as further channels of an image, as features of every
+step of a sequence.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from annotated_types import Ge
+import torch
 from torch import Tensor, nn
 
 Activation = Literal["silu", "tanh", "softplus", "relu"]
@@ -37,6 +43,22 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (..., *in_shape) to (..., out_dim)."""
         return self.body(x.flatten(-len(self.in_shape)))
+
+    @classmethod
+    def joined_shape(cls, shape: tuple[int, ...], *, marks: bool, covariates: int) -> tuple[int, ...]:
+        """Return the `in_shape` of an encoder that reads x (*shape) with marks and so many covariates."""
+        return (math.prod(shape) * (1 + marks) + covariates,) if marks or covariates else tuple(shape)
+
+    def join(self, x: Tensor, seen: Tensor | None, covariates: Tensor | None) -> Tensor:
+        """Lay out what an encoder reads as one tensor (N, *in_shape).
+
+        Args:
+            x: (N, *shape), zero where an entry is missing.
+            seen: (N, *shape), 1 where an entry is there and 0 where it is missing; None for data without holes.
+            covariates: (N, C) or None.
+        """
+        parts = [x.flatten(1), *(() if seen is None else (seen.flatten(1),)), *(() if covariates is None else (covariates,))]
+        return x if len(parts) == 1 else torch.cat(parts, -1)
 
 
 class Linear(Network):

@@ -1,4 +1,4 @@
-"""Priors p(z): small Pyro programs that draw their own sites.
+"""Priors p(z), or p(z|c) given covariates c: small Pyro programs that draw their own sites.
 
 A prior is called inside the data plate. It draws one or more sample sites and returns the tensor z that the decoder
 reads. Positional constructor arguments are facts of the model; keyword-only ones are the user's options.
@@ -7,25 +7,50 @@ reads. Positional constructor arguments are facts of the model; keyword-only one
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+
+from elbowroom.models import spaces
+from elbowroom.models.spaces import Space
 
 
 class Prior(nn.Module, ABC):
     """A Pyro program that draws the local latent sites of one datum.
 
+    A prior of one site says its `distribution`; one of several overrides `forward` and `sites` as well.
+
     Attributes:
         latent_dim: width d of the tensor that `forward` returns.
+        space: the set that z lives in.
+        sites: names of the sample sites, in program order.
+        covariates: whether it is p(z|c): `distribution` and `forward` are then given c.
     """
 
     latent_dim: int
+    space: ClassVar[Space] = "real"
+    sites: ClassVar[tuple[str, ...]] = ("z",)
+    covariates: bool = False
 
     @abstractmethod
-    def forward(self) -> Tensor:
+    def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
+        """Return p(z), event shape (d,); for p(z|c) with c of shape (N, C), batch shape (N,)."""
+
+    def forward(self, covariates: Tensor | None = None) -> Tensor:
         """Draw the latent sites inside the caller's plate; return z of shape (..., d)."""
+        return pyro.sample("z", self.distribution(covariates))
+
+    def adapt(self, features: Tensor) -> None:
+        """Set data-dependent constants from what the encoder sees of training data, (N, *feature)."""
+
+    @property
+    def free_dim(self) -> int:
+        """The number of unconstrained continuous coordinates of z."""
+        return spaces.free_dim(self.space, self.latent_dim)
 
 
 class Normal(Prior):
@@ -40,6 +65,6 @@ class Normal(Prior):
         self.loc: Tensor
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
 
-    def forward(self) -> Tensor:
-        """Draw site `z`, shape (..., d)."""
-        return pyro.sample("z", dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1))
+    def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
+        """Return N(0, I_d)."""
+        return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)

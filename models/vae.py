@@ -11,7 +11,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from elbowroom.models.guides import AmortizedGuide
+from elbowroom.errors import UserError
+from elbowroom.models.guides import AmortizedGuide, LogDensity
 from elbowroom.models.likelihoods import Gaussian, Likelihood
 from elbowroom.models.linear import LinearGaussian
 from elbowroom.models.networks import Linear
@@ -34,14 +35,29 @@ class VAE(nn.Module):
         likelihood: p(x|z), from decoder outputs.
         decoder: network from z (d,) to `likelihood.param_dim`.
         posterior: the amortized guide, x -> q(z|x).
+        covariate_dim: number C of covariates c; with some it is the conditional VAE p(z|c) p(x|z, c).
     """
 
-    def __init__(self, prior: Prior, likelihood: Likelihood, decoder: nn.Module, posterior: AmortizedGuide) -> None:
+    def __init__(
+        self,
+        prior: Prior,
+        likelihood: Likelihood,
+        decoder: nn.Module,
+        posterior: AmortizedGuide,
+        *,
+        covariate_dim: int = 0,
+    ) -> None:
         super().__init__()
         self.prior = prior
         self.likelihood = likelihood
         self.decoder = decoder
         self.posterior = posterior
+        self.covariate_dim = covariate_dim
+        self.covariate_loc: Tensor
+        self.covariate_scale: Tensor
+        if covariate_dim:
+            self.register_buffer("covariate_loc", torch.zeros(covariate_dim))
+            self.register_buffer("covariate_scale", torch.ones(covariate_dim))
 
     @property
     def name(self) -> str:
@@ -53,45 +69,119 @@ class VAE(nn.Module):
             _names[self] = f"vae{next(_counter)}"
         return _names[self]
 
-    def decode(self, z: Tensor) -> TorchDistribution:
-        """Return p(x|z) for z of shape (..., d)."""
-        return self.likelihood(self.decoder(z))
+    def decode(self, z: Tensor, covariates: Tensor | None = None, exposure: Tensor | None = None) -> TorchDistribution:
+        """Return p(x|z, c) for z of shape (..., d), covariates (N, C) in their own units and exposure (N,)."""
+        c = self._standard(covariates)
+        if c is not None:
+            batch = torch.broadcast_shapes(z.shape[:-1], c.shape[:-1])
+            z = torch.cat([z.expand(*batch, -1), c.expand(*batch, -1)], -1)
+        params = self.decoder(z)
+        return self.likelihood(params) if exposure is None else self.likelihood(params, exposure)
 
-    def adapt(self, x: Tensor) -> None:
-        """Set the data-dependent constants of encoder and likelihood from training data (N, *event)."""
-        self.posterior.adapt(x)
-        self.likelihood.adapt(x)
-
-    def model(self, x: Tensor | None = None, *, size: int | None = None, n: int = 1) -> Tensor:
-        """Run the generative program p(z) p(x|z).
+    def encode(self, x: Tensor, covariates: Tensor | None = None, exposure: Tensor | None = None) -> TorchDistribution:
+        """Return q(z|x, c), batch shape (N,), event shape (d,).
 
         Args:
-            x: data or a mini-batch, (B, *event); None draws x from the joint.
+            x: data, (N, *event), NaN where missing.
+            covariates: (N, C), in their own units.
+            exposure: (N,).
+        """
+        return self.posterior(*self._seen(x, covariates, exposure))
+
+    def centre(self, z: Tensor, covariates: Tensor | None = None, exposure: Tensor | None = None) -> Tensor:
+        """Return E[x|z, c], (..., *event), or what stands for it where x has no mean; see `Likelihood.centre`."""
+        return self.likelihood.centre(self.decode(z, covariates, exposure))
+
+    def adapt(self, x: Tensor, covariates: Tensor | None = None, exposure: Tensor | None = None) -> None:
+        """Set the data-dependent constants of encoder, prior and likelihood from training data (N, *event)."""
+        self.likelihood.adapt(x)
+        features = self.likelihood.features(x)
+        self.posterior.adapt(features)
+        self.prior.adapt(features)
+        if covariates is not None:
+            scale = covariates.std(0) if len(covariates) > 1 else torch.zeros_like(covariates[0])
+            self.covariate_loc = covariates.mean(0)
+            self.covariate_scale = torch.where(scale > 1e-6 * self.covariate_loc.abs(), scale, torch.ones_like(scale))
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        covariates: Tensor | None = None,
+        exposure: Tensor | None = None,
+        *,
+        size: int | None = None,
+        n: int = 1,
+    ) -> Tensor:
+        """Run the generative program p(z) p(x|z), or p(z|c) p(x|z, c) given covariates.
+
+        Args:
+            x: data or a mini-batch, (B, *event), NaN where an entry is missing; None draws x from the joint.
+            covariates: (B, C).
+            exposure: (B,), multiplies the rate of counts.
             size: number of data that the mini-batch stands for (default B): log densities are scaled by size / B.
-            n: how many data to draw when x is None.
+            n: how many data to draw when neither x nor covariates are given.
 
         Returns:
             The value of site `x`, (B or n, *event).
         """
         for part in ("prior", "decoder", "likelihood"):
             pyro.module(f"{self.name}.{part}", getattr(self, part))
-        with _data_plate(n if x is None else len(x), size, x):
-            return pyro.sample("x", self.decode(self.prior()), obs=x)
+        with _data_plate(_length(n, x, covariates, exposure), size, x):
+            z = self.prior(self._standard(covariates) if self.prior.covariates else None)
+            p = self.decode(z, covariates, exposure)
+            if x is not None and bool((missing := x.isnan()).any()):
+                p = self.likelihood.incomplete(p, missing)
+            return pyro.sample("x", p, obs=x)
 
-    def guide(self, x: Tensor | None = None, *, size: int | None = None, n: int = 1) -> Tensor:
-        """Run the guide q(z|x): site `z` from the encoder, or from the prior where there is no x to condition on.
+    def guide(
+        self,
+        x: Tensor | None = None,
+        covariates: Tensor | None = None,
+        exposure: Tensor | None = None,
+        *,
+        size: int | None = None,
+        n: int = 1,
+    ) -> Tensor:
+        """Run the guide q(z|x, c): its sites from the encoder, or from the prior where there is no x to condition on.
 
         Args:
             x: data or a mini-batch, (B, *event).
+            covariates: as in `model`.
+            exposure: as in `model`.
             size: as in `model`.
             n: as in `model`.
         """
         if x is None:
-            with _data_plate(n, size, None):
-                return self.prior()
+            with _data_plate(_length(n, x, covariates, exposure), size, None):
+                return self.prior(self._standard(covariates) if self.prior.covariates else None)
         pyro.module(f"{self.name}.posterior", self.posterior)
         with _data_plate(len(x), size, x):
-            return pyro.sample("z", self.posterior(x))
+            return self.posterior.draw(*self._seen(x, covariates, exposure))
+
+    def _standard(self, covariates: Tensor | None) -> Tensor | None:
+        """Return covariates in units of their spread in the training data."""
+        if covariates is None:
+            if self.covariate_dim:
+                raise UserError(f"this model is conditional: it needs covariates of shape (N, {self.covariate_dim})")
+            return None
+        if covariates.shape[-1] != self.covariate_dim:
+            raise UserError(f"the model has {self.covariate_dim} covariates, {covariates.shape[-1]} were given")
+        return (covariates - self.covariate_loc) / self.covariate_scale
+
+    def _seen(
+        self, x: Tensor, covariates: Tensor | None, exposure: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, LogDensity | None]:
+        """Return what the guide sees: features of x, standardised covariates (and log exposure), and log p(x, z)."""
+        c = self._standard(covariates)
+        beside = [*(() if c is None else (c,)), *(() if exposure is None else (exposure.log()[:, None],))]
+
+        def log_joint(z: Tensor) -> Tensor:
+            p = self.decode(z, covariates, exposure)
+            if bool((missing := x.isnan()).any()):
+                p = self.likelihood.incomplete(p, missing)
+            return p.log_prob(x) + self.prior.distribution(c if self.prior.covariates else None).log_prob(z)
+
+        return self.likelihood.features(x), torch.cat(beside, -1) if beside else None, log_joint
 
     def linear_gaussian(self) -> LinearGaussian | None:
         """Return the closed-form model when prior, decoder and likelihood make one; else None.
@@ -100,7 +190,9 @@ class VAE(nn.Module):
         """
         likelihood, decoder = self.likelihood, self.decoder
         if not (
-            isinstance(self.prior, Normal)
+            type(self.prior) is Normal
+            and not self.prior.covariates
+            and not self.covariate_dim
             and isinstance(decoder, Linear)
             and isinstance(likelihood, Gaussian)
             and likelihood.scale != "decoder"
@@ -124,3 +216,7 @@ def _data_plate(batch: int, size: int | None, like: Tensor | None) -> pyro.plate
         return pyro.plate(PLATE, batch)
     device = None if like is None else like.device
     return pyro.plate(PLATE, size, subsample=torch.arange(batch, device=device))
+
+
+def _length(n: int, *given: Tensor | None) -> int:
+    return next((len(tensor) for tensor in given if tensor is not None), n)

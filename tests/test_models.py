@@ -148,15 +148,10 @@ BAD_DATA = {
         "data: continuous_bernoulli needs values in [0, 1], found 3 at row 0, column 1 (1 such entries): divide the data by "
         "their largest possible value (data.scale), or use model.likelihood = gaussian",
     ),
-    "NaN": (
-        Gaussian,
-        [[0.0, float("nan")]],
-        "data: nan at row 0, column 1 (1 such entries): remove or impute the rows that hold it",
-    ),
     "infinite": (
         Gaussian,
         [[0.0, 1.0], [float("inf"), 1.0]],
-        "data: inf at row 1, column 0 (1 such entries): remove or impute",
+        "data: inf at row 1, column 0 (1 such entries): remove it, or make it NaN to treat it as missing",
     ),
     "wrong width": (Gaussian, [[0.0, 1.0, 2.0]], "data: each datum has shape (3,), the model expects (2,)"),
 }
@@ -174,6 +169,7 @@ def test_good_data_pass() -> None:
     Bernoulli((2,)).check(torch.tensor([[0.0, 1.0]]))
     ContinuousBernoulli((2,)).check(torch.tensor([[0.0, 0.3]]))
     Gaussian((2,)).check(torch.tensor([[-1e9, 1e9]]))
+    Bernoulli((2,)).check(torch.tensor([[0.0, float("nan")]]))
 
 
 def test_continuous_bernoulli_is_normalised_and_bernoulli_on_grey_data_is_not() -> None:

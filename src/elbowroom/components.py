@@ -22,10 +22,11 @@ from elbowroom.schema import Block, Option
 
 FACTS: dict[str, frozenset[str]] = {
     "data": frozenset({"folder"}),
-    "prior": frozenset({"latent_dim"}),
-    "likelihood": frozenset({"event_shape"}),
-    "network": frozenset({"in_shape", "out_dim"}),
-    "guide": frozenset({"latent_dim"}),
+    "prior": frozenset({"latent_dim", "covariate_dim", "guide"}),
+    "likelihood": frozenset({"event_shape", "levels", "columns"}),
+    "network": frozenset({"in_shape", "out_dim", "out_shape", "marks"}),
+    "guide": frozenset({"latent_dim", "top_dim"}),
+    "objective": frozenset(),
     "reference": frozenset(),
 }
 """kind -> the positional arguments that a constructor of this kind may ask for."""

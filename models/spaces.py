@@ -1,0 +1,47 @@
+"""The sets that a latent z can live in, by name: what a prior and a guide family must agree on.
+
+real       R^d                     unconstrained dimensions: d
+positive   (0, inf)^d              d, by exp
+simplex    sum z_j = 1, z_j > 0    d - 1, by stick breaking
+one_hot    one of d categories     0: summed over
+binary     {0, 1}^d                0: summed over
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch.distributions import Transform, biject_to, constraints
+
+Space = Literal["real", "positive", "simplex", "one_hot", "binary"]
+
+DISCRETE: frozenset[str] = frozenset({"one_hot", "binary"})
+
+_CONSTRAINTS: dict[str, Any] = {
+    "real": constraints.independent(constraints.real, 1),
+    "positive": constraints.independent(constraints.positive, 1),
+    "simplex": constraints.simplex,
+    "one_hot": constraints.one_hot,
+    "binary": constraints.independent(constraints.boolean, 1),
+}
+
+
+def constraint(space: Space) -> Any:
+    """Return the space as a torch constraint with one event dimension."""
+    return _CONSTRAINTS[space]
+
+
+def free_dim(space: Space, latent_dim: int) -> int:
+    """Return the number of unconstrained continuous coordinates of z (d,) in this space."""
+    return 0 if space in DISCRETE else latent_dim - (space == "simplex")
+
+
+def onto(space: Space) -> Transform:
+    """Return the map from unconstrained coordinates to a continuous space.
+
+    Raises:
+        ValueError: the space is discrete.
+    """
+    if space in DISCRETE:
+        raise ValueError(f"there is no smooth map onto a discrete space ({space})")
+    return biject_to(constraint(space))
