@@ -6,8 +6,8 @@ every epoch (Salakhutdinov and Murray 2008), training batches are fresh draws an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ SAMPLE = 2**28
 """Bytes of training data that means and scales are taken from (evenly spaced rows), whether or not the rest is in memory."""
 CHUNK = 2**22  # entries read together
 WHITE = 255.0
+
+Batch = dict[str, Tensor]
+"""Arguments of model and guide for some data: `x` and, where there are any, `covariates` and `exposure`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,7 @@ class Rows:
         read: row positions (B,) int64 on the CPU -> (B, *event).
         whole: all rows, where they are in memory.
         grey: (N, *event) uint8; where it is given, a training batch is a draw from Bernoulli(grey / 255).
+        beside: what the programs take beside x, by name: `covariates` (N, C), `exposure` (N,); always in memory.
         device: where the rows are wanted.
         dtype: their precision.
     """
@@ -35,61 +39,64 @@ class Rows:
     read: Callable[[Tensor], Tensor]
     whole: Tensor | None = None
     grey: Tensor | None = None
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, x: Tensor | Rows, grey: Tensor | None = None) -> Rows:
-        """Wrap a tensor that is in memory."""
+    def of(cls, x: Tensor | Rows | Mapping[str, Tensor], grey: Tensor | None = None) -> Rows:
+        """Wrap a tensor that is in memory, alone or with what stands beside it."""
         if isinstance(x, Rows):
             return x
-        return cls(tuple(x.shape), x.__getitem__, x, grey, x.device, x.dtype)
+        beside = {name: value for name, value in x.items() if name != "x"} if isinstance(x, Mapping) else {}
+        whole = x["x"] if isinstance(x, Mapping) else x
+        return cls(tuple(whole.shape), whole.__getitem__, whole, grey, beside, whole.device, whole.dtype)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Rows:
         """Return the same rows on a device and in a precision."""
         whole = None if self.whole is None else self.whole.to(device, dtype)
         grey = None if self.grey is None else self.grey.to(device)
-        return replace(self, whole=whole, grey=grey, device=device, dtype=dtype)
+        beside = {name: value.to(device, dtype) for name, value in self.beside.items()}
+        return replace(self, whole=whole, grey=grey, beside=beside, device=device, dtype=dtype)
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def take(self, index: Tensor) -> Tensor:
-        """Return rows by position, (B, *event)."""
-        if self.whole is not None:
-            return self.whole[index]
-        return self.read(index.cpu()).to(self.device, self.dtype)
+    def take(self, index: Tensor) -> Batch:
+        """Return rows by position, (B, *event), with what stands beside them."""
+        x = self.whole[index] if self.whole is not None else self.read(index.cpu()).to(self.device, self.dtype)
+        return {"x": x, **{name: value[index] for name, value in self.beside.items()}}
 
-    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+    def batch(self, index: Tensor, generator: torch.Generator) -> Batch:
         """Return rows as a training step sees them: drawn anew from their grey values, where they have any."""
-        if self.grey is None:
-            return self.take(index)
-        return torch.bernoulli(self.grey[index].to(self.dtype) / WHITE, generator=generator)
+        rows = self.take(index)
+        if self.grey is not None:
+            rows["x"] = torch.bernoulli(self.grey[index].to(self.dtype) / WHITE, generator=generator)
+        return rows
 
-    def first(self, n: int) -> Tensor:
+    def first(self, n: int) -> Batch:
         """Return the first n rows, or all where there are fewer."""
         return self.take(torch.arange(min(n, len(self)), device=self.device))
 
-    def sample(self) -> Tensor:
+    def sample(self) -> Batch:
         """Return all rows, or evenly spaced ones of SAMPLE bytes where there are more."""
         most = max(1, SAMPLE // max(1, _entries(self.shape[1:]) * self.dtype.itemsize))
         if len(self) <= most:
-            return self.whole if self.whole is not None else self.first(len(self))
+            return self.first(len(self)) if self.whole is None else {"x": self.whole, **self.beside}
         return self.take(torch.arange(most, device=self.device) * len(self) // most)
 
-    def split(self, rows: int) -> Iterator[Tensor]:
+    def split(self, rows: int) -> Iterator[Batch]:
         """Yield all rows in order, `rows` at a time."""
-        if self.whole is not None:
-            yield from self.whole.split(rows)
-            return
-        for index in torch.arange(len(self)).split(rows):
+        for index in torch.arange(len(self), device=self.device).split(rows):
             yield self.take(index)
 
     def bytes(self) -> Iterator[bytes]:
         """Yield everything that a fit depends on, a part at a time."""
         yield str(self.shape).encode()
         for part in self.split(max(1, CHUNK // max(1, _entries(self.shape[1:])))):
-            yield part.cpu().contiguous().numpy().tobytes()
+            yield part["x"].cpu().contiguous().numpy().tobytes()
+        for name, value in self.beside.items():
+            yield name.encode() + value.cpu().contiguous().numpy().tobytes()
         if self.grey is not None:
             yield self.grey.cpu().contiguous().numpy().tobytes()
 

@@ -81,11 +81,14 @@ class Step:
         self.objective = Objective(vae.model, vae.guide)
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
 
-    def __call__(self, x: Tensor, *, kl_weight: float = 1.0, learning_rate: float | None = None) -> tuple[float, float]:
+    def __call__(
+        self, x: Tensor, *, kl_weight: float = 1.0, learning_rate: float | None = None, **beside: Tensor
+    ) -> tuple[float, float]:
         """Take one step.
 
         Args:
             x: a mini-batch, (B, *event).
+            **beside: covariates (B, C) and exposure (B,), where the model takes them.
             kl_weight: weight of the KL part in the objective.
             learning_rate: changes Adam's from this step on.
 
@@ -99,7 +102,7 @@ class Step:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
         self.optimizer.zero_grad()
-        estimate = self.objective(x, size=self.size, kl_weight=kl_weight)
+        estimate = self.objective(x, **beside, size=self.size, kl_weight=kl_weight)
         estimate.loss.backward()
         if self.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.gradient_clip * self.size)
@@ -147,7 +150,7 @@ def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, 
 
     Args:
         vae: on the device and in the dtype of x.
-        x: data, (N, *event).
+        x: data, (N, *event), perhaps with covariates and exposure beside them (`Rows`).
         draws: S.
         seed: of the noise; the caller's generators are left as they were.
         rows: draws times data in one pass.
@@ -156,12 +159,13 @@ def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, 
         NonFiniteSite: a log probability is not finite.
     """
     objective = Objective(vae.model, vae.guide)
-    total = 0.0
-    with contained(seed, x.device), mode(vae, training=False), torch.no_grad():
-        for part in x.split(max(1, rows // draws)):
+    total, data = 0.0, Rows.of(x)
+    with contained(seed, data.device), mode(vae, training=False), torch.no_grad():
+        for part in data.split(max(1, rows // draws)):
             # the draws stand beside each other in the plate, so any network that takes a batch will do
-            total += objective(part.repeat(draws, *[1] * (part.ndim - 1))).elbo / draws
-    return total / len(x)
+            repeated = {name: value.repeat(draws, *[1] * (value.ndim - 1)) for name, value in part.items()}
+            total += objective(**repeated).elbo / draws
+    return total / len(data)
 
 
 def fit(
@@ -236,7 +240,7 @@ def fit(
     place, precision = resolve_device(device), getattr(torch, dtype)
     train, validation = Rows.of(train).to(place, precision), Rows.of(validation).to(place, precision)
     vae.to(place, precision)
-    vae.adapt(train.sample())
+    vae.adapt(**train.sample())
     with contained(session.seed, place), mode(vae, training=True):
         step = Step(vae, size=len(train), learning_rate=learning_rate, gradient_clip=gradient_clip)
         run = _Run(vae, train, validation, session, planned, step, options)
@@ -297,7 +301,8 @@ class _Run:
         for batch, index in enumerate(batches(len(self.train), self.plan.batch_size, self.generator), start=1):
             rate, weight = self.plan.learning_rate_at(step), self.plan.kl_weight_at(step)
             try:
-                losses = self.step(self.train.batch(index, self.redraw), kl_weight=weight, learning_rate=rate)
+                seen = self.train.batch(index, self.redraw)
+                losses = self.step(**seen, kl_weight=weight, learning_rate=rate)
             except NonFiniteSite as error:
                 raise self._stop(error, f"epoch {epoch}, batch {batch} of {self.plan.batches}", index) from None
             share = len(index) / len(self.train)
@@ -355,13 +360,13 @@ class _Run:
     def _rehearse(self) -> None:
         """Run both programs once with Pyro's checks on: wrong shapes and undeclared plates are found before step 1."""
         two = self.train.first(2)
-        with contained(self.session.seed, two.device), mode(self.vae, training=False), torch.no_grad():
+        with contained(self.session.seed, self.train.device), mode(self.vae, training=False), torch.no_grad():
             try:
-                self.step.objective(two, size=len(self.train))
+                self.step.objective(**two, size=len(self.train))
             except NonFiniteSite:
                 return  # Pyro's checks would call it an invalid value; the loop names site and batch
             with pyro.validation_enabled(True):
-                self.step.objective(two, size=len(self.train))
+                self.step.objective(**two, size=len(self.train))
 
     # what went wrong
 

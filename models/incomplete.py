@@ -83,8 +83,8 @@ class Incomplete(TorchDistribution):
         n = len(self.event_shape)
         return entries.flatten(entries.dim() - n).sum(-1) if n else entries
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw x, with NaN where it is missing."""
-        x = self.base.sample(sample_shape)
+        x = self.base.sample(torch.Size(sample_shape))
         x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
         return torch.where(self.missing, torch.nan, x)

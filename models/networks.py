@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from annotated_types import Ge
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 Activation = Literal["silu", "tanh", "softplus", "relu"]

@@ -1,6 +1,6 @@
 """The sets that a latent z can live in, by name: what a prior and a guide family must agree on.
 
-real       R^d                     unconstrained dimensions: d
+real       R^d                     d, as they are
 positive   (0, inf)^d              d, by exp
 simplex    sum z_j = 1, z_j > 0    d - 1, by stick breaking
 one_hot    one of d categories     0: summed over

@@ -151,7 +151,8 @@ def test_a_plug_in_is_known_to_specs_at_once(plug_in):
             "prior",
             "wrong",
             WrongFact,
-            "prior wrong: the positional parameter 'event_shape' is no fact of a prior (these are: latent_dim); "
+            "prior wrong: the positional parameter 'event_shape' is no fact of a prior (these are: covariate_dim, guide, "
+            "latent_dim); "
             "make it keyword-only if the user chooses it",
         ),
         ("prior", "untyped", Untyped, "prior untyped: Untyped: option shift has no type annotation"),

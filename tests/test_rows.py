@@ -106,7 +106,7 @@ def test_an_audit_reads_the_audited_rows_only(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("value", "wanted"),
-    [(np.nan, "data: nan at row 41, column 3 .* remove or impute"), (1e300, "1e\\+300 at row 41, column 3 is too large for")],
+    [(np.inf, "data: inf at row 41, column 3 .* make it NaN to treat it as missing"), (1e300, "1e\\+300 at row 41, column 3 is too large for")],
 )
 def test_a_bad_value_in_a_large_map_is_found_before_the_fit(value: float, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "BUDGET", 1000)
@@ -124,9 +124,9 @@ def test_means_and_scales_of_more_than_the_sample(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(rows, "SAMPLE", 5 * 16)
     kept = Rows.of(x)
     read = Rows((10, 4), lambda index: x[index])
-    assert torch.equal(kept.sample(), x[::2])
-    assert torch.equal(read.sample(), x[::2])
-    assert torch.equal(torch.cat(list(read.split(3))), x)
+    assert torch.equal(kept.sample()["x"], x[::2])
+    assert torch.equal(read.sample()["x"], x[::2])
+    assert torch.equal(torch.cat([part["x"] for part in read.split(3)]), x)
     monkeypatch.setattr(rows, "CHUNK", 8)
     assert b"".join(kept.bytes()) == b"".join(read.bytes())
 
@@ -142,16 +142,28 @@ def dynamic() -> Rows:
     return Rows.of((grey() > 127).double(), grey())
 
 
+def test_covariates_and_exposure_stay_beside_their_rows() -> None:
+    x, c, e = torch.arange(40.0).reshape(10, 4), torch.arange(20.0).reshape(10, 2), torch.arange(10.0)
+    both = Rows.of({"x": x, "covariates": c, "exposure": e}).to(torch.device("cpu"), torch.float64)
+    index = torch.tensor([7, 2])
+    taken = both.batch(index, torch.Generator())
+    assert list(taken) == ["x", "covariates", "exposure"]
+    assert torch.equal(taken["covariates"], c[index].double())
+    assert torch.equal(torch.cat([part["exposure"] for part in both.split(3)]), e.double())
+    other = Rows.of({"x": x, "covariates": c + 1, "exposure": e}).to(torch.device("cpu"), torch.float64)
+    assert b"".join(both.bytes()) != b"".join(other.bytes())
+
+
 def test_training_batches_are_fresh_draws_of_the_grey_values() -> None:
     generator = torch.Generator().manual_seed(0)
     feed = dynamic()
     index = torch.arange(40)
-    drawn = torch.stack([feed.batch(index, generator) for _ in range(2000)])
+    drawn = torch.stack([feed.batch(index, generator)["x"] for _ in range(2000)])
     assert set(drawn.unique().tolist()) == {0.0, 1.0}
     p = grey().double() / 255
     assert ((drawn.mean(0) - p).abs() <= 5 * (p * (1 - p) / 2000).sqrt() + 1e-9).all()
-    assert torch.equal(feed.take(index), (grey() > 127).double())
-    assert torch.equal(next(feed.split(40)), (grey() > 127).double())
+    assert torch.equal(feed.take(index)["x"], (grey() > 127).double())
+    assert torch.equal(next(feed.split(40))["x"], (grey() > 127).double())
 
 
 def test_a_dynamic_fit_is_resumed_bit_for_bit(tmp_path: Path) -> None:

@@ -161,8 +161,8 @@ class Experiment:
             rows = x[start : start + step]
             with np.errstate(over="ignore"):
                 rows.copy_(torch.from_numpy(part.astype(np.float32 if self.dtype is torch.float32 else np.float64)))
-            if not bool(rows.isfinite().all()):
-                first = rows.isfinite().logical_not().nonzero()[0].numpy()
+            if bool(rows.isinf().any()):
+                first = rows.isinf().nonzero()[0].numpy()
                 place = self.data.place(int(index[start + first[0]]), first[1:])
                 value = part[tuple(first)]
                 raise DataError(
