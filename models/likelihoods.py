@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 
 from elbowroom.errors import DataError
 from elbowroom.models.incomplete import Incomplete
+from elbowroom.models.spread import standard_units
 
 
 def _first_bad(x: Tensor, bad: Tensor) -> str:
@@ -26,6 +27,22 @@ def _first_bad(x: Tensor, bad: Tensor) -> str:
     index = bad.nonzero()[0].tolist()
     place = f"row {index[0]}" + (f", column {index[1] if len(index) == 2 else tuple(index[1:])}" if index[1:] else "")
     return f"{x[tuple(index)].item():g} at {place} ({int(bad.sum())} such entries)"
+
+
+def suited(x: Tensor) -> str:
+    """Name the likelihoods whose support holds the values of x, the likeliest first."""
+    if bool(((x >= 0) & (x == x.round())).all()):
+        return "bernoulli" if bool((x <= 1).all()) else "poisson or negative_binomial"
+    if bool(((x >= 0) & (x <= 1)).all()):
+        return "beta" if bool(((x > 0) & (x < 1)).all()) else "continuous_bernoulli"
+    return "log_normal or gamma" if bool((x > 0).all()) else "gaussian or student_t"
+
+
+def refusal(name: str, needs: str, x: Tensor, bad: Tensor, cure: str = "") -> str | None:
+    """Say that `name` needs other values than the bad ones of x, and which likelihood would take them; None without any."""
+    if not bool(bad.any()):
+        return None
+    return f"{name} needs {needs}, found {_first_bad(x, bad)}: {cure}use model.likelihood = {suited(x)}"
 
 
 class Likelihood(nn.Module, ABC):
@@ -102,6 +119,11 @@ class Likelihood(nn.Module, ABC):
     def _shaped(self, params: Tensor) -> Tensor:
         return params.reshape(*params.shape[:-1], *self.event_shape)
 
+    def _parts(self, params: Tensor) -> list[Tensor]:
+        """Split (..., k * width) decoder outputs into k parts (..., *event_shape)."""
+        k = self.param_dim // self.width
+        return list(params.reshape(*params.shape[:-1], k, *self.event_shape).unbind(-1 - len(self.event_shape)))
+
 
 class Bernoulli(Likelihood):
     """Independent binary entries: log p(x|z) = sum_i x_i l_i - softplus(l_i), l the decoder's logits."""
@@ -177,21 +199,11 @@ class Gaussian(Likelihood):
             self.raw_scale = nn.Parameter(torch.zeros(self.event_shape))
 
     def adapt(self, x: Tensor) -> None:
-        """Take the location and unit of each column from training data; a constant column takes the overall unit.
-
-        In float64: the square of 1e30 is no float32. A column is constant whose standard deviation is rounding error.
-        """
+        """Take the location and unit of each column from training data; a constant column takes the overall unit."""
         if len(x) < 2:
             return
-        wide = x.double()
-        n = (~wide.isnan()).sum(0)
-        loc = wide.nansum(0) / n.clamp_min(1)
-        unit = ((wide - loc).square().nansum(0) / (n - 1).clamp_min(1)).sqrt()
-        varies = unit > 4 * torch.finfo(x.dtype).eps * loc.abs()
-        overall = torch.where(varies, unit, 0.0).square().mean().sqrt()
-        overall = torch.where(overall > torch.finfo(x.dtype).tiny, overall, torch.ones_like(overall))
-        self.loc = loc.to(x.dtype)
-        self.unit = torch.where(varies & (unit > torch.finfo(x.dtype).tiny), unit, overall).to(x.dtype)
+        loc, unit = standard_units(x)
+        self.loc, self.unit = loc.to(x.dtype), unit.to(x.dtype)
 
     def noise_scale(self, raw: Tensor | None = None) -> Tensor:
         """Return s in the data's units, broadcastable to the event shape; `raw` is the decoder's half if it gives s."""
