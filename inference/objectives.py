@@ -1,6 +1,7 @@
 r"""What the fit maximises, as a differentiable loss, beside the ELBO that is reported.
 
-For N data, of which a mini-batch b of B is seen, with z_n ~ q(z|x_n) and a KL weight w in [0, 1],
+An objective is a component: a small class whose keyword-only options the user sets, called with a model and a guide. For
+N data, of which a mini-batch b of B is seen, with z_n ~ q(z|x_n) and a KL weight w in [0, 1], the plain one (`elbo`) is
 
     ELBO   = (N / B) sum_{n in b}  log p(x_n|z_n) +   [ log p(z_n) - log q(z_n|x_n) ]       <=  sum_n log p(x_n)
     loss_w = (N / B) sum_{n in b} -log p(x_n|z_n) - w [ log p(z_n) - log q(z_n|x_n) ]
@@ -8,7 +9,8 @@ For N data, of which a mini-batch b of B is seen, with z_n ~ q(z|x_n) and a KL w
 The factor N / B comes from the program's own data plate; the factor w from a handler, `KLWeight`, that multiplies the
 scale of every LATENT site of model and guide. At w = 1 the loss is -ELBO, exactly Pyro's Trace_ELBO. For w < 1 it is
 the objective of an easier problem and no bound on the evidence of this model, so the unweighted ELBO (a double,
-in nats, of the very same draws) is always computed beside it. An `elbo` is higher-better; a `loss` is lower-better.
+in nats, of the very same draws) is always computed beside it; so it is beside every other objective (`bounds`,
+`enumerated`, `wake_sleep`). An `elbo` is higher-better; a `loss` is lower-better.
 
 Bowman et al. 2016 (KL warm-up), https://arxiv.org/abs/1511.06349.
 """
@@ -16,24 +18,27 @@ Bowman et al. 2016 (KL warm-up), https://arxiv.org/abs/1511.06349.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+
+Program = Callable[..., Any]
 
 
 class Estimate(NamedTuple):
     """One Monte Carlo estimate of the objective, for the whole data set that the plate stands for, in nats.
 
     Attributes:
-        loss: differentiable scalar, loss_w; its gradient is the gradient estimate.
+        loss: differentiable scalar; its gradient is the gradient estimate.
         objective: its value, as a double.
-        elbo: the unweighted ELBO of the same draws, as a double; -objective where w = 1.
+        elbo: the unweighted ELBO of the same draws, as a double; -objective for `elbo` at w = 1.
     """
 
     loss: Tensor
@@ -90,12 +95,61 @@ class KLWeight(Messenger):
             msg["scale"] = msg["scale"] * self.weight
 
 
-class Objective:
-    """loss_w of a (model, guide) pair by Pyro's Trace_ELBO, called through Pyro's ELBO module.
+class Objective(ABC):
+    """What a fit maximises.
 
-    Args:
-        model: Pyro program p(x, z).
-        guide: Pyro program q(z|x); it takes the same arguments.
+    Its public attributes are its options, and its text is its name with them: `iwae(particles=10)`.
+
+    Attributes:
+        name: the name that specs use.
+        discrete: whether it works with latents that are discrete.
+        continuous: whether it works with latents that are all continuous.
+        reparametrized: whether the guide's draws must be differentiable in its parameters (`rsample`).
+        needs: what it needs of the latents, as the rest of a sentence; "" for nothing.
+    """
+
+    name: ClassVar[str]
+    discrete: ClassVar[bool] = True
+    continuous: ClassVar[bool] = True
+    reparametrized: ClassVar[bool] = False
+    needs: ClassVar[str] = ""
+
+    @abstractmethod
+    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Estimate:
+        """Estimate the objective, and the unweighted ELBO of the same draws.
+
+        Args:
+            model: Pyro program p(x, z).
+            guide: Pyro program q(z|x); it takes the same arguments.
+            *args: passed to model and guide.
+            kl_weight: w: log p(x|z) + w [ log p(z) - log q(z|x) ] stands wherever log p(x, z) - log q(z|x) would.
+            **kwargs: passed to model and guide.
+
+        Raises:
+            NonFiniteSite: a log probability, hence the loss, is NaN or infinite.
+            ValueError: the objective does not apply to these programs.
+        """
+
+    @classmethod
+    def refusal(cls, *, discrete: bool, reparametrized: bool) -> str | None:
+        """Say what is missing, as the rest of a sentence, where the objective does not apply; else None.
+
+        Args:
+            discrete: the model has discrete latents.
+            reparametrized: the guide's draws are differentiable in its parameters.
+        """
+        fits = cls.discrete if discrete else cls.continuous
+        return None if fits and (reparametrized or not cls.reparametrized) else cls.needs
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
+        return f"{self.name}({options})" if options else self.name
+
+
+class ELBO(Objective):
+    """Evidence lower bound by draws of the guide; REINFORCE where they are not differentiable (Pyro's Trace_ELBO).
+
+    Kingma and Welling 2014, https://arxiv.org/abs/1312.6114; Ranganath et al. 2014, https://arxiv.org/abs/1401.0118.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -107,78 +161,121 @@ class Objective:
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
         >>> x = torch.tensor([0.0, 1.0])
-        >>> bool(abs(Objective(model, guide)(x).elbo - dist.Normal(0.0, 2**0.5).log_prob(x).sum()) < 1e-5)
+        >>> bool(abs(ELBO()(model, guide, x).elbo - dist.Normal(0.0, 2**0.5).log_prob(x).sum()) < 1e-5)
         True
     """
 
-    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
-        self._weights = {"guide": KLWeight(), "model": KLWeight()}
-        self._recorder = _RecordingELBO(self._weights)
-        self._elbo = self._recorder(self._weights["model"](model), self._weights["guide"](guide))
+    name = "elbo"
 
-    def __call__(self, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Estimate:
-        """Estimate loss_w and the unweighted ELBO with one draw of z per datum.
-
-        Args:
-            *args: passed to model and guide.
-            kl_weight: w.
-            **kwargs: passed to model and guide.
-
-        Raises:
-            NonFiniteSite: a log probability, hence the loss, is NaN or infinite.
-        """
-        for handler in self._weights.values():
-            handler.weight = kl_weight
-        loss = self._elbo(*args, **kwargs)
-        return Estimate(loss, self._recorder.objective, self._recorder.elbo)
+    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Estimate:
+        """Estimate loss_w and the unweighted ELBO with one draw of z per datum."""
+        return _TraceELBO(kl_weight).estimate(model, guide, *args, **kwargs)
 
 
-class _RecordingELBO(Trace_ELBO):
-    """Trace_ELBO that keeps, of its latest run, the loss and the ELBO without the KL weights."""
+class MeanFieldELBO(Objective):
+    """ELBO with the KL divergence in closed form where one is known, and by draws elsewhere (Pyro's TraceMeanField_ELBO).
 
-    def __init__(self, weights: dict[str, KLWeight]) -> None:
+    loss_w = -(N / B) sum_{n in b} log p(x_n|z_n) + (N / B) w sum_{n in b} KL(q(z|x_n) || p(z))
+
+    Its gradient has less noise far from the posterior and more at it. The ELBO beside it is that of the draws.
+    Kingma and Welling 2014, https://arxiv.org/abs/1312.6114, appendix B.
+    """
+
+    name = "mean_field_elbo"
+    discrete = False
+    reparametrized = True
+    needs = "needs a guide whose draws are differentiable in its parameters"
+
+    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Estimate:
+        """Estimate loss_w and the unweighted ELBO with one draw of z per datum."""
+        return _MeanFieldELBO(kl_weight).estimate(model, guide, *args, **kwargs)
+
+
+class _Recorder(Trace_ELBO):
+    """A Pyro ELBO for one estimate, which keeps its loss and the ELBO without the KL weight."""
+
+    def __init__(self, weight: float) -> None:
         super().__init__()
-        self.weights = weights
+        self.weights = {"guide": KLWeight(weight), "model": KLWeight(weight)}
+        self.plain = weight == 1.0
         self.objective = math.nan
         self.elbo = math.nan
 
+    def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
+        loss = self.differentiable_loss(self.weights["model"](model), self.weights["guide"](guide), *args, **kwargs)
+        return Estimate(loss, self.objective, self.elbo)
+
     def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[float, Tensor]:
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
-        traces = {"guide": guide_trace, "model": model_trace}
         if not math.isfinite(loss):
-            raise _locate(traces)
+            raise locate(model_trace, guide_trace)
         self.objective = float(loss)
-        if all(handler.weight == 1.0 for handler in self.weights.values()):
+        if self.plain:
             self.elbo = -self.objective
         else:
-            self.elbo = self._unweighted(traces["model"], "model") - self._unweighted(traces["guide"], "guide")
+            self.elbo = self._unweighted(model_trace, "model") - self._unweighted(guide_trace, "guide")
         return loss, surrogate
 
     @torch.no_grad()
     def _unweighted(self, trace: Trace, program: str) -> float:
         """Sum the log probabilities with the plates' scales and masks, but without the KL weight."""
         total = 0.0
-        for name, site in _samples(trace):
+        for name, site in samples(trace):
             log_prob = site["unscaled_log_prob"]
             scale = self.weights[program].scales.get(name, site["scale"])
             total += scale_and_mask(log_prob, scale, site["mask"]).sum().item()
         return total
 
 
-def _samples(trace: Trace) -> list[tuple[str, Any]]:
-    return [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
+class _TraceELBO(_Recorder):
+    """Trace_ELBO, recorded."""
 
 
-def _locate(traces: dict[str, Trace]) -> NonFiniteSite:
-    """Find the first site, guide before model, whose log probability is not finite."""
-    for program, trace in traces.items():
-        for name, site in _samples(trace):
-            log_prob, total = site["log_prob"].detach(), site["log_prob_sum"].detach()
+class _MeanFieldELBO(_Recorder, TraceMeanField_ELBO):
+    """TraceMeanField_ELBO, recorded: its loss is not that of the draws."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__(weight)
+        self.plain = False
+
+    def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[float, Tensor]:
+        drawn = [(name, site) for name, site in samples(guide_trace)]
+        for name, site in drawn:
+            if not getattr(site["fn"], "has_rsample", False):  # Pyro would leave out its part of the gradient
+                raise ValueError(f"{MeanFieldELBO.name}: {MeanFieldELBO.needs}; those of site {name!r} are not")
+        names = [name for name, _ in drawn]
+        order = [name for name, _ in samples(model_trace) if name in names]
+        if order != [name for name in names if name in order]:
+            raise ValueError(f"{MeanFieldELBO.name}: model and guide must draw their sites in the same order; use elbo")
+        return super()._differentiable_loss_particle(model_trace, guide_trace)
+
+
+def samples(trace: Trace) -> list[tuple[str, Any]]:
+    """Return the sample sites of a trace, sub-sampling left out."""
+    return [
+        (name, site)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
+    ]
+
+
+def locate(model_trace: Trace, guide_trace: Trace, particles: int = 1) -> NonFiniteSite:
+    """Find the first site, guide before model, whose log probability is not finite.
+
+    Args:
+        model_trace: with its log probabilities.
+        guide_trace: with its log probabilities.
+        particles: how many times the batch stands in the rightmost plate.
+    """
+    for program, trace in (("guide", guide_trace), ("model", model_trace)):
+        for name, site in samples(trace):
+            log_prob, total = site["log_prob"].detach(), site["log_prob"].detach().sum()
             if bool(total.isfinite()):
                 continue
             # the sum may overflow although every entry is finite: then the rows are empty
             bad = ~log_prob.isfinite()
             value = log_prob[bad][0] if bool(bad.any()) else total
-            rows = bad.reshape(-1, bad.shape[-1]).any(0).nonzero().flatten().tolist() if bad.ndim else []
-            return NonFiniteSite(name, program, float(value), rows, bad.shape[-1] if bad.ndim else 0)
+            count = bad.shape[-1] // particles if bad.ndim else 0
+            rows = bad.reshape(-1, count).any(0).nonzero().flatten().tolist() if bad.ndim else []
+            return NonFiniteSite(name, program, float(value), rows, count)
     return NonFiniteSite("", "model", math.nan, [], 0)

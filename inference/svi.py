@@ -1,7 +1,7 @@
-"""The fit of a VAE by stochastic variational inference: Pyro's Trace_ELBO, one fused Adam, best weights by validation.
+"""The fit of a VAE by stochastic variational inference: an objective, one fused Adam, best weights by validation.
 
 Each step maximises the objective of `elbowroom.inference.objectives` on a mini-batch whose plate stands for all N data,
-so that every gradient estimates that of the ELBO of the whole data set (Kingma and Welling 2014,
+so that every gradient estimates that of the objective of the whole data set (Kingma and Welling 2014,
 https://arxiv.org/abs/1312.6114; Hoffman et al. 2013, https://arxiv.org/abs/1206.7055). A step is what `pyro.infer.SVI`
 with `pyro.optim.Adam` does, with one optimiser over all parameters in place of one for each.
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from elbowroom.errors import NonFiniteLoss, SpecError
 from elbowroom.inference.checkpoint import identity, load, save
 from elbowroom.inference.history import History, Row
-from elbowroom.inference.objectives import NonFiniteSite, Objective
+from elbowroom.inference.objectives import ELBO, NonFiniteSite, Objective
 from elbowroom.inference.rows import Rows
 from elbowroom.inference.schedule import Plan, Schedule, plan
 from elbowroom.inference.scopes import contained, mode
@@ -62,7 +62,7 @@ class Session:
 class Step:
     """One step of SVI on a mini-batch.
 
-    loss = -(1/N) ELBO_w, with the gradient of N loss given to Adam, as `pyro.infer.SVI` does.
+    loss = -(1/N) objective, with the gradient of N loss given to Adam, as `pyro.infer.SVI` does.
 
     Pyro's global parameter store gets the VAE's parameters when the programs run; open
     `pyro.get_param_store().scope()` around the steps to keep it clean (`fit` does).
@@ -72,13 +72,22 @@ class Step:
         size: number of data N for which each mini-batch stands.
         learning_rate: Adam's.
         gradient_clip: largest Euclidean norm of the gradient of the loss per datum; None clips nothing.
+        objective: what is maximised; the ELBO by default.
     """
 
-    def __init__(self, vae: VAE, *, size: int, learning_rate: float, gradient_clip: float | None = None) -> None:
-        self.size = size
+    def __init__(
+        self,
+        vae: VAE,
+        *,
+        size: int,
+        learning_rate: float,
+        gradient_clip: float | None = None,
+        objective: Objective | None = None,
+    ) -> None:
+        self.vae, self.size = vae, size
         self.parameters = list(vae.parameters())
         self.gradient_clip = gradient_clip
-        self.objective = Objective(vae.model, vae.guide)
+        self.objective = objective or ELBO()
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
 
     def __call__(
@@ -102,7 +111,7 @@ class Step:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
         self.optimizer.zero_grad()
-        estimate = self.objective(x, **beside, size=self.size, kl_weight=kl_weight)
+        estimate = self.objective(self.vae.model, self.vae.guide, x, **beside, size=self.size, kl_weight=kl_weight)
         estimate.loss.backward()
         if self.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.gradient_clip * self.size)
@@ -158,13 +167,13 @@ def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, 
     Raises:
         NonFiniteSite: a log probability is not finite.
     """
-    objective = Objective(vae.model, vae.guide)
+    objective = ELBO()
     total, data = 0.0, Rows.of(x)
     with contained(seed, data.device), mode(vae, training=False), torch.no_grad():
         for part in data.split(max(1, rows // draws)):
             # the draws stand beside each other in the plate, so any network that takes a batch will do
             repeated = {name: value.repeat(draws, *[1] * (value.ndim - 1)) for name, value in part.items()}
-            total += objective(**repeated).elbo / draws
+            total += objective(vae.model, vae.guide, **repeated).elbo / draws
     return total / len(data)
 
 
@@ -174,7 +183,7 @@ def fit(
     validation: Tensor | Rows,
     session: Session | None = None,
     *,
-    objective: Literal["elbo"] = "elbo",
+    objective: Objective | None = None,
     epochs: Annotated[int, Ge(1)] = 100,
     batch_size: Annotated[int, Ge(1)] = 128,
     learning_rate: Annotated[float, Gt(0)] = 1e-3,
@@ -199,7 +208,7 @@ def fit(
         train: training data, (N, *event), in memory or read as they are needed; the result is the same.
         validation: validation data, (M, *event); M = 0 is allowed.
         session: folder, seed, resumption and report (facts of the run).
-        objective: what is maximised: `elbo`.
+        objective: what is maximised; the ELBO by default. The best weights are chosen by the plain ELBO whatever it is.
         epochs: passes over the training data.
         batch_size: data per step; the last batch of an epoch may be smaller.
         learning_rate: Adam's, at the first step.
@@ -220,9 +229,9 @@ def fit(
         SpecError: the device does not exist, or an option does not apply.
         DataError: there are no training data.
     """
-    session = session or Session()
+    session, objective = session or Session(), objective or ELBO()
     options: dict[str, Any] = {
-        "objective": objective,
+        "objective": repr(objective),
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -242,7 +251,7 @@ def fit(
     vae.to(place, precision)
     vae.adapt(**train.sample())
     with contained(session.seed, place), mode(vae, training=True):
-        step = Step(vae, size=len(train), learning_rate=learning_rate, gradient_clip=gradient_clip)
+        step = Step(vae, size=len(train), learning_rate=learning_rate, gradient_clip=gradient_clip, objective=objective)
         run = _Run(vae, train, validation, session, planned, step, options)
         if session.resume:
             run.resume()
@@ -362,11 +371,11 @@ class _Run:
         two = self.train.first(2)
         with contained(self.session.seed, self.train.device), mode(self.vae, training=False), torch.no_grad():
             try:
-                self.step.objective(**two, size=len(self.train))
+                self.step.objective(self.vae.model, self.vae.guide, **two, size=len(self.train))
             except NonFiniteSite:
                 return  # Pyro's checks would call it an invalid value; the loop names site and batch
             with pyro.validation_enabled(True):
-                self.step.objective(**two, size=len(self.train))
+                self.step.objective(self.vae.model, self.vae.guide, **two, size=len(self.train))
 
     # what went wrong
 

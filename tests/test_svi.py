@@ -7,6 +7,7 @@ import csv
 import io
 import math
 from dataclasses import asdict, replace
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -17,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from elbowroom.errors import DataError, NonFiniteLoss, RunFolderError, SpecError
-from elbowroom.inference.objectives import KLWeight, NonFiniteSite, Objective
+from elbowroom.inference.objectives import ELBO, KLWeight, NonFiniteSite
 from elbowroom.inference.progress import progress_bar
 from elbowroom.inference.schedule import plan
 from elbowroom.inference.svi import Session, Step, batches, evaluate_elbo, fit, resolve_device, shuffler
@@ -147,7 +148,7 @@ def test_mini_batches_estimate_the_whole_data_sets_elbo():
     vae = make().double()
     vae.adapt(x)
     with pyro.get_param_store().scope(), torch.no_grad():
-        objective = Objective(vae.model, vae.guide)
+        objective = partial(ELBO(), vae.model, vae.guide)
         whole = torch.tensor([objective(x).elbo for _ in range(200)])
         parts = torch.tensor([objective(x[torch.randperm(200)[:20]], size=200).elbo for _ in range(1000)])
     error = math.hypot(whole.std() / 200**0.5, parts.std() / 1000**0.5)
@@ -167,7 +168,7 @@ def test_kl_weight_scales_latent_sites_only():
         return objective(x, size=60, kl_weight=weight)
 
     with pyro.get_param_store().scope(), torch.random.fork_rng():
-        objective = Objective(vae.model, vae.guide)
+        objective = partial(ELBO(), vae.model, vae.guide)
         torch.manual_seed(5)
         guide = pyro.poutine.trace(vae.guide).get_trace(x)
         model = pyro.poutine.trace(pyro.poutine.replay(vae.model, guide)).get_trace(x)
@@ -199,7 +200,7 @@ def test_kl_weight_keeps_masks_and_foreign_scales():
         with pyro.plate("rows", 3), pyro.poutine.scale(scale=2.0), pyro.poutine.mask(mask=mask):
             pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
 
-    got = Objective(model, guide)(x, kl_weight=0.25)
+    got = ELBO()(model, guide, x, kl_weight=0.25)
     evidence = dist.Normal(0.0, 2**0.5).log_prob(x)  # the guide is the posterior: each draw gives log p(x)
     assert got.elbo == pytest.approx(2 * (evidence[0] + evidence[2]).item(), rel=1e-5)
     handler = KLWeight(0.5)
@@ -539,7 +540,7 @@ def test_objective_locates_the_first_bad_site():
             pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
 
     with pyro.validation_enabled(False), pytest.raises(NonFiniteSite) as caught:
-        Objective(model, guide)(torch.zeros(3))
+        ELBO()(model, guide, torch.zeros(3))
     error = caught.value
     assert (error.site, error.program, error.rows, error.count) == ("x", "model", [1], 3)
 

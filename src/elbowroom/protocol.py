@@ -48,6 +48,7 @@ def problems_of(kind: str, name: str, **options: Any) -> list[str]:
         "likelihood": _likelihood,
         "network": _network,
         "guide": _guide,
+        "objective": _objective,
         "reference": _reference,
     }
     with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope(), tempfile.TemporaryDirectory() as folder:
@@ -137,6 +138,42 @@ def _guide(family: Any, expect: Expect) -> None:
     _gradient(family, q.log_prob(z.detach()).sum() + z.square().sum(), expect, params)
 
 
+def _objective(objective: Any, expect: Expect) -> None:
+    x = torch.randn(N, WIDTH)
+    likelihood, family = Gaussian((WIDTH,), scale=0.5), DiagonalNormal(DIM)
+    guide = AmortizedGuide(Linear((WIDTH,), family.param_dim), family)
+    vae = VAE(Normal(DIM), likelihood, Linear((DIM,), WIDTH), guide)
+    programs: tuple[Any, Any] = (vae.model, vae.guide)
+    modules: nn.Module = vae
+    if not objective.continuous:
+        modules = nn.ParameterList([torch.zeros(N, 2)])
+        programs = _mixture(torch.tensor([-1.0, 1.0]), x.new_tensor([0.3, 0.7]), modules[0])
+        x = x[:, 0]
+    expect(objective.name == str(objective).split("(")[0], "its text starts with its name")
+    expect(objective.discrete or bool(objective.needs), "says what it needs")
+    estimate = objective(*programs, x)
+    expect(tuple(estimate.loss.shape) == (), "the loss is a scalar")
+    expect(math.isfinite(estimate.objective) and math.isfinite(estimate.elbo), "finite objective and ELBO")
+    close = math.isclose(float(estimate.loss.detach()), estimate.objective, rel_tol=1e-4)
+    expect(close, "`objective` is the value of the loss")
+    _gradient(modules, estimate.loss, expect)
+
+
+def _mixture(loc: Tensor, weights: Tensor, logits: Tensor) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
+    """Return a mixture of normals and its guide, categories as the one latent."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            kind = pyro.sample("kind", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(loc[kind], 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("kind", dist.Categorical(logits=logits))
+
+    return model, guide
+
+
 def _reference(reference: Any, expect: Expect) -> None:
     from elbowroom.analysis.planning import UNTIL, heeds_the_clock
 
@@ -172,17 +209,7 @@ def _discrete_reference(reference: Any, refusal: str, expect: Expect) -> None:
 
     x = torch.randn(N, dtype=torch.float64)
     loc = torch.tensor([-1.0, 1.0], dtype=torch.float64)
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            kind = pyro.sample("kind", dist.Categorical(loc.new_tensor([0.3, 0.7])))
-            pyro.sample("x", dist.Normal(loc[kind], 1.0), obs=x)
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("kind", dist.Categorical(x.new_tensor([0.5, 0.5])))
-
-    log_joint = LogJoint(model, guide, x)
+    log_joint = LogJoint(*_mixture(loc, loc.new_tensor([0.3, 0.7]), torch.zeros(2, dtype=torch.float64)), x)
     again = reference.refusal(log_joint)
     expect(again is None, f"takes a linear-Gaussian model with one latent, or a discrete mixture; it says: {refusal}")
     if again is not None:

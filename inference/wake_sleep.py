@@ -1,0 +1,76 @@
+r"""Wake-sleep: the model learns on the guide's draws, the guide on the model's dreams.
+
+    wake    sum_n log mean_k p(x_n, z_kn) / q(z_kn|x_n),   z_kn ~ q(z|x_n)  held constant      gradient for the model alone
+    sleep   sum_n log q(z'_n|x'_n),                        z', x' ~ p(z, x) held constant      gradient for the guide alone
+
+Draws are constants, so neither phase needs a differentiable guide, and the one loss -(wake + sleep) has both gradients
+without mixing them. The guide's part is the forward KL(p(z|x) || q(z|x)), averaged over dreams: it covers modes, where the
+ELBO seeks them. At K = 1 it is Hinton et al. 1995, https://doi.org/10.1126/science.7761831; for K > 1 the wake phase
+of Bornschein and Bengio 2015, https://arxiv.org/abs/1406.2751.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch.utils import _pytree as pytree
+
+from elbowroom.inference.bounds import finished, log_mean_exp
+from elbowroom.inference.objectives import Estimate, Objective, Program, locate, samples
+from elbowroom.inference.weights import Plate, length, log_weights
+
+
+class WakeSleep(Objective):
+    """Model: log p of data at the guide's draws. Guide: log q at the model's dreams. No draw need be differentiable.
+
+    Dreams keep the covariates, the exposure and the holes of the batch. Its value adds the two parts, in nats; the KL weight
+    goes into the wake part. Hinton et al. 1995, https://doi.org/10.1126/science.7761831; Bornschein and Bengio 2015,
+    https://arxiv.org/abs/1406.2751.
+
+    Args:
+        particles: draws K of z per datum in the wake phase, weighed as in `iwae`; 1 is the classical algorithm.
+    """
+
+    name = "wake_sleep"
+
+    def __init__(self, *, particles: Annotated[int, Ge(1)] = 1) -> None:
+        self.particles = particles
+
+    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Estimate:
+        """Estimate -(wake + sleep), and the unweighted ELBO of the wake phase's draws."""
+        try:
+            wake = log_weights(model, guide, args, kwargs, particles=self.particles, detach=True)
+            wake.guide.update({name: log_q.detach() for name, log_q in wake.guide.items()})
+            with torch.no_grad():
+                dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+            dreamt = _with_dreams(dream, args, kwargs)
+            sleep = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*dreamt[0], **dreamt[1])
+            sleep.compute_log_prob()
+            plate = Plate.around([sleep], length(dreamt))
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        log_q = torch.stack([plate.density(site) for _, site in samples(sleep)]).sum()
+        if not bool(log_q.detach().isfinite()):
+            raise locate(dream, sleep)
+        return finished(wake, log_mean_exp(wake.weighed(kl_weight)).sum(), log_q)
+
+
+def _with_dreams(dream: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the arguments with the dreamt values in place of the observed ones.
+
+    Raises:
+        ValueError: an observed value is none of the arguments, so that the guide could not be shown the dream.
+    """
+    tree = (args, kwargs)
+    for name, site in samples(dream):
+        if not site["infer"].get("was_observed"):
+            continue
+        data = site["infer"]["obs"]
+        if not any(leaf is data for leaf in pytree.tree_leaves(tree)):
+            raise ValueError(f"the value of observed site {name!r} is none of the arguments as they are; use elbo")
+        tree = pytree.tree_map(lambda leaf, x=data, y=site["value"]: y.to(x.dtype) if leaf is x else leaf, tree)
+    return tree
