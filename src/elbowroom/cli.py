@@ -423,6 +423,7 @@ def _print_components(found: list[Any], problems: dict[str, list[str]] | None) -
         "likelihood": "model.likelihood",
         "network": "model.decoder, guide.encoder",
         "guide": "guide.family",
+        "objective": "fit.objective",
         "reference": "audit.references",
     }
     for c in found:

@@ -51,6 +51,17 @@ _table: dict[str, dict[str, str | type]] = {
         "diagonal_normal": "elbowroom.models.guides:DiagonalNormal",
         "full_rank_normal": "elbowroom.models.guides:FullRankNormal",
     },
+    "objective": {
+        "beta": "elbowroom.inference.bounds:Beta",
+        "dreg": "elbowroom.inference.bounds:DReG",
+        "elbo": "elbowroom.inference.objectives:ELBO",
+        "iwae": "elbowroom.inference.bounds:IWAE",
+        "mean_field_elbo": "elbowroom.inference.objectives:MeanFieldELBO",
+        "renyi": "elbowroom.inference.bounds:Renyi",
+        "sticking_the_landing": "elbowroom.inference.bounds:StickingTheLanding",
+        "trace_enum": "elbowroom.inference.enumerated:TraceEnum",
+        "wake_sleep": "elbowroom.inference.wake_sleep:WakeSleep",
+    },
     "reference": {
         "ais": "elbowroom.inference.ais:Annealed",
         "closed_form": "elbowroom.inference.exact:ClosedForm",
@@ -122,7 +133,7 @@ def register(kind: str, name: str, cls: type) -> None:
     constructor is wrapped in place: what Python code passes by keyword is checked like a spec.
 
     Args:
-        kind: `data`, `prior`, `likelihood`, `network`, `guide` or `reference`.
+        kind: `data`, `prior`, `likelihood`, `network`, `guide`, `objective` or `reference`.
         name: the name for specs.
         cls: the class.
 

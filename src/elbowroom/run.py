@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from elbowroom import clock, document, folder, spec
+from elbowroom import clock, components, document, folder, spec
 from elbowroom.analysis.audit import Audit, audit_log_joint
 from elbowroom.analysis.pace import Step
 from elbowroom.analysis.planning import Plan as AuditPlan
@@ -67,6 +67,7 @@ def fit(
     tree = experiment.tree()
     vae = experiment.build()
     options = {name: getattr(experiment.spec.fit, name) for name in type(experiment.spec.fit).model_fields}
+    options["objective"] = components.build("objective", options["objective"], where="fit.objective")
     with locked(path):  # look again: another process may have been here first
         use = folder.check(path, experiment.identity, tree, overwrite=overwrite, resume=resume)
         folder.claim(path, tree, use)

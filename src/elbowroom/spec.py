@@ -103,8 +103,9 @@ def spec_model() -> type[Spec]:
     """Return the model of specs over the components that are registered now."""
     from elbowroom.inference import svi
 
-    fit = schema.block("fit", schema.options(svi.fit))
     slot = components.slot
+    trained = [option for option in schema.options(svi.fit) if option.name != "objective"]
+    fit = schema.block("fit", trained, {"objective": (slot("objective"), Field("elbo", description="what is maximised"))})
     model = create_model(
         "model",
         __base__=ModelBlock,
@@ -236,6 +237,8 @@ def contradiction(spec: Spec) -> str | None:
     from elbowroom.inference.grid import MAX_DIM
 
     model, audit = spec.model, spec.audit
+    if (clash := _objective(spec)) is not None:
+        return clash
     chosen = [] if audit.references == "auto" else [reference.name for reference in audit.references]
     for name in chosen:
         if chosen.count(name) > 1:
@@ -265,6 +268,22 @@ def contradiction(spec: Spec) -> str | None:
         if split[1] <= 0 and spec.fit.patience is not None:
             return "fit.patience: there are no validation data to judge by (data.split); leave it out"
     return None
+
+
+def _objective(spec: Spec) -> str | None:
+    """Say why the latents and the guide's draws do not suit the objective; None when they do."""
+    from elbowroom.models.spaces import DISCRETE
+
+    name, family = spec.fit.objective.name, spec.guide.family.name
+    objective: Any = components.component("objective", name).cls
+    prior: Any = components.component("prior", spec.model.prior.name).cls
+    guide: Any = components.component("guide", family).cls
+    discrete = prior.space in DISCRETE
+    problem = objective.refusal(discrete=discrete, reparametrized=guide.reparametrized)
+    if problem is None:
+        return None
+    what = f"model.prior {spec.model.prior.name} is {'discrete' if discrete else 'continuous'}"
+    return f"fit.objective: {name} {problem}; {what}, guide.family is {family}; use elbo"
 
 
 def shipped() -> list[str]:
