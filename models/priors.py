@@ -7,11 +7,12 @@ reads. Positional constructor arguments are facts of the model; keyword-only one
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
+from annotated_types import Gt
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
@@ -53,18 +54,100 @@ class Prior(nn.Module, ABC):
         return spaces.free_dim(self.space, self.latent_dim)
 
 
-class Normal(Prior):
-    """The standard normal prior, z ~ N(0, I_d), at site `z`.
+class Located(Prior):
+    """A prior on R^d around a location: the origin, or a linear map of the covariates, A c.
 
-    Log density: log p(z) = -1/2 (d log 2 pi + sum_j z_j^2).
+    The covariates arrive standardised and the map has no intercept, so that the average datum has the prior that there is
+    without covariates; the decoder has an intercept of its own.
+
+    Args:
+        latent_dim: width d of z.
+        covariate_dim: number C of covariates that the data have.
+        covariates: whether the location is A c.
+
+    Raises:
+        ValueError: covariates were asked for and there are none.
     """
 
-    def __init__(self, latent_dim: int) -> None:
+    def __init__(self, latent_dim: int, covariate_dim: int, covariates: bool) -> None:
         super().__init__()
+        if covariates and covariate_dim == 0:
+            raise ValueError("covariates: needs data with covariates; leave it false, or name some in data")
         self.latent_dim = latent_dim
-        self.loc: Tensor
-        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+        self.covariates = covariates
+        if covariates:
+            self.map = nn.Linear(covariate_dim, latent_dim, bias=False)
+        self.origin: Tensor
+        self.register_buffer("origin", torch.zeros(latent_dim), persistent=False)
+
+    def location(self, covariates: Tensor | None) -> Tensor:
+        """Return the location, (d,), or (N, d) given c (N, C)."""
+        if not self.covariates:
+            return self.origin
+        if covariates is None:
+            raise ValueError("this prior is p(z|c): it needs the covariates")
+        return self.map(covariates)
+
+
+class Normal(Located):
+    """The standard normal prior, z ~ N(0, I_d), at site `z`; given covariates, z ~ N(A c, I_d).
+
+    Log density: log p(z) = -1/2 (d log 2 pi + sum_j z_j^2).
+
+    Args:
+        latent_dim: width d of z (a fact).
+        covariate_dim: number of covariates (a fact).
+        covariates: condition on the covariates of the data: location from c by a linear map.
+    """
+
+    def __init__(self, latent_dim: int, covariate_dim: int = 0, *, covariates: bool = False) -> None:
+        super().__init__(latent_dim, covariate_dim, covariates)
 
     def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
-        """Return N(0, I_d)."""
-        return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
+        """Return N(0, I_d) or N(A c, I_d)."""
+        loc = self.location(covariates)
+        return dist.Normal(loc, torch.ones_like(loc)).to_event(1)
+
+
+class Laplace(Located):
+    """Independent Laplace entries of unit scale: sparse latents.
+
+    Log density: log p(z) = -sum_j |z_j - m_j| - d log 2, with m = 0 or A c.
+
+    Args:
+        latent_dim: width d of z (a fact).
+        covariate_dim: number of covariates (a fact).
+        covariates: condition on the covariates of the data: location from c by a linear map.
+    """
+
+    def __init__(self, latent_dim: int, covariate_dim: int = 0, *, covariates: bool = False) -> None:
+        super().__init__(latent_dim, covariate_dim, covariates)
+
+    def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
+        """Return the product of Laplace densities."""
+        loc = self.location(covariates)
+        return dist.Laplace(loc, torch.ones_like(loc)).to_event(1)
+
+
+class StudentT(Located):
+    """Independent Student t entries of unit scale: latents with outliers.
+
+    p(z_j) is proportional to (1 + (z_j - m_j)^2 / df)^(-(df + 1) / 2), with m = 0 or A c.
+
+    Args:
+        latent_dim: width d of z (a fact).
+        covariate_dim: number of covariates (a fact).
+        df: degrees of freedom; 1 is the Cauchy distribution, the variance is finite above 2.
+        covariates: condition on the covariates of the data: location from c by a linear map.
+    """
+
+    def __init__(
+        self, latent_dim: int, covariate_dim: int = 0, *, df: Annotated[float, Gt(0)] = 5.0, covariates: bool = False
+    ) -> None:
+        super().__init__(latent_dim, covariate_dim, covariates)
+        self.df = df
+
+    def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
+        """Return the product of Student t densities."""
+        loc = self.location(covariates)
+        return dist.StudentT(torch.full_like(loc, self.df), loc, torch.ones_like(loc)).to_event(1)
