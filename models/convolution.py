@@ -45,7 +45,7 @@ class ImageEncoder(nn.Module):
         """Map flattened images (..., C*H*W) to (..., out_dim)."""
         lead = x.shape[:-1]
         y = self.layers(x.reshape(math.prod(lead), *self.image))
-        return self.head(y.flatten(1)).reshape(*lead, -1)
+        return self.head(y.flatten(1)).reshape(*lead, self.head.out_features)
 
 
 class ImageDecoder(nn.Module):
