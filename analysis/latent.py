@@ -7,28 +7,35 @@ the exact posterior and guide densities of the best, a typical and the worst dat
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
-import pyro
 import torch
 import xarray as xr
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from elbowroom.inference.discrete import table as table_of
+from elbowroom.inference.program import is_real
+from elbowroom.inference.rows import Batch
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.priors import Normal
+from elbowroom.models.spaces import DISCRETE
 from elbowroom.models.vae import VAE
 
+MOST_STATES = 64
 CASES = ("best", "typical", "worst")
 _ZOOM = 8.0  # nats below the maximum at which a density picture may end: 4 standard deviations of a normal
 
 
 def describe(
     vae: VAE,
-    x: Tensor,
+    batch: Tensor | Mapping[str, Tensor],
     table: xr.Dataset,
     labels: np.ndarray | None = None,
     *,
     image_shape: tuple[int, int] | None = None,
+    columns: Sequence[str] = (),
     plane_points: int = 15,
     samples: int = 30,
     reconstructions: int = 10,
@@ -39,10 +46,12 @@ def describe(
 
     Args:
         vae: the fitted VAE. It is not changed.
-        x: the audited data, (N, *event), in the order of `table.obs_id`.
+        batch: the audited data, x (N, *event), in the order of `table.obs_id`; with what stands beside it (covariates,
+            exposure), by name.
         table: the audit's table (`Audit.table`), over `obs_id`; it chooses which data are shown, by `gap_total`.
         labels: one label for each datum, (N,), for colours only.
         image_shape: (height, width) when a flat datum is an image; None lets the report decide.
+        columns: names of the columns, where a datum is a row of a table.
         plane_points: points per side of the plane of E[x|z].
         samples: draws from the prior.
         reconstructions: data to reconstruct, spread over the distribution of the gap.
@@ -50,46 +59,88 @@ def describe(
         seed: seed of the draws. The global random state is left as it was.
 
     Returns:
-        A DataTree, latents counted from 0, z in unconstrained units, log densities in nats:
+        A DataTree, latents counted from 0, log densities in nats. Its attributes name the `space` that z lives in and say
+        whether the prior is the `standard` normal.
 
         * `encoding`: loc, scale (obs_id, latent), moments of q(z|x); rate (latent): mean over data of the KL from the prior
-          of the guide's margin, as a normal with the same moments; label (obs_id) where there are labels
+          of the guide's margin, as a normal with the same moments (discrete latents: exactly); label (obs_id) where there
+          are labels; prior_z (point, latent), draws from the prior
         * `plane`: expected_x (row, column, *event), E[x|z] at prior quantiles z_row, z_column of the two latents with the
           highest rate (attribute `latents`: of the columns, of the rows; the smaller index first), the others at the prior's
-          median; d = 1: expected_x (column, *event)
+          median; d = 1: expected_x (column, *event). One-hot z, and z on a simplex: expected_x (column, *event) of each
+          category (vertex). Given covariates, at their mean
         * `prior`: z (sample, latent), expected_x and x (sample, *event), draws from p(z) p(x|z)
-        * `reconstruction`: x and expected_x (obs_id, *event), expected_x = E_q E[x|z] over 200 draws; gap (obs_id)
-        * `density` (d = 1 or 2, and where there are gaps): log_posterior, log_guide (case, row, column), normalised; axes
-          z_row (case, row), z_column (case, column); gap, obs_id, log_evidence (case), the last by quadrature over the
-          picture itself; x (case, *event); d = 1: without row
+        * `reconstruction`: x and expected_x (obs_id, *event), expected_x = E_q E[x|z] over 200 draws; gap (obs_id); x_mean
+          and x_sd (*event) over all audited data
+        * `density` (one or two unconstrained coordinates, and where there are gaps): log_posterior, log_guide (case, row,
+          column), normalised, in unconstrained coordinates; axes z_row (case, row), z_column (case, column); gap, obs_id,
+          log_evidence (case), the last by quadrature over the picture itself; x (case, *event); one coordinate: without row
+        * `states` (all latents discrete, at most 64 joint values): posterior, guide (case, state), the probability of each
+          joint value; gap, obs_id (case)
 
     Raises:
         ValueError: when x, table and labels differ in length.
     """
-    obs_id = np.asarray(table["obs_id"].values)
-    if len(x) != len(obs_id) or (labels is not None and len(labels) != len(x)):
-        sizes = f"x {len(x)}, table {len(obs_id)}" + ("" if labels is None else f", labels {len(labels)}")
+    obs_id, rows = np.asarray(table["obs_id"].values), dict(batch) if isinstance(batch, Mapping) else {"x": batch}
+    n = len(rows["x"])
+    if n != len(obs_id) or (labels is not None and len(labels) != n):
+        sizes = f"x {n}, table {len(obs_id)}" + ("" if labels is None else f", labels {len(labels)}")
         raise ValueError(f"describe needs one row for each datum: {sizes}")
     parameter = next(vae.parameters())
-    x = x.to(device=parameter.device, dtype=parameter.dtype)
+    rows = {name: value.to(device=parameter.device, dtype=parameter.dtype) for name, value in rows.items()}
     gap = np.asarray(table["gap_total"].values, dtype=float)
     devices = [parameter.device] if parameter.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        encoding = _encoding(vae, x, obs_id, labels)
+        encoding = _encoding(vae, rows, obs_id, labels)
         groups = {
             "encoding": encoding,
-            "plane": _plane(vae, encoding["rate"].values, plane_points),
-            "prior": _prior(vae, samples),
-            "reconstruction": _reconstruction(vae, x, obs_id, gap, np.asarray(table["elbo"].values), reconstructions),
+            "plane": _plane(vae, rows, encoding["rate"].values, plane_points),
+            "prior": _prior(vae, rows, samples),
+            "reconstruction": _reconstruction(vae, rows, obs_id, gap, np.asarray(table["elbo"].values), reconstructions),
         }
-        if vae.prior.latent_dim <= 2 and np.isfinite(gap).any():
-            groups["density"] = _density(vae, x, obs_id, gap, encoding, density_points)
+        if np.isfinite(gap).any():
+            cases = spread(gap, len(CASES))
+            log_joint = _seam(vae, _take(rows, cases))
+            if log_joint.dim == 0 and len(log_joint.program.assignments) <= MOST_STATES:
+                groups["states"] = _states(log_joint, obs_id, gap, cases)
+            elif log_joint.dim in (1, 2):
+                groups["density"] = _density(vae, log_joint, obs_id, gap, cases, density_points)
     tree = xr.DataTree.from_dict(groups)
     tree.attrs.update({"latent_dim": vae.prior.latent_dim, "event_shape": list(vae.likelihood.event_shape) or [1]})
+    tree.attrs.update({"space": vae.prior.space, "standard": int(_standard(vae))})
+    if columns:
+        tree.attrs["columns"] = list(columns)
     if image_shape is not None:
         tree.attrs["image_shape"] = list(image_shape)
     return tree
+
+
+def _seam(vae: VAE, batch: Batch) -> LogJoint:
+    beside: dict[str, Any] = {name: value for name, value in batch.items() if name != "x"}
+    return LogJoint(vae.model, vae.guide, batch["x"], **beside)
+
+
+def _take(batch: Batch, index: np.ndarray) -> Batch:
+    rows = torch.as_tensor(index, device=batch["x"].device)
+    return {name: value[rows] for name, value in batch.items()}
+
+
+def _repeated(batch: Batch, times: int) -> Batch:
+    return {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in batch.items()}
+
+
+def _beside(batch: Batch, n: int, *, mean: bool = False) -> Batch:
+    """Return covariates and exposure for n data: those of the data in turn, or their mean."""
+    found = {name: value for name, value in batch.items() if name != "x"}
+    if mean:
+        return {name: value.mean(0, keepdim=True).expand(n, *value.shape[1:]) for name, value in found.items()}
+    index = torch.arange(n, device=batch["x"].device) % len(batch["x"])
+    return {name: value[index] for name, value in found.items()}
+
+
+def _standard(vae: VAE) -> bool:
+    return isinstance(vae.prior, Normal) and not vae.prior.covariates
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -100,39 +151,53 @@ def _event(vae: VAE) -> tuple[str, ...]:
     return tuple(f"x_dim_{i}" for i in range(len(vae.likelihood.event_shape)))
 
 
-def _moments(q: TorchDistribution, draws: int = 4096) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of q, from draws where it has no formula for them."""
+def _draw_guide(vae: VAE, batch: Batch, draws: int) -> Tensor:
+    """Draw z from the guide, (draws, N, d); the draws stand beside each other in the plate."""
+    return vae.guide(**_repeated(batch, draws)).unflatten(0, (draws, len(batch["x"])))
+
+
+def _moments(vae: VAE, batch: Batch, draws: int = 1024) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of q(z|x), (N, d), from draws where it has no formula for them."""
+    q = vae.encode(**batch)
     try:
         return q.mean, q.stddev
-    except NotImplementedError:
-        z = q.sample(torch.Size([draws]))
-        return z.mean(0), z.std(0)
+    except (NotImplementedError, AttributeError):
+        parts = []
+        for rows in np.array_split(np.arange(len(batch["x"])), -(-len(batch["x"]) // 64)):
+            z = _draw_guide(vae, _take(batch, rows), draws)
+            parts.append((z.mean(0), z.std(0)))
+        return torch.cat([mean for mean, _ in parts]), torch.cat([sd for _, sd in parts])
 
 
-def _draw_prior(vae: VAE, n: int) -> Tensor:
-    """Draw z from the prior, (n, d), outside any handler."""
-    with pyro.plate("data", n):
-        return vae.prior()
+def _draw_prior(vae: VAE, n: int, batch: Batch) -> Tensor:
+    """Draw z from the prior, (n, d), outside any handler; given covariates, at those of the data in turn."""
+    return vae.guide(**_beside(batch, n), n=n)
 
 
-def _encoding(vae: VAE, x: Tensor, obs_id: np.ndarray, labels: np.ndarray | None) -> xr.Dataset:
+def _encoding(vae: VAE, batch: Batch, obs_id: np.ndarray, labels: np.ndarray | None) -> xr.Dataset:
     """Return the guide's moments at each datum and the rate of each latent.
 
     rate_j = mean_n KL( N(m_nj, s_nj^2) || N(a_j, b_j^2) ), a and b the prior's mean and standard deviation: for a diagonal
-    normal guide and a standard normal prior these are the shares of the rate, and they add up to it.
+    normal guide and a standard normal prior these are the shares of the rate, and they add up to it. Of discrete latents,
+    whose means are probabilities m, it is sum_v m(v) log m(v) / p(v), over the values v of the latent (of a one-hot z: the
+    term of its category).
     """
-    loc, scale = _moments(vae.encode(x))
-    if isinstance(vae.prior, Normal):
-        a, b = torch.zeros_like(loc[0]), torch.ones_like(loc[0])
+    loc, scale = _moments(vae, batch)
+    z = _draw_prior(vae, 10_000, batch)
+    a, b = (torch.zeros_like(loc[0]), torch.ones_like(loc[0])) if _standard(vae) else (z.mean(0), z.std(0))
+    if vae.prior.space in DISCRETE:
+        a = a.clamp(1e-6, 1 - 1e-6)
+        rate = torch.xlogy(loc, loc / a)
+        if vae.prior.space == "binary":
+            rate = rate + torch.xlogy(1 - loc, (1 - loc) / (1 - a))
     else:
-        z = _draw_prior(vae, 10_000)
-        a, b = z.mean(0), z.std(0)
-    rate = ((b / scale).log() + (scale**2 + (loc - a) ** 2) / (2 * b**2) - 0.5).mean(0)
+        rate = (b / scale).log() + (scale**2 + (loc - a) ** 2) / (2 * b**2) - 0.5
     encoding = xr.Dataset(
         {
             "loc": (("obs_id", "latent"), _array(loc), {"long_name": "mean of q(z|x)"}),
             "scale": (("obs_id", "latent"), _array(scale), {"long_name": "standard deviation of q(z|x)"}),
-            "rate": (("latent",), _array(rate), {"long_name": "mean KL from the prior, by latent", "units": "nats"}),
+            "rate": (("latent",), _array(rate.mean(0)), {"long_name": "mean KL from the prior, by latent", "units": "nats"}),
+            "prior_z": (("point", "latent"), _array(z[:1000]), {"long_name": "draws from the prior"}),
         },
         coords={"obs_id": obs_id, "latent": np.arange(loc.shape[-1])},
     )
@@ -141,40 +206,55 @@ def _encoding(vae: VAE, x: Tensor, obs_id: np.ndarray, labels: np.ndarray | None
     return encoding
 
 
-def _plane(vae: VAE, rate: np.ndarray, points: int) -> xr.Dataset:
-    """Return E[x|z] at prior quantiles of the two latents with the highest rate, the others at the prior's median."""
-    p = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-    example = _draw_prior(vae, 2 if isinstance(vae.prior, Normal) else 10_000)
-    if isinstance(vae.prior, Normal):
-        quantiles = torch.special.ndtri(p).to(example).expand(example.shape[-1], -1).T
-        middle = torch.zeros_like(example[0])
+def _plane(vae: VAE, batch: Batch, rate: np.ndarray, points: int) -> xr.Dataset:
+    """Return E[x|z] at prior quantiles of the two latents with the highest rate, the others at the prior's median.
+
+    Of a z that is one of d categories, or on a simplex: of each category, or vertex.
+    """
+    example = _draw_prior(vae, 2 if _standard(vae) else 10_000, batch)
+    d, space = example.shape[-1], vae.prior.space
+    attrs: dict[str, Any] = {"long_name": "E[x|z] at prior quantiles"}
+    if space in ("one_hot", "simplex"):
+        z, latents = torch.eye(d).to(example), [0]
+        if space == "simplex":  # a vertex itself has no density under many priors
+            z = 0.98 * z + 0.02 / d
+        columns = [torch.arange(d)]
+        attrs["long_name"] = "E[x|z] of each category" if space == "one_hot" else "E[x|z] near each vertex of the simplex"
     else:
-        quantiles, middle = torch.quantile(example, p.to(example), dim=0), example.median(0).values
-    latents = sorted(int(j) for j in np.argsort(-rate, kind="stable")[:2])
-    attrs = {"latents": latents, "long_name": "E[x|z] at prior quantiles"}
-    column = quantiles[:, latents[0]]
-    if len(latents) == 1:
-        z = middle.repeat(points, 1)
-        z[:, latents[0]] = column
-        dims: tuple[str, ...] = ("column",)
-        coords = {"z_column": ("column", _array(column))}
-    else:
-        row = quantiles[:, latents[1]]
-        z = middle.repeat(points, points, 1)
-        z[..., latents[0]], z[..., latents[1]] = column[None, :], row[:, None]
-        dims = ("row", "column")
-        coords = {"z_row": ("row", _array(row)), "z_column": ("column", _array(column))}
-    expected = _array(vae.decode(z).mean)
-    return xr.Dataset({"expected_x": ((*dims, *_event(vae)), expected)}, coords=coords, attrs=attrs)
+        p = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+        if _standard(vae):
+            quantiles = torch.special.ndtri(p).to(example).expand(d, -1).T
+            middle = torch.zeros_like(example[0])
+        elif space == "binary":
+            quantiles, middle = torch.tensor([0.0, 1.0]).to(example).expand(d, -1).T, example.median(0).values
+        else:
+            quantiles, middle = torch.quantile(example, p.to(example), dim=0), example.median(0).values
+        latents = sorted(int(j) for j in np.argsort(-rate, kind="stable")[:2])
+        columns = [quantiles[:, j] for j in latents]
+        z = middle.repeat(*(len(column) for column in reversed(columns)), 1)
+        z[..., latents[0]] = columns[0]
+        if len(latents) == 2:
+            z[..., latents[1]] = columns[1][:, None]
+    dims = ("row", "column")[-len(columns) :]
+    flat = z.reshape(-1, d)
+    expected = vae.centre(flat, **_beside(batch, len(flat), mean=True)).unflatten(0, z.shape[:-1])
+    names = ("z_column", "z_row")
+    coords = {name: (name[2:], _array(column)) for name, column in zip(names, columns, strict=False)}
+    attrs["latents"] = latents
+    return xr.Dataset({"expected_x": ((*dims, *_event(vae)), _array(expected))}, coords=coords, attrs=attrs)
 
 
-def _prior(vae: VAE, samples: int) -> xr.Dataset:
-    """Draw z from the prior and x from the decoder."""
-    z = _draw_prior(vae, samples)
-    p = vae.decode(z)
+def _prior(vae: VAE, batch: Batch, samples: int) -> xr.Dataset:
+    """Draw z from the prior and x from the decoder; given covariates, at those of the data in turn."""
+    z, beside = _draw_prior(vae, samples, batch), _beside(batch, samples)
+    p = vae.decode(z, **beside)
     dims = ("sample", *_event(vae))
     return xr.Dataset(
-        {"z": (("sample", "latent"), _array(z)), "expected_x": (dims, _array(p.mean)), "x": (dims, _array(p.sample()))}
+        {
+            "z": (("sample", "latent"), _array(z)),
+            "expected_x": (dims, _array(vae.likelihood.centre(p))),
+            "x": (dims, _array(p.sample())),
+        }
     )
 
 
@@ -187,20 +267,44 @@ def spread(values: np.ndarray, count: int) -> np.ndarray:
     return order[np.linspace(0, len(order) - 1, count).round().astype(int)]
 
 
-def _reconstruction(vae: VAE, x: Tensor, obs_id: np.ndarray, gap: np.ndarray, elbo: np.ndarray, count: int) -> xr.Dataset:
+def _reconstruction(
+    vae: VAE, batch: Batch, obs_id: np.ndarray, gap: np.ndarray, elbo: np.ndarray, count: int, draws: int = 200
+) -> xr.Dataset:
     """Return data spread over the gap (over -ELBO where there is no gap) beside their E_q E[x|z], from 200 draws of q."""
     index = spread(gap if np.isfinite(gap).any() else -elbo, count)
-    x = x[torch.as_tensor(index, device=x.device)]
-    z = vae.encode(x).sample(torch.Size([200]))
-    dims = ("obs_id", *_event(vae))
+    few = _take(batch, index)
+    beside = {name: value for name, value in _repeated(few, draws).items() if name != "x"}
+    expected = vae.centre(_draw_guide(vae, few, draws).flatten(0, 1), **beside).unflatten(0, (draws, len(index))).mean(0)
+    x, dims = batch["x"].double(), ("obs_id", *_event(vae))
+    centred = x - x.nanmean(0)
     return xr.Dataset(
         {
-            "x": (dims, _array(x)),
-            "expected_x": (dims, _array(vae.decode(z).mean.mean(0))),
+            "x_mean": (dims[1:], _array(x.nanmean(0))),
+            "x_sd": (dims[1:], _array(centred.square().nanmean(0).sqrt())),
+            "x": (dims, _array(few["x"])),
+            "expected_x": (dims, _array(expected)),
             "gap": ("obs_id", gap[index], {"units": "nats", "long_name": "log p(x) - ELBO"}),
         },
         coords={"obs_id": obs_id[index]},
     )
+
+
+def _states(log_joint: LogJoint, obs_id: np.ndarray, gap: np.ndarray, index: np.ndarray) -> xr.Dataset:
+    """Return the probability of each joint value under posterior and guide, for the smallest, median and largest gap."""
+    found = table_of(log_joint)
+    return xr.Dataset(
+        {
+            "posterior": (("case", "state"), _array(found.log_posterior.exp().T)),
+            "guide": (("case", "state"), _array(found.log_guide.exp().T)),
+            "gap": (("case",), gap[index], {"units": "nats", "long_name": "log p(x) - ELBO"}),
+            "obs_id": (("case",), obs_id[index]),
+        },
+        coords={"case": _cases(index)},
+    )
+
+
+def _cases(index: np.ndarray) -> np.ndarray:
+    return np.array(CASES if len(index) == len(CASES) else CASES[-len(index) :], dtype=object)
 
 
 def _grid(low: Tensor, high: Tensor, points: int) -> tuple[Tensor, Tensor]:
@@ -222,20 +326,15 @@ def _shrink(z: Tensor, log_density: Tensor, step: Tensor, depth: float) -> tuple
     return low, high
 
 
-def _density(vae: VAE, x: Tensor, obs_id: np.ndarray, gap: np.ndarray, encoding: xr.Dataset, points: int) -> xr.Dataset:
+def _density(vae: VAE, log_joint: LogJoint, obs_id: np.ndarray, gap: np.ndarray, index: np.ndarray, points: int) -> xr.Dataset:
     """Return exact posterior and guide densities on a box that holds both, for the smallest, median and largest gap.
 
     The box starts at the whole of the prior and of the guide and closes in on what lies within 8 nats of either maximum. The
     posterior is normalised by quadrature over the final box: it borrows nothing from the audit's references.
     """
-    index = spread(gap, len(CASES))
-    case = CASES if len(index) == len(CASES) else tuple(CASES[-len(index) :])
-    rows = torch.as_tensor(index, device=x.device)
-    log_joint = LogJoint(vae.model, vae.guide, x[rows])
-    d = encoding.sizes["latent"]
-    loc = torch.as_tensor(encoding["loc"].values[index], device=x.device)
-    scale = torch.as_tensor(encoding["scale"].values[index], device=x.device)
-    extent = _draw_prior(vae, 4096).double()
+    d = log_joint.dim
+    q, extent = log_joint.sample_guide(4096, 0)[0], log_joint.sample_prior(4096, 1).flatten(0, 1)
+    loc, scale = q.mean(0), q.std(0)
     low = torch.minimum(loc - 6 * scale, extent.amin(0) - 1)
     high = torch.maximum(loc + 6 * scale, extent.amax(0) + 1)
     coarse = 121 if d == 2 else 2001
@@ -261,9 +360,20 @@ def _density(vae: VAE, x: Tensor, obs_id: np.ndarray, gap: np.ndarray, encoding:
         "log_evidence": (("case",), _array(log_evidence), {"units": "nats", "long_name": "log p(x), by quadrature"}),
         "gap": (("case",), gap[index], {"units": "nats", "long_name": "log p(x) - ELBO"}),
         "obs_id": (("case",), obs_id[index]),
-        "x": (("case", *_event(vae)), _array(x[rows])),
+        "x": (("case", *_event(vae)), _array(log_joint.data())),
         "z_column": (("case", "column"), _array(axes[..., 0].T)),
     }
     if d == 2:
         data["z_row"] = (("case", "row"), _array(axes[..., 1].T))
-    return xr.Dataset(data, coords={"case": np.array(case, dtype=object)})
+    return xr.Dataset(data, coords={"case": _cases(index)}, attrs={"axes": _coordinates(vae, log_joint)})
+
+
+def _coordinates(vae: VAE, log_joint: LogJoint) -> list[str]:
+    """Name the unconstrained coordinates for people."""
+    names = []
+    for site in log_joint.sites:
+        called = "latent" if site.name == "z" else site.name
+        unit = "prior sd" if _standard(vae) else "" if site.transform is not None and is_real(site.support) else "unconstrained"
+        for j in range(site.columns.stop - site.columns.start):
+            names.append(f"{called} {j}" + (f" ({unit})" if unit else ""))
+    return names

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from scipy import ndimage
 
 from elbowroom.analysis.canvas import (
@@ -60,12 +61,15 @@ def contours(latent: xr.DataTree | None, *, width: float = WIDE, title: str | No
     data = group(latent, "density")
     if latent is None:
         return Absent("contours", f"No picture of guide and exact posterior: {NO_LATENT}.")
+    if data is None and (states := group(latent, "states")) is not None:
+        return _state_bars(states, width)
     if data is None:
         d = int(latent.attrs["latent_dim"])
         why = f"it can be drawn for one or two latents, this model has {d}" if d > 2 else "no datum has a known gap"
         return Absent("contours", f"No picture of guide and exact posterior: {why}.")
     cases = [data.isel(case=i) for i in range(data.sizes["case"])]
     plane = "z_row" in data
+    names = [str(name) for name in np.atleast_1d(data.attrs.get("axes", ["latent 0 (prior sd)", "latent 1 (prior sd)"]))]
     figure = canvas(width, 0.4 * width if plane else 0.32 * width, title or "The guide against the exact posterior")
     panels = np.atleast_1d(figure.subplots(1, len(cases)))
     for axes, case in zip(panels, cases, strict=True):
@@ -74,14 +78,39 @@ def contours(latent: xr.DataTree | None, *, width: float = WIDE, title: str | No
     if plane:
         _same_scale(panels, cases)
         for axes, case in zip(panels, cases, strict=True):
-            axes.set_xlabel("latent 0 (prior sd)")
+            axes.set_xlabel(names[0])
             _inset(axes, latent, case)
-        panels[0].set_ylabel("latent 1 (prior sd)")
+        panels[0].set_ylabel(names[1])
     else:
+        for axes in panels:
+            axes.set_xlabel(names[0])
         panels[0].set_ylabel("posterior density")
     _legend(figure, plane)
     alt = "Exact posterior and guide of the data with the smallest, a typical and the largest gap, as regions of 50 and 90%."
     return Plot("contours", figure, alt, _contour_caption(cases), wide=True)
+
+
+def _state_bars(data: xr.Dataset, width: float) -> Plot:
+    """Draw the probability of each joint value of discrete latents, under guide and exact posterior."""
+    cases = [data.isel(case=i) for i in range(data.sizes["case"])]
+    figure = canvas(width, 0.3 * width, "The guide against the exact posterior")
+    place = np.arange(data.sizes["state"])
+    for axes, case in zip(np.atleast_1d(figure.subplots(1, len(cases), sharey=True)), cases, strict=True):
+        axes.bar(place - 0.2, case["posterior"], 0.4, color=EXACT, label="exact p(z|x)")
+        axes.bar(place + 0.2, case["guide"], 0.4, color=GUIDE, label="guide q(z|x)")
+        axes.set_title(f"{case['case'].item()}: datum {int(case['obs_id'])}, gap {say(float(case['gap']))} nats")
+        axes.set(xlabel="joint value of the latents", ylim=(0, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.axes[0].set_ylabel("probability")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    off = [float(np.abs(case["posterior"].values - case["guide"].values).sum() / 2) for case in cases]
+    named = ", ".join(f"{percent(value)} ({case['case'].item()})" for value, case in zip(off, cases, strict=True))
+    text = (
+        f"Probability that the guide puts on the wrong values (total variation distance from the exact posterior): {named}. "
+        "Under 5% a reader of the guide is hardly misled; a value the guide gives none of is one it can never draw."
+    )
+    alt = "Probabilities of the joint values of the latents under guide and exact posterior."
+    return Plot("contours", figure, alt, text, wide=True)
 
 
 def _legend(figure: Figure, plane: bool) -> None:
@@ -114,7 +143,7 @@ def _draw_line(axes: Axes, case: xr.Dataset) -> None:
     axes.plot(z, p, color=EXACT, linewidth=0.8)
     axes.plot(z, q, color=GUIDE)
     shown = (p > 1e-3 * p.max()) | (q > 1e-3 * q.max())
-    axes.set(xlim=(z[shown].min(), z[shown].max()), ylim=(0, None), xlabel="latent 0 (prior sd)")
+    axes.set(xlim=(z[shown].min(), z[shown].max()), ylim=(0, None))
 
 
 def _frame(case: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ import pandas as pd
 import xarray as xr
 import yaml
 
-from elbowroom.analysis import findings, idata, plots, plots_audit, plots_posterior, plots_training
+from elbowroom.analysis import findings, idata, plots, plots_audit, plots_latent, plots_posterior, plots_training
 from elbowroom.analysis.canvas import DPI, Absent, Plot, thumbnail, tone
 from elbowroom.archive import read_npz
 from elbowroom.errors import RunFolderError
@@ -183,8 +183,8 @@ def draw(files: Files) -> dict[str, Plot | Absent]:
         plots_audit.trust(files.audit),
         plots_posterior.intervals(files.audit, files.posteriors),
         plots_audit.comparison(files.audit),
-        plots.latent_space(files.latent),
-        plots.plane(files.latent),
+        plots_latent.latent_space(files.latent),
+        plots_latent.plane(files.latent),
         plots.prior_samples(files.latent, files.observed),
         plots.reconstructions(files.latent),
         plots_training.training(files.history),

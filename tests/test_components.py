@@ -55,6 +55,9 @@ def test_options_are_the_keyword_only_parameters():
     assert [(o.name, o.type_text, o.default) for o in mlp.options] == [
         ("hidden", "list of whole numbers >= 1", (128, 128)),
         ("activation", "one of silu, tanh, softplus, relu", "silu"),
+        ("residual", "true or false", False),
+        ("norm", "one of none, layer, batch", "none"),
+        ("dropout", "number >= 0 and < 1", 0.0),
     ]
 
 
@@ -151,8 +154,8 @@ def test_a_plug_in_is_known_to_specs_at_once(plug_in):
             "prior",
             "wrong",
             WrongFact,
-            "prior wrong: the positional parameter 'event_shape' is no fact of a prior (these are: covariate_dim, guide, "
-            "latent_dim); "
+            "prior wrong: the positional parameter 'event_shape' is no fact of a prior (these are: covariate_dim, feature_shape, "
+            "guide, latent_dim); "
             "make it keyword-only if the user chooses it",
         ),
         ("prior", "untyped", Untyped, "prior untyped: Untyped: option shift has no type annotation"),

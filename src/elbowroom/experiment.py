@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,16 +18,16 @@ import torch
 
 from elbowroom import clock, components, spec
 from elbowroom.archive import SHARE, amount, memory
+from elbowroom.assembly import Facts, assemble
 from elbowroom.data import CHUNK, Dataset, File, Source, Split, forget, rows_of, split_rows
 from elbowroom.errors import DataError, SpecError
 from elbowroom.files import sha256
 from elbowroom.frames import from_python
 from elbowroom.inference import svi
 from elbowroom.inference.posterior import Reference
-from elbowroom.inference.rows import Rows
+from elbowroom.inference.rows import Batch, Rows
 from elbowroom.inference.schedule import plan
 from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import AmortizedGuide
 from elbowroom.models.vae import VAE
 
 if TYPE_CHECKING:
@@ -171,6 +171,15 @@ class Experiment:
                 )
         return x
 
+    def beside(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return what model and guide take beside x, by name: `covariates` (n, C) and `exposure` (n,), where there are any."""
+        found = {name: getattr(self.data, name, None) for name in ("covariates", "exposure")}
+        return {name: torch.from_numpy(value[index]).to(self.dtype) for name, value in found.items() if value is not None}
+
+    def batch(self, index: np.ndarray) -> Batch:
+        """Return the arguments of model and guide for some rows: x (n, *event), and what stands beside it."""
+        return {"x": self.rows(index), **self.beside(index)}
+
     def part(self, index: np.ndarray, *, training: bool = False) -> Rows:
         """Return data for a fit: in memory, or read as they are needed where all data would take more than `data.BUDGET`.
 
@@ -178,37 +187,25 @@ class Experiment:
             index: row numbers, (n,).
             training: these are to be drawn anew in each epoch, where the data are a draw from grey values.
         """
-        shape = (len(index), *self.data.event_shape)
-        if self.data.large(max(self.dtype.itemsize, self.data.x.itemsize)) and self.data.grey is None:
-            return Rows(shape, lambda rows: self.rows(index[rows.numpy()]), dtype=self.dtype)
-        grey = self.data.grey
-        return Rows.of(self.rows(index), torch.from_numpy(grey[index]) if training and grey is not None else None)
+        shape, grey = (len(index), *self.data.event_shape), self.data.grey
+        if self.data.large(max(self.dtype.itemsize, self.data.x.itemsize)) and grey is None:
+            read = lambda rows: self.rows(index[rows.numpy()])
+            return Rows(shape, read, beside=self.beside(index), dtype=self.dtype)
+        return Rows.of(self.batch(index), torch.from_numpy(grey[index]) if training and grey is not None else None)
 
-    def build(self, event_shape: Sequence[int] | None = None) -> VAE:
-        """Build the VAE with fresh weights, which depend on the seed alone.
+    @functools.cached_property
+    def facts(self) -> Facts:
+        """What the VAE must know of the data: from the data, or from the record of a run folder."""
+        record = self.spec.record
+        return Facts.of(self.data) if record is None else Facts.recorded(record)
 
-        Args:
-            event_shape: shape of one datum; the data's by default.
-        """
-        shape = tuple(self.data.event_shape if event_shape is None else event_shape)
-        model, guide, d = self.spec.model, self.spec.guide, self.spec.model.latent_dim
-
-        def assemble() -> VAE:
-            prior = components.build("prior", model.prior, where="model.prior", latent_dim=d)
-            likelihood = components.build("likelihood", model.likelihood, where="model.likelihood", event_shape=shape)
-            family = components.build("guide", guide.family, where="guide.family", latent_dim=d)
-            decoder = components.build(
-                "network", model.decoder, where="model.decoder", in_shape=(d,), out_dim=likelihood.param_dim
-            )
-            encoder = components.build(
-                "network", guide.encoder, where="guide.encoder", in_shape=shape, out_dim=family.param_dim
-            )
-            return VAE(prior, likelihood, decoder, AmortizedGuide(encoder, family)).to(self.dtype)
-
+    def build(self) -> VAE:
+        """Build the VAE with fresh weights, which depend on the seed alone."""
         with self._labelled(), torch.random.fork_rng(devices=[]):
-            _check_size(assemble)
+            build = lambda: assemble(self.spec, self.facts).to(self.dtype)
+            _check_size(build)
             torch.manual_seed(self.spec.seed)
-            return assemble()
+            return build()
 
     def references(self) -> str | list[Reference]:
         """Return the references that the audit will use, built; `auto` as it is."""
@@ -236,8 +233,8 @@ class Experiment:
             self.rows(np.arange(start, start + len(part)))
         references = self.references()
         if not isinstance(references, str):
-            vae.adapt(self.rows(self.split.train[:100]))
-            log_joint = LogJoint(vae.model, vae.guide, self.rows(self.split.test[:2]))
+            vae.adapt(**self.batch(self.split.train[:100]))
+            log_joint = seam(vae, self.batch(self.split.test[:2]))
             for reference in references:
                 refusal = reference.refusal(log_joint)
                 if refusal is not None:
@@ -258,8 +255,8 @@ class Experiment:
         from elbowroom.analysis.audit import block_size
         from elbowroom.analysis.planning import choose
 
-        audit, few = self.spec.audit, np.array(data.x[obs_id[:PILOT]])
-        log_joint = LogJoint(vae.model, vae.guide, torch.from_numpy(few).to(self.dtype))
+        audit, on_data = self.spec.audit, self.on(data)
+        log_joint = seam(vae, on_data.batch(obs_id[:PILOT]))
         size, n = block_size(log_joint, audit.draws), len(obs_id)
         references = cast(Any, self.references())
         return choose(references, log_joint, draws=audit.draws, keep=audit.keep, budget=budget, size=size, n_obs=n)
@@ -267,10 +264,16 @@ class Experiment:
     def foreseen(self) -> AuditPlan:
         """Return the plan of the audit before the fit, from fresh weights."""
         vae, obs_id = self.build(), self.split.test
-        vae.adapt(self.rows(self.split.train[:100]))
+        vae.adapt(**self.batch(self.split.train[:100]))
         if self.spec.audit.observations != "all":
             obs_id = obs_id[: self.spec.audit.observations]
         return self.plan(vae.eval(), self.data, np.sort(obs_id), clock.seconds(self.spec.audit.budget))
+
+    def on(self, data: Dataset) -> Experiment:
+        """Return the same experiment with other data of the same kind."""
+        other = Experiment(self.loaded)
+        other.__dict__.update({"data": data, "facts": self.facts})
+        return other
 
     def check_support(self, vae: VAE, data: Dataset) -> None:
         """Check all data against the likelihood's support, a few million entries at a time.
@@ -297,7 +300,7 @@ class Experiment:
             "versions": {name: metadata.version(name) for name in VERSIONS_OF},
             "data_sha256": self.data_sha256,
             **({} if (stamp := self.data.stamp()) is None else {"data_stamp": stamp}),
-            "event_shape": list(self.data.event_shape),
+            **self.facts.tree(),
             "experiment": self.identity,
         }
         return tree
@@ -329,6 +332,12 @@ def _check_size(assemble: Callable[[], VAE]) -> None:
             f"model: these networks need {size}, and this machine has {amount(memory())} of memory; "
             "choose smaller hidden layers or fewer latents"
         )
+
+
+def seam(vae: VAE, batch: Batch) -> LogJoint:
+    """Return the seam of a VAE and some data."""
+    beside: dict[str, Any] = {name: value for name, value in batch.items() if name != "x"}
+    return LogJoint(vae.model, vae.guide, batch["x"], **beside)
 
 
 def identity(tree: Mapping[str, Any], data_sha256: str) -> str:

@@ -22,13 +22,12 @@ from elbowroom.analysis.store import Store
 from elbowroom.archive import check_stored
 from elbowroom.data import Dataset, File
 from elbowroom.errors import DataError, RunFolderError, SpecError
-from elbowroom.experiment import Experiment, identity
+from elbowroom.experiment import Experiment, identity, seam
 from elbowroom.files import locked, sha256
 from elbowroom.frames import from_python
 from elbowroom.inference import checkpoint, svi
 from elbowroom.inference.history import Row
 from elbowroom.inference.schedule import Plan
-from elbowroom.inference.target import LogJoint
 from elbowroom.models.vae import VAE
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ class Run:
         if identity(tree, record.data_sha256) != record.experiment:
             raise RunFolderError(f"{label}: was changed after the fit; fit again with --overwrite")
         experiment = Experiment(loaded, None if data is None else from_python(data))
-        vae = experiment.build(record.event_shape)
+        vae = experiment.build()
         _load_weights(vae, path / folder.WEIGHTS)
         return cls(path, experiment, vae.eval())
 
@@ -223,11 +222,8 @@ class Run:
             if resume and (there := self.audited(data, out=out)) is not None:
                 store.clear()
                 return there
-            on_data = Experiment(self.experiment.loaded)
-            on_data.__dict__["data"] = dataset
-            x = on_data.rows(obs_id).to(place)
-            self.vae.to(place)
-            log_joint = LogJoint(self.vae.model, self.vae.guide, x)
+            batch = {name: value.to(place) for name, value in self.experiment.on(dataset).batch(obs_id).items()}
+            log_joint = seam(self.vae.to(place), batch)
             result = audit_log_joint(
                 log_joint,
                 references=cast(Any, self.experiment.references()),
@@ -243,7 +239,9 @@ class Run:
             from elbowroom.analysis import idata, latent
 
             labels = None if dataset.labels is None else dataset.labels[obs_id]
-            described = latent.describe(self.vae, x, result.table, labels, seed=self.experiment.spec.seed)
+            columns = [column.name for column in self.experiment.facts.columns or ()]
+            seed = self.experiment.spec.seed
+            described = latent.describe(self.vae, batch, result.table, labels, columns=columns, seed=seed)
             (target / folder.AUDIT).unlink(missing_ok=True)  # it is written last: where it is, the others belong to it
             for stale in (target / folder.POSTERIORS).glob("*.nc"):
                 if stale.stem not in result.posteriors:

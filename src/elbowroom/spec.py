@@ -75,6 +75,11 @@ class Record(Block):
     data_sha256: str = Field(..., description="hash of the data")
     data_stamp: str | None = Field(None, description="size and time of change of a file too large to be read again")
     event_shape: list[int] = Field(..., description="shape of one datum")
+    levels: int | None = Field(None, description="1 + the largest value, of data that are whole numbers from 0")
+    columns: list[tuple[str, Any, int]] | None = Field(None, description="name, kind and number of levels of each column")
+    covariates: list[str] = Field([], description="names of the covariates")
+    exposure: bool = Field(False, description="whether counts have an exposure")
+    missing: bool = Field(False, description="whether entries are missing")
     experiment: str = Field(..., description="hash of all that the fit depends on")
 
 
@@ -95,6 +100,8 @@ class Spec(Block):
         tree: dict[str, Any] = self.model_dump(by_alias=True, mode="json")
         if self.record is None:
             del tree["record"]
+        else:
+            tree["record"] = self.record.model_dump(mode="json", exclude_defaults=True)
         return tree
 
 
@@ -278,12 +285,8 @@ def _objective(spec: Spec) -> str | None:
     objective: Any = components.component("objective", name).cls
     prior: Any = components.component("prior", spec.model.prior.name).cls
     guide: Any = components.component("guide", family).cls
-    discrete = prior.space in DISCRETE
-    problem = objective.refusal(discrete=discrete, reparametrized=guide.reparametrized)
-    if problem is None:
-        return None
-    what = f"model.prior {spec.model.prior.name} is {'discrete' if discrete else 'continuous'}"
-    return f"fit.objective: {name} {problem}; {what}, guide.family is {family}; use elbo"
+    why = objective.refuses(prior.space in DISCRETE, guide.reparametrized)
+    return None if why is None else f"fit.objective: {name} {why}"
 
 
 def shipped() -> list[str]:

@@ -1,0 +1,92 @@
+"""Which components go together: one table of rules, each with the reason and the remedy.
+
+The rules read class attributes alone (`space`, `sites`, `reparametrized`, what an objective needs), so that a spec is refused
+before anything is built, and a user's own component obeys them like ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elbowroom import components
+from elbowroom.models import spaces
+
+WORDS = {
+    "real": "the real line",
+    "positive": "positive numbers",
+    "simplex": "a simplex",
+    "one_hot": "one of d categories",
+    "binary": "zeros and ones",
+}
+NATURAL = {
+    "real": "diagonal_normal",
+    "positive": "log_normal",
+    "simplex": "logistic_normal",
+    "one_hot": "categorical",
+    "binary": "bernoulli",
+}
+"""The family to name where another does not fit a prior's space."""
+
+
+def transform_inserted(prior: type, family: type) -> bool:
+    """Say whether the family, on the real line, is carried onto the prior's continuous space."""
+    theirs = space_of(prior)
+    return theirs != "real" and space_of(family) == "real" and theirs not in spaces.DISCRETE
+
+
+def space_of(cls: type) -> Any:
+    """Return the space that a prior or a family states; the real line where it says nothing."""
+    return getattr(cls, "space", "real")
+
+
+def clash(prior: Any, family: Any, objective: Any) -> str | None:
+    """Say why a prior, a guide family and an objective of a spec do not go together; None where they do.
+
+    Args:
+        prior: the chosen block of the spec.
+        family: likewise.
+        objective: likewise.
+    """
+    p = components.component("prior", prior.name).cls
+    q = components.component("guide", family.name).cls
+    mine, theirs = getattr(p, "sites", ("z",)), getattr(q, "sites", ("z",))
+    if mine != theirs:
+        if len(theirs) > 1:
+            return (
+                f"guide.family: {family.name} draws {_listed(theirs)}, prior {prior.name} has {_listed(mine)}; use "
+                f"{NATURAL[space_of(p)]}, or model.prior = hierarchical"
+            )
+        return f"guide.family: prior {prior.name} has {_listed(mine)}, {family.name} draws {_listed(theirs)}; use hierarchical"
+    if space_of(p) != space_of(q) and not transform_inserted(p, q):
+        return (
+            f"guide.family: {family.name} lives on {WORDS[space_of(q)]}, prior {prior.name} on {WORDS[space_of(p)]}; "
+            f"use {NATURAL[space_of(p)]}"
+        )
+    if getattr(p, "uses_guide", False) and getattr(q, "uses_model", False):
+        return (
+            f"guide.family: {family.name} refines q(z|x) by the prior's density, and prior {prior.name} is made of q(z|u); "
+            "each would need the other: use another of the two"
+        )
+    needs = getattr(components.component("objective", objective.name).cls, "refuses", None)
+    why = needs(space_of(p) in spaces.DISCRETE, getattr(q, "reparametrized", True)) if needs else None
+    return f"fit.objective: {objective.name} {why}" if why else None
+
+
+def notes(prior: Any, family: Any, objective: Any) -> list[str]:
+    """Return sentences about what was done for a combination that the user did not ask for word by word."""
+    p = components.component("prior", prior.name).cls
+    q = components.component("guide", family.name).cls
+    said = []
+    if transform_inserted(p, q):
+        how = {"positive": "exp", "simplex": "stick breaking"}[space_of(p)]
+        said.append(f"guide: {family.name} is carried onto {WORDS[space_of(p)]}, where prior {prior.name} lives, by {how}")
+    if space_of(p) in spaces.DISCRETE and objective.name == "elbo":
+        said.append(
+            "fit: elbo differentiates through discrete latents by the score function, which is noisy; fit.objective = "
+            "trace_enum sums over them"
+        )
+    return said
+
+
+def _listed(sites: tuple[str, ...]) -> str:
+    return " and ".join(sites)
