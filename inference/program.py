@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Transform, constraints
 from torch.distributions.constraints import MixtureSameFamilyConstraint
+from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def support_of(fn: TorchDistribution) -> Any:
     """Return the support of a distribution as a constraint that has a transform.
 
     A mixture has that of its components. A von Mises angle states the real line but has period 2 pi: it is held in one period.
+    What `biject_to(positive)` carries states the real line too, for that map ends with an affine one that changes nothing.
     """
     base, wrapped = fn, 0
     while isinstance(base, dist.Independent):
@@ -110,11 +113,36 @@ def support_of(fn: TorchDistribution) -> Any:
     support: Any
     if isinstance(base, dist.VonMises):
         support = constraints.interval(-math.pi, math.pi)
+    elif type(base) in (torch.distributions.TransformedDistribution, dist.TransformedDistribution) and base.transforms:
+        support = _image(base.transforms[-1])
+        missing = len(base.event_shape) - support.event_dim
+        support = constraints.independent(support, missing) if missing > 0 else support
     else:
         support = base.support
         while isinstance(support, MixtureSameFamilyConstraint):
             support = support.base_constraint
     return constraints.independent(support, wrapped) if wrapped else support
+
+
+def _image(transform: Transform) -> Any:
+    """Return the codomain of a transform, seen past affine maps by 0 + 1 x at its end."""
+    if isinstance(transform, IndependentTransform):
+        return constraints.independent(_image(transform.base_transform), transform.reinterpreted_batch_ndims)
+    if not isinstance(transform, ComposeTransform):
+        return transform.codomain
+    parts = [part for part in transform.parts if not _is_identity(part)]
+    if not parts:
+        return transform.codomain
+    found = _image(parts[-1])
+    missing = transform.codomain.event_dim - found.event_dim
+    return constraints.independent(found, missing) if missing > 0 else found
+
+
+def _is_identity(transform: Transform) -> bool:
+    if not isinstance(transform, AffineTransform):
+        return False
+    loc, scale = transform.loc, transform.scale
+    return not isinstance(loc, Tensor) and not isinstance(scale, Tensor) and loc == 0 and scale == 1
 
 
 def is_real(support: Any) -> bool:
