@@ -39,6 +39,12 @@ def space_of(cls: type) -> Any:
     return getattr(cls, "space", "real")
 
 
+def free_dim(prior: Any, latent_dim: int) -> int:
+    """Return the number of unconstrained continuous coordinates of all sites of a chosen prior."""
+    p = components.component("prior", prior.name).cls
+    return spaces.free_dim(space_of(p), latent_dim) + (getattr(prior, "top_dim", 0) or 0)
+
+
 def clash(prior: Any, family: Any, objective: Any) -> str | None:
     """Say why a prior, a guide family and an objective of a spec do not go together; None where they do.
 
@@ -62,13 +68,8 @@ def clash(prior: Any, family: Any, objective: Any) -> str | None:
             f"guide.family: {family.name} lives on {WORDS[space_of(q)]}, prior {prior.name} on {WORDS[space_of(p)]}; "
             f"use {NATURAL[space_of(p)]}"
         )
-    if getattr(p, "uses_guide", False) and getattr(q, "uses_model", False):
-        return (
-            f"guide.family: {family.name} refines q(z|x) by the prior's density, and prior {prior.name} is made of q(z|u); "
-            "each would need the other: use another of the two"
-        )
-    needs = getattr(components.component("objective", objective.name).cls, "refuses", None)
-    why = needs(space_of(p) in spaces.DISCRETE, getattr(q, "reparametrized", True)) if needs else None
+    chosen: Any = components.component("objective", objective.name).cls
+    why = chosen.refuses(space_of(p) in spaces.DISCRETE, getattr(q, "reparametrized", True))
     return f"fit.objective: {objective.name} {why}" if why else None
 
 

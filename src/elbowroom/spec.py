@@ -18,7 +18,7 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import BeforeValidator, Field, Strict, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 
-from elbowroom import clock, components, document, schema
+from elbowroom import clock, components, document, pairs, schema
 from elbowroom.errors import SpecError, nearest
 from elbowroom.schema import Block, dotted
 
@@ -192,7 +192,7 @@ def load(path: str | Path, changes: Iterable[str] = (), *, in_memory: bool = Fal
     if in_memory:
         tree = of_memory(tree)
     loaded = validate(tree, label=label, folder=Path(path).resolve().parent, assigned=assigned)
-    return replace(loaded, notes=tuple(notes))
+    return replace(loaded, notes=(*notes, *loaded.notes))
 
 
 def of_memory(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +236,8 @@ def validate(
     clash = contradiction(spec)
     if clash is not None:
         raise SpecError(f"{label}: {clash}")
-    return Loaded(spec, label, Path.cwd() if folder is None else folder)
+    notes = pairs.notes(spec.model.prior, spec.guide.family, spec.fit.objective)
+    return Loaded(spec, label, Path.cwd() if folder is None else folder, tuple(notes))
 
 
 def contradiction(spec: Spec) -> str | None:
@@ -244,17 +245,17 @@ def contradiction(spec: Spec) -> str | None:
     from elbowroom.inference.grid import MAX_DIM
 
     model, audit = spec.model, spec.audit
-    if (clash := _objective(spec)) is not None:
+    if (clash := pairs.clash(model.prior, spec.guide.family, spec.fit.objective)) is not None:
         return clash
     chosen = [] if audit.references == "auto" else [reference.name for reference in audit.references]
     for name in chosen:
         if chosen.count(name) > 1:
             return f"audit.references: {name} is given twice"
-    if "grid" in chosen and model.latent_dim > MAX_DIM:
-        return (
-            f"audit.references: grid needs at most {MAX_DIM} latent dimensions, "
-            f"model.latent_dim is {model.latent_dim}; use auto"
-        )
+    dims = pairs.free_dim(model.prior, model.latent_dim)
+    if "grid" in chosen and not 1 <= dims <= MAX_DIM:
+        least = "" if dims else "continuous latents, "
+        which = f"model.latent_dim is {model.latent_dim}" if dims == model.latent_dim else f"this prior has {dims}"
+        return f"audit.references: grid needs {least}at most {MAX_DIM} latent dimensions, {which}; use auto"
     if "closed_form" in chosen:
         needed = {"model.prior": (model.prior.name, "normal"), "model.decoder": (model.decoder.name, "linear")}
         needed["model.likelihood"] = (model.likelihood.name, "gaussian")
@@ -275,18 +276,6 @@ def contradiction(spec: Spec) -> str | None:
         if split[1] <= 0 and spec.fit.patience is not None:
             return "fit.patience: there are no validation data to judge by (data.split); leave it out"
     return None
-
-
-def _objective(spec: Spec) -> str | None:
-    """Say why the latents and the guide's draws do not suit the objective; None when they do."""
-    from elbowroom.models.spaces import DISCRETE
-
-    name, family = spec.fit.objective.name, spec.guide.family.name
-    objective: Any = components.component("objective", name).cls
-    prior: Any = components.component("prior", spec.model.prior.name).cls
-    guide: Any = components.component("guide", family).cls
-    why = objective.refuses(prior.space in DISCRETE, guide.reparametrized)
-    return None if why is None else f"fit.objective: {name} {why}"
 
 
 def shipped() -> list[str]:
