@@ -113,11 +113,9 @@ class Conv(Network):
         if kernel < 3 or kernel % 2 == 0:
             raise ValueError(f"kernel: must be odd and at least 3, so that it has a centre, got {kernel}; use 3 or 5")
         if len(in_shape) in (2, 3):
-            image = (math.prod(in_shape[:-2]), *in_shape[-2:])
-            body: nn.Module = ImageEncoder(image, out_dim, channels, kernel, activation)
+            body: nn.Module = ImageEncoder(_image(in_shape), out_dim, channels, kernel, activation)
         elif len(in_shape) == 1 and len(out_shape) in (3, 4):
-            image = (math.prod(out_shape[:-2]), *out_shape[-2:])
-            body = ImageDecoder(in_shape[0], image, channels[::-1], kernel, activation)
+            body = ImageDecoder(in_shape[0], _image(out_shape), channels[::-1], kernel, activation)
         else:
             what = f"reads {tuple(in_shape)}" if len(out_shape) == 1 else f"makes {tuple(out_shape[1:])}"
             raise ValueError(
@@ -143,6 +141,11 @@ class Conv(Network):
         if covariates is not None:
             parts.append(covariates[:, :, None, None].expand(-1, -1, *size))
         return torch.cat(parts, 1)
+
+
+def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return (C, H, W) for (..., H, W)."""
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
 def _halvings(size: Sequence[int], times: int) -> list[tuple[int, ...]]:

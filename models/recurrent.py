@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 from annotated_types import Ge
@@ -92,11 +92,11 @@ class SequenceEncoder(nn.Module):
         if self.marks:
             counts, x = (x[..., -1:] > 0).unbind(0), x[..., :-1]
         last = x
-        for i, cell in enumerate(self.forwards):
+        for i, cell in enumerate(_cells(self.forwards)):
             states = _states(cell, x, counts)
             last = states[-1]
             if self.backwards:
-                behind = _states(self.backwards[i], x.flip(0), None if counts is None else counts[::-1])
+                behind = _states(_cells(self.backwards)[i], x.flip(0), None if counts is None else counts[::-1])
                 last = torch.cat([last, behind[-1]], -1)
                 states = [torch.cat(both, -1) for both in zip(states, reversed(behind), strict=True)]
             if i + 1 < len(self.forwards):
@@ -125,7 +125,7 @@ class SequenceDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Map z (..., d) to flattened parameters (..., k*T*F)."""
         states: list[Tensor] = []
-        for i, (cell, h) in enumerate(zip(self.cells, self.start(z).chunk(len(self.cells), -1), strict=True)):
+        for i, (cell, h) in enumerate(zip(_cells(self.cells), self.start(z).chunk(len(self.cells), -1), strict=True)):
             given = cell.given(torch.stack(states)).unbind(0) if i else [cell.given(z)] * self.steps
             states = cell.unrolled(given, h)
         y = self.head(torch.stack(states)).unflatten(-1, self.step_shape)  # (T, ..., k, F)
@@ -198,12 +198,17 @@ class GRU(Network):
         if covariates is not None:
             parts.append(covariates[:, None, :].expand(-1, x.shape[1], -1))
         if seen is not None:
-            parts.append(seen.flatten(2).amax(-1, keepdim=True).flip(1).cummax(1).values.flip(1))
+            counts = seen.flatten(2).amax(-1, keepdim=True).flip(1).cummax(1).values.flip(1)
+            # where nothing was seen at all, one step says so, and lets the covariates in
+            parts.append(torch.cat([torch.ones_like(counts[:, :1]), counts[:, 1:]], 1))
         return torch.cat(parts, -1)
 
 
-def _states(cell: nn.Module, x: Tensor, counts: Sequence[Tensor] | None) -> list[Tensor]:
+def _cells(cells: nn.ModuleList) -> list[Cell]:
+    return cast(list[Cell], list(cells))  # nn.ModuleList does not say what it holds
+
+
+def _states(cell: Cell, x: Tensor, counts: Sequence[Tensor] | None) -> list[Tensor]:
     """Return the states of a cell, from 0, along x (T, ..., n_in)."""
-    assert isinstance(cell, Cell)  # nn.ModuleList does not say so
     given = cell.given(x)
     return cell.unrolled(given.unbind(0), torch.zeros_like(given[0, ..., : cell.hidden]), counts)
