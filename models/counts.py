@@ -47,11 +47,15 @@ class Counts(Likelihood):
         return log_rate if exposure is None else log_rate + exposure.log().reshape(-1, *[1] * len(self.event_shape))
 
     def adapt(self, x: Tensor, exposure: Tensor | None = None) -> None:
-        """Take the mean of each column, per unit of exposure; half a count stands for none at all."""
-        self.marginal(x.double(), *self._mean(x, exposure))
+        """Take the mean of each column per unit of exposure, half a count standing for none at all."""
+        e = torch.ones_like(x) if exposure is None else exposure.reshape(-1, *[1] * (x.dim() - 1)).expand_as(x)
+        wide, e = x.double(), torch.where(x.isnan(), torch.nan, e.double())
+        base = e.nansum(0)
+        mean = torch.where(base > 0, wide.nansum(0).clamp_min(0.5) / base.clamp_min(1e-30), 1.0)
+        self.marginal(wide, e, mean)
 
-    def marginal(self, x: Tensor, n: Tensor, mean: Tensor) -> None:
-        """Set the constants from training data in float64, the number of entries that are there, and their mean."""
+    def marginal(self, x: Tensor, e: Tensor, mean: Tensor) -> None:
+        """Set the constants from x and exposure (N, *event_shape), NaN where missing, and the mean per unit of exposure."""
         self.log_mean = mean.log().to(self.log_mean)
 
     def problem(self, x: Tensor) -> str | None:
@@ -62,20 +66,11 @@ class Counts(Likelihood):
         """Return log(1 + x)."""
         return x.log1p()
 
-    @staticmethod
-    def _mean(x: Tensor, exposure: Tensor | None) -> tuple[Tensor, Tensor]:
-        wide = x.double()
-        seen = ~wide.isnan()
-        e = torch.ones_like(wide) if exposure is None else exposure.double().reshape(-1, *[1] * (x.dim() - 1)).expand_as(wide)
-        base = torch.where(seen, e, 0.0).sum(0)
-        mean = wide.nansum(0).clamp_min(0.5) / base.clamp_min(1e-30)
-        return seen.sum(0).double(), torch.where(base > 0, mean, 1.0)
 
-
-def _dispersion(x: Tensor, n: Tensor) -> Tensor:
-    """Return (variance - mean) / mean^2 of each column by moments, at least 0.01 and at most 100; 0.1 of too few data."""
-    _, mean, variance = moments(x)
-    excess = (variance - mean) / mean.square().clamp_min(1e-30)
+def _dispersion(x: Tensor, e: Tensor) -> Tensor:
+    """Return (variance - mean E[1/e]) / mean^2 of the rates x / e, by moments, from 0.01 to 100; 0.1 of too few data."""
+    n, mean, variance = moments(x / e)
+    excess = (variance - mean * e.reciprocal().nanmean(0)) / mean.square().clamp_min(1e-30)
     return torch.where((n > 1) & (mean > 0), excess.clamp(0.01, 100.0), 0.1)
 
 
@@ -118,10 +113,10 @@ class NegativeBinomial(Counts):
         super().__init__(event_shape, 1 + (dispersion == "decoder"))
         self.dispersion = Positive(self.event_shape, dispersion, floor)
 
-    def marginal(self, x: Tensor, n: Tensor, mean: Tensor) -> None:
+    def marginal(self, x: Tensor, e: Tensor, mean: Tensor) -> None:
         """Set log mean and dispersion."""
         self.log_mean = mean.log().to(self.log_mean)
-        self.dispersion.adapt(_dispersion(x, n))
+        self.dispersion.adapt(_dispersion(x, e))
 
     def forward(self, params: Tensor, exposure: Tensor | None = None) -> TorchDistribution:
         """Return NegativeBinomial(1 / a, logits = log(a r))."""
@@ -131,11 +126,11 @@ class NegativeBinomial(Counts):
         return dist.NegativeBinomial(a.reciprocal(), logits=logits, validate_args=False).to_event(len(self.event_shape))
 
 
-def _excess_zeros(x: Tensor, n: Tensor, mean: Tensor, log_zero: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gate's logit, and the mean behind the gate, from the zeros beyond those that p(0) = e^log_zero explains."""
-    zeros = (x == 0).sum(0) / n.clamp_min(1)
-    gate = ((zeros - log_zero.exp()) / -torch.expm1(log_zero).clamp_max(-1e-12)).clamp(0.02, 0.98)
-    return gate.logit(), mean / (1 - gate)
+def _excess_zeros(x: Tensor, explained: Tensor) -> Tensor:
+    """Return the share of zeros beyond those that are explained, (N, *event) probabilities, from 0.02 to 0.98."""
+    n = (~x.isnan()).sum(0).clamp_min(1)
+    zero = explained.nansum(0) / n
+    return (((x == 0).sum(0) / n - zero) / (1 - zero).clamp_min(1e-12)).clamp(0.02, 0.98)
 
 
 class ZeroInflatedPoisson(Counts):
@@ -157,10 +152,10 @@ class ZeroInflatedPoisson(Counts):
         self.gate_logit: Tensor
         self.register_buffer("gate_logit", torch.zeros(self.event_shape))
 
-    def marginal(self, x: Tensor, n: Tensor, mean: Tensor) -> None:
+    def marginal(self, x: Tensor, e: Tensor, mean: Tensor) -> None:
         """Set log mean and gate."""
-        logit, mean = _excess_zeros(x, n, mean, -mean)
-        self.log_mean, self.gate_logit = mean.log().to(self.log_mean), logit.to(self.gate_logit)
+        gate = _excess_zeros(x, (-mean * e).exp())
+        self.log_mean, self.gate_logit = (mean / (1 - gate)).log().to(self.log_mean), gate.logit().to(self.gate_logit)
 
     def forward(self, params: Tensor, exposure: Tensor | None = None) -> TorchDistribution:
         """Return ZeroInflatedPoisson(r, g)."""
@@ -200,11 +195,11 @@ class ZeroInflatedNegativeBinomial(Counts):
         self.gate_logit: Tensor
         self.register_buffer("gate_logit", torch.zeros(self.event_shape))
 
-    def marginal(self, x: Tensor, n: Tensor, mean: Tensor) -> None:
+    def marginal(self, x: Tensor, e: Tensor, mean: Tensor) -> None:
         """Set log mean, dispersion (that of all counts: an upper bound of that behind the gate) and gate."""
-        a = _dispersion(x, n)
-        logit, mean = _excess_zeros(x, n, mean, -torch.log1p(a * mean) / a)
-        self.log_mean, self.gate_logit = mean.log().to(self.log_mean), logit.to(self.gate_logit)
+        a = _dispersion(x, e)
+        gate = _excess_zeros(x, (-torch.log1p(a * mean * e) / a).exp())
+        self.log_mean, self.gate_logit = (mean / (1 - gate)).log().to(self.log_mean), gate.logit().to(self.gate_logit)
         self.dispersion.adapt(a)
 
     def forward(self, params: Tensor, exposure: Tensor | None = None) -> TorchDistribution:

@@ -91,7 +91,9 @@ class Likelihood(nn.Module, ABC):
         if x.isinf().any():
             raise DataError(f"data: {_first_bad(x, x.isinf())}: remove it, or make it NaN to treat it as missing")
         missing = x.isnan()
-        whole = torch.where(missing, torch.as_tensor(self.inside, dtype=x.dtype), x) if bool(missing.any()) else x
+        whole = (
+            torch.where(missing, torch.as_tensor(self.inside, dtype=x.dtype, device=x.device), x) if bool(missing.any()) else x
+        )
         problem = self.problem(whole)
         if problem is not None:
             raise DataError(f"data: {problem}")
