@@ -46,7 +46,12 @@ _table: dict[str, dict[str, str | type]] = {
         "continuous_bernoulli": "elbowroom.models.likelihoods:ContinuousBernoulli",
         "gaussian": "elbowroom.models.likelihoods:Gaussian",
     },
-    "network": {"linear": "elbowroom.models.networks:Linear", "mlp": "elbowroom.models.networks:MLP"},
+    "network": {
+        "conv": "elbowroom.models.convolution:Conv",
+        "gru": "elbowroom.models.recurrent:GRU",
+        "linear": "elbowroom.models.networks:Linear",
+        "mlp": "elbowroom.models.networks:MLP",
+    },
     "guide": {
         "diagonal_normal": "elbowroom.models.guides:DiagonalNormal",
         "full_rank_normal": "elbowroom.models.guides:FullRankNormal",
