@@ -131,15 +131,17 @@ class Objective(ABC):
         """
 
     @classmethod
-    def refusal(cls, *, discrete: bool, reparametrized: bool) -> str | None:
-        """Say what is missing, as the rest of a sentence, where the objective does not apply; else None.
+    def refuses(cls, discrete: bool, reparametrized: bool) -> str | None:
+        """Say what is missing and what to use, as the rest of a sentence, where the objective does not apply; else None.
 
         Args:
             discrete: the model has discrete latents.
             reparametrized: the guide's draws are differentiable in its parameters.
         """
         fits = cls.discrete if discrete else cls.continuous
-        return None if fits and (reparametrized or not cls.reparametrized) else cls.needs
+        if fits and (reparametrized or not cls.reparametrized):
+            return None
+        return f"{cls.needs}; use {'trace_enum, elbo or wake_sleep' if discrete else 'elbo'}"
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
