@@ -126,9 +126,7 @@ class Conv(Network):
     @classmethod
     def joined_shape(cls, shape: tuple[int, ...], *, marks: bool, covariates: int) -> tuple[int, ...]:
         """Return (C (1 + marks) + covariates, H, W); an image alone stays what it is."""
-        if len(shape) not in (2, 3):
-            return super().joined_shape(shape, marks=marks, covariates=covariates)  # `__init__` refuses it
-        if not (marks or covariates):
+        if len(shape) not in (2, 3) or not (marks or covariates):  # `__init__` refuses what is no image
             return tuple(shape)
         return (math.prod(shape[:-2]) * (1 + marks) + covariates, *shape[-2:])
 

@@ -109,15 +109,15 @@ class SequenceDecoder(nn.Module):
 
     Args:
         width: d.
-        out_shape: (k, T, *features).
+        out_shape: (k, T, F).
         hidden: width of the states.
         layers: number of layers; each reads the states of the one below.
     """
 
-    def __init__(self, width: int, out_shape: tuple[int, ...], hidden: int, layers: int) -> None:
+    def __init__(self, width: int, out_shape: tuple[int, int, int], hidden: int, layers: int) -> None:
         super().__init__()
         self.steps = out_shape[1]
-        self.step_shape = (out_shape[0], math.prod(out_shape[2:]))
+        self.step_shape = (out_shape[0], out_shape[2])
         self.start = nn.Linear(width, layers * hidden)
         self.cells = nn.ModuleList([Cell(hidden if i else width, hidden) for i in range(layers)])
         self.head = nn.Linear(hidden, math.prod(self.step_shape))
@@ -161,13 +161,13 @@ class GRU(Network):
         layers: Annotated[int, Ge(1)] = 1,
         bidirectional: bool = False,
     ) -> None:
-        if len(in_shape) > 1:
-            steps, width = in_shape[0], math.prod(in_shape[1:])
+        if len(in_shape) == 2:
+            steps, width = in_shape
             body: nn.Module = SequenceEncoder(steps, width, out_dim, hidden, layers, bidirectional, marks)
-        elif len(out_shape) > 2:
+        elif len(in_shape) == 1 and len(out_shape) == 3:
             if bidirectional:
                 raise ValueError("bidirectional: is for encoders; a decoder makes its steps in order: leave it out")
-            body = SequenceDecoder(in_shape[0], tuple(out_shape), hidden, layers)
+            body = SequenceDecoder(in_shape[0], (out_shape[0], out_shape[1], out_shape[2]), hidden, layers)
         else:
             what = f"reads {tuple(in_shape)}" if len(out_shape) == 1 else f"makes {tuple(out_shape[1:])}"
             raise ValueError(
@@ -179,11 +179,9 @@ class GRU(Network):
     @classmethod
     def joined_shape(cls, shape: tuple[int, ...], *, marks: bool, covariates: int) -> tuple[int, ...]:
         """Return (T, F (1 + marks) + covariates + marks); a sequence alone stays what it is."""
-        if len(shape) < 2:
-            return super().joined_shape(shape, marks=marks, covariates=covariates)  # `__init__` refuses it
-        if not (marks or covariates):
+        if len(shape) != 2 or not (marks or covariates):  # `__init__` refuses what is no sequence
             return tuple(shape)
-        return (shape[0], math.prod(shape[1:]) * (1 + marks) + covariates + marks)
+        return (shape[0], shape[1] * (1 + marks) + covariates + marks)
 
     def join(self, x: Tensor, seen: Tensor | None, covariates: Tensor | None) -> Tensor:
         """Lay features, marks, covariates, and 1 up to the last step at which anything was seen, side by side at each step.
@@ -192,13 +190,13 @@ class GRU(Network):
         """
         if seen is None and covariates is None:
             return x
-        parts = [x.flatten(2)]
+        parts = [x]
         if seen is not None:
-            parts.append(seen.flatten(2))
+            parts.append(seen)
         if covariates is not None:
             parts.append(covariates[:, None, :].expand(-1, x.shape[1], -1))
         if seen is not None:
-            counts = seen.flatten(2).amax(-1, keepdim=True).flip(1).cummax(1).values.flip(1)
+            counts = seen.amax(-1, keepdim=True).flip(1).cummax(1).values.flip(1)
             # where nothing was seen at all, one step says so, and lets the covariates in
             parts.append(torch.cat([torch.ones_like(counts[:, :1]), counts[:, 1:]], 1))
         return torch.cat(parts, -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -53,9 +54,8 @@ BUILDS = {
     "gru": gru_encoder((7, 2)),
     "gru marks": gru_encoder((7, 5), marks=True),
     "gru deep both ways": gru_encoder((7, 5), marks=True, layers=2, bidirectional=True),
-    "gru of matrices": gru_encoder((7, 2, 3)),
     "gru to 2x7x2": gru_decoder((2, 7, 2)),
-    "gru to 1x7x2x3": gru_decoder((1, 7, 2, 3), layers=2),
+    "gru deep to 1x7x3": gru_decoder((1, 7, 3), layers=2),
 }
 
 
@@ -179,6 +179,8 @@ REFUSALS = [
         "gru is for sequences, (T, F), and this network reads (3,): reshape the data to sequences (one number per step is "
         "(T, 1)), or use mlp",
     ),
+    (lambda: GRU((3, 4, 5), 6, (6,), False), "gru is for sequences, (T, F), and this network reads (3, 4, 5)"),
+    (lambda: GRU((2,), 6, (2, 1, 1, 3), False), "gru is for sequences, (T, F), and this network makes (1, 1, 3)"),
     (lambda: GRU((2,), 6, (2, 3), False), "gru is for sequences, (T, F), and this network makes (3,)"),
     (lambda: GRU((2,), 6, (1, 3, 2), False, bidirectional=True), "bidirectional: is for encoders"),
 ]
@@ -223,6 +225,13 @@ def test_marks_and_covariates_join_as_the_shape_says(cls, shape, joined, marks, 
     if width:
         moved = (guide.params(x, covariates + 1) - params).abs().amax(-1)
         assert bool((moved > 1e-6).all())
+
+
+@pytest.mark.parametrize(("cls", "shape"), [(Conv, (5,)), (GRU, (5,)), (GRU, (3, 5, 4))])
+def test_a_refusal_names_the_shape_of_the_data(cls, shape):
+    in_shape = cls.joined_shape(shape, marks=True, covariates=2)
+    with pytest.raises(ValueError, match=re.escape(f"this network reads {shape}")):
+        cls(*(in_shape, 4, (4,), True)[: 4 if cls is GRU else 3])
 
 
 def test_an_image_gets_its_marks_and_covariates_as_channels():
