@@ -75,7 +75,7 @@ def here(made, tmp_path, monkeypatch):
 def _data() -> None:
     np.save("x.npy", X)
     np.save("grey.npy", X / 2)
-    np.save("nan.npy", np.where(np.arange(240).reshape(40, 6) == 14, np.nan, X))
+    np.save("nan.npy", np.where(np.arange(6) == 2, np.nan, X))
     np.save("inf.npy", np.where(np.arange(240).reshape(40, 6) == 15, np.inf, X))
     np.save("one.npy", X[:1])
     np.save("narrow.npy", X[:, :5])
@@ -96,7 +96,7 @@ def _data() -> None:
     lie("lie.npz")
     Path("ragged.csv").write_text("a,b\n1,0\n1\n")
     Path("text.csv").write_text("a,b\n1,0\n1,high\n")
-    Path("gap.csv").write_text("a,b\n1,0\n1,\n")
+    Path("gap.csv").write_text("a,b\n1,\n1,\n")
     Path("head.csv").write_text("a,b\n")
     Path("latin.csv").write_bytes("größe\n1\n".encode("latin-1"))
     Path("x.mat").write_text("1")
@@ -205,7 +205,7 @@ BAD = {
     "run s.yaml --set audit.observations=9": "s.yaml: audit.observations: the test split has 8 rows, not 9; use all",
     "run s.yaml --set model.decoder.hidden=8,-1": "--set model.decoder.hidden.1: must be at least 1, got -1",
     "run s.yaml --set data.path=y.npy": "y.npy: no such file (looked for {here}/y.npy); did you mean 'x.npy'?",
-    "run s.yaml --set data.path=nan.npy": "nan.npy: NaN at row 2, column 2; remove or impute the rows that hold such values",
+    "run s.yaml --set data.path=nan.npy": "nan.npy: column 2 has no observed value; remove the column",
     "run s.yaml --set data.path=one.npy": "one.npy: 1 row; at least 3 are needed for train, validation and test",
     "run s.yaml --set data.path=objects.npy": "objects.npy: holds Python objects, which are never loaded; "
     "save numbers: np.save(file, x.astype(float))",
@@ -313,7 +313,7 @@ BAD = {
     "run s.yaml --set data.path=lie.npz": (
         "lie.npz: damaged or cut short (x should take 48,000 GB, it holds 1.1 kB); write it again"
     ),
-    "run s.yaml --set data.path=gap.csv": "gap.csv: line 3, column 'b': an empty cell; fill it in or remove the row",
+    "run s.yaml --set data.path=gap.csv": "gap.csv: column 'b' has no observed value; leave it out of data.x, or remove it",
     "run s.yaml --set data.path=head.csv": "head.csv: a header and no rows",
     "run s.yaml --set data.path=latin.csv": "latin.csv: not a text file in UTF-8 (byte 2); export it as UTF-8",
     "run s.yaml --set data.path=x.mat": "x.mat: files of type '.mat' are not read; allowed: .npz, .npy, .csv, .parquet",

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from elbowroom import components, data
-from elbowroom.data import DataError, Dataset, Digits, File, LinearGaussianData, split_rows
+from elbowroom.builtin import Digits, LinearGaussianData
+from elbowroom.data import DataError, Dataset, File, split_rows
 from elbowroom.errors import SpecError, UserError
 
 
@@ -47,17 +48,19 @@ def test_csv(text, tmp_path):
     assert dataset.columns in (("a", "b", "c"), None)
 
 
+MIXED = "is no number, and other cells of the column are; correct it, or declare the column categorical in data.kinds"
 CSV = {
     "a,b\n1,2\n3\n": "x.csv: line 3 has 1 cell, the lines before it have 2; every line needs the same",
     "a,b\n1,2\n3,4,5\n": "x.csv: line 3 has 3 cells, the lines before it have 2; every line needs the same",
     "1,2,3\n4,5\n": "x.csv: line 2 has 2 cells, the lines before it have 3; every line needs the same",
     "a,b,c\n1,2\n3,4\n": "x.csv: line 2 has 2 cells, the lines before it have 3; every line needs the same",
-    "a,b\n1,2\n3,four\n": "x.csv: line 3, column 'b': the text 'four' is no number; remove the column or encode it",
-    "1,2\n3,four\n": "x.csv: line 2, column 1: the text 'four' is no number; remove the column or encode it",
-    "a,b\n1,2\n3,\n": "x.csv: line 3, column 'b': an empty cell; fill it in or remove the row",
-    "a,b\n1,2\n3,1_0\n": "x.csv: line 3, column 'b': the text '1_0' is no number; remove the column or encode it",
-    "a,b\n1,2\n3,NaN\n5,6\n": "x.csv: NaN at row 1, column 'b'; remove or impute the rows that hold such values",
-    "1,2\n3,inf\n5,6\n": "x.csv: an infinite value at row 1, column 1; remove or impute the rows that hold such values",
+    "a,b\n1,2\n3,four\n": f"x.csv: line 3, column 'b': the text 'four' {MIXED}",
+    "1,2\n3,four\n": f"x.csv: line 2, column '1': the text 'four' {MIXED}",
+    "a,b\n1,\n3,\n": "x.csv: column 'b' has no observed value; leave it out of data.x, or remove it",
+    "1,?\n3,NA\n": "x.csv: column 1 has no observed value; remove the column",
+    "a,b\nnan,\nNA,?\n": "x.csv: every value is missing; at least one of each column is needed",
+    "a,b\n1,2\n3,1_0\n": f"x.csv: line 3, column 'b': the text '1_0' {MIXED}",
+    "1,2\n3,inf\n5,6\n": "x.csv: an infinite value at row 1, column 1; correct it, or make it NaN, which is read as missing",
     "a,b\n": "x.csv: a header and no rows",
     "a,a\n1,2\n": "x.csv: the column name 'a' appears twice in the header",
     "  \n\n": "x.csv: empty",
@@ -89,13 +92,14 @@ ARRAYS = {
         np.array([[1, None]], dtype=object),
         "x.npy: holds Python objects, which are never loaded; save numbers: np.save(file, x.astype(float))",
     ),
-    "nan": (
-        np.where(X == 7, np.nan, X),
-        "x.npy: NaN at row 2, column 1; remove or impute the rows that hold such values",
+    "nothing but nan": (X * np.nan, "x.npy: every value is missing; at least one of each column is needed"),
+    "a column of nan": (
+        np.where(X % 3 == 1, np.nan, X),
+        "x.npy: column 1 has no observed value; remove the column",
     ),
     "infinity in an image": (
         np.where(X == 7, np.inf, X).reshape(2, 2, 3),
-        "x.npy: an infinite value at row 1, position (0, 1); remove or impute the rows that hold such values",
+        "x.npy: an infinite value at row 1, position (0, 1); correct it, or make it NaN, which is read as missing",
     ),
 }
 
@@ -124,6 +128,26 @@ def test_npz(tmp_path):
     assert problem(load, tmp_path, path="other.npz") == "other.npz: holds train, test; say which with data.key"
     wanted = "other.npz: data.key: there is no array 'trian'; did you mean 'train'?"
     assert problem(load, tmp_path, path="other.npz", key="trian") == wanted
+    roles = {"covariates": ["batch", "dose"], "exposure": "total", "labels": "kind"}
+    beside = {
+        "dose": X[:, :2],
+        "batch": np.array(["b", "a", "a", "b"]),
+        "total": X[:, 0] + 1,
+        "kind": np.array(["u", "v", "u", ""]),
+    }
+    np.savez(tmp_path / "table.npz", x=X.reshape(4, 3, 1), **beside)
+    dataset = load(tmp_path, path="table.npz", **roles)
+    assert dataset.covariate_names == ("batch=a", "batch=b", "dose.0", "dose.1")
+    np.testing.assert_array_equal(dataset.covariates, np.c_[[0, 1, 1, 0], [1, 0, 0, 1], X[:, :2]])
+    np.testing.assert_array_equal(dataset.exposure, beside["total"])
+    assert dataset.labels.tolist() == ["u", "v", "u", "missing"]
+    assert dataset.event_shape == (3, 1)
+    wanted = "table.npz: data.exposure: there is no array 'totl'; did you mean 'total'?"
+    assert problem(load, tmp_path, path="table.npz", exposure="totl") == wanted
+    wanted = "table.npz[x]: data.exposure: 'dose' has shape (4, 2); one number for each row is needed"
+    assert problem(load, tmp_path, path="table.npz", exposure="dose", key="x") == wanted
+    wanted = "table.npz[x]: data.x: an array has no columns with names; choose the array with data.key"
+    assert problem(load, tmp_path, path="table.npz", x=["dose"], key="x") == wanted
     np.savez(tmp_path / "objects.npz", x=np.array([[1, None]], dtype=object))
     assert "objects.npz: holds Python objects" in problem(load, tmp_path, path="objects.npz")
 
@@ -177,6 +201,7 @@ def test_digits():
     assert grey.labels is not None
     assert (grey.x.min(), grey.x.max()) == (0.0, 1.0)
     np.testing.assert_array_equal(binary.x, (grey.x >= 0.5).astype(np.float32))
+    assert (Digits(scale=1.0).load().levels, grey.levels, binary.levels) == (17, None, 2)
     assert "leaves every pixel 0" in problem(Digits(binarize=17.0).load)
 
 
@@ -202,8 +227,67 @@ def test_the_fingerprint_sees_values_shape_and_type(monkeypatch):
 
 def test_the_first_bad_row_is_found_in_any_part(monkeypatch):
     monkeypatch.setattr(data, "CHUNK", 3)
-    with pytest.raises(DataError, match=r"^x: NaN at row 3, column 2;"):
-        Dataset(np.where(X == 11, np.nan, X), "x").check()
+    with pytest.raises(DataError, match=r"^x: an infinite value at row 3, column 2;"):
+        Dataset(np.where(X == 11, np.inf, X), "x").check()
+
+
+@pytest.mark.parametrize("chunk", [3, 2**22])
+def test_missing_values_and_levels_are_found_in_any_part(chunk, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    gap = np.where(X == 7, np.nan, X)
+    assert (Dataset(X, "x").missing, Dataset(gap, "x").missing) == (False, True)
+    assert Dataset(X.astype(np.int64), "x").missing is False
+    Dataset(gap, "x").check()
+    levels = {
+        12: [X, gap, X.astype(np.uint8), X.reshape(2, 2, 3)],
+        2: [X > 3, np.where(X > 3, 1.0, np.nan)],
+        1: [X * 0],
+        None: [X - 1, X + 0.5, np.where(X == 11, 0.5, X), -X.astype(np.int8)],
+    }
+    for wanted, arrays in levels.items():
+        assert [Dataset(x, "x").levels for x in arrays] == [wanted] * len(arrays)
+
+
+def test_some_rows_may_miss_a_column_of_which_all_rows_have_a_value(tmp_path):
+    gap = np.where((X % 3 == 1) & (X < 9), np.nan, X)
+    whole = Dataset(gap, "x", covariates=X[:, :1], covariate_names=("c",), exposure=X[:, 0] + 1, labels=np.arange(4))
+    whole.check()
+    for index in (np.array([2, 0]), slice(2)):
+        some = whole.take(index)
+        with pytest.raises(DataError, match="column 1 has no observed value"):
+            some.check()
+        some.check(whole=False)
+        np.testing.assert_array_equal(some.covariates[:, 0], X[index, 0])
+        np.testing.assert_array_equal(some.exposure, X[index, 0] + 1)
+        np.testing.assert_array_equal(some.labels, np.arange(4)[index])
+        assert len(some) == 2
+
+
+BESIDE = {
+    "x: an exposure must be above 0, it is 0 at row 0, column 'exposure'; correct it or remove the row": {"exposure": X[:, 0]},
+    "x: an exposure must be above 0, it is inf at row 1, column 'exposure'; correct it or remove the row": {
+        "exposure": np.array([1, np.inf, 1, 1])
+    },
+    "x: an exposure must be above 0, it is missing at row 2, column 'exposure'; fill it in or remove the row": {
+        "exposure": np.array([1, 1, np.nan, 1])
+    },
+    "x: a covariate must be a finite number, it is missing at row 2, column 'b'; fill it in or remove the row": {
+        "covariates": np.where(X == 7, np.nan, X),
+        "covariate_names": ("a", "b", "c"),
+    },
+    "x: 3 rows of exposure for 4 of x; both need the same number": {"exposure": np.ones(3)},
+}
+
+
+@pytest.mark.parametrize("wanted", BESIDE)
+def test_what_stands_beside_x_is_checked(wanted):
+    assert problem(Dataset(X, "x", **BESIDE[wanted]).check) == wanted
+
+
+def test_the_fingerprint_sees_what_stands_beside_x():
+    beside = [{}, {"covariates": X}, {"covariates": X + 1}, {"exposure": X[:, 0]}, {"grey": X.astype(np.uint8)}]
+    assert len({Dataset(X, "x", **more).fingerprint() for more in beside}) == len(beside)
+    assert Dataset(X, "x", labels=X[:, 0]).fingerprint() == Dataset(X, "x").fingerprint()
 
 
 @pytest.mark.parametrize("n", [3, 4, 10, 1797])

@@ -52,32 +52,52 @@ def test_a_frame_becomes_rows_with_names() -> None:
     assert from_python(np.ma.masked_array(x)).x.shape == (3, 2)
 
 
+def test_all_ways_to_say_that_a_value_is_missing() -> None:
+    whole = frame()
+    gap = whole.astype(float).mask(lambda f: (f.index.to_numpy()[:, None] == 4) & (np.arange(3) > 0))
+    nullable = whole.convert_dtypes().assign(
+        age=whole.age.astype("Int64").mask(whole.index == 4), smokes=whole.smokes.astype("boolean").mask(whole.index == 4)
+    )
+    objects = whole.astype({"age": object, "smokes": object})
+    objects.loc[4, "age"], objects.loc[4, "smokes"] = None, pd.NA
+    masked = np.ma.masked_array(whole.astype(float).to_numpy(), mask=gap.isna().to_numpy())
+    for given in (gap, nullable, objects, masked, gap.to_numpy()):
+        dataset = from_python(given)
+        assert dataset.x.dtype == np.float64
+        assert dataset.missing
+        np.testing.assert_array_equal(dataset.x, gap.to_numpy())
+        dataset.check()
+    counts = np.ma.masked_array(np.arange(6).reshape(3, 2), mask=[[0, 0], [1, 0], [0, 0]])
+    np.testing.assert_array_equal(from_python(counts).x, [[0, 1], [np.nan, 3], [4, 5]])
+    assert from_python(counts.astype(np.float32)).x.dtype == np.float32
+
+
 FRAMES = {
-    "text": (
-        lambda f: f.assign(name=["x"] * 30),
-        "data: column 'name' holds str, such as 'x', not numbers; remove the column or encode it",
-    ),
     "objects": (
         lambda f: f.assign(name=pd.Series([{}] * 30, dtype=object)),
-        "data: column 'name' holds object, such as '{}', not numbers; remove the column or encode it",
+        "data: column 'name' holds object, such as '{}', neither numbers nor text; remove the column or convert it",
     ),
-    "categories": (
-        lambda f: f.assign(age=f.age.astype("category")),
-        "data: column 'age' holds category, such as '",
+    "numbers and text": (
+        lambda f: f.assign(name=pd.Series([1.0, "a"] * 15, dtype=object)),
+        "data: column 'name' holds object, such as '1.0', neither numbers nor text; remove the column or convert it",
+    ),
+    "an identifier": (
+        lambda f: pd.concat([f] * 4).assign(name=[f"n{i}" for i in range(120)]),
+        "data: column 'name' holds 120 different values in 120 rows; leave it out: name the columns to use in data.x",
     ),
     "dates": (
         lambda f: f.assign(day=pd.Timestamp("2020-01-01")),
-        "such as '2020-01-01 00:00:00', not numbers; remove the column or encode it",
+        "such as '2020-01-01 00:00:00', neither numbers nor text; remove the column or convert it",
     ),
     "durations": (lambda f: f.assign(d=pd.Timedelta(1, "D")), "data: column 'd' holds timedelta64"),
-    "complex": (lambda f: f.assign(c=1j), "data: column 'c' holds complex128, such as '1j', not numbers"),
-    "nullable": (
-        lambda f: f.assign(age=f.age.astype("Int64").mask(f.index == 4)),
-        "data: a missing value at row 4, column 'age'; remove or impute the rows that hold such values",
+    "complex": (lambda f: f.assign(c=1j), "data: column 'c' holds complex128, such as '1j', neither numbers nor text"),
+    "nothing observed": (
+        lambda f: f.assign(age=pd.array([pd.NA] * 30, dtype="Int64")),
+        "data: column 'age' has no observed value; leave it out of data.x, or remove it",
     ),
-    "nan": (
-        lambda f: f.assign(height=f.height.mask(f.index == 7)),
-        "data: NaN at row 7, column 'height'; remove or impute the rows that hold such values",
+    "infinite": (
+        lambda f: f.assign(height=f.height.where(f.index != 7, np.inf)),
+        "data: an infinite value at row 7, column 'height'; correct it, or make it NaN, which is read as missing",
     ),
     "twice": (lambda f: pd.concat([f, f], axis=1), "data: the column name 'height' appears twice"),
     "no columns": (lambda f: f[[]], "data: empty, shape (30, 0)"),
@@ -88,7 +108,11 @@ FRAMES = {
         lambda f: [[1.0]],
         "data: must be a NumPy array or a pandas DataFrame, got list; convert it with np.asarray(...)",
     ),
-    "masked": (lambda f: np.ma.masked_less(np.arange(6.0).reshape(3, 2), 1), "data: a masked value at row 0, column 0"),
+    "masked": (lambda f: np.ma.masked_less(np.arange(6.0).reshape(3, 2), 9), "data: every value is missing"),
+    "masked objects": (
+        lambda f: np.ma.masked_array(np.array([[None]]), mask=True),
+        "data: numbers are needed, this array holds Python objects",
+    ),
     "flat": (lambda f: np.arange(5.0), "data: rows and columns are needed, this array is flat; reshape it to (5, 1)"),
     "object array": (lambda f: np.array([[None]]), "data: numbers are needed, this array holds Python objects"),
 }
@@ -125,7 +149,7 @@ def test_a_run_on_a_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     other = frame()[:5]
     from_frame = again.audit(other, out="a").table
     np.testing.assert_array_equal(from_frame["elbo"], again.audit(other.astype(float).to_numpy(), out="b").table["elbo"])
-    assert "data: column 'name' holds" in problem(again.audit, other.assign(name="x"), out="c")
+    assert "data: column 'name' holds" in problem(again.audit, other.assign(name=1j), out="c")
     assert problem(again.audit, other[["age", "height"]], out="c") == (
         "data: each datum has shape (2,), the model expects (3,)"
     )
@@ -137,8 +161,12 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = File(tmp_path, path=Path("x.parquet")).load()
     assert dataset.columns == ("height", "age", "smokes")
     np.testing.assert_array_equal(dataset.x, from_python(frame()).x)
-    frame().assign(name="x").to_parquet(path)
-    assert problem(File(tmp_path, path=Path("x.parquet")).load).startswith("x.parquet: column 'name' holds ")
+    frame().assign(name="x", age=frame().age.astype("Int64").mask(frame().index == 4)).to_parquet(path)
+    dataset = File(tmp_path, path=Path("x.parquet")).load()
+    assert dataset.categories == {"name": ("x",)}
+    assert np.argwhere(np.isnan(dataset.x)).tolist() == [[4, 1]]
+    frame().assign(day=pd.Timestamp("2020-01-01")).to_parquet(path)
+    assert problem(File(tmp_path, path=Path("x.parquet")).load).startswith("x.parquet: column 'day' holds ")
     path.write_bytes(path.read_bytes()[:-20])
     assert problem(File(tmp_path, path=Path("x.parquet")).load).startswith("x.parquet: damaged or no parquet file (")
     assert problem(File(tmp_path, path=Path("y.parquet")).load).endswith("did you mean 'x.parquet'?")

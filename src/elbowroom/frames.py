@@ -5,26 +5,51 @@ from __future__ import annotations
 import csv
 import io
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elbowroom.data import DEFAULT_SPLIT, Dataset, Fractions, Source
+from elbowroom.data import DEFAULT_SPLIT, Dataset, File, Fractions, Names, Source
 from elbowroom.errors import DataError
+from elbowroom.models.columns import Kind
+from elbowroom.tables import MISSING, Cells, Layout, assemble
 
 if TYPE_CHECKING:
     import pandas as pd
+
+AS_IT_IS = Layout()
+"""All columns are x."""
 
 
 class Memory(Source):
     """Rows handed over from Python: er.Experiment.load(spec, data=frame_or_array). A spec alone cannot bring them.
 
+    Missing are NaN, None, <NA> and masked entries. Columns of text or categories become codes.
+
     Args:
+        x: the columns of a frame to model; all that have no other role by default.
+        covariates: columns to condition on; text and categories become one-hot.
+        exposure: the column of positive numbers that rates of counts are multiplied by.
+        labels: the column that colours figures; numbers or text.
+        kinds: what columns hold where their values do not show it: column -> real, positive, proportion, count, binary,
+            ordinal or categorical.
         split: fractions of train, validation and test.
     """
 
-    def __init__(self, *, split: Fractions = DEFAULT_SPLIT) -> None:
+    def __init__(
+        self,
+        *,
+        x: Names | None = None,
+        covariates: Names | None = None,
+        exposure: str | None = None,
+        labels: str | None = None,
+        kinds: Mapping[str, Kind] | None = None,
+        split: Fractions = DEFAULT_SPLIT,
+    ) -> None:
+        self.layout = Layout.chosen(x, covariates, exposure, labels, kinds)
         self.split = split
 
     def missing(self) -> str | None:
@@ -38,83 +63,118 @@ class Memory(Source):
             "or er.Run.load(run, data=...)"
         )
 
+    def hand_over(self, given: Any) -> Dataset:
+        """Take the rows, columns by the options."""
+        return from_python(given, layout=self.layout)
 
-def from_python(given: Any, name: str = "data") -> Dataset:
+
+def from_python(given: Any, name: str = "data", *, layout: Layout = AS_IT_IS) -> Dataset:
     """Take rows from a NumPy array or a pandas DataFrame, without a copy where none is needed.
 
     Args:
         given: the array, (N, *event), or the frame.
         name: what messages call it.
+        layout: which columns are what.
 
     Raises:
-        DataError: it is neither, or a column holds no numbers; names the column.
+        DataError: it is neither, or a column holds neither numbers nor text; names the column.
     """
     if isinstance(given, np.ma.MaskedArray):
-        if np.ma.getmaskarray(given).any():
-            index = np.argwhere(np.ma.getmaskarray(given))[0]
-            place = Dataset(given.data, name).place(int(index[0]), index[1:])
-            raise DataError(f"{name}: a masked value at {place}; remove or impute the rows that hold such values")
+        mask = np.ma.getmaskarray(given)
         given = given.data
+        if mask.any() and given.dtype.kind in "buif":  # anything else is refused by its type
+            given = np.where(mask, np.nan, given.astype(given.dtype if given.dtype.kind == "f" else np.float64))
     if isinstance(given, np.ndarray):
-        return Dataset(given, name)
+        return layout.unnamed(given, name)
     import pandas as pd
 
     if isinstance(given, pd.DataFrame):
-        return from_frame(given, name)
+        return from_frame(given, name, layout)
     kind = f"{type(given).__module__}.{type(given).__qualname__}".removeprefix("builtins.")
     raise DataError(f"{name}: must be a NumPy array or a pandas DataFrame, got {kind}; convert it with np.asarray(...)")
 
 
-def from_frame(frame: pd.DataFrame, name: str) -> Dataset:
+def read_like(given: Any, layout: Layout | None, folder: Path) -> Dataset:
+    """Read other rows as the data of a fit were read: the same columns in the same roles, text with the same codes.
+
+    Args:
+        given: a path, an array or a frame.
+        layout: `Dataset.layout` of the data of the fit; None where they had no named columns.
+        folder: where relative paths start.
+
+    Raises:
+        DataError: a column of the fit is not there, or holds a text that the fit has not seen.
+    """
+    layout = layout or AS_IT_IS
+    if isinstance(given, str | Path):
+        return File(folder, path=Path(given)).read(layout)
+    return from_python(given, layout=layout)
+
+
+def from_frame(frame: pd.DataFrame, name: str, layout: Layout = AS_IT_IS) -> Dataset:
     """Take the rows of a frame as numbers; the names of the columns are kept.
 
     Raises:
-        DataError: a name appears twice, or a column is not numeric or has missing values; names the column.
+        DataError: a name appears twice, or a column holds neither numbers nor text; names the column.
     """
     columns = [str(column) for column in frame.columns]
     if repeated := [column for column in columns if columns.count(column) > 1]:
         raise DataError(f"{name}: the column name {repeated[0]!r} appears twice")
     if frame.shape[1] == 0 or len(frame) == 0:
         raise DataError(f"{name}: empty, shape {frame.shape}; at least 3 rows of one number are needed")
-    parts = [_numbers(frame.iloc[:, i], column, name) for i, column in enumerate(columns)]
-    x = np.empty((len(frame), len(parts)), dtype=np.result_type(*parts))
-    for i, part in enumerate(parts):
-        x[:, i] = part
-    return Dataset(x, name, columns=tuple(columns))
+    used = {column for _, column in layout.others()} | set(layout.x or columns) | set(layout.kinds)
+    parts = [(i, column) for i, column in enumerate(columns) if column in used]
+    return assemble([_cells(frame.iloc[:, i], column, name) for i, column in parts], layout, name)
 
 
-def _numbers(column: pd.Series[Any], label: str, name: str) -> np.ndarray:
-    """Return one column as numbers."""
+def _cells(column: pd.Series[Any], label: str, name: str) -> Cells:
+    """Return one column as numbers or as codes."""
     import pandas as pd
 
     dtype = column.dtype
+    if isinstance(dtype, pd.CategoricalDtype):
+        texts = [None if pd.isna(v) else str(v) for v in column]
+        return Cells.of_text(label, texts, map(str, dtype.categories) if dtype.ordered else None)
+    if pd.api.types.is_object_dtype(dtype) or isinstance(dtype, pd.StringDtype):
+        known = [v for v in column if not _is_missing(v)]
+        if known and all(isinstance(v, str) for v in known):
+            return Cells.of_text(label, [None if _is_missing(v) else v.strip() for v in column])
+        if all(isinstance(v, bool | int | float | np.number | np.bool_) for v in known):
+            return Cells(label, np.array([np.nan if _is_missing(v) else float(v) for v in column]))
     numeric = pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype)
-    if not numeric or isinstance(dtype, pd.CategoricalDtype) or pd.api.types.is_complex_dtype(dtype):
-        first = column.iloc[0]
+    if not numeric or pd.api.types.is_complex_dtype(dtype):
+        first = next((v for v in column if not isinstance(v, str) and not _is_missing(v)), column.iloc[0])
         raise DataError(
-            f"{name}: column {label!r} holds {dtype}, such as {str(first)[:40]!r}, not numbers; remove the column or encode it"
+            f"{name}: column {label!r} holds {dtype}, such as {str(first)[:40]!r}, neither numbers nor text; "
+            "remove the column or convert it"
         )
     if not isinstance(dtype, np.dtype):
-        missing = column.isna().to_numpy()
-        if missing.any():
-            raise DataError(
-                f"{name}: a missing value at row {int(missing.argmax())}, column {label!r}; "
-                "remove or impute the rows that hold such values"
-            )
+        if column.isna().any():
+            return Cells(label, column.to_numpy(dtype="float64", na_value=np.nan))
         kind = "float64" if pd.api.types.is_float_dtype(dtype) else "int64" if not pd.api.types.is_bool_dtype(dtype) else "bool"
-        return column.to_numpy(dtype=kind)
-    return column.to_numpy()
+        return Cells(label, column.to_numpy(dtype=kind))
+    return Cells(label, column.to_numpy())
 
 
-def read_parquet(path: Path, label: str) -> Dataset:
-    """Read a parquet file of numeric columns.
+def _is_missing(value: Any) -> bool:
+    """Say whether a cell of a frame is None, NaN, <NA> or a text that stands for it."""
+    import pandas as pd
+
+    if isinstance(value, str):
+        return value.strip() in MISSING
+    return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
+
+
+def read_parquet(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
+    """Read a parquet file of numbers and text.
 
     Args:
         path: the file.
         label: its name for messages.
+        layout: which columns are what.
 
     Raises:
-        DataError: pyarrow is not installed, or the file is damaged or holds other than numbers.
+        DataError: pyarrow is not installed, or the file is damaged or holds other than numbers and text.
     """
     try:
         import pyarrow.parquet as parquet
@@ -128,18 +188,21 @@ def read_parquet(path: Path, label: str) -> Dataset:
     except Exception as error:  # pyarrow's errors share no base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
         raise DataError(f"{label}: damaged or no parquet file ({reason}); write it again") from None
-    return from_frame(frame, label)
+    return from_frame(frame, label, layout)
 
 
-def read_csv(path: Path, label: str) -> Dataset:
-    """Read numbers separated by commas, semicolons or tabs; a first line with text in it is the header.
+def read_csv(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
+    """Read cells separated by commas, semicolons or tabs; a first line with text in it is the header.
+
+    Without a header the columns are called 0, 1, ...
 
     Args:
         path: the file.
         label: its name for messages.
+        layout: which columns are what.
 
     Raises:
-        DataError: names line (counted from 1) and column of the first cell that is no number, or of a ragged line.
+        DataError: names the line (counted from 1) that is ragged, or line and column of text in a column of numbers.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -152,50 +215,77 @@ def read_csv(path: Path, label: str) -> Dataset:
         raise DataError(f"{label}: empty")
     delimiter = max(",;\t", key=first.count)
     cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter))]
-    header = any(cell and not _is_number(cell) for cell in cells)
+    header = any(cell not in MISSING and not _is_number(cell) for cell in cells)
     if header and (repeated := [name for name in cells if cells.count(name) > 1]):
         raise DataError(f"{label}: the column name {repeated[0]!r} appears twice in the header")
-    columns = tuple(cells) if header else None
     body = text.split(first, 1)[1] if header else text
     if not body.strip():
         raise DataError(f"{label}: a header and no rows")
+    columns = tuple(cells) if header else tuple(str(i) for i in range(len(cells)))
+    if layout.fitted and layout.x is not None and not header and len(layout.x) == len(columns):
+        columns = layout.x  # by their places
+    x = _numbers(body, delimiter)
+    if x is not None and x.shape[1] == len(columns):
+        found = [Cells(name, x[:, i]) for i, name in enumerate(columns)]
+    else:
+        found = _mixed(text, label, delimiter, columns, layout.textual, header=header)
+    dataset = assemble(found, layout, label)
+    if header or layout.x is not None:
+        return dataset
+    return replace(dataset, columns=None, layout=replace(dataset.layout or layout, x=None))
+
+
+def _numbers(body: str, delimiter: str) -> np.ndarray | None:
+    """Read a table of numbers alone, fast; None where it holds anything else."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            x = np.loadtxt(io.StringIO(body), delimiter=delimiter, ndmin=2, comments=None, quotechar='"')
-        if columns is None or x.shape[1] == len(columns):
-            return Dataset(x, label, columns=columns)
+            return np.loadtxt(io.StringIO(body), delimiter=delimiter, ndmin=2, comments=None, quotechar='"')
     except (ValueError, UserWarning, OverflowError):
-        pass
-    raise DataError(_csv_problem(text, label, delimiter, columns))
+        return None
 
 
-def _csv_problem(text: str, label: str, delimiter: str, columns: tuple[str, ...] | None) -> str:
-    """Find the first cell or line that keeps a CSV file from being read."""
-    width = len(columns) if columns else None
-    seen_header = columns is None
+def _mixed(
+    text: str, label: str, delimiter: str, columns: tuple[str, ...], textual: frozenset[str], *, header: bool
+) -> list[Cells]:
+    """Read a table of numbers, text and empty cells."""
+    rows: list[list[str]] = []
+    lines: list[int] = []
     try:
         reader = csv.reader(io.StringIO(text), delimiter=delimiter)
         for row in reader:
             if not any(cell.strip() for cell in row):
                 continue
-            if not seen_header:
-                seen_header = True
+            if header and not lines:
+                lines.append(reader.line_num)
                 continue
-            line = reader.line_num
-            width = width or len(row)
+            width = len(rows[0]) if rows and not header else len(columns)
             if len(row) != width:
                 cells = f"{len(row)} cell{'s' * (len(row) != 1)}"
-                return f"{label}: line {line} has {cells}, the lines before it have {width}; every line needs the same"
-            for i, cell in enumerate(row):
-                if not _is_number(cell.strip()):
-                    column = repr(columns[i]) if columns else str(i)
-                    what = f"the text {cell.strip()[:40]!r} is no number" if cell.strip() else "an empty cell"
-                    cure = "fill it in or remove the row" if not cell.strip() else "remove the column or encode it"
-                    return f"{label}: line {line}, column {column}: {what}; {cure}"
+                raise DataError(
+                    f"{label}: line {reader.line_num} has {cells}, the lines before it have {width}; every line needs the same"
+                )
+            rows.append([cell.strip() for cell in row])
+            lines.append(reader.line_num)
     except csv.Error as error:
-        return f"{label}: not a CSV file: {error}"
-    return f"{label}: not a CSV file of numbers"
+        raise DataError(f"{label}: not a CSV file: {error}") from None
+    lines = lines[1:] if header else lines
+    return [_column(name, [row[i] for row in rows], label, lines, name in textual) for i, name in enumerate(columns)]
+
+
+def _column(name: str, cells: list[str], label: str, lines: list[int], textual: bool) -> Cells:
+    """Return a column as numbers where all its cells are, else as text where none is or it may be."""
+    known = [cell not in MISSING for cell in cells]
+    numeric = [is_known and _is_number(cell) for cell, is_known in zip(cells, known, strict=True)]
+    if numeric == known:
+        return Cells(name, np.array([float(c) if k else np.nan for c, k in zip(cells, known, strict=True)]))
+    if any(numeric) and not textual:
+        at = next(i for i, cell in enumerate(cells) if known[i] and not numeric[i])
+        raise DataError(
+            f"{label}: line {lines[at]}, column {name!r}: the text {cells[at][:40]!r} is no number, and other cells of the "
+            "column are; correct it, or declare the column categorical in data.kinds"
+        )
+    return Cells.of_text(name, [cell if k else None for cell, k in zip(cells, known, strict=True)])
 
 
 def _is_number(cell: str) -> bool:

@@ -62,6 +62,12 @@ def _idx(name: str, packed: str, md5: str, sha256: str) -> Published:
     return Published(name, url, f"md5:{packed}", md5, sha256)
 
 
+def _kept(name: str, url: str, md5: str, sha256: str) -> Published:
+    return Published(name, f"https://raw.githubusercontent.com/{url}", f"sha256:{sha256}", md5, sha256)
+
+
+_HI_VAE = "probabilistic-learning/HI-VAE/855b255d15451f80cf337cc648ff6acab5d86402/Adult"
+
 FILES: dict[str, Published] = {
     "train.amat": _amat(
         "train",
@@ -102,11 +108,40 @@ FILES: dict[str, Published] = {
         "27ae3e4e09519cfbb04c329615203637",
         "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     ),
+    "adult.data": _kept(
+        "adult/data.csv",
+        f"{_HI_VAE}/data.csv",
+        "f219a03183489c4e7738163d77f517a7",
+        "a38d3e228cc9cc12eca35ea3439706906aae966372fdd791ef8f9c347b37cb77",
+    ),
+    "adult.types": _kept(
+        "adult/data_types.csv",
+        f"{_HI_VAE}/data_types.csv",
+        "d783b9f7bc41523a9133d89c5bb27b7d",
+        "6f5fe8db1634101eed8b4c1549b3ae1f4f92dca88b34af13a9b5d8e8e5012fd5",
+    ),
+    "adult.missing": _kept(
+        "adult/missing20_1.csv",
+        f"{_HI_VAE}/Missing20_1.csv",
+        "fb770bd5270b63f88da0d6137ba87544",
+        "5640540fcbb8424d1b24edddb9b7edd9985e4e4a9011dc76210185fb65f1dfcb",
+    ),
+    "jsb.quarter": _kept(
+        "jsb-chorales-quarter.json",
+        "czhuang/JSB-Chorales-dataset/9a7f733ddb4ed91f48da64ac7f0f621c34aadd4d/jsb-chorales-quarter.json",
+        "3bf6c38f846f08869f8ae53078e34902",
+        "2db9329f1881a1d3f49703ec556bf1d6f84b4f6c1d702c156536e93cf31e1c91",
+    ),
 }
 
 
 class PublishedSource(Source):
-    """A data set with a published split: 50,000 rows train, 10,000 validate, 10,000 are the test set."""
+    """A data set that its publisher keeps in files: `ELBOWROOM_DATA` names a folder that holds them, or they are downloaded.
+
+    Attributes:
+        split: fractions of train, validation and test; MNIST's, whose published split is kept.
+        keys: of the files in `FILES`.
+    """
 
     split: Sequence[float] = (5 / 7, 1 / 7, 1 / 7)
     keys: Sequence[str]
@@ -250,8 +285,9 @@ def _find(file: Published) -> Path:
     import pooch
 
     pooch.get_logger().setLevel(logging.ERROR)
+    place = folder / (file.name + ".gz" * file.url.endswith(".gz"))
     try:
-        return Path(pooch.retrieve(file.url, known_hash=file.download, fname=file.url.rsplit("/", 1)[1], path=folder))
+        return Path(pooch.retrieve(file.url, known_hash=file.download, fname=place.name, path=place.parent))
     except Exception as error:  # requests, urllib3, sockets and pooch itself raise what they like
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         raise DataError(
