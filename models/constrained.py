@@ -21,7 +21,7 @@ _UNIT = math.log(math.expm1(1.0))  # softplus(_UNIT) = 1
 
 
 class _Carried(Prior):
-    """A normal with independent entries on R^m, carried onto another space; standard, or with learned moments."""
+    """A normal with independent entries on R^m, to be carried onto another space; standard, or learned."""
 
     def __init__(self, latent_dim: int, learned: bool) -> None:
         super().__init__()
@@ -33,10 +33,9 @@ class _Carried(Prior):
             else:
                 self.register_buffer(name, value, persistent=False)
 
-    def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
-        """Return the carried normal, event shape (d,)."""
-        base = dist.Normal(self.loc, softplus(self.scale + _UNIT) + SCALE_FLOOR * self.learned).to_event(1)
-        return dist.TransformedDistribution(base, [spaces.onto(self.space)], validate_args=False)
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return location and scale on R^m, (m,) each."""
+        return self.loc, softplus(self.scale + _UNIT) + SCALE_FLOOR * self.learned
 
     @property
     def learned(self) -> bool:
@@ -59,6 +58,10 @@ class LogNormal(_Carried):
     def __init__(self, latent_dim: int, *, learned: bool = False) -> None:
         super().__init__(latent_dim, learned)
 
+    def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
+        """Return the product of log-normal densities."""
+        return dist.LogNormal(*self.moments()).to_event(1)
+
 
 class LogisticNormal(_Carried):
     """A point of the simplex, stick breaking of a normal on R^(d-1): standard, or with learned location and scale.
@@ -80,6 +83,11 @@ class LogisticNormal(_Carried):
     def __init__(self, latent_dim: int, *, learned: bool = False) -> None:
         _at_least_two(latent_dim)
         super().__init__(latent_dim, learned)
+
+    def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
+        """Return the carried normal, event shape (d,)."""
+        base = dist.Normal(*self.moments()).to_event(1)
+        return dist.TransformedDistribution(base, [spaces.onto("simplex")], validate_args=False)
 
 
 class Gamma(Prior):
