@@ -45,6 +45,8 @@ class WakeSleep(Objective):
         try:
             wake = log_weights(model, guide, args, kwargs, particles=self.particles, detach=True)
             wake.guide.update({name: log_q.detach() for name, log_q in wake.guide.items()})
+            awake = log_mean_exp(wake.weighed(kl_weight)).sum()
+            finished(wake, awake)  # before it dreams of what is not finite
             with torch.no_grad():
                 dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
             dreamt = _with_dreams(dream, args, kwargs)
@@ -56,7 +58,7 @@ class WakeSleep(Objective):
         log_q = torch.stack([plate.density(site) for _, site in samples(sleep)]).sum()
         if not bool(log_q.detach().isfinite()):
             raise locate(dream, sleep)
-        return finished(wake, log_mean_exp(wake.weighed(kl_weight)).sum(), log_q)
+        return finished(wake, awake, log_q)
 
 
 def _with_dreams(dream: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
