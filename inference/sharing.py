@@ -25,6 +25,7 @@ from elbowroom.models.categories import Codes
 from elbowroom.models.compositions import Composition
 from elbowroom.models.continuous import OpenBeta
 from elbowroom.models.incomplete import Incomplete
+from elbowroom.models.likelihoods import Grey
 from elbowroom.models.mixed import Columns
 
 EXACT = 50.0  # beyond which softplus(x) is x in double precision
@@ -54,7 +55,7 @@ def _bernoulli(x: Tensor, logits: Tensor) -> Terms:
 
 
 def _continuous_bernoulli(x: Tensor, logits: Tensor) -> Terms:
-    at_zero = dist.ContinuousBernoulli(logits=logits, validate_args=False).log_prob(torch.zeros_like(logits))
+    at_zero = Grey(logits=logits, validate_args=False).log_prob(torch.zeros_like(logits))
     return logits, -at_zero, x, x.new_zeros(len(x), 1)
 
 
@@ -114,7 +115,7 @@ def _composition(x: Tensor, logits: Tensor) -> Terms:
 
 FAMILIES: dict[type, Family] = {
     dist.Bernoulli: Family(_bernoulli, ("logits",)),
-    dist.ContinuousBernoulli: Family(_continuous_bernoulli, ("logits",)),
+    Grey: Family(_continuous_bernoulli, ("logits",)),
     dist.Normal: Family(_normal, ("loc", "scale")),
     dist.LogNormal: Family(_log_normal, ("loc", "scale")),
     dist.Gamma: Family(_gamma, ("concentration", "rate")),

@@ -152,7 +152,9 @@ class Mixed(Likelihood):
         self.parts = nn.ModuleList(
             _one_column(name, len(index), levels, self.names[index[0]]) for (name, levels), index in groups.items()
         )
-        self.param_dim = sum(part.param_dim for part in self.parts)
+        self.param_dim = sum(part.param_dim for _, part in self._each())
+        for i, index in enumerate(self.groups):
+            self.register_buffer(f"index_{i}", torch.tensor(index), persistent=False)
         inside = [0.0] * len(columns)
         for index, part in self._each():
             for j in index:
@@ -166,9 +168,9 @@ class Mixed(Likelihood):
         """Return the joint distribution of the columns."""
         pieces = params.split([part.param_dim for _, part in self._each()], -1)
         parts = []
-        for (index, part), piece in zip(self._each(), pieces, strict=True):
+        for i, ((_, part), piece) in enumerate(zip(self._each(), pieces, strict=True)):
             p = part(piece, exposure) if exposure is not None and part.takes_exposure else part(piece)
-            parts.append((torch.tensor(index, device=params.device), p))
+            parts.append((self.get_buffer(f"index_{i}"), p))
         return Columns(parts)
 
     def problem(self, x: Tensor) -> str | None:
@@ -206,7 +208,7 @@ class Mixed(Likelihood):
 def _class(name: str) -> type[Likelihood]:
     module, _, attribute = ONE_COLUMN[name].partition(":")
     found = getattr(importlib.import_module(f"elbowroom.models.{module}"), attribute)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _needs_levels(name: str) -> bool:

@@ -459,6 +459,27 @@ def test_outer_values_keep_their_precision_far_from_the_mean() -> None:
     torch.testing.assert_close(p.log_prob(x), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_continuous_bernoulli_at_every_logit(dtype: torch.dtype) -> None:
+    """Where the probability of a Bernoulli has rounded to 0 or 1, too, and around zero."""
+    l = torch.tensor([-300.0, -60, -5, -1e-2, -9.9e-3, -1e-6, 1e-6, 5e-3, 1e-2, 1, 60, 300], dtype=dtype)
+    p = ContinuousBernoulli((1,)).to(dtype)(l[:, None])
+    x = torch.linspace(0, 1, 11, dtype=dtype)[:, None, None]
+    wide, at = l.double(), x[..., 0].double()
+    log_norm = torch.where(wide > 0, wide + torch.log(-torch.expm1(-wide)), torch.log(-torch.expm1(wide)))
+    expected = wide.abs().log() + wide * at - log_norm
+    close = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(p.log_prob(x).double(), expected, **close)
+    u = torch.linspace(0, 1, 400_001, dtype=F64)[:, None]
+    density = (wide.abs().log() + wide * u - log_norm).exp()
+    mean = torch.trapezoid(u * density, u, dim=0)
+    torch.testing.assert_close(p.mean[:, 0].double(), mean, rtol=0, atol=1e-4)
+    variance = torch.trapezoid(u.square() * density, u, dim=0) - mean.square()
+    torch.testing.assert_close(p.variance[:, 0].double(), variance, rtol=0, atol=2e-3 if dtype == torch.float32 else 1e-4)
+    draws = p.sample((20_000,))
+    assert ((draws.mean(0) - p.mean).abs() < 4.5 * draws.std(0) / 20_000**0.5).all()
+
+
 def test_mixed_is_the_sum_of_its_columns() -> None:
     """Each group of columns against the likelihood of its own, with the same constants and outputs."""
     likelihood, x = fitted("mixed")
@@ -560,3 +581,22 @@ def test_the_seam_and_training(name: str, holes: bool) -> None:
     assert sum(losses[-10:]) < sum(losses[:10])
     pyro.clear_param_store()
     assert vae.model(n=3).shape == (3, width(name))
+
+
+@pytest.mark.parametrize("name", ["poisson", "zero_inflated_negative_binomial", "mixed"])
+@pytest.mark.parametrize("holes", [False, True])
+def test_exposure_reaches_the_seam(name: str, holes: bool) -> None:
+    likelihood, x = fitted(name)
+    x = torch.where(torch.rand_like(x) < 0.3, torch.nan, x) if holes else x
+    exposure = 0.5 + torch.rand(len(x), dtype=F64)
+    q = DiagonalNormal(2)
+    encoder = Linear((likelihood.feature_shape[0] + 1,), q.param_dim)
+    vae = VAE(Normal(2), likelihood, Linear((2,), likelihood.param_dim), AmortizedGuide(encoder, q)).double()
+    log_joint = LogJoint(vae.model, vae.guide, x, exposure=exposure)
+    z = torch.randn(5, 2, dtype=F64)
+    p = likelihood(vae.decoder(z)[:, None], exposure)
+    p = likelihood.incomplete(p, x.isnan()) if holes else p
+    expected = p.log_prob(x) + torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)[:, None]
+    torch.testing.assert_close(log_joint(z[:, None].expand(-1, len(x), -1)), expected)
+    torch.testing.assert_close(log_joint.shared(z), expected, rtol=1e-9, atol=1e-9)
+    assert log_joint.shares
