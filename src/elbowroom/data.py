@@ -138,7 +138,7 @@ class Dataset:
     def take(self, index: np.ndarray | slice) -> Dataset:
         """Return some of the rows, with what stands beside them; a split and hidden entries have no meaning there."""
         beside = {name: getattr(self, name) for name in ("labels", "grey", "covariates", "exposure")}
-        some = {name: None if value is None else value[index] for name, value in beside.items()}
+        some: dict[str, Any] = {name: None if value is None else value[index] for name, value in beside.items()}
         return replace(self, x=self.x[index], split=None, hidden=None, **some)
 
     def fingerprint(self) -> str:

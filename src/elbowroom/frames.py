@@ -122,6 +122,7 @@ def from_frame(frame: pd.DataFrame, name: str, layout: Layout = AS_IT_IS) -> Dat
         raise DataError(f"{name}: the column name {repeated[0]!r} appears twice")
     if frame.shape[1] == 0 or len(frame) == 0:
         raise DataError(f"{name}: empty, shape {frame.shape}; at least 3 rows of one number are needed")
+    layout.require(columns, name)
     used = {column for _, column in layout.others()} | set(layout.x or columns) | set(layout.kinds)
     parts = [(i, column) for i, column in enumerate(columns) if column in used]
     return assemble([_cells(frame.iloc[:, i], column, name) for i, column in parts], layout, name)

@@ -119,6 +119,18 @@ class Layout:
         coded = [name for name, kind in self.kinds.items() if kind in CODED]
         return frozenset([*coded, *self.levels, *self._names("labels")])
 
+    def require(self, names: Sequence[str], label: str) -> None:
+        """Refuse a table that lacks a column; of other rows than those of a fit, labels may be left out.
+
+        Raises:
+            DataError: names the column.
+        """
+        wanted = [("data.x", name) for name in self.x or ()] + self.others() + [("data.kinds", name) for name in self.kinds]
+        for option, name in wanted:
+            if name not in names and not (self.fitted and option in ("data.labels", "data.kinds")):
+                where = "" if self.fitted else f" {option}:"
+                raise DataError(f"{label}:{where} there is no column {name!r}{nearest(name, names)}")
+
     def tree(self) -> dict[str, Any]:
         """Return it as a record can hold it: lists and texts; what is empty is left out."""
         plain: dict[str, Any] = {
@@ -169,11 +181,7 @@ def assemble(cells: Sequence[Cells], layout: Layout, label: str) -> Dataset:
         DataError: a column is not there, or cannot be what it should be; names it.
     """
     by_name = {c.name: c for c in cells}
-    wanted = [("data.x", name) for name in layout.x or ()] + layout.others()
-    for option, name in wanted + [("data.kinds", name) for name in layout.kinds]:
-        if name not in by_name and not (layout.fitted and option in ("data.labels", "data.kinds")):
-            where = "" if layout.fitted else f" {option}:"
-            raise DataError(f"{label}:{where} there is no column {name!r}{nearest(name, by_name)}")
+    layout.require([c.name for c in cells], label)
     taken = {name for _, name in layout.others()}
     names = layout.x if layout.x is not None else tuple(c.name for c in cells if c.name not in taken)
     if not names:
