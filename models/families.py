@@ -68,7 +68,8 @@ class StudentT(Family):
     in the posterior of a datum that determines z poorly. Independent t's have star-shaped contours, heavy along the axes
     alone, and no correlation; they are not offered. As df grows it becomes `full_rank_normal`.
 
-    Log density: lgamma((df + d) / 2) - lgamma(df / 2) - d/2 log(df pi) - log det L - (df + d)/2 log(1 + |L^-1 (z - mu)|^2 / df).
+    Log density, with r = |L^-1 (z - mu)|:
+    lgamma((df + d) / 2) - lgamma(df / 2) - d/2 log(df pi) - log det L - (df + d)/2 log(1 + r^2 / df).
 
     Args:
         latent_dim: width of z (a fact).

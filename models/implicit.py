@@ -80,13 +80,12 @@ class MixtureOfNormals(TorchDistribution):
 
     def _drawn(self, shape: torch.Size) -> Tensor:
         k, d = self.loc.shape[-2:]
+        like: dict[str, Any] = {"dtype": self.loc.dtype, "device": self.loc.device}
         # the largest of Gumbel-perturbed log weights is a draw of k; unlike torch.multinomial it takes any batch shape
-        uniform = torch.rand(*shape, k, dtype=self.loc.dtype, device=self.loc.device).clamp_min(
-            torch.finfo(self.loc.dtype).tiny
-        )
+        uniform = torch.rand(*shape, k, **like).clamp_min(torch.finfo(self.loc.dtype).tiny)
         which = (self.log_weights - (-uniform.log()).log()).argmax(-1, keepdim=True)
         chosen = (which == torch.arange(k, device=self.loc.device))[..., None].to(self.loc.dtype)
-        noise = torch.randn(*shape, d, dtype=self.loc.dtype, device=self.loc.device)
+        noise = torch.randn(*shape, d, **like)
         return (chosen * self.loc).sum(-2) + (chosen * self.scale).sum(-2) * noise
 
     def differentiable(self, z: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
 r"""Semi-amortized inference: the encoder's parameters, improved for each datum by a few steps up its own ELBO.
 
-With fixed noise e_1 .. e_S, the same for every datum, antithetic (e and -e) and of covariance exactly I, the ELBO of datum n
-is a function of the parameters alone, and the exact one where log p(x, z) is quadratic in z,
+With fixed noise e_1 .. e_S, the same for every datum, quasi-random, antithetic (e and -e) and of covariance I, the ELBO of
+datum n is a function of the parameters alone, and the exact one where log p(x, z) is quadratic in z,
 
     L_n(lambda) = (1/S) sum_s log p(x_n, z_s) - log q(z_s; lambda),    z_s = mu + L e_s
 
 so lambda_n = refined(encoder(x_n)) is a deterministic function of x_n, and q(z|x) an ordinary density.
 
 Each step goes from the best parameters so far along P g, the gradient in the family's own units (so that a narrow posterior
-needs no other step size than a wide one), by at most one standard deviation. A datum whose L_n it does not raise stays where it
-is and tries a smaller step: no step makes L_n worse, whatever the model does far out.
+needs no other step size than a wide one), by at most one standard deviation. It is taken where it raises the ELBO on a second
+set of fixed noise, the judges, which the gradient has not seen: parameters that fit the few points of the first are no gain.
+A datum that is refused stays where it is and tries a smaller step: no step makes it worse, whatever the model does far out.
 
 Kim et al. 2018, https://arxiv.org/abs/1802.02550. They take plain gradient steps on fresh draws and always accept them.
 """
@@ -33,8 +34,9 @@ GROW, SHRINK = 1.5, 0.3  # of a datum's step size after a step that raised its E
 class SemiAmortized(Family):
     """q(z|x) = a normal whose parameters are the encoder's, improved by gradient steps on the datum's own ELBO.
 
-    Training differentiates through the steps: the encoder learns a start from which they go far, the decoder learns what
-    the refined posterior asks of it. Every use of the guide takes the steps, so it costs about 3 `steps` x `draws` decodings.
+    Training differentiates through the steps, though not through which of them are refused: the encoder learns a start from
+    which they go far, and the decoder what the refined posterior asks of it. Every use of the guide takes the steps, so it
+    costs about 5 `steps` x `draws` decodings. Without them the encoder is no good guide: it learns where to start.
 
     Args:
         latent_dim: width of z (a fact).
@@ -67,15 +69,20 @@ class SemiAmortized(Family):
         self.latent_dim, self.param_dim = latent_dim, self.base.param_dim
         self.steps, self.step_size, self.through = steps, step_size, through
         self.noise: Tensor
-        self.register_buffer("noise", _noise(draws, self.base.noise_dim)[:, None], persistent=False)
+        self.judges: Tensor
+        self.register_buffer("noise", _noise(draws, self.base.noise_dim, seed=0), persistent=False)
+        self.register_buffer("judges", _noise(2 * draws, self.base.noise_dim, seed=1), persistent=False)
 
     def forward(self, params: Tensor) -> TorchDistribution:
         """Turn parameters into the normal; see `refined` for the steps."""
         return self.base(params)
 
     def elbo(self, params: Tensor, log_joint: LogDensity) -> Tensor:
-        """Return each datum's ELBO on the fixed noise, (N,), in nats."""
-        z = self.base.place(params, self.noise)
+        """Return each datum's ELBO on the judges' noise, (N,), in nats: `refined` never lowers it."""
+        return self._elbo(params, log_joint, self.judges)
+
+    def _elbo(self, params: Tensor, log_joint: LogDensity, noise: Tensor) -> Tensor:
+        z = self.base.place(params, noise)
         return (log_joint(z) - self.base(params).log_prob(z)).mean(0)
 
     def refined(self, params: Tensor, log_joint: LogDensity) -> Tensor:
@@ -89,32 +96,36 @@ class SemiAmortized(Family):
         return params + (best - params).detach()
 
     def _climbed(self, params: Tensor, log_joint: LogDensity) -> Tensor:
-        def total(candidate: Tensor) -> tuple[Tensor, Tensor]:
-            each = self.elbo(candidate, log_joint)
-            return each.sum(), each
-
-        slope = torch.func.grad(total, has_aux=True)
+        slope = torch.func.grad(lambda candidate: self._elbo(candidate, log_joint, self.noise).sum())
         best = params
+        with torch.no_grad():
+            value = self.elbo(best, log_joint).nan_to_num(nan=-torch.inf)  # anything beats a start that has no ELBO
         size = params.new_full((*params.shape[:-1], 1), self.step_size)
         for _ in range(self.steps):
-            gradient, value = slope(best)
+            gradient = slope(best)
             direction = self.base.uphill(best, gradient)
+            square = (gradient * direction).sum(-1, keepdim=True)  # g' P g, squared length in standard deviations
+            far = size * square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+            trial = best + size / far.clamp_min(1) * direction
             with torch.no_grad():
-                length = (gradient * direction).sum(-1, keepdim=True)  # g' P g, squared length in standard deviations
-                step = size / (size * length.clamp_min(0).sqrt()).clamp_min(1)
-                trial = best + step * direction
-                better = (self.elbo(trial, log_joint) > value)[..., None]  # false for NaN
+                judged = self.elbo(trial, log_joint)
+                better = (judged > value)[..., None]  # false for NaN
+                value = torch.where(better[..., 0], judged, value)
                 size = torch.where(better, GROW, SHRINK) * size
-            best = torch.where(better, best + step * direction, best)
+            best = torch.where(better, trial, best)
         return best
 
 
-def _noise(draws: int, width: int) -> Tensor:
-    """Return at least `draws` and at least 2 `width` points e, -e of covariance I, (S, width).
+def _noise(draws: int, width: int, seed: int) -> Tensor:
+    """Return at least `draws` and at least 2 `width` points e, -e of covariance I, (S, 1, width).
 
     From a generator and a dtype of its own: the same numbers whatever the caller's seed and precision are.
     """
     count = max((draws + 1) // 2, width)
-    half = torch.randn(count, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    half = torch.linalg.qr(half)[0] * count**0.5
-    return torch.cat([half, -half]).float()
+    uniform = torch.quasirandom.SobolEngine(width, scramble=True, seed=seed).draw(count, dtype=torch.float64)
+    uniform = uniform.clamp(1e-6, 1 - 1e-6)
+    uniform[:, 0] /= 2  # half of the space; the mirror images fill the other half
+    half = torch.special.ndtri(uniform)
+    values, vectors = torch.linalg.eigh(half.T @ half / count)
+    half = half @ (vectors * values.clamp_min(1e-6).rsqrt()) @ vectors.T  # the nearest points of covariance I
+    return torch.cat([half, -half])[:, None].float()
