@@ -211,8 +211,8 @@ BAD = {
     "save numbers: np.save(file, x.astype(float))",
     "run s.yaml --set data.path=ragged.csv": "ragged.csv: line 3 has 1 cell, the lines before it have 2; "
     "every line needs the same",
-    "run s.yaml --set data.path=text.csv": "text.csv: line 3, column 'b': the text 'high' is no number; "
-    "remove the column or encode it",
+    "run s.yaml --set data.path=text.csv": "text.csv: line 3, column 'b': the text 'high' is no number, "
+    "and other cells of the column are; correct it, or declare the column categorical in data.kinds",
     "run s.yaml --set data.path=grey.npy": "s.yaml: data: bernoulli needs 0 or 1, found 0.5 at row {grey}: binarize the data "
     "(data.binarize = a threshold), or use model.likelihood = continuous_bernoulli for values in [0, 1]",
     "run s.yaml --overwrite --resume": "--overwrite and --resume contradict each other: one starts anew, the other goes on",
@@ -278,7 +278,7 @@ BAD = {
     "run s.yaml --set seed=[1": "--set seed, line 1, column 3: expected ',' or ']', but got '<stream end>'",
     # data
     "run s.yaml --set data.path=inf.npy": (
-        "inf.npy: an infinite value at row 2, column 3; remove or impute the rows that hold such values"
+        "inf.npy: an infinite value at row 2, column 3; correct it, or make it NaN, which is read as missing"
     ),
     "run s.yaml --set data.path=none.npy": "none.npy: empty, shape (0, 6); at least 3 rows of one number are needed",
     "run s.yaml --set data.path=flat.npy": "flat.npy: rows and columns are needed, this array is flat; reshape it to (6, 1)",
