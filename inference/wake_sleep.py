@@ -16,12 +16,30 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from elbowroom.inference.bounds import finished, log_mean_exp
 from elbowroom.inference.objectives import Estimate, Objective, Program, locate, samples
 from elbowroom.inference.weights import Plate, length, log_weights
+
+
+class Dream(Messenger):
+    """A Pyro handler that draws the observed sites, in the type of what was observed, and keeps that in `observed`.
+
+    It calls `sample`, for a dream takes no gradient; `poutine.uncondition` would call `rsample`, which not every one has.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observed: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"] and isinstance(msg["value"], Tensor):
+            data = self.observed[msg["name"]] = msg["value"]
+            msg["value"], msg["is_observed"] = msg["fn"].sample().to(data.dtype), False
 
 
 class WakeSleep(Objective):
@@ -47,9 +65,9 @@ class WakeSleep(Objective):
             wake.guide.update({name: log_q.detach() for name, log_q in wake.guide.items()})
             awake = log_mean_exp(wake.weighed(kl_weight)).sum()
             finished(wake, awake)  # before it dreams of what is not finite
-            with torch.no_grad():
-                dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
-            dreamt = _with_dreams(dream, args, kwargs)
+            with torch.no_grad(), Dream() as asleep:
+                dream = poutine.trace(model).get_trace(*args, **kwargs)
+            dreamt = _with_dreams(dream, asleep.observed, (args, kwargs))
             sleep = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*dreamt[0], **dreamt[1])
             sleep.compute_log_prob()
             plate = Plate.around([sleep], length(dreamt))
@@ -57,22 +75,19 @@ class WakeSleep(Objective):
             raise ValueError(f"{self.name}: {error}") from error
         log_q = torch.stack([plate.density(site) for _, site in samples(sleep)]).sum()
         if not bool(log_q.detach().isfinite()):
-            raise locate(dream, sleep)
+            raise locate(sleep, sleep)
         return finished(wake, awake, log_q)
 
 
-def _with_dreams(dream: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _with_dreams(dream: Trace, observed: dict[str, Any], tree: Any) -> Any:
     """Return the arguments with the dreamt values in place of the observed ones.
 
     Raises:
         ValueError: an observed value is none of the arguments, so that the guide could not be shown the dream.
     """
-    tree = (args, kwargs)
-    for name, site in samples(dream):
-        if not site["infer"].get("was_observed"):
-            continue
-        data = site["infer"]["obs"]
+    for name, data in observed.items():
+        dreamt = dream.nodes[name]["value"]
         if not any(leaf is data for leaf in pytree.tree_leaves(tree)):
             raise ValueError(f"the value of observed site {name!r} is none of the arguments as they are; use elbo")
-        tree = pytree.tree_map(lambda leaf, x=data, y=site["value"]: y.to(x.dtype) if leaf is x else leaf, tree)
+        tree = pytree.tree_map(lambda leaf, x=data, y=dreamt: y if leaf is x else leaf, tree)
     return tree
