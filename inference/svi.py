@@ -172,7 +172,7 @@ def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, 
     with contained(seed, data.device), mode(vae, training=False), torch.no_grad():
         for part in data.split(max(1, rows // draws)):
             # the draws stand beside each other in the plate, so any network that takes a batch will do
-            repeated = {name: value.repeat(draws, *[1] * (value.ndim - 1)) for name, value in part.items()}
+            repeated: dict[str, Any] = {name: value.repeat(draws, *[1] * (value.ndim - 1)) for name, value in part.items()}
             total += objective(vae.model, vae.guide, **repeated).elbo / draws
     return total / len(data)
 
@@ -368,7 +368,7 @@ class _Run:
 
     def _rehearse(self) -> None:
         """Run both programs once with Pyro's checks on: wrong shapes and undeclared plates are found before step 1."""
-        two = self.train.first(2)
+        two: dict[str, Any] = dict(self.train.first(2))
         with contained(self.session.seed, self.train.device), mode(self.vae, training=False), torch.no_grad():
             try:
                 self.step.objective(self.vae.model, self.vae.guide, **two, size=len(self.train))

@@ -234,7 +234,7 @@ def _frozen(trace: Trace) -> Iterator[None]:
 
 def leaves(tensors: list[Tensor]) -> list[Tensor]:
     """Return the leaves that tensors depend on, those that take a gradient."""
-    stack = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    stack: list[Any] = [t.grad_fn for t in tensors]
     found, seen = [t for t in tensors if t.requires_grad and t.is_leaf], set()
     while stack:
         node = stack.pop()
