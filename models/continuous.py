@@ -218,12 +218,12 @@ class Gamma(Likelihood):
 
 
 class OpenBeta(dist.Beta):
-    """A beta distribution whose draws never round to 0 or 1."""
+    """A beta distribution whose draws never round to 0 or 1, nor would in single precision."""
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw x in the open interval."""
         x = super().rsample(torch.Size(sample_shape))
-        edge = torch.finfo(x.dtype)
+        edge = torch.finfo(torch.float32)
         return x.clamp(edge.tiny, 1 - edge.eps)
 
 
@@ -247,6 +247,7 @@ class Beta(Likelihood):
     ) -> None:
         super().__init__(event_shape)
         self.variation = Positive(self.event_shape, concentration, floor)
+        self.variation.adapt(torch.full(self.event_shape, 0.1))  # k = 10 before there are data, not a flat density
         self.param_dim = self.width * (1 + self.variation.outputs)
         self.logit_mean: Tensor
         self.register_buffer("logit_mean", torch.zeros(self.event_shape))

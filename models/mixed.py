@@ -81,6 +81,8 @@ class Columns(TorchDistribution):
     @property
     def support(self) -> Any:
         """That of every column."""
+        if len(self.parts) == 1:
+            return self.parts[0][1].support
         return _RowSupport([(index, p.support) for index, p in self.parts])
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Columns:
