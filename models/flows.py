@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-import zuko
 from annotated_types import Ge
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
@@ -20,6 +19,11 @@ from torch.distributions import constraints
 
 from elbowroom.models.guides import Family
 from elbowroom.models.priors import Prior
+
+_checks = torch.distributions.Distribution._validate_args
+import zuko  # noqa: E402 - importing it switches the checks of ALL torch distributions off: they are put back
+
+torch.distributions.Distribution.set_default_validate_args(_checks)
 
 Kind = Literal["nsf", "maf", "realnvp"]
 
@@ -51,7 +55,9 @@ class FlowDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(z), (*batch)."""
-        return self.flow.log_prob(value)
+        # zuko's affine maps do not broadcast a value against the context
+        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        return self.flow.log_prob(value.expand(*batch, *self.event_shape))
 
 
 class Flow(Prior):
