@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from elbowroom import components, pairs
 from elbowroom.models import spaces
@@ -123,6 +126,19 @@ def assemble(spec: Spec, facts: Facts) -> VAE:
         guide=posterior,
     )
     return VAE(prior, likelihood, decoder, posterior, covariate_dim=len(facts.covariates))
+
+
+def restore(vae: VAE, state: Mapping[str, Tensor]) -> None:
+    """Give a VAE its weights; buffers take the shapes that the training data gave them.
+
+    Raises:
+        RuntimeError, TypeError, AttributeError: the weights are those of another model.
+    """
+    for name, _ in list(vae.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        if name in state:
+            setattr(vae.get_submodule(owner), leaf, state[name].clone())
+    vae.load_state_dict(dict(state))
 
 
 def _family(prior: Any, chosen: Any, latent_dim: int) -> Family:

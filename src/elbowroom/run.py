@@ -20,6 +20,7 @@ from elbowroom.analysis.pace import Step
 from elbowroom.analysis.planning import Plan as AuditPlan
 from elbowroom.analysis.store import Store
 from elbowroom.archive import check_stored
+from elbowroom.assembly import restore
 from elbowroom.data import Dataset, File
 from elbowroom.errors import DataError, RunFolderError, SpecError
 from elbowroom.experiment import Experiment, identity, seam
@@ -403,7 +404,7 @@ def _fingerprint(vae: VAE) -> str:
 
 
 def _load_weights(vae: VAE, path: Path) -> None:
-    """Load a state dict; buffers take the shapes that the training data gave them."""
+    """Load the weights of a run folder."""
     try:
         check_stored(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -413,11 +414,7 @@ def _load_weights(vae: VAE, path: Path) -> None:
         reason = str(error).split(". ")[0][:80]
         raise RunFolderError(f"{path}: damaged ({reason}); fit again with --overwrite") from None
     try:
-        for name, _ in list(vae.named_buffers()):
-            owner, _, leaf = name.rpartition(".")
-            if name in state:
-                setattr(vae.get_submodule(owner), leaf, state[name].clone())
-        vae.load_state_dict(state)
+        restore(vae, state)
         bad = [name for name, value in vae.state_dict().items() if not bool(value.isfinite().all())]
         if bad:
             raise TypeError(f"{bad[0]} is not finite")
