@@ -23,6 +23,9 @@ _UNIT = math.log(math.expm1(1.0))  # softplus(_UNIT) = 1
 class _Carried(Prior):
     """A normal with independent entries on R^m, to be carried onto another space; standard, or learned."""
 
+    loc: Tensor
+    scale: Tensor
+
     def __init__(self, latent_dim: int, learned: bool) -> None:
         super().__init__()
         self.latent_dim = latent_dim

@@ -103,6 +103,7 @@ class Categorical(Prior):
     """
 
     space: ClassVar[Space] = "one_hot"
+    logits: Tensor
 
     def __init__(self, latent_dim: int, *, learned: bool = True) -> None:
         super().__init__()
@@ -128,6 +129,7 @@ class Bernoulli(Prior):
     """
 
     space: ClassVar[Space] = "binary"
+    logits: Tensor
 
     def __init__(self, latent_dim: int, *, probability: Annotated[float, Gt(0), Lt(1)] = 0.5, learned: bool = False) -> None:
         super().__init__()
