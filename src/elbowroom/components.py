@@ -2,7 +2,8 @@
 
 A component is an ordinary class. The POSITIONAL parameters of its constructor are facts (`FACTS`), the KEYWORD-ONLY
 ones are the user's options; the schema, the checks and the list that `elbowroom components` prints are derived from
-them, and the docs from the docstring's `Args`. Nothing here imports torch until a component is asked for.
+them, and the docs from the docstring's `Args`. Nothing here imports torch until a component is asked for. Where those that
+do not come with Elbowroom are found: see `plugins`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from elbowroom import schema
+from elbowroom import plugins, schema
 from elbowroom.errors import SpecError, nearest
 from elbowroom.schema import Block, Option
 
@@ -118,6 +121,31 @@ _table: dict[str, dict[str, str | type]] = {
     },
 }
 
+PLACES: dict[str, str] = {
+    "data": "data",
+    "model.prior": "prior",
+    "model.likelihood": "likelihood",
+    "model.decoder": "network",
+    "guide.family": "guide",
+    "guide.encoder": "network",
+    "fit.objective": "objective",
+    "audit.references": "reference",
+}
+"""Where a spec names a component -> its kind."""
+
+_BASES = {
+    "data": "elbowroom.data:Source",
+    "prior": "elbowroom.models.priors:Prior",
+    "likelihood": "elbowroom.models.likelihoods:Likelihood",
+    "network": "torch.nn:Module",
+    "guide": "elbowroom.models.guides:Family",
+    "objective": "elbowroom.inference.objectives:Objective",
+    "reference": "elbowroom.inference.posterior:Reference",
+}
+
+_own = {kind: frozenset(table) for kind, table in _table.items()}
+_python: dict[str, dict[str, tuple[type, str]]] = {kind: {} for kind in _table}
+_in_use: dict[str, set[str]] = {kind: set() for kind in _table}
 _on_change: list[Callable[[], None]] = []
 
 
@@ -132,6 +160,8 @@ class Component:
         summary: the first line of its docstring.
         options: its keyword-only parameters.
         facts: its positional parameters.
+        origin: the package that offers it; empty for Elbowroom's own and for what Python code registered.
+        sha256: of the user's own file that it was read from, else empty.
     """
 
     kind: str
@@ -140,6 +170,8 @@ class Component:
     summary: str
     options: tuple[Option, ...]
     facts: tuple[str, ...]
+    origin: str = ""
+    sha256: str = ""
 
 
 def kinds() -> list[str]:
@@ -148,8 +180,19 @@ def kinds() -> list[str]:
 
 
 def names(kind: str) -> list[str]:
-    """Return the names registered under a kind, sorted."""
-    return sorted(_kind(kind))
+    """Return the names that a spec can use for a kind, sorted: our own, registered, or offered by installed packages."""
+    return sorted({*_kind(kind), *_offered(kind)})
+
+
+def own_names(kind: str) -> list[str]:
+    """Return the names that come with Elbowroom, sorted."""
+    _kind(kind)
+    return sorted(_own[kind])
+
+
+def broken() -> list[plugins.Offer]:
+    """Return what installed packages offer and nobody can use, for reasons that their metadata tell."""
+    return [offer for offer in plugins.offers(_own) if offer.problem]
 
 
 @functools.cache
@@ -159,17 +202,23 @@ def component(kind: str, name: str) -> Component:
     Raises:
         SpecError: for an unknown kind or name, with the nearest one.
     """
-    table = _kind(kind)
-    if name not in table:
-        raise SpecError(f"unknown {kind} {name!r}{nearest(name, table)}")
-    entry = table[name]
-    if isinstance(entry, str):
-        module, _, attribute = entry.partition(":")
-        entry = getattr(importlib.import_module(module), attribute)
-        assert isinstance(entry, type)  # the table above names classes
+    entry, origin, digest = _kind(kind).get(name), "", ""
+    if name in _python[kind]:
+        entry, digest = _python[kind][name]
+    elif entry is None and name in _offered(kind):
+        offer = _offered(kind)[name]
+        entry, origin = offer.load(), offer.package
+        _derived(kind, name, entry)
         _protocol(kind, name, entry)
         _check_constructor(kind, name, entry)
-    return Component(kind, name, entry, schema.summary(entry), tuple(schema.options(entry)), tuple(schema.facts(entry)))
+    elif entry is None:
+        raise SpecError(f"unknown {kind} {name!r}{nearest(name, names(kind))}")
+    elif isinstance(entry, str):
+        entry = _named(entry)
+        _protocol(kind, name, entry)
+        _check_constructor(kind, name, entry)
+    options, facts = tuple(schema.options(entry)), tuple(schema.facts(entry))
+    return Component(kind, name, entry, schema.summary(entry), options, facts, origin, digest)
 
 
 def register(kind: str, name: str, cls: type) -> None:
@@ -204,24 +253,106 @@ def register(kind: str, name: str, cls: type) -> None:
     _check_constructor(kind, name, cls)
 
 
+def prepare(tree: Mapping[str, Any], *, folder: Path, allow_python: bool = False, label: str = "spec") -> dict[str, Any]:
+    """Make the components that a spec names known: import those of installed packages, and execute the user's own files.
+
+    Args:
+        tree: the spec; it is left alone.
+        folder: where the paths of files start.
+        allow_python: execute the files and modules of `python:` names. Without it they are refused, unread.
+        label: of the spec, for messages.
+
+    Returns:
+        The spec, its `python:` names with absolute paths.
+
+    Raises:
+        SpecError: a `python:` name is not allowed, or something cannot be imported.
+    """
+    result = dict(tree)
+    for where, kind in PLACES.items():
+        parent, _, key = where.rpartition(".")
+        block = result.get(parent) if parent else result
+        if not isinstance(block, Mapping) or key not in block:
+            continue
+
+        def known(given: Any, kind: str = kind, where: str = where) -> Any:
+            try:
+                return _known(kind, given, folder, allow_python)
+            except SpecError as error:
+                raise SpecError(f"{label}: {where}: {error}") from error
+
+        given = block[key]
+        value = [known(each) for each in given] if isinstance(given, list) else known(given)
+        if parent:
+            result[parent] = {**block, key: value}
+        else:
+            result[key] = value
+    return result
+
+
+def python(kind: str, name: str, *, folder: Path, sha256: Any = None) -> str:
+    """Execute what a `python:` name stands for and make it known; return the name with the file's absolute path.
+
+    Args:
+        kind: its kind.
+        name: `python:file.py:Class` or `python:module:Class`.
+        folder: where the path of a file starts.
+        sha256: the hash that the source must have; None for any.
+
+    Raises:
+        SpecError: there is no such class, it cannot be executed, or it is no component of this kind.
+    """
+    _kind(kind)
+    where = plugins.place(name, folder)
+    found = plugins.execute(where, sha256, folder)
+    if _python[kind].get(where.name) != found:
+        cls, said = found[0], plugins.short(name)
+        _derived(kind, said, cls)
+        _protocol(kind, said, cls)
+        _python[kind][where.name] = found
+        _changed()
+        _check_constructor(kind, said, cls)
+    return where.name
+
+
+def portable(tree: Any) -> Any:
+    """Return a spec whose `python:` names hold no folder, so that moving a file makes no other experiment."""
+    if isinstance(tree, Mapping):
+        return {k: plugins.short(v) if k == "name" and isinstance(v, str) else portable(v) for k, v in tree.items()}
+    return [portable(value) for value in tree] if isinstance(tree, list) else tree
+
+
 def unregister(kind: str, name: str) -> None:
     """Take a component out of the registry."""
     if _kind(kind).pop(name, None) is not None:
         _changed()
 
 
+def use_all() -> None:
+    """Make every component that installed packages offer known to the schema, as far as it can be imported."""
+    for kind in kinds():
+        for name in _offered(kind):
+            with suppress(SpecError):
+                _known(kind, name, Path(), False)
+
+
 @functools.cache
 def options_model(kind: str, name: str) -> type[Block]:
-    """Return the pydantic model of a component's options, with its `name`."""
+    """Return the pydantic model of a component's options, with its `name`, and the hash of a user's own file."""
     found = component(kind, name)
-    return schema.block(f"{kind}_{name}", found.options, {"name": (Literal[name], ...)})
+    extra: dict[str, Any] = {"name": (Literal[name], ...)}
+    if found.sha256:
+        extra["sha256"] = (Literal[found.sha256], Field(found.sha256, description="hash of the file, as it was executed"))
+    return schema.block(f"{kind}_{name}", found.options, extra)
 
 
 def slot(kind: str) -> Any:
     """Return the annotation of a spec field that names a component; a bare string is short for `{name: ...}`."""
-    models = [options_model(kind, name) for name in names(kind)]
+    known = sorted({*_kind(kind), *_in_use[kind], *_python[kind]})
+    models = [options_model(kind, name) for name in known]
     union: Any = models[0] if len(models) == 1 else Annotated[Union[tuple(models)], Field(discriminator="name")]  # noqa: UP007
-    bare = Literal[tuple(n for n in names(kind) if not any(o.required for o in component(kind, n).options))]  # type: ignore[valid-type]
+    bare = Literal[tuple(n for n in known if not any(o.required for o in component(kind, n).options))]  # type: ignore[valid-type]
+    own: Any = Annotated[str, Field(pattern=f"^{plugins.PREFIX}")] | _Own
 
     def expand(given: Any) -> Any:
         if isinstance(given, str):
@@ -232,12 +363,20 @@ def slot(kind: str) -> Any:
             raise PydanticCustomError("no_component", "must be a name, or a block with a name")
         if "name" not in given:
             raise PydanticCustomError("no_name", f"needs a name, one of {', '.join(names(kind))}")
-        if given["name"] not in names(kind):
+        if given["name"] not in known:
             context = {"kind": kind, "tag": str(given["name"]), "allowed": names(kind)}
             raise PydanticCustomError("unknown_component", "unknown", context)
         return given
 
-    return Annotated[union, BeforeValidator(expand, json_schema_input_type=union | bare)]
+    return Annotated[union, BeforeValidator(expand, json_schema_input_type=union | bare | own)]
+
+
+class _Own(BaseModel):
+    """A class of one's own, for editors: what options it has is known only when it is executed."""
+
+    model_config = ConfigDict(extra="allow", title="python")
+
+    name: Annotated[str, Field(pattern=f"^{plugins.PREFIX}", description="python:file.py:Class or python:module:Class")]
 
 
 def build(kind: str, chosen: Block, *, where: str = "", **facts: Any) -> Any:
@@ -278,6 +417,42 @@ def _kind(kind: str) -> dict[str, str | type]:
     return _table[kind]
 
 
+def _offered(kind: str) -> dict[str, plugins.Offer]:
+    found = (offer for offer in plugins.offers(_own) if offer.kind == kind and offer.name not in _own[kind])
+    return {offer.name: offer for offer in found if offer.name.isidentifier()}
+
+
+def _known(kind: str, given: Any, folder: Path, allow_python: bool) -> Any:
+    """Make one component of a spec known; return what stands there, a `python:` name with its absolute path."""
+    name = given.get("name") if isinstance(given, Mapping) else given
+    if not isinstance(name, str):
+        return given
+    if name.startswith(plugins.PREFIX):
+        if not allow_python:
+            raise SpecError(f"{name} would execute {plugins.place(name, folder).source}; {plugins.CONSENT}")
+        name = python(kind, name, folder=folder, sha256=given.get("sha256") if isinstance(given, Mapping) else None)
+        return {**given, "name": name} if isinstance(given, Mapping) else name
+    if name not in _table[kind] and name not in _in_use[kind] and name in _offered(kind):
+        component(kind, name)
+        _in_use[kind].add(name)
+        _changed()
+    return given
+
+
+def _named(target: str) -> type:
+    module, _, attribute = target.partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    assert isinstance(found, type)  # the tables above name classes
+    return found
+
+
+def _derived(kind: str, name: str, cls: type) -> None:
+    """Refuse a class of another kind."""
+    if not issubclass(cls, _named(_BASES[kind])):
+        module, _, base = _BASES[kind].partition(":")
+        raise SpecError(f"{kind} {name}: {cls.__name__} is no {kind}; derive it from {module}.{base}")
+
+
 def _protocol(kind: str, name: str, cls: type) -> None:
     """Refuse a class whose options cannot be listed, or which asks for facts that its kind does not have."""
     try:
@@ -292,8 +467,9 @@ def _protocol(kind: str, name: str, cls: type) -> None:
                 f"{kind} {name}: the positional parameter {fact!r} is no fact of a {kind} (these are: {known}); "
                 "make it keyword-only if the user chooses it"
             )
-    if any(option.name == "name" for option in found):
-        raise SpecError(f"{kind} {name}: an option cannot be called 'name'")
+    for option in found:
+        if option.name in ("name", "sha256"):
+            raise SpecError(f"{kind} {name}: an option cannot be called {option.name!r}")
 
 
 def _check_constructor(kind: str, name: str, cls: type) -> None:
