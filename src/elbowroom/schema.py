@@ -163,6 +163,8 @@ def type_text(annotation: Any) -> str:
         return words[annotation]
     if origin is not None and str(origin).endswith("Literal"):
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"mapping of {type_text(arguments[0])} to {type_text(arguments[1])}"
     if origin is not None and arguments:
         return f"list of {type_text(arguments[0])}".replace("number", "numbers", 1)
     name = getattr(annotation, "__name__", str(annotation))
