@@ -11,7 +11,7 @@ BINB := .venv-bench/bin
 STAMPB := .venv-bench/.installed
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-arviz1 lint bench bench-posteriors clean
+.PHONY: demo test test-slow test-arviz1 lint bench bench-posteriors clean FORCE
 
 demo: $(STAMP)
 	$(BIN)/elbowroom run $(SPEC) --out runs/demo --overwrite
@@ -34,6 +34,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs/components.md: $(STAMP) FORCE
+	$(BIN)/elbowroom components --markdown > $@.new && mv $@.new $@
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -86,7 +86,7 @@ def test_json_is_all_that_is_printed(here, capsys):
     assert err == ""
     assert call("components", "likelihood", "--json") == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [c["name"] for c in listed] == ["bernoulli", "continuous_bernoulli", "gaussian"]
+    assert {"bernoulli", "gaussian", "negative_binomial"} <= {c["name"] for c in listed}
     assert call("spec", "schema") == 0
     assert json.loads(capsys.readouterr().out)["title"] == "spec"
 
@@ -118,7 +118,7 @@ def test_version_and_bare_command(capsys):
 
 
 def test_our_fault_is_not_hidden(here, monkeypatch):
-    monkeypatch.setattr("elbowroom.spec.load", lambda *_: 1 / 0)
+    monkeypatch.setattr("elbowroom.spec.load", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["spec", "show", "s.yaml"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -154,8 +154,8 @@ def test_a_plug_in_is_known_to_specs_at_once(plug_in):
             "prior",
             "wrong",
             WrongFact,
-            "prior wrong: the positional parameter 'event_shape' is no fact of a prior (these are: covariate_dim, feature_shape, "
-            "guide, latent_dim); "
+            "prior wrong: the positional parameter 'event_shape' is no fact of a prior (these are: covariate_dim, "
+            "feature_shape, guide, latent_dim); "
             "make it keyword-only if the user chooses it",
         ),
         ("prior", "untyped", Untyped, "prior untyped: Untyped: option shift has no type annotation"),
@@ -184,8 +184,11 @@ def test_types_in_words():
         a: Literal["x"] | None = None,
         b: Sequence[int] = (),
         c: Annotated[float, Gt(0)] | Literal["p", "q"] = 1.0,
-        d: Callable[..., Normal] = Normal,
+        d: Mapping[str, str] | None = None,
+        e: Mapping[str, Sequence[int]] | None = None,
+        f: Callable[..., Normal] = Normal,
     ) -> None: ...
 
     words = [type_text(option.annotation) for option in options(function)]
     assert words[:3] == ["x, or nothing", "list of whole numbers", "number > 0, or one of p, q"]
+    assert words[3:5] == ["mapping of text to text, or nothing", "mapping of text to list of whole numbers, or nothing"]

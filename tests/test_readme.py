@@ -34,21 +34,6 @@ def test_the_spec_is_valid(tmp_path: Path) -> None:
     assert experiment.spec.model.latent_dim == 2
 
 
-def test_the_prior_in_ten_lines_can_be_registered_and_named_in_a_spec(tmp_path: Path) -> None:
-    (code,) = blocks(CONTRIBUTING, "python")
-    exec(compile(code, "CONTRIBUTING.md", "exec"), {"__name__": "example"})
-    from elbowroom import components
-
-    try:
-        (text,) = blocks(README, "yaml")
-        path = tmp_path / "laplace.yaml"
-        path.write_text(text.replace("prior: normal", "prior: {name: laplace, scale: 0.5}"), encoding="utf-8")
-        vae = Experiment.load(path).build()
-        assert vae.prior.scale == 0.5
-    finally:
-        components.unregister("prior", "laplace")
-
-
 @pytest.mark.parametrize("text", [README, CONTRIBUTING])
 def test_every_linked_file_exists(text: str) -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", text):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from elbowroom import archive, document, folder
+from elbowroom import archive, components, document, folder
 from elbowroom.analysis.audit import Audit
 from elbowroom.analysis.report import write_report
 from elbowroom.cli import main
-from elbowroom.errors import DataError
+from elbowroom.errors import DataError, SpecError
+from elbowroom.experiment import Experiment
 from elbowroom.run import Run, default_folder, fit
 
 ROOT = Path(__file__).parents[1]
@@ -89,8 +91,6 @@ def test_code_in_a_spec_is_refused_in_one_line(text, here, capsys):
 
 @pytest.mark.parametrize("name", ["..yaml", "...yaml", "....yaml", ".yaml", "a..yaml"])
 def test_no_name_of_a_spec_leads_out_of_runs(name, here):
-    from elbowroom.experiment import Experiment
-
     Path("s.yaml").rename(name)
     out = default_folder(Experiment.load(name))
     assert out.parent == Path("runs")
@@ -132,6 +132,65 @@ def test_what_a_report_shows_is_escaped(here):
     assert "<script>alert" not in html
     assert "<img src=x" not in html
     assert "&lt;script&gt;" in html
+
+
+OWN = """from pathlib import Path
+Path(__file__).with_name("owned").touch()
+from elbowroom.models.priors import Normal
+class Own(Normal):
+    "A normal prior that leaves a trace."
+"""
+
+
+@pytest.mark.parametrize("name", ["python:own.py:Own", "python:../b/own.py:Own", "python:own:Own", "python:own.sub:Own"])
+@pytest.mark.parametrize("where", sorted(components.PLACES))
+def test_a_spec_executes_nothing_without_the_flag(name, where, here, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(here)
+    Path("own.py").write_text(OWN)
+    for given in (name, {"name": name}, {"name": name, "sha256": "0" * 64}):
+        tree = document.read("s.yaml")
+        parent, _, key = where.rpartition(".")
+        (tree.setdefault(parent, {}) if parent else tree)[key] = [given] if where == "audit.references" else given
+        Path("evil.yaml").write_text(document.write(tree))
+        for command in (["run"], ["fit"], ["run", "--dry-run"], ["spec", "show"]):
+            with pytest.raises(SystemExit) as stop:
+                main([*command, "evil.yaml"])
+            assert stop.value.code == 2
+            err = capsys.readouterr().err
+            assert err.startswith(f"elbowroom: evil.yaml: {where}: {name} would execute ")
+            assert err.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "s.yaml", "--set", f"{where}={name}"])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit):
+        main(["components", components.PLACES[where], name, "--check"])
+    assert not Path("owned").exists()
+    assert "own" not in sys.modules
+
+
+def test_a_run_folder_from_elsewhere_executes_nothing_without_the_flag(here, capsys):
+    Path("own.py").write_text(OWN)
+    run = fit(Experiment.load("s.yaml", ["model.prior=python:own.py:Own"], allow_python=True), out="run")
+    run.audit()
+    Path("owned").unlink()
+    components.forget_python()  # as in another process
+    for command in (["audit", "run"], ["audit", "run", "--dry-run"], ["fit", "run/spec.yaml", "--out", "run", "--resume"]):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        assert f"would execute {here}/own.py; allow it with --allow-python" in err
+        assert err.count("\n") == 1
+    with pytest.raises(SpecError, match="would execute"):
+        Run.load("run")
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "run"])
+    assert stop.value.code == 0
+    assert not Path("owned").exists()
+    Run.load("run", allow_python=True)
+    assert Path("owned").exists()
+    with pytest.raises(SpecError, match="would execute"):  # what was let in once is not let in for the next
+        Run.load("run")
 
 
 def test_aliases_in_a_spec_do_not_swell_a_report(here):

@@ -53,6 +53,9 @@ Budget = Annotated[
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="change the spec; may be repeated")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+AllowPython = Annotated[
+    bool, typer.Option("--allow-python", help="execute the user's own files and modules that are named as python:...")
+]
 Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:1")]
 
 
@@ -85,11 +88,12 @@ def run(
     as_json: Json = False,
     device: Device = None,
     budget: Budget = None,
+    allow_python: AllowPython = False,
 ) -> None:
     """Fit a spec, audit the posterior, write the report."""
     change = [*(change or []), *_budget(budget)]
     with ExitStack() as stack:  # one claim over all three, so that no other process comes in between
-        fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device, stack)
+        fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device, allow_python, stack)
         if fitted is not None:
             result |= _audit(fitted, None, None, as_json, device, resume) | _report(fitted.path, as_json)
     _finish(result, as_json)
@@ -105,9 +109,10 @@ def fit(
     dry_run: DryRun = False,
     as_json: Json = False,
     device: Device = None,
+    allow_python: AllowPython = False,
 ) -> None:
     """Fit the VAE that a spec declares."""
-    fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device)
+    fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device, allow_python)
     if fitted is not None and not as_json:
         typer.echo(f"next: elbowroom audit {fitted.path}")
     _finish(result, as_json)
@@ -132,6 +137,7 @@ def audit(
     as_json: Json = False,
     device: Device = None,
     budget: Budget = None,
+    allow_python: AllowPython = False,
 ) -> None:
     """Audit a fitted run: how far is q(z|x) from p(z|x), datum by datum.
 
@@ -139,7 +145,7 @@ def audit(
     """
     from elbowroom.run import Run
 
-    fitted = Run.load(run, set=[*(change or []), *_budget(budget)])
+    fitted = Run.load(run, set=[*(change or []), *_budget(budget)], allow_python=allow_python)
     result: dict[str, Any] = {"run": str(run)}
     if dry_run:
         plan = fitted.plan(data)
@@ -160,23 +166,29 @@ def report(run: RunArg, as_json: Json = False) -> None:
 @app.command()
 def components(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="prior, likelihood, network, ...")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one component, or python:my_file.py:Class")] = None,
     check: Annotated[bool, typer.Option("--check", help="build each and test that it keeps its promises")] = False,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="with --check NAME: an option; may be repeated")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print Elbowroom's own as a page in Markdown")] = False,
     as_json: Json = False,
+    allow_python: AllowPython = False,
 ) -> None:
-    """List what a spec can name, with options, defaults and docs."""
-    from elbowroom import components as registry
+    """List what a spec can name. With a kind, also what each option means and what goes with what."""
+    from elbowroom import catalogue
 
-    kinds = registry.kinds() if kind is None else [kind]
-    found = [registry.component(k, name) for k in kinds for name in registry.names(k)]
+    if markdown:
+        typer.echo(catalogue.markdown(), nl=False)
+        return
+    found, broken = catalogue.collect(kind, name, allow_python=allow_python)
     problems: dict[str, list[str]] = {}
     if check:
-        from elbowroom.protocol import problems_of
-
-        problems = {f"{c.kind} {c.name}": problems_of(c.kind, c.name) for c in found}
+        problems = catalogue.check(found, broken, catalogue.options_of(change, name), None if as_json else typer.echo)
     if as_json:
-        typer.echo(json.dumps([_component_json(c, problems.get(f"{c.kind} {c.name}")) for c in found], indent=2))
-    else:
-        _print_components(found, problems if check else None)
+        typer.echo(json.dumps(catalogue.as_json(found, broken, problems if check else None), indent=2))
+    elif not check:
+        catalogue.show(found, broken, _console(), whole=kind is not None)
     if any(problems.values()):
         raise typer.Exit(2)
 
@@ -215,12 +227,12 @@ def spec_init(
 
 
 @spec_app.command("show")
-def spec_show(spec: SpecArg, change: Changes = None, as_json: Json = False) -> None:
+def spec_show(spec: SpecArg, change: Changes = None, as_json: Json = False, allow_python: AllowPython = False) -> None:
     """Print a spec with every default filled in."""
     from elbowroom import document
     from elbowroom.spec import load
 
-    loaded = load(spec, change or [])
+    loaded = load(spec, change or [], allow_python=allow_python)
     for note in loaded.notes:
         typer.echo(f"elbowroom: note: {note}", err=True)
     tree = loaded.spec.tree()
@@ -312,6 +324,7 @@ def _fit(
     dry_run: bool,
     as_json: bool,
     device: str | None,
+    allow_python: bool = False,
     claim: ExitStack | None = None,
 ) -> tuple[Run | None, dict[str, Any]]:
     """Fit and say so; (None, result) after a dry run. `claim` keeps the folder locked after the fit."""
@@ -320,7 +333,7 @@ def _fit(
     from elbowroom.files import locked
 
     changes = [*(change or []), *([f"fit.device={device}"] if device is not None else [])]
-    experiment = Experiment.load(spec, set=changes)
+    experiment = Experiment.load(spec, set=changes, allow_python=allow_python)
     path, use = shell.ready(experiment, out, overwrite=overwrite, resume=resume)
     for note in experiment.loaded.notes:
         typer.echo(f"elbowroom: note: {note}", err=True)
@@ -390,56 +403,6 @@ def _report(run: Path, as_json: bool) -> dict[str, Any]:
 def _finish(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=2))
-
-
-def _component_json(component: Any, problems: list[str] | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "kind": component.kind,
-        "name": component.name,
-        "summary": component.summary,
-        "options": [
-            {"name": o.name, "type": o.type_text, "required": o.required, "default": _default(o), "doc": o.doc}
-            for o in component.options
-        ],
-    }
-    return found if problems is None else found | {"problems": problems}
-
-
-def _default(option: Any) -> Any:
-    if option.required:
-        return None
-    return list(option.default) if isinstance(option.default, tuple) else option.default
-
-
-def _print_components(found: list[Any], problems: dict[str, list[str]] | None) -> None:
-    """Print names, summaries and options; with `problems`, whether each keeps the protocol."""
-    from rich.padding import Padding
-    from rich.text import Text
-
-    console, kind = _console(), None
-    where = {
-        "data": "data",
-        "prior": "model.prior",
-        "likelihood": "model.likelihood",
-        "network": "model.decoder, guide.encoder",
-        "guide": "guide.family",
-        "objective": "fit.objective",
-        "reference": "audit.references",
-    }
-    for c in found:
-        if c.kind != kind:
-            kind = c.kind
-            console.print(Text.assemble(("\n" if c is not found[0] else ""), (kind, "bold"), f"  ({where[kind]})"))
-        console.print(Padding(Text.assemble((c.name, "bold cyan"), "  ", c.summary), (0, 0, 0, 2)))
-        for option in c.options:
-            default = "required" if option.required else f"default {json.dumps(_default(option))}"
-            line = Text.assemble((option.name, "cyan"), f": {option.type_text}; {default}. ", (option.doc, "dim"))
-            console.print(Padding(line, (0, 0, 0, 6)))
-        for problem in (problems or {}).get(f"{c.kind} {c.name}", []):
-            console.print(Padding(Text(f"FAILED: {problem}", "bold red"), (0, 0, 0, 6)))
-    if problems is not None:
-        bad = sum(bool(p) for p in problems.values())
-        console.print(f"\nchecked {len(found)}: {'all keep the protocol' if not bad else f'{bad} do not'}", highlight=False)
 
 
 if __name__ == "__main__":

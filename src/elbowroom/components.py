@@ -328,6 +328,14 @@ def unregister(kind: str, name: str) -> None:
         _changed()
 
 
+def forget_python() -> None:
+    """Take the user's own files out of the registry; they are executed anew when they are asked for."""
+    for known in _python.values():
+        known.clear()
+    plugins.forget()
+    _changed()
+
+
 def use_all() -> None:
     """Make every component that installed packages offer known to the schema, as far as it can be imported."""
     for kind in kinds():

@@ -57,7 +57,14 @@ class Experiment:
     given: Dataset | None = None
 
     @classmethod
-    def load(cls, path: str | Path, set: Iterable[str] = (), *, data: np.ndarray | pd.DataFrame | None = None) -> Experiment:
+    def load(
+        cls,
+        path: str | Path,
+        set: Iterable[str] = (),
+        *,
+        data: np.ndarray | pd.DataFrame | None = None,
+        allow_python: bool = False,
+    ) -> Experiment:
         """Read a spec file and apply changes.
 
         Args:
@@ -65,18 +72,24 @@ class Experiment:
             set: changes `a.b=c`, as on the command line.
             data: rows to use in place of the spec's data: an array (N, *event) or a frame. Of the spec's own `data` only
                 `split` counts then.
+            allow_python: execute the files and modules that the spec names as `python:...`; else they are refused.
 
         Raises:
             SpecError: one line.
             DataError: `data` are not rows of numbers.
         """
         if data is None:
-            return cls(spec.load(path, set))
-        return cls(spec.load(path, set, in_memory=True), from_python(data))
+            return cls(spec.load(path, set, allow_python=allow_python))
+        return cls(spec.load(path, set, in_memory=True, allow_python=allow_python), from_python(data))
 
     @classmethod
     def from_dict(
-        cls, tree: Mapping[str, Any], base: str | Path = ".", *, data: np.ndarray | pd.DataFrame | None = None
+        cls,
+        tree: Mapping[str, Any],
+        base: str | Path = ".",
+        *,
+        data: np.ndarray | pd.DataFrame | None = None,
+        allow_python: bool = False,
     ) -> Experiment:
         """Check a spec given as dictionaries.
 
@@ -84,10 +97,11 @@ class Experiment:
             tree: the spec; with `data` it needs no data of its own.
             base: the folder that relative paths start from.
             data: as in `load`.
+            allow_python: as in `load`.
         """
         given = None if data is None else from_python(data)
         tree = tree if given is None else spec.of_memory(tree)
-        return cls(spec.validate(tree, folder=Path(base).resolve()), given)
+        return cls(spec.validate(tree, folder=Path(base).resolve(), allow_python=allow_python), given)
 
     def __repr__(self) -> str:
         return f"Experiment({self.label!r})"
@@ -348,7 +362,7 @@ def identity(tree: Mapping[str, Any], data_sha256: str) -> str:
         part = parts[key]
         if isinstance(part, Mapping):
             parts[key] = {name: value for name, value in part.items() if name != dropped}
-    return sha256(json.dumps([parts, data_sha256], sort_keys=True).encode())
+    return sha256(json.dumps([components.portable(parts), data_sha256], sort_keys=True).encode())
 
 
 def _shift_row(message: str, start: int) -> str:

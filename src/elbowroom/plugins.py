@@ -113,8 +113,9 @@ def _entry_points() -> tuple[tuple[str, str, str, str], ...]:
 
 
 def forget() -> None:
-    """Look for installed packages anew the next time."""
+    """Look for installed packages and execute files anew the next time."""
     _entry_points.cache_clear()
+    _executed.clear()
 
 
 @dataclass(frozen=True)

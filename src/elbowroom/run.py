@@ -42,6 +42,7 @@ def fit(
     overwrite: bool = False,
     resume: bool = False,
     report: Callable[[Plan, Row], None] | None = None,
+    allow_python: bool = False,
 ) -> Run:
     """Fit an experiment into a run folder.
 
@@ -53,6 +54,7 @@ def fit(
         overwrite: move a run that is there aside (to `<out>.1`).
         resume: go on with the run that is there; start where there is none.
         report: called as report(plan, row) after each epoch.
+        allow_python: as in `Experiment.load`, where the path of a spec is given.
 
     Returns:
         The run.
@@ -61,7 +63,7 @@ def fit(
         UserError: spec, data or folder cannot be used, or the loss is not finite.
     """
     if not isinstance(experiment, Experiment):
-        experiment = Experiment.load(experiment)
+        experiment = Experiment.load(experiment, allow_python=allow_python)
     path, use = ready(experiment, out, overwrite=overwrite, resume=resume)
     train, validation = experiment.part(experiment.split.train, training=True), experiment.part(experiment.split.validation)
     tree = experiment.tree()
@@ -136,13 +138,21 @@ class Run:
         return f"Run({str(self.path)!r})"
 
     @classmethod
-    def load(cls, path: str | Path, set: Iterable[str] = (), *, data: np.ndarray | pd.DataFrame | None = None) -> Run:
+    def load(
+        cls,
+        path: str | Path,
+        set: Iterable[str] = (),
+        *,
+        data: np.ndarray | pd.DataFrame | None = None,
+        allow_python: bool = False,
+    ) -> Run:
         """Open a run folder.
 
         Args:
             path: the folder.
             set: changes to the audit, `audit.x=y`; what was fitted cannot be changed.
             data: the rows that it was fitted to, where they came from Python.
+            allow_python: execute the files and modules that its spec names as `python:...`; else they are refused, unread.
 
         Raises:
             RunFolderError: it is missing, no run folder, not finished, or its files do not belong together.
@@ -159,7 +169,7 @@ class Run:
         tree, _ = document.assign(tree, changes)
         label = str(path / folder.SPEC)
         _known(tree.get("record"), label)
-        loaded = spec.validate(tree, label=label, folder=path.resolve(), assigned=changes)
+        loaded = spec.validate(tree, label=label, folder=path.resolve(), assigned=changes, allow_python=allow_python)
         record = loaded.spec.record
         if record is None:
             raise RunFolderError(f"{label}: has no record of a run; this is a spec, fit it with `elbowroom fit`")

@@ -174,13 +174,14 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
-def load(path: str | Path, changes: Iterable[str] = (), *, in_memory: bool = False) -> Loaded:
+def load(path: str | Path, changes: Iterable[str] = (), *, in_memory: bool = False, allow_python: bool = False) -> Loaded:
     """Read a spec file, apply `--set` changes, check everything that can be checked without the data.
 
     Args:
         path: the file.
         changes: strings `a.b=c`; their order never matters.
         in_memory: the data come from Python; of the spec's own only `split` counts.
+        allow_python: execute the files and modules that the spec names as `python:...`; else they are refused.
 
     Raises:
         SpecError: one line.
@@ -191,7 +192,8 @@ def load(path: str | Path, changes: Iterable[str] = (), *, in_memory: bool = Fal
     tree, notes = document.assign(tree, assigned)
     if in_memory:
         tree = of_memory(tree)
-    loaded = validate(tree, label=label, folder=Path(path).resolve().parent, assigned=assigned)
+    start = Path(path).resolve().parent
+    loaded = validate(tree, label=label, folder=start, assigned=assigned, allow_python=allow_python)
     return replace(loaded, notes=(*notes, *loaded.notes))
 
 
@@ -208,6 +210,7 @@ def validate(
     label: str = "spec",
     folder: Path | None = None,
     assigned: Iterable[tuple[str, ...]] = (),
+    allow_python: bool = False,
 ) -> Loaded:
     """Check a spec tree.
 
@@ -216,6 +219,7 @@ def validate(
         label: its name for messages.
         folder: where relative paths start; the working folder by default.
         assigned: paths that came from `--set`, which messages name instead of the file.
+        allow_python: execute the files and modules that the tree names as `python:...`; else they are refused.
 
     Raises:
         SpecError: one line.
@@ -225,6 +229,8 @@ def validate(
         raise SpecError(f"{label}: schema: must be {VERSION}, got {schema.short(version)}")
     if version > VERSION:
         raise SpecError(f"{label}: schema: {version} is newer than this elbowroom, which reads {VERSION}; upgrade elbowroom")
+    folder = Path.cwd() if folder is None else folder
+    tree = components.prepare(tree, folder=folder, allow_python=allow_python, label=label)
     try:
         spec = spec_model().model_validate(dict(tree))
     except ValidationError as error:
@@ -237,7 +243,7 @@ def validate(
     if clash is not None:
         raise SpecError(f"{label}: {clash}")
     notes = pairs.notes(spec.model.prior, spec.guide.family, spec.fit.objective)
-    return Loaded(spec, label, Path.cwd() if folder is None else folder, tuple(notes))
+    return Loaded(spec, label, folder, tuple(notes))
 
 
 def contradiction(spec: Spec) -> str | None:
@@ -297,5 +303,6 @@ def shipped_text(name: str) -> str:
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of specs, for editors."""
+    components.use_all()
     tree: dict[str, Any] = spec_model().model_json_schema(by_alias=True)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}
