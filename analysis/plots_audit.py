@@ -192,6 +192,13 @@ def comparison(table: xr.Dataset) -> Plot | Absent:
         np.asarray(part[name].values, dtype=float)[rows]
         for name in ("mean_error", "sd_ratio", "sliced_wasserstein", "noise_floor")
     )
+    if not np.isfinite(distance).any():
+        why = (
+            "its latents are discrete, whose probabilities are compared directly"
+            if not np.isfinite(ratio).any()
+            else "none is known"
+        )
+        return Absent("comparison", f"No comparison of means and widths: {why}.")
     figure = canvas(WIDE, 3.2, f"The guide against the {in_words(reference)} posterior, over {count(int(rows.sum()))}")
     first, second, third = figure.subplots(1, 3)
     _histogram(first, mean, "largest error of a mean (posterior sd)")

@@ -8,6 +8,7 @@ are made in one pass over the batch repeated K times along its first dimension, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -225,7 +226,8 @@ def _frozen(trace: Trace) -> Iterator[None]:
     for leaf in found:
         leaf.requires_grad_(False)
     try:
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* was not registered in the param store")  # it is: by the run before
             yield
     finally:
         for leaf in found:

@@ -55,11 +55,6 @@ class Incomplete(TorchDistribution):
         return self.base.support
 
     @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        """As the base."""
-        return bool(self.base.has_rsample)
-
-    @property
     def mean(self) -> Tensor:
         """Mean of every entry, seen or not."""
         return self.base.mean

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import ExpTransform, IndependentTransform, Transform, biject_to, constraints
 
 Space = Literal["real", "positive", "simplex", "one_hot", "binary"]
 
@@ -44,4 +44,6 @@ def onto(space: Space) -> Transform:
     """
     if space in DISCRETE:
         raise ValueError(f"there is no smooth map onto a discrete space ({space})")
+    if space == "positive":  # torch's own ends in an affine map that does nothing, and states the real line
+        return IndependentTransform(ExpTransform(), 1)
     return biject_to(constraint(space))

@@ -94,7 +94,10 @@ class VAE(nn.Module):
 
     def adapt(self, x: Tensor, covariates: Tensor | None = None, exposure: Tensor | None = None) -> None:
         """Set the data-dependent constants of encoder, prior and likelihood from training data (N, *event)."""
-        self.likelihood.adapt(x)
+        if exposure is not None and self.likelihood.takes_exposure:
+            self.likelihood.adapt(x, exposure)
+        else:
+            self.likelihood.adapt(x)
         features = self.likelihood.features(x)
         self.posterior.adapt(features)
         self.prior.adapt(features)
@@ -127,7 +130,7 @@ class VAE(nn.Module):
         for part in ("prior", "decoder", "likelihood"):
             pyro.module(f"{self.name}.{part}", getattr(self, part))
         with _data_plate(_length(n, x, covariates, exposure), size, x):
-            z = self.prior(self._standard(covariates) if self.prior.covariates else None)
+            z = self.prior(self._standard(covariates)) if self.prior.covariates else self.prior()
             p = self.decode(z, covariates, exposure)
             if x is not None and bool((missing := x.isnan()).any()):
                 p = self.likelihood.incomplete(p, missing)
@@ -153,7 +156,7 @@ class VAE(nn.Module):
         """
         if x is None:
             with _data_plate(_length(n, x, covariates, exposure), size, None):
-                return self.prior(self._standard(covariates) if self.prior.covariates else None)
+                return self.prior(self._standard(covariates)) if self.prior.covariates else self.prior()
         pyro.module(f"{self.name}.posterior", self.posterior)
         with _data_plate(len(x), size, x):
             return self.posterior.draw(*self._seen(x, covariates, exposure))

@@ -97,16 +97,19 @@ def test_an_audit_reads_the_audited_rows_only(monkeypatch: pytest.MonkeyPatch) -
     x[50] = np.nan
     np.save("other.npy", x)
     assert er.Run.load("run").audit("other.npy", out="other").table.sizes["obs_id"] == 7
-    x[3, 2] = np.nan
+    x[3, 2] = np.inf
     np.save("other.npy", x)
-    with pytest.raises(DataError, match=r"^other.npy: NaN at row 3, column 2;"):
+    with pytest.raises(DataError, match=r"^other.npy: an infinite value at row 3, column 2;"):
         er.Run.load("run").audit("other.npy", out="other")
 
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("value", "wanted"),
-    [(np.inf, "data: inf at row 41, column 3 .* make it NaN to treat it as missing"), (1e300, "1e\\+300 at row 41, column 3 is too large for")],
+    [
+        (np.inf, "data: inf at row 41, column 3 .* make it NaN to treat it as missing"),
+        (1e300, "1e\\+300 at row 41, column 3 is too large for"),
+    ],
 )
 def test_a_bad_value_in_a_large_map_is_found_before_the_fit(value: float, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "BUDGET", 1000)

@@ -119,7 +119,8 @@ REPLACED = {
     ("likelihood: bernoulli", "likelihood: {name: gausian}"): "model.likelihood.name: unknown likelihood 'gausian'; "
     "did you mean 'gaussian'?",
     ("likelihood: bernoulli", "likelihood: {scale: 1}"): "model.likelihood: needs a name, one of bernoulli, "
-    "continuous_bernoulli, gaussian",
+    "beta, binomial, categorical, continuous_bernoulli, discretized_logistic, gamma, gaussian, laplace, log_normal, mixed, "
+    "multinomial, negative_binomial, ordinal, poisson, student_t, zero_inflated_negative_binomial, zero_inflated_poisson",
     ("likelihood: bernoulli", "likelihood: {name: bernoulli, scale: 1}"): "model.likelihood.scale: bernoulli takes no options",
     ("likelihood: bernoulli", "likelihood: 3"): "model.likelihood: must be a name, or a block with a name, got 3",
     ("likelihood: bernoulli", "likelihood: {name: gaussian, scale: no}"): "model.likelihood.scale: must be a number or "
@@ -235,7 +236,8 @@ def test_defaults_are_filled_in(tmp_path):
     path.write_text("data: digits\nmodel: {latent_dim: 1, likelihood: bernoulli}\n")
     tree = spec.load(path).spec.tree()
     assert tree["guide"]["family"] == {"name": "diagonal_normal"}
-    assert tree["model"]["decoder"] == {"name": "mlp", "hidden": [128, 128], "activation": "silu"}
+    plain = {"residual": False, "norm": "none", "dropout": 0.0}
+    assert tree["model"]["decoder"] == {"name": "mlp", "hidden": [128, 128], "activation": "silu", **plain}
     assert (tree["schema"], tree["seed"], tree["audit"]["references"]) == (1, 0, "auto")
 
 

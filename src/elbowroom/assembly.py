@@ -45,11 +45,11 @@ class Facts:
         """Read the facts off data."""
         return cls(
             event_shape=data.event_shape,
-            levels=getattr(data, "levels", None),
-            columns=getattr(data, "described", None),
-            covariates=tuple(getattr(data, "covariate_names", ()) or ()),
-            exposure=getattr(data, "exposure", None) is not None,
-            missing=getattr(data, "missing", False),
+            levels=data.levels,
+            columns=data.described,
+            covariates=data.covariate_names,
+            exposure=data.exposure is not None,
+            missing=data.missing,
         )
 
     @classmethod

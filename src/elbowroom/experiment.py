@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +22,7 @@ from elbowroom.assembly import Facts, assemble
 from elbowroom.data import CHUNK, Dataset, File, Source, Split, forget, rows_of, split_rows
 from elbowroom.errors import DataError, SpecError
 from elbowroom.files import sha256
-from elbowroom.frames import from_python
+from elbowroom.frames import Memory
 from elbowroom.inference import svi
 from elbowroom.inference.posterior import Reference
 from elbowroom.inference.rows import Batch, Rows
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from elbowroom.analysis.planning import Plan as AuditPlan
 
+MOST_COLUMNS = 100  # whose kinds are recorded where the likelihood does not need them
 PILOT = 64  # data that the cost of an audit is estimated from
 
 VERSIONS_OF = ("torch", "pyro-ppl", "numpy", "xarray", "arviz-base", "scikit-learn")
@@ -70,8 +71,8 @@ class Experiment:
         Args:
             path: the file.
             set: changes `a.b=c`, as on the command line.
-            data: rows to use in place of the spec's data: an array (N, *event) or a frame. Of the spec's own `data` only
-                `split` counts then.
+            data: rows to use in place of the spec's data: an array (N, *event) or a frame. Of the spec's own `data` the
+                roles of columns and `split` count then.
             allow_python: execute the files and modules that the spec names as `python:...`; else they are refused.
 
         Raises:
@@ -80,7 +81,7 @@ class Experiment:
         """
         if data is None:
             return cls(spec.load(path, set, allow_python=allow_python))
-        return cls(spec.load(path, set, in_memory=True, allow_python=allow_python), from_python(data))
+        return cls._handed(spec.load(path, set, in_memory=True, allow_python=allow_python), data)
 
     @classmethod
     def from_dict(
@@ -99,9 +100,20 @@ class Experiment:
             data: as in `load`.
             allow_python: as in `load`.
         """
-        given = None if data is None else from_python(data)
-        tree = tree if given is None else spec.of_memory(tree)
-        return cls(spec.validate(tree, folder=Path(base).resolve(), allow_python=allow_python), given)
+        folder = Path(base).resolve()
+        if data is None:
+            return cls(spec.validate(tree, folder=folder, allow_python=allow_python))
+        return cls._handed(spec.validate(spec.of_memory(tree), folder=folder, allow_python=allow_python), data)
+
+    @classmethod
+    def _handed(cls, loaded: spec.Loaded, data: Any) -> Experiment:
+        """Take rows from Python, columns by the options of the spec's data."""
+        experiment = cls(loaded)
+        with experiment._labelled():
+            given = cast(Memory, experiment._source).hand_over(data)
+            given.check(values=False)
+            _ = given.described  # a declared kind that does not fit is found now
+        return cls(loaded, given)
 
     def __repr__(self) -> str:
         return f"Experiment({self.label!r})"
@@ -187,7 +199,7 @@ class Experiment:
 
     def beside(self, index: np.ndarray) -> dict[str, torch.Tensor]:
         """Return what model and guide take beside x, by name: `covariates` (n, C) and `exposure` (n,), where there are any."""
-        found = {name: getattr(self.data, name, None) for name in ("covariates", "exposure")}
+        found = {"covariates": self.data.covariates, "exposure": self.data.exposure}
         return {name: torch.from_numpy(value[index]).to(self.dtype) for name, value in found.items() if value is not None}
 
     def batch(self, index: np.ndarray) -> Batch:
@@ -211,7 +223,11 @@ class Experiment:
     def facts(self) -> Facts:
         """What the VAE must know of the data: from the data, or from the record of a run folder."""
         record = self.spec.record
-        return Facts.of(self.data) if record is None else Facts.recorded(record)
+        if record is not None:
+            return Facts.recorded(record)
+        facts = Facts.of(self.data)
+        wide = facts.columns is not None and len(facts.columns) > MOST_COLUMNS
+        return replace(facts, columns=None) if wide and self.spec.model.likelihood.name != "mixed" else facts
 
     def build(self) -> VAE:
         """Build the VAE with fresh weights, which depend on the seed alone."""
@@ -295,6 +311,17 @@ class Experiment:
         Raises:
             DataError: names the first place and the remedy.
         """
+        likelihood = self.spec.model.likelihood.name
+        if data.categories and likelihood not in ("mixed", "categorical"):
+            raise DataError(
+                f"{self.label}: data: column {min(data.categories)!r} holds text, which {likelihood} cannot "
+                "model; use model.likelihood = mixed, or leave it out of data.x"
+            )
+        if data.exposure is not None and not vae.likelihood.takes_exposure:
+            raise SpecError(
+                f"{self.label}: data.exposure: {likelihood} has no rate to multiply; use "
+                "model.likelihood = poisson or negative_binomial, or leave the exposure out"
+            )
         step = max(1, CHUNK // max(1, int(np.prod(data.event_shape))))
         for start in range(0, len(data), step):
             part = data.x[start : start + step]
@@ -315,6 +342,7 @@ class Experiment:
             "data_sha256": self.data_sha256,
             **({} if (stamp := self.data.stamp()) is None else {"data_stamp": stamp}),
             **self.facts.tree(),
+            **({} if self.data.layout is None else {"layout": self.data.layout.tree()}),
             "experiment": self.identity,
         }
         return tree

@@ -21,15 +21,16 @@ from elbowroom.analysis.planning import Plan as AuditPlan
 from elbowroom.analysis.store import Store
 from elbowroom.archive import check_stored
 from elbowroom.assembly import restore
-from elbowroom.data import Dataset, File
+from elbowroom.data import Dataset
 from elbowroom.errors import DataError, RunFolderError, SpecError
 from elbowroom.experiment import Experiment, identity, seam
 from elbowroom.files import locked, sha256
-from elbowroom.frames import from_python
+from elbowroom.frames import read_like
 from elbowroom.inference import checkpoint, svi
 from elbowroom.inference.history import Row
 from elbowroom.inference.schedule import Plan
 from elbowroom.models.vae import VAE
+from elbowroom.tables import Layout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,7 +176,8 @@ class Run:
             raise RunFolderError(f"{label}: has no record of a run; this is a spec, fit it with `elbowroom fit`")
         if identity(tree, record.data_sha256) != record.experiment:
             raise RunFolderError(f"{label}: was changed after the fit; fit again with --overwrite")
-        experiment = Experiment(loaded, None if data is None else from_python(data))
+        layout = None if record.layout is None else Layout.of(record.layout)
+        experiment = Experiment(loaded, None if data is None else read_like(data, layout, path))
         vae = experiment.build()
         _load_weights(vae, path / folder.WEIGHTS)
         return cls(path, experiment, vae.eval())
@@ -366,10 +368,13 @@ class Run:
 
     def _foreign(self, data: str | Path | np.ndarray | pd.DataFrame, most: int | None) -> Dataset:
         """Read and check data that the run was not fitted to, at most so many rows; flat rows take the model's shape."""
-        dataset = File(Path.cwd(), path=Path(data)).load() if isinstance(data, str | Path) else from_python(data)
+        record = self.experiment.spec.record
+        layout = None if record is None or record.layout is None else Layout.of(record.layout)
+        dataset = read_like(data, layout, Path.cwd())
         dataset.check(values=False)
-        dataset = replace(dataset, x=dataset.x[:most])  # of a memory map, the rest is not read
-        dataset.check()
+        if most is not None:
+            dataset = dataset.take(slice(most))  # of a memory map, the rest is not read
+        dataset.check(whole=False)
         shape = self.vae.likelihood.event_shape
         if dataset.event_shape != shape:
             if int(np.prod(dataset.event_shape)) != int(np.prod(shape)):

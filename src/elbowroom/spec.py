@@ -80,6 +80,7 @@ class Record(Block):
     covariates: list[str] = Field([], description="names of the covariates")
     exposure: bool = Field(False, description="whether counts have an exposure")
     missing: bool = Field(False, description="whether entries are missing")
+    layout: dict[str, Any] | None = Field(None, description="which columns of a table became what")
     experiment: str = Field(..., description="hash of all that the fit depends on")
 
 
@@ -198,9 +199,10 @@ def load(path: str | Path, changes: Iterable[str] = (), *, in_memory: bool = Fal
 
 
 def of_memory(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a spec whose data come from Python, split as it says."""
+    """Return a spec whose data come from Python, with the roles of columns and the split as it says."""
     own = tree.get("data")
-    kept = {"split": own["split"]} if isinstance(own, Mapping) and "split" in own else {}
+    options = {option.name for option in components.component("data", "memory").options}
+    kept = {key: own[key] for key in own if key in options} if isinstance(own, Mapping) else {}
     return {**tree, "data": {"name": "memory", **kept}}
 
 
