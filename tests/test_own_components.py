@@ -157,8 +157,8 @@ def test_a_module_is_named_like_a_file(here, monkeypatch, capsys):
     assert told.endswith("there is no module own_module; write python:own_module.py:Wide")
     monkeypatch.syspath_prepend(here)
     assert refused(capsys, "fit", "s.yaml") == (
-        "s.yaml: model.prior: python:own_module:Wide would execute own_module; allow it with --allow-python (in Python: "
-        "allow_python=True) if you trust it"
+        "s.yaml: model.prior: python:own_module:Wide would execute the module own_module; allow it with --allow-python "
+        "(in Python: allow_python=True) if you trust it"
     )
     assert call("fit", "s.yaml", "--allow-python") == 0
     assert document.read("runs/s/spec.yaml")["model"]["prior"]["name"] == "python:own_module:Wide"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ def collect(kind: str | None, name: str | None, *, allow_python: bool = False) -
     if kind is not None and name is not None:
         if name.startswith(plugins.PREFIX):
             if not allow_python:
-                raise SpecError(f"{name} would execute {plugins.place(name, Path.cwd()).source}; {plugins.CONSENT}")
+                raise SpecError(f"{name} {plugins.place(name, Path.cwd()).asks}")
             name = components.python(kind, name, folder=Path.cwd())
         return [components.component(kind, name)], []
     found: list[Component] = []
@@ -123,7 +123,7 @@ def as_json(
     return listed + [{"kind": kind, "name": name, "broken": why} for kind, name, why in broken]
 
 
-def show(found: Iterable[Component], broken: Iterable[Broken], console: Console, *, whole: bool) -> None:
+def show(found: Sequence[Component], broken: Iterable[Broken], console: Console, *, whole: bool) -> None:
     """Print the list.
 
     Args:
@@ -145,7 +145,7 @@ def show(found: Iterable[Component], broken: Iterable[Broken], console: Console,
         if c.kind != kind:
             where, what = HEADINGS[c.kind]
             put(0, "\n" if kind else "", (c.kind, "bold"), f": {what}")
-            put(0, (f"in a spec: {where}" + (f", e.g. {_example(c.kind)}" if whole else ""), "dim"))
+            put(0, (f"in a spec: {where}" + (f", e.g. {_example(c.kind, found)}" if whole else ""), "dim"))
             kind = c.kind
         if not whole:
             row = Table.grid(padding=(0, 2, 0, 0))
@@ -253,7 +253,16 @@ def _formulas(cls: type) -> list[str]:
     return [" ".join(p.split()) for p in paragraphs if formula.search(p)]
 
 
-def _example(kind: str) -> str:
+def _example(kind: str, found: Sequence[Component] = ()) -> str:
+    """Return a line of a spec, of the one component that is shown or of a usual one."""
+    if len(found) == 1:
+        given = [
+            f"{o.name}: {'...' if o.required else json.dumps(_plain(o))}" for o in found[0].options if o.default is not None
+        ]
+        name = plugins.short(found[0].name)
+        name = f'"{name}"' if ":" in name else name
+        key = HEADINGS[kind][0].split(", ")[0].rpartition(".")[2]
+        return f"{key}: {{name: {', '.join([name, *given])}}}" if given else f"{key}: {name}"
     return {
         "data": "data: {name: file, path: measurements.csv}",
         "prior": "prior: {name: student_t, df: 3}",

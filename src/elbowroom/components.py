@@ -437,7 +437,7 @@ def _known(kind: str, given: Any, folder: Path, allow_python: bool) -> Any:
         return given
     if name.startswith(plugins.PREFIX):
         if not allow_python:
-            raise SpecError(f"{name} would execute {plugins.place(name, folder).source}; {plugins.CONSENT}")
+            raise SpecError(f"{name} {plugins.place(name, folder).asks}")
         name = python(kind, name, folder=folder, sha256=given.get("sha256") if isinstance(given, Mapping) else None)
         return {**given, "name": name} if isinstance(given, Mapping) else name
     if name not in _table[kind] and name not in _in_use[kind] and name in _offered(kind):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from elbowroom import components
+from elbowroom import components, plugins
 from elbowroom.models import spaces
+from elbowroom.models.guides import Family
 
 WORDS = {
     "real": "the real line",
@@ -39,6 +40,11 @@ def space_of(cls: type) -> Any:
     return getattr(cls, "space", "real")
 
 
+def refines(family: type) -> bool:
+    """Say whether a guide family improves the encoder's parameters by the model's own density."""
+    return getattr(family, "refined", None) not in (None, Family.refined)
+
+
 def free_dim(prior: Any, latent_dim: int) -> int:
     """Return the number of unconstrained continuous coordinates of all sites of a chosen prior."""
     p = components.component("prior", prior.name).cls
@@ -56,21 +62,27 @@ def clash(prior: Any, family: Any, objective: Any) -> str | None:
     p = components.component("prior", prior.name).cls
     q = components.component("guide", family.name).cls
     mine, theirs = getattr(p, "sites", ("z",)), getattr(q, "sites", ("z",))
+    p_name, q_name = plugins.short(prior.name), plugins.short(family.name)
     if mine != theirs:
         if len(theirs) > 1:
             return (
-                f"guide.family: {family.name} draws {_listed(theirs)}, prior {prior.name} has {_listed(mine)}; use "
+                f"guide.family: {q_name} draws {_listed(theirs)}, prior {p_name} has {_listed(mine)}; use "
                 f"{NATURAL[space_of(p)]}, or model.prior = hierarchical"
             )
-        return f"guide.family: prior {prior.name} has {_listed(mine)}, {family.name} draws {_listed(theirs)}; use hierarchical"
+        return f"guide.family: prior {p_name} has {_listed(mine)}, {q_name} draws {_listed(theirs)}; use hierarchical"
     if space_of(p) != space_of(q) and not transform_inserted(p, q):
         return (
-            f"guide.family: {family.name} lives on {WORDS[space_of(q)]}, prior {prior.name} on {WORDS[space_of(p)]}; "
+            f"guide.family: {q_name} lives on {WORDS[space_of(q)]}, prior {p_name} on {WORDS[space_of(p)]}; "
             f"use {NATURAL[space_of(p)]}"
         )
+    if objective.name == "wake_sleep":
+        tied = "guide" in components.component("prior", prior.name).facts or refines(q)
+        if tied:
+            which = f"prior {prior.name} is made of the guide" if not refines(q) else f"guide {family.name} reads the model"
+            return f"fit.objective: wake_sleep trains model and guide apart, and {which}; use elbo"
     chosen: Any = components.component("objective", objective.name).cls
     why = chosen.refuses(space_of(p) in spaces.DISCRETE, getattr(q, "reparametrized", True))
-    return f"fit.objective: {objective.name} {why}" if why else None
+    return f"fit.objective: {plugins.short(objective.name)} {why}" if why else None
 
 
 def notes(prior: Any, family: Any, objective: Any) -> list[str]:
@@ -80,7 +92,8 @@ def notes(prior: Any, family: Any, objective: Any) -> list[str]:
     said = []
     if transform_inserted(p, q):
         how = {"positive": "exp", "simplex": "stick breaking"}[space_of(p)]
-        said.append(f"guide: {family.name} is carried onto {WORDS[space_of(p)]}, where prior {prior.name} lives, by {how}")
+        p_name, q_name = plugins.short(prior.name), plugins.short(family.name)
+        said.append(f"guide: {q_name} is carried onto {WORDS[space_of(p)]}, where prior {p_name} lives, by {how}")
     if space_of(p) in spaces.DISCRETE and objective.name == "elbo":
         said.append(
             "fit: elbo differentiates through discrete latents by the score function, which is noisy; fit.objective = "

@@ -29,7 +29,6 @@ from elbowroom.files import sha256
 
 GROUP = "elbowroom.components"
 PREFIX = "python:"
-CONSENT = "allow it with --allow-python (in Python: allow_python=True) if you trust it"
 _FORM = "write python:my_file.py:Class, or python:my_module:Class"
 
 _executed: dict[tuple[str, str], ModuleType] = {}
@@ -134,6 +133,12 @@ class Place:
     def is_file(self) -> bool:
         """Whether it is a file; else a module."""
         return self.source.endswith(".py")
+
+    @property
+    def asks(self) -> str:
+        """What is said to a user who has not allowed it."""
+        what = self.source if self.is_file else f"the module {self.source}"
+        return f"would execute {what}; allow it with --allow-python (in Python: allow_python=True) if you trust it"
 
     @property
     def name(self) -> str:

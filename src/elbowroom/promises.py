@@ -49,8 +49,9 @@ def vae_with(
         SpecError: the component does not take these options or facts.
     """
     cls = components.component(kind, name).cls
-    chosen = {"name": name, **options}
-    prior, family = {"name": "normal"}, {"name": "diagonal_normal"}
+    chosen: dict[str, Any] = {"name": name, **options}
+    prior: dict[str, Any] = {"name": "normal"}
+    family: dict[str, Any] = {"name": "diagonal_normal"}
     if kind == "prior":
         prior, family = chosen, {"name": "hierarchical" if len(_sites(cls)) > 1 else pairs.NATURAL[pairs.space_of(cls)]}
     if kind == "guide":
@@ -83,7 +84,8 @@ def _sites(cls: type) -> tuple[str, ...]:
 
 def simulated(vae: VAE, facts: Facts = TABLE, n: int = N) -> dict[str, Tensor]:
     """Draw data from the model's prior, covariates from N(0, 1); return the arguments of its programs."""
-    beside = {"covariates": torch.randn(n, len(facts.covariates), dtype=torch.float64)} if facts.covariates else {}
+    c = len(facts.covariates)
+    beside: dict[str, Any] = {"covariates": torch.randn(n, c, dtype=torch.float64)} if c else {}
     with torch.no_grad():
         return {"x": vae.model(**beside, n=n).double(), **beside}
 
@@ -296,11 +298,11 @@ def _same_as_trace(vae: VAE, batch: Mapping[str, Tensor], joint: LogJoint, z: Te
 def _gradient(vae: VAE, batch: Mapping[str, Tensor], part: nn.Module, expect: Expect) -> None:
     """Expect a gradient of the ELBO for every parameter that is finite and, over a few draws, not zero everywhere."""
     vae.train()
-    named = list(part.named_parameters())
+    named, arguments = list(part.named_parameters()), dict[str, Any](batch)
     total = {name: torch.zeros_like(parameter) for name, parameter in named}
     for _ in range(3):
         vae.zero_grad()
-        ELBO()(vae.model, vae.guide, **batch).loss.backward()
+        ELBO()(vae.model, vae.guide, **arguments).loss.backward()
         for name, parameter in named:
             total[name] += torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.abs()
     vae.zero_grad()

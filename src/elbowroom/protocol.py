@@ -111,7 +111,12 @@ def _network(chosen: Any, expect: Expect) -> None:
     roles = 0
     for shape in SHAPES:
         for in_shape, out_shape in ((shape, (4,)), ((DIM,), (2, *shape))):
-            facts = {"in_shape": in_shape, "out_dim": math.prod(out_shape), "out_shape": out_shape, "marks": False}
+            facts: dict[str, Any] = {
+                "in_shape": in_shape,
+                "out_dim": math.prod(out_shape),
+                "out_shape": out_shape,
+                "marks": False,
+            }
             try:
                 network = components.build("network", chosen, **facts)
             except SpecError:
