@@ -9,6 +9,7 @@ Pyro's TraceEnum_ELBO, https://docs.pyro.ai/en/stable/inference_algos.html#pyro.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -54,9 +55,14 @@ class TraceEnum(Objective):
     def _nesting(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Return how many batch dimensions the plates take, found by one run of each pair of programs."""
         if self._nested is None or self._nested[:2] != (model, guide):
-            with undisturbed((args, kwargs)):
-                probe = TraceEnum_ELBO()
-                probe._guess_max_plate_nesting(model, guide, args, kwargs)
+            probe, pyros = TraceEnum_ELBO(), logging.getLogger("pyro.infer.elbo")
+            level = pyros.level
+            pyros.setLevel(logging.WARNING)  # the number of plates is no news
+            try:
+                with undisturbed((args, kwargs)):
+                    probe._guess_max_plate_nesting(model, guide, args, kwargs)
+            finally:
+                pyros.setLevel(level)
             self._nested = (model, guide, int(probe.max_plate_nesting))
         return self._nested[2]
 
