@@ -199,6 +199,16 @@ def test_a_module_is_named_like_a_file(here, monkeypatch, capsys):
         ),
         (
             "python:own.py:Wide",
+            EXAMPLES["wide.py"].replace("scale: float = 2.0", "scale: torch.Tensor = torch.ones(())"),
+            "prior python:own.py:Wide: option scale: Tensor cannot be written in a spec; use numbers, text, true or false, ",
+        ),
+        (
+            "python:own.py:Wide",
+            EXAMPLES["wide.py"].replace("scale: float = 2.0", "scale: int = 2.5"),
+            "prior python:own.py:Wide: option scale: its default must be a whole number, got 2.5",
+        ),
+        (
+            "python:own.py:Wide",
             EXAMPLES["wide.py"].replace("scale: float", "sha256: float"),
             "prior python:own.py:Wide: an option cannot be called 'sha256'",
         ),

@@ -256,9 +256,8 @@ def _formulas(cls: type) -> list[str]:
 def _example(kind: str, found: Sequence[Component] = ()) -> str:
     """Return a line of a spec, of the one component that is shown or of a usual one."""
     if len(found) == 1:
-        given = [
-            f"{o.name}: {'...' if o.required else json.dumps(_plain(o))}" for o in found[0].options if o.default is not None
-        ]
+        options = [o for o in found[0].options if o.default is not None]
+        given = [f"{o.name}: {'...' if o.required else json.dumps(_plain(o), default=str)}" for o in options]
         name = plugins.short(found[0].name)
         name = f'"{name}"' if ":" in name else name
         key = HEADINGS[kind][0].split(", ")[0].rpartition(".")[2]
@@ -285,13 +284,13 @@ def _plain(option: Option) -> Any:
 def _default(option: Option) -> str:
     if option.required:
         return "required"
-    return "default nothing" if option.default is None else f"default {json.dumps(_plain(option))}"
+    return "default nothing" if option.default is None else f"default {json.dumps(_plain(option), default=str)}"
 
 
 def _short(option: Option) -> str:
     if option.required:
         return f"{option.name} (required)"
-    return option.name if option.default is None else f"{option.name}={json.dumps(_plain(option))}"
+    return option.name if option.default is None else f"{option.name}={json.dumps(_plain(option), default=str)}"
 
 
 def _capital(text: str) -> str:

@@ -186,7 +186,7 @@ def components(
     if check:
         problems = catalogue.check(found, broken, catalogue.options_of(change, name), None if as_json else typer.echo)
     if as_json:
-        typer.echo(json.dumps(catalogue.as_json(found, broken, problems if check else None), indent=2))
+        typer.echo(json.dumps(catalogue.as_json(found, broken, problems if check else None), indent=2, default=str))
     elif not check:
         catalogue.show(found, broken, _console(), whole=kind is not None)
     if any(problems.values()):

@@ -208,8 +208,7 @@ def component(kind: str, name: str) -> Component:
     elif entry is None and name in _offered(kind):
         offer = _offered(kind)[name]
         entry, origin = offer.load(), offer.package
-        _derived(kind, name, entry)
-        _protocol(kind, name, entry)
+        _foreign(kind, name, entry)
         _check_constructor(kind, name, entry)
     elif entry is None:
         raise SpecError(f"unknown {kind} {name!r}{nearest(name, names(kind))}")
@@ -307,8 +306,7 @@ def python(kind: str, name: str, *, folder: Path, sha256: Any = None) -> str:
     found = plugins.execute(where, sha256, folder)
     if _python[kind].get(where.name) != found:
         cls, said = found[0], plugins.short(name)
-        _derived(kind, said, cls)
-        _protocol(kind, said, cls)
+        _foreign(kind, said, cls)
         _python[kind][where.name] = found
         _changed()
         _check_constructor(kind, said, cls)
@@ -454,11 +452,26 @@ def _named(target: str) -> type:
     return found
 
 
-def _derived(kind: str, name: str, cls: type) -> None:
-    """Refuse a class of another kind."""
+def _foreign(kind: str, name: str, cls: type) -> None:
+    """Refuse a class of another kind, or one whose options no schema can be made of: it would spoil those of the others."""
     if not issubclass(cls, _named(_BASES[kind])):
         module, _, base = _BASES[kind].partition(":")
         raise SpecError(f"{kind} {name}: {cls.__name__} is no {kind}; derive it from {module}.{base}")
+    _protocol(kind, name, cls)
+    for option in schema.options(cls):
+        try:
+            model = schema.block(option.name, [option])
+            model.model_json_schema()
+            if not option.required:
+                model.model_validate({option.name: option.default})
+        except ValidationError as error:
+            said = schema.one_problem(error, {option.name: option.default})[1]
+            raise SpecError(f"{kind} {name}: option {option.name}: its default {said}") from error
+        except Exception as error:  # pydantic says it in several ways
+            raise SpecError(
+                f"{kind} {name}: option {option.name}: {option.type_text} cannot be written in a spec; use numbers, text, "
+                "true or false, Literal, lists or mappings of them"
+            ) from error
 
 
 def _protocol(kind: str, name: str, cls: type) -> None:
