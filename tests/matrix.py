@@ -20,11 +20,10 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
-from covering import EVENT, FACTORS, WORDS, Combination, array, refused_pairs
+from covering import EVENT, FACTORS, Combination, array
 
 import elbowroom as er
 from elbowroom.analysis import table as reading
-from elbowroom.inference.discrete import table as enumerated
 from elbowroom.models.vae import PLATE
 
 N, AUDITED, DRAWS = 60, 3, 10_000
@@ -82,6 +81,8 @@ def tree_and_data(number: int, row: Combination, folder: Path) -> tuple[dict[str
     """Return the spec of a combination, and its rows where they come from Python; arrays with names go to an .npz."""
     rng = np.random.default_rng([11, number])
     shape = EVENT.get(row.network, (len(COLUMNS),))
+    if (row.likelihood, row.network) == ("categorical", "gru"):
+        shape = (shape[0], 1)  # a step is one code
     x = values(row.likelihood, shape)
     if row.holes == "some":
         hidden = rng.random(x.shape) < 0.15
@@ -210,23 +211,17 @@ def problems(found: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def done(path: Path) -> dict[int, dict[str, Any]]:
-    """Read what was found before, by number; of another array nothing counts."""
-    if not path.is_file():
-        return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {
-        f["number"]: f
-        for f in lines
-        if f["number"] < len(array()) and all(f[k] == v for k, v in array()[f["number"]]._asdict().items())
-    }
+def done(path: Path) -> dict[Combination, dict[str, Any]]:
+    """Read what was found before."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return {Combination(*(found[factor] for factor in FACTORS)): found for found in lines}
 
 
 def main(path: Path) -> None:
     """Run what is not there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     there = done(path)
-    order = [n for n in np.random.default_rng(0).permutation(len(array())).tolist() if n not in there]
+    order = [n for n in np.random.default_rng(0).permutation(len(array())).tolist() if array()[n] not in there]
     for place, number in enumerate(order):
         found = run_one(number, array()[number])
         with path.open("a") as file:
