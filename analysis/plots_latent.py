@@ -48,7 +48,7 @@ def latent_space(latent: xr.DataTree | None) -> Plot | Absent:
     standard = latent is None or bool(latent.attrs.get("standard", 1))
     prior = None if standard else encoding["prior_z"].values
     unit = " (prior sd)" if standard else ""
-    line = loc.shape[1] == 1
+    line = loc.shape[1] == 1 or (space == "simplex" and loc.shape[1] == 2)  # two shares that sum to one are one number
     figure = canvas(WIDE, 3.2, "The latent space") if line else canvas(HALF, 5.0, "The latent space")
     axes = figure.subplots()
     if line:
@@ -239,8 +239,8 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
         )
         axes = figure.subplots()
         show_tiles(axes, tiles[::-1], tone(expected))
-        ticks = np.linspace(0, len(axes_z[0]) - 1, 5).round().astype(int)
-        axes.set_xticks(ticks, [say(axes_z[0][t], 2) for t in ticks])
+        ticks = np.unique(np.linspace(0, len(axes_z[0]) - 1, 5 if vertex is None else 10).round().astype(int))
+        axes.set_xticks(ticks, [say(axes_z[0][t], 2) if vertex is None else str(t) for t in ticks])
         axes.set_xlabel(f"latent {latents[0]} (prior quantiles)" if vertex is None else vertex)
         if len(axes_z) == 2:
             axes.set_yticks(len(axes_z[1]) - 1 - ticks, [say(axes_z[1][t], 2) for t in ticks])

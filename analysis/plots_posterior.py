@@ -94,12 +94,12 @@ def _state_bars(data: xr.Dataset, width: float) -> Plot:
     """Draw the probability of each joint value of discrete latents, under guide and exact posterior."""
     cases = [data.isel(case=i) for i in range(data.sizes["case"])]
     figure = canvas(width, 0.3 * width, "The guide against the exact posterior")
-    place = np.arange(data.sizes["state"])
+    place, top = np.arange(data.sizes["state"]), float(max(data["posterior"].max(), data["guide"].max()))
     for axes, case in zip(np.atleast_1d(figure.subplots(1, len(cases), sharey=True)), cases, strict=True):
         axes.bar(place - 0.2, case["posterior"], 0.4, color=EXACT, label="exact p(z|x)")
         axes.bar(place + 0.2, case["guide"], 0.4, color=GUIDE, label="guide q(z|x)")
         axes.set_title(f"{case['case'].item()}: datum {int(case['obs_id'])}, gap {say(float(case['gap']))} nats")
-        axes.set(xlabel="joint value of the latents", ylim=(0, 1))
+        axes.set(xlabel="joint value of the latents", ylim=(0, min(1.0, 1.1 * top)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].set_ylabel("probability")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
