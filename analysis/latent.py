@@ -153,7 +153,8 @@ def _event(vae: VAE) -> tuple[str, ...]:
 
 def _draw_guide(vae: VAE, batch: Batch, draws: int) -> Tensor:
     """Draw z from the guide, (draws, N, d); the draws stand beside each other in the plate."""
-    return vae.guide(**_repeated(batch, draws)).unflatten(0, (draws, len(batch["x"])))
+    arguments: dict[str, Any] = {**_repeated(batch, draws)}
+    return vae.guide(**arguments).unflatten(0, (draws, len(batch["x"])))
 
 
 def _moments(vae: VAE, batch: Batch, draws: int = 1024) -> tuple[Tensor, Tensor]:
@@ -171,7 +172,8 @@ def _moments(vae: VAE, batch: Batch, draws: int = 1024) -> tuple[Tensor, Tensor]
 
 def _draw_prior(vae: VAE, n: int, batch: Batch) -> Tensor:
     """Draw z from the prior, (n, d), outside any handler; given covariates, at those of the data in turn."""
-    return vae.guide(**_beside(batch, n), n=n)
+    arguments: dict[str, Any] = {**_beside(batch, n)}
+    return vae.guide(**arguments, n=n)
 
 
 def _encoding(vae: VAE, batch: Batch, obs_id: np.ndarray, labels: np.ndarray | None) -> xr.Dataset:

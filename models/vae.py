@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
+from typing import Any
 
 import pyro
 import torch
@@ -94,10 +95,9 @@ class VAE(nn.Module):
 
     def adapt(self, x: Tensor, covariates: Tensor | None = None, exposure: Tensor | None = None) -> None:
         """Set the data-dependent constants of encoder, prior and likelihood from training data (N, *event)."""
-        if exposure is not None and self.likelihood.takes_exposure:
-            self.likelihood.adapt(x, exposure)
-        else:
-            self.likelihood.adapt(x)
+        likelihood: Any = self.likelihood
+        rates = {"exposure": exposure} if exposure is not None and likelihood.takes_exposure else {}
+        likelihood.adapt(x, **rates)
         features = self.likelihood.features(x)
         self.posterior.adapt(features)
         self.prior.adapt(features)
