@@ -9,7 +9,7 @@ import torch
 from conftest import linear_vae
 
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.simulate import simulate
+from elbowroom.inference.simulate import predict, simulate
 from elbowroom.inference.target import LogJoint
 
 
@@ -71,3 +71,45 @@ def test_values_that_are_no_argument_are_refused() -> None:
 
     with pytest.raises(UnsupportedProgram, match="site 'y' are not an argument"):
         simulate(LogJoint(model, guide, torch.linspace(0, 1, 5)), seed=0)
+
+
+def test_predictions_at_given_latents_follow_the_likelihood() -> None:
+    """x - W z - mu has mean 0 and covariance psi at each z, and predictions of one datum know nothing of another's z."""
+    vae, x, oracle = linear_vae(2, 5, n=40)
+    log_joint = LogJoint(vae.model, vae.guide, x)
+    z = torch.linspace(-2, 2, 80, dtype=torch.float64).reshape(40, 2)
+    new = predict(log_joint, {"z": z.expand(400, 40, 2)}, seed=1)["x"]
+    assert new.shape == (400, 40, 5)
+    noise = ((new - z @ oracle.W.T - oracle.mu) / oracle.psi.sqrt()).flatten(0, 1)
+    assert (noise.mean(0).abs() < 4.5 / 16_000**0.5).all()
+    assert (noise.T.cov() - torch.eye(5)).abs().max() < 4.5 * (2 / 16_000) ** 0.5
+
+
+def test_an_inner_plate_and_a_discrete_site_are_put_where_the_program_has_them() -> None:
+    def model(y):
+        with pyro.plate("rows", len(y), dim=-1):
+            c = pyro.sample("c", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+            with pyro.plate("inner", 2, dim=-2):
+                z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("y", dist.Normal(torch.stack([c + z[0], 10 * z[1]], -1), 0.01).to_event(1), obs=y)
+
+    def guide(y):
+        with pyro.plate("rows", len(y), dim=-1), pyro.plate("inner", 2, dim=-2):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    log_joint = LogJoint(model, guide, torch.zeros(4, 2))
+    z, c = torch.arange(8.0).reshape(1, 4, 2), torch.tensor([[0, 1, 2, 0]])
+    new = predict(log_joint, {"z": z, "c": c}, seed=0)["y"][0]
+    torch.testing.assert_close(new, torch.stack([c[0] + z[0, :, 0], 10 * z[0, :, 1]], -1).double(), atol=0.06, rtol=0)
+    with pytest.raises(UnsupportedProgram, match="no values of site 'c'"):
+        predict(log_joint, {"z": z}, seed=0)
+
+
+def test_what_is_missing_in_the_data_is_missing_in_simulated_ones() -> None:
+    vae, x, _ = linear_vae(2, 5, n=30)
+    x[::3, 1] = torch.nan
+    log_joint = LogJoint(vae.model, vae.guide, x)
+    other, z = simulate(log_joint, seed=2)
+    assert torch.equal(other.data().isnan(), x.isnan())
+    assert torch.equal(predict(log_joint, {"z": z[None]}, seed=0)["x"][0].isnan(), x.isnan())
+    assert bool(other(z[None]).isfinite().all())
