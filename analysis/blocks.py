@@ -21,12 +21,13 @@ from elbowroom.analysis.store import Part, Store, described
 from elbowroom.inference import discrete
 from elbowroom.inference.importance import amortized
 from elbowroom.inference.posterior import Posterior, concatenate
+from elbowroom.inference.scout import scout
 from elbowroom.inference.target import LogJoint
 
 SEED_STEP = 7919  # between the guide and each reference
 DISCRETE_STEP = 15_485_863  # between draws of the continuous sites and of the discrete ones
 SANDWICH_STEP = 49_979_687  # to the reverse chains of the upper bounds
-SCOUTS = ("hmc", "importance", "ais")  # they refit the guide's normals anyway
+SCOUTS = ("hmc", "importance", "ais")  # they refit a full normal anyway
 BLOCK_STEP = 104_729  # between blocks of data: shared noise would hide in the error of means
 ENDED = re.compile(r"the budget (of .+ )?ended")
 
@@ -98,11 +99,13 @@ class Work:
     def _closed(self, log_joint: LogJoint, keys: Sequence[str], found: list[Part | None], start: int) -> list[Part | None]:
         """Add what takes several methods: q*'s share of the gap to the guide, upper bounds to annealing; once."""
         plan, began = self.pace.plan, time.monotonic()
-        scouted = any(piece is not None for name, piece in zip(plan.names, found[1:], strict=True) if name in SCOUTS)
-        late = began > self.pace.deadline or not scouted  # what none of the methods knows yet is no longer found out
+        scouts = set(SCOUTS) & set(plan.names)
+        scouted = any(piece is not None for name, piece in zip(plan.names, found[1:], strict=True) if name in scouts)
+        late = began > self.pace.deadline or bool(scouts and not scouted)  # what is not known by then is not found out
         guide = found[0]
-        if guide is not None and "elbo_refit" not in guide.posterior.stats and set(SCOUTS) & set(plan.names):
-            columns = unknown(log_joint.n_obs) if late else refitted(log_joint)
+        if guide is not None and "elbo_refit" not in guide.posterior.stats and plan.names:
+            full = scout(log_joint).refit if scouted and not late else None
+            columns = unknown(log_joint.n_obs) if late else refitted(log_joint, full)
             stats = guide.posterior.stats | {name: value.cpu() for name, value in columns.items()}
             piece = dataclasses.replace(guide, posterior=dataclasses.replace(guide.posterior, stats=stats))
             found[0] = self._again("" if late else keys[0], piece)

@@ -1,12 +1,18 @@
-r"""The two parts of the gap: the guide's family is too small, and the encoder misses the best member of it.
+r"""The parts of the gap: the guide's family is too small (its covariance, its shape), and the encoder misses the best member.
 
-    gap = log p(x) - L[q] = (log p(x) - L[q*]) + (L[q*] - L[q])
-                             approximation        amortization
+    gap = log p(x) - L[q] = (log p(x) - L[q_full]) + (L[q_full] - L[q*]) + (L[q*] - L[q])
+                             shape                    covariance            amortization
+                             ------------ approximation ------------
 
-q* is the best normal of the guide's own family, diagonal or with a full covariance, in unconstrained coordinates; a guide that
-is no normal has none. The refit ends a little short of q*, by delta at most as far as it can tell, so that the amortization gap
-lies in [L[q*] - L[q], + delta] and the approximation gap in [lower(log p) - L[q*] - delta, upper(log p) - L[q*]]: near the
-normal that was found, since another mode may hold a better one.
+q* is the best normal of the guide's own family, diagonal or with a full covariance, and q_full the best normal of all, both in
+unconstrained coordinates. A guide that is no normal has no q* here; the shape part, which asks how far the posterior is from
+any normal, is known all the same. L of all three is evaluated with the same noise, so that their differences have errors of
+their own, smaller than those of the values.
+
+The refit ends a little short of q*, by delta at most as far as it can tell: the amortization gap lies in
+[L[q*] - L[q], + delta] and the approximation gap in [lower(log p) - L[q*] - delta, upper(log p) - L[q*]], near the normal that
+was found, since another mode may hold a better one. The families are nested: where a larger one came out worse than its errors
+allow, the refit has failed and the parts are NaN, which is counted; it is no negative gap.
 Cremer, Li and Duvenaud 2018, https://arxiv.org/abs/1801.03558.
 """
 
@@ -18,26 +24,68 @@ import torch
 from torch import Tensor
 
 from elbowroom.inference.normals import Normals
-from elbowroom.inference.refit import refit
-from elbowroom.inference.scout import scout
+from elbowroom.inference.refit import Refit, matched_noise, refit
 from elbowroom.inference.target import LogJoint
 
 SEED = 2_750_159  # of its own
 TESTED = 8  # draws at which the guide must be the normal that it is taken for
 EXACT = 1e-6  # relative difference of log densities let pass
 MAX_DIM = 128  # d (d + 1) / 2 points tell a full covariance
-NAMES = ("elbo_refit", "elbo_refit_se", "refit_shortfall")
+BATCHES = 16  # scrambles of common quasi-random noise, whose means tell the error
+DRAWS = 64  # in each, at least
+APART = 4.5  # standard errors by which a larger family may come out worse
+NAMES = (
+    "elbo_refit",
+    "elbo_refit_se",
+    "refit_shortfall",
+    "elbo_refit_full",
+    "elbo_refit_full_se",
+    "refit_full_shortfall",
+    "amortization",
+    "amortization_se",
+    "covariance",
+    "covariance_se",
+)
 
 
-def refitted(log_joint: LogJoint) -> dict[str, Tensor]:
-    """Return L[q*], its standard error and what the refit may have left, (N,) each, nats; NaN where the guide is no normal."""
-    family = guide_family(log_joint)
-    if family is None:
-        return unknown(log_joint.n_obs)
-    best = scout(log_joint).refit if family == "full" else refit(log_joint, family="diagonal", seed=SEED)
-    values = (best.elbo, best.elbo_se, best.shortfall)
-    lost = ~best.elbo.isfinite()
-    return {name: value.double().masked_fill(lost, torch.nan) for name, value in zip(NAMES, values, strict=True)}
+def refitted(log_joint: LogJoint, full: Refit | None = None) -> dict[str, Tensor]:
+    """Refit the guide's family and all normals to every datum, and compare the three with common random numbers.
+
+    Args:
+        log_joint: the model and guide.
+        full: the best normal with full covariance, where it is known already.
+
+    Returns:
+        `elbo_refit` (L[q*]), `elbo_refit_full` (L[q_full]), each with `_se` and with what the refit may have left
+        (`refit_shortfall`, `refit_full_shortfall`); `amortization` = L[q*] - L[q] and `covariance` = L[q_full] - L[q*], each
+        with `_se`. (N,) each, nats; NaN where there is none, or where the nested families came out in the wrong order.
+    """
+    out = unknown(log_joint.n_obs)
+    if log_joint.dim == 0:
+        return out
+    family, q = guide_normals(log_joint)
+    diagonal = refit(log_joint, family="diagonal", seed=SEED) if family == "diagonal" or log_joint.dim == 1 else None
+    if log_joint.dim == 1:
+        full = diagonal  # one and the same
+    elif full is None or diagonal is not None:
+        also = [found.q for found in (diagonal, full) if found is not None]
+        full = refit(log_joint, family="full", also=also, seed=SEED + 1)
+    assert full is not None
+    best = {"diagonal": diagonal, "full": full, None: None}[family]
+    generator = torch.Generator(device=log_joint.device).manual_seed(SEED + 2)
+    size = max(DRAWS, 2 * log_joint.dim)
+    noise = torch.stack([matched_noise(size, log_joint.dim, generator) for _ in range(BATCHES)])
+    of_full = _values(log_joint, full.q, noise)
+    out |= _level("elbo_refit_full", "refit_full_shortfall", full, of_full)
+    if best is None or q is None:
+        return out
+    of_best = of_full if best is full else _values(log_joint, best.q, noise)
+    out |= _level("elbo_refit", "refit_shortfall", best, of_best)
+    for name, larger, smaller in (("covariance", of_full, of_best), ("amortization", of_best, _values(log_joint, q, noise))):
+        value, error = _mean(larger - smaller)
+        wrong = value < -APART * error - EXACT
+        out[name], out[f"{name}_se"] = value.masked_fill(wrong, torch.nan), error.masked_fill(wrong, torch.nan)
+    return out
 
 
 def unknown(n_obs: int) -> dict[str, Tensor]:
@@ -45,43 +93,69 @@ def unknown(n_obs: int) -> dict[str, Tensor]:
     return {name: torch.full((n_obs,), torch.nan, dtype=torch.float64) for name in NAMES}
 
 
-def guide_family(log_joint: LogJoint) -> Literal["diagonal", "full"] | None:
-    """Say which family of normals the guide belongs to in unconstrained coordinates; None for anything else.
+def _values(log_joint: LogJoint, q: Normals, noise: Tensor) -> Tensor:
+    """Return the mean of log p(x, z) - log q(z) at z = loc + root e over each batch of noise e (B, S, d), (B, N).
+
+    The mean of log q over matched noise is minus q's entropy, exactly, so the entropy takes its place.
+    """
+    size = max(1, 2**22 // q.loc.numel())
+    with torch.no_grad():
+        parts = [log_joint(q.loc + torch.einsum("sj,nij->sni", e, q.root)).double() for e in noise.flatten(0, 1).split(size)]
+    return torch.cat(parts).unflatten(0, noise.shape[:2]).mean(1) + q.entropy
+
+
+def _mean(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean over batches and its standard error, (N,) each; NaN where a value is not finite."""
+    return values.mean(0), values.std(0) / len(values) ** 0.5
+
+
+def _level(name: str, shortfall: str, found: Refit, values: Tensor) -> dict[str, Tensor]:
+    elbo, error = _mean(values)
+    lost = ~(elbo.isfinite() & found.elbo.isfinite())
+    columns = {name: elbo, f"{name}_se": error, shortfall: found.shortfall.double()}
+    return {key: value.masked_fill(lost, torch.nan) for key, value in columns.items()}
+
+
+def guide_normals(log_joint: LogJoint) -> tuple[Literal["diagonal", "full"] | None, Normals | None]:
+    """Return the family of normals that the guide belongs to in unconstrained coordinates, and its members; else None twice.
 
     A normal's log density is a quadratic, of which central differences are exact: they give the normal that the guide would
     have to be, and draws of the guide tell whether it is.
     """
     if log_joint.dim == 0:
-        return None
+        return None, None
     with torch.no_grad():
         draws, log_q = (t.double() for t in log_joint.sample_guide(64, SEED))
         centre, step = draws.mean(0), draws.std(0)
         if not (draws.isfinite().all() and log_q.isfinite().all() and (step > 0).all()):
-            return None
+            return None, None
         moves = torch.diag_embed(step).transpose(0, 1)  # (d, N, d): one coordinate each
         middle = log_joint.log_guide(centre[None]).double()[0]
         up, down = log_joint.log_guide(centre + moves).double(), log_joint.log_guide(centre - moves).double()
         slope = ((up - down) / 2).T / step
         curvature = (up + down - 2 * middle).T / step.square()
-        if _is(draws, log_q, centre, slope, torch.diag_embed(curvature)):
-            return "diagonal"
+        normal = _fitting(draws, log_q, centre, slope, torch.diag_embed(curvature))
+        if normal is not None:
+            return "diagonal", normal
         d = log_joint.dim
         if d == 1 or d > MAX_DIM:
-            return None
+            return None, None
         j, k = torch.triu_indices(d, d, 1, device=draws.device)
         both = log_joint.log_guide(centre + moves[j] + moves[k]).double()
         mixed = (both - up[j] - up[k] + middle).T / (step[:, j] * step[:, k])
         matrix = torch.diag_embed(curvature)
         matrix[:, j, k] = matrix[:, k, j] = mixed
-        return "full" if _is(draws, log_q, centre, slope, matrix) else None
+        normal = _fitting(draws, log_q, centre, slope, matrix)
+        return (None, None) if normal is None else ("full", normal)
 
 
-def _is(draws: Tensor, log_q: Tensor, centre: Tensor, slope: Tensor, hessian: Tensor) -> bool:
-    """Whether the normal with this slope and curvature at `centre` has the guide's log density at its draws."""
+def _fitting(draws: Tensor, log_q: Tensor, centre: Tensor, slope: Tensor, hessian: Tensor) -> Normals | None:
+    """Return the normal with this slope and curvature at `centre` if it has the guide's log density at its draws."""
     root, failed = torch.linalg.cholesky_ex(-hessian)
     if bool(failed.any()):
-        return False
+        return None
     covariance = torch.cholesky_inverse(root)
     normal = Normals.from_moments(centre + (covariance @ slope[..., None])[..., 0], covariance)
     theirs = log_q[:TESTED]
-    return bool((normal.log_prob(draws[:TESTED]) - theirs).abs().le(EXACT * (1 + theirs.abs())).all())
+    same = (normal.log_prob(draws[:TESTED]) - theirs).abs().le(EXACT * (1 + theirs.abs()))
+    return normal if bool(same.all()) else None

@@ -12,6 +12,7 @@ import xarray as xr
 
 from elbowroom.analysis.distances import Comparison
 from elbowroom.analysis.evidence import Ladder
+from elbowroom.analysis.gaps import NAMES as PARTS
 from elbowroom.inference.posterior import Posterior
 
 log = logging.getLogger("elbowroom")
@@ -36,6 +37,9 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "elbo_refit": (NATS, "L[q*], the ELBO of the best normal of the guide's family (diagonal or full covariance)"),
     "elbo_refit_se": (NATS, "standard error of elbo_refit over its draws"),
     "refit_shortfall": (NATS, "estimate of what the refit is still short of the best normal nearby"),
+    "elbo_refit_full": (NATS, "L[q_full], the ELBO of the best normal with full covariance, whatever the guide's family"),
+    "elbo_refit_full_se": (NATS, "standard error of elbo_refit_full over its draws"),
+    "refit_full_shortfall": (NATS, "estimate of what that refit is still short of the best normal nearby"),
     "gap_total": (NATS, "log_evidence - elbo = KL(q(z|x) || p(z|x))"),
     "gap_total_lower": (NATS, "lower end of the 95 % interval for the gap (or of the gap to the lower bound)"),
     "gap_total_upper": (NATS, "upper end of the 95 % interval for the gap (or of the gap to the upper bound), NaN without one"),
@@ -45,7 +49,17 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "lower end for gap_approximation, less refit_shortfall; also where only bounds are known",
     ),
     "gap_approximation_upper": (NATS, "upper end for gap_approximation; NaN without an upper end for log p(x)"),
-    "gap_amortization": (NATS, "elbo_refit - elbo: what the encoder misses of its own family"),
+    "gap_covariance": (NATS, "elbo_refit_full - elbo_refit: the part of gap_approximation that a full covariance would close"),
+    "gap_covariance_lower": (NATS, "lower end of the 95 % interval for gap_covariance, less refit_shortfall"),
+    "gap_covariance_upper": (NATS, "upper end of the 95 % interval for gap_covariance, refit_full_shortfall added"),
+    "gap_shape": (NATS, "log_evidence - elbo_refit_full: what no normal can reach"),
+    "gap_shape_lower": (NATS, "lower end for gap_shape, less refit_full_shortfall; also where only bounds are known"),
+    "gap_shape_upper": (NATS, "upper end for gap_shape; NaN without an upper end for log p(x)"),
+    "gap_amortization": (
+        NATS,
+        "elbo_refit - elbo, what the encoder misses of its own family, by common random numbers; it and gap_approximation "
+        "add up to gap_total within their errors",
+    ),
     "gap_amortization_lower": (NATS, "lower end of the 95 % interval for gap_amortization"),
     "gap_amortization_upper": (NATS, "upper end of the 95 % interval for gap_amortization, refit_shortfall added"),
     "missed_mass": ("1", "share of the posterior in modes that the guide misses; NaN without a certified reference"),
@@ -100,23 +114,31 @@ def _first(references: Sequence[Posterior], name: str, n: int) -> np.ndarray:
 def _gaps(guide: Posterior, ladder: Ladder, elbo: np.ndarray, elbo_se: np.ndarray) -> dict[str, np.ndarray]:
     """Return the gap and its two parts, with intervals; all from the same data."""
     gap = ladder.value - elbo
-    spread = Z95 * np.sqrt(elbo_se**2 + np.where(ladder.is_exact, ladder.error / Z95, ladder.error) ** 2)
+    numerical = np.where(ladder.is_exact, ladder.error / Z95, ladder.error)
+    spread = Z95 * np.hypot(elbo_se, numerical)
     no_value = np.isnan(gap)
-    best, best_se, short = (_first([guide], name, len(elbo)) for name in ("elbo_refit", "elbo_refit_se", "refit_shortfall"))
-    amortization, both = best - elbo, Z95 * np.hypot(elbo_se, best_se)
+    stat = {name: _first([guide], name, len(elbo)) for name in PARTS}
+    best, full = stat["elbo_refit"], stat["elbo_refit_full"]
+    short, short_full = stat["refit_shortfall"], stat["refit_full_shortfall"]
+    covariance, both = stat["covariance"], Z95 * stat["covariance_se"]
+    amortization, paired = stat["amortization"], Z95 * stat["amortization_se"]
     return {
-        "elbo_refit": best,
-        "elbo_refit_se": best_se,
-        "refit_shortfall": short,
+        **{name: stat[name] for name in PARTS if "refit" in name},
         "gap_total": gap,
         "gap_total_lower": np.where(no_value, ladder.lower - elbo - Z95 * elbo_se, gap - spread),
         "gap_total_upper": np.where(no_value, ladder.upper - elbo + Z95 * elbo_se, gap + spread),
         "gap_approximation": ladder.value - best,
-        "gap_approximation_lower": ladder.lower - best - short - Z95 * best_se,
-        "gap_approximation_upper": ladder.upper - best + Z95 * best_se,
+        "gap_approximation_lower": ladder.lower - best - short - Z95 * stat["elbo_refit_se"],
+        "gap_approximation_upper": ladder.upper - best + Z95 * stat["elbo_refit_se"],
+        "gap_covariance": covariance,
+        "gap_covariance_lower": covariance - both - short,
+        "gap_covariance_upper": covariance + both + short_full,
+        "gap_shape": ladder.value - full,
+        "gap_shape_lower": ladder.lower - full - short_full - Z95 * stat["elbo_refit_full_se"],
+        "gap_shape_upper": ladder.upper - full + Z95 * stat["elbo_refit_full_se"],
         "gap_amortization": amortization,
-        "gap_amortization_lower": amortization - both,
-        "gap_amortization_upper": amortization + both + short,
+        "gap_amortization_lower": amortization - paired,
+        "gap_amortization_upper": amortization + paired + short,
     }
 
 
