@@ -23,10 +23,12 @@ from annotated_types import Ge
 from elbowroom import clock
 from elbowroom.analysis import idata
 from elbowroom.analysis.blocks import Work, unreached
+from elbowroom.analysis.diagnosis import diagnose as find_out
 from elbowroom.analysis.evidence import climb
 from elbowroom.analysis.pace import Pace, Step
 from elbowroom.analysis.planning import Plan, choose
 from elbowroom.analysis.progress import PLANNED
+from elbowroom.analysis.rules import Judgement, from_dataset, judge, per_datum
 from elbowroom.analysis.store import Store
 from elbowroom.analysis.tabulate import tabulate
 from elbowroom.analysis.verdict import sentences, summary
@@ -43,6 +45,8 @@ ENTRIES = 2**24  # draws x data x latents held at once: 128 MB, of which methods
 ROOMY = 8  # times both on a GPU, which is idle on small blocks
 KEPT = 2**29  # bytes of draws that are kept of all data and methods
 LEAST = 8  # draws kept of each datum, however many data
+DIAGNOSIS = "diagnosis.nc"
+OTHERS = (2_000, 200)  # draws, and draws kept, where other data are audited for their gaps alone
 
 
 @dataclass(frozen=True)
@@ -52,22 +56,32 @@ class Audit:
     Attributes:
         table: one row per datum (`obs_id`), and per datum and reference; every variable has units and a long name.
         posteriors: method -> ArviZ DataTree.
+        diagnosis: what the verdicts rest on beside the table: see `elbowroom.analysis.diagnosis`; None where it was not asked
+            for.
     """
 
     table: xr.Dataset
     posteriors: dict[str, xr.DataTree]
+    diagnosis: xr.DataTree | None = None
 
     @property
     def verdict(self) -> str:
-        """Two or three plain sentences, one per line."""
+        """The verdicts with what they rest on and what to do, then a few plain sentences, one per line."""
         return str(self.table.attrs["verdict"])
+
+    @property
+    def verdicts(self) -> list[Judgement]:
+        """The verdicts, the most consequential first."""
+        if self.diagnosis is None:
+            return judge(self.table)
+        return from_dataset(self.diagnosis["verdicts"].to_dataset())
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the rows (quantity, value) of the short table."""
         return summary(self.table)
 
     def save(self, folder: str | Path) -> None:
-        """Write posteriors/<method>.nc, audit.csv and, last, audit.nc into a folder, each whole or not at all.
+        """Write posteriors/<method>.nc, diagnosis.nc, audit.csv and, last, audit.nc into a folder, each whole or not at all.
 
         An audit.nc that is there is removed first: where one is, all that lies beside it belongs to it.
         """
@@ -75,6 +89,9 @@ class Audit:
         (folder / "audit.nc").unlink(missing_ok=True)
         for method, tree in self.posteriors.items():
             idata.write(tree, folder / "posteriors" / f"{method}.nc")
+        (folder / DIAGNOSIS).unlink(missing_ok=True)
+        if self.diagnosis is not None:
+            idata.write(self.diagnosis, folder / DIAGNOSIS)
         with atomic(folder / "audit.csv") as temporary:
             self.to_csv(temporary)
         idata.write(self.table, folder / "audit.nc")
@@ -100,7 +117,8 @@ class Audit:
             raise RunFolderError(f"{folder}: no audit.nc here; run `elbowroom audit {folder}` first")
         table = idata.read_table(folder / "audit.nc")
         trees = {path.stem: idata.read(path) for path in sorted((folder / "posteriors").glob("*.nc"))}
-        return cls(table, trees)
+        diagnosis = idata.read(folder / DIAGNOSIS) if (folder / DIAGNOSIS).is_file() else None
+        return cls(table, trees, diagnosis)
 
     def __repr__(self) -> str:
         rows = "\n".join(f"  {name:<34}{value}" for name, value in self.lines())
@@ -115,6 +133,7 @@ def audit(
     references: Literal["auto"] | Sequence[str | Reference] = "auto",
     seed: int = 0,
     budget: float | str | None = None,
+    diagnose: bool = False,
     progress: Callable[[Step], None] | None = None,
     **kwargs: Any,
 ) -> Audit:
@@ -130,6 +149,8 @@ def audit(
             objects.
         seed: random seed.
         budget: seconds that the audit may take, or a text such as `10m`; data that are not reached are uncertified.
+        diagnose: also find out what the verdicts rest on beside the gaps: calibration, information, checks of the model, gaps
+            of simulated data.
         progress: as in `audit_log_joint`.
         **kwargs: keyword arguments of both programs.
 
@@ -142,7 +163,8 @@ def audit(
     """
     clock.seconds(budget)
     log_joint = LogJoint(model, guide, *args, plate=plate, **kwargs)
-    return audit_log_joint(log_joint, references=references, seed=seed, budget=budget, progress=progress)
+    beside: dict[str, LogJoint] | None = {} if diagnose else None
+    return audit_log_joint(log_joint, references=references, seed=seed, budget=budget, beside=beside, progress=progress)
 
 
 def audit_log_joint(
@@ -157,6 +179,7 @@ def audit_log_joint(
     progress: Callable[[Step], None] | None = None,
     budget: float | str | None = None,
     store: Store | None = None,
+    beside: Mapping[str, LogJoint] | None = None,
 ) -> Audit:
     """Audit a guide through the seam, block by block of data; each block's draws are thinned before the next one.
 
@@ -174,6 +197,8 @@ def audit_log_joint(
             not reached are `uncertified`, with the reason. The guide's own pass is always made, and references have at least
             half of the budget beside it.
         store: where finished parts are kept and looked up.
+        beside: seams of other data of the same pair (such as `train`), whose gaps are found out too, with all else that the
+            verdicts rest on; an empty mapping where there are none. None leaves all of it out.
 
     Raises:
         UserError: when a reference that was asked for cannot be used on this model, or the budget is no time.
@@ -204,7 +229,23 @@ def audit_log_joint(
         facts["notes"] = "\n".join(notes)
     facts |= dict(attrs or {})
     table = tabulate(guide, posteriors, comparisons, climb(guide, posteriors), labels, facts)
-    table.attrs["verdict"] = "\n".join([*sentences(table), *unreached(posteriors, limit)])
+    diagnosis = None
+    if beside is not None:
+
+        def gaps(other: LogJoint, its_seed: int) -> xr.Dataset:
+            few, kept = OTHERS
+            left = None if limit == math.inf else max(1.0, pace.deadline - time.monotonic())
+            return audit_log_joint(
+                other, references=plan.references, draws=min(draws, few), keep=kept, seed=its_seed, budget=left
+            ).table
+
+        diagnosis = find_out(
+            log_joint, table, posteriors, beside, gaps,
+            seed=seed, until=pace.deadline, say=lambda sentence: say(Step.of(sentence, pace)),
+        )  # fmt: skip
+    verdicts = judge(table) if diagnosis is None else from_dataset(diagnosis["verdicts"].to_dataset())
+    table["verdict"] = ("obs_id", per_datum(table), {"long_name": "what can be said of this datum by its own numbers"})
+    table.attrs["verdict"] = "\n".join([*map(str, verdicts), *sentences(table), *unreached(posteriors, limit)])
     observed = {name: value.cpu().numpy() for name, value in log_joint.program.observed.items()}
     joint = {name: value.cpu().numpy() for name, value in discrete.values(log_joint).items()}
     trees = {
@@ -213,7 +254,7 @@ def audit_log_joint(
         )
         for posterior in (guide, *posteriors)
     }
-    return Audit(table, trees)
+    return Audit(table, trees, diagnosis)
 
 
 def _continued(plan: Plan, references: Literal["auto"] | Sequence[str | Reference], log_joint: LogJoint, store: Store) -> Plan:

@@ -191,13 +191,7 @@ def _shape(table: xr.Dataset) -> str:
         else f"about as wide as the true posterior (sd ratio {ratio:.2f})"
     )
     place = f"off centre by {shift:.2f} posterior sd" if shift > MEAN_ERROR else f"centred within {shift:.2f} posterior sd"
-    advice = (
-        f" Where this matters use the reference's posterior, posteriors/{best}.nc, or try a richer guide "
-        "(guide.family=full_rank_normal)."
-        if shift > MEAN_ERROR or not 1 / SD_RATIO < ratio < SD_RATIO or np.median(part["pareto_k"].values) > GOOD_K
-        else " For most purposes q(z|x) may be used as it is."
-    )
-    return f"In its worst latent the typical q(z|x) is {width} and {place}.{advice}"
+    return f"In its worst latent the typical q(z|x) is {width} and {place}."
 
 
 def _trust(numbers: Numbers) -> str:

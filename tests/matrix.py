@@ -48,6 +48,27 @@ SMALL: dict[tuple[str, str], dict[str, Any]] = {
 DIMS = {"dirichlet": (2, 3), "logistic_normal": (2, 3), "categorical": (3,), "bernoulli": (2,), "hierarchical": (1,)}
 
 
+PAGE = """# Every word with every other
+
+{rows} combinations in which every two words of a spec that go together (of prior, likelihood, guide, network and objective, and
+of covariates, exposure and holes in the data) meet at least once: a pairwise covering array. Each was fitted for two epochs to
+{n} rows, audited on {audited} data against an exact reference, and reported. What is tested is that all parts speak to each
+other and that log p(x) is right, not that the fit is good: the gaps are those of guides that have hardly been trained.
+
+* {exact} of {posteriors} posteriors were certified `exact`; {clean} of {rows} combinations went through without a warning.
+* log p(x) was estimated a second time from {draws:,} draws of the prior through the plain Pyro program, which shares nothing
+  with the references. Where those draws are worth 100 or more ({compared} posteriors), the two agree within 4.5 standard errors
+  unless the table says otherwise; the median difference is {off:.1g} nats.
+* The other {refused} pairs of words are refused before anything is built, each with its reason and a remedy that works
+  (`tests/test_matrix.py`).
+
+Made by `python tests/matrix.py build/matrix.jsonl`, then `--table docs/matrix.md`; `make test-slow` runs it anew. `gap` is the
+median of log p(x) - ELBO in nats; data: `c` covariates (`c*`: the prior is conditional on them too), `e` exposure, `h` holes.
+
+| # | prior | likelihood | guide | network | objective | data | d | reference | gap |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
 def values(likelihood: str, shape: tuple[int, ...]) -> np.ndarray:
     """Draw (N, *shape) data of a likelihood's kind from two hidden numbers per datum."""
     rng = np.random.default_rng(7)
@@ -253,38 +274,19 @@ def page(found: Mapping[Combination, dict[str, Any]]) -> str:
             if math.isfinite(error):
                 compared += 1
                 off.append(abs(value - exactly))
-    refusals = len(refused_pairs())
-    lines = [
-        "# Every word with every other",
-        "",
-        f"{len(rows)} combinations in which every two words of a spec that go together (of prior, likelihood, guide, network and",
-        "objective, and of covariates, exposure and holes in the data) meet at least once: a pairwise covering array. Each was",
-        f"fitted for two epochs to {N} rows, audited on {AUDITED} data against an exact reference, and reported. Two epochs: what is",
-        "tested is that all parts speak to each other and that log p(x) is right, not that the fit is good; the gaps are those of",
-        "guides that have hardly been trained.",
-        "",
-        f"* {exact} of {posteriors} posteriors were certified `exact`; {len(rows) - sum(map(bool, wrong.values()))} of {len(rows)} "
-        "combinations went through without a warning.",
-        f"* log p(x) was estimated a second time from {DRAWS:,} draws of the prior through the plain Pyro program, which shares",
-        f"  nothing with the references. Where those draws are worth 100 or more ({compared} posteriors), all agree within 4.5",
-        f"  standard errors; the median difference is {np.median(off):.1g} nats.",
-        f"* The other {refusals} pairs of words are refused before anything is built, each with its reason and a remedy that works",
-        "  (`tests/test_matrix.py`).",
-        "",
-        "Made by `python tests/matrix.py build/matrix.jsonl` and `... --table docs/matrix.md`; `make test-slow` runs it anew. `gap` is",
-        "the median of log p(x) - ELBO in nats; `c` covariates given (`c*`: the prior too), `e` exposure, `h` holes.",
-        "",
-        "| # | prior | likelihood | guide | network | objective | data | d | reference | gap |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    clean = len(rows) - sum(map(bool, wrong.values()))
+    head = PAGE.format(
+        rows=len(rows), n=N, audited=AUDITED, exact=exact, posteriors=posteriors, clean=clean, draws=DRAWS, compared=compared,
+        off=np.median(off), refused=len(refused_pairs()),
+    )  # fmt: skip
+    lines = [head]
     for outcome in outcomes:
         data = {"none": "", "given": "c", "conditional": "c*"}[outcome["covariates"]]
         data += ("e" if outcome["exposure"] == "given" else "") + ("h" if outcome["holes"] == "some" else "")
         gap = "; ".join(wrong[outcome["number"]]) or f"{np.median(outcome['gap_total']):.2f}"
         words = " | ".join(outcome[factor] for factor in ("prior", "likelihood", "guide", "network", "objective"))
-        lines.append(
-            f"| {outcome['number']} | {words} | {data} | {outcome.get('latent_dim', '')} | {outcome.get('reference', '')} | {gap} |"
-        )
+        d, reference = outcome.get("latent_dim", ""), outcome.get("reference", "")
+        lines.append(f"| {outcome['number']} | {words} | {data} | {d} | {reference} | {gap} |")
     return "\n".join(lines) + "\n"
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from elbowroom import clock, components, document, folder, spec
-from elbowroom.analysis.audit import Audit, audit_log_joint
+from elbowroom import clock, components, document, folder, spec, start
+from elbowroom.analysis.audit import DIAGNOSIS, Audit, audit_log_joint
+from elbowroom.analysis.diagnosis import SIMULATED
 from elbowroom.analysis.pace import Step
 from elbowroom.analysis.planning import Plan as AuditPlan
 from elbowroom.analysis.store import Store
@@ -29,6 +30,7 @@ from elbowroom.frames import read_like
 from elbowroom.inference import checkpoint, svi
 from elbowroom.inference.history import Row
 from elbowroom.inference.schedule import Plan
+from elbowroom.inference.target import LogJoint
 from elbowroom.models.vae import VAE
 from elbowroom.tables import Layout
 
@@ -71,13 +73,19 @@ def fit(
     vae = experiment.build()
     options = {name: getattr(experiment.spec.fit, name) for name in type(experiment.spec.fit).model_fields}
     options["objective"] = components.build("objective", options["objective"], where="fit.objective")
+    del options["start"]
     with locked(path):  # look again: another process may have been here first
         use = folder.check(path, experiment.identity, tree, overwrite=overwrite, resume=resume)
         folder.claim(path, tree, use)
         if use != "resume" or not (path / folder.SPLIT).exists():
             folder.write_split(path / folder.SPLIT, experiment.split)
         session = svi.Session(
-            folder=path, resume=use == "resume", seed=experiment.spec.seed, fingerprint=experiment.identity, report=report
+            folder=path,
+            resume=use == "resume",
+            seed=experiment.spec.seed,
+            fingerprint=experiment.identity,
+            report=report,
+            start=experiment.start,
         )
         history = svi.fit(vae, train, validation, session, **options)
     return Run(path, experiment, vae.eval(), f"{history.plan}; {history.stopped_because}")
@@ -98,10 +106,13 @@ def ready(
     if overwrite and resume:  # told first, before the data are read
         raise SpecError("--overwrite and --resume contradict each other: one starts anew, the other goes on")
     experiment.check()
+    if experiment.start is not None and start.path_of(experiment).resolve() == path.resolve():
+        raise SpecError(f"{experiment.label}: {start.WHERE}: is the folder that the new run goes to; name another with --out")
     use = folder.check(path, experiment.identity, experiment.tree(), overwrite=overwrite, resume=resume)
     if use == "resume":
         theirs = document.read(path / folder.SPEC)
-        if identity(theirs, theirs["record"].get("data_sha256", "")) != experiment.identity:
+        recorded = theirs["record"]
+        if identity(theirs, recorded.get("data_sha256", ""), recorded.get("start_sha256")) != experiment.identity:
             raise RunFolderError(f"{path / folder.SPEC}: was changed after the fit; fit again with --overwrite")
         if (path / svi.CHECKPOINT).exists():
             checkpoint.read(path / svi.CHECKPOINT)
@@ -174,7 +185,7 @@ class Run:
         record = loaded.spec.record
         if record is None:
             raise RunFolderError(f"{label}: has no record of a run; this is a spec, fit it with `elbowroom fit`")
-        if identity(tree, record.data_sha256) != record.experiment:
+        if identity(tree, record.data_sha256, record.start_sha256) != record.experiment:
             raise RunFolderError(f"{label}: was changed after the fit; fit again with --overwrite")
         layout = None if record.layout is None else Layout.of(record.layout)
         experiment = Experiment(loaded, None if data is None else read_like(data, layout, path))
@@ -248,6 +259,7 @@ class Run:
                 progress=progress,
                 budget=audit_spec.budget,
                 store=store,
+                beside=self._beside(place, data is None) if audit_spec.diagnose else None,
             )
             from elbowroom.analysis import idata, latent
 
@@ -263,6 +275,19 @@ class Run:
             result.save(target)
             store.clear()
         return result
+
+    def _beside(self, place: torch.device, own: bool) -> dict[str, LogJoint]:
+        """Return seams of some training and validation data, whose gaps stand beside those of the test data."""
+        if not own:
+            return {}
+        split, found = folder.read_split(self.path / folder.SPLIT), {}
+        for name in ("train", "validation"):
+            rows = getattr(split, name)
+            if len(rows):
+                some = rows[np.linspace(0, len(rows) - 1, min(len(rows), SIMULATED)).round().astype(int)]
+                batch = {key: value.to(place) for key, value in self.experiment.batch(np.sort(some)).items()}
+                found[name] = seam(self.vae.to(place), batch)
+        return found
 
     def _with_budget(self, budget: float | str) -> Run:
         """Return the same run with another `audit.budget`."""
@@ -300,6 +325,7 @@ class Run:
             return None
         wanted = self._attributes(dataset) | {"seed": str(self.experiment.spec.seed)}
         whole = {"guide", *found.table["reference"].values.astype(str)} <= set(found.posteriors)
+        whole &= (target / DIAGNOSIS).is_file() or not self.experiment.spec.audit.diagnose
         same = all(found.table.attrs.get(key) == value for key, value in wanted.items() if key != "data")  # a mere name
         return found if whole and same and np.array_equal(found.table["obs_id"].values, obs_id) else None
 
@@ -412,10 +438,7 @@ def _known(record: Any, label: str) -> None:
 
 def _fingerprint(vae: VAE) -> str:
     """Return the SHA-256 of the weights: names, types and values."""
-    parts: list[bytes] = []
-    for name, value in vae.state_dict().items():
-        parts += [f"{name} {value.dtype} {tuple(value.shape)}".encode(), value.detach().cpu().contiguous().numpy().tobytes()]
-    return sha256(*parts)
+    return start.fingerprint(vae.state_dict())
 
 
 def _load_weights(vae: VAE, path: Path) -> None:

@@ -65,6 +65,29 @@ class AuditBlock(Block):
     draws: Draws = Field(10_000, description="draws of the guide per datum for ELBO and k-hat")
     keep: Draws = Field(1_000, description="draws per datum that are kept in the files")
     budget: Budget = Field(None, description="time that the audit may take, such as 10m; without one, as long as it takes")
+    diagnose: Annotated[bool, Strict()] = Field(
+        False, description="also calibration, information, checks of the model, and the gaps of other data"
+    )
+
+
+class StartBlock(Block):
+    """The run whose weights a fit starts at."""
+
+    run: Annotated[str, MinLen(1)] = Field(..., description="its folder; a relative path counts from the spec's")
+    freeze: Annotated[bool, Strict()] = Field(
+        True, description="keep its prior, decoder and likelihood as they are, and train the guide alone"
+    )
+    simulated: Annotated[float, Strict(), Ge(0), Le(1)] = Field(
+        0.0, description="share of each mini-batch that is drawn from the frozen model: data without end for the encoder"
+    )
+
+
+def _start(given: Any) -> Any:
+    """A bare folder is short for a block."""
+    return {"run": given} if isinstance(given, str) else given
+
+
+Start = Annotated[StartBlock | None, BeforeValidator(_start, json_schema_input_type=StartBlock | str | None)]
 
 
 class Record(Block):
@@ -81,6 +104,7 @@ class Record(Block):
     exposure: bool = Field(False, description="whether counts have an exposure")
     missing: bool = Field(False, description="whether entries are missing")
     layout: dict[str, Any] | None = Field(None, description="which columns of a table became what")
+    start_sha256: str | None = Field(None, description="hash of the weights that the fit started at")
     experiment: str = Field(..., description="hash of all that the fit depends on")
 
 
@@ -113,7 +137,9 @@ def spec_model() -> type[Spec]:
 
     slot = components.slot
     trained = [option for option in schema.options(svi.fit) if option.name != "objective"]
-    fit = schema.block("fit", trained, {"objective": (slot("objective"), Field("elbo", description="what is maximised"))})
+    objective = (slot("objective"), Field("elbo", description="what is maximised"))
+    start = (Start, Field(None, description="the run whose weights the fit starts at; null starts anew"))
+    fit = schema.block("fit", trained, {"objective": objective, "start": start})
     model = create_model(
         "model",
         __base__=ModelBlock,
@@ -255,6 +281,14 @@ def contradiction(spec: Spec) -> str | None:
     model, audit = spec.model, spec.audit
     if (clash := pairs.clash(model.prior, spec.guide.family, spec.fit.objective)) is not None:
         return clash
+    if (start := spec.fit.start) is not None:
+        if start.simulated and not start.freeze:
+            return "fit.start.simulated: a model that is still trained must not learn from its own draws; set freeze: true"
+        if start.freeze and "guide" in components.component("prior", model.prior.name).facts:
+            return (
+                f"fit.start.freeze: prior {model.prior.name} is made of the guide, so that training the guide changes the model; "
+                "set freeze: false"
+            )
     chosen = [] if audit.references == "auto" else [reference.name for reference in audit.references]
     for name in chosen:
         if chosen.count(name) > 1:

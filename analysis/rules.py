@@ -1,0 +1,370 @@
+r"""The verdicts, and the rules by which they are reached: one table, from certified evidence only.
+
+| verdict                     | rule                                                                                         |
+|-----------------------------|----------------------------------------------------------------------------------------------|
+| `reference not trustworthy` | less than half of the data are exact or certified, or log p(x) lies below the ELBO somewhere |
+| `mode missed`               | at 5 % of the data or more, modes with above 5 % of the posterior are missed by the guide    |
+| `latents collapsed`         | a latent's rate is below 0.01 nats, and x does not depend on it (sensitivity below 0.01)     |
+| `model misfit`              | a check fails at a familywise level of 1 % AND by more than matters                          |
+| `encoder overfits`          | the amortization gap is 0.1 nats larger than on training data, which is half of it or more   |
+| `encoder falls short`       | the gap is not small, 1/3 of it or more is amortization, and the encoder does not overfit    |
+| `family too small`          | the gap is not small, and 1/3 of it or more is approximation                                 |
+| `guide falls short`         | the gap is not small, and could not be told apart (the guide is no normal)                   |
+| `sound`                     | none of these                                                                                |
+
+The gap is `not small` where the median over certified data exceeds 0.1 nats, or 5 % of them have more than 1 nat; each datum
+counts with the lower end of its own interval. The verdict is about these data; the interval beside a median is for those that
+they stand for, by order statistics, whatever the distribution.
+Several verdicts may hold; they are listed in this order, the two causes of the gap by their size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import xarray as xr
+
+from elbowroom.analysis.table import MISSED, TRUSTED, column
+
+SMALL_GAP = 0.1  # nats: exp(-0.1) = 0.90 of the evidence is in the bound
+LARGE_GAP = 1.0
+FEW = 0.05  # share of the data
+HALF = 0.5
+CAUSE = 1 / 3  # share of the gap from which on a part is named as a cause
+LEVEL = 0.01  # familywise
+EFFECTS = {"pit": 0.05, "": 0.1}  # what matters: the largest deviation of PIT values from uniform; relative differences
+ERRORS = 5.0  # standard errors by which log p(x) may lie below the ELBO
+Z95 = 1.959963984540054
+
+SOUND = "sound"
+UNTRUSTED = "reference not trustworthy"
+MODE_MISSED = "mode missed"
+COLLAPSED = "latents collapsed"
+MISFIT = "model misfit"
+OVERFITS = "encoder overfits"
+ENCODER = "encoder falls short"
+FAMILY = "family too small"
+GUIDE = "guide falls short"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict, the number that it rests on, the rule, and what to do.
+
+    Attributes:
+        verdict: `sound`, or one of `RULES`.
+        number: what the rule looked at.
+        low: lower end of its 95 % interval, NaN where it is a count.
+        high: upper end.
+        units: of these three.
+        rests_on: the same in words.
+        rule: the rule, with its threshold.
+        advice: what to do about it.
+    """
+
+    verdict: str
+    number: float
+    low: float
+    high: float
+    units: str
+    rests_on: str
+    rule: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"Verdict: {self.verdict}: {self.rests_on}. {self.advice} [Rule: {self.rule}.]"
+
+
+class Facts:
+    """What the rules look at: the table of certified data, and what was found beside it.
+
+    Args:
+        table: the audit's table.
+        beside: `information`, `checks`, `train` and so on, as far as there are any.
+    """
+
+    def __init__(self, table: xr.Dataset, beside: Mapping[str, xr.Dataset]) -> None:
+        self.table, self.beside = table, beside
+        self.n = table.sizes["obs_id"]
+        self.known = known(table)
+        self.gap = column(table, "gap_total")[self.known]
+        self.low = column(table, "gap_total_lower")[self.known]
+
+    def part(self, name: str) -> np.ndarray:
+        """Return a column of the certified data."""
+        return column(self.table, name)[self.known]
+
+    @property
+    def small(self) -> bool:
+        """Whether the gap is small."""
+        if not self.gap.size:
+            return True
+        return bool(np.median(self.low) <= SMALL_GAP and np.mean(self.low > LARGE_GAP) < FEW)
+
+
+def known(table: xr.Dataset) -> np.ndarray:
+    """Return which data have a value of log p(x) (exact or a trusted estimate) and a certified posterior, (N,)."""
+    finite = np.isfinite(column(table, "log_evidence")) & ~np.isnan(column(table, "gap_total"))
+    if not table.sizes.get("reference"):
+        return finite
+    return finite & np.isin(table["status"].values.astype(str), TRUSTED).any(1)
+
+
+def median(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the median and its distribution-free 95 % interval by order statistics; of few values, from least to largest."""
+    values = np.sort(values[~np.isnan(values)])
+    n = values.size
+    if not n:
+        return math.nan, math.nan, math.nan
+    below = max(0, math.floor(n / 2 - Z95 * math.sqrt(n) / 2))
+    return float(np.median(values)), float(values[below]), float(values[n - 1 - below])
+
+
+def judge(table: xr.Dataset, beside: Mapping[str, xr.Dataset] | None = None) -> list[Judgement]:
+    """Return the verdicts, the most consequential first; `sound` alone where no other holds.
+
+    Args:
+        table: the audit's table.
+        beside: datasets by name, as `Audit.diagnosis` holds them; rules whose evidence is missing are silent.
+    """
+    facts = Facts(table, beside or {})
+    if not facts.known.any():
+        return [_untrusted(facts) or _sound(facts)]
+    found = [judgement for find in RULES.values() if (judgement := find(facts)) is not None]
+    causes = sorted((one for one in found if one.verdict in (ENCODER, FAMILY)), key=lambda one: -one.number)
+    rest = iter(causes)
+    found = [next(rest) if one.verdict in (ENCODER, FAMILY) else one for one in found]
+    return found or [_sound(facts)]
+
+
+def per_datum(table: xr.Dataset) -> np.ndarray:
+    """Return a verdict for each datum, (N,): what can be said of one datum by its own numbers."""
+    gap, low = column(table, "gap_total"), column(table, "gap_total_lower")
+    shares = (column(table, "gap_amortization"), column(table, "gap_approximation"))
+    verdict = np.full(table.sizes["obs_id"], SOUND, dtype=object)
+    wide = (gap > SMALL_GAP) & (low > 0)
+    cause = np.where(np.isnan(shares[0]), GUIDE, np.where(shares[0] >= shares[1], ENCODER, FAMILY))
+    verdict = np.where(wide, cause, verdict)
+    verdict = np.where(column(table, "missed_mass") > MISSED, MODE_MISSED, verdict)
+    return np.where(~known(table) | _contradicts(table), UNTRUSTED, verdict).astype(str)
+
+
+def as_dataset(verdicts: list[Judgement]) -> xr.Dataset:
+    """Lay judgements out over `verdict`, for files."""
+    rows = [asdict(judgement) for judgement in verdicts]
+    columns = {name: ("verdict", np.array([row[name] for row in rows])) for name in rows[0] if name != "verdict"}
+    return xr.Dataset(columns, coords={"verdict": np.array([row["verdict"] for row in rows])})
+
+
+def from_dataset(dataset: xr.Dataset) -> list[Judgement]:
+    """Return the judgements that `as_dataset` laid out."""
+    rows = range(dataset.sizes["verdict"])
+    numbers = ("number", "low", "high")
+    names = ("verdict", *numbers, "units", "rests_on", "rule", "advice")
+    pick = lambda name, i: float(dataset[name].values[i]) if name in numbers else str(dataset[name].values[i])
+    return [Judgement(**{name: pick(name, i) for name in names}) for i in rows]  # type: ignore[arg-type]
+
+
+# -- the rules --------------------------------------------------------------------------------------------------------------
+
+
+def _contradicts(table: xr.Dataset) -> np.ndarray:
+    error = np.hypot(column(table, "elbo_se"), np.nan_to_num(column(table, "log_evidence_se")))
+    return np.asarray(column(table, "gap_total") < -ERRORS * error - 1e-6)
+
+
+def _untrusted(facts: Facts) -> Judgement | None:
+    share, wrong = float(facts.known.mean()), int(_contradicts(facts.table).sum())
+    rule = f"less than {HALF:.0%} of the data are exact or certified, or log p(x) lies below the ELBO by {ERRORS:.0f} errors"
+    if share >= HALF and not wrong:
+        return None
+    if wrong:
+        said = f"log p(x) lies below the ELBO by more than their errors allow at {wrong} of {facts.n} data, which cannot be"
+        advice = "A mode was missed or a density is not normalised; trust none of the numbers."
+    else:
+        said = f"{int(facts.known.sum())} of {facts.n} data have a certified posterior and a value of log p(x)"
+        advice = (
+            "What follows rests on these alone. Give the references more time (--budget), another reference "
+            "(audit.references), or fewer latents; the reasons stand beside each datum."
+        )
+    return Judgement(UNTRUSTED, share, math.nan, math.nan, "share of the data", said, rule, advice)
+
+
+def _mode_missed(facts: Facts) -> Judgement | None:
+    mass = facts.part("missed_mass")
+    lost, seen = mass > MISSED, ~np.isnan(mass)
+    if not seen.any() or lost.sum() < max(1.0, FEW * seen.sum()):
+        return None
+    share, error = lost.sum() / seen.sum(), math.sqrt(lost.mean() * (1 - lost.mean()) / seen.sum())
+    return Judgement(
+        MODE_MISSED,
+        float(share),
+        max(0.0, share - Z95 * error),
+        min(1.0, share + Z95 * error),
+        "share of the data",
+        f"the guide misses a mode at {lost.sum()} of {seen.sum()} certified data (median mass {np.median(mass[lost]):.0%})",
+        f"modes with above {MISSED:.0%} of the posterior are missed at {FEW:.0%} of the data or more",
+        "Use a family with several modes (guide.family=mixture, or flow), and the reference's posterior until then; importance "
+        "sampling from this guide does not see what is missed.",
+    )
+
+
+def _collapsed(facts: Facts) -> Judgement | None:
+    found = facts.beside.get("information")
+    if found is None or "collapsed" not in found:
+        return None
+    dead = [str(name) for name in found["coordinate"].values[found["collapsed"].values.astype(bool)]]
+    if not dead:
+        return None
+    d = found.sizes["coordinate"]
+    return Judgement(
+        COLLAPSED,
+        float(len(dead)),
+        math.nan,
+        math.nan,
+        "latents",
+        f"{len(dead)} of {d} latents carry nothing ({', '.join(dead[:5])}{', ...' if len(dead) > 5 else ''})",
+        "rate below 0.01 nats and sensitivity of the decoder below 0.01 nats",
+        "The model does without them: lower model.latent_dim, or keep them alive while training (fit.kl_warmup, or "
+        "fit.objective: {name: beta, free_bits: ...}) and see whether held-out log p(x) rises (elbowroom compare).",
+    )
+
+
+def _misfit(facts: Facts) -> Judgement | None:
+    found = facts.beside.get("checks")
+    if found is None or "p_holm" not in found:
+        return None
+    names = found["statistic"].values.astype(str)
+    effect, p = np.abs(found["effect"].values), found["p_holm"].values
+    limit = np.array([EFFECTS["pit"] if "PIT" in name else EFFECTS[""] for name in names])
+    bad = (p <= LEVEL) & (effect > limit)
+    if not bad.any():
+        return None
+    worst = int(np.argmax(np.where(bad, effect / limit, -1.0)))
+    return Judgement(
+        MISFIT,
+        float(effect[worst]),
+        math.nan,
+        math.nan,
+        "effect",
+        f"{bad.sum()} of {bad.size} checks fail, the worst: {names[worst]}, effect {effect[worst]:.2g}, "
+        f"p = {p[worst]:.1g} after Holm",
+        f"p at most {LEVEL} after Holm, and an effect above {EFFECTS['pit']} (PIT) or {EFFECTS['']:.0%}",
+        "The posterior is that of a model that does not make such data: try another likelihood (elbowroom components "
+        "likelihood), more latents or a larger decoder; elbowroom compare says by held-out log p(x) which is better.",
+    )
+
+
+def _overfits(facts: Facts) -> Judgement | None:
+    train = facts.beside.get("train")
+    if train is None or facts.small:
+        return None
+    name = "gap_amortization" if np.isfinite(facts.part("gap_amortization")).any() else "gap_total"
+    here, there = facts.part(name), column(train, name)[known(train)]
+    here, there = here[np.isfinite(here)], there[np.isfinite(there)]
+    if min(here.size, there.size) < 5:
+        return None
+    difference = float(np.median(here) - np.median(there))
+    rng = np.random.default_rng(0)
+    again = [np.median(rng.choice(here, here.size)) - np.median(rng.choice(there, there.size)) for _ in range(1000)]
+    low, high = (float(q) for q in np.quantile(again, (0.025, 0.975)))
+    if not (low > SMALL_GAP and difference >= HALF * np.median(here)):
+        return None
+    what = "amortization gap" if name == "gap_amortization" else "gap"
+    return Judgement(
+        OVERFITS,
+        difference,
+        low,
+        high,
+        "nats",
+        f"the median {what} is {np.median(here):.3g} nats here and {np.median(there):.3g} on training data, "
+        f"{_interval((difference, low, high))} more",
+        f"the lower end above {SMALL_GAP} nats, and the difference half of the {what} or more",
+        "The encoder has learnt its training data by heart: train it on data drawn from the model, of which there is no end "
+        "(elbowroom improve RUN); more data, fit.patience or dropout in guide.encoder help as well.",
+    )
+
+
+def _encoder(facts: Facts) -> Judgement | None:
+    """Blame the encoder, unless it overfits, which is said instead."""
+    return None if _overfits(facts) is not None else _cause(facts, ENCODER)
+
+
+def _cause(facts: Facts, verdict: str) -> Judgement | None:
+    """Name what makes the gap, where it is not small: the encoder, the family, or what cannot be told apart."""
+    if facts.small:
+        return None
+    gap, low, high = median(facts.gap)
+    tail = float(np.mean(facts.low > LARGE_GAP))
+    large = f"{tail:.0%} of {facts.gap.size} data above {LARGE_GAP:.0f} nat"
+    whole = f"the median gap is {_interval((gap, low, high))}, {large}"
+    rule = f"the gap not small (median above {SMALL_GAP} nats, or above {LARGE_GAP:.0f} nat at {FEW:.0%} of the data)"
+    amortization, approximation = facts.part("gap_amortization"), facts.part("gap_approximation")
+    rows = np.isfinite(amortization) & np.isfinite(approximation)
+    if rows.any() == (verdict == GUIDE):
+        return None
+    if verdict == GUIDE:
+        said = f"{whole}; the guide is no normal, so family and encoder cannot be told apart"
+        advice = "Train it longer with a wider encoder and see whether that was it (elbowroom improve RUN)."
+        return Judgement(GUIDE, gap, low, high, "nats", said, rule, advice)
+    if np.median(facts.low) <= SMALL_GAP:  # small but for the tail, whose cause is asked for
+        rows &= facts.low > LARGE_GAP
+    of_encoder, of_family = median(amortization[rows]), median(approximation[rows])
+    mine, part = (of_encoder, "amortization") if verdict == ENCODER else (of_family, "approximation")
+    if not mine[0] >= CAUSE * (max(of_encoder[0], 0) + max(of_family[0], 0)):
+        return None
+    if verdict == ENCODER:
+        said = f"{whole}; the encoder misses {_interval(mine)} of its own family's best (amortization)"
+        advice = (
+            f"A wider encoder, trained longer and on data drawn from the model too, can gain up to {mine[0]:.3g} nats per "
+            "datum with the same p(x); elbowroom improve RUN does that."
+        )
+    else:
+        said = f"{whole}; the best member of the family is {_interval(mine)} short of log p(x) (approximation)"
+        advice = _richer(facts, rows)
+    return Judgement(verdict, *mine, "nats", said, f"{rule}, and {CAUSE:.0%} of it or more is {part}", advice)
+
+
+def _interval(values: tuple[float, float, float]) -> str:
+    return f"{values[0]:.3g} nats [{values[1]:.3g}, {values[2]:.3g}]"
+
+
+def _richer(facts: Facts, rows: np.ndarray) -> str:
+    """Say which family would close the approximation gap, and by how much, from the refits."""
+    covariance, shape = median(facts.part("gap_covariance")[rows]), median(facts.part("gap_shape")[rows])
+    if covariance[0] >= HALF * (max(covariance[0], 0) + max(shape[0], 0)) and covariance[0] > 0:
+        gain = f"guide.family=full_rank_normal can gain {_interval(covariance)} per datum, by the refit"
+        return f"{gain}; what is left, {max(shape[0], 0):.3g} nats, takes a flow (elbowroom improve RUN)."
+    rest = f" (a full covariance alone would gain {covariance[0]:.3g})" if covariance[0] > 0 else ""
+    return f"guide.family=flow or mixture can gain up to {_interval(shape)} per datum{rest}; elbowroom improve RUN tries it."
+
+
+def _sound(facts: Facts) -> Judgement:
+    gap, low, high = median(facts.gap)
+    return Judgement(
+        SOUND,
+        gap,
+        low,
+        high,
+        "nats",
+        f"the median gap is {gap:.3g} nats [{low:.3g}, {high:.3g}] over {facts.gap.size} certified data, and no check speaks "
+        "against the guide",
+        f"no other verdict holds; median gap at most {SMALL_GAP} nats",
+        "q(z|x) may be used as it is.",
+    )
+
+
+RULES: dict[str, Callable[[Facts], Judgement | None]] = {
+    UNTRUSTED: _untrusted,
+    MODE_MISSED: _mode_missed,
+    COLLAPSED: _collapsed,
+    MISFIT: _misfit,
+    OVERFITS: _overfits,
+    ENCODER: _encoder,
+    FAMILY: lambda facts: _cause(facts, FAMILY),
+    GUIDE: lambda facts: _cause(facts, GUIDE),
+}
+"""All verdicts but `sound`, in the order in which they are listed."""

@@ -1,0 +1,148 @@
+"""The verdicts: which numbers lead to which words, and that the table in the text is the one in the code."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from elbowroom.analysis import rules
+from elbowroom.analysis.rules import from_dataset, judge, median, per_datum
+
+N = 40
+UNKNOWN = {"gap_amortization": np.nan, "gap_covariance": np.nan, "gap_shape": np.nan}
+
+
+def table(**columns: Any) -> xr.Dataset:
+    """Return an audit's table of N certified data without a gap, but for what is given."""
+    rng = np.random.default_rng(1)
+    base: dict[str, Any] = {
+        "log_evidence": np.full(N, -10.0),
+        "log_evidence_se": np.full(N, 1e-6),
+        "elbo_se": np.full(N, 0.002),
+        "gap_amortization": 0.001 * rng.random(N),
+        "gap_covariance": 0.001 * rng.random(N),
+        "gap_shape": 0.001 * rng.random(N),
+        "missed_mass": np.zeros(N),
+    }
+    base |= {name: np.broadcast_to(np.asarray(value, dtype=float), N).copy() for name, value in columns.items() if name in base}
+    approximation = base["gap_covariance"] + base["gap_shape"]
+    gap = np.asarray(columns.get("gap_total", base["gap_amortization"] + approximation), dtype=float)
+    spread = 2 * base["elbo_se"]
+    base |= {"gap_approximation": approximation, "gap_total": gap, "gap_total_lower": gap - spread}
+    status = np.broadcast_to(np.asarray(columns.get("status", "exact")), N)
+    return xr.Dataset(
+        {**{name: ("obs_id", value) for name, value in base.items()}, "status": (("obs_id", "reference"), status[:, None])},
+        coords={"obs_id": np.arange(N), "reference": ["grid"]},
+    )
+
+
+def words(*args: Any) -> list[str]:
+    return [judgement.verdict for judgement in judge(*args)]
+
+
+def test_every_verdict_stands_in_the_table_of_the_text_in_its_order() -> None:
+    named = re.findall(r"^\| `(.*?)`", rules.__doc__ or "", flags=re.M)
+    assert named == [*rules.RULES, rules.SOUND]
+
+
+def test_no_gap_is_sound() -> None:
+    (found,) = judge(table())
+    assert found.verdict == "sound"
+    assert found.low <= found.number <= found.high < 0.1
+    assert set(per_datum(table())) == {"sound"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"gap_amortization": 0.5}, ["encoder falls short"]),
+        ({"gap_covariance": 0.5}, ["family too small"]),
+        ({"gap_shape": 0.5}, ["family too small"]),
+        ({"gap_shape": 0.5, "gap_amortization": 0.4}, ["family too small", "encoder falls short"]),
+        ({"gap_shape": 0.4, "gap_amortization": 0.5}, ["encoder falls short", "family too small"]),
+        ({"gap_amortization": np.where(np.arange(N) < 4, 3.0, 0.01)}, ["encoder falls short"]),  # 10 % far off
+        ({"gap_amortization": np.where(np.arange(N) < 1, 3.0, 0.01)}, ["sound"]),  # one of forty
+        ({**UNKNOWN, "gap_total": [0.5] * N}, ["guide falls short"]),
+        ({"missed_mass": np.where(np.arange(N) < 2, 0.4, 0.0)}, ["mode missed"]),
+        ({"missed_mass": np.where(np.arange(N) < 1, 0.4, 0.0)}, ["sound"]),
+        ({"gap_total": np.where(np.arange(N) < 1, -0.5, 0.0)}, ["reference not trustworthy"]),
+    ],
+)  # fmt: skip
+def test_numbers_and_words(columns: dict[str, Any], expected: list[str]) -> None:
+    assert words(table(**columns)) == expected
+
+
+def test_only_certified_data_count() -> None:
+    """The uncertified half has a large gap; it must not be blamed, nor counted as known."""
+    first = np.arange(N) < N // 2 - 1
+    half = table(gap_amortization=np.where(first, 5.0, 0.0), status=np.where(first, "uncertified", "exact"))
+    assert words(half) == ["sound"]
+    assert set(per_datum(half)[first]) == {"reference not trustworthy"}
+    few = table(gap_amortization=np.where(~first, 0.5, 0.0), status=np.where(first, "exact", "uncertified"))
+    found = judge(few)
+    assert [judgement.verdict for judgement in found] == ["reference not trustworthy"]
+    assert found[0].number == pytest.approx(first.mean())
+    none = table(status="uncertified")
+    assert words(none) == ["reference not trustworthy"]
+
+
+def test_a_gap_within_its_errors_is_not_blamed() -> None:
+    assert words(table(gap_amortization=0.15, elbo_se=0.05)) == ["sound"]
+    assert words(table(gap_amortization=0.15, elbo_se=0.01)) == ["encoder falls short"]
+
+
+def test_overfitting_takes_the_training_data() -> None:
+    here = table(gap_amortization=0.6)
+    assert words(here, {"train": table(gap_amortization=0.05)}) == ["encoder overfits"]
+    assert words(here, {"train": table(gap_amortization=0.55)}) == ["encoder falls short"]
+    assert words(table(gap_amortization=0.6, gap_shape=0.8), {"train": table(gap_amortization=0.05, gap_shape=0.8)}) == [
+        "encoder overfits",
+        "family too small",
+    ]
+
+
+def test_collapse_and_misfit_are_read_off_their_datasets() -> None:
+    information = xr.Dataset({"collapsed": ("coordinate", [False, True])}, coords={"coordinate": ["z[0]", "z[1]"]})
+    (found,) = judge(table(), {"information": information})
+    assert found.verdict == "latents collapsed"
+    assert "z[1]" in found.rests_on
+    names = ["residual PIT", "dispersion"]
+
+    def checks(p: list[float], effect: list[float]) -> dict[str, xr.Dataset]:
+        return {
+            "checks": xr.Dataset({"p_holm": ("statistic", p), "effect": ("statistic", effect)}, coords={"statistic": names})
+        }
+
+    assert words(table(), checks([0.001, 1.0], [0.08, 0.5])) == ["model misfit"]
+    assert words(table(), checks([0.001, 0.001], [0.03, 0.05])) == ["sound"]  # significant, and too small to matter
+    assert words(table(), checks([0.5, 0.02], [0.3, 0.9])) == ["sound"]  # large, and not significant
+    assert words(table(), checks([1.0, 0.005], [0.0, -0.4])) == ["model misfit"]
+
+
+def test_advice_names_the_family_and_its_gain() -> None:
+    (found,) = judge(table(gap_covariance=0.5, gap_shape=0.05))
+    assert "full_rank_normal can gain 0.5 nats" in found.advice
+    (found,) = judge(table(gap_covariance=0.05, gap_shape=0.5))
+    assert "flow or mixture" in found.advice
+
+
+def test_judgements_survive_a_file() -> None:
+    found = judge(table(gap_shape=0.5, gap_amortization=0.4))
+    again = from_dataset(rules.as_dataset(found))
+    assert again == found
+
+
+def test_the_interval_of_the_median_covers() -> None:
+    """Of an exponential sample, 95 % +- 3 binomial errors of 2,000; conservative for the smallest."""
+    rng = np.random.default_rng(5)
+    for n in (12, 40, 101):
+        inside = 0
+        for _ in range(2000):
+            _, low, high = median(rng.exponential(size=n))
+            inside += low <= np.log(2) <= high
+        assert inside / 2000 > 0.95 - 3 * (0.95 * 0.05 / 2000) ** 0.5
+        assert inside / 2000 < 0.99
