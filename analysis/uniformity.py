@@ -1,12 +1,12 @@
-r"""Are values uniform on [0, 1]? Simultaneous bands for the ECDF, an exact p-value, the size of the deviation, and its direction.
+r"""Are values uniform on [0, 1]? Simultaneous bands for the ECDF, an exact p-value, the deviation's size and direction.
 
     R_k = #{n : u_n <= t_k} ~ Binomial(N, t_k)                                 under uniformity, k = 1 .. K
     level_k = 2 min(P(B_k <= R_k), P(B_k >= R_k)),  B_k ~ Binomial(N, t_k)
     gamma = min_k level_k,   p = P(gamma' <= gamma)                            gamma' of N uniform values
 
-R_1, R_2, .. is a Markov chain, R_k+1 - R_k | R_k ~ Binomial(N - R_k, (t_k+1 - t_k) / (1 - t_k)), so that the probability that it
-stays inside limits is a sum over its states: p and the bands are exact, not simulated. The bands of level 1 - a hold the
-whole ECDF with a probability of at least 1 - a, and the ECDF leaves them if and only if p <= a.
+R_1, R_2, .. is a Markov chain, R_k+1 - R_k | R_k ~ Binomial(N - R_k, (t_k+1 - t_k) / (1 - t_k)), so that the probability that
+it stays inside limits is a sum over its states: p and the bands are exact, not simulated. The bands of level 1 - a hold the
+ECDF at all t_k with a probability of at least 1 - a, and the ECDF leaves them if and only if p <= a.
 
 Saeilynoja, Buerkner and Vehtari 2022, Graphical test for discrete uniformity and its applications in goodness-of-fit evaluation
 and multiple sample comparison, https://doi.org/10.1007/s11222-022-10090-6, section 2.2; Holm 1979,
