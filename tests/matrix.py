@@ -58,8 +58,8 @@ other and that log p(x) is right, not that the fit is good: the gaps are those o
 
 * {exact} of {posteriors} posteriors were certified `exact`; {clean} of {rows} combinations went through without a warning.
 * log p(x) was estimated a second time from {draws:,} draws of the prior through the plain Pyro program, which shares nothing
-  with the references. Where the weights of those draws can be trusted ({compared} posteriors), the two agree within 4.5 standard
-  errors unless the table says otherwise; the median difference is {off:.1g} nats.
+  with the references. Where the weights of those draws can be trusted ({compared} posteriors), the two agree within 4.5
+  standard errors unless the table says otherwise; the median difference is {off:.1g} nats.
 * The other {refused} pairs of words are refused before anything is built, each with its reason and a remedy that works
   (`tests/test_matrix.py`).
 
