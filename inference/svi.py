@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,7 @@ from elbowroom.inference.objectives import ELBO, NonFiniteSite, Objective
 from elbowroom.inference.rows import Rows
 from elbowroom.inference.schedule import Plan, Schedule, plan
 from elbowroom.inference.scopes import contained, mode
+from elbowroom.inference.start import Start
 from elbowroom.models.vae import VAE
 
 CHECKPOINT, WEIGHTS, HISTORY = "checkpoint.pt", "weights.pt", "history.csv"
@@ -49,6 +51,7 @@ class Session:
             as a hash of the spec. A checkpoint with another fingerprint is refused.
         report: called as report(plan, row) after each epoch, when its files are written.
         checkpoint_seconds: least time between checkpoints; one is written after the first epoch and at the end anyway.
+        start: weights that the fit starts at, and whether the model is trained further; None starts at the VAE's own.
     """
 
     folder: Path | None = None
@@ -57,6 +60,7 @@ class Session:
     fingerprint: str = ""
     report: Callable[[Plan, Row], None] | None = None
     checkpoint_seconds: float = 10.0
+    start: Start | None = None
 
 
 class Step:
@@ -85,7 +89,7 @@ class Step:
         objective: Objective | None = None,
     ) -> None:
         self.vae, self.size = vae, size
-        self.parameters = list(vae.parameters())
+        self.parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
         self.gradient_clip = gradient_clip
         self.objective = objective or ELBO()
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
@@ -250,7 +254,12 @@ def fit(
     train, validation = Rows.of(train).to(place, precision), Rows.of(validation).to(place, precision)
     vae.to(place, precision)
     vae.adapt(**train.sample())
-    with contained(session.seed, place), mode(vae, training=True):
+    start = session.start
+    if start is not None:
+        options["start"] = f"{start.sha256}, freeze {start.freeze}, simulated {start.simulated:g}"
+        start.apply(vae)
+    frozen: AbstractContextManager[None] = nullcontext() if start is None else start.frozen(vae)
+    with contained(session.seed, place), mode(vae, training=True), frozen:
         step = Step(vae, size=len(train), learning_rate=learning_rate, gradient_clip=gradient_clip, objective=objective)
         run = _Run(vae, train, validation, session, planned, step, options)
         if session.resume:
@@ -311,6 +320,9 @@ class _Run:
             rate, weight = self.plan.learning_rate_at(step), self.plan.kl_weight_at(step)
             try:
                 seen = self.train.batch(index, self.redraw)
+                if self.session.start is not None:
+                    seen, drawn = self.session.start.mixed(self.vae, seen)
+                    index = torch.where(drawn, -1, index)  # no row of the data
                 losses = self.step(**seen, kl_weight=weight, learning_rate=rate)
             except NonFiniteSite as error:
                 raise self._stop(error, f"epoch {epoch}, batch {batch} of {self.plan.batches}", index) from None
@@ -389,7 +401,7 @@ class _Run:
         parts = [f"fit: the weights are not finite after {where}"]
         if error is not None:
             parts = [f"fit: the loss is not finite in {where}: {error.sentence()}"]
-            if index is not None and error.rows:
+            if index is not None and error.rows and int(index[error.rows[0]]) >= 0:
                 parts[0] += f" (training row {int(index[error.rows[0]])}, counted from 0)"
         bad = self._bad_parameters() if bad is None else bad
         if bad:

@@ -17,16 +17,19 @@ import numpy as np
 import torch
 
 from elbowroom import clock, components, spec
+from elbowroom import start as starts
 from elbowroom.archive import SHARE, amount, memory
 from elbowroom.assembly import Facts, assemble
 from elbowroom.data import CHUNK, Dataset, File, Source, Split, forget, rows_of, split_rows
 from elbowroom.errors import DataError, SpecError
 from elbowroom.files import sha256
+from elbowroom.folder import SPLIT, read_split
 from elbowroom.frames import Memory
 from elbowroom.inference import svi
 from elbowroom.inference.posterior import Reference
 from elbowroom.inference.rows import Batch, Rows
 from elbowroom.inference.schedule import plan
+from elbowroom.inference.start import Start
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.vae import VAE
 
@@ -145,13 +148,27 @@ class Experiment:
         """The rows that train, choose the best weights, and are audited."""
         if self.data.split is not None:
             return self.data.split
+        if self.spec.fit.start is not None:  # whatever the seed: what was held out there stays held out
+            return read_split(starts.path_of(self) / SPLIT)
         with self._labelled():
             return split_rows(len(self.data), self._source.split, self.spec.seed, self.data.name)
 
     @functools.cached_property
     def identity(self) -> str:
         """SHA-256 of everything that the fit depends on: data, model, guide, fit (not its device) and seed."""
-        return identity(self.spec.tree(), self.data_sha256)
+        return identity(self.spec.tree(), self.data_sha256, None if self.start is None else self.start.sha256)
+
+    @functools.cached_property
+    def start(self) -> Start | None:
+        """The weights that the fit starts at; None where it starts anew.
+
+        Raises:
+            SpecError: `fit.start` names no run, or one of other data or another model.
+        """
+        if self.spec.fit.start is None:
+            return None
+        with self._labelled():
+            return starts.read(self)
 
     @functools.cached_property
     def data_sha256(self) -> str:
@@ -251,7 +268,9 @@ class Experiment:
         Raises:
             UserError: one line.
         """
-        options, observations, n_test = self.spec.fit, self.spec.audit.observations, len(self.split.test)
+        options, observations = self.spec.fit, self.spec.audit.observations
+        _ = self.start  # before its split is read
+        n_test = len(self.split.test)
         with self._labelled():
             if observations != "all" and observations > n_test:
                 raise SpecError(f"audit.observations: the test split has {n_test} rows, not {observations}; use all")
@@ -336,6 +355,8 @@ class Experiment:
         tree = self.spec.tree()
         if isinstance(self._source, File):
             tree["data"]["path"] = str(self._source.path)
+        if self.start is not None:
+            tree["fit"]["start"]["run"] = str(starts.path_of(self))
         tree["record"] = {
             "elbowroom": metadata.version("elbowroom"),
             "versions": {name: metadata.version(name) for name in VERSIONS_OF},
@@ -343,6 +364,7 @@ class Experiment:
             **({} if (stamp := self.data.stamp()) is None else {"data_stamp": stamp}),
             **self.facts.tree(),
             **({} if self.data.layout is None else {"layout": self.data.layout.tree()}),
+            **({} if self.start is None else {"start_sha256": self.start.sha256}),
             "experiment": self.identity,
         }
         return tree
@@ -382,14 +404,26 @@ def seam(vae: VAE, batch: Batch) -> LogJoint:
     return LogJoint(vae.model, vae.guide, batch["x"], **beside)
 
 
-def identity(tree: Mapping[str, Any], data_sha256: str) -> str:
-    """Return the SHA-256 of what a fit depends on: data, model, guide, fit (not its device) and seed of a resolved spec."""
+def identity(tree: Mapping[str, Any], data_sha256: str, start_sha256: str | None = None) -> str:
+    """Return the SHA-256 of what a fit depends on: data, model, guide, fit (not its device) and seed of a resolved spec.
+
+    Args:
+        tree: the resolved spec.
+        data_sha256: of the data.
+        start_sha256: of the weights that the fit starts at; where they lie does not matter.
+    """
     skip = {"data": "path", "fit": "device"}
     parts = {key: tree.get(key) for key in ("data", "model", "guide", "fit", "seed")}
     for key, dropped in skip.items():
         part = parts[key]
         if isinstance(part, Mapping):
             parts[key] = {name: value for name, value in part.items() if name != dropped}
+    fitted = parts["fit"]
+    if isinstance(fitted, Mapping) and "start" in fitted:
+        block = fitted["start"]
+        others = {name: value for name, value in fitted.items() if name != "start"}
+        # without one the hash is that of specs which do not know the word
+        parts["fit"] = {**others, "start": {**block, "run": start_sha256}} if isinstance(block, Mapping) else others
     return sha256(json.dumps([components.portable(parts), data_sha256], sort_keys=True).encode())
 
 

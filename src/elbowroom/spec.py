@@ -286,8 +286,8 @@ def contradiction(spec: Spec) -> str | None:
             return "fit.start.simulated: a model that is still trained must not learn from its own draws; set freeze: true"
         if start.freeze and "guide" in components.component("prior", model.prior.name).facts:
             return (
-                f"fit.start.freeze: prior {model.prior.name} is made of the guide, so that training the guide changes the model; "
-                "set freeze: false"
+                f"fit.start.freeze: prior {model.prior.name} is made of the guide, so that training the guide changes the "
+                "model; set freeze: false"
             )
     chosen = [] if audit.references == "auto" else [reference.name for reference in audit.references]
     for name in chosen:
