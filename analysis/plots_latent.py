@@ -222,7 +222,7 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
     if data is None:
         return Absent("plane", f"No picture of E[x|z]: {NO_LATENT}.")
     latents = [int(j) for j in np.atleast_1d(data.attrs["latents"])]
-    expected = data["expected_x"].values
+    expected, columns = _in_column_units(latent, data["expected_x"].values)
     axes_z = [data["z_column"].values] + ([data["z_row"].values] if "z_row" in data else [])
     image = event_image(latent)
     space = "real" if latent is None else str(latent.attrs.get("space", "real"))
@@ -255,27 +255,40 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
             cut = expected
             if len(axes_z) == 2:
                 cut = expected[expected.shape[0] // 2] if k == 0 else expected[:, expected.shape[1] // 2]
-            _profile(axes, z, cut.reshape(len(z), -1), vertex or f"latent {latents[k]}{unit}", first=k == 0)
+            _profile(axes, z, cut.reshape(len(z), -1), vertex or f"latent {latents[k]}{unit}", columns, first=k == 0)
     names = " and ".join(f"latent {j}" for j in latents)
     alt = f"The decoder's expected datum at prior quantiles of {names}."
     caption = _plane_caption(expected, len(axes_z), latents, rest) if vertex is None else _vertex_caption(expected, vertex)
+    if columns:
+        caption = caption.replace("data units", "sd of the data").replace("the data's units", "sd of the data")
     return Plot("plane", figure, alt, caption, wide=figure.get_figwidth() > HALF)
 
 
-def _profile(axes: Axes, z: np.ndarray, expected: np.ndarray, label: str, *, first: bool) -> None:
+def _in_column_units(latent: xr.DataTree | None, expected: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Return E[x|z] of a table in standard deviations of the audited data, and its columns; x that is no table as it is."""
+    beside = group(latent, "reconstruction")
+    if latent is None or beside is None or "columns" not in latent.attrs:
+        return expected, []
+    sd = beside["x_sd"].values
+    columns = [str(name) for name in np.atleast_1d(latent.attrs["columns"])]
+    return (expected - beside["x_mean"].values) / np.where(sd > 0, sd, 1.0), columns
+
+
+def _profile(axes: Axes, z: np.ndarray, expected: np.ndarray, label: str, columns: list[str], *, first: bool) -> None:
     """Draw expected entries (z, entry): a line each when they are few, else a heatmap."""
+    unit = "sd of the data" if columns else "data units"
     if expected.shape[1] <= 8:
         palette = sns.color_palette("colorblind", 8)
         for i in range(expected.shape[1]):
-            axes.plot(z, expected[:, i], color=palette[i], label=f"entry {i}")
-        axes.set(xlabel=label, ylabel="E[x|z] (data units)")
+            axes.plot(z, expected[:, i], color=palette[i], label=columns[i] if columns else f"entry {i}")
+        axes.set(xlabel=label, ylabel=f"E[x|z] ({unit})")
         if first:
             axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return
     axes.grid(False)
     mesh = axes.pcolormesh(z, np.arange(expected.shape[1]), expected.T, cmap="cividis", shading="nearest", rasterized=True)
     axes.set(xlabel=label, ylabel="entry of x")
-    axes.figure.colorbar(mesh, ax=axes, label="E[x|z] (data units)", pad=0.02)
+    axes.figure.colorbar(mesh, ax=axes, label=f"E[x|z] ({unit})", pad=0.02)
 
 
 def _vertex_caption(expected: np.ndarray, vertex: str) -> str:

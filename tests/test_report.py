@@ -18,7 +18,7 @@ import yaml
 from matplotlib import pyplot
 from PIL import Image
 
-from elbowroom.analysis import canvas, findings, plots, plots_audit, plots_posterior
+from elbowroom.analysis import canvas, findings, plots, plots_audit, plots_latent, plots_posterior
 from elbowroom.analysis.report import Files, write_picture, write_report
 from elbowroom.errors import RunFolderError
 
@@ -498,6 +498,25 @@ def test_intervals_of_methods_with_different_chains_and_of_bounds(reported):
     assert any("≥" in text.get_text() for axes in bounded.figure.axes for text in axes.texts)
     nothing = plots_posterior.intervals(table.assign(gap_total_lower=table["gap_total"]), posteriors)
     assert "no datum has both" in nothing.reason
+
+
+def test_the_plane_of_a_table_names_its_columns_and_measures_each_in_its_own_unit():
+    """An income in thousands beside a rate below 1 hides nothing: each column counts in sds of the audited data."""
+    z, sd = np.linspace(-2.0, 2.0, 5), np.array([5000.0, 0.1])
+    expected = np.stack([20_000 + 500 * z, 0.3 + 0.1 * z], 1)
+    plane = xr.Dataset({"expected_x": (("c", "x"), expected), "z_column": ("c", z)}, attrs={"latents": [0]})
+    beside = xr.Dataset({"x_mean": ("x", np.array([20_000.0, 0.3])), "x_sd": ("x", sd)})
+    tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs={"latent_dim": 1}), "plane": plane, "reconstruction": beside})
+    bare = plots_latent.plane(tree)
+    assert [line.get_label() for line in bare.figure.axes[0].lines] == ["entry 0", "entry 1"]
+    tree.attrs["columns"] = ["income", "rate"]
+    plot = plots_latent.plane(tree)
+    lines = {line.get_label(): line.get_ydata() for line in plot.figure.axes[0].lines}
+    np.testing.assert_allclose(lines["income"], 0.1 * z, atol=1e-9)
+    np.testing.assert_allclose(lines["rate"], z, atol=1e-9)
+    assert "sd of the data" in plot.figure.axes[0].get_ylabel()
+    assert "sd of the data" in plot.caption
+    assert "data's units" not in plot.caption
 
 
 @pytest.mark.parametrize(
