@@ -288,7 +288,7 @@ def _forest(slices: Mapping[str, xr.Dataset]) -> Figure:
     for text in names.texts:
         text.set(fontsize=8, color=INK)
     rows = sum(part.sizes["datum"] * len(part.data_vars) for part in slices.values()) / len(slices)
-    names.set_ylim(rows - 0.1, -0.6) if names.yaxis_inverted() else names.set_ylim(-0.6, rows - 0.1)
+    names.set_ylim(rows - 0.4, -0.9) if names.yaxis_inverted() else names.set_ylim(-0.9, rows - 0.4)
     axes.set_xlabel("value of the latent")
     heading(figure, "Intervals from the draws", HALF)
     handles = [Line2D([], [], color=colour, marker="o", markerfacecolor=PAPER) for colour in (GUIDE, EXACT)]
