@@ -16,14 +16,31 @@ if TYPE_CHECKING:
 Key = tuple[str, str]
 HEAD = ["| column | kind | column's own | guide | weighted | weighted - own |", "|---|---|---|---|---|---|"]
 
-NOTES: list[str] = []
-"""What the figures mean, in words: read off them when they were measured."""
+NOTES = """\
+Read off the run of 2026-11-21. No better than the column's own mean or mode: workclass and race, where one category has 74 %
+and 85 % of the rows and is nearly always guessed; fnlwgt, a sampling weight that hardly depends on the other columns (its
+90 % intervals are too narrow, and the weights mend a part of that); and, worse by 0.001 and 0.002, the two capital columns.
+These hold `none` (1, a dollar is added) in 92 % and 95 % of the rows, and what separates the others is a latent. Where the
+entry is hidden the guide all but rules a gain out (seed 0: about 15,000 draws for 1,500 rows, none above 10; the decoder under
+the prior has 3.5 % of gains and 1.0 % of losses, the data 8.3 % and 4.8 %), and weighted draws of q cannot go where q does not.
+So `none` is always guessed, which is the median: the best guess for absolute error, not for squared error. The intervals hold
+just the share of `none`.
+
+The weights' k-hat is above 0.7 in 10 to 17 % of the rows: there the weighted draws are not to be relied on.
+
+Learning rate and warm-up were chosen by the validation ELBO of seed 0 alone: without a warm-up of the KL 9 of 10 latents
+collapse and it ends at -27.3 nats (learning rate 1e-3, 60 epochs), with it at -23.3.
+
+HI-VAE's published figures for Adult were not found in the text that was at hand (of the paper, https://arxiv.org/abs/1807.03653,
+no more than its first pages), so none is quoted. The error measures and the list of hidden entries are those of its code.
+"""
+"""What the figures mean, in words; added where the spec is as it is."""
 
 
 def section(
     heading: str, machine: str, found: Mapping[int, Sequence[Measured]], columns: Sequence[Column], draws: int, changes: str
 ) -> str:
-    """Return the section: every column for the first number of latents, the kinds of columns for all."""
+    """Return the section: every column for the first number of latents, the kinds of columns for all, and notes."""
     runs, *others = found.values()
     lines = [
         heading,
@@ -47,7 +64,7 @@ def section(
         *_rows(runs, columns, "point", range(len(columns), len(columns) + len(groups(columns)))),
         "",
         "The median as the guess, of numbers and of ordered codes, and the share of hidden values in 90 % intervals (of the",
-        "column, of draws of x under the guide, of the weighted draws); whole numbers hold more than they promise:",
+        "column, of draws of x under the guide, of the weighted draws):",
         "",
         "| column | kind | column's own | guide | weighted | weighted - own | 90 %: own | guide | weighted |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -59,7 +76,7 @@ def section(
     for latent_dim, more in list(zip(found, found.values(), strict=True))[1 : 1 + len(others)]:
         every = range(len(columns), len(columns) + len(groups(columns)))
         lines += ["", f"d = {latent_dim}. {_worth(more)}", "", *HEAD, *_rows(more, columns, "point", every)]
-    return "\n".join([*lines, *([""] if NOTES else []), *NOTES]) + "\n"
+    return "\n".join(lines) + "\n" + ("" if changes else f"\n{NOTES}")
 
 
 def groups(columns: Sequence[Column]) -> list[str]:
