@@ -1,0 +1,311 @@
+r"""Criticism of the model: would it make data like these?
+
+Every check compares T(x, z) of the data with T of replicates under an exact null, and two nulls are used:
+
+* `joint`: T(x', z') of (x', z') ~ p(x, z). Observed are x_n with z_n ONE certified draw of p(z|x_n): if the model is right,
+  (x_n, z_n) has the distribution of (x', z'), whatever T (Johnson 2004, https://doi.org/10.1214/009053604000000616; Yuan and
+  Johnson 2012, https://doi.org/10.1111/j.1541-0420.2011.01668.x). A posterior predictive p-value, which uses x twice, has no
+  such null
+* `residual`: ranks of x_n among draws from p(x|z_n); see `analysis.residuals`
+
+The null takes the trained model as known. On held-out data a small p-value is misfit or an overfitted decoder; on the data
+that the model was trained on, misfit can hide. With much data every model is rejected: the effect says by how much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from elbowroom.analysis.discrepancies import Judged, Statistic, judge, suited
+from elbowroom.analysis.residuals import RELATIVE, WORDS, Residuals, replicated, residuals
+from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference import discrete
+from elbowroom.inference.forward import first_line
+from elbowroom.inference.posterior import Posterior
+from elbowroom.inference.simulate import predict, simulate
+from elbowroom.inference.target import LogJoint
+
+RANKED = 1000  # data whose residuals are ranked
+LEAST = 10  # data
+SHOWN = 100  # data, and draws of each, in the groups for ArviZ
+BYTES = 2**26  # of those groups
+LEVEL = 0.01  # familywise, in the sentence
+REFUSED = (UnsupportedProgram, *discrete.FAILURES)
+
+
+def criticise(
+    log_joint: LogJoint, reference: Posterior, *, replicates: int = 200, draws: int = 199, seed: int = 0
+) -> xr.DataTree:
+    """Check the model against the data: statistics that suit them, residuals, and predictive groups for ArviZ.
+
+    Args:
+        log_joint: the model and guide.
+        reference: a posterior of the same data; only data whose status is exact or certified give a z. Statistics of x alone
+            use all data.
+        replicates: simulated data sets R of the joint null.
+        draws: data sets L drawn at given latents, of the residual null. P-values are multiples of 1/(R+1) and 1/(L+1).
+        seed: random seed.
+
+    Returns:
+        A DataTree with the groups
+
+        * `statistics` (statistic): value, null_mean, null_sd, p_value, p_adjusted, effect; group (`joint` or `residual`),
+          words, effect_kind (`relative` or `difference`), and null (statistic, replicate), NaN beyond the shorter null.
+          p_adjusted is familywise over all statistics: the chance under the model that any deviates as much (maxT within each
+          null, then twice that for the two)
+        * `pit` (column, u): effect and p_value of each column, difference (ECDF - u of all entries), band; with several
+          observed sites `pit_<site>`
+        * `posterior_predictive`, `prior_predictive`, `observed_data`, `log_likelihood`: at most 100 data (`obs_id`) and 100
+          draws, 64 MB
+
+        Attributes: `joint`, `residual`, `predictive`: empty, or `not available: ` and the reason; `replicates`, `draws`,
+        `certified` (share of the data), `sentence`.
+    """
+    n, trusted = log_joint.n_obs, reference.trusted.to(log_joint.device)
+    attrs: dict[str, str] = {"replicates": str(replicates), "draws": str(draws), "seed": str(seed)}
+    attrs |= {"joint": "", "residual": "", "predictive": "", "certified": f"{float(trusted.double().mean()):.4f}"}
+    if n < LEAST:
+        attrs["joint"] = attrs["residual"] = attrs["predictive"] = f"not available: fewer than {LEAST} data"
+        return xr.DataTree(xr.Dataset(attrs={**attrs, "sentence": attrs["joint"]}))
+    generator = torch.Generator().manual_seed(seed)
+    rows = trusted.cpu().nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows), generator=generator)].to(log_joint.device)
+    shown = rows[: _shown(log_joint)].sort().values
+    groups: dict[str, xr.Dataset] = {}
+    judged: dict[str, tuple[str, Judged, str, bool]] = {}
+    z, sites = None, {}
+    if len(rows):
+        reference = discrete.completed(log_joint, reference, seed + 1)
+        z, sites = _one_draw(reference, rows, generator)
+    try:
+        joint, prior = _joint(log_joint, z, rows, shown, replicates, seed + 2)
+        judged |= joint
+        groups |= {"prior_predictive": _dataset(prior, shown, draws=True)}
+    except REFUSED as refused:
+        attrs["joint"] = f"not available: {first_line(refused)}"
+    try:
+        if not len(rows):
+            raise UnsupportedProgram("no datum has a certified posterior")
+        for name, found in _residuals(log_joint, sites, rows, draws, seed + 3).items():
+            several = len(log_joint.program.observed) > 1
+            if found is not None:
+                prefix = f"{name}: " if several else ""
+                judged |= {prefix + k: ("residual", one, prefix + WORDS[k], k in RELATIVE) for k, one in found.judged.items()}
+                groups[f"pit_{name}".replace("/", ".") if several else "pit"] = _pit(found)
+    except REFUSED as refused:
+        attrs["residual"] = f"not available: {first_line(refused)}"
+    try:
+        groups |= _predictive(log_joint, reference, shown, seed + 4) if len(rows) else {}
+    except REFUSED as refused:
+        attrs["predictive"] = f"not available: {first_line(refused)}"
+    groups["statistics"] = _statistics(judged)
+    tree = xr.DataTree.from_dict(groups)
+    tree.attrs.update(attrs, sentence=_sentence(groups["statistics"], attrs))
+    return tree
+
+
+def _shown(log_joint: LogJoint) -> int:
+    width = sum(value[0].numel() for value in log_joint.program.observed.values())
+    return max(1, min(SHOWN, BYTES // (2 * 8 * SHOWN * max(1, width))))
+
+
+def _one_draw(reference: Posterior, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Take one draw of every datum: z (N, d) and the sites; data that are not certified get those of one that is."""
+    chains, length, n = reference.draws.shape[:3]
+    every = torch.arange(n, device=rows.device)
+    good = torch.zeros(n, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
+    datum = torch.where(good, every, rows[0])
+    chain, draw = (torch.randint(k, (n,), generator=generator).to(rows.device) for k in (chains, length))
+    take = lambda t: t.to(rows.device)[chain, draw, datum]
+    return take(reference.draws), {name: _filled(take(value)) for name, value in reference.sites.items()}
+
+
+def _filled(value: Tensor) -> Tensor:
+    """Put a value that others have in place of latents that are masked out: x does not depend on them."""
+    if not value.is_floating_point() or not bool(value.isnan().any()):
+        return value
+    return torch.where(value.isnan(), value.nanmedian(0).values.nan_to_num(), value)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.double().flatten(1) if x.dim() > 1 else x.double()[:, None]
+
+
+def _joint(
+    log_joint: LogJoint, z: Tensor | None, rows: Tensor, shown: Tensor, replicates: int, seed: int
+) -> tuple[dict[str, tuple[str, Judged, str, bool]], dict[str, Tensor]]:
+    """Return statistics of data and replicates, and some of the replicates: name -> (S, len(shown), D)."""
+    observed = log_joint.program.observed
+    wanted: dict[str, tuple[str, Statistic]] = {}
+    for site, x in observed.items():
+        prefix = f"{site}: " if len(observed) > 1 else ""
+        wanted |= {prefix + one.name: (site, one) for one in suited(_flat(x))}
+    values: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    densities = ("log_likelihood", "log_prior") if z is not None and log_joint.dim else ()
+    values |= {name: [] for name in densities}
+
+    def take(of: Mapping[str, Tensor], joint: LogJoint | None, at: Tensor | None) -> None:
+        seen = {site: _flat(x) for site, x in of.items()}
+        for name, (site, one) in wanted.items():
+            values[name].append(one.value(seen[site]).double())
+        if joint is not None and at is not None and densities:
+            prior, likelihood = joint.terms(at[None])
+            for name, value in zip(densities, (likelihood, prior), strict=True):
+                values[name].append(value[0, rows].double().mean())
+
+    kept: dict[str, list[Tensor]] = {site: [] for site in observed}
+    with torch.no_grad():
+        take(observed, log_joint, z)
+        for r, (new, joint, at) in enumerate(_replicates(log_joint, replicates, seed)):
+            take(new, joint, at)
+            if r < SHOWN:
+                for site in observed:
+                    kept[site].append(new[site][shown])
+    words = {name: one.words for name, (_, one) in wanted.items()}
+    words |= {"log_likelihood": "mean log p(x|z) at one draw of the posterior, nats", "log_prior": "mean log p(z) there, nats"}
+    relative = frozenset(name for name, (_, one) in wanted.items() if one.relative)
+    found = judge({name: torch.stack(parts) for name, parts in values.items()}, relative=relative)
+    judged = {name: ("joint", one, words[name], name in relative) for name, one in found.items()}
+    return judged, {site: torch.stack(parts) for site, parts in kept.items() if parts}
+
+
+def _replicates(
+    log_joint: LogJoint, number: int, seed: int
+) -> Iterator[tuple[Mapping[str, Tensor], LogJoint | None, Tensor | None]]:
+    """Yield simulated data, with their seam and z where there are continuous latents."""
+    if log_joint.dim:
+        for r in range(number):
+            other, z = simulate(log_joint, seed + r)
+            yield other.program.observed, other, z
+        return
+    sites = discrete.at(log_joint, discrete.draw(discrete.table(log_joint).log_prior, number, seed))
+    for r in range(number):
+        drawn = predict(log_joint, {name: value[r : r + 1] for name, value in sites.items()}, seed + r)
+        yield {**log_joint.program.observed, **{name: value[0] for name, value in drawn.items()}}, None, None
+
+
+def _residuals(
+    log_joint: LogJoint, sites: Mapping[str, Tensor], rows: Tensor, draws: int, seed: int
+) -> dict[str, Residuals | None]:
+    rows = rows[:RANKED].sort().values
+    joint, inside = _among(log_joint, rows)
+    at = dict(sites) if inside is rows else {name: value[rows] for name, value in sites.items()}
+    return residuals(joint, at, inside, draws, seed)
+
+
+def _among(log_joint: LogJoint, rows: Tensor) -> tuple[LogJoint, Tensor]:
+    """Return the seam of these data alone and where they are in it; the whole seam where it cannot be taken apart."""
+    part = log_joint.subset(rows) if len(rows) < log_joint.n_obs else None
+    if part is None:
+        return log_joint, rows
+    observed = {name: value[rows] for name, value in log_joint.program.observed.items()}
+    part.program = dataclasses.replace(part.program, observed=observed)
+    return part, torch.arange(len(rows), device=rows.device)
+
+
+def _predictive(log_joint: LogJoint, reference: Posterior, shown: Tensor, seed: int) -> dict[str, xr.Dataset]:
+    """Return what ArviZ's plots of predictive checks read, of some data."""
+    observed = log_joint.program.observed
+    total = reference.draws.shape[0] * reference.draws.shape[1]
+    pick = torch.linspace(0, total - 1, min(SHOWN, total)).long().to(shown.device)
+    joint, inside = _among(log_joint, shown)
+    everywhere = shown if inside is not shown else _in_place_of_others(shown, log_joint.n_obs)
+    take = lambda t: t.to(shown.device).flatten(0, 1)[pick][:, everywhere]
+    sites = {name: _filled(take(value)) for name, value in reference.sites.items()}
+    with torch.no_grad():
+        likelihood = joint.terms(take(reference.draws))[1][:, inside].double()
+        drawn = {name: torch.cat(parts) for name, parts in replicated(joint, sites, inside, seed).items()}
+    of = "x" if len(observed) != 1 else next(iter(observed))
+    return {
+        "posterior_predictive": _dataset(drawn, shown, draws=True, like=observed),
+        "observed_data": _dataset({name: value[shown] for name, value in observed.items()}, shown, draws=False),
+        "log_likelihood": _dataset({of: likelihood}, shown, draws=True),
+    }
+
+
+def _in_place_of_others(rows: Tensor, n: int) -> Tensor:
+    """Return 0 .. n-1 with data that are not among the rows replaced by the first that is."""
+    return torch.full((n,), int(rows[0]), device=rows.device).index_copy(0, rows, rows)
+
+
+def _dataset(
+    values: Mapping[str, Tensor], rows: Tensor, *, draws: bool, like: Mapping[str, Tensor] | None = None
+) -> xr.Dataset:
+    """Lay values (S, n, ...) or (n, ...) out over chain, draw, obs_id and the site's own dimensions."""
+    variables = {}
+    for name, t in values.items():
+        if like is not None:
+            t = t.reshape(*t.shape[:2], *like[name].shape[1:])
+        array = (t[None] if draws else t).cpu().numpy()
+        array = array.astype(np.float32) if array.dtype == np.float64 else array
+        lead = ("chain", "draw", "obs_id") if draws else ("obs_id",)
+        name = name.replace("/", ".")  # which a file reads as a group
+        variables[name] = ((*lead, *(f"{name}_dim_{i}" for i in range(array.ndim - len(lead)))), array)
+    coords = {"obs_id": rows.cpu().numpy()}
+    if draws:
+        coords |= {"chain": np.arange(1), "draw": np.arange(max((v[1].shape[1] for v in variables.values()), default=0))}
+    return xr.Dataset(variables, coords=coords)
+
+
+def _pit(found: Residuals) -> xr.Dataset:
+    size = len(found.difference)
+    dataset = xr.Dataset(
+        {
+            "effect": ("column", found.effect.cpu().numpy(), {"long_name": "largest |ECDF - u| of the column's PIT"}),
+            "p_value": ("column", found.p_value.cpu().numpy(), {"long_name": "of the column alone, not adjusted"}),
+            "difference": ("u", found.difference.cpu().numpy(), {"long_name": "ECDF - u of the PIT of all entries"}),
+        },
+        coords={"column": found.columns.cpu().numpy(), "u": np.arange(1, size + 1) / size},
+    )
+    dataset["band"] = ((), found.band, {"long_name": "holds all of |difference| with 95 % probability if the model is right"})
+    return dataset
+
+
+def _statistics(judged: Mapping[str, tuple[str, Judged, str, bool]]) -> xr.Dataset:
+    families = len({group for group, *_ in judged.values()})
+    most = max((len(one.null) for _, one, _, _ in judged.values()), default=0)
+    null = np.full((len(judged), most), np.nan)
+    for row, (_, one, _, _) in zip(null, judged.values(), strict=True):
+        row[: len(one.null)] = one.null.cpu().numpy()
+    every = [one for _, one, _, _ in judged.values()]
+    numbers: dict[str, list[float]] = {
+        "value": [one.value for one in every],
+        "null_mean": [one.null.mean().item() for one in every],
+        "null_sd": [one.null.std().item() for one in every],
+        "p_value": [one.p_value for one in every],
+        "p_adjusted": [min(1.0, families * one.p_family) for one in every],
+        "effect": [one.effect for one in every],
+    }
+    words = {
+        "group": [group for group, *_ in judged.values()],
+        "words": [text for *_, text, _ in judged.values()],
+        "effect_kind": ["relative" if relative else "difference" for *_, relative in judged.values()],
+    }
+    return xr.Dataset(
+        {
+            **{name: ("statistic", np.asarray(value, dtype=float)) for name, value in numbers.items()},
+            **{name: ("statistic", np.asarray(value, dtype=str)) for name, value in words.items()},
+            "null": (("statistic", "replicate"), null),
+        },
+        coords={"statistic": np.asarray(list(judged), dtype=str)},
+    )
+
+
+def _sentence(found: xr.Dataset, attrs: Mapping[str, str]) -> str:
+    if not found.sizes["statistic"]:
+        return attrs["joint"] or attrs["residual"]
+    least = float(found["p_adjusted"].min())
+    if least > LEVEL:
+        return f"no statistic speaks against the model (smallest adjusted p-value {least:.2g})"
+    odd = found.isel(statistic=(found["p_adjusted"].values <= LEVEL))
+    said = []
+    for name, effect, how in zip(odd["statistic"].values, odd["effect"].values, odd["effect_kind"].values, strict=True):
+        said.append(f"{name} ({effect:+.0%})" if how == "relative" and math.isfinite(effect) else f"{name} ({effect:+.3g})")
+    return f"the data differ from those of the model in {', '.join(said)} (adjusted p-values at most {LEVEL})"
