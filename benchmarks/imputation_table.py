@@ -54,7 +54,7 @@ def section(
         f"what the training rows show of the column; `guide`: over {draws:,} draws of q(z|x_seen); `weighted`: the same draws",
         "with self-normalised weights p(x_seen, z) / q(z|x_seen).",
         "",
-        f"Means of {len(runs)} seeds (split, first weights, training) +- the standard error of one (bootstrap over rows); the",
+        f"Means of {len(runs)} seeds (split, first weights, training) ± the standard error of one (bootstrap over rows); the",
         "difference is paired over rows, its range is over seeds. **Better**, or worse (!), by more than two standard errors.",
         "",
         f"d = {next(iter(found))}. {_worth(runs)}",
@@ -109,13 +109,13 @@ def _rows(runs: Sequence[Measured], columns: Sequence[Column], use: str, which: 
 
 
 def _cell(runs: Sequence[Measured], key: Key, j: int) -> str:
-    return f"{np.mean([run.error[key][j] for run in runs]):.4f} +- {_typical([run.se[key][j] for run in runs]):.4f}"
+    return f"{np.mean([run.error[key][j] for run in runs]):.4f} ± {_typical([run.se[key][j] for run in runs]):.4f}"
 
 
 def _difference(runs: Sequence[Measured], use: str, j: int) -> str:
     each = [float(run.error["weighted", use][j] - run.error["marginal", use][j]) for run in runs]
     mean, se = float(np.mean(each)), _typical([run.difference_se["weighted", use][j] for run in runs])
-    text = f"{mean:+.4f} +- {se:.4f} ({min(each):+.4f} .. {max(each):+.4f})"
+    text = f"{mean:+.4f} ± {se:.4f} ({min(each):+.4f} .. {max(each):+.4f})"
     return f"**{text}**" if mean < -2 * se else f"{text} !" if mean > 2 * se else text
 
 

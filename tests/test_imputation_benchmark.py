@@ -147,8 +147,8 @@ def test_the_table_says_better_and_worse():
     held = {way: np.full(4, 0.9) for way in ("marginal", "guide", "weighted")}
     measured = Measured(error, se, se, held, 100.0, 0.01, -3.0, 7, (1.0, 2.0))
     text = section("## Imputation", "here.", {3: [measured], 2: [measured]}, COLUMNS, 10, "")
-    assert "| height | real | 0.3000 +- 0.0100 | 0.3000 +- 0.0100 | 0.2000 +- 0.0100 | **-0.1000 +- 0.0100" in text
+    assert "| height | real | 0.3000 ± 0.0100 | 0.3000 ± 0.0100 | 0.2000 ± 0.0100 | **-0.1000 ± 0.0100" in text
     assert "| grade | ordinal | 0.2000" in text
-    assert "+0.1000 +- 0.0100 (+0.1000 .. +0.1000) ! |" in text
+    assert "+0.1000 ± 0.0100 (+0.1000 .. +0.1000) ! |" in text
     assert "d = 2. Validation ELBO -3.00 nats" in text
     assert all(line.count("|") in (0, 7, 10) for line in text.splitlines() if "p(" not in line and "q(" not in line)
