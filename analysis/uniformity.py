@@ -64,16 +64,16 @@ class Uniformity:
     def direction(self) -> str:
         """What the PIT of the truth among a guide's draws says of the guide, where it is not uniform; one of `WORDS`.
 
-        Of shift and spread the larger one: `too narrow` (values at both ends: the truth is outside more often than the guide
-        expects; a guide with errors of changing sign that it does not admit is that, too), `too wide` (values in the middle),
-        `shifted down` (high values: the guide's draws lie below the truth), `shifted up`. `uneven` where both are within two
-        standard errors.
+        Of shift and spread the one that is the larger part of what it can be: `too narrow` (values at both ends: the truth is
+        outside more often than the guide expects; a guide with errors of changing sign that it does not admit is that, too),
+        `too wide` (values in the middle), `shifted down` (high values: the guide's draws lie below the truth), `shifted up`.
+        `uneven` where both are within two standard errors.
         """
         if not self.count:
             return ""
         if max(abs(self.shift), abs(self.spread)) * math.sqrt(self.count) < 2:
             return "uneven"
-        if abs(self.shift) >= abs(self.spread):
+        if abs(self.shift) / math.sqrt(3) >= abs(self.spread) / math.sqrt(5):  # sqrt(3), sqrt(5): of values at the ends only
             return "shifted down" if self.shift > 0 else "shifted up"
         return "too narrow" if self.spread > 0 else "too wide"
 
