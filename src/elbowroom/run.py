@@ -37,6 +37,8 @@ from elbowroom.tables import Layout
 if TYPE_CHECKING:
     import pandas as pd
 
+    from elbowroom.improve import Improvement
+
 
 def fit(
     experiment: Experiment | str | Path,
@@ -275,6 +277,23 @@ class Run:
             result.save(target)
             store.clear()
         return result
+
+    def improve(self, **options: Any) -> Improvement:
+        """Carry out the audit's advice in a new run folder, audit the same data there, and compare; this run is kept.
+
+        Args:
+            **options: those of `elbowroom.improve.improve`: retrain, out, set, overwrite, resume, budget, report, progress,
+                allow_python.
+
+        Returns:
+            Before and after; print it.
+
+        Raises:
+            UserError: the run is not audited, or an option or the new folder cannot be used.
+        """
+        from elbowroom.improve import improve
+
+        return improve(self, **options)
 
     def _beside(self, place: torch.device, own: bool) -> dict[str, LogJoint]:
         """Return seams of some training and validation data, whose gaps stand beside those of the test data."""
