@@ -40,7 +40,7 @@ from benchmarks import results
 HEADING = "## Likelihoods of counts"
 SPEC = Path(__file__).parents[1] / "experiments" / "digits_counts.yaml"
 LEVELS = 17
-HALF = 5.0  # the lattices span [-HALF, HALF] in both directions
+HALF = 9.0  # the lattices span [-HALF, HALF] in both directions
 COARSE, FINE = (0.15, 0.5), (0.1, 0.23)  # spacing, and shift in cells
 DRAWS = 64  # of the guide, per image
 BLOCK = 4096  # points decoded at once
