@@ -89,7 +89,11 @@ def diagnose(
         except UnsupportedProgram as reason:
             missing.append(f"{name}: {reason}")
             log.info("%s: not available, %s", name, reason)
-    flat = {name: part if isinstance(part, xr.Dataset) else part.to_dataset() for name, part in found.items()}
+    flat = {name: part for name, part in found.items() if isinstance(part, xr.Dataset)}
+    if (checks := found.pop("checks", None)) is not None:  # ArviZ looks for predictive groups at the root
+        groups = {name: child.to_dataset() for name, child in checks.children.items()}  # type: ignore[union-attr]
+        flat["checks"] = groups.pop("statistics", xr.Dataset()).assign_attrs(checks.attrs)
+        found |= groups | {"checks": flat["checks"]}
     found["verdicts"] = rules.as_dataset(rules.judge(table, flat))
     tree = xr.DataTree.from_dict({f"/{name}": part for name, part in found.items()})
     tree.attrs["missing"] = "\n".join(missing)

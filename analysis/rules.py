@@ -35,7 +35,8 @@ FEW = 0.05  # share of the data
 HALF = 0.5
 CAUSE = 1 / 3  # share of the gap from which on a part is named as a cause
 LEVEL = 0.01  # familywise
-EFFECTS = {"pit": 0.05, "": 0.1}  # what matters: the largest deviation of PIT values from uniform; relative differences
+EFFECTS = {"difference": 0.05, "relative": 0.1}
+"""What matters: a difference of probabilities (of PIT values from uniform) or correlations; a relative difference."""
 ERRORS = 5.0  # standard errors by which log p(x) may lie below the ELBO
 Z95 = 1.959963984540054
 
@@ -235,11 +236,11 @@ def _collapsed(facts: Facts) -> Judgement | None:
 
 def _misfit(facts: Facts) -> Judgement | None:
     found = facts.beside.get("checks")
-    if found is None or "p_holm" not in found:
+    if found is None or not found.sizes.get("statistic"):
         return None
-    names = found["statistic"].values.astype(str)
-    effect, p = np.abs(found["effect"].values), found["p_holm"].values
-    limit = np.array([EFFECTS["pit"] if "PIT" in name else EFFECTS[""] for name in names])
+    names = found["words"].values.astype(str)
+    effect, p = np.abs(found["effect"].values), found["p_adjusted"].values
+    limit = np.array([EFFECTS[kind] for kind in found["effect_kind"].values.astype(str)])
     bad = (p <= LEVEL) & (effect > limit)
     if not bad.any():
         return None
@@ -251,8 +252,9 @@ def _misfit(facts: Facts) -> Judgement | None:
         math.nan,
         "effect",
         f"{bad.sum()} of {bad.size} checks fail, the worst: {names[worst]}, effect {effect[worst]:.2g}, "
-        f"p = {p[worst]:.1g} after Holm",
-        f"p at most {LEVEL} after Holm, and an effect above {EFFECTS['pit']} (PIT) or {EFFECTS['']:.0%}",
+        f"p = {p[worst]:.1g} over all checks",
+        f"p at most {LEVEL} over all checks, and an effect above {EFFECTS['difference']} (differences of probabilities and "
+        f"correlations) or {EFFECTS['relative']:.0%}",
         "The posterior is that of a model that does not make such data: try another likelihood (elbowroom components "
         "likelihood), more latents or a larger decoder; elbowroom compare says by held-out log p(x) which is better.",
     )

@@ -113,9 +113,8 @@ def test_collapse_and_misfit_are_read_off_their_datasets() -> None:
     names = ["residual PIT", "dispersion"]
 
     def checks(p: list[float], effect: list[float]) -> dict[str, xr.Dataset]:
-        return {
-            "checks": xr.Dataset({"p_holm": ("statistic", p), "effect": ("statistic", effect)}, coords={"statistic": names})
-        }
+        columns = {"p_adjusted": p, "effect": effect, "words": names, "effect_kind": ["difference", "relative"]}
+        return {"checks": xr.Dataset({name: ("statistic", values) for name, values in columns.items()})}
 
     assert words(table(), checks([0.001, 1.0], [0.08, 0.5])) == ["model misfit"]
     assert words(table(), checks([0.001, 0.001], [0.03, 0.05])) == ["sound"]  # significant, and too small to matter
