@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from elbowroom.inference.target import LogJoint
     from elbowroom.models.vae import VAE
     from elbowroom.run import Run, fit
+    from elbowroom.versus import compare
 
     __version__: str
 
@@ -31,6 +32,7 @@ __all__ = [
     "Run",
     "__version__",
     "audit",
+    "compare",
     "fit",
     "register",
 ]
@@ -45,6 +47,7 @@ _HOME = {
     "Posterior": "elbowroom.inference.posterior",
     "LogJoint": "elbowroom.inference.target",
     "VAE": "elbowroom.models.vae",
+    "compare": "elbowroom.versus",
 }
 
 

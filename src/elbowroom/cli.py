@@ -164,6 +164,80 @@ def report(run: RunArg, as_json: Json = False) -> None:
 
 
 @app.command()
+def improve(
+    run: RunArg,
+    retrain: Annotated[bool, typer.Option("--retrain", help="train prior, decoder and likelihood anew too")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="the new run [default: RUN-improved, RUN-retrained]")
+    ] = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    change: Changes = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    budget: Budget = None,
+    allow_python: AllowPython = False,
+) -> None:
+    """Carry out an audit's advice in a new run, audit the same data again, and compare before and after.
+
+    By default prior, decoder and likelihood are kept and a better guide is trained: log p(x) cannot change. With --retrain
+    everything is trained anew: that is another model, so look whether held-out log p(x) fell. What you --set wins.
+    """
+    from elbowroom.advice import propose
+    from elbowroom.analysis.progress import audit_bar
+    from elbowroom.improve import carry_out, check
+    from elbowroom.run import Run
+
+    _budget(budget)
+    old = Run.load(run, allow_python=allow_python)
+    proposal = propose(old, retrain=retrain, out=out, set=change or [], budget=budget, allow_python=allow_python)
+    check(old, proposal, overwrite=overwrite, resume=resume)
+    for note in proposal.experiment.loaded.notes:
+        typer.echo(f"elbowroom: note: {note}", err=True)
+    told = {"improved": str(proposal.out), "changes": [str(one) for one in proposal.changes]}
+    if not as_json:
+        typer.echo(str(proposal))
+    if dry_run:
+        said = "everything was checked, nothing was written"
+        if not as_json:
+            typer.echo(said)
+        return _finish({"run": str(run), **told, "dry_run": said}, as_json)
+    options: dict[str, Any] = {"overwrite": overwrite, "resume": resume}
+    if as_json:
+        found = carry_out(old, proposal, **options)
+    else:
+        with _bar(as_json) as report, audit_bar(_console(stderr=True), typer.echo) as progress:
+            found = carry_out(old, proposal, report=report, progress=progress, **options)
+        _print_table(("", "before", "after"), found.lines(), found.verdict())
+        typer.echo(f"wrote {proposal.out}/ (its report: {proposal.out / 'report.html'}); {run} is as it was")
+    _finish(found.tree(), as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="audited run folders", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="also write one line per datum (.csv)")] = None,
+    as_json: Json = False,
+    allow_python: AllowPython = False,
+) -> None:
+    """Compare runs on the same held-out data: log p(x) with paired differences, and gaps."""
+    from elbowroom.errors import SpecError
+    from elbowroom.versus import compare
+
+    if out is not None and out.is_dir():
+        raise SpecError(f"{out}: this is a folder; name a file with --out")
+    found = compare(runs, allow_python=allow_python)
+    if out is not None:
+        found.to_csv(out)
+    if not as_json:
+        head, *rows = found.lines()
+        _print_table(head, rows, found.verdict(), title=f"{found.table.sizes['obs_id']} held-out data")
+        if out is not None:
+            typer.echo(f"wrote {out}")
+    _finish(found.tree(), as_json)
+
+
+@app.command()
 def components(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="prior, likelihood, network, ...")] = None,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one component, or python:my_file.py:Class")] = None,
@@ -384,6 +458,21 @@ def _print_audit(found: Audit, folder: Path) -> None:
         console.print(sentence, highlight=False)
     posteriors = ", ".join(f"posteriors/{name}.nc" for name in found.posteriors)
     typer.echo(f"\nwrote {folder}/ (audit.nc, audit.csv, {posteriors})")
+
+
+def _print_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], sentences: Sequence[str], title: str | None = None
+) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    console, table = _console(), Table(*head, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print()
+    console.print(table)
+    for sentence in sentences:
+        console.print(sentence, highlight=False)
 
 
 def _report(run: Path, as_json: bool) -> dict[str, Any]:

@@ -83,17 +83,28 @@ def carry_out(
 ) -> Improvement:
     """Fit and audit a proposal, write its report, and compare it with the run it comes from; arguments as `improve`."""
     from elbowroom.files import locked
-    from elbowroom.run import fit, ready
+    from elbowroom.run import fit
 
+    check(run, proposal, overwrite=overwrite, resume=resume)
     before, path = audited(run), proposal.out
-    if path.resolve() == run.path.resolve():
-        raise RunFolderError(f"{path}: is the run that is to be improved, which is kept; name another with --out")
-    ready(proposal.experiment, path, overwrite=overwrite, resume=resume)
     with locked(path):
         fitted = fit(proposal.experiment, path, overwrite=overwrite, resume=resume, report=report)
         after: Audit = fitted.audit(progress=progress, resume=resume)
         fitted.report()
     return Improvement(run, fitted, before, after.table, proposal)
+
+
+def check(run: Run, proposal: Proposal, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Check all that carrying out a proposal needs, and write nothing.
+
+    Raises:
+        UserError: the folder or the experiment cannot be used.
+    """
+    from elbowroom.run import ready
+
+    if proposal.out.resolve() == run.path.resolve():
+        raise RunFolderError(f"{proposal.out}: is the run that is to be improved, which is kept; name another with --out")
+    ready(proposal.experiment, proposal.out, overwrite=overwrite, resume=resume)
 
 
 @dataclass(frozen=True, eq=False)
