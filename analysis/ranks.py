@@ -7,7 +7,7 @@ Draws come in chunks and are counted, not kept. All is in unconstrained coordina
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,14 +46,14 @@ class Found:
 
     def rows(self, index: Tensor) -> Found:
         """Return some of the data."""
-        parts = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **parts)
+        parts = (self.pit, self.infinite, self.masked, self.z_score, self.contraction)
+        return Found(self.names, *(part[index] for part in parts))
 
 
 def joined(parts: list[Found]) -> Found:
     """Join what was measured at different data."""
-    columns = {k: torch.cat([getattr(p, k) for p in parts]) for k, v in vars(parts[0]).items() if isinstance(v, Tensor)}
-    return replace(parts[0], **columns)
+    columns = zip(*((p.pit, p.infinite, p.masked, p.z_score, p.contraction) for p in parts), strict=True)
+    return Found(parts[0].names, *map(torch.cat, columns))
 
 
 def measure(log_joint: LogJoint, truth: Tensor, draws: int, seed: int) -> Found:
@@ -80,7 +80,8 @@ def _of_continuous(log_joint: LogJoint, truth: Tensor, draws: int, seed: int) ->
 
     def quantities(z: Tensor, salt: int, which: Which) -> tuple[Tensor, list[str]]:
         prior, likelihood = (t.double().cpu() for t in log_joint.terms(z))
-        also, labels = torch.empty(*z.shape[:2], 0, dtype=torch.float64), []
+        also = torch.empty(*z.shape[:2], 0, dtype=torch.float64)
+        labels: list[str] = []
         if entries:
             drawn = discrete.discrete_draws(log_joint, z, salt, which=which)
             also, labels = _entries({name: drawn[name] for name in entries})
