@@ -15,7 +15,6 @@ that the model was trained on, misfit can hide. With much data every model is re
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from elbowroom.analysis.criticism_layout import dataset, pit, sentence, statistics
 from elbowroom.analysis.discrepancies import Judged, Statistic, judge, suited
 from elbowroom.analysis.residuals import RELATIVE, WORDS, Residuals, replicated, residuals
 from elbowroom.errors import UnsupportedProgram
@@ -32,11 +32,11 @@ from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.simulate import predict, simulate
 from elbowroom.inference.target import LogJoint
 
+LARGE = 2**20  # entries of the data looked at
 RANKED = 1000  # data whose residuals are ranked
 LEAST = 10  # data
 SHOWN = 100  # data, and draws of each, in the groups for ArviZ
 BYTES = 2**26  # of those groups
-LEVEL = 0.01  # familywise, in the sentence
 REFUSED = (UnsupportedProgram, *discrete.FAILURES)
 
 
@@ -66,11 +66,19 @@ def criticise(
           draws, 64 MB
 
         Attributes: `joint`, `residual`, `predictive`: empty, or `not available: ` and the reason; `replicates`, `draws`,
-        `certified` (share of the data), `sentence`.
+        `data` (their number: at most a million entries are looked at, of data taken at
+        random), `certified` (share of them), `sentence`.
     """
+    log_joint, reference, labels = _some(log_joint, reference, seed)
     n, trusted = log_joint.n_obs, reference.trusted.to(log_joint.device)
     attrs: dict[str, str] = {"replicates": str(replicates), "draws": str(draws), "seed": str(seed)}
-    attrs |= {"joint": "", "residual": "", "predictive": "", "certified": f"{float(trusted.double().mean()):.4f}"}
+    attrs |= {
+        "data": str(n),
+        "joint": "",
+        "residual": "",
+        "predictive": "",
+        "certified": f"{float(trusted.double().mean()):.4f}",
+    }
     if n < LEAST:
         attrs["joint"] = attrs["residual"] = attrs["predictive"] = f"not available: fewer than {LEAST} data"
         return xr.DataTree(xr.Dataset(attrs={**attrs, "sentence": attrs["joint"]}))
@@ -80,14 +88,15 @@ def criticise(
     shown = rows[: _shown(log_joint)].sort().values
     groups: dict[str, xr.Dataset] = {}
     judged: dict[str, tuple[str, Judged, str, bool]] = {}
-    z, sites = None, {}
+    z: Tensor | None = None
+    sites: dict[str, Tensor] = {}
     if len(rows):
         reference = discrete.completed(log_joint, reference, seed + 1)
         z, sites = _one_draw(reference, rows, generator)
     try:
         joint, prior = _joint(log_joint, z, rows, shown, replicates, seed + 2)
         judged |= joint
-        groups |= {"prior_predictive": _dataset(prior, shown, draws=True)}
+        groups |= {"prior_predictive": dataset(prior, shown, draws=True)}
     except REFUSED as refused:
         attrs["joint"] = f"not available: {first_line(refused)}"
     try:
@@ -98,17 +107,41 @@ def criticise(
             if found is not None:
                 prefix = f"{name}: " if several else ""
                 judged |= {prefix + k: ("residual", one, prefix + WORDS[k], k in RELATIVE) for k, one in found.judged.items()}
-                groups[f"pit_{name}".replace("/", ".") if several else "pit"] = _pit(found)
+                groups[f"pit_{name}".replace("/", ".") if several else "pit"] = pit(found)
     except REFUSED as refused:
         attrs["residual"] = f"not available: {first_line(refused)}"
     try:
         groups |= _predictive(log_joint, reference, shown, seed + 4) if len(rows) else {}
     except REFUSED as refused:
         attrs["predictive"] = f"not available: {first_line(refused)}"
-    groups["statistics"] = _statistics(judged)
+    groups["statistics"] = statistics(judged)
+    for name, group in groups.items():
+        if "obs_id" in group.coords:
+            groups[name] = group.assign_coords(obs_id=labels[group["obs_id"].values])
     tree = xr.DataTree.from_dict(groups)
-    tree.attrs.update(attrs, sentence=_sentence(groups["statistics"], attrs))
+    tree.attrs.update(attrs, sentence=sentence(groups["statistics"], attrs))
     return tree
+
+
+def _some(log_joint: LogJoint, reference: Posterior, seed: int) -> tuple[LogJoint, Posterior, np.ndarray]:
+    """Return seam and posterior of as many data, taken at random, as are replicated in seconds, and which they are."""
+    n = log_joint.n_obs
+    width = sum(value[0].numel() for value in log_joint.program.observed.values())
+    most = max(LEAST, LARGE // max(1, width))
+    if n <= most:
+        return log_joint, reference, np.arange(n)
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+    part, _ = _among(log_joint, rows.to(log_joint.device))
+    if part is log_joint:
+        return log_joint, reference, np.arange(n)
+    few = Posterior(
+        method=reference.method,
+        draws=reference.draws[:, :, rows.to(reference.draws.device)],
+        sites={name: value[:, :, rows.to(value.device)] for name, value in reference.sites.items()},
+        status=[reference.status[i] for i in rows.tolist()],
+        reason=[reference.reason[i] for i in rows.tolist()],
+    )
+    return part, few, rows.numpy()
 
 
 def _shown(log_joint: LogJoint) -> int:
@@ -224,88 +257,12 @@ def _predictive(log_joint: LogJoint, reference: Posterior, shown: Tensor, seed: 
         drawn = {name: torch.cat(parts) for name, parts in replicated(joint, sites, inside, seed).items()}
     of = "x" if len(observed) != 1 else next(iter(observed))
     return {
-        "posterior_predictive": _dataset(drawn, shown, draws=True, like=observed),
-        "observed_data": _dataset({name: value[shown] for name, value in observed.items()}, shown, draws=False),
-        "log_likelihood": _dataset({of: likelihood}, shown, draws=True),
+        "posterior_predictive": dataset(drawn, shown, draws=True, like=observed),
+        "observed_data": dataset({name: value[shown] for name, value in observed.items()}, shown, draws=False),
+        "log_likelihood": dataset({of: likelihood}, shown, draws=True),
     }
 
 
 def _in_place_of_others(rows: Tensor, n: int) -> Tensor:
     """Return 0 .. n-1 with data that are not among the rows replaced by the first that is."""
     return torch.full((n,), int(rows[0]), device=rows.device).index_copy(0, rows, rows)
-
-
-def _dataset(
-    values: Mapping[str, Tensor], rows: Tensor, *, draws: bool, like: Mapping[str, Tensor] | None = None
-) -> xr.Dataset:
-    """Lay values (S, n, ...) or (n, ...) out over chain, draw, obs_id and the site's own dimensions."""
-    variables = {}
-    for name, t in values.items():
-        if like is not None:
-            t = t.reshape(*t.shape[:2], *like[name].shape[1:])
-        array = (t[None] if draws else t).cpu().numpy()
-        array = array.astype(np.float32) if array.dtype == np.float64 else array
-        lead = ("chain", "draw", "obs_id") if draws else ("obs_id",)
-        name = name.replace("/", ".")  # which a file reads as a group
-        variables[name] = ((*lead, *(f"{name}_dim_{i}" for i in range(array.ndim - len(lead)))), array)
-    coords = {"obs_id": rows.cpu().numpy()}
-    if draws:
-        coords |= {"chain": np.arange(1), "draw": np.arange(max((v[1].shape[1] for v in variables.values()), default=0))}
-    return xr.Dataset(variables, coords=coords)
-
-
-def _pit(found: Residuals) -> xr.Dataset:
-    size = len(found.difference)
-    dataset = xr.Dataset(
-        {
-            "effect": ("column", found.effect.cpu().numpy(), {"long_name": "largest |ECDF - u| of the column's PIT"}),
-            "p_value": ("column", found.p_value.cpu().numpy(), {"long_name": "of the column alone, not adjusted"}),
-            "difference": ("u", found.difference.cpu().numpy(), {"long_name": "ECDF - u of the PIT of all entries"}),
-        },
-        coords={"column": found.columns.cpu().numpy(), "u": np.arange(1, size + 1) / size},
-    )
-    dataset["band"] = ((), found.band, {"long_name": "holds all of |difference| with 95 % probability if the model is right"})
-    return dataset
-
-
-def _statistics(judged: Mapping[str, tuple[str, Judged, str, bool]]) -> xr.Dataset:
-    families = len({group for group, *_ in judged.values()})
-    most = max((len(one.null) for _, one, _, _ in judged.values()), default=0)
-    null = np.full((len(judged), most), np.nan)
-    for row, (_, one, _, _) in zip(null, judged.values(), strict=True):
-        row[: len(one.null)] = one.null.cpu().numpy()
-    every = [one for _, one, _, _ in judged.values()]
-    numbers: dict[str, list[float]] = {
-        "value": [one.value for one in every],
-        "null_mean": [one.null.mean().item() for one in every],
-        "null_sd": [one.null.std().item() for one in every],
-        "p_value": [one.p_value for one in every],
-        "p_adjusted": [min(1.0, families * one.p_family) for one in every],
-        "effect": [one.effect for one in every],
-    }
-    words = {
-        "group": [group for group, *_ in judged.values()],
-        "words": [text for *_, text, _ in judged.values()],
-        "effect_kind": ["relative" if relative else "difference" for *_, relative in judged.values()],
-    }
-    return xr.Dataset(
-        {
-            **{name: ("statistic", np.asarray(value, dtype=float)) for name, value in numbers.items()},
-            **{name: ("statistic", np.asarray(value, dtype=str)) for name, value in words.items()},
-            "null": (("statistic", "replicate"), null),
-        },
-        coords={"statistic": np.asarray(list(judged), dtype=str)},
-    )
-
-
-def _sentence(found: xr.Dataset, attrs: Mapping[str, str]) -> str:
-    if not found.sizes["statistic"]:
-        return attrs["joint"] or attrs["residual"]
-    least = float(found["p_adjusted"].min())
-    if least > LEVEL:
-        return f"no statistic speaks against the model (smallest adjusted p-value {least:.2g})"
-    odd = found.isel(statistic=(found["p_adjusted"].values <= LEVEL))
-    said = []
-    for name, effect, how in zip(odd["statistic"].values, odd["effect"].values, odd["effect_kind"].values, strict=True):
-        said.append(f"{name} ({effect:+.0%})" if how == "relative" and math.isfinite(effect) else f"{name} ({effect:+.3g})")
-    return f"the data differ from those of the model in {', '.join(said)} (adjusted p-values at most {LEVEL})"

@@ -80,13 +80,14 @@ def information(log_joint: LogJoint, *, draws: int = 64, seed: int = 0, entries:
         * active_variance, active, sensitivity, collapsed, ignored (coordinate). Not active and less than .01 nats of rate: then
           `collapsed` where 1/2 log(1 + sensitivity), what a normal posterior would tell of the latent with the others known,
           is below .01 nats as well, and `ignored` where it is not
-        * information_lower, _upper, aggregate_kl_lower, _upper with `_se` (see `analysis.aggregate`)
+        * information_lower, _upper, aggregate_kl_lower, _upper with `_se` (see `analysis.aggregate`); where covariates move
+          the prior, I is about x and the covariates, and there is no aggregate KL (NaN)
         * aggregate_p_value, aggregate_effect, aggregate_effect_null: one draw of the guide for each of at most 1,000 data
           against as many of the prior
 
-        Attributes: `sentence`; `sensitivity`, the reason where the model cannot be simulated (then NaN, and collapse rests on
-        the guide alone); `left_out`; `draws`. Where continuous and discrete latents occur together all is about the continuous
-        ones, the others summed out.
+        Attributes: `sentence`; `aggregate_kl`, the reason where there is none; `sensitivity`, the reason where the model cannot
+        be simulated (then NaN, and collapse rests on the guide alone); `left_out`; `draws`. Where continuous and discrete
+        latents occur together all is about the continuous ones, the others summed out.
 
     Raises:
         UnsupportedProgram: where the tables of discrete latents are no distributions.
@@ -96,7 +97,11 @@ def information(log_joint: LogJoint, *, draws: int = 64, seed: int = 0, entries:
     if log_joint.dim:
         rate, distortion = _rate(log_joint, draws, seed)
         more = mutual_information(log_joint, seed=seed + 1)
-        each, reason = _coordinates(log_joint, seed)
+        a, b2 = _prior(log_joint, seed + 3)
+        each, reason = _coordinates(log_joint, a, b2, seed)
+        if len(a) > 1:  # p(z|c): the identity above is about one prior
+            attrs["aggregate_kl"] = "not available: the prior differs between data"
+            more |= {name: math.nan for name in more if name.startswith("aggregate_kl")}
         coords["coordinate"] = np.arange(log_joint.dim)
         found |= {name: (("obs_id", "coordinate")[-t.dim() :], t.cpu().numpy()) for name, t in each.items()}
         if reason:
@@ -178,9 +183,8 @@ def _prior(log_joint: LogJoint, seed: int) -> tuple[Tensor, Tensor]:
     return whole, variance.mean(0, keepdim=True) + (mean - whole).square().mean(0, keepdim=True)
 
 
-def _coordinates(log_joint: LogJoint, seed: int) -> tuple[dict[str, Tensor], str]:
+def _coordinates(log_joint: LogJoint, a: Tensor, b2: Tensor, seed: int) -> tuple[dict[str, Tensor], str]:
     """Return what is per coordinate, and why there is no sensitivity where there is none."""
-    a, b2 = _prior(log_joint, seed + 3)
     q = guide_normals(log_joint)[1]
     if q is None:
         mean, variance = _moments(log_joint, "guide", MOMENTS, seed + 4)
@@ -236,7 +240,9 @@ def _aggregate(log_joint: LogJoint, seed: int) -> tuple[float, float, float]:
 
 def _sentence(found: xr.Dataset) -> str:
     rate, distortion = float(found["rate_mean"]), float(found["distortion_mean"])
-    lower, upper = float(found["information_lower"]), min(float(found["information_upper"]), rate)
+    lower, upper = float(found["information_lower"]), float(found["information_upper"])
+    if "aggregate_kl" not in found.attrs:
+        upper = max(lower, min(upper, rate))  # the rate is an upper bound too
     words = [f"rate {rate:.2f} and distortion {distortion:.2f} nats per datum"]
     if math.isfinite(lower):
         words.append(f"z tells between {max(lower, 0):.2f} and {max(upper, 0):.2f} nats of x")

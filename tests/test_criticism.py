@@ -16,6 +16,7 @@ import xarray as xr
 from conftest import linear_vae
 from torch import Tensor
 
+from elbowroom.analysis import criticism
 from elbowroom.analysis.criticism import criticise
 from elbowroom.analysis.discrepancies import correlations, judge, kind_of
 from elbowroom.inference.enumeration import Enumeration
@@ -204,13 +205,26 @@ def test_the_groups_are_arvizs() -> None:
     assert tree["posterior_predictive"]["x"].shape == (1, 8, 100, 5)
     assert tree["prior_predictive"]["x"].shape == (1, 20, 100, 5)
     labels = torch.tensor(tree["observed_data"]["obs_id"].values.copy())
-    torch.testing.assert_close(torch.tensor(tree["observed_data"]["x"].values).double(), x[labels], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(tree["observed_data"]["x"].values.copy()).double(), x[labels], rtol=1e-6, atol=1e-6)
     z = reference.draws.flatten(0, 1)
     expected = log_joint.terms(z)[1][:, labels].float()
     torch.testing.assert_close(torch.tensor(tree["log_likelihood"]["x"].values)[0], expected)
     found = tree["statistics"].to_dataset()
     assert found["null"].shape == (found.sizes["statistic"], 20)
     assert "no statistic speaks against" in tree.attrs["sentence"]
+
+
+def test_of_very_many_data_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(criticism, "LARGE", 5 * 40)
+    vae, x, _ = linear_vae(2, 5, n=150)
+    log_joint, reference = gaussian(x, vae)
+    tree = criticise(log_joint, reference, replicates=39, draws=39)
+    assert tree.attrs["data"] == "40"
+    labels = torch.tensor(tree["observed_data"]["obs_id"].values.copy())
+    assert len(labels) == 40
+    assert int(labels.max()) >= 40
+    torch.testing.assert_close(torch.tensor(tree["observed_data"]["x"].values.copy()).double(), x[labels], rtol=1e-6, atol=1e-6)
+    assert smallest(tree["statistics"].to_dataset()) > 0.02
 
 
 def test_data_without_a_certified_posterior_give_no_latents() -> None:

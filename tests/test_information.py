@@ -186,6 +186,8 @@ def test_a_prior_that_covariates_move_is_that_of_each_datum() -> None:
     assert float(found["active_variance"][0]) < 0.005
     assert found["collapsed"].values.all()
     assert float(found["aggregate_p_value"]) > 0.01
+    assert math.isnan(float(found["aggregate_kl_upper"]))
+    assert found.attrs["aggregate_kl"] == "not available: the prior differs between data"
 
 
 def test_discrete_latents_are_summed_exactly() -> None:
