@@ -60,7 +60,7 @@ def describe(
 
     Returns:
         A DataTree, latents counted from 0, log densities in nats. Its attributes name the `space` that z lives in and say
-        whether the prior is the `standard` normal.
+        whether the prior is the `standard` normal, and whether a datum is a `sequence` (T, F).
 
         * `encoding`: loc, scale (obs_id, latent), moments of q(z|x); rate (latent): mean over data of the KL from the prior
           of the guide's margin, as a normal with the same moments (discrete latents: exactly); label (obs_id) where there
@@ -109,6 +109,8 @@ def describe(
     tree = xr.DataTree.from_dict(groups)
     tree.attrs.update({"latent_dim": vae.prior.latent_dim, "event_shape": list(vae.likelihood.event_shape) or [1]})
     tree.attrs.update({"space": vae.prior.space, "standard": int(_standard(vae))})
+    if any(getattr(network, "sequences", False) for network in (vae.decoder, vae.posterior.encoder)):
+        tree.attrs["sequence"] = 1  # and no image, which has two axes too
     if columns:
         tree.attrs["columns"] = list(columns)
     if image_shape is not None:

@@ -14,6 +14,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from elbowroom.analysis import plots_sequence
 from elbowroom.analysis.canvas import (
     EXACT,
     GUIDE,
@@ -40,9 +41,17 @@ def group(latent: xr.DataTree | None, name: str) -> xr.Dataset | None:
 
 def event_image(latent: xr.DataTree | None) -> tuple[int, int] | None:
     """Return (height, width) where the data are images."""
-    if latent is None or "event_shape" not in latent.attrs:
+    if latent is None or "event_shape" not in latent.attrs or latent.attrs.get("sequence"):
         return None
     return image_shape(np.atleast_1d(latent.attrs["event_shape"]).tolist(), latent.attrs.get("image_shape"))
+
+
+def event_sequence(latent: xr.DataTree | None) -> tuple[int, int] | None:
+    """Return (steps, features) where the data are sequences: two-dimensional, and no images."""
+    if latent is None or "event_shape" not in latent.attrs or event_image(latent) is not None:
+        return None
+    event = [int(n) for n in np.atleast_1d(latent.attrs["event_shape"])]
+    return (event[0], event[1]) if len(event) == 2 else None
 
 
 @styled
@@ -52,7 +61,7 @@ def prior_samples(latent: xr.DataTree | None, observed: np.ndarray | None) -> Pl
     if data is None:
         return Absent("prior_samples", f"No draws from the prior: {NO_LATENT}.")
     expected, x = data["expected_x"].values, data["x"].values
-    image = event_image(latent)
+    image, sequence = event_image(latent), event_sequence(latent)
     real = None if observed is None else observed.reshape(len(observed), -1)
     if image is not None:
         columns = min(5, len(x))
@@ -65,6 +74,9 @@ def prior_samples(latent: xr.DataTree | None, observed: np.ndarray | None) -> Pl
         for axes, (title, values) in zip(np.atleast_1d(figure.subplots(1, len(blocks))), blocks, strict=True):
             show_tiles(axes, values.reshape(n // columns, columns, *image), limits)
             axes.set(title=title, xticks=[], yticks=[])
+    elif sequence is not None:
+        figure = canvas(WIDE, 3.0 if sequence[1] <= plots_sequence.FEW else 4.6, "Draws from the model")
+        plots_sequence.draws(figure, {"model (prior draws)": x} | ({} if observed is None else {"data": observed}))
     else:
         figure = canvas(WIDE, 3.0, "Draws from the model")
         axes = figure.subplots()
@@ -142,7 +154,7 @@ def reconstructions(latent: xr.DataTree | None) -> Plot | Absent:
         return Absent("reconstructions", f"No reconstructions: {NO_LATENT}.")
     x, expected = data["x"].values, data["expected_x"].values
     gap, obs_id = data["gap"].values, data["obs_id"].values
-    image = event_image(latent)
+    image, sequence = event_image(latent), event_sequence(latent)
     names = [f"{say(g, 2)}" if np.isfinite(g) else "–" for g in gap]
     if image is not None:
         tile = min(0.93, (WIDE - 0.8) / len(x))
@@ -153,8 +165,14 @@ def reconstructions(latent: xr.DataTree | None) -> Plot | Absent:
         axes.tick_params(axis="y", labelsize=9, labelcolor=INK)
         axes.set_xticks(range(len(x)), [f"{n}\n#{i}" for n, i in zip(names, obs_id, strict=True)])
         axes.set_xlabel("gap of the datum (nats), and its obs_id")
+    elif sequence is not None:
+        keep = _few(len(x))
+        height = 1.0 + 1.75 * plots_sequence.tall(sequence[1])
+        figure = canvas(WIDE, height, "Reconstructions, by the room between ELBO and log p(x)")
+        titles = [f"#{obs_id[n]}, gap {names[n]} nats" for n in keep]
+        plots_sequence.beside(figure, x[keep], expected[keep], titles)
     else:
-        keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), 4)).round().astype(int))
+        keep = _few(len(x))
         figure = canvas(WIDE, 2.9, "Reconstructions, by the room between ELBO and log p(x)")
         for axes, n in zip(np.atleast_1d(figure.subplots(1, len(keep), sharey=True)), keep, strict=True):
             entry = np.arange(x[n].size)
@@ -176,6 +194,11 @@ def reconstructions(latent: xr.DataTree | None) -> Plot | Absent:
         _reconstruction_caption(error, gap, unit),
         wide=True,
     )
+
+
+def _few(n: int) -> np.ndarray:
+    """Return the places of at most four of n data, evenly spread."""
+    return np.unique(np.linspace(0, n - 1, min(n, 4)).round().astype(int))
 
 
 def _reconstruction_caption(error: np.ndarray, gap: np.ndarray, unit: str) -> str:

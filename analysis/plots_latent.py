@@ -12,6 +12,7 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.patches import Ellipse
 from matplotlib.ticker import MaxNLocator
 
+from elbowroom.analysis import plots_sequence
 from elbowroom.analysis.canvas import (
     EXACT,
     HALF,
@@ -28,7 +29,7 @@ from elbowroom.analysis.canvas import (
     styled,
     tone,
 )
-from elbowroom.analysis.plots import NO_LATENT, event_image, group
+from elbowroom.analysis.plots import NO_LATENT, event_image, event_sequence, group
 
 
 @styled
@@ -247,14 +248,17 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
             axes.set_ylabel(f"latent {latents[1]} (prior quantiles)")
         else:
             axes.set_yticks([])
+    elif event_sequence(latent) is not None:
+        figure = canvas(WIDE, 0.6 + 2.4 * len(axes_z), "What the decoder makes of it: E[x|z]")
+        cuts = [_cut(expected, k, len(axes_z)) for k in range(len(axes_z))]
+        named = [vertex or f"latent {latents[k]}{unit}" for k in range(len(axes_z))]
+        plots_sequence.along(figure, list(zip(named, axes_z, cuts, strict=True)))
     else:
         size = (WIDE, 3.4) if len(axes_z) == 1 else (HALF, 5.0)
         figure = canvas(*size, "What the decoder makes of it: E[x|z]")
         panels = np.atleast_1d(figure.subplots(len(axes_z), 1))
         for k, (axes, z) in enumerate(zip(panels, axes_z, strict=True)):
-            cut = expected
-            if len(axes_z) == 2:
-                cut = expected[expected.shape[0] // 2] if k == 0 else expected[:, expected.shape[1] // 2]
+            cut = _cut(expected, k, len(axes_z))
             _profile(axes, z, cut.reshape(len(z), -1), vertex or f"latent {latents[k]}{unit}", columns, first=k == 0)
     names = " and ".join(f"latent {j}" for j in latents)
     alt = f"The decoder's expected datum at prior quantiles of {names}."
@@ -262,6 +266,13 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
     if columns:
         caption = caption.replace("data units", "sd of the data").replace("the data's units", "sd of the data")
     return Plot("plane", figure, alt, caption, wide=figure.get_figwidth() > HALF)
+
+
+def _cut(expected: np.ndarray, k: int, d: int) -> np.ndarray:
+    """Return E[x|z] (value, *event) along the k-th of d latents, the other one in its middle."""
+    if d == 1:
+        return expected
+    return expected[expected.shape[0] // 2] if k == 0 else expected[:, expected.shape[1] // 2]
 
 
 def _in_column_units(latent: xr.DataTree | None, expected: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, cast
+from typing import Annotated, ClassVar, cast
 
 import torch
 from annotated_types import Ge
@@ -149,6 +149,8 @@ class GRU(Network):
         layers: number of recurrent layers, one upon the other.
         bidirectional: an encoder also reads backwards, from the last step to the first.
     """
+
+    sequences: ClassVar[bool] = True  # figures draw a datum step by step; without it (T, F) may be taken for an image
 
     def __init__(
         self,

@@ -519,6 +519,63 @@ def test_the_plane_of_a_table_names_its_columns_and_measures_each_in_its_own_uni
     assert "data's units" not in plot.caption
 
 
+def sequences(features: int, d: int = 2) -> tuple[xr.DataTree, np.ndarray]:
+    """Return the description of a model of sequences of 6 steps, whose entries tell step and feature, and 8 data, padded."""
+    step, z = 10.0 * np.arange(6)[:, None] + np.arange(features), np.linspace(-2.0, 2.0, 5)
+    x = np.stack([step + n for n in range(8)])
+    x[:, 4:] = np.nan
+    expected = np.nan_to_num(x)
+    plane = {1: step + z[:, None, None], 2: step + z[:, None, None, None] + 100 * z[:, None, None]}[d]
+    dims = ("row", "column")[-d:]
+    groups = {
+        "prior": xr.Dataset({"x": (("s", "t", "f"), expected), "expected_x": (("s", "t", "f"), expected)}),
+        "reconstruction": xr.Dataset(
+            {"x": (("obs_id", "t", "f"), x), "expected_x": (("obs_id", "t", "f"), expected), "gap": ("obs_id", np.arange(8.0))},
+            coords={"obs_id": np.arange(8)},
+        ),
+        "plane": xr.Dataset(
+            {"expected_x": ((*dims, "t", "f"), plane), **{f"z_{dim}": (dim, z) for dim in dims}}, attrs={"latents": [0, 1][:d]}
+        ),
+    }
+    tree = xr.DataTree.from_dict(groups)
+    tree.attrs.update({"latent_dim": d, "event_shape": [6, features], "sequence": 1})
+    return tree, x
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_sequences_are_drawn_by_feature_against_step(d):
+    """A line for each feature, in the order of the steps, as far as there are data."""
+    tree, x = sequences(2, d)
+    for plot in (plots.prior_samples(tree, x), plots.prior_samples(tree, None)):
+        assert [axes.get_title(loc="left") for axes in plot.figure.axes] == ["feature 0", "feature 1"]
+        np.testing.assert_allclose(plot.figure.axes[1].lines[0].get_ydata()[:4], x[:, :4, 1].mean(0))
+    plot = plots.reconstructions(tree)
+    shown = {tuple(line.get_ydata()) for axes in plot.figure.axes for line in axes.lines}
+    assert shown == {tuple(x[n, :4, f]) for n in (0, 2, 5, 7) for f in (0, 1)}
+    plot = plots_latent.plane(tree)
+    assert len(plot.figure.axes) == 2 * d
+    lines = plot.figure.axes[1].lines
+    np.testing.assert_allclose([line.get_ydata()[3] for line in lines], 31 + (100 if d == 2 else 1) * np.linspace(-2, 2, 5))
+    assert {axes.get_xlabel() for axes in plot.figure.axes[-2:]} == {"step"}
+
+
+def test_sequences_of_many_features_are_heat_maps_and_no_images():
+    """(T, F) with F >= 4 could be an image: that it is not is said by the description."""
+    tree, x = sequences(7)
+    assert plots.event_image(tree) is None
+    pictures = [axes.images[0].get_array() for axes in plots.reconstructions(tree).figure.axes if axes.images]
+    assert [picture.shape for picture in pictures] == 8 * [(7, 4)]
+    np.testing.assert_array_equal(pictures[0], x[0, :4].T)
+    for plot, panels in (
+        (plots.prior_samples(tree, x), 4),
+        (plots.prior_samples(tree, None), 2),
+        (plots_latent.plane(tree), 6),
+    ):
+        assert [axes.images[0].get_array().shape for axes in plot.figure.axes if axes.images] == panels * [(7, 6)]
+    del tree.attrs["sequence"]
+    assert plots.event_image(tree) == (6, 7)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
