@@ -146,6 +146,12 @@ class Mixed(Likelihood):
                 raise ValueError(
                     f"override.{name}: no likelihood of one column is called {likelihood!r}{nearest(likelihood, ONE_COLUMN)}"
                 )
+            kind = columns[self.names.index(name)].kind
+            if kind == "categorical" and likelihood != "categorical":
+                raise ValueError(
+                    f"override.{name}: {likelihood} is for numbers or codes with an order, and column {name!r} holds "
+                    "categories without one; leave it out, or declare another kind in data.kinds"
+                )
         groups: dict[tuple[str, int], list[int]] = {}
         for j, column in enumerate(columns):
             chosen = override.get(column.name, BY_KIND[column.kind])

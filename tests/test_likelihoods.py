@@ -394,6 +394,13 @@ def test_data_outside_are_refused_with_what_would_take_them(name: str, value: fl
         (lambda: Mixed((8,), COLUMNS, override={"height": "laplac"}), "override.height: .*'laplac'; did you mean 'laplace'"),
         (lambda: Mixed((8,), COLUMNS, override={"height": "multinomial"}), "override.height: .*'multinomial'"),
         (lambda: Mixed((8,), COLUMNS, override={"visits": "binomial"}), "override.visits: binomial needs a column of codes"),
+        *(
+            (
+                lambda name=name: Mixed((1,), (Column("city", "categorical", 3),), override={"city": name}),
+                f"override.city: {name} is for",
+            )
+            for name in ("poisson", "gaussian", "ordinal")
+        ),
     ],
 )
 def test_options_without_sense_are_refused(build: Callable[[], Any], words: str) -> None:

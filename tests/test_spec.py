@@ -121,6 +121,8 @@ REPLACED = {
     ("likelihood: bernoulli", "likelihood: {scale: 1}"): "model.likelihood: needs a name, one of bernoulli, "
     "beta, binomial, categorical, continuous_bernoulli, discretized_logistic, gamma, gaussian, laplace, log_normal, mixed, "
     "multinomial, negative_binomial, ordinal, poisson, student_t, zero_inflated_negative_binomial, zero_inflated_poisson",
+    ("likelihood: bernoulli", "likelihood: {name:student_t,df:3}"): "model.likelihood: needs a name; put a space after the "
+    "colon: {name: student_t, df: 3}",
     ("likelihood: bernoulli", "likelihood: {name: bernoulli, scale: 1}"): "model.likelihood.scale: bernoulli takes no options",
     ("likelihood: bernoulli", "likelihood: 3"): "model.likelihood: must be a name, or a block with a name, got 3",
     ("likelihood: bernoulli", "likelihood: {name: gaussian, scale: no}"): "model.likelihood.scale: must be a number or "

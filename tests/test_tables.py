@@ -111,6 +111,35 @@ def test_text_that_never_repeats_is_no_category(tmp_path: Path) -> None:
         load(tmp_path, text, covariates=["n"])
 
 
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        (["2024-01-05", "2024-02-06", "soon"], "holds dates as text, such as '2024-01-05'; convert them to numbers"),
+        (["05/01/2024", "06.02.24"], "holds dates as text"),
+        (["2024-01-05 10:00:00", "2024-01-05T10:00Z", ""], "holds dates as text"),
+        (["1,5", "-2,25", "3,0"], "holds numbers with commas as text, such as '-2,25'; write them with a decimal point"),
+        (["1,234", "12,345,678.5"], "holds numbers with commas as text"),
+        (["1.234,5", "2,0"], "holds numbers with commas as text"),
+    ],
+)
+def test_dates_and_numbers_with_commas_are_no_categories(cells: list[str], words: str) -> None:
+    frame = pd.DataFrame({"when": cells * 4, "n": range(4 * len(cells))})
+    said = problem(from_python, frame)
+    assert said.startswith("data: column 'when' ")
+    assert words in said
+    assert said.endswith("or keep them as categories: data.kinds: {when: categorical}")
+    assert problem(Memory(covariates=["when"]).hand_over, frame) == said
+    kept = Memory(kinds={"when": "categorical"}).hand_over(frame)
+    assert set(kept.categories) == {"when"}
+    assert Memory(labels="when").hand_over(frame).columns == ("n",)
+
+
+def test_text_with_digits_may_be_categories() -> None:
+    """Ranges, versions, codes and lists are names as good as any; one date among them changes nothing."""
+    for cells in (["10-20", "20-30"], ["v1.2", "3-4-5-6"], ["A1,2", "b"], ["2024-01-05", "never", "never"], ["1,2,3", "a"]):
+        assert set(from_python(pd.DataFrame({"a": cells * 4})).categories) == {"a"}
+
+
 def test_without_a_header_columns_are_numbers(tmp_path: Path) -> None:
     text = "?,1,2\nx,3,4\ny,5,6\n"
     dataset = load(tmp_path, text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -368,6 +369,11 @@ def slot(kind: str) -> Any:
         if not isinstance(given, Mapping):
             raise PydanticCustomError("no_component", "must be a name, or a block with a name")
         if "name" not in given:
+            if any(":" in str(key) for key in given):  # YAML takes {name:gamma} for one key without a value
+                spaced = ", ".join(
+                    re.sub(r":\s*", ": ", str(k), count=1) + ("" if v is None else f": {v}") for k, v in given.items()
+                )
+                raise PydanticCustomError("no_name", f"needs a name; put a space after the colon: {{{spaced}}}")
             raise PydanticCustomError("no_name", f"needs a name, one of {', '.join(names(kind))}")
         if given["name"] not in known:
             context = {"kind": kind, "tag": str(given["name"]), "allowed": names(kind)}

@@ -7,6 +7,7 @@ columns are what; the one that a `Dataset` keeps also holds the levels, so that 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -25,6 +26,17 @@ FEW_LEVELS = 50
 """So many different texts are never taken for a name that hardly ever repeats."""
 
 CODED = ("categorical", "ordinal")
+
+_DATE = re.compile(
+    r"(\d{4}[-/.]\d{1,2}([-/.]\d{1,2})?|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
+    r"([T ]\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?\s*(Z|[+-]\d{2}:?\d{2})?)?"
+)
+_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}([., ']\d{3})+),\d+([eE][+-]?\d+)?|[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
+_MISREAD = (
+    (_DATE, "dates", "convert them to numbers, such as days since the first one"),
+    (_COMMA, "numbers with commas", "write them with a decimal point and without thousands separators"),
+)
+"""Text that is no category by nature: what it looks like, and the cure."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +198,8 @@ def assemble(cells: Sequence[Cells], layout: Layout, label: str) -> Dataset:
     names = layout.x if layout.x is not None else tuple(c.name for c in cells if c.name not in taken)
     if not names:
         raise DataError(f"{label}: data.x: no column is left for x; name some")
+    for name in (*names, *layout.covariates):
+        _refuse_misread(by_name[name], layout, label)
     coded = {name: _coded(by_name[name], layout, label, one_hot=False) for name in names}
     coded |= {name: _coded(by_name[name], layout, label, one_hot=True) for name in layout.covariates}
     parts = [coded[name].values for name in names]
@@ -257,6 +271,26 @@ def of_array(name: str, values: np.ndarray, label: str) -> Cells:
     if values.dtype.kind not in "buif":
         raise DataError(f"{label}: {name!r} holds {values.dtype}, neither numbers nor text; convert it")
     return Cells(name, values)
+
+
+def _refuse_misread(cells: Cells, layout: Layout, label: str) -> None:
+    """Refuse a column of text most of whose cells are dates, or numbers with commas, unless its kind was declared.
+
+    Raises:
+        DataError: names the column, a cell and the cure.
+    """
+    name = cells.name
+    if cells.levels is None or cells.ordered or name in layout.kinds or name in layout.levels:
+        return
+    codes = cells.values[np.isfinite(cells.values)].astype(np.int64)
+    counts = np.bincount(codes, minlength=len(cells.levels))
+    for pattern, what, cure in _MISREAD:
+        found = [i for i, level in enumerate(cells.levels) if pattern.fullmatch(level.strip())]
+        if found and 2 * counts[found].sum() > counts.sum():
+            raise DataError(
+                f"{label}: column {name!r} holds {what} as text, such as {cells.levels[found[0]]!r}; {cure}, "
+                f"or keep them as categories: data.kinds: {{{name}: categorical}}"
+            )
 
 
 def _coded(cells: Cells, layout: Layout, label: str, *, one_hot: bool) -> Cells:
