@@ -221,6 +221,12 @@ def intervals(table: xr.Dataset, posteriors: Mapping[str, xr.DataTree]) -> Plot 
     reference = best_reference(table)
     if reference is None or reference not in posteriors or "guide" not in posteriors:
         return Absent("intervals", "No intervals of guide and reference: the run folder does not hold the draws of both.")
+    if "total_variation" in table and np.isfinite(table["total_variation"].sel(reference=reference).values).any():
+        return Absent(  # a distance between probabilities is known only where every latent is discrete
+            "intervals",
+            "No intervals: every latent is discrete, and its values have no quantiles to speak of. Where they are few, their "
+            "joint probabilities are drawn as bars; total_variation of the table says how far the guide is off.",
+        )
     gap, least = column(table, "gap_total"), column(table, "gap_total_lower")
     known = np.isfinite(gap)
     gap = np.where(known, gap, least)  # where only a bound is known, the gap is at least the bound's

@@ -496,6 +496,8 @@ def test_intervals_of_methods_with_different_chains_and_of_bounds(reported):
     bounded = plots_posterior.intervals(table, posteriors)
     assert isinstance(bounded, canvas.Plot)
     assert any("≥" in text.get_text() for axes in bounded.figure.axes for text in axes.texts)
+    distance = xr.full_like(table["mean_error"], 0.1)
+    assert "every latent is discrete" in plots_posterior.intervals(table.assign(total_variation=distance), posteriors).reason
     nothing = plots_posterior.intervals(table.assign(gap_total_lower=table["gap_total"]), posteriors)
     assert "no datum has both" in nothing.reason
 
