@@ -44,7 +44,8 @@ def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
         given = _observed(log_joint)
         drawn = poutine.trace(model).get_trace(*log_joint.args, **log_joint.kwargs)
         latent = {s.name: drawn.nodes[s.name]["value"][None] for s in (*program.sites, *program.discrete)}
-        z = free(log_joint, latent, "model")[0]
+        nothing = torch.zeros(log_joint.n_obs, 0, dtype=log_joint.dtype or log_joint.own_dtype, device=log_joint.device)
+        z = free(log_joint, latent, "model")[0] if program.sites else nothing
     observed, replacement = {}, {}
     for name, node in given.items():
         value = _with_holes(drawn.nodes[name]["value"], node["value"])

@@ -23,7 +23,6 @@ from elbowroom.inference.target import LogJoint
 from elbowroom.models.guides import FullRankNormal
 
 F64 = torch.float64
-NO_COORDINATES = pytest.mark.xfail(raises=ValueError, reason="simulate joins no coordinates where d = 0", strict=False)
 
 
 def exact(n: int = 60, seed: int = 0, dim: int = 2) -> tuple[LogJoint, Tensor, Tensor, Tensor]:
@@ -273,7 +272,6 @@ def test_values_that_are_no_numbers_are_counted_and_said():
     assert np.isfinite(found["p_value"].sel(quantity="log p(x|z)"))
 
 
-@NO_COORDINATES
 @pytest.mark.parametrize("case", **by_name(DISCRETE))
 def test_discrete_latents_are_calibrated_with_random_ties(case):
     """With the exact posterior for a guide the PIT is uniform despite the ties; with the encoder it need not be."""
@@ -302,7 +300,6 @@ def mixture(error: float, n: int = 200) -> LogJoint:
     return LogJoint(model, guide, torch.randn(n, dtype=F64, generator=torch.Generator().manual_seed(0)))
 
 
-@pytest.mark.parametrize("regime", [pytest.param("simulated", marks=NO_COORDINATES), "observed"])
 def test_a_wrong_classifier_fails_and_the_right_one_passes(regime):
     def calibrated(log_joint):
         if regime == "simulated":
@@ -383,7 +380,6 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not():
     assert not first["pit"].equals(third["pit"])
 
 
-@pytest.mark.parametrize("kind", ["continuous", pytest.param("discrete", marks=NO_COORDINATES)])
 def test_the_datasets_go_through_a_file(kind, tmp_path):
     log_joint, reference = (exact()[0], ClosedForm()) if kind == "continuous" else (mixture(0.0, 40), Enumeration())
     for found in (
