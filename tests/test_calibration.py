@@ -300,6 +300,7 @@ def mixture(error: float, n: int = 200) -> LogJoint:
     return LogJoint(model, guide, torch.randn(n, dtype=F64, generator=torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.parametrize("regime", ["simulated", "observed"])
 def test_a_wrong_classifier_fails_and_the_right_one_passes(regime):
     def calibrated(log_joint):
         if regime == "simulated":
@@ -380,6 +381,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not():
     assert not first["pit"].equals(third["pit"])
 
 
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
 def test_the_datasets_go_through_a_file(kind, tmp_path):
     log_joint, reference = (exact()[0], ClosedForm()) if kind == "continuous" else (mixture(0.0, 40), Enumeration())
     for found in (
