@@ -53,7 +53,9 @@ class Residuals:
     band: float
 
 
-def replicated(log_joint: LogJoint, sites: Mapping[str, Tensor], rows: Tensor, seed: int) -> dict[str, list[Tensor]]:
+def replicated(
+    log_joint: LogJoint, sites: Mapping[str, Tensor], rows: Tensor, seed: int, columns: Mapping[str, Tensor] | None = None
+) -> dict[str, list[Tensor]]:
     """Draw x at draws of the latents, as many at once as memory holds: name -> parts (s, len(rows), D).
 
     Args:
@@ -61,6 +63,7 @@ def replicated(log_joint: LogJoint, sites: Mapping[str, Tensor], rows: Tensor, s
         sites: constrained latents, name -> (S, N, *shape).
         rows: the data that are kept.
         seed: random seed.
+        columns: those that are kept of each site, where not all.
     """
     width = sum(value.numel() for value in log_joint.program.observed.values())
     size = max(1, ENTRIES // max(1, width))
@@ -70,7 +73,9 @@ def replicated(log_joint: LogJoint, sites: Mapping[str, Tensor], rows: Tensor, s
         some = {name: value[start : start + size] for name, value in sites.items()}
         for name, value in predict(log_joint, some, seed + 7919 * number).items():
             if name in log_joint.program.observed:
-                found.setdefault(name, []).append(value[:, rows].flatten(2) if value.dim() > 2 else value[:, rows, None])
+                flat = value.flatten(2) if value.dim() > 2 else value[..., None]
+                kept = flat if columns is None else flat[..., columns[name]]
+                found.setdefault(name, []).append(kept[:, rows].float())  # float32: half the memory
     return found
 
 
@@ -92,14 +97,12 @@ def residuals(
     generator = torch.Generator(device=log_joint.device).manual_seed(seed)
     at = {name: value[None].expand(draws, *value.shape) for name, value in sites.items()}
     found: dict[str, Residuals | None] = {}
-    for name, parts in replicated(log_joint, at, rows, seed).items():
-        x = log_joint.program.observed[name][rows]
-        x = x.flatten(1) if x.dim() > 1 else x[:, None]
-        columns = some_columns(x.shape[1], x.device)
-        # float32 halves the memory; equal numbers are told apart at random
-        every = torch.cat([x[None, :, columns].float(), *(part[..., columns].float() for part in parts)])
+    data = {name: x.flatten(1) if x.dim() > 1 else x[:, None] for name, x in log_joint.program.observed.items()}
+    columns = {name: some_columns(x.shape[1], x.device) for name, x in data.items()}
+    for name, parts in replicated(log_joint, at, rows, seed, columns).items():
+        every = torch.cat([data[name][rows][None, :, columns[name]].float(), *parts])
         there = every.isfinite().all(0)
-        found[name] = _judged(_ranks(every, generator), there, columns) if bool(there.any()) else None
+        found[name] = _judged(_ranks(every, generator), there, columns[name]) if bool(there.any()) else None
     return found
 
 
