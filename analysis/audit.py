@@ -133,7 +133,7 @@ def audit(
     references: Literal["auto"] | Sequence[str | Reference] = "auto",
     seed: int = 0,
     budget: float | str | None = None,
-    diagnose: bool = False,
+    diagnose: bool = True,
     progress: Callable[[Step], None] | None = None,
     **kwargs: Any,
 ) -> Audit:

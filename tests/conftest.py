@@ -13,8 +13,12 @@ import numpy as np
 import pyro
 import pytest
 import torch
+import xarray as xr
 from torch import Tensor
 
+from elbowroom.analysis import audit as auditing
+from elbowroom.analysis import rules
+from elbowroom.analysis.diagnosis import diagnose
 from elbowroom.models.guides import AmortizedGuide, DiagonalNormal, Family, FullRankNormal
 from elbowroom.models.likelihoods import Bernoulli, Gaussian
 from elbowroom.models.linear import LinearGaussian
@@ -49,6 +53,25 @@ def _isolated() -> Iterator[None]:
     pyro.clear_param_store()
     changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
     assert not changed, f"the test left global state changed: {changed}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _undiagnosed() -> Iterator[None]:
+    """Let audits judge by their gaps alone: the rest takes seconds each. Tests of it ask for `diagnosed`."""
+
+    def judged(log_joint: object, table: xr.Dataset, *_: object, **__: object) -> xr.DataTree:
+        verdicts = rules.as_dataset(rules.judge(table))
+        return xr.DataTree.from_dict({"/verdicts": verdicts, "/": xr.Dataset(attrs={"missing": ""})})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auditing, "find_out", judged)
+        yield
+
+
+@pytest.fixture
+def diagnosed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let audits find out all that verdicts rest on."""
+    monkeypatch.setattr(auditing, "find_out", diagnose)
 
 
 def linear_vae(

@@ -409,14 +409,14 @@ def _fit(
     changes = [*(change or []), *([f"fit.device={device}"] if device is not None else [])]
     experiment = Experiment.load(spec, set=changes, allow_python=allow_python)
     path, use = shell.ready(experiment, out, overwrite=overwrite, resume=resume)
-    for note in experiment.loaded.notes:
+    for note in experiment.notes:
         typer.echo(f"elbowroom: note: {note}", err=True)
     if dry_run:
         sentence = f"{experiment.label}: everything was checked, nothing was written; the run would go to {path} ({use})"
         plan = experiment.foreseen()
         if not as_json:
             typer.echo(f"{sentence}\naudit, {plan}")
-        return None, {"run": str(path), "dry_run": sentence, "plan": plan.tree(), "notes": list(experiment.loaded.notes)}
+        return None, {"run": str(path), "dry_run": sentence, "plan": plan.tree(), "notes": list(experiment.notes)}
     if claim is not None:
         claim.enter_context(locked(path))
     with locked(path), _bar(as_json) as report:
@@ -424,7 +424,7 @@ def _fit(
     if not as_json:
         _console().print(f"fit: {fitted.summary}", highlight=False)
         typer.echo(f"wrote {path}/ (weights.pt, history.csv, spec.yaml, split.npz)")
-    return fitted, {"run": str(path), "fit": fitted.summary, "notes": list(experiment.loaded.notes)}
+    return fitted, {"run": str(path), "fit": fitted.summary, "notes": list(experiment.notes)}
 
 
 def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, device: str | None, resume: bool) -> dict[str, Any]:
@@ -457,7 +457,8 @@ def _print_audit(found: Audit, folder: Path) -> None:
     for sentence in found.verdict.splitlines():
         console.print(sentence, highlight=False)
     posteriors = ", ".join(f"posteriors/{name}.nc" for name in found.posteriors)
-    typer.echo(f"\nwrote {folder}/ (audit.nc, audit.csv, {posteriors})")
+    diagnosis = "diagnosis.nc, " if found.diagnosis is not None else ""
+    typer.echo(f"\nwrote {folder}/ (audit.nc, audit.csv, {diagnosis}{posteriors})")
 
 
 def _print_table(

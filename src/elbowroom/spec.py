@@ -66,7 +66,7 @@ class AuditBlock(Block):
     keep: Draws = Field(1_000, description="draws per datum that are kept in the files")
     budget: Budget = Field(None, description="time that the audit may take, such as 10m; without one, as long as it takes")
     diagnose: Annotated[bool, Strict()] = Field(
-        False, description="also calibration, information, checks of the model, and the gaps of other data"
+        True, description="also calibration, information, checks of the model, and the gaps of other data"
     )
 
 
