@@ -31,6 +31,7 @@ from elbowroom.analysis.canvas import (
 )
 from elbowroom.analysis.table import SMALL_GAP
 
+FEW_ROWS = 100  # the sd of fewer is uncertain by more than 7 %
 NO_LATENT = "the run folder has no latent.nc, which describes the decoder: run the audit again to make it"
 
 
@@ -82,8 +83,9 @@ def prior_samples(latent: xr.DataTree | None, observed: np.ndarray | None) -> Pl
         axes = figure.subplots()
         sets = {"model (prior draws)": x.reshape(len(x), -1)} | ({} if real is None else {"data": real})
         _spread_by_entry(axes, latent, {name: _in_units(latent, values) for name, values in sets.items()})
+    text = _prior_caption(latent, x.reshape(len(x), -1), real)
     alt = "Draws from the prior through the decoder" + ("." if real is None else ", with real data for comparison.")
-    return Plot("prior_samples", figure, alt, _prior_caption(latent, x.reshape(len(x), -1), real), wide=True)
+    return Plot("prior_samples", figure, alt, text + units_of_rows(latent), wide=True)
 
 
 def _mean(x: np.ndarray, axis: int) -> np.ndarray:
@@ -100,6 +102,16 @@ def _in_units(latent: xr.DataTree | None, x: np.ndarray) -> np.ndarray:
         return x
     sd = data["x_sd"].values.ravel()
     return (x - data["x_mean"].values.ravel()) / np.where(sd > 0, sd, 1.0)
+
+
+def units_of_rows(latent: xr.DataTree | None) -> str:
+    """Say of a table where its units come from, as a sentence that ends a caption; nothing of other data."""
+    rows = group(latent, "encoding")
+    if latent is None or rows is None or "columns" not in latent.attrs:
+        return ""
+    n = rows.sizes["obs_id"]
+    text = f" Mean and sd of each column, its units here, are those of the {n} audited rows"
+    return f"{text}: so few that they are uncertain themselves." if n < FEW_ROWS else f"{text}."
 
 
 def _name_entries(axes: Axes, latent: xr.DataTree | None) -> None:
@@ -191,7 +203,7 @@ def reconstructions(latent: xr.DataTree | None) -> Plot | Absent:
         "reconstructions",
         figure,
         f"{len(x)} data and their reconstructions from the guide, from the smallest gap to the largest.",
-        _reconstruction_caption(error, gap, unit),
+        _reconstruction_caption(error, gap, unit) + units_of_rows(latent),
         wide=True,
     )
 

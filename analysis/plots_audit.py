@@ -9,7 +9,7 @@ import numpy as np
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from scipy.stats import spearmanr
 
 from elbowroom.analysis.canvas import (
@@ -63,6 +63,7 @@ def gaps(table: xr.Dataset, bits_per: int | None = None) -> Plot | Absent:
         left.legend(loc="upper right")
     sns.rugplot(x=gap, ax=left, height=-0.025, clip_on=False, color=INK, alpha=0.35, linewidth=0.6)
     left.set_ylabel("number of data")
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_xlabel("gap = log p(x) − ELBO (nats)", labelpad=8)
     left.annotate(
         f"median {say(float(middle))}",
@@ -203,6 +204,7 @@ def comparison(table: xr.Dataset) -> Plot | Absent:
     first, second, third = figure.subplots(1, 3)
     _histogram(first, mean, "largest error of a mean (posterior sd)")
     first.set_ylabel("number of data")
+    first.yaxis.set_major_locator(MaxNLocator(integer=True))
     _histogram(second, np.log2(ratio), "sd of guide / sd of posterior (worst latent)", zero=False)
     reach = max(0.2, 1.05 * float(np.abs(np.log2(ratio[np.isfinite(ratio) & (ratio > 0)])).max(initial=0.0)))
     marks = [m for m in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.7, 0.9, 1, 1.1, 1.4, 2, 4, 8, 16) if abs(np.log2(m)) <= reach]

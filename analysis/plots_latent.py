@@ -29,7 +29,7 @@ from elbowroom.analysis.canvas import (
     styled,
     tone,
 )
-from elbowroom.analysis.plots import NO_LATENT, event_image, event_sequence, group
+from elbowroom.analysis.plots import NO_LATENT, event_image, event_sequence, group, units_of_rows
 
 
 @styled
@@ -240,12 +240,13 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
         )
         axes = figure.subplots()
         show_tiles(axes, tiles[::-1], tone(expected))
+        scale, digits = ("value", 1) if space == "binary" else ("prior quantiles", 2)
         ticks = np.unique(np.linspace(0, len(axes_z[0]) - 1, 5 if vertex is None else 10).round().astype(int))
-        axes.set_xticks(ticks, [say(axes_z[0][t], 2) if vertex is None else str(t) for t in ticks])
-        axes.set_xlabel(f"latent {latents[0]} (prior quantiles)" if vertex is None else vertex)
+        axes.set_xticks(ticks, [say(axes_z[0][t], digits) if vertex is None else str(t) for t in ticks])
+        axes.set_xlabel(f"latent {latents[0]} ({scale})" if vertex is None else vertex)
         if len(axes_z) == 2:
-            axes.set_yticks(len(axes_z[1]) - 1 - ticks, [say(axes_z[1][t], 2) for t in ticks])
-            axes.set_ylabel(f"latent {latents[1]} (prior quantiles)")
+            axes.set_yticks(len(axes_z[1]) - 1 - ticks, [say(axes_z[1][t], digits) for t in ticks])
+            axes.set_ylabel(f"latent {latents[1]} ({scale})")
         else:
             axes.set_yticks([])
     elif event_sequence(latent) is not None:
@@ -264,6 +265,7 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
     alt = f"The decoder's expected datum at prior quantiles of {names}."
     caption = _plane_caption(expected, len(axes_z), latents, rest) if vertex is None else _vertex_caption(expected, vertex)
     if columns:
+        caption += units_of_rows(latent)
         caption = caption.replace("data units", "sd of the data").replace("the data's units", "sd of the data")
     return Plot("plane", figure, alt, caption, wide=figure.get_figwidth() > HALF)
 

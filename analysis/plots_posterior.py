@@ -43,6 +43,7 @@ from elbowroom.analysis.canvas import (
 from elbowroom.analysis.plots import NO_LATENT, event_image, group
 from elbowroom.analysis.table import best_reference, column, in_words, trusted
 
+_BITS = "A joint value is the latents in base 2, latent 0 the highest bit: of three, 4 is latent 0 alone on. "
 LIGHT_BLUE, DEEP_BLUE = "#bcd8ec", "#6fadd6"
 
 
@@ -62,7 +63,7 @@ def contours(latent: xr.DataTree | None, *, width: float = WIDE, title: str | No
     if latent is None:
         return Absent("contours", f"No picture of guide and exact posterior: {NO_LATENT}.")
     if data is None and (states := group(latent, "states")) is not None:
-        return _state_bars(states, width)
+        return _state_bars(states, width, binary=latent.attrs.get("space") == "binary")
     if data is None:
         d = int(latent.attrs["latent_dim"])
         why = f"it can be drawn for one or two latents, this model has {d}" if d > 2 else "no datum has a known gap"
@@ -90,7 +91,7 @@ def contours(latent: xr.DataTree | None, *, width: float = WIDE, title: str | No
     return Plot("contours", figure, alt, _contour_caption(cases), wide=True)
 
 
-def _state_bars(data: xr.Dataset, width: float) -> Plot:
+def _state_bars(data: xr.Dataset, width: float, *, binary: bool) -> Plot:
     """Draw the probability of each joint value of discrete latents, under guide and exact posterior."""
     cases = [data.isel(case=i) for i in range(data.sizes["case"])]
     figure = canvas(width, 0.3 * width, "The guide against the exact posterior")
@@ -99,7 +100,7 @@ def _state_bars(data: xr.Dataset, width: float) -> Plot:
         axes.bar(place - 0.2, case["posterior"], 0.4, color=EXACT, label="exact p(z|x)")
         axes.bar(place + 0.2, case["guide"], 0.4, color=GUIDE, label="guide q(z|x)")
         axes.set_title(f"{case['case'].item()}: datum {int(case['obs_id'])}, gap {say(float(case['gap']))} nats")
-        axes.set(xlabel="joint value of the latents", ylim=(0, min(1.0, 1.1 * top)))
+        axes.set(xlabel=f"joint value of the latents{' (in base 2)' * binary}", ylim=(0, min(1.0, 1.1 * top)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].set_ylabel("probability")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -107,7 +108,8 @@ def _state_bars(data: xr.Dataset, width: float) -> Plot:
     named = ", ".join(f"{percent(value)} ({case['case'].item()})" for value, case in zip(off, cases, strict=True))
     text = (
         f"Probability that the guide puts on the wrong values (total variation distance from the exact posterior): {named}. "
-        "Under 5% a reader of the guide is hardly misled; a value the guide gives none of is one it can never draw."
+        f"{_BITS * binary}Under 5% a reader of the guide is hardly misled; "
+        "a value the guide gives none of is one it can never draw."
     )
     alt = "Probabilities of the joint values of the latents under guide and exact posterior."
     return Plot("contours", figure, alt, text, wide=True)

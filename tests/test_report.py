@@ -519,6 +519,8 @@ def test_the_plane_of_a_table_names_its_columns_and_measures_each_in_its_own_uni
     assert "sd of the data" in plot.figure.axes[0].get_ylabel()
     assert "sd of the data" in plot.caption
     assert "data's units" not in plot.caption
+    tree["encoding"] = xr.DataTree(xr.Dataset({"loc": ("obs_id", np.zeros(9))}))
+    assert "the 9 audited rows: so few" in plots_latent.plane(tree).caption
 
 
 def sequences(features: int, d: int = 2) -> tuple[xr.DataTree, np.ndarray]:

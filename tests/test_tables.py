@@ -12,6 +12,7 @@ import pytest
 from elbowroom import components
 from elbowroom.data import Dataset
 from elbowroom.errors import UserError
+from elbowroom.experiment import Experiment
 from elbowroom.frames import Memory, from_python, read_like
 from elbowroom.models.columns import Column
 from elbowroom.tables import Layout, describe_columns
@@ -220,6 +221,21 @@ def test_the_place_of_a_wrong_kind_is_found_in_any_part(chunk: int, monkeypatch:
     assert problem(describe_columns, x, ("a", "b"), {"b": "positive"}) == (
         "data: column 'b' is declared positive, found -1 at row 4; correct it, or declare another kind in data.kinds"
     )
+
+
+def test_constant_columns_are_noted() -> None:
+    spec = {
+        "model": {"latent_dim": 1, "likelihood": "gaussian", "decoder": "linear"},
+        "guide": {"family": "diagonal_normal", "encoder": "linear"},
+    }
+    frame = pd.DataFrame({"a": 20 * [3.0], "b": 20 * [0.5], "c": np.arange(20.0)})
+    frame.loc[3, "a"] = np.nan
+    noted = lambda columns: Experiment.from_dict(spec, data=frame[columns]).notes
+    assert noted(["a", "b"]) == ("data: every column of x is constant: 'a', 'b'; there is nothing to learn",)
+    assert noted(["a", "c"]) == (
+        "data: 1 column of x is constant: 'a'; there is nothing to learn in it, leave it out of data.x",
+    )
+    assert noted(["c"]) == ()
 
 
 def test_an_array_has_no_names() -> None:

@@ -32,6 +32,7 @@ from elbowroom.inference.schedule import plan
 from elbowroom.inference.start import Start
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.vae import VAE
+from elbowroom.tables import constant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,6 +143,19 @@ class Experiment:
             dataset = self._source.load() if self.given is None else self.given
             dataset.check(values=not dataset.mapped)
         return dataset
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the user: those of the spec, and of a table's columns that never change."""
+        columns = constant(self.data)
+        if not columns:
+            return self.loaded.notes
+        named = ", ".join(map(repr, columns[:10])) + (f" and {len(columns) - 10} more" if len(columns) > 10 else "")
+        if self.data.event_shape == (len(columns),):
+            return (*self.loaded.notes, f"data: every column of x is constant: {named}; there is nothing to learn")
+        which, it = ("column of x is", "it") if len(columns) == 1 else ("columns of x are", "them")
+        cure = f"there is nothing to learn in {it}, leave {it} out of data.x"
+        return (*self.loaded.notes, f"data: {len(columns)} {which} constant: {named}; {cure}")
 
     @functools.cached_property
     def split(self) -> Split:

@@ -425,6 +425,16 @@ def describe_columns(
     return tuple(found)
 
 
+def constant(data: Dataset) -> list[str]:
+    """Return the columns of x, where these have names, that hold one value in all rows where they are not missing."""
+    if data.columns is None or len(data.event_shape) != 1:
+        return []
+    low, high = np.full(len(data.columns), np.inf), np.full(len(data.columns), -np.inf)
+    for _, part in rows_of(data.x):
+        low, high = np.fmin(low, np.fmin.reduce(part, 0)), np.fmax(high, np.fmax.reduce(part, 0))
+    return [name for name, one, other in zip(data.columns, low, high, strict=True) if one == other]
+
+
 def _allowed(values: np.ndarray, kind: Kind) -> np.ndarray:
     """Say which values a column of a kind may hold."""
     if kind == "real":
