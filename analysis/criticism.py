@@ -15,6 +15,7 @@ that the model was trained on, misfit can hide. With much data every model is re
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -33,6 +34,7 @@ from elbowroom.inference.simulate import predict, simulate
 from elbowroom.inference.target import LogJoint
 
 LARGE = 2**20  # entries of the data looked at
+TRACES = 2**23  # entries simulated before memory is taken back
 RANKED = 1000  # data whose residuals are ranked
 LEAST = 10  # data
 SHOWN = 100  # data, and draws of each, in the groups for ArviZ
@@ -194,10 +196,13 @@ def _joint(
                 values[name].append(value[0, rows].double().mean())
 
     kept: dict[str, list[Tensor]] = {site: [] for site in observed}
+    every = max(1, TRACES // max(1, sum(value.numel() for value in observed.values())))
     with torch.no_grad():
         take(observed, log_joint, z)
         for r, (new, joint, at) in enumerate(_replicates(log_joint, replicates, seed)):
             take(new, joint, at)
+            if r % every == every - 1:  # traces refer to themselves: without this they pile up
+                gc.collect()
             if r < SHOWN:
                 for site in observed:
                     kept[site].append(new[site][shown])
