@@ -5,7 +5,7 @@
 | `guide.family`         | `mixture`                                                               | modes are missed at 5 %   |
 | `guide.family`         | `flow`, from a normal                                                   | the shape part is large   |
 | `guide.family`         | `full_rank_normal`, from a diagonal or low-rank one                     | covariance > 0.01 nats    |
-| `guide.encoder.hidden` | twice as wide (`channels` of a convolution likewise)                    | always                    |
+| `guide.encoder.hidden` | twice as wide, and one layer more (`channels` of a convolution: wider)  | always                    |
 | `fit.epochs`           | three times as many                                                     | always                    |
 | `fit.batch_size`       | half, at least 32                                                       | the model is kept         |
 | `fit.start`            | the run's own weights, frozen; half of each batch simulated from them   | the model is kept         |
@@ -44,6 +44,7 @@ LEAST_BATCH = 32
 SIMULATED = 0.5
 COVARIANCE = 0.01  # nats from which on a full covariance is worth its outputs
 WIDTHS = ("hidden", "channels")  # options of networks that are twice as large in a larger one
+DEEPER = "hidden"  # a list of layers that gets one more
 
 
 class Change(NamedTuple):
@@ -158,6 +159,8 @@ def _advised(tree: Mapping[str, Any], table: xr.Dataset, retrain: bool) -> list[
         if option in encoder:
             old = encoder[option]
             new = [2 * width for width in old] if isinstance(old, list | tuple) else 2 * old
+            if option == DEEPER and isinstance(new, list):
+                new = [*new, *new[-1:]]
             if new != old:
                 changes.append(Change(f"guide.encoder.{option}", old, new, why))
     fit = tree["fit"]

@@ -162,7 +162,8 @@ class Improvement:
 
     def verdict(self) -> list[str]:
         """Return what to conclude, in sentences."""
-        return [self._gap(), self._retrained() if self.proposal.retrain else self._frozen()]
+        said = [self._gap(), self._retrained() if self.proposal.retrain else self._frozen(), self._tails()]
+        return [sentence for sentence in said if sentence]
 
     def tree(self) -> dict[str, Any]:
         """Return everything as dictionaries, lists and scalars (`--json`)."""
@@ -237,11 +238,25 @@ class Improvement:
         if not n:
             return "This is another p, and log p(x) is known for none of the data in both audits: gaps alone say nothing here."
         said = f"This is another p: mean held-out log p(x) changed by {mean:+.3f} +- {error:.3f} nats ({n} data, paired)"
-        if not abs(mean) > 2 * error:
-            return f"{said}, no more than noise, so a smaller gap is good news."
-        if mean > 0:
-            return f"{said}: it rose, so the model is better, and a smaller gap is good news."
-        return f"{said}: it FELL. A smaller gap is no gain here: it was bought with a worse model."
+        smaller = self.removed() > 0
+        if mean < -2 * error:
+            return f"{said}: it FELL. A smaller gap is no gain here: it was bought with a worse model."
+        if mean > 2 * error:
+            end = (
+                "and a smaller gap is good news" if smaller else "though its posteriors are harder for q: now improve its guide"
+            )
+            return f"{said}: it rose, so the model is better, {end}."
+        end = ", so a smaller gap is good news" if smaller else ""
+        return f"{said}, no more than noise{end}."
+
+    def _tails(self) -> str:
+        old, new = (int((~(column(table, "pareto_k") <= GOOD_K)).sum()) for table in (self.before, self.after))
+        if new <= old:
+            return ""
+        return (
+            f"k-hat exceeds {GOOD_K} at {new} data, {old} before: this q is closer in KL(q || p) and lighter in its tails. To draw "
+            "importance samples from it, look at guide.family = flow or an objective such as iwae."
+        )
 
 
 def _common(before: xr.Dataset, after: xr.Dataset) -> np.ndarray:
