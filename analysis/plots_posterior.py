@@ -100,7 +100,7 @@ def _state_bars(data: xr.Dataset, width: float, *, binary: bool) -> Plot:
         axes.bar(place - 0.2, case["posterior"], 0.4, color=EXACT, label="exact p(z|x)")
         axes.bar(place + 0.2, case["guide"], 0.4, color=GUIDE, label="guide q(z|x)")
         axes.set_title(f"{case['case'].item()}: datum {int(case['obs_id'])}, gap {say(float(case['gap']))} nats")
-        axes.set(xlabel=f"joint value of the latents{' (in base 2)' * binary}", ylim=(0, min(1.0, 1.1 * top)))
+        axes.set(xlabel=f"joint value of the latents{' (latent 0: highest bit)' * binary}", ylim=(0, min(1.0, 1.1 * top)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].set_ylabel("probability")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -77,6 +77,8 @@ def _methods(table: xr.Dataset) -> str:
 def summary(table: xr.Dataset) -> list[tuple[str, str]]:
     """Return (quantity, value) rows: means +- standard error over data, medians (quartiles), counts."""
     numbers = Numbers.of(table)
+    k = table["pareto_k"].values
+    no_k = not (np.isfinite(k) | np.isposinf(k)).any()  # such as weights of few discrete values, which have no tail
     rows = [
         ("data audited", str(numbers.n)),
         ("evidence by", _methods(table)),
@@ -85,7 +87,7 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
         ("gap [nats], median (quartiles)", _quartiles(numbers.gap)),
         ("gap [nats], largest", f"{numbers.gap.max():.3f}" if numbers.known else "not available"),
         ("k-hat, median (quartiles)", _quartiles(table["pareto_k"].values, 2)),
-        (f"k-hat > {GOOD_K}", f"{numbers.bad_k} of {numbers.n}"),
+        (f"k-hat > {GOOD_K}", "not available" if no_k else f"{numbers.bad_k} of {numbers.n}"),
         ("effective sample fraction, median", _quartiles(table["ess_fraction"].values, 2)),
     ]
     for reference in table["reference"].values:

@@ -18,7 +18,7 @@ import yaml
 from matplotlib import pyplot
 from PIL import Image
 
-from elbowroom.analysis import canvas, findings, plots, plots_audit, plots_latent, plots_posterior
+from elbowroom.analysis import canvas, findings, plots, plots_audit, plots_latent, plots_posterior, verdict
 from elbowroom.analysis.report import Files, write_picture, write_report
 from elbowroom.errors import RunFolderError
 
@@ -365,6 +365,14 @@ def test_no_reference_and_no_evidence(tmp_path):
     assert "median gap –" in page.text
     assert "Anything about the gap of 12 data of 12" in page.text
     assert {"gaps", "trust", "comparison", "intervals"}.isdisjoint(p.stem for p in (folder / "figures").iterdir())
+
+
+@pytest.mark.parametrize("k", [np.nan, -np.inf])
+def test_without_k_hats_none_is_counted(reported, k):
+    table = xr.load_dataset(reported[0] / "audit.nc").isel(reference=[])
+    rows = dict(verdict.summary(table.assign(pareto_k=table["pareto_k"] * 0 + k)))
+    assert rows["k-hat > 0.7"] == rows["k-hat, median (quartiles)"] == "not available"
+    assert dict(verdict.summary(table))["k-hat > 0.7"] == "10 of 40"
 
 
 def test_one_datum(tmp_path):
