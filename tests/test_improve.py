@@ -50,7 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without figures, which take seconds and have tests of their own."""
-    monkeypatch.setattr(Run, "report", lambda self: None)
+    monkeypatch.setattr(Run, "report", lambda self: (self.path / "report.html").write_text("short"))
 
 
 def starting(home: Path, name: str, start: dict, **blocks: dict) -> Path:
@@ -252,7 +252,7 @@ def test_what_the_user_sets_wins(home: Path) -> None:
 # -- improve ----------------------------------------------------------------------------------------------------------------
 
 
-def test_improve_keeps_the_old_run_and_log_p(home: Path, tmp_path: Path) -> None:
+def test_improve_keeps_the_old_run_and_log_p(home: Path, tmp_path: Path, plain: None) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (home / "run").iterdir()}
     found = Run.load(home / "run").improve(out=tmp_path / "new", set=["fit.epochs=30"])
     assert {path.name: path.stat().st_mtime_ns for path in (home / "run").iterdir()} == before

@@ -145,10 +145,12 @@ class Improvement:
         before, after = (float(np.median(part)) if part.size else math.nan for part in self._both("gap_total"))
         return 1 - after / before if before > 0 else math.nan
 
-    def lines(self) -> list[tuple[str, str, str]]:
+    def lines(self) -> list[tuple[str, ...]]:
         """Return the rows (quantity, before, after) of the table."""
         tables = (self.before, self.after)
-        rows = [("gap [nats], median (95 % interval)", *(_interval(part) for part in self._both("gap_total")))]
+        rows: list[tuple[str, ...]] = [
+            ("gap [nats], median (95 % interval)", *(_interval(part) for part in self._both("gap_total")))
+        ]
         for name in ("amortization", "covariance", "shape"):
             rows.append((f"  {name}, median", *(_median(part) for part in self._both(f"gap_{name}"))))
         rows.append(("mean ELBO [nats]", *(_mean(part) for part in self._both("elbo"))))
@@ -242,9 +244,7 @@ class Improvement:
         if mean < -2 * error:
             return f"{said}: it FELL. A smaller gap is no gain here: it was bought with a worse model."
         if mean > 2 * error:
-            end = (
-                "and a smaller gap is good news" if smaller else "though its posteriors are harder for q: now improve its guide"
-            )
+            end = "and the smaller gap good news" if smaller else "its posteriors harder for q: improve its guide next"
             return f"{said}: it rose, so the model is better, {end}."
         end = ", so a smaller gap is good news" if smaller else ""
         return f"{said}, no more than noise{end}."
@@ -254,8 +254,8 @@ class Improvement:
         if new <= old:
             return ""
         return (
-            f"k-hat exceeds {GOOD_K} at {new} data, {old} before: this q is closer in KL(q || p) and lighter in its tails. To draw "
-            "importance samples from it, look at guide.family = flow or an objective such as iwae."
+            f"k-hat exceeds {GOOD_K} at {new} data, {old} before: this q is lighter in its tails. To draw importance samples "
+            "from it, look at guide.family = flow or an objective such as iwae."
         )
 
 
