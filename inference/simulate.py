@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -42,13 +43,14 @@ def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
     model = _unobserved(log_joint)
     with seeded(seed), log_joint.snapshot.scope(), torch.no_grad():
         given = _observed(log_joint)
-        drawn = poutine.trace(model).get_trace(*log_joint.args, **log_joint.kwargs)
-        latent = {s.name: drawn.nodes[s.name]["value"][None] for s in (*program.sites, *program.discrete)}
+        with _Values() as drawn:
+            model(*log_joint.args, **log_joint.kwargs)
+        latent = {s.name: drawn.values[s.name][None] for s in (*program.sites, *program.discrete)}
         nothing = torch.zeros(log_joint.n_obs, 0, dtype=log_joint.dtype or log_joint.own_dtype, device=log_joint.device)
         z = free(log_joint, latent, "model")[0] if program.sites else nothing
     observed, replacement = {}, {}
     for name, node in given.items():
-        value = _with_holes(drawn.nodes[name]["value"], node["value"])
+        value = _with_holes(drawn.values[name], node["value"])
         leaf = next((t for t in _tensors(log_joint) if _same(t, node["value"])), None)
         if leaf is None:
             raise UnsupportedProgram(f"simulate: the values of observed site {name!r} are not an argument of the model")
@@ -87,13 +89,27 @@ def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict
     with seeded(seed), log_joint.snapshot.scope(), torch.no_grad():
         given = _observed(log_joint)
         for s in range(len(next(iter(sites.values())))):
-            values = {site.name: _in_place(site, sites[site.name][s].to(log_joint.device, dtype)) for site in latents}
-            here = poutine.condition(model, data=values)
-            drawn = poutine.trace(here).get_trace(*log_joint.args, **log_joint.kwargs)
+            values = {}
+            for site in latents:
+                kind = dtype if site.values is None else site.values.dtype
+                values[site.name] = _in_place(site, sites[site.name][s].to(log_joint.device, kind))
+            with _Values() as drawn:
+                poutine.condition(model, data=values)(*log_joint.args, **log_joint.kwargs)
             for name, node in given.items():
-                value = _with_holes(drawn.nodes[name]["value"], node["value"])
+                value = _with_holes(drawn.values[name], node["value"])
                 found.setdefault(name, []).append(_by_datum(log_joint, node, value))
     return {name: torch.stack(values) for name, values in found.items()}
+
+
+class _Values(Messenger):  # type: ignore[misc]
+    """Keeps the value of every sample site, and nothing else: a trace would hold on to the run until garbage is collected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.values[msg["name"]] = msg["value"]
 
 
 def _unobserved(log_joint: LogJoint) -> Any:

@@ -46,7 +46,7 @@ def mixture(likelihood: Callable[[Tensor], dist.TorchDistribution], x: Tensor) -
     def model(x):
         with pyro.plate("rows", len(x)):
             c = pyro.sample("c", dist.Categorical(torch.tensor([0.5, 0.5], dtype=F64)))
-            pyro.sample("x", likelihood(RATES[c.long()]).to_event(1), obs=x)
+            pyro.sample("x", likelihood(RATES[c]).to_event(1), obs=x)
 
     def guide(x):
         with pyro.plate("rows", len(x)):
