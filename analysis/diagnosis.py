@@ -91,7 +91,7 @@ def diagnose(
             log.info("%s: not available, %s", name, reason)
     flat = {name: part for name, part in found.items() if isinstance(part, xr.Dataset)}
     if (checks := found.pop("checks", None)) is not None:  # ArviZ looks for predictive groups at the root
-        groups = {name: child.to_dataset() for name, child in checks.children.items()}  # type: ignore[union-attr]
+        groups = {name: child.to_dataset() for name, child in checks.children.items()}
         flat["checks"] = groups.pop("statistics", xr.Dataset()).assign_attrs(checks.attrs)
         found |= groups | {"checks": flat["checks"]}
     found["verdicts"] = rules.as_dataset(rules.judge(table, flat))

@@ -40,7 +40,7 @@ def draws(figure: Figure, sets: Mapping[str, np.ndarray]) -> None:
     """
     some = next(iter(sets.values()))
     if some.shape[-1] <= FEW:
-        panels = np.atleast_1d(figure.subplots(1, some.shape[-1]))
+        panels = figure.subplots(1, some.shape[-1], squeeze=False)[0]
         for j, axes in enumerate(panels):
             for (name, x), colour in zip(sets.items(), (GUIDE, EXACT), strict=False):
                 mean = _mean(x[..., j])

@@ -111,7 +111,7 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
 def sentences(table: xr.Dataset) -> list[str]:
     """Return two to five plain sentences: how large the gap is, what is wrong with q, what could not be certified."""
     numbers = Numbers.of(table)
-    lines = (_gap(table, numbers), _missed(table), _shape(table), _trust(numbers), _caveat(table, numbers))
+    lines = (_gap(table, numbers), _missed(table), _shape(table), _trust(table, numbers), _caveat(table, numbers))
     return [line for line in lines if line]
 
 
@@ -196,8 +196,8 @@ def _shape(table: xr.Dataset) -> str:
     return f"In its worst latent the typical q(z|x) is {width} and {place}."
 
 
-def _trust(numbers: Numbers) -> str:
-    if not numbers.bad_k:
+def _trust(table: xr.Dataset, numbers: Numbers) -> str:
+    if not numbers.bad_k or np.isnan(table["pareto_k"].values).all():
         return ""
     return (
         f"For {numbers.bad_k} of {numbers.n} data k-hat exceeds {GOOD_K}: importance sampling from this guide is not "

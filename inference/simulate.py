@@ -101,7 +101,7 @@ def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict
     return {name: torch.stack(values) for name, values in found.items()}
 
 
-class _Values(Messenger):  # type: ignore[misc]
+class _Values(Messenger):
     """Keeps the value of every sample site, and nothing else: a trace would hold on to the run until garbage is collected."""
 
     def __init__(self) -> None:
