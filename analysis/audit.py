@@ -25,14 +25,16 @@ from elbowroom.analysis import idata
 from elbowroom.analysis.blocks import Work, unreached
 from elbowroom.analysis.diagnosis import diagnose as find_out
 from elbowroom.analysis.evidence import climb
+from elbowroom.analysis.expectations import expectations
 from elbowroom.analysis.pace import Pace, Step
 from elbowroom.analysis.planning import Plan, choose
 from elbowroom.analysis.progress import PLANNED
 from elbowroom.analysis.rules import Judgement, from_dataset, judge, per_datum
 from elbowroom.analysis.store import Store
+from elbowroom.analysis.table import best_reference, trusted
 from elbowroom.analysis.tabulate import tabulate
 from elbowroom.analysis.verdict import sentences, summary
-from elbowroom.errors import RunFolderError, UnsupportedProgram
+from elbowroom.errors import RunFolderError, UnsupportedProgram, UserError
 from elbowroom.files import atomic
 from elbowroom.inference import discrete
 from elbowroom.inference.posterior import CHAINS, Reference
@@ -75,6 +77,32 @@ class Audit:
         if self.diagnosis is None:
             return judge(self.table)
         return from_dataset(self.diagnosis["verdicts"].to_dataset())
+
+    def expectations(self, f: Callable[[xr.Dataset], xr.DataArray], reference: str | None = None) -> xr.Dataset:
+        """Compare E_q f(z), what is computed with the guide, with E_p f(z), for any function of the sites, with errors.
+
+        Args:
+            f: given the sites, name -> (chain, draw, obs_id, ...), returns (chain, draw, obs_id, ...); see
+                `analysis.expectations`.
+            reference: whose posterior p is; by default the one that is exact or certified for the most data.
+
+        Returns:
+            As `analysis.expectations.expectations`, over the data for which the reference is exact or certified.
+
+        Raises:
+            UserError: no reference is, or there is none of that name.
+
+        Example:
+            >>> audit.expectations(lambda sites: sites["z"][..., 0] > 0)["difference"]  # doctest: +SKIP
+        """
+        name = reference or best_reference(self.table)
+        names = self.table["reference"].values.astype(str).tolist()
+        if name is None or name not in names or not trusted(self.table, name).any():
+            who = "no reference is" if name is None else f"{name!r} is not"
+            there = ", ".join(names) or "none"
+            raise UserError(f"expectations: {who} exact or certified for any datum; the audit's references: {there}")
+        rows = trusted(self.table, name)
+        return expectations(f, self.posteriors["guide"].isel(obs_id=rows), self.posteriors[name].isel(obs_id=rows))
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the rows (quantity, value) of the short table."""

@@ -21,7 +21,7 @@ from elbowroom.analysis.distances import sliced_wasserstein
 from elbowroom.analysis.evidence import LOWER_BOUND
 from elbowroom.analysis.tabulate import VARIABLES
 from elbowroom.analysis.verdict import sentences
-from elbowroom.errors import RunFolderError
+from elbowroom.errors import RunFolderError, UserError
 from elbowroom.inference.grid import Grid
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.guides import FullRankNormal
@@ -248,3 +248,18 @@ def test_contradicting_and_infinite_numbers_are_said(small: Audit) -> None:
     assert sentences(negative)[0].startswith("The numbers contradict each other: for 9 of 9 data log p(x) lies below the ELBO")
     infinite = small.table.assign(gap_total=xr.full_like(small.table["gap_total"], np.inf))
     assert sentences(infinite)[0] == "The ELBO of 9 of 9 data is minus infinity: q puts mass where p(x, z) is zero."
+
+
+def test_expectations_under_guide_and_reference_of_certified_data() -> None:
+    """E[z_0] under a guide shifted by 0.3, and under the exact posterior."""
+    vae, x, oracle = linear_vae(2, 6, n=20)
+    set_guide(vae, oracle)
+    with torch.no_grad():
+        vae.posterior.encoder.body.bias[0] += 0.3
+    found = audit(vae.model, vae.guide, x, references=["closed_form"])
+    shift = found.expectations(lambda sites: sites["z"][..., 0])
+    assert abs((shift["difference"] - 0.3) / shift["difference_se"]).max() < 4.5
+    found.table["status"][3:] = "uncertified"
+    assert found.expectations(lambda sites: sites["z"][..., 0]).sizes["obs_id"] == 3
+    with pytest.raises(UserError, match="'hmc' is not exact or certified for any datum; the audit's references: closed_form"):
+        found.expectations(lambda sites: sites["z"], "hmc")
