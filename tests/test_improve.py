@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -132,6 +134,9 @@ def test_resume_refuses_other_weights(home: Path, tmp_path: Path) -> None:
 REFUSED = [
     ({"run": "nowhere"}, {}, "no such run folder"),
     ({"run": "s.yaml"}, {}, "no such run folder"),
+    ({"run": "~nobody-here/run"}, {}, "no such run folder"),
+    ({"run": "damaged"}, {}, "damaged"),
+    ({"run": "edited"}, {}, "was changed after the fit"),
     ({"run": "run"}, {"model": {"latent_dim": 2}}, "model.latent_dim is 1 there, 2 here"),
     ({"run": "run"}, {"model": {"decoder": {"name": "mlp", "hidden": [6], "dropout": 0.1}}}, r"hidden is \[5\] there, \[6\]"),
     ({"run": "run"}, {"model": {"prior": "laplace"}}, "model.prior.name is 'normal' there, 'laplace' here"),
@@ -147,6 +152,11 @@ REFUSED = [
 @pytest.mark.parametrize(("start", "blocks", "told"), REFUSED, ids=[told for _, _, told in REFUSED])
 def test_another_model_or_other_data_are_one_line(home, tmp_path, capsys, start, blocks, told) -> None:
     np.save(home / "y.npy", 1 - np.load(home / "x.npy"))
+    for name in ("damaged", "edited"):
+        shutil.copytree(home / "run", home / name, dirs_exist_ok=True)
+    (home / "damaged" / "weights.pt").write_bytes((home / "run" / "weights.pt").read_bytes()[:500])
+    text = (home / "run" / "spec.yaml").read_text()
+    (home / "edited" / "spec.yaml").write_text(text.replace("seed: 0", "seed: 2020-01-01"))
     spec = starting(home, "refused", start, **blocks)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["fit", str(spec), "--out", str(tmp_path / "new")])
@@ -188,6 +198,33 @@ def test_simulated_rows_have_the_models_law_and_the_holes_of_the_data(home: Path
         truth = vae.decode(z).mean.mean(0)
     error = (0.25 / 3000 + 0.25 / 40_000) ** 0.5
     assert bool((batch["x"][:3000].nanmean(0) - truth).abs().le(4.5 * (2**0.5) * error).all())
+
+
+def test_simulated_rows_keep_what_stands_beside_them() -> None:
+    """Counts with covariates and an exposure: a hundred times the exposure is a hundred times the counts."""
+    generator = np.random.default_rng(0)
+    frame = pd.DataFrame({f"x{i}": generator.poisson(2.0, 60).astype(float) for i in range(3)})
+    frame["c"], frame["e"] = generator.normal(size=60), np.where(np.arange(60) < 30, 1.0, 100.0)
+    tree = {
+        "data": {"covariates": ["c"], "exposure": "e"},
+        "model": {"latent_dim": 1, "likelihood": "poisson", "prior": {"name": "normal", "covariates": True}},
+    }
+    experiment = Experiment.from_dict(tree, data=frame)
+    vae, batch = experiment.build(), experiment.batch(np.arange(60))
+    seen, drawn = Start(vae.state_dict(), "", simulated=1.0).mixed(vae, batch)
+    assert bool(drawn.all())
+    assert all(torch.equal(seen[name], batch[name]) for name in ("covariates", "exposure"))
+    assert float(seen["x"][30:].mean()) > 30 * float(seen["x"][:30].mean())
+
+
+@pytest.mark.parametrize(
+    ("family", "objective"), [("semi_amortized", "elbo"), ("flow", "iwae"), ("full_rank_normal", "wake_sleep")]
+)
+def test_other_guides_and_objectives_train_beside_a_kept_model(home: Path, tmp_path: Path, family: str, objective: str) -> None:
+    blocks = {"guide": {"family": family}, "fit": {"objective": objective, "epochs": 1, "dtype": "float64"}}
+    new = fit(starting(home, f"beside_{family}", {"run": "run", "simulated": 0.5}, **blocks), tmp_path / "new")
+    kept, old = parts(new, guide=False), parts(Run.load(home / "run"), guide=False)
+    assert all(torch.equal(kept[name], value.double()) for name, value in old.items())
 
 
 def test_the_frozen_model_is_out_of_training_mode() -> None:

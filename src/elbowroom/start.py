@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,10 @@ MODEL = ("latent_dim", "prior", "decoder", "likelihood")
 
 def path_of(experiment: Experiment) -> Path:
     """Return the folder of the run that an experiment starts at; a relative path counts from the spec's folder."""
-    path: Path = experiment.loaded.folder / Path(experiment.spec.fit.start.run).expanduser()
+    given = Path(experiment.spec.fit.start.run)
+    with suppress(RuntimeError):  # a user without a home: the name is taken as it is
+        given = given.expanduser()
+    path: Path = experiment.loaded.folder / given
     return path.absolute()
 
 
@@ -77,7 +81,11 @@ def _spec(path: Path) -> dict[str, Any]:
     record = tree.get("record")
     if not isinstance(record, dict) or not all(isinstance(tree.get(key), dict) for key in ("data", "model", "guide", "fit")):
         raise SpecError(f"{WHERE}: {path}: has no record of a run; fit it first")
-    if identity(tree, str(record.get("data_sha256")), record.get("start_sha256")) != record.get("experiment"):
+    try:
+        same = identity(tree, str(record.get("data_sha256")), record.get("start_sha256")) == record.get("experiment")
+    except (TypeError, ValueError):  # such as a date, which no run folder holds
+        same = False
+    if not same:
         raise SpecError(f"{WHERE}: {path}: its {folder.SPEC} was changed after the fit")
     return tree
 
