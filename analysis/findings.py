@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from elbowroom.analysis import rules
 from elbowroom.analysis.canvas import count, percent, say
 from elbowroom.analysis.table import GOOD_K, MISSED, best_reference, column, trusted
 
@@ -209,6 +210,9 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
             f"log p(x) is {_how(kind)} for {known.size:,} of {count(n)}; the ELBO lies {say(median)} nats below it at the "
             "median. That much this guide loses, with this decoder held as it is."
         )
+    told = _blame(table)
+    if told:
+        may.append(told)
     if sure.any():
         part = table.sel(reference=reference)
         mean, ratio = (np.asarray(part[name].values, dtype=float)[sure] for name in ("mean_error", "sd_ratio"))
@@ -250,14 +254,29 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
             f"How the guide compares with the posterior of {count(unsure)}: "
             + ("there is no reference." if reference is None else "their reference is not certified, and they are left out.")
         )
-    may_not.append(
-        "Whether the family or the encoder is to blame: the total gap adds both. A richer family (guide.family) or a longer "
-        "fit of the encoder will tell."
-    )
+    if known.size and not told:
+        may_not.append(
+            "Whether the family or the encoder is to blame: the gap adds both, and for this guide they are not told apart. A "
+            "richer family (guide.family) or a longer fit of the encoder will tell."
+        )
     if good < n:
         may_not.append(f"Importance-weighted results for {count(n - good)} where k-hat is {GOOD_K} or more, or not known.")
     may_not.append("Anything about data unlike the audited ones: other data can have a larger gap than the worst one here.")
     return may, may_not
+
+
+def _blame(table: xr.Dataset) -> str:
+    """Say how much of the gap is the encoder's and how much the family's; empty where they are not told apart."""
+    encoder, family = column(table, "gap_amortization"), column(table, "gap_approximation")
+    rows = rules.known(table) & np.isfinite(encoder) & np.isfinite(family)
+    if not rows.any():
+        return ""
+    parts = [rules.median(values[rows]) for values in (encoder, family)]
+    said = [f"{say(middle)} nats [{say(low)}, {say(high)}]" for middle, low, high in parts]
+    return (
+        f"What makes the gap, over {count(int(rows.sum()))}: at the median the encoder misses {said[0]} of what its own family "
+        f"could reach (amortization), and the family is {said[1]} short of log p(x) (approximation)."
+    )
 
 
 def declared(

@@ -61,10 +61,9 @@ def gaps(table: xr.Dataset, bits_per: int | None = None) -> Plot | Absent:
     if (gap < 0).any():
         left.hist(gap[gap < 0], bins, color=ALARM, edgecolor=PAPER, linewidth=0.5, alpha=0.9, label="negative")
         left.legend(loc="upper right")
-    sns.rugplot(x=gap, ax=left, height=-0.025, clip_on=False, color=INK, alpha=0.35, linewidth=0.6)
+    sns.rugplot(x=gap, ax=left, height=0.03, color=INK, alpha=0.6, linewidth=0.6)
     left.set_ylabel("number of data")
     left.yaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_xlabel("gap = log p(x) − ELBO (nats)", labelpad=8)
     left.annotate(
         f"median {say(float(middle))}",
         (middle, 1),
@@ -114,8 +113,15 @@ def _gap_caption(table: xr.Dataset, gap: np.ndarray, n: int, bits_per: int | Non
         text += f"; the median is {say(middle / (bits_per * np.log(2)), 2)} bits per dimension"
     tail = gap[-max(1, gap.size // 20) :]
     share = float(tail.sum() / gap.sum()) if gap.sum() > 0 else np.nan
-    text += f". The mean is {say(float(gap.mean()))}, and the worst {count(tail.size)} carry {percent(share)} of the sum"
-    text += ": the guide fails on a few data, not on all." if share > 0.25 else ": the loss is spread over the data."
+    even = tail.size / gap.size
+    worst = f"worst of {gap.size} data carries" if tail.size == 1 else f"{tail.size} worst of {gap.size} data carry"
+    text += f". The mean is {say(float(gap.mean()))}, and the {worst} {percent(share)} of the sum"
+    if share > max(0.25, 3 * even):
+        text += ": the guide fails on a few data, not on all."
+    elif share > 3 * even:
+        text += f", where {percent(even)} would be an even share: few data weigh heavily."
+    else:
+        text += ": the loss is spread over the data."
     negative = int((gap < 0).sum())
     if negative:
         se = np.hypot(column(table, "elbo_se"), column(table, "log_evidence_se"))
@@ -142,12 +148,15 @@ def trust(table: xr.Dataset) -> Plot | Absent:
     bad = both & ~good
     figure = canvas(HALF, 4.0, "Can importance sampling mend it?")
     axes = figure.subplots()
-    axes.axvspan(GOOD_K, max(1.05, 1.05 * float(k[both].max())), color=ALARM, alpha=0.06, linewidth=0)
     axes.axvline(GOOD_K, color=ALARM, linewidth=0.9, linestyle="--")
     for rows, marker, size, colour, sign in ((good, "o", 15, EXACT, "<"), (bad, "^", 20, ALARM, "≥")):
         label = f"k-hat {sign} {GOOD_K}: {int(rows.sum())}"
         axes.scatter(k[rows], gap[rows], s=size, marker=marker, color=colour, alpha=0.7, linewidth=0, label=label)
     axes.margins(x=0.02)
+    left, right = axes.get_xlim()
+    right = max(right, 1.05)
+    axes.axvspan(GOOD_K, right, color=ALARM, alpha=0.06, linewidth=0)
+    axes.set_xlim(left, right)
     if (gap[both] > 0).all() and gap[both].max() > 20 * np.median(gap[both]):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:g}"))

@@ -64,9 +64,9 @@ def calibration(found: xr.Dataset | None, regime: str) -> Plot | Absent:
     if found.attrs.get("regime", regime) != regime:
         raise ValueError(f"a figure of regime {regime} asked for from values of regime {found.attrs['regime']}")
     n = found.sizes["simulation"]
-    title = f"Is the guide calibrated on data that the model makes? {n:,} simulated data, their true z known"
+    title = f"On data that the model makes: {n:,} simulated, the true z of each known"
     if not simulated:
-        title = f"Is the guide calibrated on these data? {n:,} real data, a certified draw of each posterior"
+        title = f"On the real data: {n:,}, with a certified draw of each posterior in the place of the true z"
     covered = "coverage" in found
     widths = [1.5] + covered * [1.0] + (covered and simulated and "z_score" in found) * [1.0]
     figure = canvas(WIDE, 4.3, title)

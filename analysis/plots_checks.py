@@ -39,7 +39,7 @@ def checks(found: xr.Dataset | None) -> Plot | Absent:
         return Absent("checks", f"No checks of the model{why}.")
     bad, slight = failing(found)
     k = found.sizes["statistic"]
-    figure = canvas(WIDE, 1.3 + 0.36 * k, "Does the model make such data? Each statistic of x within what the model gives")
+    figure = canvas(WIDE, 1.3 + 0.36 * k, "Each statistic of the data within what the model gives")
     axes = figure.subplots()
     sd = found["null_sd"].values
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -180,7 +180,7 @@ def _pit_words(site: str, difference: np.ndarray, band: float, outside: bool, lo
     largest = float(np.nanmax(np.abs(difference)))
     begin = f"{site}: " if site else ""
     if outside and largest > EFFECTS["difference"]:
-        said = f"leaves its band and is off by up to {say(largest, 2)}: the likelihood has the wrong shape."
+        said = f"leaves its band, by up to {say(largest, 2)}: the model is wrong about single entries, in mean or shape."
     elif outside:
         said = f"leaves its band, by {say(largest, 2)} at most, which is less than matters ({EFFECTS['difference']})."
     else:

@@ -51,15 +51,19 @@ def parts(tables: Mapping[str, xr.Dataset]) -> Plot | Absent:
         axes.set_title(f"{PARTS[part][0]}\n{PARTS[part][1]}", fontsize=8.5)
         axes.set_xlabel("nats per datum")
         axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(len(shown)), [f"{split} ({int(known[split].sum())})" for split in shown])
+    panels[0].set_yticks(range(len(shown)), [f"{_word(split)} ({int(known[split].sum())})" for split in shown])
     panels[0].tick_params(axis="y", labelsize=9, labelcolor=INK)
     panels[0].set_ylim(len(shown) - 0.5, -0.6)
     panels[0].set_xlim(*_limits(values))
     alt = (
         f"Medians with 95% intervals and quartiles of the gap's {', '.join(PARTS[part][0] for part in drawn)}, one row "
-        f"for each of: {', '.join(shown)}."
+        f"for each of: {', '.join(_word(split) for split in shown)}."
     )
     return Plot(name, figure, alt, _caption(tables, known, values), wide=True)
+
+
+def _word(split: str) -> str:
+    return "training" if split == "train" else split
 
 
 def _finite(values: np.ndarray | list[float]) -> np.ndarray:
@@ -106,7 +110,7 @@ def _caption(
         "to its gap, their medians need not."
     )
     if total.size >= ENOUGH:
-        text += f" On {first} data the median gap is {_interval(total)}: {_cause(values[first])}"
+        text += f" On {_word(first)} data the median gap is {_interval(total)}: {_cause(values[first])}"
     for split, found in values.items():
         if split != first and found["gap_total"].size >= ENOUGH and total.size >= ENOUGH:
             text += _against(first, split, values)
@@ -123,8 +127,8 @@ def _caption(
         if missing:
             verb = "is" if missing == 1 else "are"
             text += (
-                f" {count(missing)} of {table.sizes['obs_id']} ({split}) {verb} not drawn: only bounds on log p(x), or no "
-                "certified posterior."
+                f" {count(missing)} of {table.sizes['obs_id']} ({_word(split)}) {verb} not drawn: only bounds on log p(x), "
+                "or no certified posterior."
             )
     return text
 
@@ -155,7 +159,7 @@ def _against(first: str, split: str, values: Mapping[str, Mapping[str, np.ndarra
     apart = lambda here, there: here[2] < there[1] or there[2] < here[1]
     part = next((name for name in ("gap_total", "gap_amortization") if apart(*medians[name])), None)
     if part is None:
-        return f" On {split} data it is {_interval(values[split]['gap_total'])}, no clear difference."
+        return f" On {_word(split)} data it is {_interval(values[split]['gap_total'])}, no clear difference."
     here, there = medians[part]
     smaller = there[0] < here[0]
     why = {
@@ -165,7 +169,7 @@ def _against(first: str, split: str, values: Mapping[str, Mapping[str, np.ndarra
     }.get((split, smaller))
     what = "it" if part == "gap_total" else "amortization"
     return (
-        f" On {split} data {what} is {_interval(values[split][part])}, clearly {'smaller' if smaller else 'larger'}"
+        f" On {_word(split)} data {what} is {_interval(values[split][part])}, clearly {'smaller' if smaller else 'larger'}"
         + (f" than {say(here[0], 2)}" if part != "gap_total" else "")
         + (f": {why}." if why else ".")
     )

@@ -43,6 +43,8 @@ from elbowroom.analysis.canvas import (
 from elbowroom.analysis.plots import NO_LATENT, event_image, group
 from elbowroom.analysis.table import best_reference, column, in_words, trusted
 
+SHOWN = 4  # latents of a forest
+
 _BITS = "A joint value is the latents in base 2, latent 0 the highest bit: of three, 4 is latent 0 alone on. "
 LIGHT_BLUE, DEEP_BLUE = "#bcd8ec", "#6fadd6"
 
@@ -213,12 +215,13 @@ def _shift(case: xr.Dataset) -> float:
 
 
 @styled
-def intervals(table: xr.Dataset, posteriors: Mapping[str, xr.DataTree]) -> Plot | Absent:
+def intervals(table: xr.Dataset, posteriors: Mapping[str, xr.DataTree], latent: xr.DataTree | None = None) -> Plot | Absent:
     """Draw central intervals of guide and reference for a few data, through ArviZ's plot_forest.
 
     Args:
         table: the audit.
         posteriors: method -> DataTree with group `posterior`, dims chain, draw, obs_id, ...
+        latent: `latent.nc`, which knows the rate of each latent: the highest are drawn, as in the pictures of the latent space.
     """
     reference = best_reference(table)
     if reference is None or reference not in posteriors or "guide" not in posteriors:
@@ -245,7 +248,7 @@ def intervals(table: xr.Dataset, posteriors: Mapping[str, xr.DataTree]) -> Plot 
     methods = (("guide q(z|x)", "guide"), (f"{in_words(reference)} p(z|x)", reference))
     sizes = [posteriors[method]["posterior"].sizes for _, method in methods]
     draws = min(size["chain"] * size["draw"] for size in sizes)
-    slices = {label: _slice(posteriors[method], obs_id, names, draws) for label, method in methods}
+    slices = {label: _slice(posteriors[method], obs_id, names, draws, _rate(latent)) for label, method in methods}
     figure = _forest(slices)
     off, total = _disagreement(slices)
     text = (
@@ -257,19 +260,31 @@ def intervals(table: xr.Dataset, posteriors: Mapping[str, xr.DataTree]) -> Plot 
     return Plot("intervals", figure, alt, text)
 
 
-def _slice(tree: xr.DataTree, obs_id: np.ndarray, names: list[str], draws: int) -> xr.Dataset:
-    """Return at most four scalar latents of the chosen data, each a variable over `datum`, as one chain of so many draws."""
+def _rate(latent: xr.DataTree | None) -> np.ndarray | None:
+    """Return the rate of each latent, None where it is not known."""
+    encoding = group(latent, "encoding")
+    return encoding["rate"].values if encoding is not None and "rate" in encoding else None
+
+
+def _slice(tree: xr.DataTree, obs_id: np.ndarray, names: list[str], draws: int, rate: np.ndarray | None = None) -> xr.Dataset:
+    """Return some scalar latents of the chosen data, each a variable over `datum`, as one chain of so many draws.
+
+    They are the `SHOWN` of the highest rate, where the rates are those of these latents, else the first.
+    """
     posterior = tree["posterior"].to_dataset().sel(obs_id=obs_id)
-    out: dict[str, Any] = {}
+    every: dict[str, Any] = {}
     for site, values in posterior.data_vars.items():
         flat = values.transpose("chain", "draw", "obs_id", ...).values
         flat = flat.reshape(1, -1, flat.shape[2], int(np.prod(flat.shape[3:])))
         flat = flat[:, np.linspace(0, flat.shape[1] - 1, draws).round().astype(int)]
         for j in range(flat.shape[-1]):
             name = str(site) if flat.shape[-1] == 1 else f"{site}[{j}]"
-            if len(out) < 4:
-                out[name] = (("chain", "draw", "datum"), flat[..., j])
-    return xr.Dataset(out, coords={"datum": names})
+            every[name] = (("chain", "draw", "datum"), flat[..., j])
+    chosen = list(every)[:SHOWN]
+    if rate is not None and len(rate) == len(every):
+        best = np.sort(np.argsort(-rate, kind="stable")[:SHOWN])
+        chosen = [list(every)[j] for j in best]
+    return xr.Dataset({name: every[name] for name in chosen}, coords={"datum": names})
 
 
 def _forest(slices: Mapping[str, xr.Dataset]) -> Figure:

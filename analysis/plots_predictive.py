@@ -12,6 +12,7 @@ from elbowroom.analysis.canvas import EXACT, GUIDE, INK, MUTED, WIDE, Absent, Pl
 
 GROUPS = ("observed_data", "posterior_predictive", "prior_predictive")
 SITES = 3
+OFF = "which is"
 DIFFERENT = 0.1  # of the observed sd: a shift of the mean, a relative change of the sd
 LINES = {"posterior_predictive": (EXACT, "-", "posterior predictive"), "prior_predictive": (GUIDE, "--", "prior predictive")}
 
@@ -45,9 +46,16 @@ def predictive(tree: xr.DataTree | None) -> Plot | Absent:
         if len(found) > 1:
             left.set_title(name)
         words.append(_words(name if len(found) > 1 else "", site, label))
-    text = " ".join(words) + (
-        " The posterior predictive has seen the data, so that it agrees says little; that the prior predictive does not speaks "
-        "against the model. By how much, and whether by chance, is said by the checks."
+    text = " ".join(words)
+    if any("prior_predictive" in site.replicates for site in shown.values()):
+        differs = any(OFF in sentence.partition("by the prior predictive")[2] for sentence in words)
+        text += (
+            " Data drawn from the prior differ from the real ones, which speaks against the model."
+            if differs
+            else " Data drawn from the prior are like the real ones in this respect."
+        )
+    text += (
+        " The posterior predictive has seen the data: its agreement says little. Whether it is chance is said by the checks."
     )
     if len(found) > len(shown):
         text += f" {len(found) - len(shown)} more observed sites are not drawn."
@@ -151,7 +159,7 @@ def _words(name: str, site: Site, label: str) -> str:
                 off.append(f"{'above' if shift > 0 else 'below'} the data by {say(abs(shift), 2)} sd")
             if abs(spread) > DIFFERENT + 2 / np.sqrt(2 * here.size):
                 off.append(f"{percent(abs(spread))} {'wider' if spread > 0 else 'narrower'}")
-            said += f", {' and '.join(off)}" if off else ", no clear difference"
+            said += f", {OFF} {' and '.join(off)}" if off else ", no clear difference"
         parts.append(said)
     return (
         f"{name + ': ' if name else ''}{label[0].upper()}{label[1:]}: {say(mean)} (sd {say(sd)}) observed, {'; '.join(parts)}."

@@ -47,7 +47,7 @@ def training(history: pd.DataFrame | None) -> Plot | Absent:
     below.set(xlabel="epoch", ylabel="relative", ylim=(-0.08, 1.15), yticks=[0, 1])
     below.set_xlim(epoch[0] - 0.01 * len(epoch), epoch[-1] + 0.01 * len(epoch))
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    below.legend(loc="lower left", ncols=2, borderaxespad=0.2)
+    below.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 1.0), borderaxespad=0.2)
     return Plot("training", figure, _training_alt(judged), _training_caption(history, best, judged, hidden), wide=True)
 
 

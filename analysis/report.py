@@ -19,7 +19,7 @@ import pandas as pd
 import xarray as xr
 import yaml
 
-from elbowroom.analysis import findings, idata, plots, plots_audit, plots_latent, plots_posterior, plots_training
+from elbowroom.analysis import findings, idata, judged, plots, plots_audit, plots_latent, plots_posterior, plots_training
 from elbowroom.analysis.canvas import DPI, Absent, Plot, thumbnail, tone
 from elbowroom.archive import read_npz
 from elbowroom.errors import RunFolderError
@@ -42,6 +42,7 @@ class Files:
         history: `history.csv`.
         latent: `latent.nc`.
         posteriors: `posteriors/*.nc`.
+        diagnosis: `diagnosis.nc`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Files:
     history: pd.DataFrame | None = None
     latent: xr.DataTree | None = None
     posteriors: dict[str, xr.DataTree] = field(default_factory=dict)
+    diagnosis: xr.DataTree | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Files:
@@ -76,6 +78,7 @@ class Files:
             history=_read(folder / "history.csv", _read_history),
             latent=_read(folder / "latent.nc", idata.read),
             posteriors=trees,
+            diagnosis=_read(folder / "diagnosis.nc", idata.read),
         )
 
     @property
@@ -132,12 +135,15 @@ def write_report(folder: str | Path) -> Path:
         lstrip_blocks=True,
     )
     may, may_not = findings.conclusions(files.audit)
-    verdict = str(files.audit.attrs.get("verdict", "")).splitlines()
+    said = [line for line in str(files.audit.attrs.get("verdict", "")).splitlines() if line.strip()]
+    verdict = [line for line in said if not line.startswith("Verdict: ")]  # which the table says
     split = None if files.split is None else {name: len(rows) for name, rows in files.split.items()}
     rows = findings.worst_rows(files.audit)
     html = environment.get_template("report.html.j2").render(
         name=files.name,
-        verdict=[line for line in verdict if line.strip()] or ["The audit gives no verdict."],
+        verdicts=judged.lines(files.audit, files.diagnosis),
+        missing=judged.missing(files.diagnosis),
+        verdict=verdict or ["The audit says nothing more."],
         facts=findings.key_figures(files.audit, files.entries, held_out=files.held_out),
         n=files.audit.sizes["obs_id"],
         figures=shown,
@@ -181,13 +187,14 @@ def draw(files: Files) -> dict[str, Plot | Absent]:
         plots_posterior.contours(files.latent),
         plots_audit.gaps(files.audit, files.entries),
         plots_audit.trust(files.audit),
-        plots_posterior.intervals(files.audit, files.posteriors),
+        plots_posterior.intervals(files.audit, files.posteriors, files.latent),
         plots_audit.comparison(files.audit),
         plots_latent.latent_space(files.latent),
         plots_latent.plane(files.latent),
         plots.prior_samples(files.latent, files.observed),
         plots.reconstructions(files.latent),
         plots_training.training(files.history),
+        *judged.draw(files.audit, files.diagnosis, audited="test" if files.held_out else "audited"),
     )
     return {item.name: item for item in drawn}
 

@@ -24,6 +24,7 @@ from elbowroom.errors import RunFolderError
 
 FIGURES = {
     "contours",
+    "parts",
     "gaps",
     "trust",
     "intervals",
@@ -353,7 +354,7 @@ def test_what_is_missing_costs_a_sentence(tmp_path, reported, remove, lost, sent
 def test_the_audit_alone_is_enough(tmp_path, reported):
     shutil.copy(reported[0] / "audit.nc", tmp_path / "audit.nc")
     page = Page(write_report(tmp_path).read_text("utf-8"))
-    assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"gaps", "trust", "comparison"}
+    assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"parts", "gaps", "trust", "comparison"}
     assert "held out" not in page.text
 
 
@@ -364,7 +365,7 @@ def test_no_reference_and_no_evidence(tmp_path):
     assert "log p(x) itself is not known for any of them" in page.text
     assert "median gap –" in page.text
     assert "Anything about the gap of 12 data of 12" in page.text
-    assert {"gaps", "trust", "comparison", "intervals"}.isdisjoint(p.stem for p in (folder / "figures").iterdir())
+    assert {"parts", "gaps", "trust", "comparison", "intervals"}.isdisjoint(p.stem for p in (folder / "figures").iterdir())
 
 
 @pytest.mark.parametrize("k", [np.nan, -np.inf])
