@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis import rules
 from elbowroom.analysis.canvas import count, percent, say
-from elbowroom.analysis.table import GOOD_K, MISSED, best_reference, column, trusted
+from elbowroom.analysis.table import GOOD_K, best_reference, column, trusted
 
 # likelihoods of discrete data: there -log p(x) / (D log 2) is a code length in bits per dimension
 DISCRETE = frozenset({"bernoulli", "binomial", "poisson", "categorical", "negative_binomial"})
@@ -189,94 +188,6 @@ def worst_rows(table: xr.Dataset, size: int = 10) -> list[Row]:
 
 def _short(value: Any) -> str:
     return say(float(value), 2) if math.isfinite(float(value)) else "–"
-
-
-def _how(kind: Mapping[str, int]) -> str:
-    both = "exact or estimated" if kind["estimate"] else "exact"
-    return both if kind["exact"] else "estimated"
-
-
-def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
-    """Return what the reader may conclude from this audit, and what not, one sentence each."""
-    n, kind = table.sizes["obs_id"], kinds(table)
-    gap, k = column(table, "gap_total"), column(table, "pareto_k")
-    known = gap[np.isfinite(gap)]
-    reference = best_reference(table)
-    sure = trusted(table, reference)
-    may, may_not = [], []
-    if known.size:
-        median = float(np.median(known))
-        may.append(
-            f"log p(x) is {_how(kind)} for {known.size:,} of {count(n)}; the ELBO lies {say(median)} nats below it at the "
-            "median. That much this guide loses, with this decoder held as it is."
-        )
-    told = _blame(table)
-    if told:
-        may.append(told)
-    if sure.any():
-        part = table.sel(reference=reference)
-        mean, ratio = (np.asarray(part[name].values, dtype=float)[sure] for name in ("mean_error", "sd_ratio"))
-        fine = (mean < 0.5) & (ratio > 0.8) & (ratio < 1.25)
-        may.append(
-            f"For {percent(float(fine.sum()), float(n))} of the data the guide is near its reference: every mean within half a "
-            "posterior sd and every sd within 25%. For the others use the reference's draws in "
-            f"posteriors/{reference}.nc."
-        )
-    good = int((k < GOOD_K).sum())
-    if good:
-        may.append(
-            f"For {count(good)} (k-hat below {GOOD_K}) expectations under the posterior can be had by weighting draws from the "
-            "guide, unless it misses a mode altogether, which k-hat cannot see."
-        )
-    may_not.append(
-        "That the decoder is right: every posterior, exact ones too, is that of the trained decoder. A better fit changes "
-        "p(z|x) itself, and a small gap can belong to a poor model."
-    )
-    if kind["bound"]:
-        may_not.append(
-            f"Anything about the gap of {count(kind['bound'])} of {n:,} but its bounds: for them only probabilistic bounds on "
-            "log p(x) are known, an upper one only where the table has it and conditional on certified draws. They are no "
-            "estimates, and enter no mean, median or figure of the gap."
-        )
-    if kind["estimate"]:
-        may_not.append(
-            f"Exact values of log p(x) for {count(kind['estimate'])}: theirs is an importance-sampling estimate with the "
-            "standard error given, accepted because its weights are well behaved."
-        )
-    lost = int((column(table, "missed_mass") > MISSED).sum())
-    if lost:
-        may_not.append(
-            f"Anything that the guide or its weights say of {count(lost)}: it misses a mode of their posterior (missed_mass)."
-        )
-    unsure = n - int(sure.sum())
-    if unsure:
-        may_not.append(
-            f"How the guide compares with the posterior of {count(unsure)}: "
-            + ("there is no reference." if reference is None else "their reference is not certified, and they are left out.")
-        )
-    if known.size and not told:
-        may_not.append(
-            "Whether the family or the encoder is to blame: the gap adds both, and for this guide they are not told apart. A "
-            "richer family (guide.family) or a longer fit of the encoder will tell."
-        )
-    if good < n:
-        may_not.append(f"Importance-weighted results for {count(n - good)} where k-hat is {GOOD_K} or more, or not known.")
-    may_not.append("Anything about data unlike the audited ones: other data can have a larger gap than the worst one here.")
-    return may, may_not
-
-
-def _blame(table: xr.Dataset) -> str:
-    """Say how much of the gap is the encoder's and how much the family's; empty where they are not told apart."""
-    encoder, family = column(table, "gap_amortization"), column(table, "gap_approximation")
-    rows = rules.known(table) & np.isfinite(encoder) & np.isfinite(family)
-    if not rows.any():
-        return ""
-    parts = [rules.median(values[rows]) for values in (encoder, family)]
-    said = [f"{say(middle)} nats [{say(low)}, {say(high)}]" for middle, low, high in parts]
-    return (
-        f"What makes the gap, over {count(int(rows.sum()))}: at the median the encoder misses {said[0]} of what its own family "
-        f"could reach (amortization), and the family is {said[1]} short of log p(x) (approximation)."
-    )
 
 
 def declared(

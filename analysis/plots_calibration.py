@@ -113,7 +113,7 @@ def _ecdf(axes: Axes, found: xr.Dataset, bad: np.ndarray) -> None:
             label = f"{found['quantity'].values[q]}: {_direction(found, q)}, {say(float(found['effect'].values[q]), 2)}"
             line = {"color": colour, "linestyle": style, "label": label}
         else:
-            label = f"{len(bad) - NAMED} more that fail" if rank == NAMED else None
+            label = f"{len(bad) - NAMED} more that fail" if rank == NAMED else "_"
             line = {"color": ALARM, "linewidth": 0.7, "label": label}
         axes.plot(grid, edge(found["ecdf"].values[q] - u), **line)
     handles, labels = axes.get_legend_handles_labels()
@@ -175,7 +175,7 @@ def _recovery(axes: Axes, found: xr.Dataset, chosen: np.ndarray) -> None:
     axes.axhline(0, color=MUTED, linewidth=0.8)
     score, contraction = found["z_score"].values[:, chosen], found["contraction"].values[:, chosen]
     for rank in range(len(chosen)):
-        style = {"s": 7, "alpha": 0.35, "linewidth": 0, "color": LINES[rank][0], "marker": MARKERS[rank]}
+        style: dict[str, Any] = {"s": 7, "alpha": 0.35, "linewidth": 0, "color": LINES[rank][0], "marker": MARKERS[rank]}
         axes.scatter(contraction[:, rank], score[:, rank], **style)
     known = contraction[np.isfinite(contraction)]
     if known.size:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -57,7 +58,7 @@ def checks(found: xr.Dataset | None) -> Plot | Absent:
     )
     for rows, label, colour, marker in kinds:
         if rows.any():
-            style = {"color": colour, "marker": marker, "s": 42, "linewidth": 0, "zorder": 4}
+            style: dict[str, Any] = {"color": colour, "marker": marker, "s": 42, "linewidth": 0, "zorder": 4}
             axes.scatter(z[rows], np.flatnonzero(rows), label=f"{label}: {int(rows.sum())}", **style)
     for row in range(k):
         style = {"fontsize": 8, "va": "center", "color": ALARM if bad[row] else INK}
@@ -161,7 +162,7 @@ def pit(groups: Mapping[str, xr.Dataset]) -> Plot | Absent:
             (low, ALARM, "X", "p at most 0.05, each by itself"),
         ):
             if rows.any():
-                style = {"s": 18, "linewidth": 0, "color": colour, "marker": marker}
+                style: dict[str, Any] = {"s": 18, "linewidth": 0, "color": colour, "marker": marker}
                 right.scatter(column[rows], effect[rows], label=f"{label}: {int(rows.sum())}", **style)
         right.set(xlabel="column of x", ylabel="largest |ECDF − u|", ylim=(0, 1.25 * max(1e-9, float(np.nanmax(effect)))))
         right.legend(loc="upper right", ncols=2, handletextpad=0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -94,7 +95,13 @@ def _latents(axes: Axes, found: xr.Dataset, name: str, limit: float, order: np.n
     for which, label, colour, marker in KINDS:
         some = kind[order] == which
         if some.any():
-            style = {"color": colour, "marker": marker, "s": 30 if len(values) <= NAMED else 12, "linewidth": 0, "zorder": 3}
+            style: dict[str, Any] = {
+                "color": colour,
+                "marker": marker,
+                "s": 30 if len(values) <= NAMED else 12,
+                "linewidth": 0,
+                "zorder": 3,
+            }
             axes.scatter(values[some], rows[some], label=f"{label}: {int(some.sum())}", **style)
     if logarithmic:
         axes.set_xscale("log")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -70,7 +70,7 @@ def _sites(tree: xr.DataTree) -> dict[str, Site]:
         replicates = {}
         for group in LINES:
             if group in tree.children and name in tree[group].data_vars:
-                y = tree[group][name].transpose("chain", "draw", "obs_id", ...).values.astype(float)
+                y = tree[group][str(name)].transpose("chain", "draw", "obs_id", ...).values.astype(float)
                 replicates[group] = y.reshape(y.shape[0] * y.shape[1], y.shape[2], -1)
         if replicates and x.size:
             sites[str(name)] = Site(x.reshape(len(x), -1), replicates)
@@ -108,7 +108,7 @@ def _distribution(axes: Axes, site: Site) -> str:
     pooled = pooled[np.isfinite(pooled)]
     bins = _bins(pooled, bool((pooled == np.round(pooled)).all()))
     known = observed[np.isfinite(observed)]
-    style = {"density": True, "bins": bins}
+    style: dict[str, Any] = {"density": True, "bins": bins}
     axes.hist(known, color=MUTED, alpha=0.35, label=f"observed, {count(known.size)}", **style)
     for group, values in every.items():
         colour, line, name = LINES[group]

@@ -19,7 +19,18 @@ import pandas as pd
 import xarray as xr
 import yaml
 
-from elbowroom.analysis import findings, idata, judged, plots, plots_audit, plots_latent, plots_posterior, plots_training
+from elbowroom.analysis import (
+    conclusions,
+    findings,
+    idata,
+    judged,
+    plots,
+    plots_audit,
+    plots_forest,
+    plots_latent,
+    plots_posterior,
+    plots_training,
+)
 from elbowroom.analysis.canvas import DPI, Absent, Plot, thumbnail, tone
 from elbowroom.archive import read_npz
 from elbowroom.errors import RunFolderError
@@ -134,7 +145,7 @@ def write_report(folder: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    may, may_not = findings.conclusions(files.audit)
+    may, may_not = conclusions.conclusions(files.audit)
     said = [line for line in str(files.audit.attrs.get("verdict", "")).splitlines() if line.strip()]
     verdict = [line for line in said if not line.startswith("Verdict: ")]  # which the table says
     split = None if files.split is None else {name: len(rows) for name, rows in files.split.items()}
@@ -187,7 +198,7 @@ def draw(files: Files) -> dict[str, Plot | Absent]:
         plots_posterior.contours(files.latent),
         plots_audit.gaps(files.audit, files.entries),
         plots_audit.trust(files.audit),
-        plots_posterior.intervals(files.audit, files.posteriors, files.latent),
+        plots_forest.intervals(files.audit, files.posteriors, files.latent),
         plots_audit.comparison(files.audit),
         plots_latent.latent_space(files.latent),
         plots_latent.plane(files.latent),

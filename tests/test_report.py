@@ -18,7 +18,7 @@ import yaml
 from matplotlib import pyplot
 from PIL import Image
 
-from elbowroom.analysis import canvas, findings, plots, plots_audit, plots_latent, plots_posterior, verdict
+from elbowroom.analysis import canvas, findings, plots, plots_audit, plots_forest, plots_latent, plots_posterior, verdict
 from elbowroom.analysis.report import Files, write_picture, write_report
 from elbowroom.errors import RunFolderError
 
@@ -499,15 +499,15 @@ def test_intervals_of_methods_with_different_chains_and_of_bounds(reported):
     halves = [draws.isel(draw=slice(start, start + k)).assign_coords(draw=range(k)) for start in (0, k)]
     eight = xr.concat(halves, "chain").assign_coords(chain=range(8))
     posteriors["grid"] = xr.DataTree.from_dict({"posterior": eight})
-    plot = plots_posterior.intervals(files.audit, posteriors)
+    plot = plots_forest.intervals(files.audit, posteriors)
     assert isinstance(plot, canvas.Plot)
     table = files.audit.assign(gap_total=files.audit["gap_total"] * np.nan, gap_total_lower=files.audit["gap_total"])
-    bounded = plots_posterior.intervals(table, posteriors)
+    bounded = plots_forest.intervals(table, posteriors)
     assert isinstance(bounded, canvas.Plot)
     assert any("≥" in text.get_text() for axes in bounded.figure.axes for text in axes.texts)
     distance = xr.full_like(table["mean_error"], 0.1)
-    assert "every latent is discrete" in plots_posterior.intervals(table.assign(total_variation=distance), posteriors).reason
-    nothing = plots_posterior.intervals(table.assign(gap_total_lower=table["gap_total"]), posteriors)
+    assert "every latent is discrete" in plots_forest.intervals(table.assign(total_variation=distance), posteriors).reason
+    nothing = plots_forest.intervals(table.assign(gap_total_lower=table["gap_total"]), posteriors)
     assert "no datum has both" in nothing.reason
 
 
