@@ -244,7 +244,7 @@ class Improvement:
         if mean < -2 * error:
             return f"{said}: it FELL. A smaller gap is no gain here: it was bought with a worse model."
         if mean > 2 * error:
-            end = "and the smaller gap good news" if smaller else "its posteriors harder for q: improve its guide next"
+            end = "and the smaller gap good news" if smaller else "though the gap did not shrink: improve its guide next"
             return f"{said}: it rose, so the model is better, {end}."
         end = ", so a smaller gap is good news" if smaller else ""
         return f"{said}, no more than noise{end}."
@@ -254,7 +254,7 @@ class Improvement:
         if new <= old:
             return ""
         return (
-            f"k-hat exceeds {GOOD_K} at {new} data, {old} before: this q is lighter in its tails. To draw importance samples "
+            f"k-hat exceeds {GOOD_K} at {new} data, {old} before: its weights p / q have heavier tails. To draw importance samples "
             "from it, look at guide.family = flow or an objective such as iwae."
         )
 
