@@ -254,8 +254,8 @@ class Improvement:
         if new <= old:
             return ""
         return (
-            f"k-hat exceeds {GOOD_K} at {new} data, {old} before: its weights p / q have heavier tails. To draw importance samples "
-            "from it, look at guide.family = flow or an objective such as iwae."
+            f"k-hat exceeds {GOOD_K} at {new} data, {old} before: its weights p / q have heavier tails. To draw importance "
+            "samples from it, look at guide.family = flow or an objective such as iwae."
         )
 
 
