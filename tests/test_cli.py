@@ -68,7 +68,7 @@ def test_fit_then_audit(here, capsys):
     assert call("audit", "runs/s") == 0
     out, _ = capsys.readouterr()
     assert "data audited" in out
-    assert "wrote runs/s/ (audit.nc, audit.csv, posteriors/guide.nc, posteriors/grid.nc)" in out
+    assert "wrote runs/s/ (audit.nc, audit.csv, diagnosis.nc, posteriors/guide.nc, posteriors/grid.nc)" in out
     assert call("audit", "runs/s", "--data", "x.npy") == 0
     assert (here / "runs/s/audits/x/audit.nc").is_file()
 

@@ -254,7 +254,16 @@ def test_shipped_specs_round_trip(name, tmp_path):
 
 
 def test_shipped_names():
-    assert spec.shipped() == ["binarized_mnist", "binarized_mnist_d50", "digits", "digits_gaussian", "linear_gaussian"]
+    assert spec.shipped() == [
+        "adult",
+        "binarized_mnist",
+        "binarized_mnist_d50",
+        "digits",
+        "digits_counts",
+        "digits_gaussian",
+        "jsb_chorales",
+        "linear_gaussian",
+    ]
     assert message(spec.shipped_text, "digit") == "there is no spec 'digit' in elbowroom; did you mean 'digits'?"
 
 
