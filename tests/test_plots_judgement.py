@@ -20,6 +20,7 @@ from elbowroom.analysis import (
     plots_gaps,
     plots_information,
     plots_predictive,
+    report,
     rules,
 )
 from elbowroom.analysis.canvas import Absent, Plot
@@ -30,6 +31,14 @@ from elbowroom.analysis.uniformity import holm, uniformity
 from elbowroom.analysis.verdict import sentences, summary
 
 SPLITS = ("test", "train", "validation", "simulated")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _coarse():
+    """Write small pictures: what is said is tested here, and sizes are in test_report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "DPI", 40)
+        yield
 
 
 # -- small trees ------------------------------------------------------------------------------------------------------------
@@ -443,7 +452,7 @@ def test_numbers_of_verdicts_have_interval_and_units():
 
 
 def test_the_verdicts_stand_first_and_everything_is_escaped(tmp_path):
-    folder = write_run(tmp_path / "run", n=12)
+    folder = write_run(tmp_path / "run", n=12, event=(6,), labels=False)
     whole(missing="validation: the budget ended before it").to_netcdf(folder / "diagnosis.nc", engine="h5netcdf")
     text = write_report(folder).read_text("utf-8")
     assert "<script" not in text
@@ -459,10 +468,11 @@ def test_the_verdicts_stand_first_and_everything_is_escaped(tmp_path):
 
 
 def test_absent_groups_and_an_absent_diagnosis_cost_a_sentence(tmp_path):
-    folder = write_run(tmp_path / "run", n=12)
-    nothing = Page(write_report(folder).read_text("utf-8")).text
-    assert "Judged by the gaps alone" in nothing
-    assert nothing.count("the run folder has no diagnosis.nc") == 1 + 6
+    folder = write_run(tmp_path / "run", n=12, event=(6,), labels=False)
+    assert judged.missing(None)[0].startswith("Judged by the gaps alone")
+    parts, *others = judged.draw(gaps(), None, audited="test")
+    assert isinstance(parts, Plot)
+    assert [isinstance(item, Absent) and "the run folder has no diagnosis.nc" in item.reason for item in others] == 6 * [True]
     left_out = ("prior_sbc", "checks", "pit", "predictive", "information")
     missing = "prior_sbc: the model cannot be simulated\nchecks: no reference certified any datum"
     whole(missing=missing, leave_out=left_out).to_netcdf(folder / "diagnosis.nc", engine="h5netcdf")
@@ -533,17 +543,15 @@ def test_a_real_diagnosis_is_drawn_and_says_what_is_wrong(audited):
 
 def bounded(folder, known: int):
     """A run for whose data beyond the first `known` nothing but bounds is known, and what a user sees of it."""
-    write_run(folder, n=12, known=known, references=known > 0)
+    write_run(folder, n=12, event=(6,), labels=False, known=known, references=known > 0)
     tree = whole()
     tree["train"] = xr.DataTree(gaps(bounds=40))
     tree.to_netcdf(folder / "diagnosis.nc", engine="h5netcdf")
-    files = Files.read(folder)
-    page = Page(write_report(folder).read_text("utf-8")).text
-    captions = [words for item in draw(files).values() if isinstance(item, Plot) for words in (item.caption, item.alt)]
-    reasons = [item.reason for item in draw(files).values() if isinstance(item, Absent)]
-    table = files.audit.assign(total_variation=files.audit["elbo"].expand_dims(reference=files.audit["reference"]) * np.nan)
+    page = Page(write_report(folder).read_text("utf-8"))  # with all captions, and the reasons of what is absent
+    audit = Files.read(folder).audit
+    table = audit.assign(total_variation=audit["elbo"].expand_dims(reference=audit["reference"]) * np.nan)
     terminal = [f"{name}: {value}" for name, value in summary(table)] + sentences(table)
-    return files.audit, page, [*captions, *reasons, *terminal]
+    return audit, page.text, [*(image["alt"] for image in page.images), *terminal]
 
 
 CALLED = re.compile(
