@@ -3,7 +3,7 @@
     w ~ N(0, I_3),  theta = softmax(w),  x ~ Multinomial(softmax(batch_norm(B theta)))
     q(w|x) = N(encoder(x))
 
-Each document is the docstring of a function of scipy.linalg, scipy.signal or scipy.stats, without examples, references and boilerplate.
+Each document is the docstring of a function of scipy.linalg, scipy.signal or scipy.stats, less examples and references.
 
     python examples/topics.py          # writes runs/topics
 
@@ -95,7 +95,7 @@ class ProdLDA(nn.Module):
             pyro.sample("logtheta", dist.Normal(loc, scale).to_event(1))
 
 
-def corpus(size: int = 200, length: int = 40) -> tuple[Tensor, list[str], list[str]]:
+def corpus(size: int = 100, length: int = 20) -> tuple[Tensor, list[str], list[str]]:
     """Count words: (documents, words), the words, and where each document is from; documents of `length` words or more."""
     texts, origin = [], []
     for module in (scipy.linalg, scipy.signal, scipy.stats):

@@ -8,16 +8,18 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
 
 from elbowroom.analysis.audit import Audit, audit
 from elbowroom.analysis.rules import ERRORS
+from elbowroom.inference.sharing import log_prob
 
 ROOT = Path(__file__).parents[1]
 F64 = torch.float64
-N = 6  # data audited
+N = 4  # data audited
 JUDGED = 2  # of them, by a lattice of this file's own
 
 
@@ -79,7 +81,7 @@ def hierarchy_evidence(levels: nn.Module, x: Tensor, n: int = 401) -> Tensor:
 
 
 def topics_evidence(lda: nn.Module, x: Tensor, n: int = 241) -> Tensor:
-    """log int N(w; 0, I_3) Multinomial(x; softmax(...)) dw: softmax(w + c) = softmax(w), so the plane across (1, 1, 1) is enough."""
+    """log int N(w; 0, I_3) Multinomial(x; ...) dw, over the plane across (1, 1, 1): softmax(w + c) = softmax(w)."""
     u, area = lattice(torch.tensor([-7.0, -7.0]), torch.tensor([7.0, 7.0]), n)
     plane = torch.tensor([[1 / 2**0.5, -1 / 2**0.5, 0.0], [1 / 6**0.5, 1 / 6**0.5, -2 / 6**0.5]], dtype=F64)
     theta = torch.softmax(u @ plane, 1)
@@ -128,3 +130,26 @@ def test_topics() -> None:
     lda = program.train(docs, epochs=15, hidden=16)
     result = audit(lda.model, lda.guide, docs[:N])
     check(result, judged(topics_evidence, lda, docs[:N]), 1e-3)
+    assert "vmap" not in result.table.attrs["notes"]  # the density of counts runs for many draws at once
+
+
+@pytest.mark.parametrize("start", ["probs", "logits"])
+def test_a_multinomial_is_computed_without_torchs_mask(start: str) -> None:
+    """What the topic model's likelihood needs to run under vmap; torch's own density is the truth."""
+    x = torch.tensor([[2.0, 0.0, 1.0], [0.0, 4.0, 0.0]], dtype=F64)
+    free = torch.randn(5, 1, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    free[0, 0, 1] = -torch.inf  # a word that never comes: zero times log zero is zero, and one such word is impossible
+
+    def density(u: Tensor, fn=log_prob) -> Tensor:
+        words = dist.Multinomial(9, **{start: u.softmax(-1) if start == "probs" else u})
+        return fn(words, x)
+
+    plain = lambda p, value: p.log_prob(value)
+    expected = density(free, plain)
+    torch.testing.assert_close(density(free), expected)
+    torch.testing.assert_close(torch.func.vmap(density)(free), expected)
+    inside = free[1:].clone().requires_grad_()
+    mine, theirs = (torch.autograd.grad(density(inside, fn).sum(), inside)[0] for fn in (log_prob, plain))
+    torch.testing.assert_close(mine, theirs)
+    groups = dist.Multinomial(9, logits=free.expand(5, 2, 3)).to_event(1)
+    torch.testing.assert_close(log_prob(groups, x), groups.log_prob(x))
