@@ -29,6 +29,7 @@ from elbowroom.analysis.canvas import (
     say,
     styled,
 )
+from elbowroom.analysis.rules import EFFECTS
 
 LEVEL = 0.05  # familywise
 Z95 = 1.96
@@ -198,10 +199,12 @@ def _caption(found: xr.Dataset, bad: np.ndarray, simulated: bool) -> str:
             f"{found['quantity'].values[q]} {_direction(found, q)} (by {say(float(found['effect'].values[q]), 2)})" for q in bad
         )
         worst = say(float(found["effect"].values[bad[0]]), 2)
+        small = float(found["effect"].values[bad[0]]) < EFFECTS["difference"]
         text = (
             f"{len(bad)} of {total} quantities {'is' if len(bad) == 1 else 'are'} off at a familywise level of 5%, "
             f"the largest effect first: {names}. The guide "
-            f"is not the posterior of {where}; probabilities taken from it are wrong by up to {worst} on average over them."
+            f"is not {'quite ' if small else ''}the posterior of {where}; probabilities taken from it are wrong by up to "
+            f"{worst} on average over them{', which is clear but little' if small else ''}."
         )
     else:
         text = (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from elbowroom.analysis.canvas import ALARM, EXACT, FAINT, GUIDE, INK, MUTED, WIDE, Absent, Plot, canvas, percent, say, styled
 from elbowroom.analysis.rules import EFFECTS, LEVEL
@@ -165,6 +165,8 @@ def pit(groups: Mapping[str, xr.Dataset]) -> Plot | Absent:
                 style: dict[str, Any] = {"s": 18, "linewidth": 0, "color": colour, "marker": marker}
                 right.scatter(column[rows], effect[rows], label=f"{label}: {int(rows.sum())}", **style)
         right.set(xlabel="column of x", ylabel="largest |ECDF − u|", ylim=(0, 1.25 * max(1e-9, float(np.nanmax(effect)))))
+        right.set_xlim(column.min() - 0.5 - 0.02 * column.size, column.max() + 0.5 + 0.02 * column.size)
+        right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         right.legend(loc="upper right", ncols=2, handletextpad=0.2)
         site = name.removeprefix("pit").removeprefix("_")
         if site:
@@ -181,11 +183,15 @@ def _pit_words(site: str, difference: np.ndarray, band: float, outside: bool, lo
     largest = float(np.nanmax(np.abs(difference)))
     begin = f"{site}: " if site else ""
     if outside and largest > EFFECTS["difference"]:
-        said = f"leaves its band, by up to {say(largest, 2)}: the model is wrong about single entries, in mean or shape."
+        said = (
+            f"leaves its band (largest difference {say(largest, 2)}): the model is off about single entries, in mean or shape."
+        )
     elif outside:
-        said = f"leaves its band, by {say(largest, 2)} at most, which is less than matters ({EFFECTS['difference']})."
+        said = f"leaves its band by less than matters (largest difference {say(largest, 2)})."
     else:
-        said = f"stays within its band (largest difference {say(largest, 2)}): the likelihood fits the entries on the whole."
+        said = (
+            f"stays within its 95% band (largest difference {say(largest, 2)}): no fault of single entries shows on the whole."
+        )
     chance = percent(float(low.mean())) if low.size else "none"
     return (
         f"{begin}The PIT of all entries {said} {int(low.sum())} of {low.size} columns ({chance}) have a p-value of 0.05 or "

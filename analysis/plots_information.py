@@ -130,37 +130,30 @@ def _mutual(found: xr.Dataset) -> tuple[float, float, float, float]:
 def _whole(axes: Axes, found: xr.Dataset) -> None:
     low, high, least, most = _mutual(found)
     rate, error = float(found["rate_mean"]), float(np.nan_to_num(float(found["rate_se"])))
+    text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5}
     axes.errorbar(rate, 1, xerr=1.96 * error, fmt="s", color=GUIDE, markersize=6, linewidth=1.2)
-    _beside(axes, rate, 1, f"mean rate {say(rate)}")
+    _beside(axes, 1, f"mean rate {say(rate)}", text)
     if math.isfinite(low):
         axes.hlines(0, least, most, color=MUTED, linewidth=1.0)
         axes.hlines(0, low, high, color=EXACT, linewidth=7)
         axes.plot([low, high], [0, 0], "|", color=EXACT, markersize=12)
-        _beside(axes, (low + high) / 2, 0, f"I(x; z) from {say(low)} to {say(high)}")
+        _beside(axes, 0, f"I(x; z) from {say(low)} to {say(high)}", text)
     ends = [rate + 1.96 * error, most]
     if "information_data" in found and float(found["information_data"]) > 1:
         n = float(found["information_data"])
-        if math.log(n) < 6 * max(end for end in ends if math.isfinite(end)):
-            ends.append(math.log(n))
-        axes.axvline(math.log(n), color=INK, linewidth=1.0, linestyle="--")
-        axes.annotate(
-            f"log {n:,.0f}" if len(ends) == 3 else f"log {n:,.0f} = {say(math.log(n))} →",
-            (min(math.log(n), 1.08 * ends[-1]), 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-3, -3),
-            textcoords="offset points",
-            fontsize=8,
-            ha="right",
-            va="top",
-        )
+        limit, corner = math.log(n), {"xytext": (-3, -3), "ha": "right", "va": "top"} | text
+        if limit < 6 * max(end for end in ends if math.isfinite(end)):
+            ends.append(limit)
+            axes.axvline(limit, color=INK, linewidth=1.0, linestyle="--")
+            axes.annotate(f"log {n:,.0f}", (limit, 1), xycoords=("data", "axes fraction"), **corner)
+        else:
+            axes.annotate(f"log {n:,.0f} = {say(limit)} →", (1, 1), xycoords="axes fraction", **corner)
     axes.set(xlim=(0, 1.08 * max(1e-3, *(end for end in ends if math.isfinite(end)))), ylim=(-0.7, 1.8), yticks=[])
     axes.set(xlabel="all latents together\n(nats per datum)")
 
 
-def _beside(axes: Axes, x: float, y: float, text: str) -> None:
-    axes.annotate(
-        text, (0.03, y), xycoords=axes.get_yaxis_transform(), xytext=(0, 11), textcoords="offset points", fontsize=8.5
-    )
+def _beside(axes: Axes, y: float, words: str, text: dict[str, Any]) -> None:
+    axes.annotate(words, (0.03, y), xycoords=axes.get_yaxis_transform(), xytext=(0, 11), **text)
 
 
 def _names(found: xr.Dataset, kind: np.ndarray, which: str) -> str:

@@ -38,11 +38,14 @@ def predictive(tree: xr.DataTree | None) -> Plot | Absent:
         return Absent("predictive", "No predictive distributions beside the data: the draws of x are missing.")
     shown = dict(list(found.items())[:SITES])
     figure = canvas(WIDE, 0.5 + 2.9 * len(shown), "Observed data beside data that the model predicts")
-    panels = figure.subplots(len(shown), 2, squeeze=False)
+    several = max(site.observed.shape[1] for site in shown.values()) > 1
+    panels = figure.subplots(len(shown), 1 + several, squeeze=False)
     words = []
-    for (left, right), (name, site) in zip(panels, shown.items(), strict=True):
+    for row, (name, site) in zip(panels, shown.items(), strict=True):
+        left = row[0]
         label = _distribution(left, site)
-        _means(right, site)
+        if several:
+            _means(row[1], site)
         if len(found) > 1:
             left.set_title(name)
         words.append(_words(name if len(found) > 1 else "", site, label))
@@ -138,7 +141,7 @@ def _means(axes: Axes, site: Site) -> None:
     if pooled.size:
         axes.plot([pooled.min(), pooled.max()], [pooled.min(), pooled.max()], color=INK, linewidth=0.8)
     axes.set(xlabel="observed mean of an entry of x", ylabel="predicted mean")
-    axes.legend(loc="upper left", handletextpad=0.2)
+    axes.legend(loc="best", handletextpad=0.2)
 
 
 def _words(name: str, site: Site, label: str) -> str:

@@ -255,6 +255,7 @@ def test_a_calibrated_guide_is_said_to_be_one(regime):
     assert "None of 4 quantities is off" in plot.caption
     assert "cannot be told from the posterior" in plot.caption
     assert "within three standard errors" in plot.caption
+    assert "little" not in plot.caption
     assert ("z-scores" in plot.caption) == (regime == "simulated")
     assert ("3 data without a certified posterior are left out" in plot.caption) == (regime == "observed")
     assert len(plot.figure.axes) == (3 if regime == "simulated" else 2)
@@ -298,6 +299,14 @@ def test_no_figure_mixes_the_regimes():
             assert "real" not in plot.figure.get_suptitle()
         if plot.name == "calibration_observed":
             assert "simulated" not in plot.figure.get_suptitle() + plot.caption
+
+
+def test_a_small_effect_is_called_small():
+    found = sbc("simulated", n=2000, narrow=0.93, seed=3)
+    assert found["p_holm"].min() < 0.05
+    assert found["effect"].max() < 0.05
+    assert "clear but little" in saved(plots_calibration.calibration(found, "simulated")).caption
+    assert "little" not in saved(plots_calibration.calibration(sbc("simulated", narrow=0.6), "simulated")).caption
 
 
 def test_discrete_latents_have_no_coverage():
@@ -367,6 +376,11 @@ def test_a_negative_part_is_called_error():
 def test_used_collapsed_and_ignored_latents_are_told_apart():
     sound = saved(plots_information.information(latents([2.0, 1.0])))
     assert "None of 2 latents is collapsed or ignored; 2 are active" in sound.caption
+    assert [text.get_text() for text in sound.figure.axes[-1].texts] == [
+        "mean rate 3.00",
+        "I(x; z) from 2.40 to 2.50",
+        "log 100",
+    ]
     assert "collapsed:" not in str([text.get_text() for legend in sound.figure.legends for text in legend.get_texts()])
     sick = saved(plots_information.information(latents([2.0, 0.0, 0.001, 1.0], collapsed=[1], ignored=[2])))
     assert "1 of 4 latents is collapsed (z[1])" in sick.caption
@@ -424,10 +438,10 @@ def test_sound_and_slight_checks():
 
 
 def test_pit_of_entries_and_columns():
-    assert "stays within its band" in saved(plots_checks.pit({"pit": pit(0.01)})).caption
-    assert "which is less than matters" in saved(plots_checks.pit({"pit": pit(0.03)})).caption
+    assert "stays within its 95% band" in saved(plots_checks.pit({"pit": pit(0.01)})).caption
+    assert "leaves its band by less than matters" in saved(plots_checks.pit({"pit": pit(0.03)})).caption
     plot = saved(plots_checks.pit({"pit_a": pit(0.2, low=5), "pit_b": pit(0.01, columns=1)}))
-    assert "a: The PIT of all entries leaves its band, by up to 0.20" in plot.caption
+    assert "a: The PIT of all entries leaves its band (largest difference 0.20)" in plot.caption
     assert "5 of 12 columns (42%)" in plot.caption
     assert len(plot.figure.axes) == 4
 
