@@ -35,8 +35,8 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
         fine = (mean < 0.5) & (ratio > 0.8) & (ratio < 1.25)
         may.append(
             f"For {percent(float(fine.sum()), float(n))} of the data the guide is near its reference: every mean within half a "
-            "posterior sd and every sd within 25%. For the others use the reference's draws in "
-            f"posteriors/{reference}.nc."
+            "posterior sd and every sd within 25%."
+            + (f" For the others use the reference's draws in posteriors/{reference}.nc." if fine.sum() < n else "")
         )
     good = int((k < GOOD_K).sum())
     if good:

@@ -161,7 +161,7 @@ def trust(table: xr.Dataset) -> Plot | Absent:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:g}"))
     axes.set(xlabel="k-hat of the importance weights", ylabel="gap (nats)")
-    axes.legend(loc="upper left", handletextpad=0.2, title=None)
+    axes.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 1.0), borderaxespad=0.2, handletextpad=0.2)
     alt = "Scatter of the gap against k-hat, one dot for each datum, with the limit at 0.7."
     return Plot("trust", figure, alt, _trust_caption(gap, k, both, bad))
 
@@ -228,7 +228,7 @@ def comparison(table: xr.Dataset) -> Plot | Absent:
     sns.ecdfplot(x=floor, ax=third, color=MUTED, linestyle="--", label="noise floor: reference against itself")
     sns.ecdfplot(x=distance, ax=third, color=GUIDE, label="guide against reference")
     third.set(xlabel="sliced Wasserstein distance (posterior sd)", ylabel="share of data below", ylim=(0, 1.01), xlim=(0, None))
-    third.legend(loc="best")
+    third.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
     alt = "Histograms of mean error and sd ratio of the guide, and distribution of its distance beside the noise floor."
     caption = _comparison_caption(mean, ratio, distance, floor, table.sizes["obs_id"] - int(rows.sum()))
     return Plot("comparison", figure, alt, caption, wide=True)

@@ -138,19 +138,25 @@ def _cause(found: Mapping[str, np.ndarray]) -> str:
     if np.median(found["gap_total"]) <= SMALL_GAP:
         return f"not above {SMALL_GAP} nats, so little is to be gained for a typical datum by any part."
     medians = {
-        part: float(np.median(found[part]))
+        part: max(float(np.median(found[part])), 0.0)
         for part in PARTS
         if part != "gap_total" and found.get(part, _finite([])).size >= ENOUGH
     }
     if "gap_amortization" not in medians:
         return "family and encoder cannot be told apart, because the guide is no normal."
+    encoder = medians.pop("gap_amortization")
+    family = sum(medians.values())
+    share = encoder / (encoder + family) if encoder + family > 0 else 0.0
+    if share > 1 - rules.CAUSE:
+        return "most of it is amortization: the encoder is to be mended, not the family."
     largest = max(medians, key=lambda part: medians[part])
     words = {
-        "gap_amortization": "amortization is the largest part: the encoder is to be mended, not the family.",
-        "gap_covariance": "covariance is the largest part: a family with full covariance would gain most.",
-        "gap_shape": "shape is the largest part: no normal reaches it, a flow or a mixture may.",
+        "gap_covariance": "covariance: a family with full covariance would gain most",
+        "gap_shape": "shape: no normal reaches it, a flow or a mixture may",
     }
-    return words[largest]
+    if share >= rules.CAUSE:
+        return f"encoder and family both count. Amortization asks for a better encoder, and {words[largest]}."
+    return f"most of it is {words[largest]}."
 
 
 def _against(first: str, split: str, values: Mapping[str, Mapping[str, np.ndarray]]) -> str:

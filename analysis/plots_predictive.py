@@ -58,7 +58,7 @@ def predictive(tree: xr.DataTree | None) -> Plot | Absent:
             else " Data drawn from the prior are like the real ones in this respect."
         )
     text += (
-        " The posterior predictive has seen the data: its agreement says little. Whether it is chance is said by the checks."
+        " The posterior predictive has seen the data: its agreement says little. Whether a difference is chance the checks say."
     )
     if len(found) > len(shown):
         text += f" {len(found) - len(shown)} more observed sites are not drawn."

@@ -325,6 +325,7 @@ def test_discrete_latents_have_no_coverage():
         ({"encoder": 0.5}, "the encoder is to be mended"),
         ({"covariance": 0.5}, "a family with full covariance would gain most"),
         ({"shape": 0.5}, "a flow or a mixture may"),
+        ({"encoder": 0.5, "covariance": 0.4}, "encoder and family both count"),
         ({"shape": 0.5, "told": False}, "family and encoder cannot be told apart"),
         ({"encoder": 0.02}, "little is to be gained"),
     ],

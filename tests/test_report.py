@@ -16,9 +16,20 @@ import pytest
 import xarray as xr
 import yaml
 from matplotlib import pyplot
+from matplotlib.collections import LineCollection
 from PIL import Image
 
-from elbowroom.analysis import canvas, findings, plots, plots_audit, plots_forest, plots_latent, plots_posterior, verdict
+from elbowroom.analysis import (
+    canvas,
+    findings,
+    plots,
+    plots_audit,
+    plots_forest,
+    plots_latent,
+    plots_posterior,
+    plots_training,
+    verdict,
+)
 from elbowroom.analysis.report import Files, write_picture, write_report
 from elbowroom.errors import RunFolderError
 
@@ -488,6 +499,48 @@ def test_heavy_tails_and_equal_gaps_are_drawn(reported):
             assert isinstance(plot, canvas.Plot)
             plot.figure.savefig(Path("/dev/null"), format="png")
             assert "nan" not in plot.caption
+
+
+def test_the_intervals_are_of_the_latents_with_the_highest_rate(tmp_path):
+    """As in the pictures of the latent space; without rates they are the first four."""
+    files = Files.read(write_run(tmp_path / "run", d=5, n=12))
+    rate = np.array([0.1, 3.0, 0.2, 2.0, 1.0])
+    encoding = files.latent["encoding"].to_dataset().assign(rate=("latent", rate))
+    plot = plots_forest.intervals(files.audit, files.posteriors, xr.DataTree.from_dict({"encoding": encoding}))
+    names = lambda plot: {text.get_text() for text in plot.figure.axes[0].texts if text.get_text().startswith("z[")}
+    assert names(plot) == {"z[1]", "z[2]", "z[3]", "z[4]"}
+    assert names(plots_forest.intervals(files.audit, files.posteriors)) == {"z[0]", "z[1]", "z[2]", "z[3]"}
+
+
+def test_words_of_the_worst_data(reported):
+    audit = Files.read(reported[0]).audit
+    n = audit.sizes["obs_id"]
+    caption = lambda gap, rows: (
+        plots_audit.gaps(audit.isel(obs_id=slice(rows)).assign(gap_total=("obs_id", gap[:rows]))).caption
+    )
+    assert f"the 2 worst of {n} data carry 5.0% of the sum: the loss is spread" in caption(np.full(n, 0.2), n)
+    uneven = np.ones(n)
+    uneven[0] = 4.0
+    one = "and the worst of 15 data carries 22% of the sum, where 6.7% would be an even share: few data weigh heavily"
+    assert one in caption(uneven, 15)
+    uneven[:2] = 100.0
+    assert "the guide fails on a few data, not on all" in caption(uneven, n)
+
+
+def test_nothing_is_cut_off_or_covered(reported):
+    """The rug is inside the axes, the shading reaches the edge, the legend leaves the start of the KL weight free."""
+    files = Files.read(reported[0])
+    rug = next(c for c in plots_audit.gaps(files.audit).figure.axes[0].collections if isinstance(c, LineCollection))
+    assert all((segment[:, 1] >= 0).all() for segment in rug.get_segments())
+    axes = plots_audit.trust(files.audit).figure.axes[0]
+    shade = next(patch for patch in axes.patches if patch.get_x() == 0.7)
+    assert shade.get_x() + shade.get_width() == pytest.approx(axes.get_xlim()[1])
+    figure = plots_training.training(files.history).figure
+    figure.draw_without_rendering()
+    below = figure.axes[1]
+    weight = below.transData.transform(below.lines[1].get_xydata())
+    box = below.get_legend().get_window_extent()
+    assert not any(box.contains(x, y) for x, y in weight)
 
 
 def test_intervals_of_methods_with_different_chains_and_of_bounds(reported):
