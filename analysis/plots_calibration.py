@@ -2,7 +2,7 @@
 
 Regime S asks about x that the model makes, with the z that made it; regime R about the audited x, with certified draws of their
 posteriors. The bands are those that `analysis.calibration` stored beside the p-values; ArviZ draws the same PIT values, a panel
-for each quantity, with `arviz_plots.plot_ecdf_pit(tree, group="prior_sbc", sample_dims=["simulation"])`.
+for each quantity, with `arviz_plots.plot_ecdf_pit(tree, var_names="pit", group="prior_sbc", sample_dims=["simulation"])`.
 """
 
 from __future__ import annotations

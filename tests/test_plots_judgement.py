@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
+from matplotlib import pyplot
 from test_report import INJECTION, Page, write_run
 
 import elbowroom as er
@@ -551,6 +552,19 @@ def test_a_real_diagnosis_is_drawn_and_says_what_is_wrong(audited):
     assert "None of" in drawn["checks"].caption
     assert "the encoder is to be mended" in drawn["parts"].caption
     assert page.text.index("encoder falls short") < page.text.index("ELBO")
+
+
+def test_arviz_draws_the_same_ranks(audited):
+    """As docs/numbers.md says."""
+    import arviz_plots
+
+    tree = xr.open_datatree(audited[0] / "diagnosis.nc", engine="h5netcdf")
+    drawn = arviz_plots.plot_ecdf_pit(
+        tree, var_names="pit", group="prior_sbc", sample_dims=["simulation"], stats={"ecdf_pit": {"n_simulations": 50}}
+    )
+    panels = [axes for axes in drawn.viz["figure"].item().axes if axes.lines]
+    assert len(panels) == tree["prior_sbc"].sizes["quantity"]
+    pyplot.close("all")
 
 
 # -- bounds -----------------------------------------------------------------------------------------------------------------
