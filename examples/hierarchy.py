@@ -86,6 +86,6 @@ if __name__ == "__main__":
         # all that Elbowroom needs
         import elbowroom as er
 
-        audit = er.audit(levels.model, levels.guide, held_out)
+        audit = er.audit(levels.model, levels.guide, held_out[:60])
         print(name, audit, sep="\n")
         audit.save(folder / name)

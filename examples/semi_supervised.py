@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 
-def network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+def network(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
     """A network with two hidden layers."""
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.Softplus(), nn.Linear(hidden, hidden), nn.Softplus(), nn.Linear(hidden, outputs)
-    )
+    layers = nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, hidden), activation(), nn.Linear(hidden, outputs)
+    return nn.Sequential(*layers)
 
 
 def join(a: Tensor, b: Tensor) -> Tensor:
@@ -41,12 +40,12 @@ def join(a: Tensor, b: Tensor) -> Tensor:
 class SSVAE(nn.Module):
     """Labels y (one-hot), style z, binary pixels x."""
 
-    def __init__(self, pixels: int = 64, labels: int = 10, style: int = 2, hidden: int = 128, weight: float = 50.0):
+    def __init__(self, pixels=64, labels=10, style=2, hidden=64, weight=50.0, activation=nn.Softplus):
         super().__init__()
         self.labels, self.style, self.weight = labels, style, weight
-        self.decoder = network(style + labels, hidden, pixels)
-        self.encoder = network(pixels + labels, hidden, 2 * style)
-        self.classifier = network(pixels, hidden, labels)
+        self.decoder = network(style + labels, hidden, pixels, activation)
+        self.encoder = network(pixels + labels, hidden, 2 * style, activation)
+        self.classifier = network(pixels, hidden, labels, activation)
 
     def model(self, x, y=None):
         """p(y) p(z) p(x|y, z); y is latent where it is not given."""
@@ -83,11 +82,11 @@ def digits(seed: int = 0, labelled: int = 100) -> dict[str, Tensor]:
     return {"x": x[train], "y": y[train[:labelled]], "x_test": x[test], "y_test": y[test]}
 
 
-def train(data: dict[str, Tensor], epochs: int = 100, seed: int = 0, **sizes: int) -> SSVAE:
+def train(data: dict[str, Tensor], epochs: int = 40, seed: int = 0, **options) -> SSVAE:
     """Train by SVI, y enumerated where it is not known."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    vae, optimizer = SSVAE(**sizes), Adam({"lr": 2e-3})
+    vae, optimizer = SSVAE(**options), Adam({"lr": 2e-3})
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
     unsupervised = SVI(vae.model, config_enumerate(vae.guide, "parallel", expand=True), optimizer, elbo)
     supervised = SVI(vae.model, vae.guide, optimizer, Trace_ELBO())
@@ -108,11 +107,11 @@ def train(data: dict[str, Tensor], epochs: int = 100, seed: int = 0, **sizes: in
 
 if __name__ == "__main__":
     data = digits()
-    vae = train(data)
+    vae = train(data, activation=getattr(nn, sys.argv[2]) if len(sys.argv) > 2 else nn.Softplus)
 
     # all that Elbowroom needs: the two programs, and digits without labels that they have not seen
     import elbowroom as er
 
-    audit = er.audit(vae.model, vae.guide, data["x_test"][:100])
+    audit = er.audit(vae.model, vae.guide, data["x_test"][:20])
     print(audit)
     audit.save(sys.argv[1] if len(sys.argv) > 1 else "runs/semi_supervised")
