@@ -23,7 +23,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from elbowroom.analysis.criticism_layout import dataset, pit, sentence, statistics
+from elbowroom.analysis.criticism_layout import NATS, dataset, pit, sentence, statistics
 from elbowroom.analysis.discrepancies import Judged, Statistic, judge, suited
 from elbowroom.analysis.residuals import RELATIVE, WORDS, Residuals, replicated, residuals
 from elbowroom.errors import UnsupportedProgram
@@ -59,7 +59,7 @@ def criticise(
         A DataTree with the groups
 
         * `statistics` (statistic): value, null_mean, null_sd, p_value, p_adjusted, effect; group (`joint` or `residual`),
-          words, effect_kind (`relative` or `difference`), and null (statistic, replicate), NaN beyond the shorter null.
+          words, effect_kind (`relative`, `difference`, `nats`), and null (statistic, replicate), NaN beyond the shorter null.
           p_adjusted is familywise over all statistics: the chance under the model that any deviates as much (maxT within each
           null, then twice that for the two)
         * `pit` (column, u): effect and p_value of each column, difference (ECDF - u of all entries), band; with several
@@ -183,7 +183,7 @@ def _joint(
         prefix = f"{site}: " if len(observed) > 1 else ""
         wanted |= {prefix + one.name: (site, one) for one in suited(_flat(x))}
     values: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    densities = ("log_likelihood", "log_prior") if z is not None and log_joint.dim else ()
+    densities = NATS if z is not None and log_joint.dim else ()
     values |= {name: [] for name in densities}
 
     def take(of: Mapping[str, Tensor], joint: LogJoint | None, at: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from elbowroom.analysis.discrepancies import Judged
 from elbowroom.analysis.residuals import Residuals
 
 LEVEL = 0.01  # familywise, in the sentence
+NATS = ("log_likelihood", "log_prior")  # statistics whose differences are in nats
 
 
 def dataset(values: Mapping[str, Tensor], rows: Tensor, *, draws: bool, like: Mapping[str, Tensor] | None = None) -> xr.Dataset:
@@ -66,7 +67,9 @@ def statistics(judged: Mapping[str, tuple[str, Judged, str, bool]]) -> xr.Datase
     words = {
         "group": [group for group, *_ in judged.values()],
         "words": [text for *_, text, _ in judged.values()],
-        "effect_kind": ["relative" if relative else "difference" for *_, relative in judged.values()],
+        "effect_kind": [
+            "relative" if relative else "nats" if name in NATS else "difference" for name, (*_, relative) in judged.items()
+        ],
     }
     return xr.Dataset(
         {

@@ -88,7 +88,8 @@ def _effect(found: xr.Dataset, row: int) -> str:
     value = float(found["effect"].values[row])
     if not np.isfinite(value):
         return "not known"
-    text = percent(abs(value)) if str(found["effect_kind"].values[row]) == "relative" else say(abs(value), 2)
+    kind = str(found["effect_kind"].values[row])
+    text = percent(abs(value)) if kind == "relative" else say(abs(value), 2) + (" nats" if kind == "nats" else "")
     return ("+" if value >= 0 else "−") + text
 
 
@@ -124,7 +125,8 @@ def _checks_caption(found: xr.Dataset, bad: np.ndarray, slight: np.ndarray) -> s
         text = f"None of {k} checks fails, the smallest p-value is {least:.2g}: in these respects the model makes such data."
     text += (
         " p-values hold over all checks together; those of the residuals take z as one draw of the certified posterior. An "
-        f"effect matters from {EFFECTS['difference']} on, a relative one (in %) from {EFFECTS['relative']:.0%}."
+        f"effect matters from {EFFECTS['difference']} on, a relative one (in %) from {EFFECTS['relative']:.0%}, one of "
+        f"densities from {EFFECTS['nats']:.0f} nat."
     )
     for name, what in (("joint", "checks against simulated data"), ("residual", "residuals given z")):
         if reason := str(found.attrs.get(name, "")):

@@ -35,8 +35,8 @@ FEW = 0.05  # share of the data
 HALF = 0.5
 CAUSE = 1 / 3  # share of the gap from which on a part is named as a cause
 LEVEL = 0.01  # familywise
-EFFECTS = {"difference": 0.05, "relative": 0.1}
-"""What matters: a difference of probabilities (of PIT values from uniform) or correlations; a relative difference."""
+EFFECTS = {"difference": 0.05, "relative": 0.1, "nats": 1.0}
+"""What matters: a difference of probabilities (of PIT values from uniform) or correlations; a relative one; nats per datum."""
 ERRORS = 5.0  # standard errors by which log p(x) may lie below the ELBO
 Z95 = 1.959963984540054
 
@@ -186,7 +186,8 @@ def _untrusted(facts: Facts) -> Judgement | None:
         said = f"log p(x) lies below the ELBO by more than their errors allow at {wrong} of {facts.n} data, which cannot be"
         advice = "A mode was missed or a density is not normalised; trust none of the numbers."
     else:
-        said = f"{int(facts.known.sum())} of {facts.n} data have a certified posterior and a value of log p(x)"
+        n = int(facts.known.sum())
+        said = f"{n} of {facts.n} data have a certified posterior and a value of log p(x), the others bounds at most"
         advice = (
             "What follows rests on these alone. Give the references more time (--budget), another reference "
             "(audit.references), or fewer latents; the reasons stand beside each datum."
@@ -254,7 +255,7 @@ def _misfit(facts: Facts) -> Judgement | None:
         f"{bad.sum()} of {bad.size} checks fail, the worst: {names[worst]}, effect {effect[worst]:.2g}, "
         f"p = {p[worst]:.1g} over all checks",
         f"p at most {LEVEL} over all checks, and an effect above {EFFECTS['difference']} (differences of probabilities and "
-        f"correlations) or {EFFECTS['relative']:.0%}",
+        f"correlations), {EFFECTS['relative']:.0%} or {EFFECTS['nats']:.0f} nat per datum",
         "The posterior is that of a model that does not make such data: try another likelihood (elbowroom components "
         "likelihood), more latents or a larger decoder; elbowroom compare says by held-out log p(x) which is better.",
     )

@@ -70,7 +70,13 @@ def test_gap_equals_the_kl_by_quadrature(small: Audit) -> None:
 
 def test_files_round_trip_and_open_in_arviz(small: Audit, tmp_path: Path) -> None:
     small.save(tmp_path)
-    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"audit.nc", "audit.csv", "guide.nc", "grid.nc"}
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {
+        "audit.nc",
+        "audit.csv",
+        "diagnosis.nc",
+        "guide.nc",
+        "grid.nc",
+    }
     again = Audit.load(tmp_path)
     assert again.verdict == small.verdict
     assert again.table.identical(small.table)

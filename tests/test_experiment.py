@@ -257,7 +257,7 @@ def test_audit_writes_its_files(fitted, tmp_path):
     stale.write_text("")
     audit = run.audit(out=tmp_path / "out", progress=said.append)
     files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert files == {"audit.nc", "audit.csv", "latent.nc", "posteriors/guide.nc", "posteriors/grid.nc"}
+    assert files == {"audit.nc", "audit.csv", "diagnosis.nc", "latent.nc", "posteriors/guide.nc", "posteriors/grid.nc"}
     assert audit.table["obs_id"].values.tolist() == sorted(run.experiment.split.test[:5].tolist())
     assert audit.table.attrs["spec_sha256"] == run.experiment.spec.record.experiment
     assert json.loads(audit.table.attrs["audit"])["observations"] == 5

@@ -97,7 +97,7 @@ def test_it_goes_on_bit_for_bit(blocks: Path, fitted: Path) -> None:
     assert len(called) == 1
     assert said[:3] == ["plan", "found for data 0..3 of 12", "found for data 4..7 of 12"]
     same(undisturbed, found)
-    assert sorted(p.name for p in blocks.iterdir()) == ["audit.csv", "audit.nc", "latent.nc", "posteriors"]
+    assert sorted(p.name for p in blocks.iterdir()) == ["audit.csv", "audit.nc", "diagnosis.nc", "latent.nc", "posteriors"]
     called.clear()
     same(Audit.load(blocks), run.audit(out=blocks, resume=True))
     assert called == [], "a whole audit is kept"
