@@ -43,7 +43,7 @@ SPEC = {
     "model": {"latent_dim": 1, "likelihood": "bernoulli", "decoder": {"name": "mlp", "hidden": [5]}},
     "guide": {"encoder": {"name": "mlp", "hidden": [5]}},
     "fit": {"epochs": 12, "batch_size": 8, "patience": 11, "device": "cpu"},
-    "audit": {"draws": 200, "keep": 100},
+    "audit": {"draws": 200, "keep": 100, "diagnose": False},
 }
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")
 
