@@ -7,8 +7,8 @@ Ten measurements of 569 tumours (the breast-cancer data of scikit-learn), logari
 
     python examples/hierarchy.py          # writes runs/hierarchy/mean_field and runs/hierarchy/top_down
 
-What the audit says: the gap is .079 nats (mean field) and .124 (top down) in the median of 60 held-out rows: the richer guide is
-no better, because the levels are hardly coupled: the rate of `top` is .017 and .004 nats, and of the second model the audit says
+What the audit says: the gap is .079 nats (mean field) and .124 (top down) in the median of 60 held-out rows: the richer guide
+is no better, because the levels are hardly coupled: the rate of `top` is .017 and .004 nats, and of the second model it says
 `latents collapsed`. `model misfit` for both: ten columns with independent noise, three of which (radius, perimeter, area) are
 nearly one number.
 
