@@ -9,8 +9,8 @@ Each document is the docstring of a function of scipy.linalg, scipy.signal or sc
     python examples/topics.py runs/affine affine    # the encoder's batch norms may scale and shift
 
 What the audit says: `encoder falls short`, a gap of 4.9 nats in the median of 30 held-out documents, 4.6 of it amortization,
-the guide 1.4 times too wide: a batch norm that may not shift keeps the mean log variance at zero, that of the prior. With `affine`
-the gap is 1.0 nats, and log p(x) no better. And `model misfit`: the program draws every document as long as the longest.
+the guide 1.4 times too wide: a batch norm that may not shift keeps the mean log variance at zero, that of the prior. With
+`affine` the gap is 1.0 nats, and log p(x) no better. And `model misfit`: every document is drawn as long as the longest.
 
 Srivastava and Sutton (2017), https://arxiv.org/abs/1703.01488; https://pyro.ai/examples/prodlda.html.
 """
