@@ -10,7 +10,7 @@
 
 What the audit says: the gap is small, .007 nats in the median of 30 test digits, because z is dead: `latents collapsed`, rates
 of .003 and .004 nats. The softplus of the tutorial ends in a mixture of ten templates, which neither the loss nor the
-share of digits named gives away.
+share of digits named gives away. With ReLU z lives.
 
 Kingma, Mohamed, Rezende, Welling (2014), https://arxiv.org/abs/1406.5298; https://pyro.ai/examples/ss-vae.html.
 """
