@@ -9,8 +9,7 @@ Ten measurements of 569 tumours (the breast-cancer data of scikit-learn), logari
 
 What the audit says: the gap is .079 nats (mean field) and .124 (top down) in the median of 60 held-out rows: the richer guide
 is no better, because the levels are hardly coupled: the rate of `top` is .017 and .004 nats, and of the second model it says
-`latents collapsed`. `model misfit` for both: ten columns with independent noise, three of which (radius, perimeter, area) are
-nearly one number.
+`latents collapsed`. `model misfit` for both: the columns' residuals are correlated, which independent noise cannot say.
 
 Rezende, Mohamed, Wierstra (2014), https://arxiv.org/abs/1401.4082.
 """
