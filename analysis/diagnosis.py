@@ -72,7 +72,7 @@ def diagnose(
 
     certified = best if best is not None and bool(best.trusted.any()) else None
     parts: dict[str, Callable[[int], xr.Dataset | xr.DataTree]] = {
-        "information": lambda s: information(log_joint, seed=s),
+        "information": lambda s: information(log_joint, reference=certified, seed=s),
         "prior_sbc": lambda s: calibration.simulated(log_joint, seed=s),
         "posterior_sbc": lambda s: no_reference() if certified is None else calibration.observed(log_joint, certified, seed=s),
         "checks": lambda s: no_reference() if certified is None else criticism.criticise(log_joint, certified, seed=s),

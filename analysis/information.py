@@ -2,9 +2,10 @@ r"""What the latents carry: rate and distortion, information, collapse.
 
     -ELBO = R + D,   R_n = KL(q(z|x_n) || p(z)),   D_n = -E_q log p(x_n|z),   R = I_q(x; z) + KL(q(z) || p(z))
 
-A latent can be unused in two ways that need different cures: the decoder does not use it (it is collapsed), or the decoder
-does and the guide ignores it. The rate of the guide cannot tell them apart; the sensitivity of the decoder can, which is
-found on data simulated from the model and says nothing about real x. All values are in nats per datum.
+A latent can be unused in two ways that need different cures: x says nothing of it (it is collapsed), or x does and the guide
+ignores it. The rate of the guide cannot tell them apart. A certified posterior can: its own rate is that of the truth. Without
+one, the sensitivity of the decoder stands in, found on data simulated from the model; it does not see a latent that reaches x
+through another one only. All values are in nats per datum.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference import discrete
 from elbowroom.inference.forward import Which, first_line
 from elbowroom.inference.normals import HALF_LOG_2PI
+from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.simulate import simulate
 from elbowroom.inference.target import LogJoint
 
@@ -48,8 +50,10 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "active": ("", f"active_variance > {ACTIVE}"),
     "sensitivity": ("", "E (d log p(x|z) / d z_j)^2 times the prior variance, on data simulated from the model"),
     "sensitivity_se": ("", "standard error of sensitivity"),
-    "collapsed": ("", "neither the guide nor the decoder uses the latent"),
-    "ignored": ("", "the decoder uses the latent, the guide does not"),
+    "posterior_rate": ("nats", "rate_coordinate_mean of the certified posterior in the guide's place"),
+    "collapsed": ("", "x says nothing of the latent, and the guide knows"),
+    "ignored": ("", "x says something of the latent, and the guide does not"),
+    "name": ("", "the latent, by its site"),
     "information_lower": ("nats", "lower bound on I_q(x; z), at most log(information_data)"),
     "information_upper": ("nats", "upper bound on I_q(x; z), leave-one-out"),
     "information_data": ("", "data among which the two are found"),
@@ -61,11 +65,19 @@ VARIABLES: dict[str, tuple[str, str]] = {
 }
 
 
-def information(log_joint: LogJoint, *, draws: int = 64, seed: int = 0, entries: int | None = None) -> xr.Dataset:
+def information(
+    log_joint: LogJoint,
+    *,
+    reference: Posterior | None = None,
+    draws: int = 64,
+    seed: int = 0,
+    entries: int | None = None,
+) -> xr.Dataset:
     """Measure what the latents carry of the data, and name the latents that carry nothing.
 
     Args:
         log_joint: the model and guide.
+        reference: a posterior of the same data, of which those that are exact or certified count.
         draws: guide draws per datum for rate and distortion.
         seed: random seed.
         entries: entries of one datum, where the data are discrete: then bits per dimension are given.
@@ -77,9 +89,10 @@ def information(log_joint: LogJoint, *, draws: int = 64, seed: int = 0, entries:
           Data where either is not finite are left out of the means and counted (attribute `left_out`)
         * rate_coordinate (obs_id, coordinate) = log(b/s) + (s^2 + (m - a)^2) / (2 b^2) - 1/2 with m, s the guide's and a, b
           the prior's moments: the KL of the margins where both are normal, else an approximation
-        * active_variance, active, sensitivity, collapsed, ignored (coordinate). Not active and less than .01 nats of rate: then
-          `collapsed` where 1/2 log(1 + sensitivity), what a normal posterior would tell of the latent with the others known,
-          is below .01 nats as well, and `ignored` where it is not
+        * name, active_variance, active, posterior_rate, sensitivity, collapsed, ignored (coordinate). Not active and less than
+          .01 nats of rate: then `collapsed` where posterior_rate, the same rate of the certified posterior, is below .01 nats
+          as well, and `ignored` where it is not; without a reference (posterior_rate is NaN) 1/2 log(1 + sensitivity) decides,
+          what a normal posterior would tell of the latent with the others known
         * information_lower, _upper, aggregate_kl_lower, _upper with `_se` (see `analysis.aggregate`); where covariates move
           the prior, I is about x and the covariates, and there is no aggregate KL (NaN)
         * aggregate_p_value, aggregate_effect, aggregate_effect_null: one draw of the guide for each of at most 1,000 data
@@ -98,12 +111,13 @@ def information(log_joint: LogJoint, *, draws: int = 64, seed: int = 0, entries:
         rate, distortion = _rate(log_joint, draws, seed)
         more = mutual_information(log_joint, seed=seed + 1)
         a, b2 = _prior(log_joint, seed + 3)
-        each, reason = _coordinates(log_joint, a, b2, seed)
+        each, reason = _coordinates(log_joint, a, b2, reference, seed)
         if len(a) > 1:  # p(z|c): the identity above is about one prior
             attrs["aggregate_kl"] = "not available: the prior differs between data"
             more |= {name: math.nan for name in more if name.startswith("aggregate_kl")}
         coords["coordinate"] = np.arange(log_joint.dim)
         found |= {name: (("obs_id", "coordinate")[-t.dim() :], t.cpu().numpy()) for name, t in each.items()}
+        found["name"] = (("coordinate",), np.array(_names(log_joint)))
         if reason:
             attrs["sensitivity"] = reason
     else:
@@ -183,7 +197,29 @@ def _prior(log_joint: LogJoint, seed: int) -> tuple[Tensor, Tensor]:
     return whole, variance.mean(0, keepdim=True) + (mean - whole).square().mean(0, keepdim=True)
 
 
-def _coordinates(log_joint: LogJoint, a: Tensor, b2: Tensor, seed: int) -> tuple[dict[str, Tensor], str]:
+def _names(log_joint: LogJoint) -> list[str]:
+    """Name the coordinates by the program's sites."""
+    names = []
+    for site in log_joint.sites:
+        count = site.columns.stop - site.columns.start
+        names += [site.name] if not site.shape else [f"{site.name}[{j}]" for j in range(count)]
+    return names
+
+
+def _posterior_rate(reference: Posterior | None, a: Tensor, b2: Tensor) -> Tensor:
+    """Return the mean over certified data of the KL of the reference's margins from the prior's, (d,); NaN without any."""
+    if reference is None or not bool(reference.trusted.any()):
+        return torch.full_like(a[0], torch.nan)
+    rows = reference.trusted.to(a.device)
+    mean, sd = (t.to(a.device).double()[rows] for t in reference.moments())
+    if len(a) > 1:
+        a, b2 = a[rows], b2[rows]
+    return (0.5 * ((b2 / sd.square()).log() + (sd.square() + (mean - a).square()) / b2 - 1)).nanmean(0)
+
+
+def _coordinates(
+    log_joint: LogJoint, a: Tensor, b2: Tensor, reference: Posterior | None, seed: int
+) -> tuple[dict[str, Tensor], str]:
     """Return what is per coordinate, and why there is no sensitivity where there is none."""
     q = guide_normals(log_joint)[1]
     if q is None:
@@ -202,12 +238,14 @@ def _coordinates(log_joint: LogJoint, a: Tensor, b2: Tensor, seed: int) -> tuple
         reason = f"not available: {first_line(refused)}"
         sensitivity = error = torch.full_like(rate, torch.nan)
     unused = (rate < COLLAPSED) & ~active
-    used = 0.5 * torch.log1p(sensitivity) >= COLLAPSED
+    truly = _posterior_rate(reference, a, b2)
+    used = torch.where(truly.isnan(), 0.5 * torch.log1p(sensitivity), truly) >= COLLAPSED
     return {
         "rate_coordinate": each,
         "rate_coordinate_mean": rate,
         "active_variance": active_variance,
         "active": active,
+        "posterior_rate": truly,
         "sensitivity": sensitivity,
         "sensitivity_se": error,
         "collapsed": unused & ~used,

@@ -4,7 +4,7 @@ r"""The verdicts, and the rules by which they are reached: one table, from certi
 |-----------------------------|----------------------------------------------------------------------------------------------|
 | `reference not trustworthy` | less than half of the data are exact or certified, or log p(x) lies below the ELBO somewhere |
 | `mode missed`               | at 5 % of the data or more, modes with above 5 % of the posterior are missed by the guide    |
-| `latents collapsed`         | a latent's rate is below 0.01 nats, and x does not depend on it (sensitivity below 0.01)     |
+| `latents collapsed`         | a latent's rate is below 0.01 nats, that of the guide and that of the certified posterior    |
 | `model misfit`              | a check fails at a familywise level of 1 % AND by more than matters                          |
 | `encoder overfits`          | the amortization gap is 0.1 nats larger than on training data, which is half of it or more   |
 | `encoder falls short`       | the gap is not small, 1/3 of it or more is amortization, and the encoder does not overfit    |
@@ -218,7 +218,8 @@ def _collapsed(facts: Facts) -> Judgement | None:
     found = facts.beside.get("information")
     if found is None or "collapsed" not in found:
         return None
-    dead = [str(name) for name in found["coordinate"].values[found["collapsed"].values.astype(bool)]]
+    names = found["name" if "name" in found else "coordinate"].values
+    dead = [str(name) for name in names[found["collapsed"].values.astype(bool)]]
     if not dead:
         return None
     d = found.sizes["coordinate"]
@@ -229,9 +230,9 @@ def _collapsed(facts: Facts) -> Judgement | None:
         math.nan,
         "latents",
         f"{len(dead)} of {d} latents carry nothing ({', '.join(dead[:5])}{', ...' if len(dead) > 5 else ''})",
-        "rate below 0.01 nats and sensitivity of the decoder below 0.01 nats",
-        "The model does without them: lower model.latent_dim, or keep them alive while training (fit.kl_warmup, or "
-        "fit.objective: {name: beta, free_bits: ...}) and see whether held-out log p(x) rises (elbowroom compare).",
+        "rate below 0.01 nats, of the guide and of the certified posterior",
+        "The model does without them: take them away, or keep them alive while training (fit.kl_warmup, or fit.objective: "
+        "{name: beta, free_bits: ...}) and see whether held-out log p(x) rises (elbowroom compare).",
     )
 
 

@@ -144,6 +144,26 @@ def dead(seed: int) -> Planted:
     return Planted(_of(vae, x))
 
 
+def upper(seed: int) -> Planted:
+    """The upper of two levels reaches x through the lower one only, and the guide leaves it at its prior."""
+    g = torch.Generator().manual_seed(seed)
+    top = torch.randn(N, generator=g, dtype=F64)
+    x = 2 * top + 0.5 * torch.randn(N, generator=g, dtype=F64) + 0.3 * torch.randn(N, generator=g, dtype=F64)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            top = pyro.sample("top", dist.Normal(torch.zeros_like(x), 1.0))
+            z = pyro.sample("z", dist.Normal(2 * top, 0.5))
+            pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("top", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("z", dist.Normal(0.98 * x, 0.29))
+
+    return Planted(LogJoint(model, guide, x), Grid())
+
+
 def one_mode(seed: int) -> Planted:
     """x = z^2 + noise, and a guide on the positive root."""
     torch.manual_seed(seed)
@@ -202,6 +222,7 @@ FAULTS: Mapping[str, tuple[Callable[[int], Planted], str]] = {
     "biased": (biased, "encoder falls short"),
     "shrunken": (shrunken, "encoder falls short"),
     "ignored": (ignored, "encoder falls short"),
+    "upper": (upper, "encoder falls short"),
     "dead": (dead, "latents collapsed"),
     "one_mode": (one_mode, "mode missed"),
     "heavy": (heavy, "model misfit"),
@@ -215,7 +236,7 @@ def verdicts(planted: Planted, seed: int) -> list[Judgement]:
     table = audit_log_joint(planted.log_joint, **options).table
     reference = planted.reference(planted.log_joint, keep=400, seed=seed + 7)
     beside = {
-        "information": information(planted.log_joint, seed=seed),
+        "information": information(planted.log_joint, reference=reference, seed=seed),
         "checks": criticise(planted.log_joint, reference, seed=seed)["statistics"].to_dataset(),
     }
     if planted.train is not None:
