@@ -32,7 +32,7 @@ TESTED = 8  # draws at which the guide must be the normal that it is taken for
 EXACT = 1e-6  # relative difference of log densities let pass
 MAX_DIM = 128  # d (d + 1) / 2 points tell a full covariance
 BATCHES = 16  # scrambles of common quasi-random noise, whose means tell the error
-DRAWS = 128  # in each
+DRAWS = 64  # in each
 APART = 4.5  # standard errors by which a larger family may come out worse
 NAMES = (
     "elbo_refit",

@@ -17,7 +17,7 @@ SPEC = Path(__file__).parents[1] / "experiments" / "digits.yaml"
 
 
 def fitted(out: Path, *changes: str) -> tuple[er.Run, Audit]:
-    run = er.fit(er.Experiment.load(SPEC, set=["fit.device=cpu", *changes]), out=out)
+    run = er.fit(er.Experiment.load(SPEC, set=["fit.device=cpu", "audit.draws=4000", *changes]), out=out)
     return run, run.audit()
 
 
@@ -64,6 +64,6 @@ def test_evidence_agrees_with_importance_sampling(digits: tuple[er.Run, Audit]) 
 
 
 def test_a_richer_guide_lowers_the_median_gap(digits: tuple[er.Run, Audit], tmp_path: Path) -> None:
-    _, full = fitted(tmp_path / "full_rank", "guide.family=full_rank_normal", "audit.observations=120")
+    _, full = fitted(tmp_path / "full_rank", "guide.family=full_rank_normal", "audit.observations=60")
     same = digits[1].table.sel(obs_id=full.table["obs_id"])
     assert full.table["gap_total"].median() < same["gap_total"].median()
