@@ -121,7 +121,9 @@ def suited(x: Tensor) -> list[Statistic]:
             ),
         ],
     }[kind]
-    found.append(Statistic("column_means", "means of columns: distance from the replicates'", _centres))
+    spread = _spreads(x)  # of the data, a constant: p-values stay as they are, and the effect knows no unit of measurement
+    unit = torch.ones_like(spread) if kind == "binary" else torch.where(spread > 0, spread, 1.0)
+    found.append(Statistic("column_means", "means of columns: distance from the replicates'", lambda x: _centres(x) / unit))
     if x.shape[1] > 1:
         pairs = lambda x: correlations(x[:, columns])
         found += [

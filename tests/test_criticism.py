@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elbowroom.analysis import criticism
 from elbowroom.analysis.criticism import criticise
-from elbowroom.analysis.discrepancies import correlations, judge, kind_of
+from elbowroom.analysis.discrepancies import correlations, judge, kind_of, suited
 from elbowroom.inference.enumeration import Enumeration
 from elbowroom.inference.exact import ClosedForm
 from elbowroom.inference.posterior import Posterior
@@ -318,3 +318,17 @@ def test_correlations_of_pairs_use_what_both_have() -> None:
     x[25:, 1] = torch.nan
     assert correlations(x).isfinite().all()
     assert [kind_of(t) for t in (torch.eye(2), 3 * torch.eye(2), x)] == ["binary", "counts", "real"]
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_the_effect_of_column_means_knows_no_unit_of_measurement(integers: bool) -> None:
+    rows = torch.randn(30, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[0] += 0.5
+    rows = (20 + 4 * rows).round() if integers else rows
+    found = []
+    for unit in (1.0, 100.0):
+        (one,) = [one for one in suited(unit * rows[0]) if one.name == "column_means"]
+        found.append(judge({one.name: torch.stack([one.value(unit * x) for x in rows])})[one.name])
+    assert found[0].effect == pytest.approx(found[1].effect)
+    assert found[0].effect == pytest.approx(0.5, abs=0.15)
+    assert found[0].p_value == found[1].p_value
