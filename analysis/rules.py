@@ -354,8 +354,8 @@ def _sound(facts: Facts) -> Judgement:
         low,
         high,
         "nats",
-        f"the median gap is {gap:.3g} nats [{low:.3g}, {high:.3g}] over {facts.gap.size} certified data, and no check speaks "
-        "against the guide",
+        f"the median gap is {gap:.3g} nats [{low:.3g}, {high:.3g}] over {facts.gap.size} certified data, and no rule that "
+        "could be applied finds a fault",
         f"no other verdict holds; median gap at most {SMALL_GAP} nats",
         "q(z|x) may be used as it is.",
     )

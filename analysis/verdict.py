@@ -14,6 +14,7 @@ from elbowroom.analysis.table import MISSED, best_reference, column
 
 SMALL_GAP = 0.1  # nats: exp(-0.1) = 0.90 of the evidence is in the bound
 LARGE_GAP = 1.0
+FEW = 0.05  # share of the data
 GOOD_K = 0.7
 MEAN_ERROR = 0.2  # reference standard deviations
 SD_RATIO = 1.25
@@ -168,7 +169,9 @@ def _gap(table: xr.Dataset, numbers: Numbers) -> str:
                 "that the guide misses would be missing in it too, and the true gap larger."
             )
         tail += " log p(x) is estimated by importance sampling from q*, not from the guide."
-    size = "close to" if median < SMALL_GAP else "at some distance from" if median < LARGE_GAP else "far from"
+    lost = (column(table, "missed_mass") > MISSED).mean() >= FEW or (numbers.gap > LARGE_GAP).mean() >= FEW
+    near = "not everywhere close to" if lost else "close to"
+    size = near if median < SMALL_GAP else "at some distance from" if median < LARGE_GAP else "far from"
     return f"The amortized posterior is {size} the true one: {tail}"
 
 
