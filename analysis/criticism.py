@@ -30,7 +30,7 @@ from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference import discrete
 from elbowroom.inference.forward import first_line
 from elbowroom.inference.posterior import Posterior
-from elbowroom.inference.simulate import predict, simulate
+from elbowroom.inference.simulate import masked, predict, simulate
 from elbowroom.inference.target import LogJoint
 
 LARGE = 2**20  # entries of the data looked at
@@ -81,8 +81,11 @@ def criticise(
         "predictive": "",
         "certified": f"{float(trusted.double().mean()):.4f}",
     }
-    if n < LEAST:
-        attrs["joint"] = attrs["residual"] = attrs["predictive"] = f"not available: fewer than {LEAST} data"
+    hidden = masked(log_joint)
+    if n < LEAST or hidden:
+        few = f"fewer than {LEAST} data"
+        why = few if n < LEAST else f"a mask takes entries of {hidden[0]!r} out of the likelihood; give them as NaN"
+        attrs["joint"] = attrs["residual"] = attrs["predictive"] = f"not available: {why}"
         return xr.DataTree(xr.Dataset(attrs={**attrs, "sentence": attrs["joint"]}))
     generator = torch.Generator().manual_seed(seed)
     rows = trusted.cpu().nonzero()[:, 0]

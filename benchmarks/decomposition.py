@@ -27,11 +27,11 @@ from elbowroom.analysis.table import column
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 NO_OTHERS = "audit.diagnose=false"
 CASES: dict[str, tuple[str, list[str]]] = {
-    "digits_d2": ("digits.yaml", ["audit.observations=all"]),
-    "digits_d2_seed1": ("digits.yaml", ["seed=1"]),
-    "digits_d2_seed2": ("digits.yaml", ["seed=2"]),
-    "digits_d5": ("digits.yaml", ["model.latent_dim=5", "audit.observations=100"]),
-    "digits_d10": ("digits.yaml", ["model.latent_dim=10", "audit.observations=100"]),
+    "digits_d2": ("digits.yaml", [NO_OTHERS]),
+    "digits_d2_seed1": ("digits.yaml", ["seed=1", NO_OTHERS]),
+    "digits_d2_seed2": ("digits.yaml", ["seed=2", NO_OTHERS]),
+    "digits_d5": ("digits.yaml", ["model.latent_dim=5", "audit.observations=60", NO_OTHERS]),
+    "digits_d10": ("digits.yaml", ["model.latent_dim=10", "audit.observations=60", NO_OTHERS]),
     "mnist_d2": ("binarized_mnist.yaml", ["audit.observations=100", NO_OTHERS]),
     "mnist_d50": ("binarized_mnist_d50.yaml", ["audit.observations=50", "audit.budget=10m", NO_OTHERS]),
 }

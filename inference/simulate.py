@@ -133,6 +133,20 @@ def _observed(log_joint: LogJoint) -> dict[str, Any]:
     }
 
 
+def masked(log_joint: LogJoint) -> list[str]:
+    """Return the observed sites of which a mask takes entries out of the likelihood: their values there are no data."""
+    with log_joint.snapshot.scope(), torch.no_grad():
+        return [name for name, node in _observed(log_joint).items() if node["mask"] is not None or _has_mask(node["fn"])]
+
+
+def _has_mask(fn: Any) -> bool:
+    while fn is not None:
+        if getattr(fn, "_mask", None) is not None:
+            return True
+        fn = getattr(fn, "base_dist", None)
+    return False
+
+
 def _with_holes(drawn: Tensor, data: Tensor) -> Tensor:
     drawn = drawn.to(data.dtype)
     return torch.where(data.isnan(), torch.nan, drawn) if data.is_floating_point() else drawn

@@ -95,7 +95,17 @@ class LogJoint:
         self.mode = "loop"
         self.joined: dict[Which, bool | None] = {"model": None, "guide": None}
         self.shares: bool | None = None
-        self.tested = probe(self, dtype)
+        try:
+            self.tested = probe(self, dtype)
+            with seeded(0), self.snapshot.scope(), torch.no_grad():
+                self.run("guide", {})
+        except RuntimeError as error:  # e.g. a tensor in a closure, which no snapshot can convert
+            if "dtype" not in str(error) and "scalar type" not in str(error):
+                raise
+            raise UnsupportedProgram(
+                f"the program computes with tensors of its own in another precision than {dtype} ({first_line(error)}); pass "
+                "them as arguments, or make them float64"
+            ) from error
 
     # -- the interface --------------------------------------------------------------------------------------------------
 
