@@ -16,6 +16,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def diagnose(
         "posterior_sbc": lambda s: no_reference() if certified is None else calibration.observed(log_joint, certified, seed=s),
         "checks": lambda s: no_reference() if certified is None else criticism.criticise(log_joint, certified, seed=s),
         "simulated": lambda s: audit(simulate(_some(log_joint), s)[0], s),
-        **{name: (lambda s, other=other: audit(other, s)) for name, other in beside.items()},  # type: ignore[misc]
+        **{name: partial(audit, other) for name, other in beside.items()},
     }
     for number, (name, part) in enumerate(parts.items(), start=1):
         if time.monotonic() > until:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elbowroom.analysis.table import MISSED
+from elbowroom.analysis.table import MISSED, Z95
 from elbowroom.inference.ais import Annealed
 from elbowroom.inference.annealing import surely, tune, upper
 from elbowroom.inference.paths import PriorPath, RefitPath
@@ -31,7 +31,6 @@ from elbowroom.inference.posterior import Posterior, Reference
 from elbowroom.inference.scout import scout
 from elbowroom.inference.target import LogJoint
 
-Z95 = 1.959963984540054
 MOST = 0.25  # nats: an uncertified reference farther off than this contradicts, however large its error
 APART = 3.0  # standard errors by which an annealed bound must exceed an estimate to contradict it
 MATTERS = 0.1  # nats that it must exceed it by as well

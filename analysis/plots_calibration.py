@@ -30,9 +30,9 @@ from elbowroom.analysis.canvas import (
     styled,
 )
 from elbowroom.analysis.rules import EFFECTS
+from elbowroom.analysis.table import Z95
 
 LEVEL = 0.05  # familywise
-Z95 = 1.96
 NAMED = 6  # quantities with a colour of their own, and coordinates drawn
 LINES = (
     (GUIDE, "-"),

@@ -27,18 +27,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.table import MISSED, TRUSTED, column
+from elbowroom.analysis.table import FEW, LARGE_GAP, MISSED, SMALL_GAP, TRUSTED, Z95, column
 
-SMALL_GAP = 0.1  # nats: exp(-0.1) = 0.90 of the evidence is in the bound
-LARGE_GAP = 1.0
-FEW = 0.05  # share of the data
 HALF = 0.5
 CAUSE = 1 / 3  # share of the gap from which on a part is named as a cause
 LEVEL = 0.01  # familywise
 EFFECTS = {"difference": 0.05, "relative": 0.1, "nats": 1.0}
 """What matters: a difference of probabilities (of PIT values from uniform) or correlations; a relative one; nats per datum."""
 ERRORS = 5.0  # standard errors by which log p(x) may lie below the ELBO
-Z95 = 1.959963984540054
 
 SOUND = "sound"
 UNTRUSTED = "reference not trustworthy"
@@ -162,11 +158,26 @@ def as_dataset(verdicts: list[Judgement]) -> xr.Dataset:
 
 def from_dataset(dataset: xr.Dataset) -> list[Judgement]:
     """Return the judgements that `as_dataset` laid out."""
-    rows = range(dataset.sizes["verdict"])
-    numbers = ("number", "low", "high")
-    names = ("verdict", *numbers, "units", "rests_on", "rule", "advice")
-    pick = lambda name, i: float(dataset[name].values[i]) if name in numbers else str(dataset[name].values[i])
-    return [Judgement(**{name: pick(name, i) for name in names}) for i in rows]  # type: ignore[arg-type]
+
+    def number(name: str, i: int) -> float:
+        return float(dataset[name].values[i])
+
+    def text(name: str, i: int) -> str:
+        return str(dataset[name].values[i])
+
+    return [
+        Judgement(
+            verdict=text("verdict", i),
+            number=number("number", i),
+            low=number("low", i),
+            high=number("high", i),
+            units=text("units", i),
+            rests_on=text("rests_on", i),
+            rule=text("rule", i),
+            advice=text("advice", i),
+        )
+        for i in range(dataset.sizes["verdict"])
+    ]
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------------

@@ -13,11 +13,10 @@ import xarray as xr
 from elbowroom.analysis.distances import Comparison
 from elbowroom.analysis.evidence import Ladder
 from elbowroom.analysis.gaps import NAMES as PARTS
+from elbowroom.analysis.table import Z95
 from elbowroom.inference.posterior import Posterior
 
 log = logging.getLogger("elbowroom")
-
-Z95 = 1.959963984540054
 
 NATS = "nats"
 VARIABLES: dict[str, tuple[str, str]] = {

@@ -10,12 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.table import MISSED, best_reference, column
+from elbowroom.analysis.table import FEW, GOOD_K, LARGE_GAP, MISSED, SMALL_GAP, best_reference, column
 
-SMALL_GAP = 0.1  # nats: exp(-0.1) = 0.90 of the evidence is in the bound
-LARGE_GAP = 1.0
-FEW = 0.05  # share of the data
-GOOD_K = 0.7
 MEAN_ERROR = 0.2  # reference standard deviations
 SD_RATIO = 1.25
 GUIDE_ESTIMATE = "importance sampling estimate"

@@ -193,14 +193,14 @@ def heavy(seed: int) -> Planted:
 
 
 def overfitted(seed: int) -> Planted:
-    """A wide encoder trained for long on ten data; the decoder is the true one."""
+    """A wide encoder trained for long on six data; the decoder is the true one."""
     vae, x, oracle = orthogonal(seed, width=12)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder = MLP((12,), 4, hidden=(128, 128)).double()
         vae.posterior = AmortizedGuide(encoder, vae.posterior.family).double()
         generator = torch.Generator().manual_seed(seed + 1)
-        train = oracle.sample(10, generator)[1]
+        train = oracle.sample(6, generator)[1]
         optimizer = torch.optim.Adam(vae.posterior.parameters(), lr=1e-2)
         precision = oracle.precision
         mean, _ = oracle.posterior(train)

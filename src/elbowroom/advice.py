@@ -27,8 +27,8 @@ import xarray as xr
 
 from elbowroom import clock, components, document, pairs, spec
 from elbowroom.analysis.idata import read_table
-from elbowroom.analysis.rules import CAUSE, FEW, SMALL_GAP, known, median
-from elbowroom.analysis.table import MISSED, column
+from elbowroom.analysis.rules import CAUSE, known, median
+from elbowroom.analysis.table import FEW, MISSED, SMALL_GAP, column
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.experiment import Experiment
 from elbowroom.folder import AUDIT, SPLIT, read_split
@@ -36,10 +36,8 @@ from elbowroom.folder import AUDIT, SPLIT, read_split
 if TYPE_CHECKING:
     from elbowroom.run import Run
 
-EPOCHS, SMALLER = (
-    3,
-    2,
-)  # times the epochs; by which batches are divided: more steps, for the data that the model draws are endless
+EPOCHS = 3  # times as many
+SMALLER = 2  # by which batches are divided: more steps, for the data that the model draws are endless
 LEAST_BATCH = 32
 SIMULATED = 0.5
 COVARIANCE = 0.01  # nats from which on a full covariance is worth its outputs
