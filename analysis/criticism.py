@@ -43,7 +43,7 @@ REFUSED = (UnsupportedProgram, *discrete.FAILURES)
 
 
 def criticise(
-    log_joint: LogJoint, reference: Posterior, *, replicates: int = 200, draws: int = 199, seed: int = 0
+    log_joint: LogJoint, reference: Posterior, *, replicates: int = 400, draws: int = 399, seed: int = 0
 ) -> xr.DataTree:
     """Check the model against the data: statistics that suit them, residuals, and predictive groups for ArviZ.
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from elbowroom.analysis.discrepancies import Judged
 from elbowroom.analysis.residuals import Residuals
+from elbowroom.analysis.table import LEVEL
 
-LEVEL = 0.01  # familywise, in the sentence
 NATS = ("log_likelihood", "log_prior")  # statistics whose differences are in nats
 
 

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from elbowroom.analysis.canvas import ALARM, EXACT, FAINT, GUIDE, INK, MUTED, WIDE, Absent, Plot, canvas, percent, say, styled
-from elbowroom.analysis.rules import EFFECTS, LEVEL
+from elbowroom.analysis.rules import EFFECTS
+from elbowroom.analysis.table import LEVEL
 
 FAR = 6.0  # null sd, from which on the axis is logarithmic
 SITES = 3  # observed sites with a row of their own

@@ -5,7 +5,7 @@ r"""The verdicts, and the rules by which they are reached: one table, from certi
 | `reference not trustworthy` | less than half of the data are exact or certified, or log p(x) lies below the ELBO somewhere |
 | `mode missed`               | at 5 % of the data or more, modes with above 5 % of the posterior are missed by the guide    |
 | `latents collapsed`         | a latent's rate is below 0.01 nats, that of the guide and that of the certified posterior    |
-| `model misfit`              | a check fails at a familywise level of 1 % AND by more than matters                          |
+| `model misfit`              | a check fails at a familywise level of 0.5 % AND by more than matters                        |
 | `encoder overfits`          | the amortization gap is 0.1 nats larger than on training data, which is half of it or more   |
 | `encoder falls short`       | the gap is not small, 1/3 of it or more is amortization, and the encoder does not overfit    |
 | `family too small`          | the gap is not small, and 1/3 of it or more is approximation                                 |
@@ -27,11 +27,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.table import FEW, LARGE_GAP, MISSED, SMALL_GAP, TRUSTED, Z95, column
+from elbowroom.analysis.table import FEW, LARGE_GAP, LEVEL, MISSED, SMALL_GAP, TRUSTED, Z95, column
 
 HALF = 0.5
 CAUSE = 1 / 3  # share of the gap from which on a part is named as a cause
-LEVEL = 0.01  # familywise
 EFFECTS = {"difference": 0.05, "relative": 0.1, "nats": 1.0}
 """What matters: a difference of probabilities (of PIT values from uniform) or correlations; a relative one; nats per datum."""
 ERRORS = 5.0  # standard errors by which log p(x) may lie below the ELBO

@@ -9,6 +9,7 @@ GOOD_K = 0.7
 SMALL_GAP, LARGE_GAP = 0.1, 1.0  # nats; exp(-0.1) = 0.90 of the evidence is in the bound
 Z95 = 1.959963984540054  # half width of a 95 % interval, in standard errors of a normal
 FEW = 0.05  # share of the data
+LEVEL = 0.005  # familywise, of the checks of the model
 MISSED = 0.05  # posterior mass from which on a mode that the guide misses is named
 TRUSTED = ("exact", "certified")
 
