@@ -213,7 +213,7 @@ def whole(*, missing: str = "", leave_out=()) -> xr.DataTree:
         "prior_sbc": sbc("simulated", n=300, narrow=0.6),
         "posterior_sbc": sbc("observed", n=80, seed=1),
         "information": latents([2.0, 1.0]),
-        "checks": criticism([0.2, 9.0, 4.0], [0.9, 0.005, 0.01], [0.01, 0.4, 0.05]),
+        "checks": criticism([0.2, 9.0, 4.0], [0.9, 0.0025, 0.005], [0.01, 0.4, 0.05]),
         "pit": pit(0.01),
         "train": gaps(encoder=0.05),
         "simulated": gaps(encoder=0.2, bounds=4),
@@ -414,14 +414,14 @@ def test_sixty_latents_and_none():
 
 
 def test_checks_fail_by_the_rule_of_the_verdict():
-    found = criticism([0.1, 9.0, 4.0, 5.0], [0.9, 0.005, 0.01, 0.2], [0.01, 0.4, 0.05, 0.4])
+    found = criticism([0.1, 9.0, 4.0, 5.0], [0.9, 0.0025, 0.005, 0.2], [0.01, 0.4, 0.05, 0.4])
     plot = saved(plots_checks.checks(found))
     bad, slight = plots_checks.failing(found)
     assert bad.tolist() == [False, True, False, False]
     assert slight.tolist() == [False, False, True, False]
-    assert "1 of 4 checks fail: check 1 <b>of entries</b> (effect +40%, p = 0.005)" in plot.caption
+    assert "1 of 4 checks fail: check 1 <b>of entries</b> (effect +40%, p = 0.0025)" in plot.caption
     texts = [text.get_text() for text in plot.figure.axes[0].texts]
-    assert texts[1] == "p 0.005   effect +40%"
+    assert texts[1] == "p 0.0025   effect +40%"
     points = {label: c for c in plot.figure.axes[0].collections if (label := c.get_label()).startswith("fails")}
     (failed,) = points.values()
     np.testing.assert_allclose(failed.get_offsets(), [[9.0, 1.0]], rtol=1e-6)
