@@ -17,10 +17,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elbowroom.errors import UserError, nearest
+from elbowroom.terminal import (
+    AllowPython,
+    Budget,
+    Changes,
+    Device,
+    DryRun,
+    Json,
+    Out,
+    Overwrite,
+    Resume,
+    RunArg,
+    SpecArg,
+    budgeted,
+    finish,
+    print_table,
+    screen,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from elbowroom.analysis.audit import Audit
     from elbowroom.run import Run
 
@@ -41,22 +56,6 @@ app = typer.Typer(
 )
 spec_app = typer.Typer(help="Copy, show or describe specs.", rich_markup_mode=None)
 app.add_typer(spec_app, name="spec")
-
-SpecArg = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec file (.yaml)", show_default=False)]
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder", show_default=False)]
-Out = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="the run folder [default: runs/<spec's name>]")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="move what is there aside first")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with the run that is there, its audit too")]
-Budget = Annotated[
-    str | None, typer.Option("--budget", metavar="TIME", help="time that the audit may take: 90s, 10m, 1h [default: no limit]")
-]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="change the spec; may be repeated")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
-AllowPython = Annotated[
-    bool, typer.Option("--allow-python", help="execute the user's own files and modules that are named as python:...")
-]
-Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:1")]
 
 
 def _version(wanted: bool) -> None:
@@ -91,12 +90,12 @@ def run(
     allow_python: AllowPython = False,
 ) -> None:
     """Fit a spec, audit the posterior, write the report."""
-    change = [*(change or []), *_budget(budget)]
+    change = [*(change or []), *budgeted(budget)]
     with ExitStack() as stack:  # one claim over all three, so that no other process comes in between
         fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device, allow_python, stack)
         if fitted is not None:
             result |= _audit(fitted, None, None, as_json, device, resume) | _report(fitted.path, as_json)
-    _finish(result, as_json)
+    finish(result, as_json)
 
 
 @app.command()
@@ -115,7 +114,7 @@ def fit(
     fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device, allow_python)
     if fitted is not None and not as_json:
         typer.echo(f"next: elbowroom audit {fitted.path}")
-    _finish(result, as_json)
+    finish(result, as_json)
 
 
 @app.command()
@@ -145,7 +144,7 @@ def audit(
     """
     from elbowroom.run import Run
 
-    fitted = Run.load(run, set=[*(change or []), *_budget(budget)], allow_python=allow_python)
+    fitted = Run.load(run, set=[*(change or []), *budgeted(budget)], allow_python=allow_python)
     result: dict[str, Any] = {"run": str(run)}
     if dry_run:
         plan = fitted.plan(data)
@@ -154,13 +153,13 @@ def audit(
             typer.echo(f"{run}: {result['dry_run']}\n{plan}")
     else:
         result |= _audit(fitted, data, out, as_json, device, resume)
-    _finish(result, as_json)
+    finish(result, as_json)
 
 
 @app.command()
 def report(run: RunArg, as_json: Json = False) -> None:
     """Write report.html from the files of an audited run."""
-    _finish({"run": str(run)} | _report(run, as_json), as_json)
+    finish({"run": str(run)} | _report(run, as_json), as_json)
 
 
 @app.command()
@@ -188,7 +187,7 @@ def improve(
     from elbowroom.improve import carry_out, check
     from elbowroom.run import Run
 
-    _budget(budget)
+    budgeted(budget)
     old = Run.load(run, allow_python=allow_python)
     proposal = propose(old, retrain=retrain, out=out, set=change or [], budget=budget, allow_python=allow_python)
     check(old, proposal, overwrite=overwrite, resume=resume)
@@ -201,16 +200,16 @@ def improve(
         said = "everything was checked, nothing was written"
         if not as_json:
             typer.echo(said)
-        return _finish({"run": str(run), **told, "dry_run": said}, as_json)
+        return finish({"run": str(run), **told, "dry_run": said}, as_json)
     options: dict[str, Any] = {"overwrite": overwrite, "resume": resume}
     if as_json:
         found = carry_out(old, proposal, **options)
     else:
-        with _bar(as_json) as report, audit_bar(_console(stderr=True), typer.echo) as progress:
+        with _bar(as_json) as report, audit_bar(screen(stderr=True), typer.echo) as progress:
             found = carry_out(old, proposal, report=report, progress=progress, **options)
-        _print_table(("", "before", "after"), found.lines(), found.verdict())
+        print_table(("", "before", "after"), found.lines(), found.verdict())
         typer.echo(f"wrote {proposal.out}/ (its report: {proposal.out / 'report.html'}); {run} is as it was")
-    _finish(found.tree(), as_json)
+    finish(found.tree(), as_json)
 
 
 @app.command()
@@ -231,10 +230,10 @@ def compare(
         found.to_csv(out)
     if not as_json:
         head, *rows = found.lines()
-        _print_table(head, rows, found.verdict(), title=f"{found.table.sizes['obs_id']} held-out data")
+        print_table(head, rows, found.verdict(), title=f"{found.table.sizes['obs_id']} held-out data")
         if out is not None:
             typer.echo(f"wrote {out}")
-    _finish(found.tree(), as_json)
+    finish(found.tree(), as_json)
 
 
 @app.command()
@@ -262,7 +261,7 @@ def components(
     if as_json:
         typer.echo(json.dumps(catalogue.as_json(found, broken, problems if check else None), indent=2, default=str))
     elif not check:
-        catalogue.show(found, broken, _console(), whole=kind is not None)
+        catalogue.show(found, broken, screen(), whole=kind is not None)
     if any(problems.values()):
         raise typer.Exit(2)
 
@@ -286,7 +285,7 @@ def spec_init(
     from elbowroom.files import write_text
 
     if name is None:
-        _finish({"specs": spec.shipped()}, as_json)
+        finish({"specs": spec.shipped()}, as_json)
         if not as_json:
             typer.echo("\n".join(spec.shipped()))
         return
@@ -297,7 +296,7 @@ def spec_init(
     write_text(target, text)
     if not as_json:
         typer.echo(f"wrote {target}; next: elbowroom run {target}")
-    _finish({"spec": str(target)}, as_json)
+    finish({"spec": str(target)}, as_json)
 
 
 @spec_app.command("show")
@@ -362,22 +361,6 @@ def _command(error: Any) -> str:
     return " ".join(["elbowroom", *(context.command_path.split()[1:] if context is not None else ())])
 
 
-def _budget(budget: str | None) -> list[str]:
-    """Return the change of the spec that `--budget` stands for."""
-    if budget is None:
-        return []
-    from elbowroom import clock
-
-    clock.seconds(budget, "--budget")
-    return [f"audit.budget={budget.strip()}"]
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr)
-
-
 @contextmanager
 def _bar(as_json: bool) -> Iterator[Callable[..., None] | None]:
     if as_json:
@@ -385,7 +368,7 @@ def _bar(as_json: bool) -> Iterator[Callable[..., None] | None]:
         return
     from elbowroom.inference.progress import progress_bar
 
-    with progress_bar(_console(stderr=True)) as report:
+    with progress_bar(screen(stderr=True)) as report:
         yield report
 
 
@@ -422,7 +405,7 @@ def _fit(
     with locked(path), _bar(as_json) as report:
         fitted = shell.fit(experiment, path, overwrite=overwrite, resume=resume, report=report)
     if not as_json:
-        _console().print(f"fit: {fitted.summary}", highlight=False)
+        screen().print(f"fit: {fitted.summary}", highlight=False)
         typer.echo(f"wrote {path}/ (weights.pt, history.csv, spec.yaml, split.npz)")
     return fitted, {"run": str(path), "fit": fitted.summary, "notes": list(experiment.notes)}
 
@@ -435,7 +418,7 @@ def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, devi
     if as_json:
         found = fitted.audit(data, out=out, device=device, resume=resume, progress=lambda step: plan.update(step.plan.tree()))
     else:
-        with audit_bar(_console(stderr=True), typer.echo) as report:
+        with audit_bar(screen(stderr=True), typer.echo) as report:
             found = fitted.audit(data, out=out, device=device, resume=resume, progress=report)
     folder = fitted.audit_folder(data, out)
     if not as_json:
@@ -448,7 +431,7 @@ def _print_audit(found: Audit, folder: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = _console()
+    console = screen()
     table = Table(title=f"audit of {found.table.sizes['obs_id']} data", title_justify="left", show_header=False)
     for quantity, value in found.lines():
         table.add_row(escape(quantity), escape(value))
@@ -459,21 +442,6 @@ def _print_audit(found: Audit, folder: Path) -> None:
     posteriors = ", ".join(f"posteriors/{name}.nc" for name in found.posteriors)
     diagnosis = "diagnosis.nc, " if found.diagnosis is not None else ""
     typer.echo(f"\nwrote {folder}/ (audit.nc, audit.csv, {diagnosis}{posteriors})")
-
-
-def _print_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], sentences: Sequence[str], title: str | None = None
-) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    console, table = _console(), Table(*head, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print()
-    console.print(table)
-    for sentence in sentences:
-        console.print(sentence, highlight=False)
 
 
 def _report(run: Path, as_json: bool) -> dict[str, Any]:
@@ -488,11 +456,6 @@ def _report(run: Path, as_json: bool) -> dict[str, Any]:
     if not as_json:
         typer.echo(f"wrote {path}")
     return {"report": str(path)}
-
-
-def _finish(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

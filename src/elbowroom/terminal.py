@@ -1,0 +1,66 @@
+"""What the commands share: their options, the console, tables, and the JSON that `--json` prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SpecArg = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec file (.yaml)", show_default=False)]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="the run folder [default: runs/<spec's name>]")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="move what is there aside first")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the run that is there, its audit too")]
+Budget = Annotated[
+    str | None, typer.Option("--budget", metavar="TIME", help="time that the audit may take: 90s, 10m, 1h [default: no limit]")
+]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="change the spec; may be repeated")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+AllowPython = Annotated[
+    bool, typer.Option("--allow-python", help="execute the user's own files and modules that are named as python:...")
+]
+Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:1")]
+
+
+def budgeted(budget: str | None) -> list[str]:
+    """Return the change of the spec that `--budget` stands for."""
+    if budget is None:
+        return []
+    from elbowroom import clock
+
+    clock.seconds(budget, "--budget")
+    return [f"audit.budget={budget.strip()}"]
+
+
+def screen(*, stderr: bool = False) -> Console:
+    """Return the console, which wraps lines on a terminal and leaves them alone in a pipe."""
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], sentences: Sequence[str], title: str | None = None) -> None:
+    """Print a table and the sentences that say what to conclude from it."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    console, table = screen(), Table(*head, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print()
+    console.print(table)
+    for sentence in sentences:
+        console.print(sentence, highlight=False)
+
+
+def finish(result: dict[str, Any], as_json: bool) -> None:
+    """Print what a command found as one JSON object, where that was asked for."""
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
