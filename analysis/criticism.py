@@ -24,8 +24,8 @@ import xarray as xr
 from torch import Tensor
 
 from elbowroom.analysis.criticism_layout import NATS, dataset, pit, sentence, statistics
-from elbowroom.analysis.discrepancies import Judged, Statistic, judge, suited
-from elbowroom.analysis.residuals import RELATIVE, WORDS, Residuals, replicated, residuals
+from elbowroom.analysis.discrepancies import EffectKind, Judged, Statistic, judge, suited
+from elbowroom.analysis.residuals import KINDS, WORDS, Residuals, replicated, residuals
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference import discrete
 from elbowroom.inference.forward import first_line
@@ -59,7 +59,7 @@ def criticise(
         A DataTree with the groups
 
         * `statistics` (statistic): value, null_mean, null_sd, p_value, p_adjusted, effect; group (`joint` or `residual`),
-          words, effect_kind (`relative`, `difference`, `nats`), and null (statistic, replicate), NaN beyond the shorter null.
+          words, effect_kind (see `rules.EFFECTS`), and null (statistic, replicate), NaN beyond the shorter null.
           p_adjusted is familywise over all statistics: the chance under the model that any deviates as much (maxT within each
           null, then twice that for the two)
         * `pit` (column, u): effect and p_value of each column, difference (ECDF - u of all entries), band; with several
@@ -92,7 +92,7 @@ def criticise(
     rows = rows[torch.randperm(len(rows), generator=generator)].to(log_joint.device)
     shown = rows[: _shown(log_joint)].sort().values
     groups: dict[str, xr.Dataset] = {}
-    judged: dict[str, tuple[str, Judged, str, bool]] = {}
+    judged: dict[str, tuple[str, Judged, str, EffectKind]] = {}
     z: Tensor | None = None
     sites: dict[str, Tensor] = {}
     if len(rows):
@@ -111,7 +111,10 @@ def criticise(
             several = len(log_joint.program.observed) > 1
             if found is not None:
                 prefix = f"{name}: " if several else ""
-                judged |= {prefix + k: ("residual", one, prefix + WORDS[k], k in RELATIVE) for k, one in found.judged.items()}
+                judged |= {
+                    prefix + k: ("residual", one, prefix + WORDS[k], KINDS.get(k, "difference"))
+                    for k, one in found.judged.items()
+                }
                 groups[f"pit_{name}".replace("/", ".") if several else "pit"] = pit(found)
     except REFUSED as refused:
         attrs["residual"] = f"not available: {first_line(refused)}"
@@ -178,7 +181,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def _joint(
     log_joint: LogJoint, z: Tensor | None, rows: Tensor, shown: Tensor, replicates: int, seed: int
-) -> tuple[dict[str, tuple[str, Judged, str, bool]], dict[str, Tensor]]:
+) -> tuple[dict[str, tuple[str, Judged, str, EffectKind]], dict[str, Tensor]]:
     """Return statistics of data and replicates, and some of the replicates: name -> (S, len(shown), D)."""
     observed = log_joint.program.observed
     wanted: dict[str, tuple[str, Statistic]] = {}
@@ -211,9 +214,9 @@ def _joint(
                     kept[site].append(new[site][shown])
     words = {name: one.words for name, (_, one) in wanted.items()}
     words |= {"log_likelihood": "mean log p(x|z) at one draw of the posterior, nats", "log_prior": "mean log p(z) there, nats"}
-    relative = frozenset(name for name, (_, one) in wanted.items() if one.relative)
-    found = judge({name: torch.stack(parts) for name, parts in values.items()}, relative=relative)
-    judged = {name: ("joint", one, words[name], name in relative) for name, one in found.items()}
+    kinds: dict[str, EffectKind] = {name: one.kind for name, (_, one) in wanted.items()} | dict.fromkeys(NATS, "nats")
+    found = judge({name: torch.stack(parts) for name, parts in values.items()}, kinds=kinds)
+    judged = {name: ("joint", one, words[name], kinds[name]) for name, one in found.items()}
     return judged, {site: torch.stack(parts) for site, parts in kept.items() if parts}
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from elbowroom.analysis.discrepancies import Judged
+from elbowroom.analysis import rules
+from elbowroom.analysis.discrepancies import EffectKind, Judged
 from elbowroom.analysis.residuals import Residuals
 from elbowroom.analysis.table import LEVEL
 
@@ -48,8 +48,8 @@ def pit(found: Residuals) -> xr.Dataset:
     return found_pit
 
 
-def statistics(judged: Mapping[str, tuple[str, Judged, str, bool]]) -> xr.Dataset:
-    """Lay statistics out: name -> (group, judgement, words, whether the effect is relative)."""
+def statistics(judged: Mapping[str, tuple[str, Judged, str, EffectKind]]) -> xr.Dataset:
+    """Lay statistics out: name -> (group, judgement, words, kind of the effect)."""
     families = len({group for group, *_ in judged.values()})
     most = max((len(one.null) for _, one, _, _ in judged.values()), default=0)
     null = np.full((len(judged), most), np.nan)
@@ -67,9 +67,7 @@ def statistics(judged: Mapping[str, tuple[str, Judged, str, bool]]) -> xr.Datase
     words = {
         "group": [group for group, *_ in judged.values()],
         "words": [text for *_, text, _ in judged.values()],
-        "effect_kind": [
-            "relative" if relative else "nats" if name in NATS else "difference" for name, (*_, relative) in judged.items()
-        ],
+        "effect_kind": [kind for *_, kind in judged.values()],
     }
     return xr.Dataset(
         {
@@ -90,6 +88,6 @@ def sentence(found: xr.Dataset, attrs: Mapping[str, str]) -> str:
         return f"no statistic speaks against the model (smallest adjusted p-value {least:.2g})"
     odd = found.isel(statistic=(found["p_adjusted"].values <= LEVEL))
     said = []
-    for name, effect, how in zip(odd["statistic"].values, odd["effect"].values, odd["effect_kind"].values, strict=True):
-        said.append(f"{name} ({effect:+.0%})" if how == "relative" and math.isfinite(effect) else f"{name} ({effect:+.3g})")
+    for name, effect, kind in zip(odd["statistic"].values, odd["effect"].values, odd["effect_kind"].values, strict=True):
+        said.append(f"{name} ({rules.effect_in_words(float(effect), str(kind))})")
     return f"the data differ from those of the model in {', '.join(said)} (adjusted p-values at most {LEVEL})"

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 Kind = Literal["binary", "counts", "real"]
+EffectKind = Literal["difference", "sd", "skewness", "kurtosis", "relative", "largest", "nats"]  # see `rules.EFFECTS`
+LOGARITHMS = ("largest",)  # kinds of statistics that are logarithms, whose effect is the relative difference of the numbers
 
 COLUMNS = 64  # columns looked at one by one and in pairs, evenly spaced, where there are more
 
@@ -29,13 +31,13 @@ class Statistic:
         name: the word in tables.
         words: what it is.
         value: x (N, D), NaN where missing -> a number (), or a vector.
-        relative: whether its effect is a relative difference, else a difference.
+        kind: the unit of its effect, which has a limit of its own.
     """
 
     name: str
     words: str
     value: Callable[[Tensor], Tensor]
-    relative: bool = False
+    kind: EffectKind = "difference"
 
 
 def kind_of(x: Tensor) -> Kind:
@@ -104,31 +106,38 @@ def suited(x: Tensor) -> list[Statistic]:
     """Return the statistics that suit the kind of the data x (N, D)."""
     kind, columns = kind_of(x), some_columns(x.shape[1], x.device)
     found = {
-        "binary": [Statistic("ones", "share of ones", lambda x: x.nanmean(), True)],
+        "binary": [Statistic("ones", "share of ones", lambda x: x.nanmean(), "relative")],
         "counts": [
-            Statistic("zeros", "share of zeros", lambda x: (x == 0).double().sum() / x.isfinite().sum(), True),
-            Statistic("dispersion", "variance / mean of a column, averaged over columns", _dispersion, True),
-            Statistic("largest", "largest count (its logarithm is tested)", lambda x: x.nan_to_num().amax().log1p(), False),
+            Statistic("zeros", "share of zeros", lambda x: (x == 0).double().sum() / x.isfinite().sum(), "relative"),
+            Statistic("dispersion", "variance / mean of a column, averaged over columns", _dispersion, "relative"),
+            Statistic("largest", "largest count + 1 (its logarithm)", lambda x: x.nan_to_num().amax().log1p(), "largest"),
         ],
         "real": [
             Statistic(
-                "sd", "standard deviation of a column, averaged over columns", lambda x: _over_columns(_spreads(x)), True
+                "sd", "standard deviation of a column, averaged over columns", lambda x: _over_columns(_spreads(x)), "relative"
             ),
-            Statistic("skewness", "skewness of a column, averaged over columns", lambda x: _moment(x, 3)),
-            Statistic("kurtosis", "kurtosis of a column, averaged over columns", lambda x: _moment(x, 4)),
+            Statistic("skewness", "skewness of a column, averaged over columns", lambda x: _moment(x, 3), "skewness"),
+            Statistic("kurtosis", "kurtosis of a column, averaged over columns", lambda x: _moment(x, 4), "kurtosis"),
             Statistic(
-                "largest", "farthest entry, in standard deviations of its column (its logarithm)", lambda x: _largest(x).log()
+                "largest",
+                "farthest entry, in standard deviations of its column (its logarithm)",
+                lambda x: _largest(x).log(),
+                "largest",
             ),
         ],
     }[kind]
     spread = _spreads(x)  # of the data, a constant: p-values stay as they are, and the effect knows no unit of measurement
     unit = torch.ones_like(spread) if kind == "binary" else torch.where(spread > 0, spread, 1.0)
-    found.append(Statistic("column_means", "means of columns: distance from the replicates'", lambda x: _centres(x) / unit))
+    means = "means of columns: distance from the replicates'"
+    found.append(Statistic("column_means", means, lambda x: _centres(x) / unit, "difference" if kind == "binary" else "sd"))
     if x.shape[1] > 1:
         pairs = lambda x: correlations(x[:, columns])
         found += [
             Statistic(
-                "mass_sd", "standard deviation over data of the sum of a datum's entries", lambda x: _mass(x).std(), True
+                "mass_sd",
+                "standard deviation over data of the sum of a datum's entries",
+                lambda x: _mass(x).std(),
+                "relative",
             ),
             Statistic("correlation", "mean |correlation| of pairs of columns", lambda x: pairs(x).abs().mean()),
             Statistic("correlations", "correlations of pairs of columns: distance from the replicates'", pairs),
@@ -145,7 +154,8 @@ class Judged:
         null: of the replicates, (R,).
         p_value: (1 + number of replicates that deviate at least as much) / (1 + R), two-sided (of distances: one-sided).
         p_family: the same over all statistics of the family: the chance that any of them deviates as much.
-        effect: difference from the mean of the replicates, divided by it where it is `relative`; of a vector the
+        effect: difference from the mean of the replicates, in the unit of the statistic; divided by that mean where it is
+            `relative`, and the same of the numbers where the statistic is a logarithm (of a geometric mean); of a vector the
             root-mean-square difference of its components, the replicates' own spread taken off.
     """
 
@@ -157,14 +167,14 @@ class Judged:
 
 
 def judge(
-    values: Mapping[str, Tensor], *, relative: frozenset[str] = frozenset(), one_sided: frozenset[str] = frozenset()
+    values: Mapping[str, Tensor], *, kinds: Mapping[str, EffectKind] | None = None, one_sided: frozenset[str] = frozenset()
 ) -> dict[str, Judged]:
     """Compare element 0, the data, with elements 1..R, its replicates.
 
     Args:
         values: name -> (R + 1,), or (R + 1, K) of a vector, of which the root-mean-square distance from the mean over all
             R + 1 is taken, in units of each component's spread.
-        relative: names of those whose effect is a relative difference.
+        kinds: units of their effects, by name; `difference` where there is none.
         one_sided: names of those of which only large values speak against the model; vectors are.
 
     Returns:
@@ -179,16 +189,18 @@ def judge(
     found = {}
     for name, value in scalar.items():
         mine = score[name][0]
-        effect = _effect(values[name].double(), name in relative)
+        effect = _effect(values[name].double(), (kinds or {}).get(name, "difference"))
         found[name] = Judged(value[0].item(), value[1:], rank(score[name], mine), rank(worst, mine), effect)
     return found
 
 
-def _effect(value: Tensor, relative: bool) -> float:
+def _effect(value: Tensor, kind: EffectKind) -> float:
     off, null = value[0] - value[1:].mean(0), value[1:]
     if value.dim() == 2:
         return (off.square() - null.var(0)).mean().clamp_min(0).sqrt().item()
-    return (off / null.mean().abs()).item() if relative else off.item()
+    if kind in LOGARITHMS:
+        return off.expm1().item()
+    return (off / null.mean().abs()).item() if kind == "relative" else off.item()
 
 
 def _distance(vectors: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ def number(one: rules.Judgement) -> str:
     units = one.units.removeprefix("share ") if share else one.units
     if one.units == "latents" and one.number == 1:
         units = "latent"
-    if one.units == "effect":
-        return f"effect {write(one.number)}{interval}"
+    if one.units.startswith("effect"):
+        return f"effect {rules.effect_in_words(one.number, one.units.removeprefix(rules.EFFECT))}"
     return f"{write(one.number)}{interval} {units}".strip()
 
 

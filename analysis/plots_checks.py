@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from elbowroom.analysis.canvas import ALARM, EXACT, FAINT, GUIDE, INK, MUTED, WIDE, Absent, Plot, canvas, percent, say, styled
-from elbowroom.analysis.rules import EFFECTS
+from elbowroom.analysis.rules import EFFECTS, MEASURED, effect_in_words
 from elbowroom.analysis.table import LEVEL
 
 FAR = 6.0  # null sd, from which on the axis is logarithmic
@@ -86,12 +86,7 @@ def _p(found: xr.Dataset, row: int) -> str:
 
 
 def _effect(found: xr.Dataset, row: int) -> str:
-    value = float(found["effect"].values[row])
-    if not np.isfinite(value):
-        return "not known"
-    kind = str(found["effect_kind"].values[row])
-    text = percent(abs(value)) if kind == "relative" else say(abs(value), 2) + (" nats" if kind == "nats" else "")
-    return ("+" if value >= 0 else "−") + text
+    return effect_in_words(float(found["effect"].values[row]), str(found["effect_kind"].values[row])).replace("-", "−")
 
 
 def _wide_axis(axes: Axes, z: np.ndarray) -> None:
@@ -110,7 +105,8 @@ def _wide_axis(axes: Axes, z: np.ndarray) -> None:
 def _checks_caption(found: xr.Dataset, bad: np.ndarray, slight: np.ndarray) -> str:
     words, k = found["words"].values.astype(str), found.sizes["statistic"]
     tell = lambda row: f"{words[row]} (effect {_effect(found, row)}, p = {_p(found, row)})"
-    by_effect = np.argsort(-np.abs(found["effect"].values), kind="stable")
+    limit = np.array([EFFECTS[kind] for kind in found["effect_kind"].values.astype(str)])
+    by_effect = np.argsort(-np.abs(found["effect"].values) / limit, kind="stable")
     if bad.any():
         text = (
             f"{int(bad.sum())} of {k} checks fail: {'; '.join(tell(row) for row in by_effect if bad[row])}. The model does not "
@@ -125,10 +121,11 @@ def _checks_caption(found: xr.Dataset, bad: np.ndarray, slight: np.ndarray) -> s
         least = float(found["p_adjusted"].min())
         text = f"None of {k} checks fails, the smallest p-value is {least:.2g}: in these respects the model makes such data."
     text += (
-        " p-values hold over all checks together; those of the residuals take z as one draw of the certified posterior. An "
-        f"effect matters from {EFFECTS['difference']} on, a relative one (in %) from {EFFECTS['relative']:.0%}, one of "
-        f"densities from {EFFECTS['nats']:.0f} nat."
+        " p-values hold over all checks together; those of the residuals take z as one draw of the certified posterior. "
+        "Effects matter from these sizes on: "
     )
+    kinds = [kind for kind in EFFECTS if kind in set(found["effect_kind"].values.astype(str))]
+    text += ", ".join(f"{effect_in_words(EFFECTS[kind], kind).lstrip('+')} {MEASURED[kind]}" for kind in kinds) + "."
     for name, what in (("joint", "checks against simulated data"), ("residual", "residuals given z")):
         if reason := str(found.attrs.get(name, "")):
             text += f" {what[0].upper()}{what[1:]}: {reason}."

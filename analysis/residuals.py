@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elbowroom.analysis.discrepancies import Judged, correlations, judge, some_columns
+from elbowroom.analysis.discrepancies import EffectKind, Judged, correlations, judge, some_columns
 from elbowroom.inference.simulate import predict
 from elbowroom.inference.target import LogJoint
 
@@ -28,7 +28,7 @@ WORDS = {
     "residual_correlation": "mean |correlation| of the normal scores of two columns",
     "residual_correlations": "correlations of normal scores: distance from the draws'",
 }
-RELATIVE = frozenset({"residual_sd", "residual_tails"})
+KINDS: dict[str, EffectKind] = {"residual_sd": "relative", "residual_tails": "relative"}  # the others are differences
 ONE_SIDED = frozenset({"pit", "pit_column"})
 
 
@@ -146,7 +146,7 @@ def _judged(ranks: Tensor, there: Tensor, columns: Tensor) -> Residuals:
     effect = torch.stack(apart)
     largest = torch.stack(values["pit"])[1:]
     return Residuals(
-        judged=judge({name: torch.stack(t) for name, t in values.items()}, relative=RELATIVE, one_sided=ONE_SIDED),
+        judged=judge({name: torch.stack(t) for name, t in values.items()}, kinds=KINDS, one_sided=ONE_SIDED),
         columns=columns,
         effect=effect[0],
         p_value=(1 + (effect[1:] >= effect[0] - 1e-12).sum(0)) / size,

@@ -31,10 +31,31 @@ from elbowroom.analysis.table import FEW, LARGE_GAP, LEVEL, MISSED, SMALL_GAP, T
 
 HALF = 0.5
 CAUSE = 1 / 3  # share of the gap from which on a part is named as a cause
-EFFECTS = {"difference": 0.05, "relative": 0.1, "nats": 1.0}
-"""What matters: a difference of probabilities (of PIT values from uniform) or correlations; a relative one; nats per datum."""
+EFFECTS = {"difference": 0.05, "sd": 0.1, "skewness": 0.5, "kurtosis": 1.0, "relative": 0.1, "largest": 0.25, "nats": 1.0}
+"""What matters, by the kind of a check's effect, each in its own unit:
+
+| kind         | of                                                                | matters above                            |
+|--------------|-------------------------------------------------------------------|------------------------------------------|
+| `difference` | probabilities (PIT values from uniform), correlations             | 0.05                                     |
+| `sd`         | means of columns, in standard deviations of the column            | 0.1 sd                                   |
+| `skewness`   | mean skewness of columns                                          | 0.5 (of a normal: 0, a gamma(16): 0.5)   |
+| `kurtosis`   | mean kurtosis of columns                                          | 1 (of a normal: 3, Student's t of 10: 4) |
+| `relative`   | shares, variances, standard deviations, relative to the model's   | 10%                                      |
+| `largest`    | the largest value, relative to the geometric mean of the model's  | 25%                                      |
+| `nats`       | log densities per datum                                           | 1 nat                                    |
+"""
+MEASURED = {
+    "difference": "of probabilities or correlations",
+    "sd": "of means of columns",
+    "skewness": "of skewness",
+    "kurtosis": "of kurtosis",
+    "relative": "relative to the model's",
+    "largest": "of the largest value, relative to the model's",
+    "nats": "of log densities per datum",
+}
 ERRORS = 5.0  # standard errors by which log p(x) may lie below the ELBO
 
+EFFECT = "effect: "  # begins the units of an effect, which are its kind
 SOUND = "sound"
 UNTRUSTED = "reference not trustworthy"
 MODE_MISSED = "mode missed"
@@ -148,6 +169,15 @@ def per_datum(table: xr.Dataset) -> np.ndarray:
     return np.where(~known(table) | _contradicts(table), UNTRUSTED, verdict).astype(str)
 
 
+def effect_in_words(effect: float, kind: str) -> str:
+    """Write a check's effect with its sign and unit."""
+    if not math.isfinite(effect):
+        return "not known"
+    if kind in ("relative", "largest"):
+        return f"{effect:+.0%}" if abs(effect) >= 0.1 else f"{effect:+.1%}"
+    return f"{effect:+.2g}" + {"sd": " sd", "nats": " nats"}.get(kind, "")
+
+
 def as_dataset(verdicts: list[Judgement]) -> xr.Dataset:
     """Lay judgements out over `verdict`, for files."""
     rows = [asdict(judgement) for judgement in verdicts]
@@ -257,16 +287,17 @@ def _misfit(facts: Facts) -> Judgement | None:
     if not bad.any():
         return None
     worst = int(np.argmax(np.where(bad, effect / limit, -1.0)))
+    kind, signed = str(found["effect_kind"].values[worst]), float(found["effect"].values[worst])
     return Judgement(
         MISFIT,
-        float(effect[worst]),
+        signed,
         math.nan,
         math.nan,
-        "effect",
-        f"{bad.sum()} of {bad.size} checks fail, the worst: {names[worst]}, effect {effect[worst]:.2g}, "
+        f"{EFFECT}{kind}",
+        f"{bad.sum()} of {bad.size} checks fail, the worst: {names[worst]}, effect {effect_in_words(signed, kind)}, "
         f"p = {p[worst]:.1g} over all checks",
-        f"p at most {LEVEL} over all checks, and an effect above {EFFECTS['difference']} (differences of probabilities and "
-        f"correlations), {EFFECTS['relative']:.0%} or {EFFECTS['nats']:.0f} nat per datum",
+        f"p at most {LEVEL} over all checks, and an effect above {effect_in_words(EFFECTS[kind], kind).lstrip('+')} in "
+        f"size ({MEASURED[kind]})",
         "The posterior is that of a model that does not make such data: try another likelihood (elbowroom components "
         "likelihood), more latents or a larger decoder; elbowroom compare says by held-out log p(x) which is better.",
     )

@@ -16,7 +16,7 @@ import xarray as xr
 from conftest import linear_vae
 from torch import Tensor
 
-from elbowroom.analysis import criticism
+from elbowroom.analysis import criticism, rules
 from elbowroom.analysis.criticism import criticise
 from elbowroom.analysis.discrepancies import correlations, judge, kind_of, suited
 from elbowroom.inference.enumeration import Enumeration
@@ -333,6 +333,33 @@ def test_the_effect_of_column_means_knows_no_unit_of_measurement(integers: bool)
     assert found[0].effect == pytest.approx(found[1].effect)
     assert found[0].effect == pytest.approx(0.5, abs=0.15)
     assert found[0].p_value == found[1].p_value
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind", "small", "large"),
+    [  # each in its own unit: what an effect of .05 is to one statistic is nothing to another
+        ("kurtosis", lambda g, t: g.standard_t(t, (4000, 2)), "kurtosis", 30, 7),
+        ("skewness", lambda g, t: g.gamma(t, size=(4000, 2)) / t, "skewness", 100, 4),
+        ("largest", lambda g, t: t * g.standard_normal((4000, 2)), "largest", None, None),
+        ("column_means", lambda g, t: t + g.standard_normal((4000, 2)), "sd", 0.07, 0.2),
+    ],
+)
+def test_each_statistic_has_a_limit_in_its_own_unit(name, shape, kind, small, large) -> None:
+    generator = np.random.default_rng(1)
+    null = [torch.as_tensor(generator.standard_normal((4000, 2))) for _ in range(100)]
+    (one,) = [one for one in suited(null[0]) if one.name == name]
+    assert one.kind == kind
+
+    def effect(x) -> float:
+        rows = [one.value(torch.as_tensor(x)), *map(one.value, null)]
+        return abs(judge({name: torch.stack(rows)}, kinds={name: one.kind})[name].effect)
+
+    if name == "largest":  # of one entry, in sd: half as far again as any that the model makes is 50 % or so
+        x = generator.standard_normal((4000, 2))
+        x[0, 0] = 1.5 * np.abs(np.stack(null)).max(axis=(1, 2)).mean()
+        assert effect(x) == pytest.approx(0.5, abs=0.06)  # its logarithm would be 0.41
+        return
+    assert 0.05 < effect(shape(generator, small)) < rules.EFFECTS[kind] < effect(shape(generator, large))
 
 
 def test_entries_under_a_mask_are_no_data_and_it_is_said() -> None:

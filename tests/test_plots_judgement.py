@@ -462,7 +462,7 @@ def test_predictive_distributions_beside_the_data(options):
 
 def test_numbers_of_verdicts_have_interval_and_units():
     assert judged.number(MISSED) == "25% [20%, 30%] of the data"
-    assert judged.number(MISFIT) == "effect 0.300"
+    assert judged.number(MISFIT) == "effect +0.3"
     assert judged.number(rules.Judgement("", 0.158, 0.1154, 0.1844, "nats", "", "", "")) == "0.158 [0.115, 0.184] nats"
     assert judged.number(rules.Judgement("", 1.0, np.nan, np.nan, "latents", "", "", "")) == "1 latent"
 

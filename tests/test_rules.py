@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,19 @@ def test_collapse_and_misfit_are_read_off_their_datasets() -> None:
     assert words(table(), checks([0.001, 0.001], [0.03, 0.05])) == ["sound"]  # significant, and too small to matter
     assert words(table(), checks([0.5, 0.02], [0.3, 0.9])) == ["sound"]  # large, and not significant
     assert words(table(), checks([1.0, 0.005], [0.0, -0.4])) == ["model misfit"]
+    (found,) = judge(table(), checks([1.0, 0.005], [0.0, -0.4]))
+    assert "dispersion, effect -40%" in found.rests_on
+    assert found.rule.endswith("an effect above 10% in size (relative to the model's)")
+
+
+@pytest.mark.parametrize(("kind", "limit"), rules.EFFECTS.items())
+def test_every_kind_of_effect_has_its_own_limit_and_words(kind: str, limit: float) -> None:
+    for effect, expected in ((0.9 * limit, "sound"), (-1.1 * limit, "model misfit")):
+        columns = {"p_adjusted": [0.001], "effect": [effect], "words": ["a statistic"], "effect_kind": [kind]}
+        checks = xr.Dataset({name: ("statistic", values) for name, values in columns.items()})
+        assert words(table(), {"checks": checks}) == [expected]
+    assert f"`{kind}`" in (Path(__file__).parents[1] / "docs" / "numbers.md").read_text()
+    assert rules.MEASURED[kind]
 
 
 def test_advice_names_the_family_and_its_gain() -> None:
