@@ -17,6 +17,7 @@ from elbowroom import advice, cli, document
 from elbowroom.advice import propose
 from elbowroom.errors import DataError, RunFolderError, SpecError
 from elbowroom.experiment import Experiment
+from elbowroom.improve import Improvement
 from elbowroom.inference.rows import Rows
 from elbowroom.inference.start import MODEL, Start
 from elbowroom.inference.svi import Session
@@ -308,6 +309,22 @@ def test_improve_keeps_the_old_run_and_log_p(home: Path, tmp_path: Path, plain: 
     assert found.tree()["gaps"]["gap_total"]["after"]["median"] == pytest.approx(np.median(gap))
 
 
+def test_audits_of_different_data_are_compared_on_those_of_both(home: Path) -> None:
+    run = Run.load(home / "run")
+    table = advice.audited(run)
+    k = np.where(np.arange(12) < 3, 2.0, 0.1)
+    before, after = (table.assign(pareto_k=("obs_id", k)), table.isel(obs_id=slice(4, None)))
+    found = Improvement(
+        run, run, before, after.assign(pareto_k=("obs_id", k[4:] + np.where(np.arange(8) < 1, 2.0, 0))), propose(run)
+    )
+    rows = {name: values for name, *values in found.lines()}
+    assert rows["k-hat > 0.7"] == ["0 of 8", "1 of 8"]
+    assert rows["exact or certified"] == ["8 of 8", "8 of 8"]
+    assert found.verdict()[0] == "Compared are the 8 data of both audits (12 before, 8 after)."
+    assert "k-hat exceeds 0.7 at 1 data, 0 before" in found.verdict()[-1]
+    assert "Compared are" not in repr(Improvement(run, run, before, before, propose(run)))
+
+
 def test_retraining_is_another_model_and_says_so(home: Path, tmp_path: Path, plain: None) -> None:
     found = Run.load(home / "run").improve(retrain=True, out=tmp_path / "new")
     assert not found.same_model
@@ -341,7 +358,10 @@ def test_the_command_line(home: Path, tmp_path: Path, plain: None, capsys: pytes
 BAD = [
     (["nowhere"], "no such run folder"),
     (["bare"], "is not audited; run `elbowroom audit"),
-    (["run", "--out", "run", "--overwrite"], "which is kept"),
+    (["run", "--out", "run", "--overwrite"], "is the run that is to be improved, run, which is kept"),
+    (["run", "--out", "run/better"], "lies in the run that is to be improved"),
+    (["run", "--out", "run/posteriors"], "lies in the run that is to be improved"),
+    (["run", "--out", "."], "holds the run that is to be improved"),
     (["run", "--out", "bare"], "holds a run already"),
     (["run", "--set", "model.latent_dim=2"], "the model is kept; change it with --retrain"),
     (["run", "--set", "data.split=[.5,.2,.3]"], "on the same data"),

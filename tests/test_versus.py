@@ -78,6 +78,23 @@ def test_noise_is_no_difference() -> None:
     assert "cannot be told from" in found.verdict()[0]
 
 
+def test_equal_evidence_is_called_the_same() -> None:
+    """Also where two grids differ by rounding, whose 0.000 +- 0.000 is no difference whatever its z."""
+    a = np.random.default_rng(2).normal(-100, 20, N)
+    for b in (a, a + 1e-6 * (1 + np.arange(N) / N)):
+        found = Versus(tabulate(["a", "b"], [audited(a), audited(b)]))
+        assert "nan" not in repr(found)
+        assert "the same" in [cell for row in found.lines() for cell in row]
+        other = "a" if found.best == "b" else "b"
+        assert found.verdict() == [
+            f"{other} and {found.best} are the same: log p(x) of none of 200 data differs by 0.001 nats."
+        ]
+        json.dumps(found.tree(), allow_nan=False)
+    one = Versus(tabulate(["a", "b"], [audited(a[:1]), audited(a[:1] - 0.3)]))
+    assert "nan" not in repr(one)
+    assert one.verdict() == ["b cannot be told from a: -0.300 (one datum, no error) nats per datum."]
+
+
 def test_bounds_enter_no_difference_and_are_counted() -> None:
     a = np.full(N, -1.0)
     b = np.linspace(-2.5, -1.5, N)

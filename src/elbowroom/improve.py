@@ -102,8 +102,12 @@ def check(run: Run, proposal: Proposal, *, overwrite: bool = False, resume: bool
     """
     from elbowroom.run import ready
 
-    if proposal.out.resolve() == run.path.resolve():
-        raise RunFolderError(f"{proposal.out}: is the run that is to be improved, which is kept; name another with --out")
+    new, old = proposal.out.resolve(), run.path.resolve()
+    where = "is" if new == old else "lies in" if new.is_relative_to(old) else "holds" if old.is_relative_to(new) else None
+    if where is not None:
+        raise RunFolderError(
+            f"{proposal.out}: {where} the run that is to be improved, {run.path}, which is kept; name another with --out"
+        )
     ready(proposal.experiment, proposal.out, overwrite=overwrite, resume=resume)
 
 
@@ -147,7 +151,7 @@ class Improvement:
 
     def lines(self) -> list[tuple[str, ...]]:
         """Return the rows (quantity, before, after) of the table."""
-        tables = (self.before, self.after)
+        tables = self._shared()
         rows: list[tuple[str, ...]] = [
             ("gap [nats], median (95 % interval)", *(_interval(part) for part in self._both("gap_total")))
         ]
@@ -158,13 +162,14 @@ class Improvement:
         mean, error, n = self.difference()
         rows.append((f"  paired difference, {n} data", "", f"{mean:+.3f} +- {error:.3f}" if n else "not available"))
         rows.append(("exact or certified", *(f"{int(known(t).sum())} of {t.sizes['obs_id']}" for t in tables)))
-        bad = [~(column(t, "pareto_k") <= GOOD_K) for t in tables]
-        rows.append((f"k-hat > {GOOD_K}", *(f"{int(b.sum())} of {b.size}" for b in bad)))
+        rows.append(
+            (f"k-hat > {GOOD_K}", *(f"{bad} of {t.sizes['obs_id']}" for bad, t in zip(self._bad_k(), tables, strict=True)))
+        )
         return rows
 
     def verdict(self) -> list[str]:
         """Return what to conclude, in sentences."""
-        said = [self._gap(), self._retrained() if self.proposal.retrain else self._frozen(), self._tails()]
+        said = [self._data(), self._gap(), self._retrained() if self.proposal.retrain else self._frozen(), self._tails()]
         return [sentence for sentence in said if sentence]
 
     def tree(self) -> dict[str, Any]:
@@ -190,6 +195,21 @@ class Improvement:
         rows = "\n".join(f"  {name:<36}{before:<26}{after}" for name, before, after in self.lines())
         head = f"  {'':<36}{'before':<26}after"
         return "\n".join([f"{self.old.path} -> {self.run.path}", head, rows, *self.verdict()])
+
+    def _shared(self) -> tuple[xr.Dataset, xr.Dataset]:
+        """Return the rows of both tables whose data are in both audits."""
+        both = np.intersect1d(self.before["obs_id"].values, self.after["obs_id"].values)
+        return self.before.sel(obs_id=both), self.after.sel(obs_id=both)
+
+    def _bad_k(self) -> tuple[int, int]:
+        """Return how many of the shared data have a k-hat that is too large or not known, before and after."""
+        before, after = (int((~(column(table, "pareto_k") <= GOOD_K)).sum()) for table in self._shared())
+        return before, after
+
+    def _data(self) -> str:
+        """Say which data are compared, where the two audits are not of the same."""
+        old, new, shared = (table.sizes["obs_id"] for table in (self.before, self.after, self._shared()[0]))
+        return "" if old == new == shared else f"Compared are the {shared} data of both audits ({old} before, {new} after)."
 
     def _both(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a column before and after, of the data that are known in both audits and have it in both."""
@@ -250,7 +270,7 @@ class Improvement:
         return f"{said}, no more than noise{end}."
 
     def _tails(self) -> str:
-        old, new = (int((~(column(table, "pareto_k") <= GOOD_K)).sum()) for table in (self.before, self.after))
+        old, new = self._bad_k()
         if new <= old:
             return ""
         return (

@@ -51,6 +51,7 @@ PER_DATUM = (
     "pareto_k",
 )
 CLEAR = 2.0  # standard errors from which on a difference is called one
+SAME = 1e-3  # nats by which no datum differs where two runs are called the same
 PER_RUN = {
     "known": ("1", "data whose log p(x) is a value, exact or a trusted estimate"),
     "certified": ("1", "data with a certified posterior and a value of log p(x)"),
@@ -58,6 +59,7 @@ PER_RUN = {
     "se": ("nats", "standard error of mean over data"),
     "difference": ("nats", "mean of log p(x) less that of the best run, over data known in both"),
     "difference_se": ("nats", "its standard error, paired"),
+    "largest": ("nats", "largest |difference| of a datum"),
     "z": ("1", "difference / difference_se"),
     "paired": ("1", "data that difference rests on"),
     "left_out": ("1", "data that it does not: a bound in this run or the best one"),
@@ -114,15 +116,18 @@ class Versus:
         name, n = str(self.table["run"].values[i]), self.table.sizes["obs_id"]
         if name == self.best:
             against = ("best", "")
+        elif row["largest"] <= SAME:
+            against = ("the same", "")
         elif math.isfinite(row["difference"]):
-            against = (f"{row['difference']:+.3f} +- {row['difference_se']:.3f}", f"{row['z']:+.1f}")
+            z = f"{row['z']:+.1f}" if math.isfinite(row["z"]) else "not available"
+            against = (_with_error(row["difference"], row["difference_se"]), z)
         else:
             against = ("not available", "")
         left = row["left_out"] and name != self.best
         gap = (f"{row['gap']:.3f}", f"{row['gap_lower']:.3f} to {row['gap_upper']:.3f}")
         return (
             name,
-            f"{row['mean']:.3f} +- {row['se']:.3f}" if math.isfinite(row["mean"]) else "not available",
+            _with_error(row["mean"], row["se"], "") if math.isfinite(row["mean"]) else "not available",
             *against,
             f"{row['left_out']:.0f} of {n}",
             f"{row['above']:.0f}, {row['below']:.0f}" if left else "",
@@ -138,13 +143,17 @@ class Versus:
         for i, name in enumerate(self.table["run"].values.astype(str)):
             if name == self.best:
                 continue
-            difference, error = (float(self.table[key].values[i]) for key in ("difference", "difference_se"))
+            difference, error, largest, n = (
+                float(self.table[key].values[i]) for key in ("difference", "difference_se", "largest", "paired")
+            )
             if not math.isfinite(difference):
                 said.append(f"{name} and {self.best} have no data where log p(x) is known in both.")
+            elif largest <= SAME:
+                said.append(f"{name} and {self.best} are the same: log p(x) of none of {n:.0f} data differs by {SAME} nats.")
             elif abs(difference) > CLEAR * error:
-                said.append(f"{name} is worse than {self.best} by {-difference:.3f} +- {error:.3f} nats per datum.")
+                said.append(f"{name} is worse than {self.best} by {_with_error(-difference, error, '')} nats per datum.")
             else:
-                said.append(f"{name} cannot be told from {self.best}: {difference:+.3f} +- {error:.3f} nats per datum.")
+                said.append(f"{name} cannot be told from {self.best}: {_with_error(difference, error)} nats per datum.")
         return [*said, *self.notes]
 
     def tree(self) -> dict[str, Any]:
@@ -241,6 +250,7 @@ def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence
             "se": _mean(here)[1],
             "difference": mean,
             "difference_se": error,
+            "largest": np.abs(d).max() if d.size else math.nan,
             "z": mean / error if error > 0 else math.nan,
             "paired": both.sum(),
             "left_out": (~both).sum(),
@@ -277,6 +287,11 @@ def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence
     for name in PER_DATUM:
         table[name].attrs = dict(ordered[0][name].attrs) if name in ordered[0] else {}
     return table
+
+
+def _with_error(mean: float, error: float, sign: str = "+") -> str:
+    """Write mean +- standard error; of a single datum there is none."""
+    return f"{mean:{sign}.3f} +- {error:.3f}" if math.isfinite(error) else f"{mean:{sign}.3f} (one datum, no error)"
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:
