@@ -21,7 +21,7 @@ import xarray as xr
 from annotated_types import Ge
 
 from elbowroom import clock
-from elbowroom.analysis import idata
+from elbowroom.analysis import idata, rules
 from elbowroom.analysis.blocks import Work, unreached
 from elbowroom.analysis.diagnosis import diagnose as find_out
 from elbowroom.analysis.evidence import climb
@@ -138,14 +138,14 @@ class Audit:
         """Read an audit that `save` wrote.
 
         Raises:
-            RunFolderError: when the folder holds none.
+            RunFolderError: when the folder holds none, or a file of it is damaged.
         """
         folder = Path(folder)
         if not (folder / "audit.nc").is_file():
             raise RunFolderError(f"{folder}: no audit.nc here; run `elbowroom audit {folder}` first")
         table = idata.read_table(folder / "audit.nc")
         trees = {path.stem: idata.read(path) for path in sorted((folder / "posteriors").glob("*.nc"))}
-        diagnosis = idata.read(folder / DIAGNOSIS) if (folder / DIAGNOSIS).is_file() else None
+        diagnosis = rules.read(folder / DIAGNOSIS) if (folder / DIAGNOSIS).is_file() else None
         return cls(table, trees, diagnosis)
 
     def __repr__(self) -> str:

@@ -30,6 +30,7 @@ from elbowroom.analysis import (
     plots_latent,
     plots_posterior,
     plots_training,
+    rules,
 )
 from elbowroom.analysis.canvas import DPI, Absent, Plot, thumbnail, tone
 from elbowroom.archive import read_npz
@@ -89,7 +90,7 @@ class Files:
             history=_read(folder / "history.csv", _read_history),
             latent=_read(folder / "latent.nc", idata.read),
             posteriors=trees,
-            diagnosis=_read(folder / "diagnosis.nc", idata.read),
+            diagnosis=_read(folder / "diagnosis.nc", rules.read),
         )
 
     @property

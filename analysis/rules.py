@@ -23,11 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.table import FEW, LARGE_GAP, LEVEL, MISSED, SMALL_GAP, TRUSTED, Z95, column
+from elbowroom.errors import RunFolderError
 
 HALF = 0.5
 CAUSE = 1 / 3  # share of the gap from which on a part is named as a cause
@@ -207,6 +209,27 @@ def from_dataset(dataset: xr.Dataset) -> list[Judgement]:
         )
         for i in range(dataset.sizes["verdict"])
     ]
+
+
+def read(path: Path) -> xr.DataTree:
+    """Read `diagnosis.nc`, whose verdicts must be legible.
+
+    Raises:
+        RunFolderError: it is damaged, or holds no verdicts.
+    """
+    from elbowroom.analysis import idata
+
+    tree = idata.read(path)
+    cure = "audit again, or remove it"
+    if "verdicts" not in tree.children or "verdict" not in tree["verdicts"].coords:
+        raise RunFolderError(f"{path}: holds no verdicts (group 'verdicts'); {cure}")
+    try:
+        found = from_dataset(tree["verdicts"].to_dataset())
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise RunFolderError(f"{path}: its verdicts cannot be read ({str(error).splitlines()[0]}); {cure}") from error
+    if not found:
+        raise RunFolderError(f"{path}: its list of verdicts (group 'verdicts') is empty; {cure}")
+    return tree
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------------

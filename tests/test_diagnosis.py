@@ -15,6 +15,7 @@ from conftest import linear_vae, set_guide
 from planted import FAULTS, verdicts
 
 import elbowroom as er
+from elbowroom.analysis import rules
 from elbowroom.analysis.diagnosis import diagnose
 from elbowroom.inference.exact import ClosedForm
 from elbowroom.inference.target import LogJoint
@@ -70,6 +71,29 @@ def test_without_diagnosis_there_is_none_and_an_old_one_goes(tmp_path):
     plain.save(tmp_path)
     assert not (tmp_path / "diagnosis.nc").exists()
     assert [one.verdict for one in er.Audit.load(tmp_path).verdicts] == [one.verdict for one in plain.verdicts]
+
+
+@pytest.mark.parametrize("fault", ["none", "empty", "lacks advice", "no coordinate", "words for numbers"])
+def test_verdicts_that_cannot_be_read_are_one_line(tmp_path, fault):
+    from elbowroom.analysis import idata
+    from elbowroom.analysis.report import Files
+    from elbowroom.errors import RunFolderError
+
+    audit = er.audit(model, guide, torch.tensor([0.0, 3.0, 11.0]), diagnose=False)
+    verdicts = rules.as_dataset(audit.verdicts)
+    broken = {
+        "none": None,
+        "empty": verdicts.isel(verdict=slice(0)),
+        "lacks advice": verdicts.drop_vars("advice"),
+        "no coordinate": verdicts.drop_vars("verdict"),
+        "words for numbers": verdicts.assign(number=("verdict", ["large"])),
+    }[fault]
+    audit.save(tmp_path)
+    groups = {"/information": xr.Dataset()} | ({} if broken is None else {"/verdicts": broken})
+    idata.write(xr.DataTree.from_dict(groups), tmp_path / "diagnosis.nc")
+    for read in (er.Audit.load, Files.read):
+        with pytest.raises(RunFolderError, match=r"^[^\n]*diagnosis.nc: [^\n]*; audit again, or remove it$"):
+            read(tmp_path)
 
 
 def _diagnose(log_joint: LogJoint, **options) -> xr.DataTree:
