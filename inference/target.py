@@ -33,6 +33,7 @@ from elbowroom.inference.forward import Which, first_line, forward
 from elbowroom.inference.inspection import inspect
 from elbowroom.inference.probes import probe
 from elbowroom.inference.program import Program, is_real, per_datum
+from elbowroom.inference.promotion import Promoted, mixed, mixes
 from elbowroom.inference.snapshot import Snapshot
 
 log = logging.getLogger("elbowroom")
@@ -53,7 +54,8 @@ class LogJoint:
         guide: Pyro program q(z|x), with the same plate.
         *args: arguments of both programs.
         plate: name of the data plate, where several could be meant.
-        dtype: floating-point type of all computations; None keeps the program's own.
+        dtype: floating-point type of all computations, of tensors too that the programs close over or make in a type that
+            they name; None keeps the program's own.
         **kwargs: keyword arguments of both programs.
 
     Attributes:
@@ -84,8 +86,14 @@ class LogJoint:
     ) -> None:
         self.model, self.guide = model, guide
         self.snapshot = Snapshot((model, guide), args, kwargs)
-        with self.snapshot.eval_mode(), seeded(0), torch.no_grad(), pyro.validation_enabled(True):
-            self.program = inspect(model, guide, args, kwargs, plate)
+        try:
+            self.program = self._inspected(args, kwargs, plate)
+        except RuntimeError as error:
+            if dtype is None or not mixed(error):
+                raise
+            self.model, self.guide = Promoted(model, dtype), Promoted(guide, dtype)
+            self.program = self._inspected(args, kwargs, plate)
+            self.program.notes.append(f"the program mixes precisions and does not run as it is; all is computed in {dtype}")
         self.n_obs, self.dim, self.sites = self.program.n_obs, self.program.dim, self.program.sites
         self.plate = self.program.plate
         self.notes = self.program.notes
@@ -95,17 +103,7 @@ class LogJoint:
         self.mode = "loop"
         self.joined: dict[Which, bool | None] = {"model": None, "guide": None}
         self.shares: bool | None = None
-        try:
-            self.tested = probe(self, dtype)
-            with seeded(0), self.snapshot.scope(), torch.no_grad():
-                self.run("guide", {})
-        except RuntimeError as error:  # e.g. a tensor in a closure, which no snapshot can convert
-            if "dtype" not in str(error) and "scalar type" not in str(error):
-                raise
-            raise UnsupportedProgram(
-                f"the program computes with tensors of its own in another precision than {dtype} ({first_line(error)}); pass "
-                "them as arguments, or make them float64"
-            ) from error
+        self.tested = probe(self, dtype)
 
     # -- the interface --------------------------------------------------------------------------------------------------
 
@@ -289,6 +287,8 @@ class LogJoint:
 
         other.args, other.kwargs = pytree.tree_map(convert, (self.args, self.kwargs))
         other.program = _in(dtype, self.program)
+        if isinstance(self.model, Promoted) and isinstance(self.guide, Promoted):
+            other.model, other.guide = Promoted(self.model.program, dtype), Promoted(self.guide.program, dtype)
         other.tested = self.tested.to(dtype)
         other.joined = dict(self.joined)
         return other
@@ -434,12 +434,24 @@ class LogJoint:
 
     # -- construction ---------------------------------------------------------------------------------------------------
 
+    def _inspected(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str | None) -> Program:
+        with self.snapshot.eval_mode(), seeded(0), torch.no_grad(), pyro.validation_enabled(True):
+            return inspect(self.model, self.guide, args, kwargs, plate)
+
     def take(self, dtype: torch.dtype | None) -> None:
         """Copy weights, arguments and pinned values in `dtype`."""
         self.snapshot.take(dtype)
         self.args, self.kwargs = self.snapshot.args, self.snapshot.kwargs
         self._index: dict[str, Tensor] = dict(self.program.index)
         self.program = _in(dtype or self.own_dtype, self.program)
+
+    def promote(self, dtype: torch.dtype) -> None:
+        """Compute both programs in `dtype` throughout, where one of them holds or makes numbers of another precision."""
+        if isinstance(self.model, Promoted):
+            return
+        with seeded(0), self.snapshot.scope(), torch.no_grad():
+            if any(mixes(partial(self.run, which, {}), dtype) for which in ("model", "guide")):
+                self.model, self.guide = Promoted(self.model, dtype), Promoted(self.guide, dtype)
 
     def _rows_at_once(self) -> int:
         """Return how many rows (draws x data) to evaluate together: wide data in small parts, which stay in the caches."""

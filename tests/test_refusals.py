@@ -197,20 +197,3 @@ def test_a_reference_that_cannot_be_used_says_why() -> None:
         audit(normal_model, normal_guide, X.float(), references=["closed_form"])
     with pytest.raises(UserError, match="unknown reference 'gird'"):
         audit(normal_model, normal_guide, X.float(), references=["gird"])
-
-
-def test_a_closed_over_tensor_of_another_precision_is_named() -> None:
-    """No snapshot can convert what is neither argument, module nor parameter."""
-    weight = torch.ones(3)
-
-    def model(x):
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
-            pyro.sample("x", dist.Normal(z[..., None] * weight, 1.0).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("rows", len(x)):
-            pyro.sample("z", dist.Normal(x @ weight / 4, 0.5))
-
-    with pytest.raises(UnsupportedProgram, match="tensors of its own in another precision .* pass them as arguments"):
-        LogJoint(model, guide, torch.randn(5, 3))
