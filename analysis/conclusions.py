@@ -9,22 +9,24 @@ import xarray as xr
 
 from elbowroom.analysis import findings, rules
 from elbowroom.analysis.canvas import count, percent, say
+from elbowroom.analysis.cures import Cures
 from elbowroom.analysis.table import GOOD_K, MISSED, best_reference, column, trusted
 
 
 def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
     """Return what the reader may conclude from this audit, and what not, one sentence each."""
-    n, kind = table.sizes["obs_id"], findings.kinds(table)
+    n, kind, cures = table.sizes["obs_id"], findings.kinds(table), Cures.of(table)
     gap, k = column(table, "gap_total"), column(table, "pareto_k")
     known = gap[np.isfinite(gap)]
     reference = best_reference(table)
     sure = trusted(table, reference)
     may, may_not = [], []
     if known.size:
-        median = float(np.median(known))
+        median, low, high = (say(value) for value in rules.median(known))
         may.append(
-            f"log p(x) is {_how(kind)} for {known.size:,} of {count(n)}; the ELBO lies {say(median)} nats below it at the "
-            "median. That much this guide loses, with this decoder held as it is."
+            f"log p(x) is {_how(kind)} for {known.size:,} of {count(n)}; the ELBO lies {median} nats [{low}, {high}] below it "
+            "at the median (in brackets, here and below, its 95% interval). That much this guide loses, with this decoder held "
+            "as it is."
         )
     told = _blame(table)
     if told:
@@ -36,7 +38,11 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
         may.append(
             f"For {percent(float(fine.sum()), float(n))} of the data the guide is near its reference: every mean within half a "
             "posterior sd and every sd within 25%."
-            + (f" For the others use the reference's draws in posteriors/{reference}.nc." if fine.sum() < n else "")
+            + (
+                f" For the others use the reference's draws, {cures.draws.format(reference=reference)}."
+                if fine.sum() < n
+                else ""
+            )
         )
     good = int((k < GOOD_K).sum())
     if good:
@@ -73,7 +79,7 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
     if known.size and not told:
         may_not.append(
             "Whether the family or the encoder is to blame: the gap adds both, and for this guide they are not told apart. A "
-            "richer family (guide.family) or a longer fit of the encoder will tell."
+            f"richer family ({cures.shape}) or a longer fit of the encoder will tell."
         )
     if good < n:
         may_not.append(f"Importance-weighted results for {count(n - good)} where k-hat is {GOOD_K} or more, or not known.")

@@ -28,7 +28,19 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.table import FEW, LARGE_GAP, LEVEL, MISSED, SMALL_GAP, TRUSTED, Z95, column
+from elbowroom.analysis.cures import Cures
+from elbowroom.analysis.table import (
+    FEW,
+    LARGE_GAP,
+    LEVEL,
+    MISSED,
+    SMALL_GAP,
+    TRUSTED,
+    Z95,
+    best_reference,
+    column,
+    trusted,
+)
 from elbowroom.errors import RunFolderError
 
 HALF = 0.5
@@ -106,7 +118,7 @@ class Facts:
     """
 
     def __init__(self, table: xr.Dataset, beside: Mapping[str, xr.Dataset]) -> None:
-        self.table, self.beside = table, beside
+        self.table, self.beside, self.cures = table, beside, Cures.of(table)
         self.n = table.sizes["obs_id"]
         self.known = known(table)
         self.gap = column(table, "gap_total")[self.known]
@@ -252,8 +264,8 @@ def _untrusted(facts: Facts) -> Judgement | None:
         n = int(facts.known.sum())
         said = f"{n} of {facts.n} data have a certified posterior and a value of log p(x), the others bounds at most"
         advice = (
-            "What follows rests on these alone. Give the references more time (--budget), another reference "
-            "(audit.references), or fewer latents; the reasons stand beside each datum."
+            f"What follows rests on these alone. Give the references {facts.cures.references}; the reasons stand beside each "
+            "datum."
         )
     return Judgement(UNTRUSTED, share, math.nan, math.nan, "share of the data", said, rule, advice)
 
@@ -272,8 +284,8 @@ def _mode_missed(facts: Facts) -> Judgement | None:
         "share of the data",
         f"the guide misses a mode at {lost.sum()} of {seen.sum()} certified data (median mass {np.median(mass[lost]):.0%})",
         f"modes with above {MISSED:.0%} of the posterior are missed at {FEW:.0%} of the data or more",
-        "Use a family with several modes (guide.family=mixture, or flow), and the reference's posterior until then; importance "
-        "sampling from this guide does not see what is missed.",
+        f"Use a family with several modes ({facts.cures.modes}), and the reference's posterior until then; importance sampling "
+        "from this guide does not see what is missed.",
     )
 
 
@@ -294,8 +306,8 @@ def _collapsed(facts: Facts) -> Judgement | None:
         "latents",
         f"{len(dead)} of {d} latents carry nothing ({', '.join(dead[:5])}{', ...' if len(dead) > 5 else ''})",
         "rate below 0.01 nats, of the guide and of the certified posterior",
-        "The model does without them: take them away, or keep them alive while training (fit.kl_warmup, or fit.objective: "
-        "{name: beta, free_bits: ...}) and see whether held-out log p(x) rises (elbowroom compare).",
+        f"The model does without them: take them away, or keep them alive while training ({facts.cures.alive}) and see whether "
+        f"held-out log p(x) rises: {facts.cures.held_out}.",
     )
 
 
@@ -321,8 +333,8 @@ def _misfit(facts: Facts) -> Judgement | None:
         f"p = {p[worst]:.1g} over all checks",
         f"p at most {LEVEL} over all checks, and an effect above {effect_in_words(EFFECTS[kind], kind).lstrip('+')} in "
         f"size ({MEASURED[kind]})",
-        "The posterior is that of a model that does not make such data: try another likelihood (elbowroom components "
-        "likelihood), more latents or a larger decoder; elbowroom compare says by held-out log p(x) which is better.",
+        "The posterior is that of a model that does not make such data: try another likelihood "
+        f"({facts.cures.likelihoods}), more latents or a larger decoder; {facts.cures.held_out}.",
     )
 
 
@@ -352,7 +364,7 @@ def _overfits(facts: Facts) -> Judgement | None:
         f"{_interval((difference, low, high))} more",
         f"the lower end above {SMALL_GAP} nats, and the difference half of the {what} or more",
         "The encoder has learnt its training data by heart: train it on data drawn from the model, of which there is no end "
-        "(elbowroom improve RUN); more data, fit.patience or dropout in guide.encoder help as well.",
+        f"({facts.cures.simulated}); more data, {facts.cures.regularise} help as well.",
     )
 
 
@@ -376,7 +388,7 @@ def _cause(facts: Facts, verdict: str) -> Judgement | None:
         return None
     if verdict == GUIDE:
         said = f"{whole}; the guide is no normal, so family and encoder cannot be told apart"
-        advice = "Train it longer with a wider encoder and see whether that was it (elbowroom improve RUN)."
+        advice = f"Train it longer with a wider encoder and see whether that was it; {facts.cures.try_encoder}."
         return Judgement(GUIDE, gap, low, high, "nats", said, rule, advice)
     if np.median(facts.low) <= SMALL_GAP:  # small but for the tail, whose cause is asked for
         rows &= facts.low > LARGE_GAP
@@ -388,7 +400,7 @@ def _cause(facts: Facts, verdict: str) -> Judgement | None:
         said = f"{whole}; the encoder misses {_interval(mine)} of its own family's best (amortization)"
         advice = (
             f"A wider encoder, trained longer and on data drawn from the model too, can gain up to {mine[0]:.3g} nats per "
-            "datum with the same p(x); elbowroom improve RUN does that."
+            f"datum with the same p(x); {facts.cures.try_encoder}."
         )
     else:
         said = f"{whole}; the best member of the family is {_interval(mine)} short of log p(x) (approximation)"
@@ -404,10 +416,10 @@ def _richer(facts: Facts, rows: np.ndarray) -> str:
     """Say which family would close the approximation gap, and by how much, from the refits."""
     covariance, shape = median(facts.part("gap_covariance")[rows]), median(facts.part("gap_shape")[rows])
     if covariance[0] >= HALF * (max(covariance[0], 0) + max(shape[0], 0)) and covariance[0] > 0:
-        gain = f"guide.family=full_rank_normal can gain {_interval(covariance)} per datum, by the refit"
-        return f"{gain}; what is left, {max(shape[0], 0):.3g} nats, takes a flow (elbowroom improve RUN)."
+        gain = f"{facts.cures.covariance} can gain {_interval(covariance)} per datum, by the refit"
+        return f"{gain}; what is left, {max(shape[0], 0):.3g} nats, takes a flow; {facts.cures.try_family}."
     rest = f" (a full covariance alone would gain {covariance[0]:.3g})" if covariance[0] > 0 else ""
-    return f"guide.family=flow or mixture can gain up to {_interval(shape)} per datum{rest}; elbowroom improve RUN tries it."
+    return f"{facts.cures.shape} can gain up to {_interval(shape)} per datum{rest}; {facts.cures.try_family}."
 
 
 def _sound(facts: Facts) -> Judgement:
@@ -421,8 +433,37 @@ def _sound(facts: Facts) -> Judgement:
         f"the median gap is {gap:.3g} nats [{low:.3g}, {high:.3g}] over {facts.gap.size} certified data, and no rule that "
         "could be applied finds a fault",
         f"no other verdict holds; median gap at most {SMALL_GAP} nats",
-        "q(z|x) may be used as it is.",
+        _distance(facts),
     )
+
+
+def _distance(facts: Facts) -> str:
+    """Say how far q(z|x) is from the certified posterior where nothing is wrong, for a small gap is not none."""
+    reference = best_reference(facts.table)
+    rows = facts.known & trusted(facts.table, reference)
+    if reference is None or "mean_error" not in facts.table or not rows.any():
+        return "How far means and sds are off is not known: no certified posterior stands beside q(z|x)."
+    part = facts.table.sel(reference=reference)
+    mean, ratio = (np.asarray(part[name].values, dtype=float)[rows] for name in ("mean_error", "sd_ratio"))
+    draws = facts.cures.draws.format(reference=reference)
+    end = f"where that matters, use the corrected posterior, {draws}; elsewhere q(z|x) may be used as it is."
+    if not np.isfinite(mean).any():  # discrete latents, which have no centre and no width
+        most, middle = _at_most(np.asarray(part["total_variation"].values, dtype=float)[rows])
+        return (
+            f"At {1 - FEW:.0%} of the data q(z|x) puts at most {most:.2g} of its probability on other values than the "
+            f"posterior (median {middle:.2g}): {end}"
+        )
+    (most, middle), (widest, factor) = _at_most(mean), _at_most(np.exp(np.abs(np.log(ratio))))
+    return (
+        f"At {1 - FEW:.0%} of the data the means of q(z|x) are off by at most {most:.2g} posterior sd and its sds by a factor "
+        f"of at most {widest:.3g} (medians: {middle:.2g} sd, a factor of {factor:.3g}), each in the datum's worst latent: {end}"
+    )
+
+
+def _at_most(values: np.ndarray) -> tuple[float, float]:
+    """Return what 95 % of the values do not exceed (of few, the largest), and their median."""
+    values = values[np.isfinite(values)]
+    return float(np.quantile(values, 1 - FEW, method="higher")), float(np.median(values))
 
 
 RULES: dict[str, Callable[[Facts], Judgement | None]] = {

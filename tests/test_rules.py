@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from elbowroom.analysis import rules
+from elbowroom.analysis import cures, rules
 from elbowroom.analysis.rules import from_dataset, judge, median, per_datum
 
 N = 40
@@ -137,10 +137,61 @@ def test_every_kind_of_effect_has_its_own_limit_and_words(kind: str, limit: floa
 
 
 def test_advice_names_the_family_and_its_gain() -> None:
-    (found,) = judge(table(gap_covariance=0.5, gap_shape=0.05))
+    run = {cures.FITTED: "0"}
+    (found,) = judge(table(gap_covariance=0.5, gap_shape=0.05).assign_attrs(run))
     assert "full_rank_normal can gain 0.5 nats" in found.advice
-    (found,) = judge(table(gap_covariance=0.05, gap_shape=0.5))
+    (found,) = judge(table(gap_covariance=0.05, gap_shape=0.5).assign_attrs(run))
     assert "flow or mixture" in found.advice
+    (found,) = judge(table(gap_covariance=0.5, gap_shape=0.05))
+    assert "MultivariateNormal, its scale_tril from the encoder) can gain 0.5 nats" in found.advice
+
+
+def test_only_the_advice_of_a_run_points_to_its_spec_and_commands() -> None:
+    """Every verdict's advice, for a run and for a Pyro program: the same rules, other cures."""
+    found = {"information": xr.Dataset({"collapsed": ("coordinate", [True])}, coords={"coordinate": ["z"]})}
+    columns = {"p_adjusted": [0.001], "effect": [0.5], "words": ["ones"], "effect_kind": ["relative"]}
+    found["checks"] = xr.Dataset({name: ("statistic", values) for name, values in columns.items()})
+    first = np.arange(N) < N // 2 + 1
+    cases = [
+        (table(gap_amortization=0.6), {"train": table()}),
+        (table(gap_amortization=0.6, gap_shape=0.6), found),
+        (table(gap_amortization=0.6, gap_covariance=0.6), {}),
+        (table(gap_total=[0.5] * N, **UNKNOWN), {}),
+        (table(missed_mass=0.3), {}),
+        (table(status=np.where(first, "uncertified", "exact")), {}),
+        (table(), {}),
+    ]
+    spec = re.compile(r"elbowroom |guide\.|fit\.|audit\.references|--budget|posteriors/")
+    seen = set()
+    for one, beside in cases:
+        plain, of_run = judge(one, beside), judge(one.assign_attrs({cures.FITTED: "0"}), beside)
+        assert [(a.verdict, a.number, a.rests_on, a.rule) for a in plain] == [
+            (a.verdict, a.number, a.rests_on, a.rule) for a in of_run
+        ]
+        for a, b in zip(plain, of_run, strict=True):
+            assert not spec.search(a.advice), a.advice
+            assert b.verdict == rules.SOUND or spec.search(b.advice), b.advice
+            assert not re.search(r"[{}]", a.advice)
+        seen |= {a.verdict for a in plain}
+    assert seen == {*rules.RULES, rules.SOUND}
+
+
+def test_sound_says_how_far_means_and_sds_are_off() -> None:
+    """A gap of .09 nats can be an sd ratio of .72: KL of one latent = log(1/r) + r^2/2 - 1/2."""
+    ratio = np.where(np.arange(N) < 6, 0.72, 1.1)
+    mean = np.linspace(0, 0.39, N)
+    beside = {"mean_error": (("obs_id", "reference"), mean[:, None]), "sd_ratio": (("obs_id", "reference"), ratio[:, None])}
+    (found,) = judge(table(gap_amortization=0.09).assign(beside))
+    assert found.verdict == "sound"
+    assert "At 95% of the data the means of q(z|x) are off by at most 0.38 posterior sd" in found.advice
+    assert "its sds by a factor of at most 1.39 (medians: 0.2 sd, a factor of 1.1)" in found.advice
+    assert "use the corrected posterior, audit.posteriors['grid']" in found.advice
+    discrete = {"mean_error": np.nan, "sd_ratio": np.nan, "total_variation": 0.04}
+    beside = {name: (("obs_id", "reference"), np.full((N, 1), value)) for name, value in discrete.items()}
+    (found,) = judge(table().assign(beside).assign_attrs({cures.FITTED: "0"}))
+    assert "puts at most 0.04 of its probability on other values than the posterior (median 0.04)" in found.advice
+    assert "posteriors/grid.nc" in found.advice
+    assert "not known" in judge(table())[0].advice
 
 
 def test_judgements_survive_a_file() -> None:
