@@ -208,6 +208,7 @@ def audit_log_joint(
     budget: float | str | None = None,
     store: Store | None = None,
     beside: Mapping[str, LogJoint] | None = None,
+    entries: int | None = None,
 ) -> Audit:
     """Audit a guide through the seam, block by block of data; each block's draws are thinned before the next one.
 
@@ -227,6 +228,7 @@ def audit_log_joint(
         store: where finished parts are kept and looked up.
         beside: seams of other data of the same pair (such as `train`), whose gaps are found out too, with all else that the
             verdicts rest on; an empty mapping where there are none. None leaves all of it out.
+        entries: entries of one datum, where the data are discrete: for these, bits per dimension are given too.
 
     Raises:
         UserError: when a reference that was asked for cannot be used on this model, or the budget is no time.
@@ -255,7 +257,7 @@ def audit_log_joint(
         notes.append("the files hold no covariances, to stay within memory")
     if notes:
         facts["notes"] = "\n".join(notes)
-    facts |= dict(attrs or {})
+    facts |= dict(attrs or {}) | ({} if entries is None else {"entries": str(entries)})
     table = tabulate(guide, posteriors, comparisons, climb(guide, posteriors), labels, facts)
     diagnosis = None
     if beside is not None:
@@ -269,7 +271,7 @@ def audit_log_joint(
 
         diagnosis = find_out(
             log_joint, table, posteriors, beside, gaps,
-            seed=seed, until=pace.deadline, say=lambda sentence: say(Step.of(sentence, pace)),
+            seed=seed, entries=entries, until=pace.deadline, say=lambda sentence: say(Step.of(sentence, pace)),
         )  # fmt: skip
     verdicts = judge(table) if diagnosis is None else from_dataset(diagnosis["verdicts"].to_dataset())
     table["verdict"] = ("obs_id", per_datum(table), {"long_name": "what can be said of this datum by its own numbers"})

@@ -43,6 +43,7 @@ def diagnose(
     audit: Auditor,
     *,
     seed: int,
+    entries: int | None = None,
     until: float = math.inf,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> xr.DataTree:
@@ -55,6 +56,7 @@ def diagnose(
         beside: seams of other data of the same model and guide, by name.
         audit: audits a seam with the same references, given a seed, and returns its table.
         seed: random seed.
+        entries: entries of one datum, where the data are discrete.
         until: value of `time.monotonic()` after which no part is begun.
         say: told what comes next.
 
@@ -73,7 +75,7 @@ def diagnose(
 
     certified = best if best is not None and bool(best.trusted.any()) else None
     parts: dict[str, Callable[[int], xr.Dataset | xr.DataTree]] = {
-        "information": lambda s: information(log_joint, reference=certified, seed=s),
+        "information": lambda s: information(log_joint, reference=certified, seed=s, entries=entries),
         "prior_sbc": lambda s: calibration.simulated(log_joint, seed=s),
         "posterior_sbc": lambda s: no_reference() if certified is None else calibration.observed(log_joint, certified, seed=s),
         "checks": lambda s: no_reference() if certified is None else criticism.criticise(log_joint, certified, seed=s),

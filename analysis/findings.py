@@ -17,9 +17,6 @@ import xarray as xr
 from elbowroom.analysis.canvas import count, percent, say
 from elbowroom.analysis.table import GOOD_K, best_reference, column, trusted
 
-# likelihoods of discrete data: there -log p(x) / (D log 2) is a code length in bits per dimension
-DISCRETE = frozenset({"bernoulli", "binomial", "poisson", "categorical", "negative_binomial"})
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -100,8 +97,12 @@ def _evidence_note(table: xr.Dataset) -> str:
     return f"{', '.join(parts)} of {count(n)} (by {by})"
 
 
-def _bits(mean: float, entries: int | None) -> str:
-    return f" {say(-mean / (entries * math.log(2)))} bits per dimension." if entries and math.isfinite(mean) else ""
+def _bits(mean: float, error: float, entries: int | None) -> str:
+    """Write mean and standard error as a code length: -log p(x) / (D log 2)."""
+    if not entries or not math.isfinite(mean):
+        return ""
+    unit = entries * math.log(2)
+    return f" {_with_error(-mean / unit, error / unit)} bits per dimension."
 
 
 def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> list[Figure]:
@@ -118,7 +119,7 @@ def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> li
     figures = []
     mean, se = _mean_se(evidence)
     if math.isfinite(mean):
-        note = f"Mean ± SE over data; {_evidence_note(table)}.{_bits(mean, entries)}"
+        note = f"Mean ± SE over data; {_evidence_note(table)}.{_bits(mean, se, entries)}"
         label = "log p(x)" if kinds(table)["exact"] else "estimate of log p(x)"
         figures.append(Figure(f"{label}{where}", _with_error(mean, se), "nats", note))
     else:
@@ -127,7 +128,7 @@ def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> li
         figures.append(Figure(f"lower bound on log p(x){where}", _with_error(mean, se), "nats", note))
     elbo, elbo_se = _mean_se(column(table, "elbo"))
     figures.append(
-        Figure(f"ELBO{where}", _with_error(elbo, elbo_se), "nats", f"Mean ± SE over {count(n)}.{_bits(elbo, entries)}")
+        Figure(f"ELBO{where}", _with_error(elbo, elbo_se), "nats", f"Mean ± SE over {count(n)}.{_bits(elbo, elbo_se, entries)}")
     )
     known = gap[np.isfinite(gap)]
     if known.size:

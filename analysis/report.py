@@ -7,8 +7,6 @@ be there.
 from __future__ import annotations
 
 import base64
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -113,12 +111,9 @@ class Files:
 
     @property
     def entries(self) -> int | None:
-        """Entries of one datum where the likelihood is one of discrete data, else None: bits are for these."""
-        likelihood = (self.spec or {}).get("model", {}).get("likelihood")
-        name = likelihood.get("name") if isinstance(likelihood, Mapping) else likelihood
-        if name not in findings.DISCRETE or self.latent is None or "event_shape" not in self.latent.attrs:
-            return None
-        return math.prod(int(n) for n in np.atleast_1d(self.latent.attrs["event_shape"]))
+        """Entries of one datum where the data are discrete, else None: bits are for these."""
+        stored = str(self.audit.attrs.get("entries", ""))
+        return int(stored) if stored.isdecimal() and int(stored) else None
 
 
 def write_report(folder: str | Path) -> Path:

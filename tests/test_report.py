@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -117,7 +118,8 @@ def write_run(
             "reason": (two, np.full(status.shape, "grid: <b>fine</b>")),
         },
         coords={"obs_id": obs_id, "reference": np.array(names, dtype=str)},
-        attrs={"verdict": "First sentence.\nSecond & last sentence.", "seed": "0", "plate": "data", "experiment": name},
+        attrs={"verdict": "First sentence.\nSecond & last sentence.", "seed": "0", "plate": "data", "experiment": name}
+        | ({"entries": str(math.prod(event))} if likelihood == "bernoulli" else {}),
     )
     audit.to_netcdf(folder / "audit.nc", engine="h5netcdf")
     x_dims = tuple(f"x_dim_{i}" for i in range(len(event)))
@@ -418,9 +420,12 @@ def test_bits_are_said_of_discrete_data_only(tmp_path, reported):
     folder = write_run(tmp_path / "run", n=12, likelihood="bernoulli")
     files = Files.read(folder)
     assert files.entries == 64
-    bits = -files.audit["log_evidence"].values.mean() / (64 * np.log(2))
+    bits = -files.audit["log_evidence"].values / (64 * np.log(2))
     note = findings.key_figures(files.audit, 64, held_out=True)[0].note
-    assert f"{canvas.say(bits)} bits per dimension." in note
+    written = re.search(r"([0-9.]+) ± ([0-9.]+) bits per dimension\.", note)
+    assert written is not None
+    error = bits.std(ddof=1) / 12**0.5
+    np.testing.assert_allclose([float(part) for part in written.groups()], [bits.mean(), error], atol=0.06 * error)
 
 
 def test_the_worst_rows_are_the_worst(reported):

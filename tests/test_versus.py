@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
 
 import elbowroom as er
-from elbowroom import cli, document
+from elbowroom import cli, document, measure
+from elbowroom.analysis.findings import key_figures
+from elbowroom.analysis.report import Files
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.run import Run, fit
 from elbowroom.versus import Versus, tabulate
@@ -190,6 +193,25 @@ def test_masses_and_densities_are_not_comparable(home: Path) -> None:
     found = er.compare([home / "gaussian", home / "poisson"])
     assert found.notes[0].startswith("NOT comparable: gaussian (density), poisson (mass)")
     assert not er.compare([home / "a", home / "poisson"]).notes
+
+
+@pytest.mark.usefixtures("diagnosed")
+def test_bits_stand_in_diagnosis_and_report_where_data_are_discrete(home: Path, tmp_path: Path) -> None:
+    """Those of the rate and distortion, and those of the ELBO, are the same but for the noise of its draws."""
+    for name, entries in (("poisson", 5), ("gaussian", None)):
+        run = Run.load(home / name, set=["audit.references=[grid]", "audit.draws=2000"])
+        found = run.audit(out=tmp_path / name)
+        information = found.diagnosis["information"].to_dataset()
+        assert Files.read(tmp_path / name).entries == entries
+        assert ("bits_per_dimension" in information) == (entries is not None)
+        if entries is not None:
+            bits = -found.table["elbo"].values.mean() / (entries * np.log(2))
+            assert float(information["bits_per_dimension"]) == pytest.approx(bits, abs=0.02)
+            note = key_figures(found.table, entries, held_out=True)[1].note
+            assert f"{bits:.2f} ± " in note
+            assert "bits per dimension" in note
+    missing = torch.tensor([[0.0, torch.nan, 1.0, 0.0, 0.0]])
+    assert measure.entries(Run.load(home / "poisson").vae, missing) is None
 
 
 def call(*arguments: str) -> int:

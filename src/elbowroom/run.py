@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from elbowroom import clock, components, document, folder, spec, start
+from elbowroom import clock, components, document, folder, measure, spec, start
 from elbowroom.analysis.audit import DIAGNOSIS, Audit, audit_log_joint
 from elbowroom.analysis.diagnosis import SIMULATED
 from elbowroom.analysis.pace import Step
@@ -262,6 +262,7 @@ class Run:
                 budget=audit_spec.budget,
                 store=store,
                 beside=self._beside(place, data is None) if audit_spec.diagnose else None,
+                entries=measure.entries(self.vae, batch["x"]),
             )
             from elbowroom.analysis import idata, latent
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import xarray as xr
 
+from elbowroom import measure
 from elbowroom.advice import audited
 from elbowroom.analysis.rules import known, median
 from elbowroom.analysis.table import GOOD_K, column
@@ -331,7 +331,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def _notes(runs: Sequence[Run]) -> list[str]:
     """Warn of masses that are compared with densities."""
-    kinds = {str(run.path): _kind(run) for run in runs}
+    kinds = {str(run.path): measure.kind(run.vae) for run in runs}
     if len(set(kinds.values())) < 2:
         return []
     told = ", ".join(f"{run.experiment.spec.model.likelihood.name} ({kinds[str(run.path)]})" for run in runs)
@@ -339,19 +339,3 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         f"NOT comparable: {told}: a density may exceed 1 and changes with the units of x, a mass does neither; "
         "log p(x) of the two says nothing about which model is better."
     ]
-
-
-def _kind(run: Run) -> str:
-    """Say whether p(x|z) is a mass or a density; of a table with both, for which columns."""
-    with torch.no_grad():
-        parameter = next(iter(run.vae.decoder.parameters()), torch.zeros(()))
-        p = run.vae.likelihood(torch.zeros(1, run.vae.likelihood.param_dim, dtype=parameter.dtype))
-    parts = getattr(p, "parts", None)
-    if not isinstance(parts, list):
-        return "mass" if _discrete(p) else "density"
-    masses = sorted(str(int(i)) for index, part in parts if _discrete(part) for i in index)
-    return f"masses of columns {', '.join(masses)}, densities of the others" if masses else "density"
-
-
-def _discrete(p: Any) -> bool:
-    return bool(getattr(p.support, "is_discrete", False))
