@@ -49,7 +49,7 @@ def to_datatree(
     observed = _file_names(observed or {})
     draws = {name: _compact(value.cpu().numpy()) for name, value in _file_names(posterior.sites).items()}
     stats = {name: value.cpu().numpy().astype(np.float64) for name, value in posterior.sample_stats.items()}
-    dims = {name: ["obs_id", *_site_dims(name, value.shape[3:])] for name, value in draws.items()}
+    dims = {name: ["obs_id", *site_dims(name, value.shape[3:])] for name, value in draws.items()}
     dims |= {name: ["obs_id"] for name in stats}
     dims |= {name: ["obs_id", *(f"{name}_dim_{i}" for i in range(value.ndim - 1))] for name, value in observed.items()}
     groups: dict[str, dict[str, np.ndarray]] = {"posterior": draws, "sample_stats": stats, "observed_data": observed}
@@ -76,7 +76,7 @@ def to_datatree(
             {"probability": (("obs_id", "assignment"), probabilities.cpu().numpy())},
             coords={
                 "obs_id": np.asarray(obs_id),
-                **{name: (("assignment", *_site_dims(name, value.shape[1:])), value) for name, value in values.items()},
+                **{name: (("assignment", *site_dims(name, value.shape[1:])), value) for name, value in values.items()},
             },
             attrs={"description": "exact probability of each joint value of the discrete sites, whose values are coordinates"},
         )
@@ -93,7 +93,8 @@ def _file_names(sites: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace("/", "."): value for name, value in sites.items()}
 
 
-def _site_dims(name: str, shape: tuple[int, ...]) -> list[str]:
+def site_dims(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Return the names of a site's own dimensions: `latent` for the vector z, else `<site>_dim_0`, ..."""
     return ["latent"] if name == "z" and len(shape) == 1 else [f"{name}_dim_{i}" for i in range(len(shape))]
 
 

@@ -1,4 +1,4 @@
-"""A progress bar for a fit, with the training and the validation ELBO."""
+"""Progress bars: of a fit, with the training and the validation ELBO; of rows that go through a model."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ def progress_bar(console: Console) -> Iterator[Callable[[Plan, Row], None]]:
             bar.update(task, total=plan.epochs, completed=row.epoch, train=train, validation=validation)
 
         yield report
+
+
+@contextmanager
+def rows_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on `console` while the context is open; yield report(rows done, rows in all)."""
+    columns = (
+        TextColumn(name),
+        BarColumn(bar_width=12),
+        TextColumn("{task.completed:,} of {task.total:,} rows", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(name, total=0)
+        yield lambda done, total: bar.update(task, total=total, completed=done)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elbowroom import uses
 from elbowroom.errors import UserError, nearest
 from elbowroom.terminal import (
     AllowPython,
@@ -56,6 +57,7 @@ app = typer.Typer(
 )
 spec_app = typer.Typer(help="Copy, show or describe specs.", rich_markup_mode=None)
 app.add_typer(spec_app, name="spec")
+uses.register(app)
 
 
 def _version(wanted: bool) -> None:

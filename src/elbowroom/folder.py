@@ -18,7 +18,7 @@ from elbowroom.schema import short
 
 SPEC, SPLIT, WEIGHTS = "spec.yaml", "split.npz", "weights.pt"
 AUDIT, LATENT, REPORT = "audit.nc", "latent.nc", "report.html"
-POSTERIORS, AUDITS = "posteriors", "audits"
+POSTERIORS, AUDITS, ANSWERS = "posteriors", "audits", "answers"
 
 Use = Literal["new", "resume", "replace"]
 

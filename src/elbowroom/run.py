@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from elbowroom import clock, components, document, folder, measure, spec, start
+from elbowroom import asked, clock, components, document, folder, measure, spec, start
 from elbowroom.analysis.audit import DIAGNOSIS, Audit, audit_log_joint
 from elbowroom.analysis.diagnosis import SIMULATED
 from elbowroom.analysis.pace import Step
@@ -23,7 +23,7 @@ from elbowroom.analysis.store import Store
 from elbowroom.archive import check_stored
 from elbowroom.assembly import restore
 from elbowroom.data import Dataset
-from elbowroom.errors import DataError, RunFolderError, SpecError
+from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.experiment import Experiment, identity, seam
 from elbowroom.files import locked, sha256
 from elbowroom.frames import read_like
@@ -32,6 +32,7 @@ from elbowroom.inference.history import Row
 from elbowroom.inference.schedule import Plan
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.vae import VAE
+from elbowroom.questions import Questions
 from elbowroom.tables import Layout
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def default_folder(experiment: Experiment) -> Path:
 
 
 @dataclass(eq=False)
-class Run:
+class Run(Questions):
     """A fitted experiment in its folder.
 
     Attributes:
@@ -394,11 +395,9 @@ class Run:
     def _audited(self, data: str | Path | np.ndarray | pd.DataFrame | None) -> tuple[Dataset, np.ndarray]:
         """Return the data to audit and the rows of them, sorted."""
         observations = self.experiment.spec.audit.observations
-        if data is None:
-            dataset, obs_id = self.data, folder.read_split(self.path / folder.SPLIT).test
-        else:
-            dataset = self._foreign(data, None if observations == "all" else observations)
-            obs_id = np.arange(len(dataset), dtype=np.int64)
+        most = None if observations == "all" else observations
+        found = asked.own(self) if data is None else asked.given(self, data, most)
+        dataset, obs_id = found.dataset, found.index
         if observations != "all":
             if observations > len(obs_id):
                 raise SpecError(f"audit.observations: there are {len(obs_id)} rows, not {observations}; use all")
@@ -412,38 +411,8 @@ class Run:
         with locked(self.path):
             return write_report(self.path)
 
-    def _foreign(self, data: str | Path | np.ndarray | pd.DataFrame, most: int | None) -> Dataset:
-        """Read and check data that the run was not fitted to, at most so many rows; flat rows take the model's shape."""
-        record = self.experiment.spec.record
-        layout = None if record is None or record.layout is None else Layout.of(record.layout)
-        dataset = read_like(data, layout, Path.cwd())
-        dataset.check(values=False)
-        if most is not None:
-            dataset = dataset.take(slice(most))  # of a memory map, the rest is not read
-        dataset.check(whole=False)
-        shape = self.vae.likelihood.event_shape
-        if dataset.event_shape != shape:
-            if int(np.prod(dataset.event_shape)) != int(np.prod(shape)):
-                raise DataError(f"{dataset.name}: each datum has shape {dataset.event_shape}, the model expects {shape}")
-            dataset = replace(dataset, x=dataset.x.reshape(-1, *shape), columns=None)
-        try:
-            self.experiment.check_support(self.vae, dataset)
-        except DataError as error:
-            raise DataError(str(error).replace(f"{self.experiment.label}: data", dataset.name, 1)) from None
-        return dataset
-
     def _attributes(self, dataset: Dataset) -> dict[str, str]:
-        record = self.experiment.spec.record
-        own = self.experiment.data_sha256 if record is None else record.data_sha256
-        return {
-            "experiment": self.path.resolve().name,
-            "data": dataset.name,
-            "data_sha256": dataset.fingerprint() if dataset is not self.experiment.__dict__.get("data") else own,
-            "weights_sha256": _fingerprint(self.vae),
-            "spec_sha256": self.experiment.identity if record is None else record.experiment,
-            "elbowroom": metadata.version("elbowroom"),
-            "audit": json.dumps(self.experiment.spec.tree()["audit"]),
-        }
+        return {**asked.attributes(self, dataset), "audit": json.dumps(self.experiment.spec.tree()["audit"])}
 
 
 def _known(record: Any, label: str) -> None:
@@ -454,11 +423,6 @@ def _known(record: Any, label: str) -> None:
         raise RunFolderError(
             f"{label}: record.{unknown[0]}: unknown (written by elbowroom {theirs}, this is {ours}); upgrade elbowroom"
         )
-
-
-def _fingerprint(vae: VAE) -> str:
-    """Return the SHA-256 of the weights: names, types and values."""
-    return start.fingerprint(vae.state_dict())
 
 
 def _load_weights(vae: VAE, path: Path) -> None:

@@ -1,0 +1,160 @@
+"""What a question to a fitted model gives: numbers with units, in the kind of array that was asked with, and in files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+
+from elbowroom.errors import DataError, SpecError, UserError
+from elbowroom.files import atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUFFIXES = (".nc", ".csv", ".parquet", ".npz")
+
+
+@dataclass(frozen=True)
+class Form:
+    """The kind of array that a question was asked with, so that the answer comes in the same.
+
+    Attributes:
+        kind: `numpy` also for files.
+        index: the rows' labels of a frame.
+        like: a tensor whose device and precision the answer takes.
+    """
+
+    kind: Literal["numpy", "torch", "pandas"] = "numpy"
+    index: Any = None
+    like: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Any) -> tuple[Any, Form]:
+        """Return what was given as a path, an array or a frame, and its form."""
+        if isinstance(given, torch.Tensor):
+            return given.detach().cpu().numpy(), cls("torch", like=given)
+        if hasattr(given, "iloc") and hasattr(given, "columns"):
+            return given, cls("pandas", index=given.index)
+        return given, cls()
+
+    def back(self, value: xr.DataArray) -> Any:
+        """Return a variable in this form: an array, a tensor, or a Series or frame over the rows that were given."""
+        if self.kind == "torch" and value.dtype.kind in "fiub":
+            tensor = torch.as_tensor(value.values.copy())
+            if self.like is None:
+                return tensor
+            floating = tensor.is_floating_point() and self.like.is_floating_point()
+            return tensor.to(self.like.device, self.like.dtype if floating else tensor.dtype)
+        if self.kind == "pandas" and value.dims[:1] == ("obs_id",) and value.ndim <= 2:
+            frame = flat(value.to_dataset(name="value"))
+            frame.index = self.index
+            if value.ndim == 1:
+                return frame["value"].rename(value.name)
+            return frame.set_axis([str(v) for v in value[value.dims[1]].values], axis=1)
+        return value.values
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """An answer: `answer["mean"]` in the kind of array that was given, `answer.frame()`, `answer.dataset`, `answer.save(path)`.
+
+    Attributes:
+        dataset: every number, over `obs_id` and its own dimensions, with units and a long name; attributes say what it is of.
+        said: what to conclude, in sentences.
+        form: the kind of array that `answer[...]` gives.
+    """
+
+    dataset: xr.Dataset
+    said: Sequence[str] = ()
+    form: Form = field(default_factory=Form, repr=False)
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a variable in the kind of array that was given: numpy, torch or pandas."""
+        if name not in self.dataset:
+            raise UserError(f"answer[{name!r}]: there is {', '.join(map(str, self.dataset.data_vars))}")
+        return self.form.back(self.dataset[name])
+
+    def frame(self) -> pd.DataFrame:
+        """Return one line per row and one column per number, such as `mean[0]`; what has more dimensions is left out."""
+        frame = flat(self.dataset)
+        if self.form.index is not None and len(frame) == len(self.form.index):
+            frame.index = self.form.index
+        return frame
+
+    def save(self, path: str | Path) -> Path:
+        """Write the answer to one file, whole or not at all.
+
+        Args:
+            path: .nc holds everything; .csv and .parquet hold `frame()`; .npz every array by its name.
+
+        Raises:
+            UserError: the suffix is none of these, or pyarrow is not installed.
+        """
+        path = check_suffix(Path(path))
+        if path.suffix == ".nc":
+            from elbowroom.analysis import idata
+
+            idata.write(self.dataset, path)
+            return path
+        with atomic(path) as temporary:
+            if path.suffix == ".npz":
+                names = [*self.dataset.coords, *self.dataset.data_vars]
+                arrays = {str(name): _plain(self.dataset[name].values) for name in names}
+                np.savez_compressed(temporary, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+            elif path.suffix == ".csv":
+                self.frame().to_csv(temporary)
+            else:
+                self.frame().to_parquet(temporary)
+        return path
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {size}" for name, size in self.dataset.sizes.items())
+        rows = [f"  {name:<22}{v.attrs.get('long_name', '')}{_units(v)}" for name, v in self.dataset.data_vars.items()]
+        return "\n".join([f"{self.dataset.attrs.get('answers', 'answer')} ({sizes})", *rows, *self.said])
+
+
+def check_suffix(path: Path) -> Path:
+    """Check that a file of this name can be written.
+
+    Raises:
+        UserError: one line.
+    """
+    if path.suffix not in SUFFIXES:
+        raise SpecError(f"{path}: cannot write {path.suffix or 'a file without a suffix'}; use {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise SpecError(f"{path}: this is a folder; name a file with --out")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise DataError(f"{path}: parquet files need pyarrow; install it with: pip install 'elbowroom[parquet]'") from None
+    return path
+
+
+def flat(dataset: xr.Dataset) -> pd.DataFrame:
+    """Return the variables over `obs_id` with at most one more dimension as columns, such as `mean[0]`."""
+    import pandas as pd
+
+    columns: dict[str, Any] = {}
+    for name, value in dataset.data_vars.items():
+        if value.dims == ("obs_id",):
+            columns[str(name)] = value.values
+        elif value.dims[:1] == ("obs_id",) and value.ndim == 2:
+            labels = value[value.dims[1]].values
+            columns |= {f"{name}[{label}]": value.values[:, i] for i, label in enumerate(labels)}
+    return pd.DataFrame(columns, index=pd.Index(dataset["obs_id"].values, name="obs_id"))
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    return values.astype(str) if values.dtype.kind == "O" else values
+
+
+def _units(value: xr.DataArray) -> str:
+    units = value.attrs.get("units", "")
+    return f" [{units}]" if units not in ("", "1") else ""

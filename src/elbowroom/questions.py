@@ -1,0 +1,76 @@
+"""Questions to a fitted model, as methods of `Run`: numpy, torch or pandas in, the same out.
+
+Each returns an `Answer`, and writes nothing; `Answer.save` does. `elbowroom encode`, ... are the same from the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from elbowroom.answer import Answer, Form
+
+if TYPE_CHECKING:
+    from elbowroom.inference.posterior import Reference
+    from elbowroom.run import Run
+    from elbowroom.streaming import Report
+
+
+class Questions:
+    """The questions."""
+
+    def encode(
+        self,
+        data: Any = None,
+        *,
+        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        samples: int = 0,
+        draws: int = 1_000,
+        keep: int = 400,
+        seed: int | None = None,
+        device: str | None = None,
+        report: Report | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+    ) -> Answer:
+        """Say what the encoder makes of each row (mu, sigma), and what is true: the corrected posterior p(z|x) beside it.
+
+        Args:
+            data: a file, an array (n, *event), a tensor or a frame; by default the test split of the run.
+            references: `auto`: exact where there are closed forms, finitely many states or at most three latents, else
+                importance sampling from the refitted normal; or names of references; an empty list for the encoder's own
+                draws, reweighted (fast).
+            samples: draws of the corrected posterior per row that the answer holds (`draws`), at most `keep`.
+            draws: draws per row behind ELBO, k-hat and importance weights.
+            keep: draws per row of the corrected posterior, behind its quantiles.
+            seed: random seed; the run's by default.
+            device: where to compute: auto, cpu, cuda; by default where the spec says.
+            report: called as report(rows done, rows in all).
+            out: the file that the answer will be saved to: finished chunks are kept beside it until it is.
+            resume: go on from these chunks.
+
+        Returns:
+            Over `obs_id` and `latent`: mu, sigma, mean, sd, quantile (5 %, 50 %, 95 %), covariance; probabilities for
+            discrete latents; pareto_k, elbo, log_evidence, source, status and reason per row.
+
+        Raises:
+            UserError: the data do not fit the model, or a reference cannot be used on it.
+
+        Example:
+            >>> answer = run.encode(x)  # doctest: +SKIP
+            >>> answer["mean"], answer["sd"], answer["status"]  # doctest: +SKIP
+        """
+        from elbowroom import asked, encode
+        from elbowroom.streaming import place_of, references_for, stream
+
+        run, (given, form) = cast("Run", self), Form.of(data)
+        rows, place = asked.rows(run, given), place_of(run, device)
+        methods = references_for(run, rows, references, place)
+        options = {"references": [m.name for m in methods], "samples": samples, "draws": draws, "keep": keep}
+        found = stream(
+            run, rows, encode.encoder(run.vae, methods, draws=draws, keep=max(keep, samples), samples=samples),
+            question="encode", options=options, seed=run.experiment.spec.seed if seed is None else seed, device=place,
+            out=None if out is None else Path(out), resume=resume, report=report,
+        )  # fmt: skip
+        return Answer(found.assign_attrs(answers="encode"), encode.conclude(found), form)

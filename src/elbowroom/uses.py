@@ -1,0 +1,127 @@
+"""The commands that put a fitted model to use: encode, and so on. Each is a question, and its answer with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elbowroom.terminal import AllowPython, Device, Json, RunArg, finish, screen
+
+if TYPE_CHECKING:
+    from elbowroom.answer import Answer
+    from elbowroom.run import Run
+
+DataArg = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[DATA]", help="the rows (.npz, .npy, .csv, .parquet) [default: the run's test split]", show_default=False
+    ),
+]
+OutFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="FILE", help="where to (.nc, .csv, .parquet, .npz) [default: RUN/answers/<question>-<data>.nc, .csv]"
+    ),
+]
+Again = Annotated[bool, typer.Option("--overwrite", help="replace the answer that is there")]
+GoOn = Annotated[bool, typer.Option("--resume", help="go on from the rows that are done")]
+References = Annotated[
+    str | None,
+    typer.Option(
+        "--references",
+        metavar="NAMES",
+        help="auto; or such as grid,importance,hmc; or none: the encoder's own draws, reweighted (fast)",
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="random seed [default: the run's]")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(encode)
+
+
+def encode(
+    run: RunArg,
+    data: DataArg = None,
+    out: OutFile = None,
+    overwrite: Again = False,
+    resume: GoOn = False,
+    references: References = None,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="draws of the corrected posterior per row, too")] = 0,
+    draws: Annotated[int, typer.Option("--draws", min=100, help="draws per row behind ELBO and k-hat")] = 1_000,
+    keep: Annotated[int, typer.Option("--keep", min=100, help="draws per row behind the quantiles")] = 400,
+    seed: Seed = None,
+    as_json: Json = False,
+    device: Device = None,
+    allow_python: AllowPython = False,
+) -> None:
+    """Say what the encoder makes of each row (mu, sigma), and the corrected posterior beside it, with k-hat and status."""
+    fitted = _open(run, allow_python)
+    with answering(fitted, "encode", data, out, overwrite=overwrite, resume=resume, as_json=as_json) as (target, report):
+        answer = fitted.encode(
+            data, references=_references(references), samples=samples, draws=draws, keep=keep, seed=seed, device=device,
+            report=report, out=target, resume=resume,
+        )  # fmt: skip
+        done(answer, target, out, as_json)
+
+
+def _open(run: Path, allow_python: bool) -> Run:
+    from elbowroom.run import Run
+
+    return Run.load(run, allow_python=allow_python)
+
+
+def _references(given: str | None) -> Any:
+    if given is None or given == "auto":
+        return "auto"
+    return [] if given == "none" else [name.strip() for name in given.split(",") if name.strip()]
+
+
+def target_of(run: Run, question: str, data: Path | None, out: Path | None, suffix: str = ".nc") -> Path:
+    """Return the file that an answer goes to: `RUN/answers/<question>-<data>.nc`, or what the user named."""
+    from elbowroom import folder
+    from elbowroom.answer import check_suffix
+
+    name = question if data is None else f"{question}-{folder.name_for(data)}"
+    return check_suffix(out) if out is not None else run.path / folder.ANSWERS / f"{name}{suffix}"
+
+
+@contextmanager
+def answering(
+    run: Run, question: str, data: Path | None, out: Path | None, *, overwrite: bool, resume: bool, as_json: bool
+) -> Iterator[tuple[Path, Callable[[int, int], None] | None]]:
+    """Check where the answer goes before anything is computed; yield the file and what shows the progress."""
+    from elbowroom.errors import SpecError
+
+    target = target_of(run, question, data, out)
+    if target.exists() and not overwrite:
+        raise SpecError(f"{target}: is there already; use --overwrite, or another --out")
+    if overwrite and resume:
+        raise SpecError("--overwrite and --resume contradict each other: one starts anew, the other goes on")
+    if as_json:
+        yield target, None
+        return
+    from elbowroom.inference.progress import rows_bar
+
+    with rows_bar(screen(stderr=True), question) as report:
+        yield target, report
+
+
+def done(answer: Answer, target: Path, out: Path | None, as_json: bool) -> None:
+    """Write an answer, and say where and what to conclude."""
+    from elbowroom import streaming
+
+    written = [answer.save(target)]
+    if out is None:
+        written.append(answer.save(target.with_suffix(".csv")))
+    streaming.finish(target)
+    if not as_json:
+        for sentence in answer.said:
+            screen().print(sentence, highlight=False)
+        typer.echo(f"wrote {', '.join(map(str, written))}")
+    finish({"files": [str(path) for path in written], "said": list(answer.said)}, as_json)
