@@ -8,12 +8,15 @@ Every check compares T(x, z) of the data with T of replicates under an exact nul
   such null
 * `residual`: ranks of x_n among draws from p(x|z_n); see `analysis.residuals`
 
+What is missing (NaN), or taken out of the likelihood by a mask, is missing from every statistic, of data and of replicates.
+
 The null takes the trained model as known. On held-out data a small p-value is misfit or an overfitted decoder; on the data
 that the model was trained on, misfit can hide. With much data every model is rejected: the effect says by how much.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 from collections.abc import Iterator, Mapping
@@ -30,7 +33,7 @@ from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference import discrete
 from elbowroom.inference.forward import first_line
 from elbowroom.inference.posterior import Posterior
-from elbowroom.inference.simulate import masked, predict, simulate
+from elbowroom.inference.simulate import in_likelihood, predict, simulate
 from elbowroom.inference.target import LogJoint
 
 LARGE = 2**20  # entries of the data looked at
@@ -81,11 +84,12 @@ def criticise(
         "predictive": "",
         "certified": f"{float(trusted.double().mean()):.4f}",
     }
-    hidden = masked(log_joint)
-    if n < LEAST or hidden:
-        few = f"fewer than {LEAST} data"
-        why = few if n < LEAST else f"a mask takes entries of {hidden[0]!r} out of the likelihood; give them as NaN"
-        attrs["joint"] = attrs["residual"] = attrs["predictive"] = f"not available: {why}"
+    try:
+        if n < LEAST:
+            raise UnsupportedProgram(f"fewer than {LEAST} data")
+        log_joint = _unmasked(log_joint)
+    except UnsupportedProgram as refused:
+        attrs["joint"] = attrs["residual"] = attrs["predictive"] = f"not available: {first_line(refused)}"
         return xr.DataTree(xr.Dataset(attrs={**attrs, "sentence": attrs["joint"]}))
     generator = torch.Generator().manual_seed(seed)
     rows = trusted.cpu().nonzero()[:, 0]
@@ -150,6 +154,18 @@ def _some(log_joint: LogJoint, reference: Posterior, seed: int) -> tuple[LogJoin
         reason=[reference.reason[i] for i in rows.tolist()],
     )
     return part, few, rows.numpy()
+
+
+def _unmasked(log_joint: LogJoint) -> LogJoint:
+    """Return the seam with NaN for what a mask takes out of the likelihood: it is no data, here and in replicates."""
+    given = in_likelihood(log_joint)
+    if not given:
+        raise UnsupportedProgram("a mask takes all entries out of the likelihood")
+    if all(given.get(name) is value for name, value in log_joint.program.observed.items()):
+        return log_joint
+    seen = copy.copy(log_joint)
+    seen.program = dataclasses.replace(log_joint.program, observed=given)
+    return seen
 
 
 def _shown(log_joint: LogJoint) -> int:

@@ -21,7 +21,6 @@ from elbowroom.analysis.criticism import criticise
 from elbowroom.analysis.discrepancies import correlations, judge, kind_of, suited
 from elbowroom.inference.enumeration import Enumeration
 from elbowroom.inference.exact import ClosedForm
-from elbowroom.inference.grid import Grid
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.target import LogJoint
 
@@ -360,23 +359,3 @@ def test_each_statistic_has_a_limit_in_its_own_unit(name, shape, kind, small, la
         assert effect(x) == pytest.approx(0.5, abs=0.06)  # its logarithm would be 0.41
         return
     assert 0.05 < effect(shape(generator, small)) < rules.EFFECTS[kind] < effect(shape(generator, large))
-
-
-def test_entries_under_a_mask_are_no_data_and_it_is_said() -> None:
-    x = torch.randn(30, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
-    seen = torch.ones(30, 3, dtype=torch.bool)
-    seen[::4, 1] = False
-
-    def model(x):
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), dtype=F64), 1.0))
-            pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 3), 1.0).mask(seen).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("rows", len(x)):
-            pyro.sample("z", dist.Normal(torch.zeros(len(x), dtype=F64), 1.0))
-
-    log_joint = LogJoint(model, guide, x)
-    found = criticise(log_joint, Grid()(log_joint, keep=100, seed=0), replicates=20, draws=19)
-    assert found.attrs["joint"] == "not available: a mask takes entries of 'x' out of the likelihood; give them as NaN"
-    assert "statistics" not in found.children

@@ -1,0 +1,79 @@
+"""Which entries of an observed site are in the likelihood: those that no `poutine.mask`, `.mask(...)` or `obs_mask=` takes out.
+
+A mask around a site has the shape of its batch, and takes out whole events; one inside `.to_event` has the shape of the base
+distribution's batch, so that it takes out entries of an event. Both are read off the site and laid over its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from torch import Tensor
+
+from elbowroom.errors import UnsupportedProgram
+
+
+def kept(node: Mapping[str, Any]) -> Tensor | None:
+    """Return which entries of an observed site's value are in the likelihood, in the value's shape; None where all are.
+
+    Args:
+        node: the site's node of a trace.
+
+    Raises:
+        UnsupportedProgram: where a mask takes out some copies of a value that the program broadcasts, or part of the density of
+            an entry.
+    """
+    fn, value = node["fn"], node["value"]
+    shape = torch.Size([*fn.batch_shape, *fn.event_shape])
+    inside = _inside(fn, node["name"])
+    mask = node["mask"]
+    if mask is None and inside is None:
+        return None
+    found = torch.ones(shape, dtype=torch.bool, device=value.device)
+    if inside is not None:
+        found = found & inside
+    if mask is not None:
+        around = torch.as_tensor(mask, device=value.device).bool()
+        found = found & around.reshape([*around.shape, *(1,) * fn.event_dim])
+    if bool(found.all()):
+        return None
+    return _fitted(found, value.shape, node["name"]).reshape(value.shape)
+
+
+def _inside(fn: Any, name: str) -> Tensor | None:
+    """Return what masks within a distribution keep, broadcastable to its batch and event; None where there are none."""
+    if isinstance(fn, dist.Independent | torch.distributions.Independent | ExpandedDistribution):
+        return _inside(fn.base_dist, name)
+    if isinstance(fn, dist.MaskedDistribution):
+        mask = torch.as_tensor(fn._mask).bool()
+        mask = mask.reshape([*mask.shape, *(1,) * len(fn.event_shape)])
+        below = _inside(fn.base_dist, name)
+        return mask if below is None else mask & below.to(mask.device)
+    base = getattr(fn, "base_dist", None)
+    if base is not None and _inside(base, name) is not None:
+        raise UnsupportedProgram(
+            f"a mask inside {type(fn).__name__} takes part of the density of site {name!r}, not entries of it"
+        )
+    return None
+
+
+def _fitted(found: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """Bring a mask to the shape of the values, which the program may broadcast over further dimensions."""
+    shape = torch.Size([*(1,) * (found.dim() - len(shape)), *shape])
+    if len(shape) > found.dim():
+        found = found.expand(shape)
+    for i, (have, want) in enumerate(zip(found.shape, shape, strict=True)):
+        if have != want and have == 1:
+            found = found.expand(*found.shape[:i], want, *found.shape[i + 1 :])
+        elif have != want:
+            first = found.narrow(i, 0, 1)
+            if not torch.equal(first.expand_as(found), found):
+                raise UnsupportedProgram(
+                    f"a mask takes some copies of an entry of site {name!r} out of the likelihood, not others"
+                )
+            found = first
+    return found
