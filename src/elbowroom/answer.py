@@ -55,7 +55,7 @@ class Form:
             frame = flat(value.to_dataset(name="value"))
             frame.index = self.index
             if value.ndim == 1:
-                return frame["value"].rename(value.name)
+                return frame["value"].rename(str(value.name))
             return frame.set_axis([str(v) for v in value[value.dims[1]].values], axis=1)
         return value.values
 
@@ -106,7 +106,7 @@ class Answer:
             if path.suffix == ".npz":
                 names = [*self.dataset.coords, *self.dataset.data_vars]
                 arrays = {str(name): _plain(self.dataset[name].values) for name in names}
-                np.savez_compressed(temporary, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+                np.savez_compressed(temporary, allow_pickle=False, **arrays)
             elif path.suffix == ".csv":
                 self.frame().to_csv(temporary)
             else:

@@ -162,8 +162,8 @@ def conclude(dataset: xr.Dataset) -> list[str]:
         off, ratio = (v.reshape(len(v), -1) for v in (off, ratio))
         middle, low, high = (float(np.nanquantile(ratio, q)) for q in (0.5, 0.05, 0.95))
         said.append(
-            f"Are mu and sigma right? Over the exact or certified rows, mu is off by {np.nanmedian(off):.2f} posterior sd in the "
-            f"median, and by {np.nanquantile(off.max(1), 0.95):.2f} or more in some latent at 5 % of them; sigma / sd is "
+            f"Are mu and sigma right? Over the exact or certified rows, mu is off by {np.nanmedian(off):.2f} posterior sd in "
+            f"the median, and by {np.nanquantile(off.max(1), 0.95):.2f} or more in some latent at 5 % of them; sigma / sd is "
             f"{middle:.2f} in the median, {low:.2f} to {high:.2f} at nine tenths."
         )
     return said

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import torch
 
     from elbowroom.asked import Asked
-    from elbowroom.experiment import Batch
     from elbowroom.inference.posterior import Reference
+    from elbowroom.inference.rows import Batch
     from elbowroom.inference.target import LogJoint
     from elbowroom.run import Run
 
