@@ -92,7 +92,7 @@ class Work:
             drawn.stats["missed_mass"] = missed_mass(part, guide, drawn)
             whole = not any(map(ENDED.search, drawn.reason))
             # what the budget cut short is not kept: an audit that goes on has time again
-            found[k] = self._keep(keys[k] if whole else "", drawn, compare(guide, drawn, seed=self.seed))
+            found[k] = self._keep(keys[k] if whole else "", drawn, compare(part, guide, drawn, seed=self.seed))
             self.pace.finished(method.name, time.monotonic() - began, whole=whole)
         return self._closed(part, keys, found, start)
 
@@ -105,7 +105,7 @@ class Work:
         guide = found[0]
         if guide is not None and "elbo_refit" not in guide.posterior.stats and plan.names:
             full = scout(log_joint).refit if scouted and not late else None
-            columns = unknown(log_joint.n_obs) if late else refitted(log_joint, full)
+            columns = unknown(log_joint.n_obs) if late else refitted(log_joint, full, self.pace.deadline)
             stats = guide.posterior.stats | {name: value.cpu() for name, value in columns.items()}
             piece = dataclasses.replace(guide, posterior=dataclasses.replace(guide.posterior, stats=stats))
             found[0] = self._again("" if late else keys[0], piece)

@@ -4,10 +4,13 @@ r"""The parts of the gap: the guide's family is too small (its covariance, its s
                              shape                    covariance            amortization
                              ------------ approximation ------------
 
-q* is the best normal of the guide's own family, diagonal or with a full covariance, and q_full the best normal of all, both in
-unconstrained coordinates. A guide that is no normal has no q* here; the shape part, which asks how far the posterior is from
-any normal, is known all the same. L of all three is evaluated with the same noise, so that their differences have errors of
-their own, smaller than those of the values.
+q* is the best member of the guide's own family, and q_full the best normal of all, both in unconstrained coordinates. Where the
+guide is a diagonal or a full normal, q* is found by Newton steps (`inference.refit`); where it is of another family (low rank,
+Student t, mixture, flow) and offers the parameters that its encoder gives each datum, by natural gradients in these
+(`inference.freed`). A guide that is no normal and offers nothing has no q*. Normals are nested, so that `covariance` is known
+for them alone; `shape`, which asks how far the posterior is from any normal, is known for every guide, and a family that is no
+normal can reach some of it. L of all normals is evaluated with the same noise, and L[q*] and L[q] always, so that their
+differences have errors of their own, smaller than those of the values.
 
 The refit ends a little short of q*, by delta at most as far as it can tell: the amortization gap lies in
 [L[q*] - L[q], + delta] and the approximation gap in [lower(log p) - L[q*] - delta, upper(log p) - L[q*]], near the normal that
@@ -18,11 +21,15 @@ Cremer, Li and Duvenaud 2018, https://arxiv.org/abs/1801.03558.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+from pyro.distributions import MultivariateNormal
 from torch import Tensor
 
+from elbowroom.inference.freed import Freed, Offer, freed, offered
 from elbowroom.inference.normals import HALF_LOG_2PI, Normals
 from elbowroom.inference.refit import Refit, antithetic_noise, matched, refit
 from elbowroom.inference.target import LogJoint
@@ -48,12 +55,13 @@ NAMES = (
 )
 
 
-def refitted(log_joint: LogJoint, full: Refit | None = None) -> dict[str, Tensor]:
+def refitted(log_joint: LogJoint, full: Refit | None = None, until: float = math.inf) -> dict[str, Tensor]:
     """Refit the guide's family and all normals to every datum, and compare the three with common random numbers.
 
     Args:
         log_joint: the model and guide.
         full: the best normal with full covariance, where it is known already.
+        until: when the refit of a family that is no diagonal or full normal has to be done, on the monotonic clock.
 
     Returns:
         `elbo_refit` (L[q*]), `elbo_refit_full` (L[q_full]), each with `_se` and with what the refit may have left
@@ -64,14 +72,22 @@ def refitted(log_joint: LogJoint, full: Refit | None = None) -> dict[str, Tensor
     if log_joint.dim == 0:
         return out
     family, q = guide_normals(log_joint)
+    offer = offered(log_joint)
     diagonal = refit(log_joint, family="diagonal", seed=SEED) if family == "diagonal" or log_joint.dim == 1 else None
     if log_joint.dim == 1:
         full = diagonal  # one and the same
     elif full is None or diagonal is not None:
-        also = [found.q for found in (diagonal, full) if found is not None]
-        full = refit(log_joint, family="full", also=also, seed=SEED + 1)
+        full = _fullest(log_joint, [found.q for found in (diagonal, full) if found is not None])
     assert full is not None
-    best = {"diagonal": diagonal, "full": full, None: None}[family]
+    whole = offer is None or _is_all_of(family, offer)
+    own = None if offer is None or whole else freed(offer, near=full.q, seed=SEED + 3, until=until)
+    best = None
+    if own is not None and offer is not None and q is not None:
+        best, shortfall = _as_normals(offer, own), own.shortfall
+        full = _fullest(log_joint, [full.q, best]) if best is not None else full
+    elif whole and family is not None:
+        found = diagonal if family == "diagonal" and diagonal is not None else full
+        best, shortfall = found.q, found.shortfall
     generator = torch.Generator(device=log_joint.device).manual_seed(SEED + 2)
     # matched all together: batch by batch it would take too much from fourth moments, for all data alike. The spread of the
     # batches' means, which are not matched each, then states an error that is rather too large
@@ -79,16 +95,49 @@ def refitted(log_joint: LogJoint, full: Refit | None = None) -> dict[str, Tensor
     first, second = matched(torch.cat([half, -half])).chunk(2)
     noise = torch.cat([first.unflatten(0, (BATCHES, -1)), second.unflatten(0, (BATCHES, -1))], 1)
     of_full = _values(log_joint, full.q, noise)
-    out |= _level("elbo_refit_full", "refit_full_shortfall", full, of_full)
+    out |= _level("elbo_refit_full", "refit_full_shortfall", full.shortfall, of_full)
     if best is None or q is None:
-        return out
-    of_best = of_full if best is full else _values(log_joint, best.q, noise)
-    out |= _level("elbo_refit", "refit_shortfall", best, of_best)
+        return out if own is None else out | _own(own)
+    of_best = of_full if best is full.q else _values(log_joint, best, noise)
+    out |= _level("elbo_refit", "refit_shortfall", shortfall, of_best)
     for name, larger, smaller in (("covariance", of_full, of_best), ("amortization", of_best, _values(log_joint, q, noise))):
         value, error = _mean(larger - smaller)
         wrong = value < -APART * error - EXACT
         out[name], out[f"{name}_se"] = value.masked_fill(wrong, torch.nan), error.masked_fill(wrong, torch.nan)
     return out
+
+
+def _fullest(log_joint: LogJoint, also: Sequence[Normals]) -> Refit:
+    """Return the best normal of all, one start of the search being the normals of a smaller family."""
+    return refit(log_joint, family="full", also=also, seed=SEED + 1)
+
+
+def _is_all_of(family: str | None, offer: Offer) -> bool:
+    """Say whether the guide can be every diagonal, or every full normal, by the number of its parameters."""
+    d, width = offer.log_joint.dim, offer.params.shape[-1]
+    if family != "full":
+        return family == "diagonal" and width >= 2 * d
+    q = offer.family(offer.params)
+    while not isinstance(q, MultivariateNormal) and hasattr(q, "base_dist"):  # carried onto another space
+        q = q.base_dist
+    return isinstance(q, MultivariateNormal) and width >= d * (d + 3) // 2
+
+
+def _as_normals(offer: Offer, own: Freed) -> Normals | None:
+    """Return q* as the normals that it is."""
+    draws, log_q = offer.sample(own.params, 64, SEED)
+    return _normals(draws, log_q, lambda u: offer.log_prob(u, own.params))[1]
+
+
+def _own(own: Freed) -> dict[str, Tensor]:
+    """Return the columns of a q* that is no normal."""
+    lost = ~(own.elbo.isfinite() & own.gain.isfinite())
+    wrong = lost | (own.gain < -APART * own.gain_se - EXACT)
+    level = {"elbo_refit": own.elbo, "elbo_refit_se": own.elbo_se, "refit_shortfall": own.shortfall}
+    parts = {"amortization": own.gain, "amortization_se": own.gain_se}
+    return {name: value.masked_fill(lost, torch.nan) for name, value in level.items()} | {
+        name: value.masked_fill(wrong, torch.nan) for name, value in parts.items()
+    }
 
 
 def unknown(n_obs: int) -> dict[str, Tensor]:
@@ -116,10 +165,10 @@ def _mean(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean(0), values.std(0) / len(values) ** 0.5
 
 
-def _level(name: str, shortfall: str, found: Refit, values: Tensor) -> dict[str, Tensor]:
+def _level(name: str, short: str, shortfall: Tensor, values: Tensor) -> dict[str, Tensor]:
     elbo, error = _mean(values)
-    lost = ~(elbo.isfinite() & found.elbo.isfinite())
-    columns = {name: elbo, f"{name}_se": error, shortfall: found.shortfall.double()}
+    lost = ~(elbo.isfinite() & shortfall.isfinite())
+    columns = {name: elbo, f"{name}_se": error, short: shortfall.double()}
     return {key: value.masked_fill(lost, torch.nan) for key, value in columns.items()}
 
 
@@ -132,23 +181,32 @@ def guide_normals(log_joint: LogJoint) -> tuple[Literal["diagonal", "full"] | No
     if log_joint.dim == 0:
         return None, None
     with torch.no_grad():
-        draws, log_q = (t.double() for t in log_joint.sample_guide(64, SEED))
+        draws, log_q = log_joint.sample_guide(64, SEED)
+    return _normals(draws, log_q, log_joint.log_guide)
+
+
+def _normals(
+    draws: Tensor, log_q: Tensor, log_density: Callable[[Tensor], Tensor]
+) -> tuple[Literal["diagonal", "full"] | None, Normals | None]:
+    """Return the same for draws u (S, N, d) of any density, their log density (S, N), and the density."""
+    with torch.no_grad():
+        draws, log_q = draws.double(), log_q.double()
         centre, step = draws.mean(0), draws.std(0)
         if not (draws.isfinite().all() and log_q.isfinite().all() and (step > 0).all()):
             return None, None
         moves = torch.diag_embed(step).transpose(0, 1)  # (d, N, d): one coordinate each
-        middle = log_joint.log_guide(centre[None]).double()[0]
-        up, down = log_joint.log_guide(centre + moves).double(), log_joint.log_guide(centre - moves).double()
+        middle = log_density(centre[None]).double()[0]
+        up, down = log_density(centre + moves).double(), log_density(centre - moves).double()
         slope = ((up - down) / 2).T / step
         curvature = (up + down - 2 * middle).T / step.square()
         normal = _fitting(draws, log_q, centre, slope, torch.diag_embed(curvature))
         if normal is not None:
             return "diagonal", normal
-        d = log_joint.dim
+        d = draws.shape[-1]
         if d == 1 or d > MAX_DIM:
             return None, None
         j, k = torch.triu_indices(d, d, 1, device=draws.device)
-        both = log_joint.log_guide(centre + moves[j] + moves[k]).double()
+        both = log_density(centre + moves[j] + moves[k]).double()
         mixed = (both - up[j] - up[k] + middle).T / (step[:, j] * step[:, k])
         matrix = torch.diag_embed(curvature)
         matrix[:, j, k] = matrix[:, k, j] = mixed

@@ -254,6 +254,17 @@ class AmortizedGuide(nn.Module):
         """Draw the guide's sites inside the caller's plate; arguments as `forward`; return z (N, d)."""
         return self.family.draw(self._refined(x, covariates, log_joint))
 
+    def variational_parameters(
+        self, x: Tensor, covariates: Tensor | None = None, log_joint: LogDensity | None = None
+    ) -> tuple[Tensor, Family] | None:
+        """Return phi (N, P) of each datum, refined where the family does so, and the family that makes q of it.
+
+        None where q has several sites or no differentiable draws. Arguments as `forward`.
+        """
+        if self.family.sites != Family.sites or not self.family.reparametrized:
+            return None
+        return self._refined(x, covariates, log_joint), self.family
+
     def _refined(self, x: Tensor, covariates: Tensor | None, log_joint: LogDensity | None) -> Tensor:
         params = self.params(x, covariates)
         return params if log_joint is None else self.family.refined(params, log_joint)

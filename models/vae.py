@@ -13,7 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from elbowroom.errors import UserError
-from elbowroom.models.guides import AmortizedGuide, LogDensity
+from elbowroom.models.guides import AmortizedGuide, Family, LogDensity
 from elbowroom.models.likelihoods import Gaussian, Likelihood
 from elbowroom.models.linear import LinearGaussian
 from elbowroom.models.networks import Linear
@@ -160,6 +160,22 @@ class VAE(nn.Module):
         pyro.module(f"{self.name}.posterior", self.posterior)
         with _data_plate(len(x), size, x):
             return self.posterior.draw(*self._seen(x, covariates, exposure))
+
+    def variational_parameters(
+        self,
+        x: Tensor | None = None,
+        covariates: Tensor | None = None,
+        exposure: Tensor | None = None,
+        *,
+        size: int | None = None,
+        n: int = 1,
+    ) -> tuple[Tensor, Family] | None:
+        """Return the parameters phi (N, P) of each datum's q(z|x, c) and the family that makes q of them.
+
+        With it an audit refits the family to every datum (`inference.freed`). None where q has several sites or no
+        differentiable draws, or there is no x. Arguments as `guide`.
+        """
+        return None if x is None else self.posterior.variational_parameters(*self._seen(x, covariates, exposure))
 
     def _standard(self, covariates: Tensor | None) -> Tensor | None:
         """Return covariates in units of their spread in the training data."""
