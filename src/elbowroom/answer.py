@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,8 @@ from elbowroom.files import atomic
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from elbowroom.analysis.canvas import Absent, Plot
 
 SUFFIXES = (".nc", ".csv", ".parquet", ".npz")
 
@@ -68,11 +71,19 @@ class Answer:
         dataset: every number, over `obs_id` and its own dimensions, with units and a long name; attributes say what it is of.
         said: what to conclude, in sentences.
         form: the kind of array that `answer[...]` gives.
+        drawings: what draws its figures, in the order in which they are shown; see `figures`.
     """
 
     dataset: xr.Dataset
     said: Sequence[str] = ()
     form: Form = field(default_factory=Form, repr=False)
+    drawings: Sequence[Callable[[], Plot | Absent]] = field(default=(), repr=False)
+
+    @cached_property
+    def figures(self) -> Mapping[str, Plot | Absent]:
+        """Figures with their captions, by name, drawn when they are first asked for; `Absent` says why one cannot be."""
+        found = [draw() for draw in self.drawings]
+        return {one.name: one for one in found}
 
     def __getitem__(self, name: str) -> Any:
         """Return a variable in the kind of array that was given: numpy, torch or pandas."""
@@ -112,6 +123,21 @@ class Answer:
             else:
                 self.frame().to_parquet(temporary)
         return path
+
+    def save_figures(self, path: str | Path) -> list[Path]:
+        """Write the figures that could be drawn beside `path`: the first to `<stem>.png`, the others to `<stem>-<name>.png`."""
+        if not self.drawings:
+            return []
+        from elbowroom.analysis.canvas import DPI, Plot
+
+        path, written = Path(path), []
+        for number, one in enumerate(self.figures.values()):
+            if isinstance(one, Plot):
+                target = path.with_name(f"{path.stem}{f'-{one.name}' if number else ''}.png")
+                with atomic(target) as temporary:
+                    one.figure.savefig(temporary, dpi=DPI)
+                written.append(target)
+        return written
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.dataset.sizes.items())

@@ -119,6 +119,7 @@ def done(answer: Answer, target: Path, out: Path | None, as_json: bool) -> None:
     written = [answer.save(target)]
     if out is None:
         written.append(answer.save(target.with_suffix(".csv")))
+    written += answer.save_figures(target)
     streaming.finish(target)
     if not as_json:
         for sentence in answer.said:
