@@ -233,9 +233,27 @@ def comparison(table: xr.Dataset) -> Plot | Absent:
     caption = _comparison_caption(mean, ratio, distance, floor, table.sizes["obs_id"] - int(rows.sum()))
     return Plot("comparison", figure, alt, caption, wide=True)
 
+    if "kl_forward" in part:
+        caption += _both_ways(part["kl_forward"].values[rows], column(table, "gap_total")[rows])
 
 def _histogram(axes: Axes, values: np.ndarray, label: str, *, zero: bool = True) -> None:
     values = values[np.isfinite(values)]
+def _both_ways(forward: np.ndarray, gap: np.ndarray) -> str:
+    """Say what the two directions of the divergence tell together."""
+    both = np.isfinite(forward) & np.isfinite(gap)
+    if not both.any():
+        return ""
+    there, back = float(np.median(forward[both])), float(np.median(gap[both]))
+    tells = (
+        "there is mass of the posterior that the guide misses"
+        if there > max(SMALL_GAP, 1.5 * back)
+        else "the guide has mass where the posterior has little"
+        if back > max(SMALL_GAP, 1.5 * there)
+        else "neither direction stands out"
+    )
+    return f" KL(p || q) has a median of {say(there, 2)} nats beside {say(back, 2)} of the gap, KL(q || p): {tells}."
+
+
     if values.size:
         bins = np.linspace(0 if zero else values.min(), max(values.max(), values.min() + 1e-9), 31)
         sns.histplot(x=values, bins=bins, ax=axes, color=EXACT, edgecolor=PAPER, linewidth=0.5, alpha=0.9)

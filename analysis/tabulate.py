@@ -33,9 +33,9 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "upper end for log p(x); where evidence_method says so a probabilistic bound, conditional on the certified draws that "
         "reverse annealing starts from; NaN where only a lower bound is known",
     ),
-    "elbo_refit": (NATS, "L[q*], the ELBO of the best normal of the guide's family (diagonal or full covariance)"),
+    "elbo_refit": (NATS, "L[q*], the ELBO of the best member of the guide's family; NaN where the family was not refitted"),
     "elbo_refit_se": (NATS, "standard error of elbo_refit over its draws"),
-    "refit_shortfall": (NATS, "estimate of what the refit is still short of the best normal nearby"),
+    "refit_shortfall": (NATS, "estimate of what the refit is still short of the best member nearby"),
     "elbo_refit_full": (NATS, "L[q_full], the ELBO of the best normal with full covariance, whatever the guide's family"),
     "elbo_refit_full_se": (NATS, "standard error of elbo_refit_full over its draws"),
     "refit_full_shortfall": (NATS, "estimate of what that refit is still short of the best normal nearby"),
@@ -74,6 +74,12 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "sd_ratio": ("1", "sd_q / sd_ref of the latent where it is farthest from 1"),
     "sliced_wasserstein": ("reference sd", "sliced 1-Wasserstein distance between guide and reference draws"),
     "noise_floor": ("reference sd", "the same distance between two halves of the reference's draws"),
+    "kl_forward": (
+        NATS,
+        "KL(p(z|x) || q(z|x)) = E_p[log p(x, z) - log q(z|x)] - log_evidence by the reference's draws, mass that the guide "
+        "misses; NaN where the reference is neither exact nor certified, or log_evidence is missing",
+    ),
+    "kl_forward_se": (NATS, "its Monte Carlo standard error and that of log_evidence"),
     "total_variation": (
         "1",
         "half the sum over the discrete sites' joint values of |q - p_ref|; NaN beside continuous latents",
@@ -113,8 +119,7 @@ def _first(references: Sequence[Posterior], name: str, n: int) -> np.ndarray:
 def _gaps(guide: Posterior, ladder: Ladder, elbo: np.ndarray, elbo_se: np.ndarray) -> dict[str, np.ndarray]:
     """Return the gap and its two parts, with intervals; all from the same data."""
     gap = ladder.value - elbo
-    numerical = np.where(ladder.is_exact, ladder.error / Z95, ladder.error)
-    spread = Z95 * np.hypot(elbo_se, numerical)
+    spread = Z95 * np.hypot(elbo_se, _one_error(ladder))
     no_value = np.isnan(gap)
     stat = {name: _first([guide], name, len(elbo)) for name in PARTS}
     best, full = stat["elbo_refit"], stat["elbo_refit_full"]
@@ -139,6 +144,11 @@ def _gaps(guide: Posterior, ladder: Ladder, elbo: np.ndarray, elbo_se: np.ndarra
         "gap_amortization_lower": amortization - paired,
         "gap_amortization_upper": amortization + paired + short,
     }
+
+
+def _one_error(ladder: Ladder) -> np.ndarray:
+    """Return the error of log p(x) as one standard error: a numerical one is an end of an interval."""
+    return np.where(ladder.is_exact, ladder.error / Z95, ladder.error)
 
 
 def tabulate(
@@ -173,6 +183,8 @@ def tabulate(
             name: pile([getattr(c, name) for c in comparisons])
             for name in ("mean_error", "sd_ratio", "sliced_wasserstein", "noise_floor", "total_variation")
         },
+        "kl_forward": pile([c.cross for c in comparisons]) - ladder.value[:, None],
+        "kl_forward_se": np.hypot(pile([c.cross_se for c in comparisons]), _one_error(ladder)[:, None]),
         **{name: pile([p.stats.get(name) for p in references]) for name in PER_REFERENCE},
         "bound_lower": pile([p.stats.get("bound_sure") for p in references]),
         "bound_upper": pile([p.evidence.upper if p.evidence else None for p in references]),

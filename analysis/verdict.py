@@ -102,6 +102,8 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
             (f"{reference}: sliced Wasserstein [sd]", _quartiles(part["sliced_wasserstein"].values[good], 3)),
             (f"{reference}: its noise floor [sd]", _quartiles(part["noise_floor"].values[good], 3)),
         ]
+        if "kl_forward" in part:  # an audit of before it was computed
+            rows.append((f"{reference}: KL(p || q) [nats]", _quartiles(part["kl_forward"].values[good])))
     return rows
 
 

@@ -92,6 +92,8 @@ def test_everything_said_of_the_guide_is_a_sum_over_its_values(mixed_up: Audit) 
         "distortion": -(q * (log_p - WEIGHTS.log())).sum(-1),
         "ess_fraction": 1 / (p.square() / q).sum(-1),
         "total_variation": (q - p).abs().sum(-1) / 2,
+        "kl_forward": (p * (torch.log_softmax(by_hand(Y), -1) - log_q)).sum(-1),
+        "kl_forward_se": torch.zeros(len(Y)),
     }
     for name, value in expected.items():
         np.testing.assert_allclose(table[name], value, rtol=0, atol=1e-10, err_msg=name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import linear_vae, set_guide
+from torch import Tensor
 
 from elbowroom.analysis.audit import audit
 from elbowroom.inference.exact import ClosedForm
@@ -136,3 +138,39 @@ def test_annealed_evidence_ends_at_both_ends() -> None:
     h = steps[1].item()
     slope = (oracle.log_evidence(x, 0.5 + h) - oracle.log_evidence(x, 0.5 - h)) / (2 * h)
     torch.testing.assert_close(slope, expected, atol=1e-4, rtol=1e-4)
+
+
+def kl(mean: Tensor, covariance: Tensor, of_mean: Tensor, of_covariance: Tensor) -> Tensor:
+    """KL(N(mean, covariance) || N(of_mean, of_covariance)) per datum."""
+    normals = (torch.distributions.MultivariateNormal(*p) for p in ((mean, covariance), (of_mean, of_covariance)))
+    return torch.distributions.kl_divergence(*normals)
+
+
+@pytest.mark.parametrize(
+    "references", [["closed_form", "grid"], pytest.param(["hmc", "importance", "ais"], marks=pytest.mark.slow)]
+)
+def test_kl_both_ways_is_that_of_two_normals(references: list[str]) -> None:
+    vae, x, oracle = linear_vae(2, 8, n=40)
+    set_guide(vae, oracle)
+    mean, covariance = oracle.posterior(x)
+    narrow = torch.diag_embed(1 / oracle.precision.diagonal())
+    right, gap = kl(mean, covariance, mean, narrow), kl(mean, narrow, mean, covariance)
+    table = audit(vae.model, vae.guide, x, references=references).table
+    for reference in references:
+        if reference == "ais":  # which certifies nothing
+            assert table["kl_forward"].sel(reference=reference).isnull().all()
+            continue
+        part = table.sel(reference=reference)
+        z = (part["kl_forward"].values - right.numpy()) / part["kl_forward_se"].values
+        assert np.abs(z).max() < 4.5
+        assert 0.6 < z.std() < 1.5  # the stated errors are those that are made
+        assert (part["kl_forward_se"] < 0.2 * right.min().item()).all()
+    assert (right > gap).all()  # a narrow guide misses mass
+
+
+def test_kl_forward_has_no_noise_where_the_guide_is_the_posterior() -> None:
+    vae, x, oracle = linear_vae(2, 6, family=FullRankNormal)
+    set_guide(vae, oracle)
+    table = audit(vae.model, vae.guide, x, references=["closed_form"]).table
+    assert abs(table["kl_forward"]).max() < 1e-8
+    assert table["kl_forward_se"].max() < 1e-8
