@@ -149,12 +149,13 @@ def _prior_caption(latent: xr.DataTree | None, x: np.ndarray, real: np.ndarray |
     if real is None:
         return f"{text}. The run folder keeps no data to compare them with."
     other = _mean(real[np.isfinite(real).any(1)], 1)
-    se = math.hypot(error, float(other.std()) / math.sqrt(len(real)))
+    its = float(other.std()) / math.sqrt(len(real))
+    se = math.hypot(error, its)
     far = abs(float(totals.mean() - other.mean())) / max(se, 1e-12)
     verdict = "so on this average the model is like its data" if far < 3 else f"which is {say(far, 2)} standard errors away"
     return (
-        f"{text}; the audited data have {say(float(other.mean()))}, {verdict}. This compares one average only: look at the "
-        "shapes for what it cannot see."
+        f"{text}; the audited data have {say(float(other.mean()))} ± {say(its)}, {verdict}. This compares one average "
+        "only: look at the shapes for what it cannot see."
     )
 
 
@@ -223,13 +224,19 @@ def _reconstruction_caption(error: np.ndarray, gap: np.ndarray, unit: str) -> st
     if not np.isfinite(gap).all() or len(gap) < 3:
         return f"{text}. They have no known gap to order them by; they stand in the order of their ELBO."
     half = len(gap) // 2
-    low, high = float(error[:half].mean()), float(error[half:].mean())
+    sides = (error[:half], error[half:])
+    low, high = (float(side.mean()) for side in sides)
+    noise = [float(side.std(ddof=1)) / math.sqrt(len(side)) if len(side) > 1 else math.nan for side in sides]
+    clear = not high - low <= 2 * math.hypot(*noise)  # also of so few that the errors are not known
     verdict = (
         "data with a large gap are also reconstructed worse"
-        if high > 1.15 * low
+        if high > 1.15 * low and clear
         else "reconstruction does not show it: a datum can be reconstructed well while its posterior is wrong"
     )
+    said = [
+        f"{say(mean)}{f' ± {say(se, 2)}' if math.isfinite(se) else ''}" for mean, se in zip((low, high), noise, strict=True)
+    ]
     return (
-        f"{text}, which are spread evenly over the ranks of the gap, smallest to the left. Mean error of the left half "
-        f"{say(low)}, of the right half {say(high)}: {verdict}."
+        f"{text}, which are spread evenly over the ranks of the gap, smallest to the left. Mean error (± SE) of the left "
+        f"half {said[0]}, of the right half {said[1]}: {verdict}."
     )

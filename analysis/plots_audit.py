@@ -30,7 +30,7 @@ from elbowroom.analysis.canvas import (
     say,
     styled,
 )
-from elbowroom.analysis.table import GOOD_K, LARGE_GAP, SMALL_GAP, best_reference, column, in_words, trusted
+from elbowroom.analysis.table import GOOD_K, LARGE_GAP, SMALL_GAP, Z95, best_reference, column, in_words, trusted
 
 
 @styled
@@ -170,8 +170,10 @@ def _trust_caption(gap: np.ndarray, k: np.ndarray, both: np.ndarray, bad: np.nda
     if gap[both].max() < SMALL_GAP:
         relation = f"All gaps are below {SMALL_GAP} nats: there is little to mend."
     elif np.ptp(gap[both]) > 0 and np.ptp(k[both]) > 0:
-        rho = float(spearmanr(gap[both], k[both]).statistic)
-        relation = f"The rank correlation of gap and k-hat is {round(rho, 2) + 0.0:.2f}".replace("-0", "−0")
+        rho, n = float(spearmanr(gap[both], k[both]).statistic), int(both.sum())
+        low, high = np.tanh(np.arctanh(np.clip(rho, -0.9999, 0.9999)) + np.array([-1, 1]) * Z95 * np.sqrt(1.06 / max(1, n - 3)))
+        ends = ", ".join(f"{round(end, 2) + 0.0:.2f}" for end in (low, high))  # Fieller, Hartley and Pearson 1957
+        relation = f"The rank correlation of gap and k-hat is {round(rho, 2) + 0.0:.2f} [{ends}]".replace("-0", "−0")
         found = "finds the bad data without a reference" if rho > 0.7 else "alone does not tell which gaps are large"
         relation += f": k-hat {found}."
     else:
@@ -231,13 +233,11 @@ def comparison(table: xr.Dataset) -> Plot | Absent:
     third.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
     alt = "Histograms of mean error and sd ratio of the guide, and distribution of its distance beside the noise floor."
     caption = _comparison_caption(mean, ratio, distance, floor, table.sizes["obs_id"] - int(rows.sum()))
-    return Plot("comparison", figure, alt, caption, wide=True)
-
     if "kl_forward" in part:
         caption += _both_ways(part["kl_forward"].values[rows], column(table, "gap_total")[rows])
+    return Plot("comparison", figure, alt, caption, wide=True)
 
-def _histogram(axes: Axes, values: np.ndarray, label: str, *, zero: bool = True) -> None:
-    values = values[np.isfinite(values)]
+
 def _both_ways(forward: np.ndarray, gap: np.ndarray) -> str:
     """Say what the two directions of the divergence tell together."""
     both = np.isfinite(forward) & np.isfinite(gap)
@@ -254,6 +254,8 @@ def _both_ways(forward: np.ndarray, gap: np.ndarray) -> str:
     return f" KL(p || q) has a median of {say(there, 2)} nats beside {say(back, 2)} of the gap, KL(q || p): {tells}."
 
 
+def _histogram(axes: Axes, values: np.ndarray, label: str, *, zero: bool = True) -> None:
+    values = values[np.isfinite(values)]
     if values.size:
         bins = np.linspace(0 if zero else values.min(), max(values.max(), values.min() + 1e-9), 31)
         sns.histplot(x=values, bins=bins, ax=axes, color=EXACT, edgecolor=PAPER, linewidth=0.5, alpha=0.9)

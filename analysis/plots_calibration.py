@@ -219,10 +219,13 @@ def _caption(found: xr.Dataset, bad: np.ndarray, simulated: bool) -> str:
         if score.size:
             spread = float(score.std())
             room = max(0.05, 3 / np.sqrt(2 * n))  # three standard errors of the sd, or what matters
-            said = "the guide is too narrow" if spread > 1 + room else "it is too wide" if spread < 1 - room else "about right"
+            said = ["the guide is too narrow"] if spread > 1 + room else ["it is too wide"] if spread < 1 - room else []
+            if abs(score.mean()) > max(0.05, 3 / np.sqrt(n)):
+                said.append("it is off centre")
             text += (
                 f" z-scores have mean {say(float(score.mean()), 2)} and sd {say(spread, 3)} (0 and 1 where the guide is right: "
-                f"{said}); the median contraction is {say(float(np.nanmedian(contraction)), 2)} (near 0, x tells nothing of z)."
+                f"{' and '.join(said) or 'no clear difference'}); the median contraction is "
+                f"{say(float(np.nanmedian(contraction)), 2)} (near 0, x tells nothing of z)."
             )
     left_out = int(found.attrs.get("left_out", 0))
     if left_out:
@@ -242,11 +245,13 @@ def _covered(found: xr.Dataset) -> str:
         return ""
     limit = 3.0  # errors: several latents and levels are looked at
     low, high = known & (cover < level - limit * error), known & (cover > level + limit * error)
-    at = int(np.argmax(np.where(known, np.abs(cover - level), -1.0)))
+    among = low | high if (low | high).any() else known
+    at = int(np.argmax(np.where(among, np.abs(cover - level), -1.0)))
     i, j = np.unravel_index(at, cover.shape)
+    its = float(np.broadcast_to(error, cover.shape)[i, j])
     text = (
         f" Farthest from nominal: the {percent(float(found['level'].values[i]))} interval of "
-        f"{found['coordinate'].values[j]} holds {percent(float(cover[i, j]))}"
+        f"{found['coordinate'].values[j]} holds {percent(float(cover[i, j]))} (SE {percent(its)})"
     )
     if low.any() and high.any():
         return text + "; some latents are too narrow, others too wide."

@@ -182,11 +182,13 @@ def _caption(found: xr.Dataset, kind: np.ndarray) -> str:
                 f"({_names(found, kind, 'ignored')}): the encoder is at fault, not the model. "
             )
         text += "Left of the dashed lines a latent counts as unused. "
-    low, high, _, _ = _mutual(found)
+    low, high, least, most = _mutual(found)
     rate, n = float(found["rate_mean"]), float(found["information_data"]) if "information_data" in found else math.nan
-    text += f"The guide spends {say(rate)} nats of rate per datum"
+    text += f"The guide spends {say(rate)} ± {say(float(found['rate_se']), 2)} nats of rate per datum (± SE over data)"
     if math.isfinite(low):
         text += f", and z tells between {say(low)} and {say(high)} nats of x"
+        if most - least > 1.05 * (high - low):
+            text += f" ({say(least)} to {say(most)} with the errors of these bounds)"
         if math.isfinite(n) and n > 1 and low > 0.8 * math.log(n):
             text += f"; no more than log {n:,.0f} = {say(math.log(n))} can be shown with {count(int(n))}, so it may be more"
     text += "." + _aggregate(found)

@@ -30,6 +30,7 @@ from elbowroom.analysis.canvas import (
     tone,
 )
 from elbowroom.analysis.plots import NO_LATENT, event_image, event_sequence, group, units_of_rows
+from elbowroom.analysis.table import Z95
 
 
 @styled
@@ -191,7 +192,7 @@ def _latent_caption(
 ) -> str:
     d = loc.shape[1]
     draws = loc + scale * np.random.default_rng(0).standard_normal((200, *loc.shape))
-    inside = float((np.square(draws[..., shown]).sum(-1) < _radius2(len(shown))).mean())
+    inside, low, high = _mean_interval((np.square(draws[..., shown]).sum(-1) < _radius2(len(shown))).mean(0))
     order = np.argsort(-rate, kind="stable")
     rates = ", ".join(f"latent {j}: {say(rate[j])}" for j in order[:6]) + (" and so on" if d > 6 else "")
     stacked = ", stacked by label" if labelled else ""
@@ -200,8 +201,14 @@ def _latent_caption(
         around = "dashed, the regions of 50, 90 and 99% of the prior" if standard else "grey, draws from the prior"
         what = f"Each dot is the mean of q(z|x) of one datum, its halo one sd; {around}. "
     dead = [int(j) for j in range(d) if loc[:, j].var() < 0.01]
-    fit = "close to the prior" if abs(inside - 0.9) < 0.03 else ("wider than the prior" if inside < 0.9 else "narrower")
-    verdict = f"{percent(inside)} of the draws from q over these data lie where 90% of the prior does: as a whole, q is {fit}."
+    if low <= 0.9 <= high:
+        fit = "cannot be told from the prior by this"
+    else:
+        fit = f"is {'close to' if abs(inside - 0.9) < 0.03 else 'wider than' if inside < 0.9 else 'narrower than'} the prior"
+    verdict = (
+        f"{percent(inside)} of the draws from q over these data lie where 90% of the prior does (95% interval over data: "
+        f"{percent(low)} to {percent(high)}): as a whole, q {fit}."
+    )
     if not standard:
         verdict = "Where the dots leave the prior's draws, the model's own samples do not look like these data."
     active = (
@@ -209,6 +216,13 @@ def _latent_caption(
     )
     other = f" Shown are the two latents of {d} with the highest rate." if d > 2 else ""
     return f"{what}{verdict} Rate in nats per datum: {rates}.{active}{other}"
+
+
+def _mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the mean of shares of data, (N,), and its 95 % interval over data, within 0 and 1."""
+    mean, n = float(values.mean()), len(values)
+    half = Z95 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
+    return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
 def _radius2(d: int, mass: float = 0.9) -> float:

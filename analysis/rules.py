@@ -189,7 +189,8 @@ def effect_in_words(effect: float, kind: str) -> str:
         return "not known"
     if kind in ("relative", "largest"):
         return f"{effect:+.0%}" if abs(effect) >= 0.1 else f"{effect:+.1%}"
-    return f"{effect:+.2g}" + {"sd": " sd", "nats": " nats"}.get(kind, "")
+    units = {"sd": " sd", "nats": " nat" if abs(effect) == 1 else " nats"}
+    return f"{effect:+.2g}{units.get(kind, '')}"
 
 
 def as_dataset(verdicts: list[Judgement]) -> xr.Dataset:

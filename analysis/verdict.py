@@ -186,11 +186,14 @@ def _shape(table: xr.Dataset) -> str:
             f"(total variation; the largest, {variation.max():.2g})."
         )
     ratio, shift = np.median(part["sd_ratio"].values[good]), np.median(part["mean_error"].values[good])
+    factor = np.median(np.exp(np.abs(np.log(part["sd_ratio"].values[good]))))  # of which a narrow and a wide one do not cancel
     width = (
         f"too narrow (sd {ratio:.2f} of the true one)"
         if ratio < 1 / SD_RATIO
         else f"too wide (sd {ratio:.2f} of the true one)"
         if ratio > SD_RATIO
+        else f"of another width than the true posterior, here narrower and there wider (by a factor of {factor:.2f})"
+        if factor > SD_RATIO
         else f"about as wide as the true posterior (sd ratio {ratio:.2f})"
     )
     place = f"off centre by {shift:.2f} posterior sd" if shift > MEAN_ERROR else f"centred within {shift:.2f} posterior sd"

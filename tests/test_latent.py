@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from conftest import linear_vae, mlp_vae, set_guide
 
+from elbowroom.analysis import plots_latent
 from elbowroom.analysis.audit import audit_log_joint
 from elbowroom.analysis.latent import describe, spread
 from elbowroom.inference.target import LogJoint
@@ -115,3 +118,22 @@ def test_spread_takes_even_ranks_of_what_is_known():
     values = np.array([3.0, np.nan, 1.0, 2.0, 5.0, 4.0])
     assert spread(values, 3).tolist() == [2, 0, 4]
     assert spread(values, 9).tolist() == [2, 3, 0, 5, 4]
+
+
+@pytest.mark.parametrize(
+    ("sd", "words"),
+    [(1.0, "cannot be told from the prior by this"), (1.3, "is wider than the prior"), (0.6, "is narrower than the prior")],
+)
+def test_the_aggregate_beside_the_prior_has_an_error(sd: float, words: str) -> None:
+    """The share of draws of q in the prior's 90 % region, in closed form 1 - 10^(-1/v) for N(0, v I_2)."""
+    loc = np.sqrt(sd**2 - 0.1) * np.random.default_rng(0).standard_normal((400, 2))
+    caption = plots_latent._latent_caption(loc, np.full((400, 2), 0.1**0.5), np.ones(2), [0, 1], False, True)
+    found = re.search(
+        r"([0-9.]+)% of the draws .* \(95% interval over data: ([0-9.]+)% to ([0-9.]+)%\): as a whole, q (.*?)\.", caption
+    )
+    assert found is not None
+    share, low, high = (float(part) for part in found.groups()[:3])
+    assert low - 1 < 100 * (1 - 10 ** (-1 / sd**2)) < high + 1
+    assert low < share < high
+    assert high - low < 10
+    assert found.group(4) == words

@@ -429,6 +429,13 @@ def test_checks_fail_by_the_rule_of_the_verdict():
     assert "1 of 4 checks fail" in judgement[0].rests_on
 
 
+def test_effects_are_ordered_by_what_matters_to_their_own_limits():
+    found = criticism([9.0, 9.0], [0.001, 0.001], [1.5, 0.2], ["kurtosis", "difference"])
+    caption = saved(plots_checks.checks(found)).caption
+    assert caption.index("check 1") < caption.index("check 0")  # 0.2 is four times its limit, 1.5 half as much again
+    assert "from these sizes on: 0.05 of probabilities or correlations, 1 of kurtosis." in caption
+
+
 def test_sound_and_slight_checks():
     sound = saved(plots_checks.checks(criticism([0.1, -1.0], [0.9, 0.4], [0.01, -0.02])))
     assert "None of 2 checks fails, the smallest p-value is 0.4" in sound.caption

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from elbowroom.analysis import cures, rules
+from elbowroom.analysis import cures, rules, verdict
 from elbowroom.analysis.rules import from_dataset, judge, median, per_datum
 
 N = 40
@@ -192,6 +192,18 @@ def test_sound_says_how_far_means_and_sds_are_off() -> None:
     assert "puts at most 0.04 of its probability on other values than the posterior (median 0.04)" in found.advice
     assert "posteriors/grid.nc" in found.advice
     assert "not known" in judge(table())[0].advice
+
+
+def test_narrow_and_wide_do_not_cancel_in_the_sentence() -> None:
+    def said(ratio: Any) -> str:
+        values = {"sd_ratio": ratio, "mean_error": 0.1, "total_variation": np.nan}
+        beside = {name: (("obs_id", "reference"), np.broadcast_to(value, (N, 1))) for name, value in values.items()}
+        return verdict._shape(table().assign(beside))
+
+    half = np.where(np.arange(N) % 2, 0.6, 1.0 / 0.6)[:, None]
+    assert "here narrower and there wider (by a factor of 1.67)" in said(half)
+    assert "about as wide as the true posterior (sd ratio 1.10)" in said(1.1)
+    assert "too narrow (sd 0.60 of the true one)" in said(0.6)
 
 
 def test_judgements_survive_a_file() -> None:

@@ -189,6 +189,13 @@ def test_runs_of_one_name_are_told_apart(home: Path, tmp_path: Path) -> None:
     assert set(found.table["run"].values) == {str(home / "a"), str(tmp_path / "a")}
 
 
+def test_some_of_the_test_data_are_a_random_sample_of_them(home: Path) -> None:
+    """Rows with the lowest labels would be one class of data that are sorted by class."""
+    labels, test = (xr.open_dataset(home / "few" / "audit.nc")["obs_id"].values, np.load(home / "few" / "split.npz")["test"])
+    assert labels.tolist() == sorted(test[:5])
+    assert labels.tolist() != sorted(test)[:5]
+
+
 def test_masses_and_densities_are_not_comparable(home: Path) -> None:
     found = er.compare([home / "gaussian", home / "poisson"])
     assert found.notes[0].startswith("NOT comparable: gaussian (density), poisson (mass)")

@@ -44,6 +44,8 @@ class Asked:
 def own(run: Run, part: str = "test") -> Asked:
     """Return the rows of the run's own data that it was tested on, or another part of its split.
 
+    They stand in the split's random order: the first of them are a sample.
+
     Raises:
         UserError: there is no such part, or the data have changed since the fit.
     """
@@ -52,7 +54,7 @@ def own(run: Run, part: str = "test") -> Asked:
             f"part: unknown part of the data {part!r}{nearest(part, get_args(Part))}; one of {', '.join(get_args(Part))}"
         )
     index = getattr(folder.read_split(run.path / folder.SPLIT), part)
-    return Asked(run.data, np.sort(index), run.experiment)
+    return Asked(run.data, index, run.experiment)
 
 
 def given(run: Run, data: Any, most: int | None = None, *, label: str | None = None) -> Asked:
