@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from elbowroom.inference.target import LogJoint
     from elbowroom.models.vae import VAE
     from elbowroom.run import Run, fit
+    from elbowroom.transformer import VAETransformer
     from elbowroom.versus import compare
 
     __version__: str
@@ -30,6 +31,7 @@ __all__ = [
     "LogJoint",
     "Posterior",
     "Run",
+    "VAETransformer",
     "__version__",
     "audit",
     "compare",
@@ -47,6 +49,7 @@ _HOME = {
     "Posterior": "elbowroom.inference.posterior",
     "LogJoint": "elbowroom.inference.target",
     "VAE": "elbowroom.models.vae",
+    "VAETransformer": "elbowroom.transformer",
     "compare": "elbowroom.versus",
 }
 
