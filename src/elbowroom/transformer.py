@@ -30,7 +30,7 @@ FEWEST = 3  # rows: one for each part of the split
 POSTERIORS = ("encoder", "corrected")
 
 
-class VAETransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class VAETransformer(TransformerMixin, BaseEstimator):
     """Fit a VAE to rows, and turn rows into posterior means of their latents, and latents into E[x|z].
 
     X is (n, columns), an array or a frame; NaN is missing. A seventh of the rows is held out of training to choose the best
