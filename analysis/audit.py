@@ -21,15 +21,16 @@ import xarray as xr
 from annotated_types import Ge
 
 from elbowroom import clock
-from elbowroom.analysis import idata, rules
+from elbowroom.analysis import idata, judgement
 from elbowroom.analysis.blocks import Work, unreached
 from elbowroom.analysis.diagnosis import diagnose as find_out
 from elbowroom.analysis.evidence import climb
 from elbowroom.analysis.expectations import expectations
+from elbowroom.analysis.judgement import Judgement, from_dataset
 from elbowroom.analysis.pace import Pace, Step
 from elbowroom.analysis.planning import Plan, choose
 from elbowroom.analysis.progress import PLANNED
-from elbowroom.analysis.rules import Judgement, from_dataset, judge, per_datum
+from elbowroom.analysis.rules import judge, per_datum
 from elbowroom.analysis.store import Store
 from elbowroom.analysis.table import best_reference, trusted
 from elbowroom.analysis.tabulate import tabulate
@@ -145,7 +146,7 @@ class Audit:
             raise RunFolderError(f"{folder}: no audit.nc here; run `elbowroom audit {folder}` first")
         table = idata.read_table(folder / "audit.nc")
         trees = {path.stem: idata.read(path) for path in sorted((folder / "posteriors").glob("*.nc"))}
-        diagnosis = rules.read(folder / DIAGNOSIS) if (folder / DIAGNOSIS).is_file() else None
+        diagnosis = judgement.read(folder / DIAGNOSIS) if (folder / DIAGNOSIS).is_file() else None
         return cls(table, trees, diagnosis)
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from elbowroom.analysis import rules
+from elbowroom.analysis import judgement, rules
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.simulate import simulate
@@ -97,7 +97,7 @@ def diagnose(
         groups = {name: child.to_dataset() for name, child in checks.children.items()}
         flat["checks"] = groups.pop("statistics", xr.Dataset()).assign_attrs(checks.attrs)
         found |= groups | {"checks": flat["checks"]}
-    found["verdicts"] = rules.as_dataset(rules.judge(table, flat))
+    found["verdicts"] = judgement.as_dataset(rules.judge(table, flat))
     tree = xr.DataTree.from_dict({f"/{name}": part for name, part in found.items()})
     tree.attrs["missing"] = "\n".join(missing)
     return tree

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 import xarray as xr
 
-from elbowroom.analysis import plots_calibration, plots_checks, plots_gaps, plots_information, plots_predictive, rules
+from elbowroom.analysis import (
+    judgement,
+    plots_calibration,
+    plots_checks,
+    plots_gaps,
+    plots_information,
+    plots_predictive,
+    rules,
+)
 from elbowroom.analysis.canvas import Absent, Plot, percent, say
 
 NO_DIAGNOSIS = "the run folder has no diagnosis.nc; `elbowroom audit` with audit.diagnose=true writes it"
@@ -54,7 +62,7 @@ class Line:
 def lines(table: xr.Dataset, tree: xr.DataTree | None) -> list[Line]:
     """Return the verdicts, the most consequential first; by the audit's table alone where there is no diagnosis."""
     stored = part(tree, "verdicts")
-    verdicts = rules.judge(table) if stored is None else rules.from_dataset(stored)
+    verdicts = rules.judge(table) if stored is None else judgement.from_dataset(stored)
     return [
         Line(one.verdict, number(one), _sentence(one.rests_on), _sentence(one.rule), one.advice, one.verdict == rules.SOUND)
         for one in verdicts
@@ -67,7 +75,7 @@ def _sentence(text: str) -> str:
     return f"{text if first in ('log', 'p') else text[:1].upper() + text[1:]}."
 
 
-def number(one: rules.Judgement) -> str:
+def number(one: judgement.Judgement) -> str:
     """Write a judgement's number with its interval and units."""
     share = one.units.startswith("share")
     write = percent if share else (lambda value: f"{value:g}" if one.units == "latents" else say(value))

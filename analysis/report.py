@@ -22,13 +22,13 @@ from elbowroom.analysis import (
     findings,
     idata,
     judged,
+    judgement,
     plots,
     plots_audit,
     plots_forest,
     plots_latent,
     plots_posterior,
     plots_training,
-    rules,
 )
 from elbowroom.analysis.canvas import DPI, Absent, Plot, thumbnail, tone
 from elbowroom.archive import read_npz
@@ -88,7 +88,7 @@ class Files:
             history=_read(folder / "history.csv", _read_history),
             latent=_read(folder / "latent.nc", idata.read),
             posteriors=trees,
-            diagnosis=_read(folder / "diagnosis.nc", rules.read),
+            diagnosis=_read(folder / "diagnosis.nc", judgement.read),
         )
 
     @property

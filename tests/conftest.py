@@ -17,7 +17,7 @@ import xarray as xr
 from torch import Tensor
 
 from elbowroom.analysis import audit as auditing
-from elbowroom.analysis import rules
+from elbowroom.analysis import judgement, rules
 from elbowroom.analysis.diagnosis import diagnose
 from elbowroom.models.guides import AmortizedGuide, DiagonalNormal, Family, FullRankNormal
 from elbowroom.models.likelihoods import Bernoulli, Gaussian
@@ -60,7 +60,7 @@ def _undiagnosed() -> Iterator[None]:
     """Let audits judge by their gaps alone: the rest takes seconds each. Tests of it ask for `diagnosed`."""
 
     def judged(log_joint: object, table: xr.Dataset, *_: object, **__: object) -> xr.DataTree:
-        verdicts = rules.as_dataset(rules.judge(table))
+        verdicts = judgement.as_dataset(rules.judge(table))
         return xr.DataTree.from_dict({"/verdicts": verdicts, "/": xr.Dataset(attrs={"missing": ""})})
 
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,8 @@ from torch import Tensor
 from elbowroom.analysis.audit import audit_log_joint
 from elbowroom.analysis.criticism import criticise
 from elbowroom.analysis.information import information
-from elbowroom.analysis.rules import Judgement, judge
+from elbowroom.analysis.judgement import Judgement
+from elbowroom.analysis.rules import judge
 from elbowroom.inference.exact import ClosedForm
 from elbowroom.inference.grid import Grid
 from elbowroom.inference.posterior import Reference

@@ -15,7 +15,7 @@ from conftest import linear_vae, set_guide
 from planted import FAULTS, verdicts
 
 import elbowroom as er
-from elbowroom.analysis import rules
+from elbowroom.analysis import judgement
 from elbowroom.analysis.diagnosis import diagnose
 from elbowroom.inference.exact import ClosedForm
 from elbowroom.inference.target import LogJoint
@@ -80,7 +80,7 @@ def test_verdicts_that_cannot_be_read_are_one_line(tmp_path, fault):
     from elbowroom.errors import RunFolderError
 
     audit = er.audit(model, guide, torch.tensor([0.0, 3.0, 11.0]), diagnose=False)
-    verdicts = rules.as_dataset(audit.verdicts)
+    verdicts = judgement.as_dataset(audit.verdicts)
     broken = {
         "none": None,
         "empty": verdicts.isel(verdict=slice(0)),

@@ -16,6 +16,7 @@ from test_report import INJECTION, Page, write_run
 import elbowroom as er
 from elbowroom.analysis import (
     judged,
+    judgement,
     plots_calibration,
     plots_checks,
     plots_gaps,
@@ -194,14 +195,14 @@ def predictions(shift: float = 0.0, d: int = 6, counts: bool = True, holes: bool
     )
 
 
-def verdicts(*found: rules.Judgement) -> xr.Dataset:
-    return rules.as_dataset(list(found))
+def verdicts(*found: judgement.Judgement) -> xr.Dataset:
+    return judgement.as_dataset(list(found))
 
 
-MISFIT = rules.Judgement(
+MISFIT = judgement.Judgement(
     rules.MISFIT, 0.3, np.nan, np.nan, "effect", f"1 of 3 checks fails {INJECTION}", "p at most 0.01", "Try another likelihood."
 )
-MISSED = rules.Judgement(
+MISSED = judgement.Judgement(
     rules.MODE_MISSED, 0.25, 0.2, 0.3, "share of the data", "the guide misses a mode", "modes are missed", "Use a mixture."
 )
 
@@ -425,8 +426,8 @@ def test_checks_fail_by_the_rule_of_the_verdict():
     points = {label: c for c in plot.figure.axes[0].collections if (label := c.get_label()).startswith("fails")}
     (failed,) = points.values()
     np.testing.assert_allclose(failed.get_offsets(), [[9.0, 1.0]], rtol=1e-6)
-    judgement = [one for one in rules.judge(gaps(), {"checks": found}) if one.verdict == rules.MISFIT]
-    assert "1 of 4 checks fail" in judgement[0].rests_on
+    (misfit,) = [one for one in rules.judge(gaps(), {"checks": found}) if one.verdict == rules.MISFIT]
+    assert "1 of 4 checks fail" in misfit.rests_on
 
 
 def test_effects_are_ordered_by_what_matters_to_their_own_limits():
@@ -470,8 +471,8 @@ def test_predictive_distributions_beside_the_data(options):
 def test_numbers_of_verdicts_have_interval_and_units():
     assert judged.number(MISSED) == "25% [20%, 30%] of the data"
     assert judged.number(MISFIT) == "effect +0.3"
-    assert judged.number(rules.Judgement("", 0.158, 0.1154, 0.1844, "nats", "", "", "")) == "0.158 [0.115, 0.184] nats"
-    assert judged.number(rules.Judgement("", 1.0, np.nan, np.nan, "latents", "", "", "")) == "1 latent"
+    assert judged.number(judgement.Judgement("", 0.158, 0.1154, 0.1844, "nats", "", "", "")) == "0.158 [0.115, 0.184] nats"
+    assert judged.number(judgement.Judgement("", 1.0, np.nan, np.nan, "latents", "", "", "")) == "1 latent"
 
 
 def test_the_verdicts_stand_first_and_everything_is_escaped(tmp_path):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from elbowroom.analysis import cures, rules, verdict
-from elbowroom.analysis.rules import from_dataset, judge, median, per_datum
+from elbowroom.analysis import cures, judgement, rules, verdict
+from elbowroom.analysis.judgement import from_dataset
+from elbowroom.analysis.rules import judge, median, per_datum
 
 N = 40
 UNKNOWN = {"gap_amortization": np.nan, "gap_covariance": np.nan, "gap_shape": np.nan}
@@ -42,7 +43,7 @@ def table(**columns: Any) -> xr.Dataset:
 
 
 def words(*args: Any) -> list[str]:
-    return [judgement.verdict for judgement in judge(*args)]
+    return [one.verdict for one in judge(*args)]
 
 
 def test_every_verdict_stands_in_the_table_of_the_text_in_its_order() -> None:
@@ -85,7 +86,7 @@ def test_only_certified_data_count() -> None:
     assert set(per_datum(half)[first]) == {"reference not trustworthy"}
     few = table(gap_amortization=np.where(~first, 0.5, 0.0), status=np.where(first, "exact", "uncertified"))
     found = judge(few)
-    assert [judgement.verdict for judgement in found] == ["reference not trustworthy"]
+    assert [one.verdict for one in found] == ["reference not trustworthy"]
     assert found[0].number == pytest.approx(first.mean())
     none = table(status="uncertified")
     assert words(none) == ["reference not trustworthy"]
@@ -208,7 +209,7 @@ def test_narrow_and_wide_do_not_cancel_in_the_sentence() -> None:
 
 def test_judgements_survive_a_file() -> None:
     found = judge(table(gap_shape=0.5, gap_amortization=0.4))
-    again = from_dataset(rules.as_dataset(found))
+    again = from_dataset(judgement.as_dataset(found))
     assert again == found
 
 
