@@ -74,3 +74,72 @@ class Questions:
             out=None if out is None else Path(out), resume=resume, report=report,
         )  # fmt: skip
         return Answer(found.assign_attrs(answers="encode"), encode.conclude(found), form)
+
+    def score(
+        self,
+        data: Any = None,
+        *,
+        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        band: str | Sequence[float] = (2.5, 97.5),
+        fdr: float = 0.1,
+        calibration: Any = None,
+        most: int = 2_000,
+        simulated: int = 500,
+        holes: Literal["pattern", "count"] = "pattern",
+        gaps: bool = False,
+        draws: int = 1_000,
+        seed: int | None = None,
+        device: str | None = None,
+        report: Report | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+    ) -> Answer:
+        """Give log p(x) of each row with its kind and error, and say whether the row is like those of the fit.
+
+        The scores of the calibration rows are kept in `answers/` of the run folder, so that a second question is quicker.
+
+        Args:
+            data: as in `encode`.
+            references: as in `encode`: what log p(x) is computed by.
+            band: the percentiles of the calibration rows that rows are expected between; their level is that of p-values too.
+            fdr: the share of valid rows that is allowed among those flagged over all rows.
+            calibration: rows known to be valid that the fit has not seen: a file, an array or a frame; by default the
+                validation split. (It has chosen the epoch of the weights: a slight breach of the rule.)
+            most: calibration rows that are used, at most.
+            simulated: rows drawn from the model for `p_model`, at most as many as calibration rows; 0 for none.
+            holes: rows with missing cells are compared with calibration rows that have the same (`pattern`), or as many
+                (`count`).
+            gaps: refit the guide's family to every row, for `gap_amortization` (slow).
+            draws: draws per row behind ELBO and k-hat.
+            seed: random seed; the run's by default.
+            device: where to compute.
+            report: called as report(rows done, rows in all).
+            out: the file that the answer will be saved to; see `resume`.
+            resume: go on from the rows that lie beside `out`.
+
+        Returns:
+            Over `obs_id`: log_evidence with error, bounds and kind, bits per dimension, elbo, rate, distortion, pareto_k,
+            gap_total, typicality; p_conformal, p_adjusted, p_model over `tail`; p_score over `score`; decision over `rule`.
+
+        Raises:
+            UserError: the data do not fit the model, or there are too few calibration rows for the band.
+
+        Example:
+            >>> answer = run.score(x)  # doctest: +SKIP
+            >>> answer["log_evidence"], answer["p_conformal"], answer["decision"]  # doctest: +SKIP
+        """
+        from elbowroom import asked, score
+        from elbowroom.streaming import place_of, references_for
+
+        run, (given, form) = cast("Run", self), Form.of(data)
+        ends = score.band_of(band)
+        score.check_options(fdr, most, simulated, holes)
+        valid = score.calibration_rows(run, Form.of(calibration)[0], most)
+        score.check_enough(valid, ends)
+        rows, place = asked.rows(run, given), place_of(run, device)
+        found = score.screened(
+            run, rows, references_for(run, rows, references, place), calibration=valid, simulated=simulated, band=ends, fdr=fdr,
+            holes=holes, refit=gaps, draws=draws, seed=run.experiment.spec.seed if seed is None else seed,
+            stream={"device": place, "out": None if out is None else Path(out), "resume": resume, "report": report},
+        )  # fmt: skip
+        return Answer(found, score.conclude(found), form, [score.drawing(found)])

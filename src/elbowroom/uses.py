@@ -43,6 +43,7 @@ Seed = Annotated[int | None, typer.Option("--seed", help="random seed [default: 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(encode)
+    app.command()(score)
 
 
 def encode(
@@ -68,6 +69,46 @@ def encode(
             report=report, out=target, resume=resume,
         )  # fmt: skip
         done(answer, target, out, as_json)
+
+
+def score(
+    run: RunArg,
+    data: DataArg = None,
+    out: OutFile = None,
+    overwrite: Again = False,
+    resume: GoOn = False,
+    references: References = None,
+    band: Annotated[str, typer.Option("--band", metavar="A-B", help="percentiles that rows are expected between")] = "2.5-97.5",
+    fdr: Annotated[float, typer.Option("--fdr", help="share of valid rows allowed among the flagged")] = 0.1,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration", metavar="FILE", help="valid rows that the fit has not seen [default: the validation split]"
+        ),
+    ] = None,
+    most: Annotated[int, typer.Option("--most", help="calibration rows, at most")] = 2_000,
+    simulated: Annotated[int, typer.Option("--simulated", help="rows drawn from the model to compare with; 0 for none")] = 500,
+    holes: Annotated[
+        str, typer.Option("--holes", metavar="KIND", help="compare rows with the same holes (pattern), or as many (count)")
+    ] = "pattern",
+    gaps: Annotated[bool, typer.Option("--gaps", help="the amortization gap of every row, too (slow)")] = False,
+    draws: Annotated[int, typer.Option("--draws", min=100, help="draws per row behind ELBO and k-hat")] = 1_000,
+    seed: Seed = None,
+    as_json: Json = False,
+    device: Device = None,
+    allow_python: AllowPython = False,
+) -> None:
+    """Give log p(x) of each row with its error, and say which rows are unlike those that the model was fitted to."""
+    fitted = _open(run, allow_python)
+    with answering(fitted, "score", data, out, overwrite=overwrite, resume=resume, as_json=as_json) as (target, report):
+        answer = fitted.score(
+            data, references=_references(references), band=band, fdr=fdr, calibration=calibration, most=most,
+            simulated=simulated, holes=holes, gaps=gaps, draws=draws, seed=seed, device=device, report=report, out=target,
+            resume=resume,
+        )  # fmt: skip
+        from elbowroom.score import counts
+
+        done(answer, target, out, as_json, decisions=counts(answer.dataset))
 
 
 def _open(run: Path, allow_python: bool) -> Run:
@@ -112,8 +153,8 @@ def answering(
         yield target, report
 
 
-def done(answer: Answer, target: Path, out: Path | None, as_json: bool) -> None:
-    """Write an answer, and say where and what to conclude."""
+def done(answer: Answer, target: Path, out: Path | None, as_json: bool, **more: Any) -> None:
+    """Write an answer, and say where and what to conclude; `more` goes into the JSON."""
     from elbowroom import streaming
 
     written = [answer.save(target)]
@@ -125,4 +166,4 @@ def done(answer: Answer, target: Path, out: Path | None, as_json: bool) -> None:
         for sentence in answer.said:
             screen().print(sentence, highlight=False)
         typer.echo(f"wrote {', '.join(map(str, written))}")
-    finish({"files": [str(path) for path in written], "said": list(answer.said)}, as_json)
+    finish({"files": [str(path) for path in written], "said": list(answer.said), **more}, as_json)
