@@ -89,7 +89,7 @@ class Promoted:
         return getattr(self.program, name)
 
 
-def mixed(error: BaseException) -> bool:
+def mixed(error: BaseException | None) -> bool:
     """Tell whether an error is one of torch's complaints about operands of several types."""
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("dtype", "scalar type"))
 

@@ -87,13 +87,17 @@ class LogJoint:
         self.model, self.guide = model, guide
         self.snapshot = Snapshot((model, guide), args, kwargs)
         try:
-            self.program = self._inspected(args, kwargs, plate)
-        except RuntimeError as error:
-            if dtype is None or not mixed(error):
+            self._build(args, kwargs, plate, dtype)
+        except (RuntimeError, UnsupportedProgram) as error:  # e.g. a prior, never drawn from in training, or data from NumPy
+            if dtype is None or not (mixed(error) or mixed(error.__cause__)):
                 raise
             self.model, self.guide = Promoted(model, dtype), Promoted(guide, dtype)
-            self.program = self._inspected(args, kwargs, plate)
-            self.program.notes.append(f"the program mixes precisions and does not run as it is; all is computed in {dtype}")
+            self._build(args, kwargs, plate, dtype)
+            self.note(f"the program mixes precisions and does not run as it is; all is computed in {dtype}")
+
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str | None, dtype: torch.dtype | None) -> None:
+        with self.snapshot.eval_mode(), seeded(0), torch.no_grad(), pyro.validation_enabled(True):
+            self.program = inspect(self.model, self.guide, args, kwargs, plate)
         self.n_obs, self.dim, self.sites = self.program.n_obs, self.program.dim, self.program.sites
         self.plate = self.program.plate
         self.notes = self.program.notes
@@ -433,10 +437,6 @@ class LogJoint:
         return agree
 
     # -- construction ---------------------------------------------------------------------------------------------------
-
-    def _inspected(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str | None) -> Program:
-        with self.snapshot.eval_mode(), seeded(0), torch.no_grad(), pyro.validation_enabled(True):
-            return inspect(self.model, self.guide, args, kwargs, plate)
 
     def take(self, dtype: torch.dtype | None) -> None:
         """Copy weights, arguments and pinned values in `dtype`."""

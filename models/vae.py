@@ -73,6 +73,8 @@ class VAE(nn.Module):
     def decode(self, z: Tensor, covariates: Tensor | None = None, exposure: Tensor | None = None) -> TorchDistribution:
         """Return p(x|z, c) for z of shape (..., d), covariates (N, C) in their own units and exposure (N,)."""
         c = self._standard(covariates)
+        weight = next(self.decoder.parameters(), z)
+        z = z.to(weight.dtype)  # a prior of the user's may draw in a precision of its own
         if c is not None:
             batch = torch.broadcast_shapes(z.shape[:-1], c.shape[:-1])
             z = torch.cat([z.expand(*batch, -1), c.expand(*batch, -1)], -1)
