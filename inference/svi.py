@@ -27,6 +27,7 @@ from elbowroom.errors import NonFiniteLoss, SpecError
 from elbowroom.inference.checkpoint import identity, load, save
 from elbowroom.inference.history import History, Row
 from elbowroom.inference.objectives import ELBO, NonFiniteSite, Objective
+from elbowroom.inference.promotion import mixed
 from elbowroom.inference.rows import Rows
 from elbowroom.inference.schedule import Plan, Schedule, plan
 from elbowroom.inference.scopes import contained, mode
@@ -386,6 +387,14 @@ class _Run:
                 self.step.objective(self.vae.model, self.vae.guide, **two, size=len(self.train))
             except NonFiniteSite:
                 return  # Pyro's checks would call it an invalid value; the loop names site and batch
+            except RuntimeError as error:
+                if not mixed(error):
+                    raise
+                own = next(self.vae.parameters()).dtype
+                raise SpecError(
+                    f"fit.dtype: a component computes with tensors of its own in another precision than {own} "
+                    f"({str(error).splitlines()[0]}); make them parameters or buffers (register_buffer)"
+                ) from error
             with pyro.validation_enabled(True):
                 self.step.objective(self.vae.model, self.vae.guide, **two, size=len(self.train))
 

@@ -385,3 +385,38 @@ def test_what_a_package_offers_must_be_of_its_kind(install, capsys):
     install("wrong_pack", EXAMPLES["wide.py"], likelihood__wide="wrong_pack:Wide")
     told = refused(capsys, "fit", "s.yaml", "--allow-python", "--set", "model.likelihood=wide")
     assert told.endswith("likelihood wide: Wide is no likelihood; derive it from elbowroom.models.likelihoods.Likelihood")
+
+
+STUBBORN = '''
+import math
+import torch
+from elbowroom.models.networks import Network
+
+class Fixed(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.eye = torch.eye(width)
+    def forward(self, x):
+        return x @ self.eye
+
+class Stubborn(Network):
+    """A layer that ends with a matrix that is no buffer."""
+
+    def __init__(self, in_shape: tuple[int, ...], out_dim: int) -> None:
+        linear = torch.nn.Linear(math.prod(in_shape), out_dim)
+        super().__init__(in_shape, out_dim, torch.nn.Sequential(linear, Fixed(out_dim)))
+'''
+
+
+def test_a_component_of_another_precision_is_one_line(here, capsys):
+    Path("stubborn.py").write_text(STUBBORN)
+    model = {**DIGITS["model"], "decoder": "python:stubborn.py:Stubborn"}
+    Path("s.yaml").write_text(document.write({**DIGITS, "model": model, "fit": {**DIGITS["fit"], "dtype": "float64"}}))
+    assert call("fit", "s.yaml", "--allow-python", "--out", "r") == 2
+    err = capsys.readouterr().err  # a bar of progress, then the line
+    assert "Traceback" not in err
+    said = err.splitlines()[-1]
+    assert said.startswith(
+        "elbowroom: fit.dtype: a component computes with tensors of its own in another precision than torch.float64 ("
+    )
+    assert said.endswith("; make them parameters or buffers (register_buffer)")
