@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from elbowroom.analysis.canvas import ALARM, EXACT, FAINT, GUIDE, INK, MUTED, WIDE, Absent, Plot, canvas, count, say, styled
-from elbowroom.analysis.screening import ABOVE, BELOW, LIMITED
+from elbowroom.analysis.screening import ABOVE, BELOW, LIMITED, outside
 
 BINS = 40
 NAME = "screening"
@@ -112,17 +112,17 @@ def _p_values(axes: Axes, answer: xr.Dataset) -> None:
             label=f"flagged at or below: FDR {fdr / 2:g}, a tail",
         )
     axes.set(xscale="log", yscale="log", xlabel="share of the rows, the smallest p-values first", ylabel="conformal p-value")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
 
 
 def _caption(answer: xr.Dataset, mixed: bool) -> str:
     band, fdr = answer.attrs["band"], float(answer.attrs["fdr"])
     decision = lambda rule: answer["decision"].sel(rule=rule).values.astype(str)
     number = lambda rule: int(np.isin(decision(rule), (BELOW, ABOVE)).sum())
-    m, outside = answer.sizes["obs_id"], 1 - (band[1] - band[0]) / 100
+    m, share = answer.sizes["obs_id"], outside(tuple(band))
     text = (
         f"{number('band'):,} of {count(m, 'row', 'rows')} lie outside the {band[0]:g}–{band[1]:g}% band of the calibration "
-        f"rows; about {say(outside * m, 2)} would if all were valid. "
+        f"rows; about {say(share * m, 2)} would if all were valid. "
     )
     both = decision("fdr_two_sided")
     text += (

@@ -118,6 +118,11 @@ def enough(level: float) -> int:
     return math.ceil(2 / level * (1 - 1e-12)) - 1
 
 
+def outside(band: tuple[float, ...]) -> float:
+    """Return the share that a band leaves outside, which is the level of p-values too."""
+    return 1 - (band[1] - band[0]) / 100
+
+
 def judge(
     rows: xr.Dataset,
     calibration: xr.Dataset,
@@ -143,7 +148,7 @@ def judge(
         over `tail`; `p_score` over `score`; `decision` over `rule`, at the level that the band leaves outside; and
         `compared_with`, the number of calibration rows of the same kind. Rows with fewer than `enough` have no p-values.
     """
-    m, level = rows.sizes["obs_id"], 1 - (band[1] - band[0]) / 100
+    m, level = rows.sizes["obs_id"], outside(band)
     parts = {name: np.full((m, 3), np.nan) for name in ("p_conformal", "p_conformal_lower", "p_conformal_upper", "p_model")}
     scores = np.full((m, len(SCORES)), np.nan)
     away, compared = np.full(m, np.nan), np.zeros(m, dtype=int)

@@ -5,13 +5,14 @@ Each returns an `Answer`, and writes nothing; `Answer.save` does. `elbowroom enc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from elbowroom.answer import Answer, Form
 
 if TYPE_CHECKING:
+    from elbowroom.imputed import Imputed
     from elbowroom.inference.posterior import Reference
     from elbowroom.run import Run
     from elbowroom.streaming import Report
@@ -128,7 +129,7 @@ class Questions:
             >>> answer = run.score(x)  # doctest: +SKIP
             >>> answer["log_evidence"], answer["p_conformal"], answer["decision"]  # doctest: +SKIP
         """
-        from elbowroom import asked, score
+        from elbowroom import asked, score, scored
         from elbowroom.streaming import place_of, references_for
 
         run, (given, form) = cast("Run", self), Form.of(data)
@@ -142,4 +143,119 @@ class Questions:
             holes=holes, refit=gaps, draws=draws, seed=run.experiment.spec.seed if seed is None else seed,
             stream={"device": place, "out": None if out is None else Path(out), "resume": resume, "report": report},
         )  # fmt: skip
-        return Answer(found, score.conclude(found), form, [score.drawing(found)])
+        return Answer(found, scored.conclude(found), form, [score.drawing(found)])
+
+    def impute(
+        self,
+        data: Any = None,
+        *,
+        hide: Any = None,
+        of: Sequence[str] | None = None,
+        level: float = 0.9,
+        samples: int = 0,
+        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        draws: int = 1_000,
+        keep: int = 1_000,
+        seed: int | None = None,
+        device: str | None = None,
+        report: Report | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+    ) -> Imputed:
+        """Say what may stand in missing cells: p(x_missing | x_observed), with the encoder's own answer beside it.
+
+        Missing are NaN, None, empty cells and masked entries, in any pattern. A row of which nothing is observed gets the
+        model's marginal. Steps after the end of a sequence are padding, and are not imputed.
+
+        Args:
+            data: as in `encode`.
+            hide: observed cells to hide and to score: names of columns, a share such as "20%", of images "left", "right",
+                "top" or "bottom"; or truth values, (*event) or (n, *event).
+            of: the columns to impute; all by default.
+            level: of the intervals.
+            samples: completed rows that the answer holds (`samples`): draws of all missing cells together.
+            references: as in `encode`: where draws of p(z | x_observed) come from.
+            draws: draws per row behind k-hat and importance weights.
+            keep: draws per row behind means, probabilities and intervals.
+            seed: random seed; the run's by default.
+            device: where to compute.
+            report: called as report(rows done, rows in all).
+            out: the file that the answer will be saved to; see `resume`.
+            resume: go on from the rows that lie beside `out`.
+
+        Returns:
+            Over `obs_id` (rows with missing cells) and columns, NaN where nothing is missing: point, mean with mean_error, sd,
+            median, low, high, likeliest; over `level` the probability of each level; all again as `..._guide` by the
+            encoder's draws; source and status per row. `answer.completed()` is the data with their holes filled,
+            `answer.frame()` one line per cell, `answer.scores()` the errors and coverage of hidden cells.
+
+        Raises:
+            UserError: the data do not fit the model, no cell is missing, or a column does not exist.
+
+        Example:
+            >>> answer = run.impute(frame)  # doctest: +SKIP
+            >>> answer.completed(), answer["low"], answer["high"]  # doctest: +SKIP
+        """
+        from elbowroom import impute
+
+        return impute.ask(
+            cast("Run", self), data, hidden=hide, of=of, references=references, level=level, samples=samples, draws=draws,
+            keep=keep, seed=seed, device=device, report=report, out=None if out is None else Path(out), resume=resume,
+        )  # fmt: skip
+
+    def condition(self, known: Mapping[str, Any], *, of: Sequence[str] | None = None, **options: Any) -> Imputed:
+        """Say what the columns of a table are like given some of them: p(x_others | x_known), for one row.
+
+        Args:
+            known: column -> value; covariates and exposure of a conditional model must be among them.
+            of: the columns asked about; all others by default.
+            options: as in `impute`.
+
+        Raises:
+            UserError: a column does not exist, or has no such level.
+
+        Example:
+            >>> run.condition({"age": 40, "education": "Bachelors"}, of=["income"]).frame()  # doctest: +SKIP
+        """
+        from elbowroom import impute
+
+        return impute.condition(cast("Run", self), known, of, **options)
+
+    def integrate(
+        self,
+        data: Any = None,
+        datum: int | None = None,
+        *,
+        samples: int = 10_000,
+        repeats: int = 20,
+        temperatures: int = 30,
+        methods: Sequence[str] = ("prior", "encoder", "refit", "ais"),
+        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        seed: int | None = None,
+        device: str | None = None,
+    ) -> Answer:
+        """Integrate p(x) of one row by several methods with more and more samples, beside the exact value.
+
+        Args:
+            data: a file, an array, a tensor or a frame; by default the run's own test split.
+            datum: the number of the row; by default the first.
+            samples: evaluations of p(x, z) behind the largest estimate.
+            repeats: how often that is made, for the bands.
+            temperatures: of annealed importance sampling.
+            methods: some of prior (naive Monte Carlo), encoder, refit, ais.
+            references: what log p(x) is compared with, as in `encode`.
+            seed: random seed; the run's by default.
+            device: where to compute.
+
+        Returns:
+            Over (method, size): evaluations, estimate, low, high, close, ...; see `analysis.integration.integrate`. Its figure
+            is `answer.figures["integration"]`.
+
+        Raises:
+            UserError: there is no such row, no continuous latent, or a method is unknown.
+        """
+        from elbowroom.integrate import integrate
+
+        options = {"samples": samples, "repeats": repeats, "temperatures": temperatures}
+        options |= {"methods": tuple(methods), "references": references}
+        return integrate(cast("Run", self), data, datum, seed=seed, device=device, **options)

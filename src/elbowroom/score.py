@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -23,7 +22,7 @@ from torch import Tensor
 from elbowroom import asked, folder, measure, streaming
 from elbowroom.analysis import gaps, idata
 from elbowroom.analysis.reading import read
-from elbowroom.analysis.screening import ALONE, INSIDE, LIMITED, enough, judge
+from elbowroom.analysis.screening import enough, judge, outside
 from elbowroom.analysis.table import GOOD_K
 from elbowroom.errors import DataError, RunFolderError, SpecError, UnsupportedProgram, nearest
 from elbowroom.files import sha256
@@ -77,11 +76,6 @@ def band_of(text: str | Sequence[float], where: str = "band") -> tuple[float, fl
     if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 100 or ends[1] - ends[0] == 100:
         raise SpecError(f"{where}: {text} is no band of percentiles; write it as 2.5-97.5")
     return ends[0], ends[1]
-
-
-def outside(band: Sequence[float]) -> float:
-    """Return the share that a band leaves outside, which is the level of p-values too."""
-    return 1 - (band[1] - band[0]) / 100
 
 
 def scorer(
@@ -314,83 +308,3 @@ def drawing(dataset: xr.Dataset) -> Callable[[], Plot | Absent]:
         return screening(dataset)
 
     return draw
-
-
-def counts(dataset: xr.Dataset) -> dict[str, dict[str, int]]:
-    """Return how many rows each rule decides how."""
-    return {
-        str(rule): dict(sorted(Counter(dataset["decision"].sel(rule=rule).values.astype(str).tolist()).items()))
-        for rule in dataset["rule"].values
-    }
-
-
-def flagged(of_rule: Mapping[str, int]) -> int:
-    """Return how many rows a rule flags, of `counts`."""
-    return sum(count for word, count in of_rule.items() if word not in (INSIDE, LIMITED, ALONE))
-
-
-def conclude(dataset: xr.Dataset) -> list[str]:
-    """Say what the scores are, what each rule flags, what that means, and what no score can promise."""
-    m, n = dataset.sizes["obs_id"], int(dataset.attrs["calibration_rows"])
-    kinds = Counter(dataset["evidence_method"].values.astype(str).tolist())
-    said = [f"{m:,} rows; log p(x): " + ", ".join(f"{kind} at {number:,}" for kind, number in kinds.most_common()) + "."]
-    if lost := int(np.isnan(dataset["log_evidence"].values).sum()):
-        said.append(
-            f"{lost:,} rows have bounds alone: these are no log p(x), and decide only where both ends agree. The p-values of "
-            "the ELBO (p_score) are valid there too."
-        )
-    (bottom, top), fdr = np.asarray(dataset.attrs["band"], dtype=float), float(dataset.attrs["fdr"])
-    found, level = counts(dataset), outside((bottom, top))
-    told = {
-        "band": f"outside the {bottom:g}-{top:g} % band of {n:,} calibration rows",
-        "low": f"low tail, p at most {level:.3g}",
-        "two_sided": f"both tails, p at most {level:.3g}",
-        "fdr_low": f"low tail, false-discovery rate {fdr:g}",
-        "fdr_two_sided": f"both tails, false-discovery rate {fdr:g}",
-    }
-    said.append("Flagged: " + "; ".join(f"{flagged(found[rule]):,} ({words})" for rule, words in told.items()) + ".")
-    if limited := max(of_rule.get(LIMITED, 0) for of_rule in found.values()):
-        said.append(f"Up to {limited:,} rows are estimator-limited: the error of log p(x) is what decides, so no rule does.")
-    if alone := found["two_sided"].get(ALONE, 0):
-        said.append(_no_comparison(dataset, alone, enough(level)))
-    said.append(
-        f"If all rows were valid, about {level * (m - alone):,.1f} would be flagged at p {level:.3g} by chance. The rules for the "
-        f"false-discovery rate flag so that on average at most {fdr:.0%} of what they flag is valid, as long as valid rows are "
-        "exchangeable with the calibration rows."
-    )
-    beyond = int(np.ceil((m - alone) / (fdr * (n + 1)) * (1 - 1e-12)))
-    if beyond > 1:
-        said.append(
-            f"p cannot get below 1 / {n + 1:,}: at this rate nothing can be flagged in the low tail unless {beyond:,} rows lie "
-            f"beyond all calibration rows (two-sided {2 * beyond:,} in one tail); more calibration rows would lower that."
-        )
-    if "p_model" in dataset:
-        said.append(_of_model(dataset))
-    said.append(
-        "No score can promise that a row is valid: a row of another kind can be as likely under p as any of the rows' own kind "
-        "(a blank image is often likelier), and p(x) is that of this model, not of the world."
-    )
-    return said
-
-
-def _no_comparison(dataset: xr.Dataset, alone: int, needed: int) -> str:
-    by = str(dataset.attrs["holes"])
-    same = "the same holes" if by == "pattern" else "as many cells"
-    words = (
-        f"{alone:,} rows are not compared: fewer than {needed} calibration rows have {same}, and p(x) of the cells that are "
-        "there grows with every cell that is not."
-    )
-    return words + (" --holes count compares rows with equally many cells." if by == "pattern" else "")
-
-
-def _of_model(dataset: xr.Dataset) -> str:
-    """Say whether the calibration rows themselves look like what the model makes."""
-    made, real = (dataset[f"{name}_log_evidence"].values for name in ("simulated", "calibration"))
-    made, real = made[~np.isnan(made)], real[~np.isnan(real)]
-    if not made.size or not real.size:
-        return "Simulated rows have no value of log p(x): no p-values by the model."
-    middle = float((made[:, None] <= np.median(real)).mean())
-    return (
-        f"p_model is by {made.size:,} rows that the model made: the median calibration row is likelier than {middle:.0%} of "
-        "them (50% if the model were right)."
-    )

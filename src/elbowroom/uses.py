@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +44,8 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(encode)
     app.command()(score)
+    app.command()(impute)
+    app.command()(integrate)
 
 
 def encode(
@@ -106,9 +108,76 @@ def score(
             simulated=simulated, holes=holes, gaps=gaps, draws=draws, seed=seed, device=device, report=report, out=target,
             resume=resume,
         )  # fmt: skip
-        from elbowroom.score import counts
+        from elbowroom.scored import counts
 
         done(answer, target, out, as_json, decisions=counts(answer.dataset))
+
+
+def impute(
+    run: RunArg,
+    data: DataArg = None,
+    out: OutFile = None,
+    overwrite: Again = False,
+    resume: GoOn = False,
+    hide: Annotated[
+        str | None,
+        typer.Option(
+            "--hide", metavar="CELLS", help="hide known cells and score them: COLUMN,..., 20%, or left, right, top, bottom"
+        ),
+    ] = None,
+    level: Annotated[float, typer.Option("--level", help="probability of the intervals")] = 0.9,
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, help="completed rows, too: so many draws of all holes together")
+    ] = 0,
+    references: References = None,
+    draws: Annotated[int, typer.Option("--draws", min=100, help="draws per row behind k-hat and importance weights")] = 1_000,
+    keep: Annotated[int, typer.Option("--keep", min=100, help="draws per row behind means and intervals")] = 1_000,
+    seed: Seed = None,
+    as_json: Json = False,
+    device: Device = None,
+    allow_python: AllowPython = False,
+) -> None:
+    """Fill the holes of a table, an image, a sequence: mean, interval and probabilities of each missing cell."""
+    fitted = _open(run, allow_python)
+    with answering(fitted, "impute", data, out, overwrite=overwrite, resume=resume, as_json=as_json) as (target, report):
+        answer = fitted.impute(
+            data, hide=hide, level=level, samples=samples, references=_references(references), draws=draws, keep=keep,
+            seed=seed, device=device, report=report, out=target, resume=resume,
+        )  # fmt: skip
+        done(answer, target, out, as_json, also=[answer.save_completed(target)])
+
+
+def integrate(
+    run: RunArg,
+    data: DataArg = None,
+    datum: Annotated[int | None, typer.Option("--datum", help="the row [default: the first]")] = None,
+    out: OutFile = None,
+    overwrite: Again = False,
+    samples: Annotated[int, typer.Option("--samples", min=10, help="evaluations behind the largest estimate")] = 10_000,
+    repeats: Annotated[int, typer.Option("--repeats", min=5, help="estimates of that size, for the bands")] = 20,
+    temperatures: Annotated[int, typer.Option("--temperatures", min=2, help="of annealed importance sampling")] = 30,
+    methods: Annotated[
+        str, typer.Option("--methods", metavar="NAMES", help="some of prior,encoder,refit,ais")
+    ] = "prior,encoder,refit,ais",
+    references: References = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    device: Device = None,
+    allow_python: AllowPython = False,
+) -> None:
+    """Show how p(x) of one row can be integrated: naive Monte Carlo, the encoder, a refitted normal, annealing, exactly."""
+    fitted = _open(run, allow_python)
+    name = "integrate" if datum is None else f"integrate-{datum}"
+    with answering(fitted, name, data, out, overwrite=overwrite, resume=False, as_json=True) as (target, _):
+        answer = fitted.integrate(
+            data, datum, samples=samples, repeats=repeats, temperatures=temperatures, methods=_names(methods),
+            references=_references(references), seed=seed, device=device,
+        )  # fmt: skip
+        done(answer, target, out, as_json)
+
+
+def _names(given: str) -> list[str]:
+    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 def _open(run: Path, allow_python: bool) -> Run:
@@ -120,7 +189,7 @@ def _open(run: Path, allow_python: bool) -> Run:
 def _references(given: str | None) -> Any:
     if given is None or given == "auto":
         return "auto"
-    return [] if given == "none" else [name.strip() for name in given.split(",") if name.strip()]
+    return [] if given == "none" else _names(given)
 
 
 def target_of(run: Run, question: str, data: Path | None, out: Path | None, suffix: str = ".nc") -> Path:
@@ -153,14 +222,14 @@ def answering(
         yield target, report
 
 
-def done(answer: Answer, target: Path, out: Path | None, as_json: bool, **more: Any) -> None:
-    """Write an answer, and say where and what to conclude; `more` goes into the JSON."""
+def done(answer: Answer, target: Path, out: Path | None, as_json: bool, *, also: Sequence[Path] = (), **more: Any) -> None:
+    """Write an answer, and say where (`also` is written already) and what to conclude; `more` goes into the JSON."""
     from elbowroom import streaming
 
     written = [answer.save(target)]
     if out is None:
         written.append(answer.save(target.with_suffix(".csv")))
-    written += answer.save_figures(target)
+    written += [*answer.save_figures(target), *also]
     streaming.finish(target)
     if not as_json:
         for sentence in answer.said:
