@@ -43,7 +43,8 @@ class ClosedForm(Reference):
         mean, covariance = oracle.posterior(x)
         generator = torch.Generator(device=mean.device).manual_seed(seed)
         noise = torch.randn(keep, *mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
-        draws = mean + noise @ torch.linalg.cholesky(covariance).T
+        root = torch.linalg.cholesky(covariance)
+        draws = mean + (noise @ root.T if root.dim() == 2 else torch.einsum("nij,snj->sni", root, noise))
         n = log_joint.n_obs
         return Posterior(
             method=self.name,

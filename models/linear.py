@@ -44,23 +44,35 @@ class LinearGaussian:
         return (self.W / self.psi[:, None]).T
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean (N, k) and covariance (k, k) of p(z|x) for x of shape (N, D)."""
-        covariance = torch.linalg.inv(self.precision)
-        return (x - self.mu) @ self._Wt_psi_inv.T @ covariance, covariance
+        """Return mean (N, k) and covariance of p(z|x) for x (N, D), NaN where missing: (k, k), or (N, k, k) where any is."""
+        seen = ~x.isnan()
+        if bool(seen.all()):
+            covariance = torch.linalg.inv(self.precision)
+            return (x - self.mu) @ self._Wt_psi_inv.T @ covariance, covariance
+        covariance = torch.linalg.inv(self._precision_of(seen))
+        h = torch.where(seen, x - self.mu, 0.0) @ self._Wt_psi_inv.T
+        return torch.einsum("nij,nj->ni", covariance, h), covariance
+
+    def _precision_of(self, seen: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return I + b sum_{j seen} W_j W_j' / psi_j, (N, k, k), for seen (N, D)."""
+        eye = torch.eye(self.W.shape[1], dtype=self.W.dtype, device=self.W.device)
+        return eye + temperature * torch.einsum("nj,ji,jk->nik", seen.to(self.W.dtype), self._Wt_psi_inv.T, self.W)
 
     def log_evidence(self, x: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return log Z_b = log of the integral of p(z) p(x|z)^b, (N,), in nats; b = 1 gives log p(x).
+        """Return log Z_b = log of the integral of p(z) p(x|z)^b, (N,), in nats; b = 1 gives log p(x), of what is not NaN.
 
         log Z_b = -1/2 [ b (D log 2 pi + log|psi| + r' psi^-1 r) + log|M_b| - m_b' M_b m_b ],
         M_b = I + b W' psi^-1 W, m_b = b M_b^-1 W' psi^-1 r.
         """
-        b = temperature
+        b, seen = temperature, ~x.isnan()
+        whole = bool(seen.all())
         eye = torch.eye(self.W.shape[1], dtype=self.W.dtype, device=self.W.device)
-        M = eye + b * self._Wt_psi_inv @ self.W
-        r = x - self.mu
+        M = eye + b * self._Wt_psi_inv @ self.W if whole else self._precision_of(seen, b)
+        r = torch.where(seen, x - self.mu, 0.0)
         h = b * r @ self._Wt_psi_inv.T
-        quadratic = (h * torch.linalg.solve(M, h.T).T).sum(-1)
-        noise = x.shape[-1] * LOG_2PI + self.psi.log().sum() + (r.square() / self.psi).sum(-1)
+        solved = torch.linalg.solve(M, h.T).T if whole else torch.linalg.solve(M, h)
+        quadratic = (h * solved).sum(-1)
+        noise = torch.where(seen, LOG_2PI + self.psi.log() + r.square() / self.psi, 0.0).sum(-1)
         return -0.5 * (b * noise + torch.linalg.slogdet(M).logabsdet - quadratic)
 
     def kl(self, loc: Tensor, covariance: Tensor, x: Tensor) -> Tensor:
