@@ -69,9 +69,8 @@ def given(run: Run, data: Any, most: int | None = None, *, label: str | None = N
     Raises:
         DataError: they do not fit the model; names file, row and column.
     """
-    record, experiment = run.experiment.spec.record, run.experiment
-    layout = None if record is None or record.layout is None else Layout.of(record.layout)
-    dataset = read_like(data, layout, Path.cwd())
+    experiment = run.experiment
+    dataset = read_like(data, layout_of(run), Path.cwd())
     if label is not None and not isinstance(data, str | Path):
         dataset = replace(dataset, name=label)
     dataset.check(values=False)
@@ -88,6 +87,14 @@ def given(run: Run, data: Any, most: int | None = None, *, label: str | None = N
     except DataError as error:
         raise DataError(str(error).replace(f"{experiment.label}: data", dataset.name, 1)) from None
     return Asked(dataset, np.arange(len(dataset), dtype=np.int64), experiment.on(dataset))
+
+
+def layout_of(run: Run) -> Layout | None:
+    """Return which columns of a table became what: as the run's folder records it or, just fitted, its data have it."""
+    record = run.experiment.spec.record
+    if record is None:
+        return run.experiment.data.layout
+    return None if record.layout is None else Layout.of(record.layout)
 
 
 def rows(run: Run, data: Any = None, *, part: str = "test") -> Asked:
