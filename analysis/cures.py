@@ -18,6 +18,7 @@ class Cures:
         modes: families with several modes.
         covariance: the family with a full covariance.
         shape: families that are no normal.
+        richer: richer families than one that is no normal.
         try_family: how such a family is tried, after a semicolon.
         try_encoder: how a larger encoder is.
         simulated: where data without end come from.
@@ -32,6 +33,7 @@ class Cures:
     modes: str
     covariance: str
     shape: str
+    richer: str
     try_family: str
     try_encoder: str
     simulated: str
@@ -52,6 +54,7 @@ RUN = Cures(
     modes="guide.family=mixture, or flow",
     covariance="guide.family=full_rank_normal",
     shape="guide.family=flow or mixture",
+    richer="a flow with more transforms, a mixture with more components, or another family (guide.family)",
     try_family="elbowroom improve RUN tries it",
     try_encoder="elbowroom improve RUN does that",
     simulated="elbowroom improve RUN",
@@ -66,6 +69,7 @@ PROGRAM = Cures(
     modes="a mixture of normals, or a flow",
     covariance="a guide with a full covariance (MultivariateNormal, its scale_tril from the encoder)",
     shape="a guide with a flow (TransformedDistribution) or a mixture",
+    richer="a flow with more layers, a mixture with more components, or another family of guides",
     try_family="train that guide with the model's parameters fixed, and audit again",
     try_encoder="train the guide alone, with the model's parameters fixed, and audit again",
     simulated="pyro.infer.Predictive(model, num_samples=...)",

@@ -34,6 +34,8 @@ from elbowroom.inference.normals import HALF_LOG_2PI, Normals
 from elbowroom.inference.refit import Refit, antithetic_noise, matched, refit
 from elbowroom.inference.target import LogJoint
 
+Which = Literal["diagonal", "full"] | None
+
 SEED = 2_750_159  # of its own
 TESTED = 8  # draws at which the guide must be the normal that it is taken for
 EXACT = 1e-6  # relative difference of log densities let pass
@@ -71,23 +73,23 @@ def refitted(log_joint: LogJoint, full: Refit | None = None, until: float = math
     out = unknown(log_joint.n_obs)
     if log_joint.dim == 0:
         return out
-    family, q = guide_normals(log_joint)
+    found, q = guide_normals(log_joint)
     offer = offered(log_joint)
+    family = _all_of(found, offer)
     diagonal = refit(log_joint, family="diagonal", seed=SEED) if family == "diagonal" or log_joint.dim == 1 else None
     if log_joint.dim == 1:
         full = diagonal  # one and the same
     elif full is None or diagonal is not None:
         full = _fullest(log_joint, [found.q for found in (diagonal, full) if found is not None])
     assert full is not None
-    whole = offer is None or _is_all_of(family, offer)
-    own = None if offer is None or whole else freed(offer, near=full.q, seed=SEED + 3, until=until)
+    own = freed(offer, near=full.q, seed=SEED + 3, until=until) if offer is not None and family is None else None
     best = None
     if own is not None and offer is not None and q is not None:
         best, shortfall = _as_normals(offer, own), own.shortfall
         full = _fullest(log_joint, [full.q, best]) if best is not None else full
-    elif whole and family is not None:
-        found = diagonal if family == "diagonal" and diagonal is not None else full
-        best, shortfall = found.q, found.shortfall
+    elif family is not None:
+        own_normal = diagonal if family == "diagonal" and diagonal is not None else full
+        best, shortfall = own_normal.q, own_normal.shortfall
     generator = torch.Generator(device=log_joint.device).manual_seed(SEED + 2)
     # matched all together: batch by batch it would take too much from fourth moments, for all data alike. The spread of the
     # batches' means, which are not matched each, then states an error that is rather too large
@@ -112,21 +114,23 @@ def _fullest(log_joint: LogJoint, also: Sequence[Normals]) -> Refit:
     return refit(log_joint, family="full", also=also, seed=SEED + 1)
 
 
-def _is_all_of(family: str | None, offer: Offer) -> bool:
-    """Say whether the guide can be every diagonal, or every full normal, by the number of its parameters."""
+def _all_of(family: Which, offer: Offer | None) -> Which:
+    """Return the normals of which the guide can be every one, by the number of its parameters: diagonal, full, or neither."""
+    if family is None or offer is None:
+        return family
     d, width = offer.log_joint.dim, offer.params.shape[-1]
-    if family != "full":
-        return family == "diagonal" and width >= 2 * d
     q = offer.family(offer.params)
     while not isinstance(q, MultivariateNormal) and hasattr(q, "base_dist"):  # carried onto another space
         q = q.base_dist
-    return isinstance(q, MultivariateNormal) and width >= d * (d + 3) // 2
+    if isinstance(q, MultivariateNormal) and width >= d * (d + 3) // 2:
+        return "full"
+    return "diagonal" if family == "diagonal" and width == 2 * d else None
 
 
 def _as_normals(offer: Offer, own: Freed) -> Normals | None:
     """Return q* as the normals that it is."""
-    draws, log_q = offer.sample(own.params, 64, SEED)
-    return _normals(draws, log_q, lambda u: offer.log_prob(u, own.params))[1]
+    draws = offer.sample(own.params, 64, SEED)
+    return _normals(draws, offer.log_prob(draws, own.params), lambda u: offer.log_prob(u, own.params))[1]
 
 
 def _own(own: Freed) -> dict[str, Tensor]:
@@ -172,7 +176,7 @@ def _level(name: str, short: str, shortfall: Tensor, values: Tensor) -> dict[str
     return {key: value.masked_fill(lost, torch.nan) for key, value in columns.items()}
 
 
-def guide_normals(log_joint: LogJoint) -> tuple[Literal["diagonal", "full"] | None, Normals | None]:
+def guide_normals(log_joint: LogJoint) -> tuple[Which, Normals | None]:
     """Return the family of normals that the guide belongs to in unconstrained coordinates, and its members; else None twice.
 
     A normal's log density is a quadratic, of which central differences are exact: they give the normal that the guide would
@@ -185,9 +189,7 @@ def guide_normals(log_joint: LogJoint) -> tuple[Literal["diagonal", "full"] | No
     return _normals(draws, log_q, log_joint.log_guide)
 
 
-def _normals(
-    draws: Tensor, log_q: Tensor, log_density: Callable[[Tensor], Tensor]
-) -> tuple[Literal["diagonal", "full"] | None, Normals | None]:
+def _normals(draws: Tensor, log_q: Tensor, log_density: Callable[[Tensor], Tensor]) -> tuple[Which, Normals | None]:
     """Return the same for draws u (S, N, d) of any density, their log density (S, N), and the density."""
     with torch.no_grad():
         draws, log_q = draws.double(), log_q.double()

@@ -17,6 +17,7 @@ from elbowroom.analysis.table import SMALL_GAP, column
 
 PARTS = {
     "gap_amortization": ("amortization", "what the encoder misses of its family"),
+    "gap_approximation": ("approximation", "what its family cannot reach"),
     "gap_covariance": ("covariance", "what a full covariance would gain"),
     "gap_shape": ("shape", "what no normal can reach"),
     "gap_total": ("total", "log p(x) − ELBO"),
@@ -37,10 +38,7 @@ def parts(tables: Mapping[str, xr.Dataset]) -> Plot | Absent:
     shown = {split: table for split, table in tables.items() if known[split].sum() >= ENOUGH}
     if not shown:
         return Absent(name, "No parts of the gap: log p(x) has a value beside a certified posterior for none of the data.")
-    values = {
-        split: {part: _finite(column(table, part)[known[split]]) for part in PARTS if part in table}
-        for split, table in shown.items()
-    }
+    values = {split: _parts_of(table, known[split]) for split, table in shown.items()}
     drawn = [part for part in PARTS if any(found.get(part, _finite([])).size >= ENOUGH for found in values.values())]
     figure = canvas(WIDE, 1.55 + 0.42 * len(shown), "What the gap consists of, and on which data")
     panels = np.atleast_1d(figure.subplots(1, len(drawn), sharex=True, sharey=True))
@@ -60,6 +58,14 @@ def parts(tables: Mapping[str, xr.Dataset]) -> Plot | Absent:
         f"for each of: {', '.join(_word(split) for split in shown)}."
     )
     return Plot(name, figure, alt, _caption(tables, known, values), wide=True)
+
+
+def _parts_of(table: xr.Dataset, known: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the parts that add up to the gap: approximation is shown whole where the guide is no normal, else in two."""
+    found = {part: _finite(column(table, part)[known]) for part in PARTS if part in table}
+    whole = found.get("gap_approximation", _finite([])).size >= ENOUGH > found.get("gap_covariance", _finite([])).size
+    left_out = ("gap_covariance", "gap_shape") if whole else ("gap_approximation",)
+    return {part: values for part, values in found.items() if part not in left_out}
 
 
 def _word(split: str) -> str:
@@ -143,7 +149,7 @@ def _cause(found: Mapping[str, np.ndarray]) -> str:
         if part != "gap_total" and found.get(part, _finite([])).size >= ENOUGH
     }
     if "gap_amortization" not in medians:
-        return "family and encoder cannot be told apart, because the guide is no normal."
+        return "family and encoder cannot be told apart, because the guide's family was not refitted."
     encoder = medians.pop("gap_amortization")
     family = sum(medians.values())
     share = encoder / (encoder + family) if encoder + family > 0 else 0.0
@@ -151,6 +157,7 @@ def _cause(found: Mapping[str, np.ndarray]) -> str:
         return "most of it is amortization: the encoder is to be mended, not the family."
     largest = max(medians, key=lambda part: medians[part])
     words = {
+        "gap_approximation": "approximation: a richer family would gain most",
         "gap_covariance": "covariance: a family with full covariance would gain most",
         "gap_shape": "shape: no normal reaches it, a flow or a mixture may",
     }

@@ -9,7 +9,7 @@ r"""The verdicts, and the rules by which they are reached: one table, from certi
 | `encoder overfits`          | the amortization gap is 0.1 nats larger than on training data, which is half of it or more   |
 | `encoder falls short`       | the gap is not small, 1/3 of it or more is amortization, and the encoder does not overfit    |
 | `family too small`          | the gap is not small, and 1/3 of it or more is approximation                                 |
-| `guide falls short`         | the gap is not small, and could not be told apart (the guide is no normal)                   |
+| `guide falls short`         | the gap is not small, and could not be told apart (the guide's family was not refitted)      |
 | `sound`                     | none of these                                                                                |
 
 The gap is `not small` where the median over certified data exceeds 0.1 nats, or 5 % of them have more than 1 nat; each datum
@@ -306,7 +306,7 @@ def _cause(facts: Facts, verdict: str) -> Judgement | None:
     if rows.any() == (verdict == GUIDE):
         return None
     if verdict == GUIDE:
-        said = f"{whole}; the guide is no normal, so family and encoder cannot be told apart"
+        said = f"{whole}; {_not_refitted(facts)}, so family and encoder cannot be told apart"
         advice = f"Train it longer with a wider encoder and see whether that was it; {facts.cures.try_encoder}."
         return Judgement(GUIDE, gap, low, high, "nats", said, rule, advice)
     if np.median(facts.low) <= SMALL_GAP:  # small but for the tail, whose cause is asked for
@@ -331,9 +331,21 @@ def _interval(values: tuple[float, float, float]) -> str:
     return f"{values[0]:.3g} nats [{values[1]:.3g}, {values[2]:.3g}]"
 
 
+def _not_refitted(facts: Facts) -> str:
+    """Say why there is no best member of the guide's family."""
+    if "elbo_refit_full" in facts.table and np.isfinite(facts.part("elbo_refit_full")).any():
+        return "the guide is no normal and was not refitted (it offers no variational_parameters, or time was short)"
+    if "total_variation" in facts.table and np.isfinite(facts.table["total_variation"].values).any():
+        return "all latents are discrete, for which no family is refitted"
+    return "its family was not refitted"
+
+
 def _richer(facts: Facts, rows: np.ndarray) -> str:
     """Say which family would close the approximation gap, and by how much, from the refits."""
     covariance, shape = median(facts.part("gap_covariance")[rows]), median(facts.part("gap_shape")[rows])
+    if math.isnan(covariance[0]):  # the guide is no normal
+        gain = f"{facts.cures.richer} can gain up to {_interval(median(facts.part('gap_approximation')[rows]))} per datum"
+        return f"{gain}; the best normal is {shape[0]:.3g} nats short of log p(x)."
     if covariance[0] >= HALF * (max(covariance[0], 0) + max(shape[0], 0)) and covariance[0] > 0:
         gain = f"{facts.cures.covariance} can gain {_interval(covariance)} per datum, by the refit"
         return f"{gain}; what is left, {max(shape[0], 0):.3g} nats, takes a flow; {facts.cures.try_family}."

@@ -1,4 +1,4 @@
-r"""The best member of any reparametrised family for every datum at once: the encoder's output, set free.
+r"""The best member of any family for every datum at once: the encoder's output, set free.
 
 An amortized guide is q(z|x_n) = q(z; phi_n) with phi_n = encoder(x_n). Here phi_n (P numbers a datum) is a free variable,
 
@@ -6,14 +6,15 @@ An amortized guide is q(z|x_n) = q(z; phi_n) with phi_n = encoder(x_n). Here phi
 
 and what the data share (the weights of a flow) stays as it is: L[q*] - L[q] is what the encoder misses of its own family.
 
-Ascent by natural gradients. The gradient is the path derivative (Roeder, Wu and Duvenaud 2017, https://arxiv.org/abs/1703.09194),
+Ascent by natural gradients (Amari 1998, https://doi.org/10.1162/089976698300017746). With scores s = d log q(z; phi) / d phi of
+draws of q, and log w = log p(x_n, z) - log q(z; phi),
 
-    g = mean_s d/dphi [log p(x, z_s(phi)) - log q(z_s(phi); phi')] at phi' = phi
+    g = cov(s, log w) = grad L,    F = cov(s, s), the family's Fisher information,    step = F^-1 g
 
-whose noise vanishes where q is the posterior; F = mean_s s_s s_s' of the scores s = d log q(z; phi) / d phi is the family's
-Fisher information, so F^-1 g (Amari 1998, https://doi.org/10.1162/089976698300017746) is a Newton step of KL(q || p) near q =
-p, whatever units the parameters are in. Both are running means over steps; a step is at most `RADIUS` standard deviations
-long.
+is the least-squares regression of log w on the scores (Salimans and Knowles 2013, https://arxiv.org/abs/1206.6679). It has no
+noise where q is the posterior, is a Newton step of KL(q || p) near it, whatever units the parameters are in, and asks neither
+for gradients of the model nor for differentiable draws: those of a mixture say next to nothing of its weights once components
+lie apart. Both are running means over steps; a step is at most `RADIUS` standard deviations long.
 
 Starts: the encoder's output, its mean over the data (which knows nothing of x_n), and the encoder's output drawn to the best
 normal where that is known, by the same steps up E_normal[log q(z; phi)], which ask nothing of the model. After a few steps
@@ -48,16 +49,17 @@ Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]
 OFFER = "variational_parameters"
 EXACT = 1e-6  # relative difference of log densities let pass
 TESTED = 8  # draws at which the offered density must be the guide's
-DRAWS = 32  # of a step
+DRAWS = 64  # of a step
 PILOT = 25  # steps from each start
 STEPS = 50  # of a stage
+SHAKEN = 0.1  # of the encoder's output: equal components, or directions of length 0, would stay so for ever
 STAGES = 8
 SIZE = 0.5  # of the natural gradient, halved after each stage that gained little
 SLOWEST = 0.9  # ratio of one stage's gain to that before, from which what is left is reckoned
 RADIUS = 0.5  # length of a step in standard deviations: at most 1/8 nat of KL
 MEMORY = 0.9  # of the running means
 DAMPING = 0.01  # of the Fisher information's diagonal
-FLOOR = 1e-3  # information, in units of the encoder's output, below which a parameter is left nearly where it is
+FLOOR = 0.01  # information, in units of the encoder's output, below which a parameter is left nearly where it is
 MATRIX = 128  # parameters up to which F is a matrix; beyond, its diagonal
 ENOUGH = 0.01  # gain of a stage (nats) from which on another follows
 CHOOSING, SCORING = 512, 1024  # draws
@@ -72,7 +74,7 @@ class Offer:
 
     Attributes:
         params: phi, (N, P), the encoder's output.
-        family: phi (..., N, P) -> distribution of the one latent site, batch shape (..., N), with `rsample`.
+        family: phi (..., N, P) -> distribution of the one latent site, batch shape (..., N).
         log_joint: the seam, whose site it is.
     """
 
@@ -100,25 +102,25 @@ class Offer:
             value = self.constrained(u)
             return self.family(params).log_prob(value) + self.free(value)[1]
 
-    def sample(self, params: Tensor, n_draws: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Draw u ~ q(u; phi) in unconstrained coordinates, (S, N, d), and log q, (S, N); the noise is that of the seed."""
-        size = max(1, ENTRIES // (64 * len(params) * self.log_joint.dim))
-        parts = []
+    def sample(self, params: Tensor, n_draws: int, seed: int) -> Tensor:
+        """Draw u ~ q(u; phi) in unconstrained coordinates, (S, N, d)."""
         with self.log_joint.held(), torch.no_grad(), seeded(seed):
-            q = self.family(params)
-            for count in _sizes(n_draws, size):
-                value = q.rsample(torch.Size((count,)))
-                u, log_det = self.free(value)
-                parts.append((u, q.log_prob(value) + log_det))
-        draws, log_q = zip(*parts, strict=True)
-        return torch.cat(draws), torch.cat(log_q)
+            return self.free(self.family(params).sample(torch.Size((n_draws,))))[0]
+
+    def log_ratio(self, params: Tensor, value: Tensor) -> Tensor:
+        """Return log p(x_n, z) - log q(z; phi) at values of the site, (S, N)."""
+        with torch.no_grad():
+            u, log_det = self.free(value)
+            return self.log_joint(u).double() - (self.family(params).log_prob(value) + log_det).double()
 
     def log_weights(self, params: Tensor, n_draws: int, seed: int) -> Tensor:
-        """Return log p(x_n, z) - log q(z; phi) at draws of q, (S, N)."""
-        draws, log_q = self.sample(params, n_draws, seed)
-        with torch.no_grad():
-            found = self.log_joint(draws).double() - log_q.double()
-        return torch.where(found.isfinite(), found, -torch.inf)
+        """Return log p(x_n, z) - log q(z; phi) at draws of q, (S, N), whose noise is that of the seed."""
+        size = max(1, ENTRIES // (64 * len(params) * self.log_joint.dim))
+        with self.log_joint.held(), torch.no_grad(), seeded(seed):
+            q = self.family(params)
+            found = [self.log_ratio(params, q.sample(torch.Size((count,)))) for count in _sizes(n_draws, size)]
+        ratio = torch.cat(found)
+        return torch.where(ratio.isfinite(), ratio, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,8 @@ def offered(log_joint: LogJoint) -> Offer | None:
             if params.dim() != 2 or len(params) != log_joint.n_obs:
                 raise ValueError(f"{OFFER} gave parameters of shape {tuple(params.shape)}, not ({log_joint.n_obs}, P)")
             shape = tuple(family(params.expand(2, -1, -1)).batch_shape)
-            if shape != (2, log_joint.n_obs) or not family(params).has_rsample:
-                raise ValueError(
-                    f"{OFFER} gave a family of batch shape {shape}, not {(2, log_joint.n_obs)}, or without rsample"
-                )
+            if shape != (2, log_joint.n_obs):
+                raise ValueError(f"{OFFER} gave a family of batch shape {shape}, not {(2, log_joint.n_obs)}")
         found = Offer(params, family, log_joint)
         draws, log_q = log_joint.sample_guide(TESTED, 0)
         stated = found.log_prob(draws, params)
@@ -225,8 +225,9 @@ class _Search:
     def run(self) -> Freed:
         encoder = self.offer.params
         with seeded(self.seed):
-            starts = [encoder, encoder.mean(0).expand_as(encoder)]
-            starts += [] if self.near is None else [self._ascend(encoder, PILOT, SIZE, self._towards)]
+            shaken = [phi + SHAKEN * torch.randn_like(encoder) for phi in (encoder, encoder.mean(0))]
+            starts = [encoder, shaken[1]]
+            starts += [] if self.near is None else [self._ascend(shaken[0], PILOT, SIZE, self._towards)]
             pilots = [self._ascend(start, PILOT, SIZE) for start in starts]
         best, value = self._better(encoder, self._judged(encoder), pilots)[:2]
         rows = torch.arange(len(best), device=best.device)
@@ -245,9 +246,11 @@ class _Search:
             rows = rows[~done]
             if not len(rows):
                 break
-        best = self._better(encoder, self._judged(encoder), [best], sure=True)[0]
-        scores = [self.offer.log_weights(phi, SCORING, self.seed + 300) for phi in (encoder, best)]
-        return Freed(best, *_mean(scores[1]), *_mean(scores[1] - scores[0]), shortfall)
+        before, after = (self.offer.log_weights(phi, SCORING, self.seed + 300) for phi in (encoder, best))
+        gain, error = _mean(after - before)
+        kept = ~(gain >= -error)  # the encoder's own, where they are clearly better
+        best, after = torch.where(kept[:, None], encoder, best), torch.where(kept, before, after)
+        return Freed(best, *_mean(after), *_mean(after - before), shortfall)
 
     def _of(self, rows: Tensor) -> tuple[_Search, Tensor]:
         """Return the search of some of the data, where they can be taken apart, else of all; and which they are."""
@@ -264,19 +267,17 @@ class _Search:
         """Return the log weights that choose among parameters, on the same draws always, which no step has seen."""
         return self.offer.log_weights(params, CHOOSING, self.seed + 1)
 
-    def _better(
-        self, old: Tensor, value: Tensor, new: Sequence[Tensor], sure: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _better(self, old: Tensor, value: Tensor, new: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the best of several parameters of each datum, its log weights, and the gain of the last with its error.
 
-        `sure`: the old ones stay unless the gain is larger than its error.
+        A single new one is taken unless it is clearly worse: ascent is likelier to gain than to lose what cannot be seen.
         """
         best, of_best = old.clone(), value.clone()
         gain, error = _mean(value - value)
         for phi in new:
             found = self._judged(phi)
             gain, error = _mean(found - of_best)
-            better = gain > (error if sure else 0)
+            better = gain > (0 if len(new) > 1 else -error)
             best[better], of_best[:, better] = phi[better], found[:, better]
         return best, of_best, gain, error
 
@@ -310,27 +311,22 @@ class _Search:
         return torch.where((failed == 0)[:, None], found, 0.0).nan_to_num(0.0, 0.0, 0.0)
 
     def _gradients(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the path derivative of L, (N, P), and the score of every draw, (S, N, P)."""
-        each = params.expand(DRAWS, *params.shape)
-        with torch.enable_grad():
-            moving = each.clone().requires_grad_()
-            value = self.family(moving).rsample()
-            u, log_det = self.offer.free(value)
-            log_p, slope = self.joint.grad(u.detach())
-            log_q = self.family(each).log_prob(value) + log_det
-            good = log_p.isfinite() & slope.isfinite().all(-1) & log_q.isfinite()
-            along = torch.where(good, (slope.nan_to_num(0.0, 0.0, 0.0) * u).sum(-1) - log_q, 0.0)
-            (path,) = torch.autograd.grad(along.sum(), moving, materialize_grads=True)
-        path = torch.where(path.isfinite().all(-1, keepdim=True), path, 0.0)
-        return path.mean(0), self._scores(params, value.detach())
+        """Return the gradient of L, (N, P), and the centred score of every draw, (S, N, P)."""
+        value = self.family(params).sample(torch.Size((DRAWS,)))
+        log_w = self.offer.log_ratio(params, value)
+        known = log_w.isfinite()
+        log_w = torch.where(known, log_w, 0.0)
+        centred = torch.where(known, log_w - log_w.sum(0) / known.sum(0).clamp_min(1), 0.0)
+        scores = self._scores(params, value)
+        scores = scores - scores.mean(0)
+        return (scores * centred[..., None]).mean(0), scores
 
     def _towards(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient of E[log q(z; phi)] over draws of the normals, (N, P), and the scores of draws of q."""
         assert self.near is not None
         noise = torch.randn(DRAWS, *self.near.loc.shape, dtype=self.near.loc.dtype, device=params.device)
         towards = self.offer.constrained(self.near.loc + apply(self.near.root, noise))
-        with torch.no_grad():
-            own = self.family(params).rsample(torch.Size((DRAWS,)))
+        own = self.family(params).sample(torch.Size((DRAWS,)))
         scores = [self._scores(params, value) for value in (towards, own)]
         return scores[0].mean(0), scores[1]
 

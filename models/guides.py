@@ -259,11 +259,9 @@ class AmortizedGuide(nn.Module):
     ) -> tuple[Tensor, Family] | None:
         """Return phi (N, P) of each datum, refined where the family does so, and the family that makes q of it.
 
-        None where q has several sites or no differentiable draws. Arguments as `forward`.
+        None where q has several sites. Arguments as `forward`.
         """
-        if self.family.sites != Family.sites or not self.family.reparametrized:
-            return None
-        return self._refined(x, covariates, log_joint), self.family
+        return (self._refined(x, covariates, log_joint), self.family) if self.family.sites == Family.sites else None
 
     def _refined(self, x: Tensor, covariates: Tensor | None, log_joint: LogDensity | None) -> Tensor:
         params = self.params(x, covariates)

@@ -174,8 +174,8 @@ class VAE(nn.Module):
     ) -> tuple[Tensor, Family] | None:
         """Return the parameters phi (N, P) of each datum's q(z|x, c) and the family that makes q of them.
 
-        With it an audit refits the family to every datum (`inference.freed`). None where q has several sites or no
-        differentiable draws, or there is no x. Arguments as `guide`.
+        With it an audit refits the family to every datum (`inference.freed`). None where q has several sites, or there is no
+        x. Arguments as `guide`.
         """
         return None if x is None else self.posterior.variational_parameters(*self._seen(x, covariates, exposure))
 
