@@ -49,7 +49,7 @@ def _histograms(axes: Axes, answer: xr.Dataset, rows: np.ndarray, valid: np.ndar
     reach = 1.5 * (top - bottom)  # what lies farther out is drawn at the border
     low, high = max(float(both.min()), bottom - reach), min(float(both.max()), top + reach)
     span = max(high - low, 1e-9)
-    edges = np.linspace(low - 0.01 * span, high + 0.01 * span, BINS + 1)
+    edges = np.linspace(low - 0.01 * span, high + 0.01 * span, BINS + 1).tolist()
     if not mixed:
         ends = np.percentile(valid, answer.attrs["band"])
         words = f"{answer.attrs['band'][0]:g}–{answer.attrs['band'][1]:g}% of the calibration rows"

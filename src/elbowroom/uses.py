@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -105,7 +105,7 @@ def score(
     with answering(fitted, "score", data, out, overwrite=overwrite, resume=resume, as_json=as_json) as (target, report):
         answer = fitted.score(
             data, references=_references(references), band=band, fdr=fdr, calibration=calibration, most=most,
-            simulated=simulated, holes=holes, gaps=gaps, draws=draws, seed=seed, device=device, report=report, out=target,
+            simulated=simulated, holes=cast(Any, holes), gaps=gaps, draws=draws, seed=seed, device=device, report=report, out=target,
             resume=resume,
         )  # fmt: skip
         from elbowroom.scored import counts
