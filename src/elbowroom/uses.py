@@ -105,8 +105,8 @@ def score(
     with answering(fitted, "score", data, out, overwrite=overwrite, resume=resume, as_json=as_json) as (target, report):
         answer = fitted.score(
             data, references=_references(references), band=band, fdr=fdr, calibration=calibration, most=most,
-            simulated=simulated, holes=cast(Any, holes), gaps=gaps, draws=draws, seed=seed, device=device, report=report, out=target,
-            resume=resume,
+            simulated=simulated, holes=cast(Any, holes), gaps=gaps, draws=draws, seed=seed, device=device, report=report,
+            out=target, resume=resume,
         )  # fmt: skip
         from elbowroom.scored import counts
 
