@@ -153,11 +153,11 @@ def judge(
     scores = np.full((m, len(SCORES)), np.nan)
     away, compared = np.full(m, np.nan), np.zeros(m, dtype=int)
     by_band = np.full(m, ALONE, dtype=object)
-    kinds, place = np.unique(rows[kind].values, return_inverse=True)
+    kinds, place, numbers = np.unique(calibration[kind].values, return_inverse=True, return_counts=True)
     for number, value in enumerate(kinds):
-        own, like = place == number, calibration[kind].values == value
-        compared[own] = like.sum()
-        if like.sum() < enough(level):
+        own, like = rows[kind].values == value, place == number
+        compared[own] = numbers[number]
+        if not own.any() or numbers[number] < enough(level):
             continue
         x = {name: rows[name].values[own] for name in ("log_evidence", "log_evidence_lower", "log_evidence_upper")}
         v = {name: calibration[name].values[like] for name in x}
