@@ -92,7 +92,12 @@ class Answer:
         return self.form.back(self.dataset[name])
 
     def frame(self) -> pd.DataFrame:
-        """Return one line per row and one column per number, such as `mean[0]`; what has more dimensions is left out."""
+        """Return one line per row and one column per number, such as `mean[0]`; what has more dimensions is left out.
+
+        An answer that is not about rows has one line per combination of its dimensions.
+        """
+        if "obs_id" not in self.dataset.dims:
+            return self.dataset.to_dataframe().reset_index()
         frame = flat(self.dataset)
         if self.form.index is not None and len(frame) == len(self.form.index):
             frame.index = self.form.index

@@ -248,7 +248,7 @@ class Questions:
             device: where to compute.
 
         Returns:
-            Over (method, size): evaluations, estimate, low, high, close, ...; see `analysis.integration.integrate`. Its figure
+            Over (estimator, size): evaluations, estimate, low, high, off, ...; see `analysis.integration.integrate`. Its figure
             is `answer.figures["integration"]`.
 
         Raises:
