@@ -256,6 +256,6 @@ class Questions:
         """
         from elbowroom.integrate import integrate
 
-        options = {"samples": samples, "repeats": repeats, "temperatures": temperatures}
+        options: dict[str, Any] = {"samples": samples, "repeats": repeats, "temperatures": temperatures}
         options |= {"methods": tuple(methods), "references": references}
         return integrate(cast("Run", self), data, datum, seed=seed, device=device, **options)
