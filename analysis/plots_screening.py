@@ -12,6 +12,7 @@ from elbowroom.analysis.canvas import ALARM, EXACT, FAINT, GUIDE, INK, MUTED, WI
 from elbowroom.analysis.screening import ABOVE, BELOW, LIMITED, outside
 
 BINS = 40
+FAR = 1.5  # ranges of the calibration rows, beyond which rows are drawn at the border
 NAME = "screening"
 
 
@@ -46,7 +47,7 @@ def _histograms(axes: Axes, answer: xr.Dataset, rows: np.ndarray, valid: np.ndar
     made = _finite(answer["simulated_log_evidence"].values) if "simulated_log_evidence" in answer else np.zeros(0)
     both = np.concatenate([rows, valid, made])
     bottom, top = float(valid.min()), float(valid.max())
-    reach = 1.5 * (top - bottom)  # what lies farther out is drawn at the border
+    reach = FAR * (top - bottom)
     low, high = max(float(both.min()), bottom - reach), min(float(both.max()), top + reach)
     span = max(high - low, 1e-9)
     edges = np.linspace(low - 0.01 * span, high + 0.01 * span, BINS + 1).tolist()
@@ -62,23 +63,16 @@ def _histograms(axes: Axes, answer: xr.Dataset, rows: np.ndarray, valid: np.ndar
     for values, label, colour, line in kinds:
         if values.size:
             share = np.full(values.size, 1 / values.size)
-            axes.hist(
-                values.clip(low, high),
-                edges,
-                weights=share,
-                histtype="step",
-                color=colour,
-                label=label,
-                linestyle=line,
-                linewidth=1.5,
-            )
-    of_rule = answer["decision"].sel(rule="fdr_two_sided").values.astype(str)
+            style: dict[str, Any] = {"color": colour, "label": label, "linestyle": line, "linewidth": 1.5}
+            axes.hist(values.clip(low, high), edges, weights=share, histtype="step", **style)
+    of_rule = answer["decision"].sel(rule="two_sided").values.astype(str)
+    level = f"p at most {outside(tuple(answer.attrs['band'])):.3g}"
     for word, colour, marker in ((BELOW, ALARM, "v"), (ABOVE, GUIDE, "^"), (LIMITED, MUTED, "x")):
         some = answer["log_evidence"].values[of_rule == word]
         some = some[np.isfinite(some)].clip(low, high)
         if some.size:
-            label = f"flagged {word}" if word != LIMITED else word
-            style: dict[str, Any] = {"color": colour, "markersize": 5, "alpha": 0.6, "clip_on": False, "zorder": 5}
+            label = f"{level}: {word}" if word != LIMITED else word
+            style = {"color": colour, "markersize": 5, "alpha": 0.6, "clip_on": False, "zorder": 5}
             style |= {"transform": axes.get_xaxis_transform(), "label": f"{label} ({int((of_rule == word).sum()):,})"}
             axes.plot(some, np.full(some.size, -0.035), marker, **style)
     axes.tick_params(axis="x", pad=9)
@@ -96,23 +90,16 @@ def _p_values(axes: Axes, answer: xr.Dataset) -> None:
         p = np.sort(_finite(answer["p_conformal"].sel(tail=tail).values))
         most = max(most, p.size)
         if p.size:
-            rank = np.arange(1, p.size + 1) / p.size
-            axes.plot(
-                rank, p, color=colour, label=label, linewidth=1.2, marker=marker, markersize=3, markevery=max(1, p.size // 60)
-            )
+            style: dict[str, Any] = {"color": colour, "label": label, "marker": marker, "markersize": 3, "linewidth": 1.2}
+            axes.plot(np.arange(1, p.size + 1) / p.size, p, markevery=max(1, p.size // 60), **style)
+    axes.set(xscale="log", yscale="log", xlabel="share of the rows, the smallest p-values first", ylabel="conformal p-value")
     if most:
         share = np.array([1 / most, 1.0])
         axes.plot(share, share, color=MUTED, linestyle=":", linewidth=1, label="if all rows were valid")
-        axes.plot(
-            share,
-            fdr / 2 * share,
-            color=INK,
-            linestyle="--",
-            linewidth=1,
-            label=f"flagged at or below: FDR {fdr / 2:g}, a tail",
-        )
-    axes.set(xscale="log", yscale="log", xlabel="share of the rows, the smallest p-values first", ylabel="conformal p-value")
-    axes.legend(loc="upper left")
+        for q, line, of in ((fdr, "--", "low tail alone"), (fdr / 2, "-.", "both tails")):
+            axes.plot(share, q * share, color=INK, linestyle=line, linewidth=1, label=f"held to FDR {fdr:g}, {of}")
+        axes.set_ylim(bottom=0.02 * fdr / most)  # room for the legend
+    axes.legend(loc="lower right")
 
 
 def _caption(answer: xr.Dataset, mixed: bool) -> str:
@@ -124,10 +111,15 @@ def _caption(answer: xr.Dataset, mixed: bool) -> str:
         f"{number('band'):,} of {count(m, 'row', 'rows')} lie outside the {band[0]:g}–{band[1]:g}% band of the calibration "
         f"rows; about {say(share * m, 2)} would if all were valid. "
     )
+    rows, valid = _finite(answer["log_evidence"].values), _finite(answer["calibration_log_evidence"].values)
+    away = np.maximum(valid.min() - rows, rows - valid.max())
+    if far := int((away > FAR * (valid.max() - valid.min())).sum()):
+        text += f"{count(far, 'row lies', 'rows lie')} beyond the axis and are drawn at its end. "
     both = decision("fdr_two_sided")
     text += (
-        f"Held to a false-discovery rate of {fdr:.0%}, {int((both == BELOW).sum()):,} are flagged as too unlikely and "
-        f"{int((both == ABOVE).sum()):,} as too likely: the last point of a tail below the dashed line, and all before it. "
+        f"Held to a false-discovery rate of {fdr:.0%}, the low tail alone flags {number('fdr_low'):,}; both tails together "
+        f"flag {int((both == BELOW).sum()):,} as too unlikely and {int((both == ABOVE).sum()):,} as too likely: the last point of "
+        "a tail below its line, and all before it. "
     )
     if limited := int((both == LIMITED).sum()):
         text += f"{limited:,} are estimator-limited: the error of their log p(x) decides. "

@@ -1,8 +1,9 @@
 """Which score tells a kind of row that the model has never seen? Digits, each class in turn held out of the fit.
 
-    python -m benchmarks.novelty [--only 1 8 ...] [--latents 2] [--out FOLDER] [--print]
+    python -m benchmarks.novelty [--only 1 8 ...] [--latents 2] [--mnist RUN] [--out FOLDER] [--print]
 
-Writes its section of benchmarks/RESULTS.md. A fit or an answer that is in the folder is not made again.
+Writes its section of benchmarks/RESULTS.md. A fit or an answer that is in the folder is not made again. With a fitted run of
+experiments/binarized_mnist.yaml, images that are no digits are scored by that, too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SPEC = Path(__file__).parents[1] / "experiments" / "digits.yaml"
 LEVEL, FDR, RESAMPLES = 0.05, 0.1, 100
 CALIBRATION, ROWS = 500, 100  # of a resample
 NOISE = 20  # images
+MNIST_ROWS, MNIST_CALIBRATION, MNIST_NOISE = 60, 300, 8  # pictures take long there
 HIGHER_IS_STRANGER = ("typicality", "distortion", "rate", "gap_total", "pareto_k")
 HEAD = """## Novelty: a class held out
 
@@ -48,9 +50,9 @@ class Found:
     """What one fit, without one class, makes of rows.
 
     Attributes:
-        held_out: the class.
+        held_out: the class; -1 for none.
         answer: the scores of all rows that were asked about, and of the calibration rows.
-        kind: of each row: `valid`, `novel`, `blank`, `full`, `noise`, `likeliest`.
+        kind: of each row: `valid`, `novel`, `blank`, `full`, `noise`, `sparse`, `likeliest`.
     """
 
     held_out: int
@@ -101,6 +103,25 @@ def one(held_out: int, latents: int, folder: Path) -> Found:
     answer = run.score(np.concatenate(list(groups.values())).astype(np.float32), simulated=0)
     answer.save(answered)
     return Found(held_out, answer.dataset, kind)
+
+
+def mnist(path: Path, folder: Path) -> Found:
+    """Score images that are no digits, and some test rows, by a run fitted to binarized MNIST."""
+    run, answered, rng = er.Run.load(path), folder / "mnist.nc", np.random.default_rng(0)
+    groups = {
+        "blank": np.zeros((1, 784)),
+        "full": np.ones((1, 784)),
+        "noise": rng.random((MNIST_NOISE, 784)) < 0.5,
+        "sparse": rng.random((MNIST_NOISE, 784)) < 0.13,
+        "valid": run.data.x[np.sort(run.experiment.split.test[:MNIST_ROWS])].reshape(MNIST_ROWS, 784),
+    }
+    kind = np.repeat(list(groups), [len(rows) for rows in groups.values()])
+    if answered.is_file():
+        return Found(-1, idata.read_table(answered), kind)
+    rows = np.concatenate(list(groups.values())).astype(np.float32).reshape(-1, *run.vae.likelihood.event_shape)
+    answer = run.score(rows, simulated=0, most=MNIST_CALIBRATION)
+    answer.save(answered)
+    return Found(-1, answer.dataset, kind)
 
 
 def areas(found: Found) -> list[tuple[float, float]]:
@@ -162,7 +183,7 @@ def picture_line(every: Sequence[Found], kind: str, words: str) -> str:
     )
 
 
-def section(every: Sequence[Found], latents: int, options: str) -> str:
+def section(every: Sequence[Found], on_mnist: Found | None, latents: int, options: str) -> str:
     """Return the markdown."""
     machine = f"{platform.machine()}, 1 thread, torch {torch.__version__}"
     methods = sorted({str(m) for found in every for m in found.answer["evidence_method"].values})
@@ -180,15 +201,27 @@ def section(every: Sequence[Found], latents: int, options: str) -> str:
     lines.append(f"| mean | | {' | '.join(means)} |")
     lines += [
         "",
-        f"Images that are no digits, {len(every)} fits: median and range of log p(x) in nats, the share of calibration rows",
-        f"that are not likelier, and how many have a conformal p-value of {LEVEL:g} or less. `likeliest` has the largest",
+        f"Images that are no digits, by the {len(every)} fits: median and range of log p(x) in nats, the share of calibration",
+        f"rows that are not likelier, and how many have a conformal p-value of {LEVEL:g} or less. `likeliest` has the largest",
         "log p(x) of all images that round E[x|z] on a grid.",
         "",
         "| image | log p(x) | likelier than | low tail | two-sided |",
         "|---|---|---|---|---|",
     ]
-    words = {"blank": "blank (all 0)", "full": "full (all 1)", "noise": "noise (each pixel 0 or 1)", "likeliest": "likeliest"}
-    lines += [picture_line(every, kind, name) for kind, name in words.items() if (every[0].kind == kind).any()]
+    words = {
+        "blank": "blank (all 0)",
+        "full": "full (all 1)",
+        "noise": "noise (each pixel 0 or 1)",
+        "sparse": "noise (13 % of the pixels are 1)",
+        "likeliest": "likeliest",
+    }
+    lines += [picture_line(every, kind, f"digits: {name}") for kind, name in words.items() if (every[0].kind == kind).any()]
+    if on_mnist is not None:
+        lines += [
+            picture_line([on_mnist], kind, f"binarized MNIST, one fit: {name}")
+            for kind, name in words.items()
+            if (on_mnist.kind == kind).any()
+        ]
     shares = np.stack([resampled(found) for found in every])
     ends = [(low(v, x) <= LEVEL, two_sided(low(v, x), high(v, x)) <= LEVEL) for v, x in (
         (found.answer["calibration_log_evidence"].values, found.values("valid")) for found in every
@@ -215,13 +248,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", type=int, choices=range(10), default=range(10))
     parser.add_argument("--latents", type=int, default=2)
+    parser.add_argument("--mnist", type=Path, metavar="RUN", help="a fitted run of experiments/binarized_mnist.yaml")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--print", action="store_true", help="print the section, and leave RESULTS.md as it is")
     chosen = parser.parse_args(arguments)
-    options = "" if chosen.latents == 2 else f" --latents {chosen.latents}"
+    given = [*map(str, sorted(chosen.only))] if len(chosen.only) < 10 else []
+    options = f" --only {' '.join(given)}" if given else ""
+    options += (f" --latents {chosen.latents}" if chosen.latents != 2 else "") + (" --mnist RUN" if chosen.mnist else "")
     with tempfile.TemporaryDirectory() as temporary:
-        every = [one(held_out, chosen.latents, chosen.out or Path(temporary)) for held_out in chosen.only]
-        text = section(every, chosen.latents, options)
+        folder = chosen.out or Path(temporary)
+        every = [one(held_out, chosen.latents, folder) for held_out in sorted(chosen.only)]
+        on_mnist = None if chosen.mnist is None else mnist(chosen.mnist, folder)
+        text = section(every, on_mnist, chosen.latents, options)
     if chosen.print:
         print(text)
     else:
