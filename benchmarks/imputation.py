@@ -28,15 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pyro.distributions import Independent, TorchDistribution
 from torch import Tensor
 
 import elbowroom as er
 from benchmarks import results
+from elbowroom.analysis.imputation import coded, errors, losses, pieces
 from elbowroom.inference.importance import psis
 from elbowroom.models.categories import Codes
 from elbowroom.models.columns import Column
-from elbowroom.models.mixed import Columns
 
 HEADING = "## Imputation"
 SPEC = Path(__file__).parents[1] / "experiments" / "adult.yaml"
@@ -122,12 +121,6 @@ def _impute(vae: er.VAE, x: Tensor, draws: int) -> tuple[dict[str, list[Tensor]]
     return found, judged.ess_fraction * draws, judged.pareto_k
 
 
-def pieces(p: TorchDistribution) -> list[tuple[Tensor, TorchDistribution]]:
-    """Return which columns each scalar distribution of p is of, and that distribution, with batch shape (S, N, columns)."""
-    parts = p.parts if isinstance(p, Columns) else [(torch.arange(p.event_shape[0]), p)]
-    return [(index, part.base_dist if isinstance(part, Independent) else part) for index, part in parts]
-
-
 def weighted_quantiles(values: Tensor, weights: Tensor, levels: Sequence[float]) -> list[Tensor]:
     """Return the smallest of the values (S, N, n) whose weights (S, N), summed up to it, reach each level: (N, n) each."""
     ordered, order = values.sort(0)
@@ -146,35 +139,7 @@ def marginal(x: np.ndarray, columns: Sequence[Column], n: int) -> Guess:
     return Guess(*(np.broadcast_to(v, (n, len(columns))) for v in (point, median, low, high)))
 
 
-def coded(column: Column) -> bool:
-    """Say whether the values of a column are codes."""
-    return column.kind in ("binary", "ordinal", "categorical")
-
-
 # -- errors -----------------------------------------------------------------------------------------------------------------
-
-
-def losses(truth: np.ndarray, guess: np.ndarray, columns: Sequence[Column], ranges: np.ndarray) -> np.ndarray:
-    """Return what is averaged over the entries of each column: squared, 0/1 or absolute; NaN where truth (N, D) is NaN."""
-    off = guess - truth
-    out = np.empty_like(truth)
-    for j, column in enumerate(columns):
-        if column.kind == "ordinal":
-            out[:, j] = np.abs(off[:, j]) / column.levels
-        elif coded(column):
-            out[:, j] = np.where(np.isnan(off[:, j]), np.nan, off[:, j] != 0)
-        else:
-            out[:, j] = (off[:, j] / ranges[j]) ** 2
-    return out
-
-
-def errors(loss: np.ndarray, columns: Sequence[Column], weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the error of each column, (D,); for weights of the rows (B, N), (B, D)."""
-    there = ~np.isnan(loss)
-    w = np.ones(len(loss)) if weights is None else weights
-    mean = (w @ np.where(there, loss, 0.0)) / (w @ there.astype(float))
-    numbers = np.array([not coded(column) for column in columns])
-    return np.where(numbers, np.sqrt(mean), mean)
 
 
 GROUPS = {

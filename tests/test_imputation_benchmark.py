@@ -9,9 +9,7 @@ from benchmarks.imputation import (
     Guess,
     Measured,
     by_group,
-    errors,
     impute,
-    losses,
     marginal,
     resampled,
     weighted_quantiles,
@@ -19,6 +17,7 @@ from benchmarks.imputation import (
 from benchmarks.imputation_table import section
 from torch import Tensor, nn
 
+from elbowroom.analysis.imputation import errors, losses
 from elbowroom.models.columns import Column
 from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
 from elbowroom.models.likelihoods import Gaussian
