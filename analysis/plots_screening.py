@@ -116,10 +116,10 @@ def _caption(answer: xr.Dataset, mixed: bool) -> str:
     if far := int((away > FAR * (valid.max() - valid.min())).sum()):
         text += f"{count(far, 'row lies', 'rows lie')} beyond the axis and are drawn at its end. "
     both = decision("fdr_two_sided")
+    below, above = (int((both == word).sum()) for word in (BELOW, ABOVE))
     text += (
-        f"Held to a false-discovery rate of {fdr:.0%}, the low tail alone flags {number('fdr_low'):,}; both tails together "
-        f"flag {int((both == BELOW).sum()):,} as too unlikely and {int((both == ABOVE).sum()):,} as too likely: the last point of "
-        "a tail below its line, and all before it. "
+        f"Held to a false-discovery rate of {fdr:.0%} the low tail flags {number('fdr_low'):,}; both tails together flag "
+        f"{below:,} as too unlikely and {above:,} as too likely: the last point of a tail below its line, and all before it. "
     )
     if limited := int((both == LIMITED).sum()):
         text += f"{limited:,} are estimator-limited: the error of their log p(x) decides. "
