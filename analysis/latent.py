@@ -15,12 +15,24 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from elbowroom.analysis.decoded import (
+    DRAWS,
+    array,
+    beside_of,
+    draw_guide,
+    draw_prior,
+    event_dims,
+    is_standard,
+    moments,
+    plane,
+    rates,
+    repeated,
+    take,
+)
 from elbowroom.inference.discrete import table as table_of
 from elbowroom.inference.program import is_real
 from elbowroom.inference.rows import Batch
 from elbowroom.inference.target import LogJoint
-from elbowroom.models.priors import Normal
-from elbowroom.models.spaces import DISCRETE
 from elbowroom.models.vae import VAE
 
 MOST_STATES = 64
@@ -95,20 +107,20 @@ def describe(
         encoding = _encoding(vae, rows, obs_id, labels)
         groups = {
             "encoding": encoding,
-            "plane": _plane(vae, rows, encoding["rate"].values, plane_points),
+            "plane": plane(vae, rows, encoding["rate"].values, plane_points),
             "prior": _prior(vae, rows, samples),
             "reconstruction": _reconstruction(vae, rows, obs_id, gap, np.asarray(table["elbo"].values), reconstructions),
         }
         if np.isfinite(gap).any():
             cases = spread(gap, len(CASES))
-            log_joint = _seam(vae, _take(rows, cases))
+            log_joint = _seam(vae, take(rows, cases))
             if log_joint.dim == 0 and len(log_joint.program.assignments) <= MOST_STATES:
                 groups["states"] = _states(log_joint, obs_id, gap, cases)
             elif log_joint.dim in (1, 2):
                 groups["density"] = _density(vae, log_joint, obs_id, gap, cases, density_points)
     tree = xr.DataTree.from_dict(groups)
     tree.attrs.update({"latent_dim": vae.prior.latent_dim, "event_shape": list(vae.likelihood.event_shape) or [1]})
-    tree.attrs.update({"space": vae.prior.space, "standard": int(_standard(vae))})
+    tree.attrs.update({"space": vae.prior.space, "standard": int(is_standard(vae))})
     if any(getattr(network, "sequences", False) for network in (vae.decoder, vae.posterior.encoder)):
         tree.attrs["sequence"] = 1  # and no image, which has two axes too
     if columns:
@@ -123,85 +135,17 @@ def _seam(vae: VAE, batch: Batch) -> LogJoint:
     return LogJoint(vae.model, vae.guide, batch["x"], **beside)
 
 
-def _take(batch: Batch, index: np.ndarray) -> Batch:
-    rows = torch.as_tensor(index, device=batch["x"].device)
-    return {name: value[rows] for name, value in batch.items()}
-
-
-def _repeated(batch: Batch, times: int) -> Batch:
-    return {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in batch.items()}
-
-
-def _beside(batch: Batch, n: int, *, mean: bool = False) -> Batch:
-    """Return covariates and exposure for n data: those of the data in turn, or their mean."""
-    found = {name: value for name, value in batch.items() if name != "x"}
-    if mean:
-        return {name: value.mean(0, keepdim=True).expand(n, *value.shape[1:]) for name, value in found.items()}
-    index = torch.arange(n, device=batch["x"].device) % len(batch["x"])
-    return {name: value[index] for name, value in found.items()}
-
-
-def _standard(vae: VAE) -> bool:
-    return isinstance(vae.prior, Normal) and not vae.prior.covariates
-
-
-def _array(x: Tensor) -> np.ndarray:
-    return x.detach().double().cpu().numpy()
-
-
-def _event(vae: VAE) -> tuple[str, ...]:
-    return tuple(f"x_dim_{i}" for i in range(len(vae.likelihood.event_shape)))
-
-
-def _draw_guide(vae: VAE, batch: Batch, draws: int) -> Tensor:
-    """Draw z from the guide, (draws, N, d); the draws stand beside each other in the plate."""
-    arguments: dict[str, Any] = {**_repeated(batch, draws)}
-    return vae.guide(**arguments).unflatten(0, (draws, len(batch["x"])))
-
-
-def _moments(vae: VAE, batch: Batch, draws: int = 1024) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of q(z|x), (N, d), from draws where it has no formula for them."""
-    q = vae.encode(**batch)
-    try:
-        return q.mean, q.stddev
-    except (NotImplementedError, AttributeError):
-        parts = []
-        for rows in np.array_split(np.arange(len(batch["x"])), -(-len(batch["x"]) // 64)):
-            z = _draw_guide(vae, _take(batch, rows), draws)
-            parts.append((z.mean(0), z.std(0)))
-        return torch.cat([mean for mean, _ in parts]), torch.cat([sd for _, sd in parts])
-
-
-def _draw_prior(vae: VAE, n: int, batch: Batch) -> Tensor:
-    """Draw z from the prior, (n, d), outside any handler; given covariates, at those of the data in turn."""
-    arguments: dict[str, Any] = {**_beside(batch, n)}
-    return vae.guide(**arguments, n=n)
-
-
 def _encoding(vae: VAE, batch: Batch, obs_id: np.ndarray, labels: np.ndarray | None) -> xr.Dataset:
-    """Return the guide's moments at each datum and the rate of each latent.
-
-    rate_j = mean_n KL( N(m_nj, s_nj^2) || N(a_j, b_j^2) ), a and b the prior's mean and standard deviation: for a diagonal
-    normal guide and a standard normal prior these are the shares of the rate, and they add up to it. Of discrete latents,
-    whose means are probabilities m, it is sum_v m(v) log m(v) / p(v), over the values v of the latent (of a one-hot z: the
-    term of its category).
-    """
-    loc, scale = _moments(vae, batch)
-    z = _draw_prior(vae, 10_000, batch)
-    a, b = (torch.zeros_like(loc[0]), torch.ones_like(loc[0])) if _standard(vae) else (z.mean(0), z.std(0))
-    if vae.prior.space in DISCRETE:
-        a = a.clamp(1e-6, 1 - 1e-6)
-        rate = torch.xlogy(loc, loc / a)
-        if vae.prior.space == "binary":
-            rate = rate + torch.xlogy(1 - loc, (1 - loc) / (1 - a))
-    else:
-        rate = (b / scale).log() + (scale**2 + (loc - a) ** 2) / (2 * b**2) - 0.5
+    """Return the guide's moments at each datum and the rate of each latent."""
+    loc, scale = moments(vae, batch)
+    z = draw_prior(vae, DRAWS, batch)
+    rate = rates(vae, loc, scale, z)
     encoding = xr.Dataset(
         {
-            "loc": (("obs_id", "latent"), _array(loc), {"long_name": "mean of q(z|x)"}),
-            "scale": (("obs_id", "latent"), _array(scale), {"long_name": "standard deviation of q(z|x)"}),
-            "rate": (("latent",), _array(rate.mean(0)), {"long_name": "mean KL from the prior, by latent", "units": "nats"}),
-            "prior_z": (("point", "latent"), _array(z[:1000]), {"long_name": "draws from the prior"}),
+            "loc": (("obs_id", "latent"), array(loc), {"long_name": "mean of q(z|x)"}),
+            "scale": (("obs_id", "latent"), array(scale), {"long_name": "standard deviation of q(z|x)"}),
+            "rate": (("latent",), array(rate), {"long_name": "mean KL from the prior, by latent", "units": "nats"}),
+            "prior_z": (("point", "latent"), array(z[:1000]), {"long_name": "draws from the prior"}),
         },
         coords={"obs_id": obs_id, "latent": np.arange(loc.shape[-1])},
     )
@@ -210,54 +154,16 @@ def _encoding(vae: VAE, batch: Batch, obs_id: np.ndarray, labels: np.ndarray | N
     return encoding
 
 
-def _plane(vae: VAE, batch: Batch, rate: np.ndarray, points: int) -> xr.Dataset:
-    """Return E[x|z] at prior quantiles of the two latents with the highest rate, the others at the prior's median.
-
-    Of a z that is one of d categories, or on a simplex: of each category, or vertex.
-    """
-    example = _draw_prior(vae, 2 if _standard(vae) else 10_000, batch)
-    d, space = example.shape[-1], vae.prior.space
-    attrs: dict[str, Any] = {"long_name": "E[x|z] at prior quantiles"}
-    if space in ("one_hot", "simplex"):
-        z, latents = torch.eye(d).to(example), [0]
-        if space == "simplex":  # a vertex itself has no density under many priors
-            z = 0.98 * z + 0.02 / d
-        columns = [torch.arange(d)]
-        attrs["long_name"] = "E[x|z] of each category" if space == "one_hot" else "E[x|z] near each vertex of the simplex"
-    else:
-        p = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-        if _standard(vae):
-            quantiles = torch.special.ndtri(p).to(example).expand(d, -1).T
-            middle = torch.zeros_like(example[0])
-        elif space == "binary":
-            quantiles, middle = torch.tensor([0.0, 1.0]).to(example).expand(d, -1).T, example.median(0).values
-        else:
-            quantiles, middle = torch.quantile(example, p.to(example), dim=0), example.median(0).values
-        latents = sorted(int(j) for j in np.argsort(-rate, kind="stable")[:2])
-        columns = [quantiles[:, j] for j in latents]
-        z = middle.repeat(*(len(column) for column in reversed(columns)), 1)
-        z[..., latents[0]] = columns[0]
-        if len(latents) == 2:
-            z[..., latents[1]] = columns[1][:, None]
-    dims = ("row", "column")[-len(columns) :]
-    flat = z.reshape(-1, d)
-    expected = vae.centre(flat, **_beside(batch, len(flat), mean=True)).unflatten(0, z.shape[:-1])
-    names = ("z_column", "z_row")
-    coords = {name: (name[2:], _array(column)) for name, column in zip(names, columns, strict=False)}
-    attrs["latents"] = latents
-    return xr.Dataset({"expected_x": ((*dims, *_event(vae)), _array(expected))}, coords=coords, attrs=attrs)
-
-
 def _prior(vae: VAE, batch: Batch, samples: int) -> xr.Dataset:
     """Draw z from the prior and x from the decoder; given covariates, at those of the data in turn."""
-    z, beside = _draw_prior(vae, samples, batch), _beside(batch, samples)
+    z, beside = draw_prior(vae, samples, batch), beside_of(batch, samples)
     p = vae.decode(z, **beside)
-    dims = ("sample", *_event(vae))
+    dims = ("sample", *event_dims(vae))
     return xr.Dataset(
         {
-            "z": (("sample", "latent"), _array(z)),
-            "expected_x": (dims, _array(vae.likelihood.centre(p))),
-            "x": (dims, _array(p.sample())),
+            "z": (("sample", "latent"), array(z)),
+            "expected_x": (dims, array(vae.likelihood.centre(p))),
+            "x": (dims, array(p.sample())),
         }
     )
 
@@ -276,17 +182,17 @@ def _reconstruction(
 ) -> xr.Dataset:
     """Return data spread over the gap (over -ELBO where there is no gap) beside their E_q E[x|z], from 200 draws of q."""
     index = spread(gap if np.isfinite(gap).any() else -elbo, count)
-    few = _take(batch, index)
-    beside = {name: value for name, value in _repeated(few, draws).items() if name != "x"}
-    expected = vae.centre(_draw_guide(vae, few, draws).flatten(0, 1), **beside).unflatten(0, (draws, len(index))).mean(0)
-    x, dims = batch["x"].double(), ("obs_id", *_event(vae))
+    few = take(batch, index)
+    beside = {name: value for name, value in repeated(few, draws).items() if name != "x"}
+    expected = vae.centre(draw_guide(vae, few, draws).flatten(0, 1), **beside).unflatten(0, (draws, len(index))).mean(0)
+    x, dims = batch["x"].double(), ("obs_id", *event_dims(vae))
     centred = x - x.nanmean(0)
     return xr.Dataset(
         {
-            "x_mean": (dims[1:], _array(x.nanmean(0))),
-            "x_sd": (dims[1:], _array(centred.square().nanmean(0).sqrt())),
-            "x": (dims, _array(few["x"])),
-            "expected_x": (dims, _array(expected)),
+            "x_mean": (dims[1:], array(x.nanmean(0))),
+            "x_sd": (dims[1:], array(centred.square().nanmean(0).sqrt())),
+            "x": (dims, array(few["x"])),
+            "expected_x": (dims, array(expected)),
             "gap": ("obs_id", gap[index], {"units": "nats", "long_name": "log p(x) - ELBO"}),
         },
         coords={"obs_id": obs_id[index]},
@@ -298,8 +204,8 @@ def _states(log_joint: LogJoint, obs_id: np.ndarray, gap: np.ndarray, index: np.
     found = table_of(log_joint)
     return xr.Dataset(
         {
-            "posterior": (("case", "state"), _array(found.log_posterior.exp().T)),
-            "guide": (("case", "state"), _array(found.log_guide.exp().T)),
+            "posterior": (("case", "state"), array(found.log_posterior.exp().T)),
+            "guide": (("case", "state"), array(found.log_guide.exp().T)),
             "gap": (("case",), gap[index], {"units": "nats", "long_name": "log p(x) - ELBO"}),
             "obs_id": (("case",), obs_id[index]),
         },
@@ -356,19 +262,19 @@ def _density(vae: VAE, log_joint: LogJoint, obs_id: np.ndarray, gap: np.ndarray,
     order = (-1, *range(d))
 
     def picture(log_density: Tensor) -> tuple[tuple[str, ...], np.ndarray]:
-        return dims, _array(log_density.reshape(shape).permute(order)).clip(-1e4)
+        return dims, array(log_density.reshape(shape).permute(order)).clip(-1e4)
 
     data = {
         "log_posterior": picture(log_p - log_evidence),
         "log_guide": picture(log_q),
-        "log_evidence": (("case",), _array(log_evidence), {"units": "nats", "long_name": "log p(x), by quadrature"}),
+        "log_evidence": (("case",), array(log_evidence), {"units": "nats", "long_name": "log p(x), by quadrature"}),
         "gap": (("case",), gap[index], {"units": "nats", "long_name": "log p(x) - ELBO"}),
         "obs_id": (("case",), obs_id[index]),
-        "x": (("case", *_event(vae)), _array(log_joint.data())),
-        "z_column": (("case", "column"), _array(axes[..., 0].T)),
+        "x": (("case", *event_dims(vae)), array(log_joint.data())),
+        "z_column": (("case", "column"), array(axes[..., 0].T)),
     }
     if d == 2:
-        data["z_row"] = (("case", "row"), _array(axes[..., 1].T))
+        data["z_row"] = (("case", "row"), array(axes[..., 1].T))
     return xr.Dataset(data, coords={"case": _cases(index)}, attrs={"axes": _coordinates(vae, log_joint)})
 
 
@@ -377,7 +283,9 @@ def _coordinates(vae: VAE, log_joint: LogJoint) -> list[str]:
     names = []
     for site in log_joint.sites:
         called = "latent" if site.name == "z" else site.name
-        unit = "prior sd" if _standard(vae) else "" if site.transform is not None and is_real(site.support) else "unconstrained"
+        unit = (
+            "prior sd" if is_standard(vae) else "" if site.transform is not None and is_real(site.support) else "unconstrained"
+        )
         for j in range(site.columns.stop - site.columns.start):
             names.append(f"{called} {j}" + (f" ({unit})" if unit else ""))
     return names
