@@ -145,8 +145,8 @@ def coverage(answer: xr.Dataset) -> Plot | Absent:
     axes.legend(loc="upper left")
     caption = (
         f"{_held(answer)} A line below the diagonal says that intervals are too narrow, above it too wide. Bands: two standard "
-        "errors, rows taken as independent. Where the best posterior is off the diagonal the model is wrong about "
-        "these data; where the encoder's line is further off, that part is the encoder's."
+        "errors, rows taken as independent. Where the best posterior is off the diagonal the model is wrong about these data; what "
+        "lies between the two lines is the encoder's error alone, which may hide some of the model's."
     )
     return Plot(name, figure, "Share of hidden cells inside intervals against the intervals' level.", caption)
 
