@@ -21,6 +21,7 @@ from elbowroom.analysis.table import GOOD_K, TRUSTED
 from elbowroom.inference.program import Site, is_real
 
 if TYPE_CHECKING:
+    from elbowroom.analysis.canvas import Absent, Plot
     from elbowroom.inference.posterior import Reference
     from elbowroom.models.vae import VAE
     from elbowroom.streaming import Chunk
@@ -167,3 +168,10 @@ def conclude(dataset: xr.Dataset) -> list[str]:
             f"{middle:.2f} in the median, {low:.2f} to {high:.2f} at nine tenths."
         )
     return said
+
+
+def draw(dataset: xr.Dataset) -> Plot | Absent:
+    """Draw whether mu and sigma are right."""
+    from elbowroom.analysis.plots_encoding import encoding
+
+    return encoding(dataset)

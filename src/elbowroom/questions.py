@@ -6,6 +6,7 @@ Each returns an `Answer`, and writes nothing; `Answer.save` does. `elbowroom enc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -74,7 +75,8 @@ class Questions:
             question="encode", options=options, seed=run.experiment.spec.seed if seed is None else seed, device=place,
             out=None if out is None else Path(out), resume=resume, report=report,
         )  # fmt: skip
-        return Answer(found.assign_attrs(answers="encode"), encode.conclude(found), form)
+        found = found.assign_attrs(answers="encode")
+        return Answer(found, encode.conclude(found), form, (partial(encode.draw, found),))
 
     def score(
         self,
