@@ -193,7 +193,7 @@ def judge(
         {"units": "sd", "long_name": "|log p(x) - mean| in standard deviations of the calibration rows"},
     )
     of["p_score"] = (("obs_id", "score"), scores, {"units": "1", "long_name": "conformal p-value of each novelty score"})
-    table = np.stack([decisions[rule].astype(str) for rule in RULES], -1)
+    table = np.stack([decisions[rule] for rule in RULES], -1)
     of["decision"] = (("obs_id", "rule"), table, {"units": "", "long_name": "what each rule makes of the row"})
     of["compared_with"] = ("obs_id", compared, {"units": "1", "long_name": "calibration rows with the same holes"})
     found = xr.Dataset(of, coords={"tail": list(TAILS), "score": list(SCORES), "rule": list(RULES)})

@@ -122,12 +122,19 @@ def _scores(log_joint: LogJoint, methods: Sequence[Reference], draws: int, seed:
         "log_evidence_se": evidence.error,
         "log_evidence_lower": evidence.lower,
         "log_evidence_upper": evidence.upper,
-        "evidence_method": evidence.method,
-        "evidence_reason": evidence.reason,
+        "evidence_method": _once(evidence.method),
+        "evidence_reason": _once(evidence.reason),
         **guide,
         "gap_total": evidence.value - guide["elbo"],
         "gap_total_se": np.hypot(evidence.error, guide["elbo_se"]),
     }
+
+
+def _once(texts: np.ndarray) -> np.ndarray:
+    """Return the same texts, each held in memory once."""
+    different, place = np.unique(texts, return_inverse=True)
+    found: np.ndarray = different.astype(object)[place]
+    return found
 
 
 def _holes(x: Tensor) -> dict[str, np.ndarray]:
