@@ -219,7 +219,12 @@ def predict_cells(
         likeliest[cells] = levels[-1].probability.argmax(-1).double()
     blank = lambda value: torch.where(of("categorical"), torch.nan, value.double())
     return Predicted(
-        *map(blank, (mean, error, sd, median, low, high)),
+        mean=blank(mean),
+        mean_error=blank(error),
+        sd=blank(sd),
+        median=blank(median),
+        low=blank(low),
+        high=blank(high),
         likeliest=likeliest,
         rank=blank(rank),
         log_density=nothing if score is None else score.cells - math.log(s),

@@ -29,6 +29,7 @@ from elbowroom.analysis.canvas import (
 from elbowroom.analysis.imputation import share
 
 ROWS = 6
+FEWEST = 20  # cells that a share is drawn of
 LEVELS = np.linspace(0.02, 0.98, 49)
 UNSEEN = "#f3e3d3"
 
@@ -90,7 +91,8 @@ def images(answer: xr.Dataset, x: np.ndarray, shape: Sequence[int]) -> Plot | Ab
 def _binary(answer: xr.Dataset) -> bool:
     """Say whether entries are 0 or 1: intervals of these say nothing that their probability does not."""
     there = ~np.isnan(answer["point"].values)
-    return bool(np.isfinite(answer["likeliest"].values[there]).all()) and float(np.nanmax(answer["high"].values)) <= 1
+    high = answer["high"].values[there]
+    return bool(np.isfinite(answer["likeliest"].values[there]).all() and np.isfinite(high).all() and high.max() <= 1)
 
 
 def _tiles(axes: Axes, shown: dict[str, np.ndarray], missing: np.ndarray, limits: tuple[float, float]) -> None:
@@ -145,13 +147,13 @@ def coverage(answer: xr.Dataset) -> Plot | Absent:
     axes.legend(loc="upper left")
     caption = (
         f"{_held(answer)} A line below the diagonal says that intervals are too narrow, above it too wide. Bands: two standard "
-        "errors, rows taken as independent. Where the best posterior is off the diagonal the model is wrong about these data; what "
-        "lies between the two lines is the encoder's error alone, which may hide some of the model's."
+        "errors, rows taken as independent. Where the best posterior is off the diagonal the model is wrong about these data; "
+        "what lies between the two lines is the encoder's error alone, which may hide some of the model's."
     )
     return Plot(name, figure, "Share of hidden cells inside intervals against the intervals' level.", caption)
 
 
-def _reliability(answer: xr.Dataset) -> Plot:
+def _reliability(answer: xr.Dataset) -> Plot | Absent:
     """Draw the share of hidden cells that are 1 against the probability that was stated for it."""
     figure = canvas(HALF, 4.2, "Are the probabilities of hidden cells right?")
     axes = figure.subplots()
@@ -163,8 +165,10 @@ def _reliability(answer: xr.Dataset) -> Plot:
         points = []
         for k in range(10):
             inside = (place == k) & ~np.isnan(p)
-            if inside.sum() >= 20:
+            if inside.sum() >= FEWEST:
                 points.append((p[inside].mean(), *share(np.where(inside, truth, np.nan))))
+        if not points:
+            return Absent("coverage", f"No figure of probabilities: fewer than {FEWEST} hidden cells with the same one.")
         x, y, error = np.array(points).T
         axes.errorbar(x, y, 2 * error, color=colour, marker=mark, ms=4, lw=1.2, capsize=2, label=label)
         brier, right = np.nanmean((p - truth) ** 2), np.nanmean(p * (1 - p))

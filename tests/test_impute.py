@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray as xr
 from conftest import linear_vae
 
 import elbowroom as er
+from elbowroom.analysis import plots_imputation
 from elbowroom.analysis.canvas import Absent, Plot
 from elbowroom.analysis.imputation import predict_cells, share
 from elbowroom.cli import main
@@ -187,6 +190,22 @@ def test_padding_of_sequences_is_no_hole() -> None:
     assert torch.equal(holes(torch.from_numpy(x), padded=True), torch.from_numpy(holes(x, padded=True)))
 
 
+def test_probabilities_of_zeros_and_ones_are_held_against_what_came_true() -> None:
+    """Half of the cells are 1 with probability 0.2, half with 0.8, and the guide says 0.5 of all."""
+    rng = np.random.default_rng(2)
+    p = np.repeat([[0.2, 0.8]], 300, axis=0)
+    cells = {"mean": p, "mean_guide": np.full_like(p, 0.5), "truth": (rng.random(p.shape) < p).astype(float)}
+    cells |= {"point": (p > 0.5) * 1.0, "likeliest": (p > 0.5) * 1.0, "high": np.ones_like(p)}
+    answer = xr.Dataset({name: (("obs_id", "column"), value) for name, value in cells.items()}, attrs={"level": 0.9})
+    plot = plots_imputation.coverage(answer)
+    assert isinstance(plot, Plot)
+    assert "encoder's own draws: Brier score 0.250, 0.250 if" in plot.caption
+    best, guide = (float(word) for word in re.findall(r"Brier score ([\d.]+)", plot.caption))
+    assert best == pytest.approx(0.16, abs=0.03)
+    assert guide == 0.25
+    assert isinstance(plots_imputation.coverage(answer.isel(obs_id=slice(3))), Absent)
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +226,7 @@ def test_a_run_imputes_by_the_closed_form_in_the_kind_that_was_given(linear: er.
             mean, _ = _conditional(oracle.W, oracle.mu, oracle.psi, torch.from_numpy(x[i]))
         gone = np.isnan(x[i])
         assert (np.abs(answer["mean"][i, gone] - mean.numpy()) < 5 * answer["mean_error"][i, gone]).all()
-    assert any("1 rows have nothing observed" in sentence for sentence in answer.said)
+    assert any("Nothing is observed of 1 row:" in sentence for sentence in answer.said)
     done = answer.completed()
     assert not np.isnan(done).any()
     assert np.array_equal(done[~np.isnan(x)], x[~np.isnan(x)])
@@ -243,6 +262,25 @@ def test_hidden_cells_are_scored_and_their_intervals_hold(linear: er.Run) -> Non
     assert linear.impute(x, hide=mask, references=[]).missing.sum() == 300
     with pytest.raises(UserError, match="no cells were hidden"):
         linear.impute(np.where(mask, np.nan, x), references=[]).scores()
+
+
+def test_half_an_image(tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(60, 1, 1)) * np.ones((6, 6)) + 0.3 * rng.normal(size=(60, 6, 6))
+    spec = {"model": {"latent_dim": 1, "likelihood": "gaussian", "decoder": SMALL}, "guide": {"encoder": SMALL}}
+    run = er.fit(er.Experiment.from_dict({**spec, "fit": {"epochs": 5, "device": "cpu"}}, data=x), out=tmp_path / "run")
+    answer = run.impute(x[:10], hide="left", samples=2, references=[])
+    assert answer["mean"].shape == (10, 6, 6)
+    assert np.isfinite(answer["mean"][:, :, :3]).all()
+    assert np.isnan(answer["mean"][:, :, 3:]).all()
+    assert answer.frame()["column"].tolist()[:3] == ["0,0", "0,1", "0,2"]
+    plot = answer.figures["imputation"]
+    assert isinstance(plot, Plot)
+    assert "6 images of 10" in plot.caption
+    assert [label.get_text() for label in plot.figure.axes[0].get_xticklabels()][:2] == ["as it was", "seen"]
+    path = answer.save(tmp_path / "a.nc")
+    assert answer.save_completed(path) == tmp_path / "a-completed.npz"
+    assert np.load(tmp_path / "a-completed.npz")["x"].shape == (10, 6, 6)
 
 
 def test_a_table_comes_back_with_its_holes_filled(table: er.Run, people: pd.DataFrame, tmp_path: Path) -> None:
@@ -329,7 +367,7 @@ def test_the_command(table: er.Run, people: pd.DataFrame, tmp_path: Path, capsys
     out = tmp_path / "found.nc"
     assert call(str(path), "--out", str(out), "--samples", "1") == 0
     said = capsys.readouterr().out
-    assert "1 missing cells in 1 rows" in said
+    assert "1 missing cell in 1 row;" in said
     done = pd.read_csv(tmp_path / "found-completed.csv")
     assert done["job"].notna().all()
     assert call(str(path), "--out", str(out)) == 2

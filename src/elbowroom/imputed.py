@@ -180,7 +180,7 @@ class Imputed(Answer):
                 new = [bool(v) for v in new]
             column = column.copy()
             column.iloc[at] = new
-            frame.isetitem(place, column)
+            frame.isetitem(place, column.array)
         return frame
 
     def _filled_cells(self, path: Path, x: np.ndarray) -> pd.DataFrame:
@@ -217,7 +217,7 @@ class Imputed(Answer):
 
         if "truth" not in self.dataset:
             raise UserError("scores: no cells were hidden; ask with hide=...")
-        entries, every = self.entries, self.missing.any(0).nonzero()[0]
+        entries, every = self.entries, np.flatnonzero(self.missing.any(0))
         groups = [(entries.names[j], [int(j)]) for j in every] if entries.table else [("all cells", every.tolist())]
         return pd.DataFrame([{"column": name, **self._score(group)} for name, group in groups])
 
@@ -272,6 +272,10 @@ class Imputed(Answer):
         return {f"brier{way}": float(brier), f"brier{way}_if_right": float(expected), f"calibration_gap{way}": float(gap)}
 
 
+def _any(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).any())
+
+
 def _nowhere(values: np.ndarray) -> bool:
     return values.dtype.kind == "f" and len(values) > 0 and bool(np.isnan(values).all())
 
@@ -291,32 +295,35 @@ def conclude(answer: Imputed, *, marks: bool, padded: bool) -> list[str]:
     status = data["status"].values
     sources = ", ".join(f"{name} at {n:,}" for name, n in Counter(data["source"].values.tolist()).most_common())
     good, left = int(np.isin(status, TRUSTED).sum()), int((status == "amortized").sum())
-    kinds = {answer.entries.kinds[j] for j in missing.any(0).nonzero()[0]}
+    kinds = {answer.entries.kinds[j] for j in np.flatnonzero(missing.any(0))}
     hidden = "truth" in data
-    cells, rows = f"{int(missing.sum()):,} {'hidden' if hidden else 'missing'} cells", f"{len(missing):,} rows"
+    many = lambda n, noun: f"{n:,} {noun}{'s' * (n != 1)}"
+    cells, rows = many(int(missing.sum()), f"{'hidden' if hidden else 'missing'} cell"), many(len(missing), "row")
     said = [
-        f"{cells} in {rows}; draws of p(z|x_obs): {sources}; {good:,} rows are exact or certified, "
-        f"{len(missing) - good - left:,} are reweighted draws of the encoder, {left:,} its own draws (k-hat above {GOOD_K})."
+        f"{cells} in {rows}; draws of p(z|x_obs): {sources}. {many(good, 'row')} exact or certified, "
+        f"{len(missing) - good - left:,} by reweighted draws of the encoder, {left:,} by its own draws (k-hat above {GOOD_K})."
     ]
     asked = answer.original.x[data["obs_id"].values]
     seen = ~np.isnan(np.asarray(asked, dtype=np.float64)).reshape(missing.shape) & ~missing
     if empty := int((~seen.any(1)).sum()):
-        said.append(f"{empty:,} rows have nothing observed: their cells follow the marginal of the model, p(x).")
+        said.append(f"Nothing is observed of {many(empty, 'row')}: the cells follow the marginal of the model, p(x).")
     with np.errstate(divide="ignore", invalid="ignore"):
         sd = answer._flat("sd")
         off = np.abs(answer._flat("mean_guide") - answer._flat("mean")) / sd
         wide = (answer._flat("high_guide") - answer._flat("low_guide")) / (answer._flat("high") - answer._flat("low"))
+        wide[~np.isfinite(wide)] = np.nan
         noise = answer._flat("mean_error") / sd
     if np.isfinite(off).any():
+        numbers = wide[:, [kind not in ("binary", "categorical") for kind in answer.entries.kinds]]
+        widths = f", its intervals are {np.nanmedian(numbers):.2f} times as wide in the median" if _any(numbers) else ""
         said.append(
             f"The encoder's own draws would put the mean of a cell off by {np.nanmedian(off):.2f} sd in the median and by "
-            f"{np.nanquantile(off, 0.95):.2f} or more at 5 % of the cells, with intervals "
-            f"{np.nanmedian(wide[np.isfinite(wide)]):.2f} times as wide in the median; the Monte Carlo error of a mean is "
+            f"{np.nanquantile(off, 0.95):.2f} or more at 5 % of the cells{widths}; the Monte Carlo error of a mean is "
             f"{np.nanquantile(noise, 0.95):.3f} sd or less at 95 % of them."
         )
     if not marks:
         said.append("The encoder was trained without holes and takes a missing entry for an average one.")
-    if kinds & {"count", "binary", "ordinal"} - {"binary"}:
+    if kinds & {"count", "ordinal"}:
         said.append("Intervals of counts and codes end at whole numbers and hold at least their level.")
     if padded:
         said.append("Steps after the last one with anything observed are padding and were not imputed.")
