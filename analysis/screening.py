@@ -34,6 +34,7 @@ import xarray as xr
 from scipy import stats
 
 TAILS = ("low", "high", "two_sided")
+EQUAL = 1e-4  # two scores (nats, most of them) that differ by less are a tie: equal rows differ by rounding alone
 INSIDE, BELOW, ABOVE, LIMITED, ALONE = "inside", "below", "above", "estimator-limited", "no comparison"
 RULES = {
     "band": "log p(x) outside the percentile band of the calibration rows",
@@ -47,14 +48,14 @@ SCORES: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = 
 
 
 def low(calibration: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Return the conformal p-values of low values, (m,): (1 + #{v <= x}) / (n + 1); NaN where x is.
+    """Return the conformal p-values of low values, (m,): (1 + #{v <= x}) / (n + 1); NaN where x is. Ties make p larger.
 
     Args:
         calibration: v, (n,); a value that is not known (NaN) counts as the lowest, which keeps p valid.
         x: (m,).
     """
     ordered = np.sort(np.where(np.isnan(calibration), -np.inf, calibration))
-    p = (1 + np.searchsorted(ordered, x, side="right")) / (len(ordered) + 1)
+    p = (1 + np.searchsorted(ordered, x + EQUAL, side="right")) / (len(ordered) + 1)
     return np.where(np.isnan(x), np.nan, p)
 
 
@@ -81,9 +82,9 @@ def typicality(calibration: np.ndarray, x: np.ndarray) -> np.ndarray:
     v = np.sort(calibration[~lost])
     mean = (v.sum() + x) / (len(v) + 1)
     other = 2 * mean - x  # as far from the mean, on the other side
-    above = len(v) - np.searchsorted(v, np.maximum(x, other), side="left")
-    below = np.searchsorted(v, np.minimum(x, other), side="right")
-    count = np.where(x == mean, len(v), above + below)
+    above = len(v) - np.searchsorted(v, np.maximum(x, other) - EQUAL, side="left")
+    below = np.searchsorted(v, np.minimum(x, other) + EQUAL, side="right")
+    count = np.where(np.abs(x - mean) <= EQUAL, len(v), above + below)
     return np.where(np.isnan(x), np.nan, (1 + count + lost.sum()) / (len(calibration) + 1))
 
 
@@ -227,8 +228,8 @@ def _within(v: dict[str, np.ndarray], x: dict[str, np.ndarray], band: tuple[floa
         (bottom_least, top_least), (bottom_most, top_most) = (np.percentile(end, band) for end in ends)
     least, most = x["log_evidence_lower"], x["log_evidence_upper"]
     out = np.full(len(least), LIMITED, dtype=object)
-    out[(least >= bottom_most) & (most <= top_least)] = INSIDE
-    out[most < bottom_least], out[least > top_most] = BELOW, ABOVE
+    out[(least >= bottom_most - EQUAL) & (most <= top_least + EQUAL)] = INSIDE
+    out[most < bottom_least - EQUAL], out[least > top_most + EQUAL] = BELOW, ABOVE
     return out
 
 

@@ -147,6 +147,19 @@ def test_where_the_interval_changes_the_decision_no_decision_is_made() -> None:
     assert decide(scored(np.array([edge - 1.0])), scored(valid["log_evidence"].values, width=3.0))["two_sided"] == [LIMITED]
 
 
+def test_equal_rows_are_a_tie_whatever_their_rounding() -> None:
+    """Five images of six bits: nearly all rows have the log p(x) of many others, up to rounding."""
+    rng = np.random.default_rng(0)
+    noisy = lambda n: (
+        np.sort(rng.choice([-9.0, -3.0, -2.0, -1.0, 0.0], n, p=[0.02, 0.2, 0.4, 0.3, 0.08])) + 1e-12 * rng.standard_normal(n)
+    )
+    valid, rows = noisy(300), noisy(100)
+    rules = decide(scored(rows, width=1e-12), scored(valid, width=1e-12))
+    assert all(LIMITED not in decided for decided in rules.values())
+    assert low(valid, rows) == pytest.approx(low(valid.round(), rows.round()))
+    assert screening.typicality(valid, rows) == pytest.approx(screening.typicality(valid.round(), rows.round()))
+
+
 def test_rows_are_compared_with_rows_that_have_the_same_holes() -> None:
     rng = np.random.default_rng(0)
     pattern = np.repeat([0, 7, 9], [100, 100, 10])
