@@ -10,8 +10,9 @@ STAMP1 := .venv-arviz1/.installed
 BINB := .venv-bench/bin
 STAMPB := .venv-bench/.installed
 STAMP := .venv/.installed
+STAMPD := .venv/.installed-docs
 
-.PHONY: demo test test-slow test-arviz1 lint bench bench-posteriors clean FORCE
+.PHONY: demo docs test test-slow test-arviz1 lint bench bench-posteriors clean FORCE
 
 demo: $(STAMP)
 	$(BIN)/elbowroom run $(SPEC) --out runs/demo --overwrite
@@ -34,6 +35,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The pages of docs/ and the docstrings, as build/docs/index.html; a warning, such as a dead link, ends it.
+docs: $(STAMPD)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 docs/components.md: $(STAMP) FORCE
 	$(BIN)/elbowroom components --markdown > $@.new && mv $@.new $@
@@ -61,4 +66,8 @@ $(STAMP1): tests/arviz1/requirements.txt
 $(STAMPB): pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(BINB)/python || $(PYTHON) -m venv .venv-bench
 	$(BINB)/python -m pip install -q $(PIPFLAGS) -c constraints.txt -r benchmarks/requirements.txt -e .
+	touch $@
+
+$(STAMPD): $(STAMP)
+	$(BIN)/python -m pip install -q $(PIPFLAGS) -c constraints.txt -e ".[docs]"
 	touch $@

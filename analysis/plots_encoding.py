@@ -38,7 +38,7 @@ def encoding(found: xr.Dataset) -> Plot | Absent:
     reach = float(np.quantile(np.abs(off), 0.995)) * 1.1 + 0.05
     left.set_xlim(-reach, reach)
     left.set_yscale("log")
-    ticks = np.array([0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 5, 10])
+    ticks = np.array([0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1, 1.2, 1.5, 2, 3, 5, 10])
     low, high = float(np.quantile(ratio, 0.003)) / 1.1, float(np.quantile(ratio, 0.997)) * 1.1
     left.set_ylim(low, high)
     ticks = ticks[(ticks >= low) & (ticks <= high)]
@@ -81,7 +81,7 @@ def caption(off: np.ndarray, ratio: np.ndarray, left_out: int) -> str:
     matters = max(far, narrow, broad) > FEW
     said = (
         f"At {percent(far)} of the rows mu is more than {FAR:g} posterior sd from the posterior's mean in some latent; at "
-        f"{percent(narrow)} sigma is below {NARROW:g} of the sd in some latent (too sure), at {percent(broad)} above {BROAD:g}. "
+        f"{percent(narrow)} sigma is below {NARROW:g} of the sd somewhere (too sure); at {percent(broad)} above {BROAD:g}. "
         f"In the median sigma / sd is {say(float(np.median(ratio)), 2)}. "
         f"{'Where that matters, use mean and sd instead.' if matters else 'mu and sigma may be used as they are.'}"
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from elbowroom.inference.history import Row
@@ -27,13 +27,14 @@ def progress_bar(console: Console) -> Iterator[Callable[[Plan, Row], None]]:
         TextColumn("ELBO {task.fields[train]}, validation {task.fields[validation]}", table_column=Column(no_wrap=True)),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console) as bar:
+    with _shown(columns, console) as bar:
         task = bar.add_task("fit", total=None, train="-", validation="-")
 
         def report(plan: Plan, row: Row) -> None:
             train, validation = f"{row.train_elbo:.2f}", f"{row.validation_elbo:.2f}"
             if math.isnan(row.validation_elbo):
                 validation = "-"
+            bar.start()
             bar.update(task, total=plan.epochs, completed=row.epoch, train=train, validation=validation)
 
         yield report
@@ -48,6 +49,22 @@ def rows_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]
         TextColumn("{task.completed:,} of {task.total:,} rows", table_column=Column(no_wrap=True)),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console) as bar:
+    with _shown(columns, console) as bar:
         task = bar.add_task(name, total=0)
-        yield lambda done, total: bar.update(task, total=total, completed=done)
+
+        def report(done: int, total: int) -> None:
+            bar.start()
+            bar.update(task, total=total, completed=done)
+
+        yield report
+
+
+@contextmanager
+def _shown(columns: Sequence[ProgressColumn], console: Console) -> Iterator[Progress]:
+    """Yield a bar that begins with the first report: what fails before leaves one line, the reason."""
+    bar = Progress(*columns, console=console)
+    try:
+        yield bar
+    finally:
+        if bar.live.is_started:
+            bar.stop()
