@@ -62,7 +62,7 @@ class Imputed(Answer):
         return int(value) if entries.kinds[j] != "number" and float(value).is_integer() else float(value)
 
     def frame(self) -> pd.DataFrame:
-        """Return one line per imputed cell: obs_id, column, point, mean, low, high, ..., the guide's beside them."""
+        """Return one line per imputed cell: by obs_id the column, point, mean, low, high, ..., the guide's beside them."""
         import pandas as pd
 
         entries, (rows, columns) = self.entries, self.missing.nonzero()
@@ -73,7 +73,7 @@ class Imputed(Answer):
             point = self._flat("point" + way)[rows, columns]
             table["point" + way] = [self._text(j, v) for j, v in zip(columns.tolist(), point.tolist(), strict=True)]
             for name in NUMBERS:
-                table[name + way] = self._flat(name + way)[rows, columns]
+                table[name + way] = self._flat(name + way)[rows, columns].astype(np.float32)
             if entries.coded:
                 table["probability" + way] = self._of_likeliest(way)[rows, columns]
         table["status"] = self.dataset["status"].values[rows]
@@ -81,9 +81,9 @@ class Imputed(Answer):
             truth = self._flat("truth")[rows, columns]
             table["truth"] = [self._text(j, v) for j, v in zip(columns.tolist(), truth.tolist(), strict=True)]
             for name in ("log_density", "log_density_guide"):
-                table[name] = self._flat(name)[rows, columns]
+                table[name] = self._flat(name)[rows, columns].astype(np.float32)
         empty = [name for name, value in table.items() if isinstance(value, np.ndarray) and _nowhere(value)]
-        return pd.DataFrame({name: value for name, value in table.items() if name not in empty})
+        return pd.DataFrame({name: value for name, value in table.items() if name not in empty}).set_index("obs_id")
 
     def _of_likeliest(self, way: str) -> np.ndarray:
         """Return the probability of the likeliest level, (n, D), NaN of numbers."""
