@@ -76,6 +76,7 @@ def imputer(
     samples: int = 0,
     truth: np.ndarray | None = None,
     wanted: np.ndarray | None = None,
+    replicate: bool = False,
 ) -> Callable[[Chunk], xr.Dataset]:
     """Return what imputes one chunk of rows.
 
@@ -89,6 +90,7 @@ def imputer(
         samples: completed draws that the answer holds.
         truth: (N, *event) values of cells that were hidden, NaN elsewhere: the answer scores these.
         wanted: (*event), which entries are imputed; all by default.
+        replicate: nothing was hidden: predict every cell that was seen, as it would be if it were drawn again given z.
     """
     vae = run.vae
     dtype = run.experiment.dtype
@@ -96,7 +98,7 @@ def imputer(
     def answer(chunk: Chunk) -> xr.Dataset:
         found = read(chunk.log_joint, methods, draws=draws, keep=keep, seed=chunk.seed)
         x = chunk.batch["x"]
-        known = None if truth is None else torch.from_numpy(truth[chunk.rows]).to(x)
+        known = x if replicate else None if truth is None else torch.from_numpy(truth[chunk.rows]).to(x)
         missing = holes(x, padded=sequential(run)) if known is None else ~known.isnan()
         out = _Columns(entries, len(x), scored=known is not None, samples=samples)
         flat = missing.flatten(1)

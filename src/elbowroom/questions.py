@@ -223,6 +223,69 @@ class Questions:
 
         return impute.condition(cast("Run", self), known, of, **options)
 
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        source: Literal["prior", "aggregate"] = "prior",
+        covariates: Any = None,
+        given: Mapping[str, Any] | None = None,
+        test: bool | int = True,
+        interpolate: Sequence[int] | None = None,
+        steps: int = 9,
+        data: Any = None,
+        level: float = 0.9,
+        samples: int = 2,
+        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        draws: int = 1_000,
+        keep: int = 1_000,
+        seed: int | None = None,
+        device: str | None = None,
+        report: Report | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+    ) -> Answer:
+        """Generate: draws of (z, x) from the joint; between two rows; or posterior predictive reconstructions of rows.
+
+        Args:
+            n: draws, 100 by default; with `data` the first so many rows.
+            source: where z comes from: `prior`, or `aggregate`: q(z|x) at random training rows.
+            covariates: of a conditional model: a file, a frame, an array (m, C), or `training`, those of training rows. The
+                aggregate's are those of its rows by default.
+            given: covariate or exposure -> one value for all draws.
+            test: test draws of both sources against held-out data (`auc`, `p_value`); or how many rows to use, at most.
+            interpolate: two rows (of `data`, or of the test split): points between their posterior means.
+            steps: points of an interpolation.
+            data: rows to reconstruct, or to interpolate between: as in `encode`, or `train`, `validation`, `test`.
+            level: of the intervals of reconstructions.
+            samples: draws per row that reconstructions hold.
+            references: as in `encode`: what posteriors of rows come from.
+            draws: draws per row behind k-hat and importance weights.
+            keep: draws per row behind means and intervals.
+            seed: random seed; the run's by default.
+            device: where to compute.
+            report: called as report(rows done, rows in all).
+            out: the file that the answer will be saved to; see `resume`.
+            resume: go on from the rows that lie beside `out`.
+
+        Returns:
+            Over `sample`: z, x and mean = E[x|z]; over `source` (prior, aggregate): auc, auc_se, p_value of the tests. Its
+            `frame()` looks like the data, text as text. Reconstructions: as `impute` gives missing cells, here of all cells.
+
+        Raises:
+            UserError: an unknown source, no such row, covariates that are missing or that the model has not.
+
+        Example:
+            >>> run.sample(1_000).frame(), run.sample(5, given={"age": 40})["x"]  # doctest: +SKIP
+        """
+        from elbowroom import sample
+
+        return sample.ask(
+            cast("Run", self), n, source=source, interpolate=interpolate, steps=steps, data=data, covariates=covariates,
+            given=given, test=test, level=level, samples=samples, references=references, draws=draws, keep=keep, seed=seed,
+            device=device, report=report, out=None if out is None else Path(out), resume=resume,
+        )  # fmt: skip
+
     def integrate(
         self,
         data: Any = None,

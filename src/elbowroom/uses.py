@@ -46,6 +46,7 @@ def register(app: typer.Typer) -> None:
     app.command()(score)
     app.command()(impute)
     app.command()(integrate)
+    app.command()(sample)
 
 
 def encode(
@@ -176,6 +177,69 @@ def integrate(
         done(answer, target, out, as_json)
 
 
+def sample(
+    run: RunArg,
+    n: Annotated[int | None, typer.Option("--n", help="draws [default: 100, or one per row of --covariates]")] = None,
+    source: Annotated[str, typer.Option("--from", metavar="SOURCE", help="where z comes from: prior or aggregate")] = "prior",
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="reconstruct these rows; or train, validation, test", show_default=False),
+    ] = None,
+    interpolate: Annotated[
+        tuple[int, int] | None, typer.Option("--interpolate", metavar="I J", help="from row I to row J", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="points of an interpolation")] = 9,
+    covariates: Annotated[
+        str | None, typer.Option("--covariates", metavar="FILE", help="of a conditional model: a table, or training")
+    ] = None,
+    given: Annotated[
+        list[str] | None, typer.Option("--given", metavar="NAME=VALUE", help="one covariate or the exposure, for all draws")
+    ] = None,
+    test: Annotated[bool, typer.Option("--test/--no-test", help="test draws against held-out data")] = True,
+    level: Annotated[float, typer.Option("--level", help="probability of the intervals of reconstructions")] = 0.9,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="draws per reconstructed row")] = 2,
+    out: OutFile = None,
+    overwrite: Again = False,
+    resume: GoOn = False,
+    references: References = None,
+    draws: Annotated[int, typer.Option("--draws", min=100, help="draws per row behind k-hat")] = 1_000,
+    keep: Annotated[int, typer.Option("--keep", min=100, help="draws per row behind means and intervals")] = 1_000,
+    seed: Seed = None,
+    as_json: Json = False,
+    device: Device = None,
+    allow_python: AllowPython = False,
+) -> None:
+    """Generate: draws from the model, between two rows, or reconstructions of rows; and test whether they pass for data."""
+    fitted = _open(run, allow_python)
+    name = "sample" if source == "prior" else f"sample-{source}"
+    name += "" if interpolate is None else f"-{interpolate[0]}-{interpolate[1]}"
+    quiet = as_json or data is None or interpolate is not None  # a bar counts rows
+    with answering(fitted, name, data, out, overwrite=overwrite, resume=resume, as_json=quiet) as (target, report):
+        answer = fitted.sample(
+            n, source=cast(Any, source), covariates=covariates, given=_values(given or []), test=test, interpolate=interpolate,
+            steps=steps, data=None if data is None else str(data), level=level, samples=samples,
+            references=_references(references), draws=draws, keep=keep, seed=seed, device=device, report=report, out=target,
+            resume=resume,
+        )  # fmt: skip
+        done(answer, target, out, as_json, also=[answer.save(target.with_suffix(".npz"))] if out is None else [])
+
+
+def _values(given: Sequence[str]) -> dict[str, Any]:
+    """Read NAME=VALUE, a number where it looks like one."""
+    from elbowroom.errors import SpecError
+
+    found: dict[str, Any] = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign or not name.strip():
+            raise SpecError(f"--given {text}: write NAME=VALUE, such as --given age=40")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            found[name.strip()] = value.strip()
+    return found
+
+
 def _names(given: str) -> list[str]:
     return [name.strip() for name in given.split(",") if name.strip()]
 
@@ -233,6 +297,6 @@ def done(answer: Answer, target: Path, out: Path | None, as_json: bool, *, also:
     streaming.finish(target)
     if not as_json:
         for sentence in answer.said:
-            screen().print(sentence, highlight=False)
+            screen().print(sentence, highlight=False, markup=False)
         typer.echo(f"wrote {', '.join(map(str, written))}")
     finish({"files": [str(path) for path in written], "said": list(answer.said), **more}, as_json)

@@ -1,0 +1,140 @@
+"""The answer to `sample`: draws as a table that looks like the data, with their test, their figure and what to conclude."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from elbowroom import asked
+from elbowroom.answer import Answer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from elbowroom.run import Run
+    from elbowroom.sample import Compared
+
+CLEAR = 2.0  # standard errors
+LEVEL = 0.05
+NEAR = 0.55  # AUC below which a difference is small, however certain
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Samples(Answer):
+    """Draws: `answer["x"]`, `answer["mean"]`, `answer["z"]`, and `frame()`, a table like that of the data.
+
+    Attributes:
+        columns: names of the columns of a table.
+        texts: column -> the texts behind its codes.
+    """
+
+    columns: tuple[str, ...] = field(kw_only=True, repr=False)
+    texts: dict[str, tuple[str, ...]] = field(kw_only=True, repr=False)
+
+    @staticmethod
+    def columns_of(run: Run) -> tuple[str, ...]:
+        """Return the names of the columns of x, none where it is no table with names."""
+        layout = asked.layout_of(run)
+        names = () if layout is None or layout.x is None else tuple(layout.x)
+        return names if run.vae.likelihood.event_shape == (len(names),) else ()
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        dataset: xr.Dataset,
+        said: Sequence[str],
+        compared: Compared | None = None,
+        ends: np.ndarray | None = None,
+    ) -> Samples:
+        """Make the answer, with the figure of what it is."""
+        layout, columns = asked.layout_of(run), cls.columns_of(run)
+        texts = {} if layout is None else {name: tuple(layout.levels[name]) for name in columns if name in layout.levels}
+        sequence = any(getattr(network, "sequences", False) for network in (run.vae.decoder, run.vae.posterior.encoder))
+
+        def draw() -> Any:
+            from elbowroom.analysis import plots_samples
+
+            if ends is not None:
+                return plots_samples.interpolation(dataset, ends, columns, texts, sequence=sequence)
+            shown = None if compared is None else compared.shown
+            return plots_samples.samples(dataset, shown, columns, texts, sequence=sequence)
+
+        return cls(dataset, said, drawings=[draw], columns=columns, texts=texts)
+
+    def frame(self) -> pd.DataFrame:
+        """Return one line per draw: the columns of a table, text as text; else x laid flat."""
+        import pandas as pd
+
+        x = self.dataset["x"].values
+        flat = x.reshape(len(x), -1)
+        names = self.columns or [f"x[{','.join(map(str, index))}]" for index in np.ndindex(*x.shape[1:])]
+        table = {name: self._column(name, flat[:, j]) for j, name in enumerate(names)}
+        return pd.DataFrame(table, index=pd.RangeIndex(len(x), name="sample"))
+
+    def _column(self, name: str, values: np.ndarray) -> Any:
+        if name in self.texts:
+            levels = np.array(self.texts[name], dtype=object)
+            return levels[values.astype(int)]
+        return values.astype(np.int64) if bool((np.isfinite(values) & (values == np.floor(values))).all()) else values
+
+
+def conclude_test(table: xr.Dataset) -> list[str]:
+    """Say what the two-sample tests show, and where the fault is.
+
+    Args:
+        table: auc, auc_se, p_value over source; auc_difference.
+    """
+    auc, error, p = (dict(zip(table["source"].values.tolist(), table[n].values.tolist(), strict=True)) for n in _TEST)
+    gap, gap_error, count = float(table["auc_difference"]), float(table["auc_difference_se"]), int(table["tested"])
+    of = {"prior": "the prior", "aggregate": "the aggregate posterior"}
+    told = "; ".join(
+        f"draws of {of[s]} {auc[s]:.2f} ± {error[s]:.2f} ({'p < 0.001' if p[s] < 0.001 else f'p = {p[s]:.3f}'})" for s in of
+    )
+    said = [f"Told from {count:,} held-out rows by a classifier, AUC (1/2: cannot be told apart, 1: always): {told}."]
+    different = [s for s in of if p[s] <= LEVEL]
+    if gap > CLEAR * gap_error and "prior" in different:
+        said.append(
+            f"The prior's draws differ from the data more than the aggregate's, by {gap:.2f} ± {gap_error:.2f}: the prior has "
+            "mass where no datum is encoded (holes). Draw with --from aggregate, or fit a prior that can follow the data, such "
+            "as a mixture, a flow or vampprior."
+        )
+    elif -gap > CLEAR * gap_error and "aggregate" in different:
+        said.append(
+            f"The aggregate's draws differ more than the prior's, by {-gap:.2f} ± {gap_error:.2f}: the encoder puts data where "
+            "the model does not; an audit says by how much it is off."
+        )
+    elif different:
+        said.append("Both are off by about as much, so that the prior is not to blame: p(x|z), the decoder and its noise, is.")
+    if not different:
+        said.append(f"No difference was found at the level {LEVEL}; that proves none: more rows may show one.")
+    elif "aggregate" in different and auc["aggregate"] > NEAR and gap > CLEAR * gap_error:
+        said.append("The aggregate's draws can be told as well: that part is not the prior's but that of p(x|z).")
+    return said
+
+
+_TEST = ("auc", "auc_se", "p_value")
+
+
+def conclude(dataset: xr.Dataset, status: str) -> list[str]:
+    """Say what an interpolation is."""
+    steps = dataset.sizes["sample"]
+    flat = dataset["mean"].values.reshape(steps, -1).astype(np.float64)
+    step = np.sqrt(np.square(np.diff(flat, axis=0)).mean(1))
+    most = int(step.argmax())
+    jump = step[most] / step.mean() if step.mean() > 0 else 1.0
+    t = dataset["t"].values
+    words = (
+        f"the largest change, {jump:.1f} times the average one, lies between t = {t[most]:.2f} and {t[most + 1]:.2f}"
+        if jump > 1.5
+        else "it changes evenly"
+    )
+    return [
+        f"{steps} points on the line between the posterior means ({status}). E[x|z] moves by {step.sum():.3g} in all (root "
+        f"mean square per entry, units of the data); {words}. The points between are the decoder's guess: no datum vouches for "
+        "them."
+    ]
