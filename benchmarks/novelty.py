@@ -231,7 +231,7 @@ def section(every: Sequence[Found], on_mnist: Found | None, latents: int, option
         f"The false-discovery rate, {RESAMPLES} resamples of each fit: validation and test rows dealt anew into {CALIBRATION}",
         f"calibration rows and {ROWS} rows to be judged at {FDR:.0%}; in the mixture {ROWS // 2} are of the held-out class. ±",
         "over fits. The last column needs no resample: the share of test rows with p of 0.05 or less against the validation",
-        "rows, which have chosen the epoch of the weights.",
+        "rows, which have chosen the epoch of the weights. p comes in steps of 1 / 501: of the 10 % less is used.",
         "",
         "| rule | valid alone: any flagged | mixture: false share of flagged | mixture: novel flagged | test rows, p ≤ 0.05 |",
         "|---|---|---|---|---|",
