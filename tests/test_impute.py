@@ -380,6 +380,24 @@ def test_the_command(table: er.Run, people: pd.DataFrame, tmp_path: Path, capsys
     assert "no such file" in capsys.readouterr().err
 
 
+def test_a_frame_for_a_fit_to_codes_without_texts_holds_these_codes(tmp_path: Path) -> None:
+    """Few rows show few of the codes: they had been numbered anew, by what was there."""
+    rng = np.random.default_rng(3)
+    code = rng.integers(0, 3, 120).astype(float)
+    np.savez(tmp_path / "x.npz", x=np.stack([code, 5 * code + rng.normal(size=120)], 1))
+    spec = {
+        "data": {"name": "file", "path": "x.npz", "kinds": {"0": "categorical"}},
+        "model": {"latent_dim": 1, "likelihood": "mixed", "decoder": SMALL},
+        "guide": {"encoder": SMALL},
+        "fit": {"epochs": 2, "device": "cpu"},
+    }
+    run = er.fit(er.Experiment.from_dict(spec, tmp_path), out=tmp_path / "run")
+    frame = pd.DataFrame({"0": [2.0, 1.0], "1": [np.nan, np.nan]})
+    answer = run.impute(frame, references=[])
+    assert answer.original.x[:, 0].tolist() == [2, 1]
+    assert answer.completed()["0"].tolist() == [2, 1]
+
+
 @pytest.mark.slow
 def test_intervals_of_half_hidden_digits_hold(tmp_path: Path) -> None:
     """Digits drawn from the model, and held-out ones: 90 +- 3 % of the hidden pixels, nearer than by the encoder's draws."""

@@ -96,7 +96,7 @@ class Entries:
 
     def text(self, j: int, code: float) -> str:
         """Name a code."""
-        return self.texts[j][int(code)] if j in self.texts else str(int(code))
+        return self.texts[j][int(code)] if int(code) < len(self.texts.get(j, ())) else str(int(code))
 
     def labels(self) -> list[str]:
         """Return the levels whose probabilities are kept, such as `education=Bachelors`."""

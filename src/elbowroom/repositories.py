@@ -72,7 +72,7 @@ class Adult(PublishedSource):
         hidden = self._hidden(x) if self.hide else None
         if hidden is not None:
             x[hidden.rows, hidden.columns] = np.nan
-        layout = Layout(x=ADULT, kinds=kinds, fitted=True)
+        layout = Layout(x=ADULT, kinds=kinds, levels=categories, fitted=True)
         return Dataset(x, "adult", columns=ADULT, kinds=kinds, categories=categories, layout=layout, hidden=hidden)
 
     def _hidden(self, x: np.ndarray) -> Hidden:

@@ -300,8 +300,8 @@ def _coded(cells: Cells, layout: Layout, label: str, *, one_hot: bool) -> Cells:
         raise DataError(
             f"{label}: column {name!r} holds text, such as {cells.levels[0]!r}, where the fit had numbers; give it numbers"
         )
-    if cells.levels is None and name not in layout.levels and kind not in CODED:
-        return cells
+    if cells.levels is None and name not in layout.levels and (kind not in CODED or layout.fitted):
+        return cells  # of a fit to codes without texts, numbers are these codes: of few rows the texts would get other ones
     if kind is not None and kind not in (*CODED, "binary"):
         raise DataError(
             f"{label}: data.kinds: column {name!r} is declared {kind} and holds text, such as "
