@@ -271,6 +271,24 @@ def test_bad_input_is_one_line(fitted: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_a_question_that_was_killed_goes_on(fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done lies beside the answer; what is kept of the calibration rows is used by any later question."""
+    run, x, out = er.Run.load(fitted / "run"), np.ones((4, 6), dtype=np.float32), tmp_path / "a.nc"
+    expected = run.score(x, simulated=0)
+    told = []
+
+    def kill(done: int, total: int) -> None:
+        told.append((done, total))
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.score(x, simulated=0, out=out, report=kill)
+    assert told[-1] == (154, 154)
+    monkeypatch.setattr("elbowroom.score.read", lambda *_, **__: pytest.fail("computed again"))
+    assert run.score(x, simulated=0, out=out, resume=True).dataset.identical(expected.dataset)
+
+
 def test_the_command(fitted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(fitted)
     np.save("new.npy", np.concatenate([np.ones((3, 6)), np.zeros((3, 6))]).astype(np.float32))
