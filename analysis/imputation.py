@@ -347,7 +347,8 @@ def share(held: np.ndarray) -> tuple[float, float]:
     """Return the share of the cells (n, D; NaN where there is none) that hold, and its standard error by rows.
 
     Cells of a row stand and fall together, so that the binomial error of as many independent cells would be too small:
-    se^2 = sum_i (sum_j (h_ij - share))^2 / M^2 over the rows i.
+    se^2 = sum_i (sum_j (h_ij - share))^2 / M^2 over the n rows i. Where all cells hold or none, that is no 0: then the error
+    of a share p = (n share + 1) / (n + 2) of n + 2 rows.
     """
     there = ~np.isnan(held)
     m = int(there.sum())
@@ -356,4 +357,7 @@ def share(held: np.ndarray) -> tuple[float, float]:
     mean = float(np.nansum(held) / m)
     by_row = np.where(there, held - mean, 0.0).sum(1)
     rows = int(there.any(1).sum())
+    if mean in (0.0, 1.0) and not by_row.any():
+        p = (rows * mean + 1) / (rows + 2)
+        return mean, math.sqrt(p * (1 - p) / (rows + 2))
     return mean, float(np.sqrt(np.square(by_row).sum()) / m) * math.sqrt(rows / max(1, rows - 1))

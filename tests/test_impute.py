@@ -180,6 +180,7 @@ def test_the_error_of_a_share_takes_rows_not_cells_to_be_independent() -> None:
     mean, error = share(held)
     assert mean == 0.5
     assert error == pytest.approx(0.05, rel=0.02)  # of 100 rows, not of 3,000 cells
+    assert share(np.ones((8, 3))) == (1.0, pytest.approx(0.0949, abs=1e-3))  # all of eight rows, and not surely all of all
     assert math.isnan(share(np.full((2, 2), np.nan))[0])
 
 

@@ -115,6 +115,8 @@ class Imputed(Answer):
     def completed(self, sample: int | None = None) -> Any:
         """Return the data with their holes filled, in the kind that was given: her table, text as text; an array; a tensor.
 
+        Where cells were hidden, these are filled, and other holes are left.
+
         Args:
             sample: number of a draw, for multiple imputation; by default each cell's `point`: the mean of numbers, the median
                 of counts, the likeliest level.
