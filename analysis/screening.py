@@ -18,9 +18,9 @@ that its expectation is at most q.
 log p(x) itself is known up to an interval, or has bounds alone. A decision is taken at both ends of the p-value that all these
 intervals together allow; where the two differ it is `estimator-limited`.
 
-p(x) of the cells that are there grows with what is missing, so that rows with holes are compared with calibration rows that
-have the same holes (or as many: exact too where rows are exchangeable with their holes), never with others: the p-values are
-those of each kind of row by itself (Mondrian conformal prediction, Vovk et al. 2005, section 4.5).
+p(x) of the cells that are there is another quantity for other cells, so that rows with holes are compared with calibration rows
+that have the same holes (or as many: exact too where rows are exchangeable with their holes), never with others: the p-values
+are those of each kind of row by itself (Mondrian conformal prediction, Vovk et al. 2005, section 4.5).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ CALIBRATION, ROWS = 500, 100  # of a resample
 NOISE = 20  # images
 MNIST_ROWS, MNIST_CALIBRATION, MNIST_NOISE = 60, 300, 8  # pictures take long there
 HIGHER_IS_STRANGER = ("typicality", "distortion", "rate", "gap_total", "pareto_k")
-HEAD = """## Novelty: a class held out
+HEAD = """## Novelty: a class held out{of}
 
 {machine}; {date}. `python -m benchmarks.novelty{options}`: experiments/digits.yaml (8 x 8 binarized pixels), {latents}
 latents, fitted to nine classes of ten; log p(x) by {methods}.
@@ -189,7 +189,8 @@ def section(every: Sequence[Found], on_mnist: Found | None, latents: int, option
     methods = sorted({str(m) for found in every for m in found.answer["evidence_method"].values})
     lines = [
         HEAD.format(
-            machine=machine, date=f"{datetime.now(UTC):%Y-%m-%d}", options=options, latents=latents, methods=", ".join(methods),
+            machine=machine, date=f"{datetime.now(UTC):%Y-%m-%d}", options=options, latents=latents,
+            of="" if latents == 2 else f", {latents} latents", methods=", ".join(methods),
             scores=" | ".join(SCORES), dashes="|".join(["---"] * len(SCORES)),
         )
     ]  # fmt: skip

@@ -19,6 +19,7 @@ from elbowroom.analysis.plots_screening import screening as draw
 from elbowroom.analysis.reading import methods_for
 from elbowroom.analysis.screening import ALONE, BELOW, INSIDE, LIMITED, adjusted, both_tails, high, judge, low, two_sided
 from elbowroom.errors import UserError
+from elbowroom.inference.grid import Grid
 from elbowroom.inference.simulate import simulate
 from elbowroom.inference.target import LogJoint
 from elbowroom.score import KINDS, scorer
@@ -245,7 +246,7 @@ def test_scores_of_a_run_in_the_kind_of_array_that_was_asked_with(fitted: Path) 
     again = run.score(rows, simulated=50)
     assert again.dataset.identical(answer.dataset)
     assert [(fitted / "run" / "answers" / name).stat().st_mtime_ns for name in kept] == stamp  # not computed again
-    run.score(rows, simulated=0, draws=500)
+    run.score(rows, simulated=0, references=[Grid(tolerance=1e-3)])
     assert len(list((fitted / "run" / "answers").iterdir())) == 3  # other settings have scores of their own
     by_count = run.score(rows, simulated=0, holes="count")
     assert by_count["compared_with"].tolist()[3] == 0

@@ -261,7 +261,7 @@ def screened(
         seed: random seed.
         stream: device, out, resume and report, as in `streaming.stream`.
     """
-    options = {"references": [method.name for method in methods], "draws": draws, "keep": KEEP}
+    options = {"references": {method.name: vars(method) for method in methods}, "draws": draws, "keep": KEEP}
     made = replace(calibration, index=_spread(calibration.index, simulated))
     total = len(calibration) + len(made) + len(rows)
     report, place = stream.get("report"), stream["device"]
@@ -270,7 +270,7 @@ def screened(
         run, calibration, scorer(run.vae, methods, draws=draws),
         question="calibration", options=options, seed=seed + CALIBRATION_STEP, device=place, report=after(0),
     )  # fmt: skip
-    simulations, why = None, "none were asked for"
+    simulations, why = None, ""
     if len(made):
         try:
             simulations = kept(
@@ -297,7 +297,7 @@ def screened(
         answers="score", band=list(band), fdr=fdr, holes=holes,
         calibration=calibration.dataset.name, calibration_rows=len(calibration),
         calibration_mixed=int(len(np.unique(calibrated[KINDS[holes]].values)) > 1),
-        not_simulated="" if simulations is not None else why,
+        not_simulated=why,
     )  # fmt: skip
 
 

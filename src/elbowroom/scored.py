@@ -28,7 +28,7 @@ def conclude(dataset: xr.Dataset) -> list[str]:
     """Say what the scores are, what each rule flags, what that means, and what no score can promise."""
     m, n = dataset.sizes["obs_id"], int(dataset.attrs["calibration_rows"])
     kinds = Counter(dataset["evidence_method"].values.astype(str).tolist())
-    said = [f"{m:,} rows; log p(x): " + ", ".join(f"{kind} at {number:,}" for kind, number in kinds.most_common()) + "."]
+    said = [f"{m:,} rows; evidence: " + ", ".join(f"{kind} at {number:,}" for kind, number in kinds.most_common()) + "."]
     if lost := int(np.isnan(dataset["log_evidence"].values).sum()):
         said.append(
             f"{lost:,} rows have bounds alone: these are no log p(x), and decide only where both ends agree. The p-values of "
@@ -53,14 +53,18 @@ def conclude(dataset: xr.Dataset) -> list[str]:
         f"the false-discovery rate flag so that on average at most {fdr:.0%} of what they flag is valid, as long as valid rows "
         "are exchangeable with the calibration rows."
     )
-    beyond = int(np.ceil((m - alone) / (fdr * (n + 1)) * (1 - 1e-12)))
+    compared = dataset["compared_with"].values[dataset["compared_with"].values >= enough(level)]
+    like = int(compared.min()) if compared.size else n
+    beyond = int(np.ceil((m - alone) / (fdr * (like + 1)) * (1 - 1e-12)))
     if beyond > 1:
         said.append(
-            f"p cannot get below 1 / {n + 1:,}: at this rate nothing can be flagged in the low tail unless {beyond:,} rows lie "
-            f"beyond all calibration rows (two-sided {2 * beyond:,} in one tail); more calibration rows would lower that."
+            f"p cannot get below 1 / {like + 1:,}: at this rate nothing can be flagged in the low tail unless {beyond:,} rows "
+            f"lie beyond all calibration rows (two-sided {2 * beyond:,} in one tail); more calibration rows would lower that."
         )
     if "p_model" in dataset:
         said.append(_of_model(dataset))
+    elif reason := str(dataset.attrs["not_simulated"]):
+        said.append(f"No p-values by the model: {reason}.")
     said.append(
         "No score can promise that a row is valid: a row of another kind can be as likely under p as the valid ones (the row "
         "that is likeliest of all is hardly ever seen), and p(x) is that of this model, not of the world."
@@ -73,7 +77,7 @@ def _no_comparison(dataset: xr.Dataset, alone: int, needed: int) -> str:
     same = "the same holes" if by == "pattern" else "as many cells"
     words = (
         f"{alone:,} rows are not compared: fewer than {needed} calibration rows have {same}, and p(x) of the cells that are "
-        "there grows with every cell that is not."
+        "there is another quantity for other cells."
     )
     return words + (" --holes count compares rows with equally many cells." if by == "pattern" else "")
 
