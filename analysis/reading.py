@@ -99,7 +99,7 @@ def read(
         seed: random seed.
         until: value of `time.monotonic()` after which references stop.
     """
-    guide = amortized(log_joint, draws=draws, keep=keep, seed=seed)
+    guide = amortized(log_joint, draws=draws, keep=draws, seed=seed)
     guide = discrete.completed(log_joint, guide, seed + DISCRETE_STEP, which="guide")
     references: list[Posterior] = []
     for number, method in enumerate(methods, start=1):
@@ -110,12 +110,12 @@ def read(
         found = discrete.completed(log_joint, found, start + DISCRETE_STEP)
         found.stats["missed_mass"] = missed_mass(log_joint, guide, found)
         references.append(found)
-    posterior, source = _best(log_joint, guide, references, draws, keep, seed + RESAMPLE_STEP)
+    posterior, source = _best(log_joint, guide, references, keep, seed + RESAMPLE_STEP)
     return Reading(guide, posterior, source, climb(guide, references), references)
 
 
 def _best(
-    log_joint: LogJoint, guide: Posterior, references: Sequence[Posterior], draws: int, keep: int, seed: int
+    log_joint: LogJoint, guide: Posterior, references: Sequence[Posterior], keep: int, seed: int
 ) -> tuple[Posterior, list[str]]:
     """Put together, datum by datum, the first source that holds."""
     n = log_joint.n_obs
@@ -124,22 +124,20 @@ def _best(
         place[(place < 0) & reference.trusted.numpy()] = k
     sources, rest = list(references), place < 0
     if rest.any():
-        corrected = _resampled(log_joint, guide, draws, keep, seed)
+        corrected = _resampled(log_joint, guide, keep, seed)
         good = np.array([source == "uncertified" for source in corrected.status])
         place[rest & good], place[rest & ~good] = len(sources), len(sources) + 1
         sources += [corrected, guide]
     names = [*(p.method for p in references), RESAMPLED, GUIDE]
-    return _chosen(sources, torch.as_tensor(place)), [names[k] for k in place]
+    return _chosen(sources, torch.as_tensor(place), keep), [names[k] for k in place]
 
 
-def _resampled(log_joint: LogJoint, guide: Posterior, draws: int, keep: int, seed: int) -> Posterior:
+def _resampled(log_joint: LogJoint, guide: Posterior, keep: int, seed: int) -> Posterior:
     """Resample draws of the guide by their importance weights; `uncertified` where k-hat lets that be, else `amortized`."""
     if log_joint.dim == 0:
         return guide
-    with torch.no_grad():
-        z, log_q = log_joint.sample_guide(draws, seed)
-        log_w = (log_joint(z).double() - log_q.double()).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
-    smoothed = psis(log_w)
+    z, log_p, log_q = (t.flatten(0, 1) for t in (guide.draws, guide.sample_stats["lp"], guide.sample_stats["log_q"]))
+    smoothed = psis((log_p.double() - log_q.double()).nan_to_num(nan=-torch.inf, posinf=-torch.inf))
     weights = smoothed.log_weights.exp().nan_to_num(0.0)
     generator = torch.Generator(device=z.device).manual_seed(seed + 1)
     kept = in_chains(resample(z, weights.to(z.dtype), keep, generator))
@@ -148,7 +146,7 @@ def _resampled(log_joint: LogJoint, guide: Posterior, draws: int, keep: int, see
     mean = torch.einsum("sn,snd->nd", weights, z.double())
     centred = z.double() - mean
     covariance = torch.einsum("sn,sni,snj->nij", weights, centred, centred)
-    k, limit = smoothed.pareto_k.cpu(), good_k(draws)
+    k, limit = smoothed.pareto_k.cpu(), good_k(len(z))
     good = (k < limit).tolist()
     reason = [
         f"draws of the guide, resampled by their importance weights: k-hat {float(value):.2f}, which is below {limit:.2f}"
@@ -168,11 +166,11 @@ def _resampled(log_joint: LogJoint, guide: Posterior, draws: int, keep: int, see
     return discrete.completed(log_joint, found, seed + DISCRETE_STEP)
 
 
-def _chosen(sources: Sequence[Posterior], place: Tensor) -> Posterior:
+def _chosen(sources: Sequence[Posterior], place: Tensor, keep: int) -> Posterior:
     """Take each datum from the source at its place."""
     rows = torch.arange(len(place))
     first = sources[0]
-    shape = (first.draws.shape[0], min(p.draws.shape[1] for p in sources))
+    shape = (first.draws.shape[0], min(keep // first.draws.shape[0], *(p.draws.shape[1] for p in sources)))
 
     def pick(parts: Sequence[Tensor]) -> Tensor:
         """Return draws (chain, draw, N, ...), each datum's own."""

@@ -221,11 +221,15 @@ class LogJoint:
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Map z (S, N, d) to the program's own sites: name -> (S, N, *shape); NaN where a latent is masked out."""
+        fixed = all(site.transform is not None for site in self.sites)  # else a support may depend on an earlier site
 
         def values(u: Tensor) -> Tensor:
-            feed = self.run("model", self.program.assignments[0], z=u)
-            parts = [site.gather(feed.values[site.name], site.event_dim) for site in self.sites]
-            return torch.cat([part.reshape(len(u), -1) for part in parts], -1) if parts else u
+            drawn = {} if fixed else self.run("model", self.program.assignments[0], z=u).values
+            parts = []
+            for site in self.sites:
+                value = drawn[site.name] if site.transform is None else site.transform(site.split(u))
+                parts.append(site.gather(value, site.event_dim).reshape(len(u), -1))
+            return torch.cat(parts, -1) if parts else u
 
         flat = self._map(values, z)
         sizes = [math.prod(site.shape) for site in self.sites]
