@@ -285,6 +285,26 @@ def test_half_an_image(tmp_path: Path) -> None:
     assert np.load(tmp_path / "a-completed.npz")["x"].shape == (10, 6, 6)
 
 
+def test_what_was_interrupted_goes_on_with_the_same_result(linear: er.Run, tmp_path: Path) -> None:
+    x = np.random.default_rng(9).normal(3, 1, (520, 5))
+    x[:, 0] = np.nan
+    options = {"references": [], "keep": 100, "draws": 100, "out": tmp_path / "a.nc"}
+    whole = linear.impute(x, **options)
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        linear.impute(x, report=stop, **options)
+    done: list[int] = []
+    again = linear.impute(x, report=lambda n, total: done.append(n), resume=True, **options)
+    assert done == [0, 500, 520]
+    assert again.dataset.drop_attrs().identical(whole.dataset.drop_attrs())
+    other = linear.impute(x, hide="b", resume=True, **options)
+    assert np.isnan(other["mean"][:, 0]).all()  # other cells are another question
+
+
 def test_a_table_comes_back_with_its_holes_filled(table: er.Run, people: pd.DataFrame, tmp_path: Path) -> None:
     given = people.head(8).copy()
     given["visits"] = given["visits"].astype("Int64")

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from elbowroom.streaming import Chunk, Report
 
 CELLS = 2**23  # draws of missing cells held at once
+SEED_STEP = 49_979_687  # between draws of z and of x
 UNITS = "units of the data"
 WORDS: dict[str, tuple[str, str]] = {
     "point": (UNITS, "what a completed row has: the mean of numbers, the median of counts, the likeliest code"),
@@ -117,7 +118,7 @@ def imputer(
                     flat[part],
                     entries.kinds,
                     level=level,
-                    seed=chunk.seed + number,
+                    seed=chunk.seed + SEED_STEP + number,
                     inflation=inflation[part],
                     truth=filled,
                     keep=samples if way == "" else 0,
