@@ -69,7 +69,7 @@ class Questions:
         run, (given, form) = cast("Run", self), Form.of(data)
         rows, place = asked.rows(run, given), place_of(run, device)
         methods = references_for(run, rows, references, place)
-        options = {"references": [m.name for m in methods], "samples": samples, "draws": draws, "keep": keep}
+        options = {"references": {m.name: vars(m) for m in methods}, "samples": samples, "draws": draws, "keep": keep}
         found = stream(
             run, rows, encode.encoder(run.vae, methods, draws=draws, keep=max(keep, samples), samples=samples),
             question="encode", options=options, seed=run.experiment.spec.seed if seed is None else seed, device=place,
@@ -284,6 +284,54 @@ class Questions:
             cast("Run", self), n, source=source, interpolate=interpolate, steps=steps, data=data, covariates=covariates,
             given=given, test=test, level=level, samples=samples, references=references, draws=draws, keep=keep, seed=seed,
             device=device, report=report, out=None if out is None else Path(out), resume=resume,
+        )  # fmt: skip
+
+    def explain(
+        self,
+        data: Any = None,
+        datum: int | None = None,
+        *,
+        latents: Sequence[int] | None = None,
+        others: Literal["prior", "aggregate"] = "prior",
+        given: Mapping[str, Any] | None = None,
+        points: int = 13,
+        steps: int = 11,
+        draws: int = 400,
+        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        seed: int | None = None,
+        device: str | None = None,
+    ) -> Answer:
+        """Say what each latent does: E[x|z] as z moves, by how much, and which latents matter.
+
+        Args:
+            data: rows behind rates and the aggregate posterior, as in `encode`; by default the test split, or `train`, ...
+            datum: a row of them that traversals start at: the posterior mean of its z; by default the prior's median.
+            latents: one or two latents for the plane; by default those with the highest rate.
+            others: where effect curves draw the other latents from: `prior` or `aggregate`.
+            given: covariates and exposure that E[x|z] is given at; by default their mean over the rows, or the datum's.
+            points: per side of the plane.
+            steps: values of a latent in traversals and effect curves, at prior quantiles.
+            draws: of the other latents, behind an effect curve.
+            references: as in `encode`: what the posterior of the datum comes from.
+            seed: random seed; the run's by default.
+            device: where to compute.
+
+        Returns:
+            `plane` (row, column, *event) at z_row, z_column; `traversal` (latent, step, *event) at traversal_z; rate and reach
+            (latent), sensitivity (coordinate); of tables `effect` with its error, `effect_low` and `effect_high` (latent, step,
+            cell) at effect_z; of discrete latents `state_x` (state, *event) with state_prior, state_use and state_guide.
+
+        Raises:
+            UserError: there is no such row or latent, or an unknown source.
+
+        Example:
+            >>> run.explain(datum=14).figures["traversals"]  # doctest: +SKIP
+        """
+        from elbowroom.explain import explain
+
+        return explain(
+            cast("Run", self), data, datum=datum, latents=latents, others=others, given=given, points=points, steps=steps,
+            draws=draws, references=references, seed=seed, device=device,
         )  # fmt: skip
 
     def integrate(

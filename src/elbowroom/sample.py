@@ -87,7 +87,7 @@ def ask(
             raise SpecError("covariates: rows of data have their own; leave --covariates and --given out")
         if source != "prior":
             raise SpecError("from: with rows of data z comes from their posteriors; leave --from out")
-        rows, place = _rows(run, data), place_of(run, device)
+        rows, place = rows_of(run, data), place_of(run, device)
         if interpolate is not None:
             if n is not None:
                 raise SpecError("n: an interpolation has --steps; leave --n out")
@@ -103,7 +103,7 @@ def ask(
     return generate(run, n, source, covariates, given, test=test, seed=seed, place=place_of(run, device))
 
 
-def _rows(run: Run, data: Any) -> Asked:
+def rows_of(run: Run, data: Any) -> Asked:
     """Return the user's rows, or those of a part of the run's own: `train`, `validation` or `test`."""
     if data is None or (isinstance(data, str | Path) and str(data) in get_args(Part) and not Path(data).exists()):
         return asked.rows(run, part="test" if data is None else str(data))
@@ -139,7 +139,7 @@ def generate(
     n = (listed if listed > 1 else DEFAULT) if n is None else n
     if n < 1:
         raise SpecError(f"n: at least 1 draw is needed, got {n}")
-    drawn = _draw(run, source, n, None if beside is None else _tensors(run, beside, place), seed, place)
+    drawn = _draw(run, source, n, None if beside is None else tensors(run, beside, place), seed, place)
     dims = ("sample", *_event(run))
     numpy = lambda tensor: tensor.cpu().numpy()
     columns: dict[str, Any] = {
@@ -197,7 +197,8 @@ def _cycled(beside: Batch, turn: np.ndarray) -> Batch:
     return {name: value[torch.as_tensor(turn % len(value), device=value.device)] for name, value in beside.items()}
 
 
-def _tensors(run: Run, beside: Mapping[str, np.ndarray], place: torch.device) -> Batch:
+def tensors(run: Run, beside: Mapping[str, np.ndarray], place: torch.device) -> Batch:
+    """Return what draws are told as tensors."""
     return {name: torch.from_numpy(value).to(place, run.experiment.dtype) for name, value in beside.items()}
 
 
@@ -306,13 +307,7 @@ def interpolation(
     vae = run.vae.to(place)
     if vae.prior.space in DISCRETE:
         raise SpecError(f"interpolate: z is {vae.prior.space}, with nothing between its values; see `explain` for each of them")
-    batch = {name: value.to(place) for name, value in rows.experiment.batch(np.array(ends)).items()}
-    methods = references_for(run, rows, references, place)
-    found = read(seam(vae, batch), methods, keep=1_000, seed=seed)
-    flat = found.posterior.sites["z"].flatten(0, 1).to(place, run.experiment.dtype)
-    best = found.posterior.mean
-    exact = vae.prior.space == "real" and best is not None and best.shape[-1] == flat.shape[-1] and len(vae.prior.sites) == 1
-    means = best.to(place, run.experiment.dtype) if exact and best is not None else flat.mean(0)
+    batch, means, each = posterior_means(run, rows, ends, references, seed, place)
     t = torch.linspace(0, 1, steps).to(means)
     between = lambda a, b: a + t.reshape(-1, *[1] * a.dim()) * (b - a)
     z = between(means[0], means[1])
@@ -329,11 +324,25 @@ def interpolation(
     }
     dataset = xr.Dataset({name: (*value, _about(name)) for name, value in columns.items()}, coords=_names(run))
     dataset["t"].attrs = {"units": "1", "long_name": f"place between row {ends[0]} (0) and row {ends[1]} (1)"}
-    each = zip(ends, found.source, found.posterior.status, strict=True)
-    status = ", ".join(f"row {row}: {source}, {said}" for row, source, said in each)
+    status = ", ".join(f"row {row}: {words}" for row, words in zip(ends, each, strict=True))
     about = {"answers": "sample", "source": "interpolation", "seed": seed, "rows": list(ends)}
     dataset = dataset.assign_attrs({**asked.attributes(run, rows.dataset), **about})
     return Samples.of(run, dataset, conclude(dataset, status), ends=numpy(batch["x"]))
+
+
+def posterior_means(
+    run: Run, rows: Asked, which: Sequence[int], references: Methods, seed: int, place: torch.device
+) -> tuple[Batch, Tensor, list[str]]:
+    """Return rows as a batch, their means (n, d) under the best posterior of each, and where these come from."""
+    vae, dtype = run.vae.to(place), run.experiment.dtype
+    batch = {name: value.to(place) for name, value in rows.experiment.batch(np.array(which)).items()}
+    found = read(seam(vae, batch), references_for(run, rows, references, place), keep=1_000, seed=seed)
+    means = found.posterior.sites["z"].flatten(0, 1).to(place, dtype).mean(0)
+    best = found.posterior.mean
+    if vae.prior.space == "real" and vae.prior.sites == ("z",) and best is not None and best.shape == means.shape:
+        means = best.to(place, dtype)  # without the noise of draws
+    each = [f"{source}, {status}" for source, status in zip(found.source, found.posterior.status, strict=True)]
+    return batch, means, each
 
 
 def check_row(row: int, rows: Asked, what: str) -> None:

@@ -29,11 +29,13 @@ class Samples(Answer):
 
     Attributes:
         columns: names of the columns of a table.
-        texts: column -> the texts behind its codes.
+        texts: column -> the texts behind its codes, of covariates too.
+        told: names of the covariates, as the user's table has them.
     """
 
     columns: tuple[str, ...] = field(kw_only=True, repr=False)
     texts: dict[str, tuple[str, ...]] = field(kw_only=True, repr=False)
+    told: tuple[str, ...] = field(default=(), kw_only=True, repr=False)
 
     @staticmethod
     def columns_of(run: Run) -> tuple[str, ...]:
@@ -53,7 +55,9 @@ class Samples(Answer):
     ) -> Samples:
         """Make the answer, with the figure of what it is."""
         layout, columns = asked.layout_of(run), cls.columns_of(run)
-        texts = {} if layout is None else {name: tuple(layout.levels[name]) for name in columns if name in layout.levels}
+        told = () if layout is None or layout.x is None else tuple(layout.covariates)
+        levels = {} if layout is None else layout.levels
+        texts = {name: tuple(levels[name]) for name in (*columns, *told) if name in levels}
         sequence = any(getattr(network, "sequences", False) for network in (run.vae.decoder, run.vae.posterior.encoder))
 
         def draw() -> Any:
@@ -64,17 +68,32 @@ class Samples(Answer):
             shown = None if compared is None else compared.shown
             return plots_samples.samples(dataset, shown, columns, texts, sequence=sequence)
 
-        return cls(dataset, said, drawings=[draw], columns=columns, texts=texts)
+        return cls(dataset, said, drawings=[draw], columns=columns, texts=texts, told=told)
 
     def frame(self) -> pd.DataFrame:
-        """Return one line per draw: the columns of a table, text as text; else x laid flat."""
+        """Return one line per draw: the columns of a table, text as text, and its covariates; else x laid flat."""
         import pandas as pd
 
         x = self.dataset["x"].values
         flat = x.reshape(len(x), -1)
         names = self.columns or [f"x[{','.join(map(str, index))}]" for index in np.ndindex(*x.shape[1:])]
         table = {name: self._column(name, flat[:, j]) for j, name in enumerate(names)}
+        table |= self._told()
         return pd.DataFrame(table, index=pd.RangeIndex(len(x), name="sample"))
+
+    def _told(self) -> dict[str, Any]:
+        """Return covariates and exposure as columns, one-hot levels as text."""
+        found: dict[str, Any] = {}
+        if "covariates" in self.dataset:
+            c, at = self.dataset["covariates"].values, 0
+            for name in self.told or [str(v) for v in self.dataset["covariate"].values]:
+                width = len(self.texts.get(name, ())) or 1
+                part = c[:, at : at + width]
+                found[name] = self._column(name, part.argmax(1) if name in self.texts else part[:, 0])
+                at += width
+        if "exposure" in self.dataset:
+            found["exposure"] = self.dataset["exposure"].values
+        return found
 
     def _column(self, name: str, values: np.ndarray) -> Any:
         if name in self.texts:
@@ -108,8 +127,15 @@ def conclude_test(table: xr.Dataset) -> list[str]:
             f"The aggregate's draws differ more than the prior's, by {-gap:.2f} ± {gap_error:.2f}: the encoder puts data where "
             "the model does not; an audit says by how much it is off."
         )
+    elif len(different) == len(of):
+        said.append(
+            "Both are off by about as much: holes of the prior are not the cause; look to p(x|z), the decoder and its noise."
+        )
     elif different:
-        said.append("Both are off by about as much, so that the prior is not to blame: p(x|z), the decoder and its noise, is.")
+        said.append(
+            f"Only draws of {of[different[0]]} show a difference, but the two differ by {abs(gap):.2f} ± {gap_error:.2f}: too "
+            "little to tell them apart."
+        )
     if not different:
         said.append(f"No difference was found at the level {LEVEL}; that proves none: more rows may show one.")
     elif "aggregate" in different and auc["aggregate"] > NEAR and gap > CLEAR * gap_error:

@@ -47,6 +47,7 @@ def register(app: typer.Typer) -> None:
     app.command()(impute)
     app.command()(integrate)
     app.command()(sample)
+    app.command()(explain)
 
 
 def encode(
@@ -222,6 +223,44 @@ def sample(
             resume=resume,
         )  # fmt: skip
         done(answer, target, out, as_json, also=[answer.save(target.with_suffix(".npz"))] if out is None else [])
+
+
+def explain(
+    run: RunArg,
+    data: DataArg = None,
+    datum: Annotated[
+        int | None, typer.Option("--datum", help="the row that traversals start at [default: the prior's median]")
+    ] = None,
+    latents: Annotated[
+        tuple[int, int] | None,
+        typer.Option("--latents", metavar="I J", help="of the plane [default: those of the highest rate]"),
+    ] = None,
+    others: Annotated[
+        str, typer.Option("--others", metavar="SOURCE", help="other latents of effect curves: prior or aggregate")
+    ] = "prior",
+    given: Annotated[
+        list[str] | None, typer.Option("--given", metavar="NAME=VALUE", help="a covariate or the exposure [default: the mean]")
+    ] = None,
+    points: Annotated[int, typer.Option("--points", help="per side of the plane")] = 13,
+    steps: Annotated[int, typer.Option("--steps", help="values of a latent in traversals and effect curves")] = 11,
+    draws: Annotated[int, typer.Option("--draws", help="of the other latents, behind an effect curve")] = 400,
+    out: OutFile = None,
+    overwrite: Again = False,
+    references: References = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    device: Device = None,
+    allow_python: AllowPython = False,
+) -> None:
+    """Say what each latent does: E[x|z] over a plane, along each latent, in each state; and which latents matter."""
+    fitted = _open(run, allow_python)
+    name = "explain" if datum is None else f"explain-{datum}"
+    with answering(fitted, name, data, out, overwrite=overwrite, resume=False, as_json=True) as (target, _):
+        answer = fitted.explain(
+            None if data is None else str(data), datum, latents=latents, others=cast(Any, others), given=_values(given or []),
+            points=points, steps=steps, draws=draws, references=_references(references), seed=seed, device=device,
+        )  # fmt: skip
+        done(answer, target, out, as_json)
 
 
 def _values(given: Sequence[str]) -> dict[str, Any]:
