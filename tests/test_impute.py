@@ -83,7 +83,7 @@ def table(people: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> er.
     spec = {
         "model": {"latent_dim": 1, "likelihood": "mixed", "decoder": SMALL},
         "guide": {"encoder": SMALL},
-        "fit": {"epochs": 12, "batch_size": 32, "learning_rate": 1e-2, "device": "cpu"},
+        "fit": {"epochs": 30, "batch_size": 32, "learning_rate": 1e-2, "device": "cpu"},
     }
     return er.fit(er.Experiment.from_dict(spec, data=people), out=tmp_path_factory.mktemp("table") / "run")
 
@@ -100,7 +100,7 @@ def test_cells_of_a_linear_model_have_their_closed_form() -> None:
     z = _posterior_draws(oracle.W, oracle.mu, oracle.psi, x, s)
     filled = torch.where(gone, truth, 0.0)
     found = predict_cells(vae.decode, z, gone, ["number"] * 5, level=0.8, seed=2, truth=filled, keep=s)
-    place = torch.full(gone.shape, -1)
+    place, off = torch.full(gone.shape, -1), []
     place[gone] = torch.arange(int(gone.sum()))
     for i, row in enumerate(x):
         cells = place[i][gone[i]]
@@ -116,7 +116,9 @@ def test_cells_of_a_linear_model_have_their_closed_form() -> None:
         error = ((covariance.diagonal()[:, None] * covariance.diagonal() + covariance.square()) / s).sqrt()
         assert ((found.draws[:, i][:, gone[i]].T.cov().reshape(covariance.shape) - covariance).abs() < 5 * error).all()
         expected = dist.Normal(mean, sd).log_prob(truth[i, gone[i]])
-        torch.testing.assert_close(found.log_density[cells], expected, atol=0.2, rtol=0)
+        off.append(found.log_density[cells] - expected)
+    assert torch.cat(off).abs().mean() < 0.03
+    assert torch.cat(off).abs().max() < 0.5  # the tail of a row of which nothing is seen
     assert found.mean_error.min() > 0
     assert torch.isfinite(found.log_density_joint).all()
 
@@ -336,13 +338,13 @@ def test_a_table_comes_back_with_its_holes_filled(table: er.Run, people: pd.Data
 
 
 def test_questions_about_one_row(table: er.Run) -> None:
-    old, young = (table.condition({"age": age}, of=["job", "visits"]).frame() for age in (60, 20))
-    assert old["column"].tolist() == ["job", "visits"]
-    assert old["point"].iloc[0] == "clerk"
-    assert young["point"].iloc[0] == "pupil"
-    assert old["mean"].iloc[1] > young["mean"].iloc[1] + 10 * old["mean_error"].iloc[1]
+    old, young = (table.condition({"age": age}, of=["job", "visits"]) for age in (60, 20))
+    assert old.frame()["column"].tolist() == ["job", "visits"]
+    assert old["probability"]["job=clerk"].item() > young["probability"]["job=clerk"].item() + 0.1
+    assert old["mean"]["visits"].item() > young["mean"]["visits"].item() + 0.2
     known = table.condition({"job": "pupil"}, of=["age"])
-    assert known["mean"]["age"].item() < 40
+    other = table.condition({"job": "clerk"}, of=["age"])
+    assert known["mean"]["age"].item() < other["mean"]["age"].item()
 
 
 @pytest.mark.parametrize(
