@@ -103,14 +103,14 @@ def rows(run: Run, data: Any = None, *, part: str = "test") -> Asked:
     return replace(found, index=np.sort(found.index))
 
 
-def attributes(run: Run, dataset: Dataset) -> Mapping[str, str]:
-    """Return what files say that they are of: experiment, data, weights, versions."""
+def attributes(run: Run, dataset: Dataset | None) -> Mapping[str, str]:
+    """Return what files say that they are of: experiment, data (None: those of the fit, unread), weights, versions."""
     record = run.experiment.spec.record
     theirs = run.experiment.data_sha256 if record is None else record.data_sha256
     return {
         "experiment": run.path.resolve().name,
-        "data": dataset.name,
-        "data_sha256": dataset.fingerprint() if dataset is not run.experiment.__dict__.get("data") else theirs,
+        "data": "of the fit" if dataset is None else dataset.name,
+        "data_sha256": theirs if dataset in (None, run.experiment.__dict__.get("data")) else dataset.fingerprint(),
         "weights_sha256": start.fingerprint(run.vae.state_dict()),
         "spec_sha256": run.experiment.identity if record is None else record.experiment,
         "elbowroom": metadata.version("elbowroom"),

@@ -178,6 +178,8 @@ class Imputed(Answer):
                 new = [float(v) for v in new]
                 if not isinstance(column.dtype, np.dtype):
                     column = column.astype("Float64" if any(not v.is_integer() for v in new) else column.dtype)
+                elif column.dtype.kind != "f":  # a column of whole numbers without a hole: reconstructed
+                    column = column.astype(np.float64)
             elif self.entries.kinds[j] == "binary" and all(isinstance(v, bool) for v in column.dropna()):
                 new = [bool(v) for v in new]
             column = column.copy()

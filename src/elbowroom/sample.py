@@ -27,7 +27,7 @@ from elbowroom.analysis.reading import Methods, read
 from elbowroom.analysis.twosample import LEAST, Told, difference, tell_apart
 from elbowroom.answer import Form
 from elbowroom.asked import Asked, Part
-from elbowroom.errors import DataError, SpecError, nearest
+from elbowroom.errors import DataError, SpecError, UserError, nearest
 from elbowroom.experiment import seam
 from elbowroom.inference.target import seeded
 from elbowroom.models.spaces import DISCRETE
@@ -161,7 +161,7 @@ def generate(
         else:
             dataset = dataset.merge(compared.table)
             said += conclude_test(compared.table)
-    dataset = dataset.assign_attrs({**asked.attributes(run, run.data), "answers": "sample", "source": source, "seed": seed})
+    dataset = dataset.assign_attrs({**asked.attributes(run, None), "answers": "sample", "source": source, "seed": seed})
     return Samples.of(run, dataset, said, compared)
 
 
@@ -257,7 +257,10 @@ def compare(run: Run, *, seed: int, place: torch.device, most: int = TESTED) -> 
     Returns:
         The tests; or a sentence, why there are none.
     """
-    held = asked.own(run, "test")
+    try:
+        held = asked.own(run, "test")
+    except UserError as error:  # draws of the prior need no data
+        return f"No two-sample test: {error}"
     batch = {name: value.to(place) for name, value in held.experiment.batch(held.index[: 2 * most]).items()}
     paired = len(batch) > 1 or bool(batch["x"].isnan().any())
     count = min(most, len(batch["x"]) // 2 if paired else len(batch["x"]))
