@@ -7,6 +7,8 @@ r"""What each latent does: E[x|z] as z moves, and by how much; which latents mat
                 column in units of its standard deviation over data
     effect      E[x_j | z_k = v, others], averaged over the others, drawn from the prior or from the aggregate posterior, with
                 the band that they spread it over: partial dependence (Friedman 2001, https://doi.org/10.1214/aos/1013203451)
+    share       var_v effect / (var_v effect + mean_v var of E[x_j | z] over the others): the part of the variance of E[x_j | z]
+                that is the latent's alone, its first-order Sobol index where latents are independent
     states      E[x|z] of every joint value of discrete latents, how probable each is, and how often data have it
 
 A latent of a simplex takes its share from the others in proportion. Latents have no meaning of their own: rotate z under a
@@ -66,6 +68,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "effect_error": ("units of the data", "Monte Carlo standard error of effect"),
     "effect_low": ("units of the data", "5 % quantile over the other latents"),
     "effect_high": ("units of the data", "95 % quantile over the other latents"),
+    "share": ("1", "part of the variance of E[x_j|z] that is the latent's alone"),
     "state_z": ("", "z of the state"),
     "state_x": ("units of the data", "E[x|z] of the state"),
     "state_cell": ("units of the data", "mean of each column in the state; of categories the probability"),
@@ -239,7 +242,7 @@ def _effects(
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """Return mean, error and band of each cell along each latent, the others as drawn."""
     names = ("effect", "effect_error", "effect_low", "effect_high")
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    found: dict[str, list[Tensor]] = {name: [] for name in (*names, "share")}
     for k in range(other.shape[-1]):
         z = moved(other, k, values[:, k], space)  # (V, S, d)
         told = at(z.shape[0] * z.shape[1])
@@ -248,7 +251,10 @@ def _effects(
         summary = (each.mean(1), each.std(1) / math.sqrt(len(other)), low, high)
         for name, value in zip(names, summary, strict=True):
             found[name].append(value)
-    out = {name: (("latent", "step", "cell"), array(torch.stack(value))) for name, value in found.items()}
+        alone = each.mean(1).var(0, correction=0)
+        found["share"].append(alone / (alone + each.var(1).mean(0)).clamp_min(1e-300))
+    dims = {name: ("latent", "step", "cell") if name in names else ("latent", "cell") for name in found}
+    out = {name: (dims[name], array(torch.stack(value))) for name, value in found.items()}
     return {"effect_z": (("latent", "step"), array(values.T)), **out}
 
 

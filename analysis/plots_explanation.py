@@ -77,10 +77,9 @@ def effects(
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     names = " and ".join(f"latent {k}" for k in shown)
     where = "the prior" if found.attrs["others"] == "prior" else "the aggregate posterior"
-    span, band = _spans(found, shown[0])
-    most = int(np.argmax(span / np.maximum(band, 1e-9) * (span > 0.05 * span.max()))) if band.max() > 0 else int(span.argmax())
-    by = f"it moves it by {say(span[most])}, the others by {say(band[most])}"
-    alone = f"What latent {shown[0]} decides most on its own is {labels[most]}: {by}"
+    share = found["share"].sel(latent=shown[0]).values
+    most = int(np.argmax(share))
+    alone = f"Latent {shown[0]} alone decides {labels[most]} most: {percent(share[most])} of the variance of its E[x|z]"
     caption = f"Lines: the mean of the column at values of {names}."
     if len(_order(found)) > 1:
         caption = (
@@ -95,12 +94,6 @@ def effects(
 
 def _legend(found: xr.Dataset, k: int) -> str:
     return f"latent {k}: rate {say(float(found['rate'].values[k]))} nats; mean, middle 90% over the others"
-
-
-def _spans(found: xr.Dataset, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return how far a latent moves each cell, and the median width of the band."""
-    row = found.sel(latent=k)
-    return np.ptp(row["effect"].values, axis=0), np.median(row["effect_high"].values - row["effect_low"].values, axis=0)
 
 
 def _telling(curve: np.ndarray, labels: Sequence[str]) -> list[int]:
@@ -139,6 +132,10 @@ def states(
             axes.set(xticks=[], yticks=[])
             axes.set_title(f"{_called(found, s)}\n{percent(use[s])} of data", fontsize=8)
         return Plot(name, figure, "E[x|z] of each state, the commonest first.", caption, wide=True)
+    if sequence and len(event) == 2:
+        figure = canvas(WIDE, 3.0, title)
+        plots_sequence.along(figure, [("state", order, found["state_x"].values[order])])
+        return Plot(name, figure, "E[x|z] of each state.", caption, wide=True)
     if "state_cell" not in found:
         return Absent(name, "No picture of states: a datum is no image and has too many entries.")
     cells = found["state_cell"].values

@@ -41,7 +41,7 @@ Texts = Mapping[str, Sequence[str]]
 
 @styled
 def samples(
-    found: xr.Dataset, shown: Sets | None, columns: Sequence[str], texts: Texts, *, sequence: bool = False
+    found: xr.Dataset, shown: Sets | None, columns: Sequence[str], texts: Texts, *, caption: str, sequence: bool = False
 ) -> Plot | Absent:
     """Draw held-out data beside draws of each source; without a test the draws and their E[x|z].
 
@@ -50,13 +50,15 @@ def samples(
         shown: `data`, `prior`, `aggregate` -> x (n, *event); None without a test.
         columns: names of a table's columns.
         texts: column -> the texts behind its codes.
+        caption: what the test shows.
         sequence: the data are sequences, no images.
     """
     name, event = "samples", found["x"].shape[1:]
     sets = {WORDS[key]: shown[key] for key in COLOURS if key in shown} if shown is not None else {}
     image = None if sequence else image_shape(event)
     title = "Do its draws look like data?" if sets else "What the model generates"
-    caption = _tested(found) if sets else "Draws of p(x|z); the mean E[x|z] is smoother than any datum. They were not tested."
+    if not sets:
+        caption = "Draws of p(x|z); the mean E[x|z] is smoother than any datum. They were not tested."
     alt = "Held-out data beside draws from the aggregate posterior and from the prior."
     if image is not None:
         tiles = sets or {"draws of p(x|z)": found["x"].values, "E[x|z] of the same": found["mean"].values}
@@ -91,13 +93,6 @@ def _titled(words: str, found: xr.Dataset) -> str:
 def _square(x: np.ndarray, image: tuple[int, int]) -> np.ndarray:
     side = min(SIDE, max(1, math.isqrt(len(x))))
     return np.asarray(x[: side**2].reshape(side, side, *image), dtype=np.float64)
-
-
-def _tested(found: xr.Dataset) -> str:
-    """Say what the tests show."""
-    from elbowroom.sampled import conclude_test
-
-    return " ".join(conclude_test(found))
 
 
 def _margins(figure: Any, sets: Sets, names: Sequence[str], texts: Texts) -> None:
@@ -149,7 +144,7 @@ def _bars(axes: Axes, values: Sets, shades: Mapping[str, str], texts: Sequence[s
 
 @styled
 def interpolation(
-    found: xr.Dataset, ends: np.ndarray, columns: Sequence[str], texts: Texts, *, sequence: bool = False
+    found: xr.Dataset, ends: np.ndarray, columns: Sequence[str], texts: Texts, *, caption: str, sequence: bool = False
 ) -> Plot | Absent:
     """Draw E[x|z] and one draw of x along the line between two rows, with these at the ends.
 
@@ -158,13 +153,12 @@ def interpolation(
         ends: the two rows, (2, *event).
         columns: names of a table's columns.
         texts: column -> the texts behind its codes.
+        caption: how far it leads.
         sequence: the data are sequences, no images.
     """
-    from elbowroom.sampled import conclude
-
     event, t = found["x"].shape[1:], found["t"].values
-    title, first, last = "From one row to another", *np.atleast_1d(found.attrs["rows"]).tolist()
-    caption = conclude(found, "at the ends: the rows themselves")[0]
+    title = "From one row to another"
+    first, last = (int(row) for row in np.atleast_1d(found.attrs["rows"]))
     image = None if sequence else image_shape(event)
     if image is not None:
         n = len(t)
@@ -179,8 +173,12 @@ def interpolation(
         axes.set_yticks([0, 1], ["E[x|z]", "a draw of x"])
         axes.set_xlabel("t: z = (1 - t) E[z|first row] + t E[z|last row]")
         return Plot("interpolation", figure, f"E[x|z] between rows {first} and {last}.", caption, wide=True)
+    if sequence and len(event) == 2:
+        figure = canvas(WIDE, 3.0, title)
+        plots_sequence.along(figure, [("t", t, found["mean"].values)])
+        return Plot("interpolation", figure, f"E[x|z] between rows {first} and {last}.", caption, wide=True)
     if len(event) != 1:
-        return Absent("interpolation", "No picture of the interpolation: a datum is no image and no table.")
+        return Absent("interpolation", "No picture of the interpolation: a datum is no image, table or sequence.")
     names = list(columns) or [f"entry {j}" for j in range(event[0])]
     number = min(len(names), PANELS)
     figure = canvas(WIDE, 0.7 + 1.75 * math.ceil(number / 4), title)
@@ -209,13 +207,16 @@ def reconstructions(found: xr.Dataset, shape: Sequence[int], names: Sequence[str
     """
     name, image, level = "reconstructions", image_shape(shape), float(found.attrs["level"])
     truth, mean = (found[key].values.astype(np.float64).reshape(len(found["obs_id"]), -1) for key in ("truth", "mean"))
-    off = np.sqrt(np.nanmean(np.square(truth - mean), 1)) if np.isfinite(mean).any() else np.array([np.nan])
+    there = np.isfinite(truth) & np.isfinite(mean)
+    if not there.any():
+        return Absent(name, "No picture of reconstructions: the entries are categories, which have no mean.")
+    off = np.sqrt(np.where(there, np.square(truth - mean), 0.0).sum(1) / np.maximum(there.sum(1), 1))
     held = _inside(found)
     caption = (
-        f"Rows whose reconstruction is best (left) to worst (right) by root mean squared error: {say(float(np.nanmin(off)))} "
-        f"to {say(float(np.nanmax(off)))}, median {say(float(np.nanmedian(off)))}. {held}"
+        f"Rows whose reconstruction is best (left) to worst (right) by root mean squared error: {say(float(off.min()))} "
+        f"to {say(float(off.max()))}, median {say(float(np.median(off)))}. {held}"
     )
-    if image is not None and np.isfinite(mean).any():
+    if image is not None:
         order = np.argsort(off, kind="stable")
         rows = order[np.unique(np.linspace(0, len(order) - 1, min(12, len(order))).round().astype(int))]
         sd = found["sd"].values.reshape(len(truth), -1)

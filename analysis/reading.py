@@ -66,14 +66,15 @@ def methods_for(log_joint: LogJoint, references: Methods = "auto") -> list[Refer
 
     Args:
         log_joint: the model and guide; a part of the data is enough.
-        references: `auto` as the module says; or names and Reference objects, an empty list for the guide alone.
+        references: `auto` as the module says; or names and Reference objects, an empty list for the guide alone (where
+            all latents are discrete: the finite sum).
 
     Raises:
         UserError: for an unknown name, or a method that cannot be used on this model.
     """
-    if references != "auto":
+    if references != "auto" and (references or log_joint.dim):
         return choose(references, log_joint).references if references else []
-    if log_joint.dim == 0:
+    if log_joint.dim == 0:  # a finite sum costs no more than draws of the guide
         found: list[Reference] = [Enumeration()]
     else:
         found = [ClosedForm(), *([Grid()] if log_joint.dim <= MAX_DIM else []), ImportanceSampling()]

@@ -92,6 +92,8 @@ def test_effect_curves_equal_the_closed_form(others, linear):
         if others == "prior":
             assert np.abs((answer["effect_high"][k] - centre) / sd - norm.ppf(0.95)).max() < 0.15
         assert np.allclose(answer["effect_error"][k], sd / np.sqrt(n), rtol=0.1)
+        alone = W[:, k] ** 2 * answer["effect_z"][k].var()
+        assert np.allclose(answer["share"][k], alone / (alone + sd**2), rtol=0.1, atol=0.01)
 
 
 def answer_rows(run):

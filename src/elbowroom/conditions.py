@@ -80,7 +80,7 @@ def _arrays(run: Run, covariates: Any, values: Mapping[str, Any], names: list[st
         width = len(facts.covariates)
         if c.shape[1] != width:
             raise DataError(f"covariates: the model has {width}, {', '.join(facts.covariates)}; the array has {c.shape[1]}")
-        found = {"covariates": c}
+        found: Beside = {"covariates": c}
         if facts.exposure:
             name = names[-1]
             if name not in values:
@@ -117,7 +117,7 @@ def _frame(covariates: Any, values: Mapping[str, Any], names: list[str]) -> Any:
         return pd.DataFrame({name: [values[name]] for name in names})
     if isinstance(covariates, str | Path):
         path = Path(covariates)
-        readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+        readers: dict[str, Any] = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
         if path.suffix.lower() not in readers:
             raise DataError(
                 f"{path}: covariates are read from a table (.csv, .parquet), or `{TRAINING}` for those of training rows"

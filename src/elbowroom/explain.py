@@ -49,9 +49,10 @@ class Explained(Answer):
             order = ["latent", "step", "cell", *names]
             return data[names].to_dataframe().reset_index()[order]
         if "state_prior" in data:
-            names = [name for name in data.data_vars if data[name].dims == ("state",)]
-            return data[names].to_dataframe().reset_index()
-        return data[[name for name in data.data_vars if data[name].dims == ("latent",)]].to_dataframe().reset_index()
+            names = [str(name) for name in data.data_vars if data[name].dims == ("state",)]
+        else:
+            names = [str(name) for name in data.data_vars if data[name].dims == ("latent",)]
+        return data[names].to_dataframe().reset_index()
 
 
 def explain(
@@ -155,14 +156,13 @@ def conclude(found: xr.Dataset) -> list[str]:
 
 
 def _strongest(found: xr.Dataset) -> str:
-    """Name the columns that the most important latent moves most, against what the other latents do to them."""
+    """Name the columns whose E[x|z] the most important latent decides alone."""
     k = int(np.atleast_1d(found.attrs["order"])[0])
-    curve, low, high = (found[name].sel(latent=k).values for name in ("effect", "effect_low", "effect_high"))
-    span, band = np.ptp(curve, axis=0), np.median(high - low, axis=0)
-    spread = np.maximum(found["effect"].values.std((0, 1)), 1e-12)
-    first = np.argsort(-span / spread, kind="stable")[:3]
-    parts = [f"{found['cell'].values[j]} by {span[j]:.3g} (band {band[j]:.3g})" for j in first]
-    return f"Over the prior latent {k} moves {', '.join(parts)}; the band is how far the other latents move the same column."
+    share = found["share"].sel(latent=k).values
+    first = np.argsort(-share, kind="stable")[:3]
+    parts = [f"{share[j]:.0%} of {found['cell'].values[j]}" for j in first]
+    where = "prior" if found.attrs["others"] == "prior" else "aggregate posterior"
+    return f"Of the variance of E[x|z], the others drawn from the {where}, latent {k} alone has {', '.join(parts)}."
 
 
 def _drawings(run: Run, found: xr.Dataset, carried: xr.Dataset, batch: Batch) -> list[Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -154,13 +154,12 @@ def generate(
     dataset = xr.Dataset({name: (*value, _about(name)) for name, value in columns.items()}, coords=_names(run))
     said, compared = [_what(run, source, n)], None
     if test:
-        compared = compare(run, seed=seed + TEST_STEP, place=place, most=TESTED if test is True else int(test))
-        if isinstance(compared, str):
-            said.append(compared)
-            compared = None
+        result = compare(run, seed=seed + TEST_STEP, place=place, most=TESTED if test is True else int(test))
+        if isinstance(result, str):
+            said.append(result)
         else:
-            dataset = dataset.merge(compared.table)
-            said += conclude_test(compared.table)
+            compared, dataset = result, dataset.merge(result.table)
+            said += conclude_test(result.table)
     dataset = dataset.assign_attrs({**asked.attributes(run, None), "answers": "sample", "source": source, "seed": seed})
     return Samples.of(run, dataset, said, compared)
 
@@ -259,8 +258,8 @@ def compare(run: Run, *, seed: int, place: torch.device, most: int = TESTED) -> 
     """
     try:
         held = asked.own(run, "test")
-    except UserError as error:  # draws of the prior need no data
-        return f"No two-sample test: {error}"
+    except UserError as refused:  # draws of the prior need no data
+        return f"No two-sample test: {refused}"
     batch = {name: value.to(place) for name, value in held.experiment.batch(held.index[: 2 * most]).items()}
     paired = len(batch) > 1 or bool(batch["x"].isnan().any())
     count = min(most, len(batch["x"]) // 2 if paired else len(batch["x"]))
@@ -291,7 +290,7 @@ def compare(run: Run, *, seed: int, place: torch.device, most: int = TESTED) -> 
 def _features(x: Tensor, batch: Batch) -> np.ndarray:
     """Return what the classifier sees: x laid flat, and what stands beside it."""
     beside = [batch[name].reshape(len(x), -1) for name in ("covariates", "exposure") if name in batch]
-    return cast(np.ndarray, torch.cat([x.flatten(1), *beside], 1).double().cpu().numpy())
+    return torch.cat([x.flatten(1), *beside], 1).double().cpu().numpy()
 
 
 # -- between two rows -------------------------------------------------------------------------------------------------------

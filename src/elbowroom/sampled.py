@@ -64,9 +64,9 @@ class Samples(Answer):
             from elbowroom.analysis import plots_samples
 
             if ends is not None:
-                return plots_samples.interpolation(dataset, ends, columns, texts, sequence=sequence)
+                return plots_samples.interpolation(dataset, ends, columns, texts, caption=said[0], sequence=sequence)
             shown = None if compared is None else compared.shown
-            return plots_samples.samples(dataset, shown, columns, texts, sequence=sequence)
+            return plots_samples.samples(dataset, shown, columns, texts, caption=" ".join(said[1:]), sequence=sequence)
 
         return cls(dataset, said, drawings=[draw], columns=columns, texts=texts, told=told)
 
@@ -120,7 +120,7 @@ def conclude_test(table: xr.Dataset) -> list[str]:
         said.append(
             f"The prior's draws differ from the data more than the aggregate's, by {gap:.2f} ± {gap_error:.2f}: the prior has "
             "mass where no datum is encoded (holes). Draw with --from aggregate, or fit a prior that can follow the data, such "
-            "as a mixture, a flow or vampprior."
+            "as gaussian_mixture, flow or vamp."
         )
     elif -gap > CLEAR * gap_error and "aggregate" in different:
         said.append(
