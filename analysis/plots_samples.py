@@ -197,15 +197,17 @@ def interpolation(
 
 
 @styled
-def reconstructions(found: xr.Dataset, shape: Sequence[int], names: Sequence[str]) -> Plot | Absent:
+def reconstructions(found: xr.Dataset, shape: Sequence[int], names: Sequence[str], *, sequence: bool = False) -> Plot | Absent:
     """Draw rows beside their reconstructions: images as tiles, columns of numbers against their means with intervals.
 
     Args:
         found: truth, mean, low, high, sd, samples over obs_id.
         shape: of one datum.
         names: of the columns.
+        sequence: the data are sequences, no images.
     """
-    name, image, level = "reconstructions", image_shape(shape), float(found.attrs["level"])
+    name, level = "reconstructions", float(found.attrs["level"])
+    image = None if sequence else image_shape(shape)
     truth, mean = (found[key].values.astype(np.float64).reshape(len(found["obs_id"]), -1) for key in ("truth", "mean"))
     there = np.isfinite(truth) & np.isfinite(mean)
     if not there.any():
@@ -234,6 +236,13 @@ def reconstructions(found: xr.Dataset, shape: Sequence[int], names: Sequence[str
         bottom.set_xlabel("row")
         caption += f" sd: dark where the datum leaves a pixel open, at most {say(float(np.nanmax(sd[rows])))}."
         return Plot(name, figure, "Data, their reconstructions and the standard deviation of each pixel.", caption, wide=True)
+    if sequence and len(shape) == 2:
+        order = np.argsort(off, kind="stable")
+        rows = order[np.unique(np.linspace(0, len(order) - 1, min(3, len(order))).round().astype(int))]
+        figure = canvas(WIDE, 4.0, "What the model makes of rows that it sees: E[x|datum]")
+        pair = (of[rows].reshape(len(rows), *shape) for of in (truth, mean))
+        plots_sequence.beside(figure, *pair, [f"row {found['obs_id'].values[r]}" for r in rows])
+        return Plot(name, figure, "Sequences and their reconstructions.", caption, wide=True)
     numbers = [j for j in range(truth.shape[1]) if np.isfinite(mean[:, j]).any()][:PANELS]
     if len(shape) != 1 or not numbers:
         return Absent(name, "No picture of reconstructions: a datum is no image, and has no columns of numbers.")

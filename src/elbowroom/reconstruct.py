@@ -21,10 +21,11 @@ from elbowroom.analysis.reading import Methods
 from elbowroom.analysis.table import GOOD_K, TRUSTED
 from elbowroom.answer import Form
 from elbowroom.asked import Asked
-from elbowroom.entries import Entries
+from elbowroom.entries import Entries, sequential
 from elbowroom.errors import SpecError
 from elbowroom.impute import imputer
 from elbowroom.imputed import Imputed
+from elbowroom.models.compositions import Multinomial
 from elbowroom.streaming import references_for, stream
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ def reconstruct(
     if keep < least:
         raise SpecError(f"keep: intervals of {level:g} need {least:,} draws at least, got {keep:,}")
     data, form = asked_with
+    if isinstance(run.vae.likelihood, Multinomial):
+        raise SpecError(
+            "sample: under multinomial the entries of a row share their total, and are not reconstructed one by one"
+        )
     entries = Entries.of(run, rows)
     methods = references_for(run, rows, references, place)
     options = {"references": [m.name for m in methods], "level": level, "samples": samples, "draws": draws, "keep": keep}
@@ -87,14 +92,14 @@ def reconstruct(
         form = replace(form, index=form.index[rows.index])
     given = data if not isinstance(data, str) or Path(data).exists() else None
     answer = Imputed(found, (), form, entries=entries, original=rows.dataset, given=given, rows=rows.index)
-    return replace(answer, said=conclude(answer), drawings=[_drawing(answer)])
+    return replace(answer, said=conclude(answer), drawings=[_drawing(answer, sequence=sequential(run))])
 
 
-def _drawing(answer: Imputed) -> Callable[[], Plot | Absent]:
+def _drawing(answer: Imputed, *, sequence: bool) -> Callable[[], Plot | Absent]:
     def draw() -> Plot | Absent:
         from elbowroom.analysis import plots_samples
 
-        return plots_samples.reconstructions(answer.dataset, answer.entries.shape, answer.entries.names)
+        return plots_samples.reconstructions(answer.dataset, answer.entries.shape, answer.entries.names, sequence=sequence)
 
     return draw
 
