@@ -28,6 +28,7 @@ from elbowroom.analysis.canvas import (
 PANELS = 12
 ROWS = 8  # latents, states
 CURVES = 2  # latents in one panel
+LINES = 6  # columns in colour
 
 
 def _order(found: xr.Dataset) -> list[int]:
@@ -233,16 +234,15 @@ def traversals(
         lines = (cell - cell.mean((0, 1))) / found["cell_sd"].values
     else:
         lines, labels = (expected - np.nanmean(x, 0)) / np.where(sd > 0, sd, 1.0), [f"x[{j}]" for j in range(x.shape[1])]
-    figure = canvas(WIDE, 3.3, title)
+    figure = canvas(WIDE, 3.6, title)
     panels = figure.subplots(1, len(few), sharey=True, squeeze=False)[0]
+    top = np.argsort(-np.ptp(lines[few], axis=1).max(0), kind="stable")[:LINES]  # in one colour in all panels
     for axes, k in zip(panels, few, strict=True):
         axes.plot(z[k], lines[k], color=INK, alpha=0.25, lw=0.9)
-        for j, shade in zip(
-            np.argsort(-np.ptp(lines[k], axis=0), kind="stable")[:4], sns.color_palette("colorblind"), strict=False
-        ):
+        for j, shade in zip(top, sns.color_palette("colorblind", LINES), strict=False):
             axes.plot(z[k], lines[k][:, j], color=shade, label=labels[j])
         axes.set(title=f"latent {k}: {say(float(rate[k]))} nats", xlabel=f"latent {k}{_unit(standard)}")
-        axes.legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=LINES)
     panels[0].set_ylabel("E[x|z], about its mean (sd of the data)")
     return Plot(name, figure, alt, caption.replace("equal tiles", "flat lines").replace("row", "panel", 1), wide=True)
 

@@ -182,15 +182,16 @@ def interpolation(
     names = list(columns) or [f"entry {j}" for j in range(event[0])]
     number = min(len(names), PANELS)
     figure = canvas(WIDE, 0.7 + 1.75 * math.ceil(number / 4), title)
-    grid = figure.subplots(math.ceil(number / min(4, number)), min(4, number), squeeze=False, sharex=True)
+    grid = figure.subplots(math.ceil(number / min(4, number)), min(4, number), squeeze=False)
     for j, panel in enumerate(grid.flat):
         if j >= number:
             panel.remove()
             continue
-        panel.plot(t, found["mean"].values[:, j], color=EXACT, label="E[x|z]")
+        panel.plot(t, found["mean"].values[:, j], color=EXACT, label="E[x|z]; of text the likeliest level")
         panel.plot([0, 1], ends[:, j], color=INK, linestyle="none", marker="o", ms=5, label=f"rows {first} and {last}")
         if names[j] in texts:
             panel.set_yticks(range(len(texts[names[j]])), [str(v)[:11] for v in texts[names[j]]], fontsize=7)
+            panel.set_ylim(-0.4, len(texts[names[j]]) - 0.6)
         panel.set(title=names[j], xlabel="t" if j >= number - 4 else "")
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return Plot("interpolation", figure, f"Columns between rows {first} and {last}.", caption, wide=True)

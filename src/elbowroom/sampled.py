@@ -159,8 +159,10 @@ def conclude(dataset: xr.Dataset, status: str) -> list[str]:
         if jump > 1.5
         else "it changes evenly"
     )
+    how = f"moves by {step.sum():.3g} in all (root mean square per entry, units of the data); {words}"
+    if "column" in dataset.dims:
+        how = "is shown column by column, of text the likeliest level"  # columns differ in their units
     return [
-        f"{steps} points on the line between the posterior means ({status}). E[x|z] moves by {step.sum():.3g} in all (root "
-        f"mean square per entry, units of the data); {words}. The points between are the decoder's guess: no datum vouches for "
-        "them."
+        f"{steps} points on the line between the posterior means ({status}). E[x|z] {how}. The points between are the "
+        "decoder's guess: no datum vouches for them."
     ]
