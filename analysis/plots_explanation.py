@@ -236,10 +236,10 @@ def traversals(
         lines, labels = (expected - np.nanmean(x, 0)) / np.where(sd > 0, sd, 1.0), [f"x[{j}]" for j in range(x.shape[1])]
     figure = canvas(WIDE, 3.6, title)
     panels = figure.subplots(1, len(few), sharey=True, squeeze=False)[0]
-    top = np.argsort(-np.ptp(lines[few], axis=1).max(0), kind="stable")[:LINES]  # in one colour in all panels
+    first = np.argsort(-np.ptp(lines[few], axis=1).max(0), kind="stable")[:LINES]  # in one colour in all panels
     for axes, k in zip(panels, few, strict=True):
         axes.plot(z[k], lines[k], color=INK, alpha=0.25, lw=0.9)
-        for j, shade in zip(top, sns.color_palette("colorblind", LINES), strict=False):
+        for j, shade in zip(first.tolist(), sns.color_palette("colorblind", LINES), strict=False):
             axes.plot(z[k], lines[k][:, j], color=shade, label=labels[j])
         axes.set(title=f"latent {k}: {say(float(rate[k]))} nats", xlabel=f"latent {k}{_unit(standard)}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=LINES)
