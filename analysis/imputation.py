@@ -5,7 +5,7 @@ With z_s ~ p(z | x_obs), s = 1..S, and m_s, v_s mean and variance of one entry g
     E[x | x_obs]   = mean_s m_s                        Rao-Blackwell: x itself need not be drawn
     var[x | x_obs] = mean_s v_s + var_s m_s            the law of total variance
     p(x = k | ...) = mean_s p(x = k | z_s)             of codes
-    MCSE of a mean = sd_s m_s sqrt(F / S)              F: how many draws are worth one independent draw, by row
+    MCSE of a mean = sqrt(sum_s c_s (m_s - mean)^2) / S   c_s: how many of the S draws repeat the s-th, itself included
 
 Median and interval of numbers are quantiles of one x_s ~ p(x | z_s) for each z_s, at the places p (S + 1) of the ordered draws:
 a further draw lies between them with the stated probability exactly, whatever S (Hyndman and Fan 1996, definition 6,
@@ -129,22 +129,23 @@ def entry_kinds(p: TorchDistribution, columns: Sequence[Column] | None, *, order
 
 
 def worth(posterior: Posterior, references: Sequence[Posterior], source: Sequence[str]) -> Tensor:
-    """Return F (n,): the variance of a mean over the draws of a posterior, in units of that of independent draws.
+    """Return c (S, n): by how many of the draws of a posterior each draw stands for no more than one independent draw.
 
-    Chains: draws / smallest bulk effective sample size. Draws resampled from weights: two are the same with the frequency
-    sum w^2, so that F = S sum_i c_i^2 / S^2, c_i how often the i-th distinct draw occurs; 1 without repetitions.
+    Chains: draws / smallest bulk effective sample size. Draws resampled from weights: how often the same draw occurs, so that
+    sum_s c_s (m_s - mean)^2 / S^2 is the sum over distinct draws of w^2 (m - mean)^2, the variance of a weighted mean: where
+    the heavy weights lie in the tails it is larger than what the effective number of draws alone says. 1 without repetitions.
     """
     flat = posterior.draws.flatten(0, 1)
     s, n = flat.shape[:2]
-    found = torch.ones(n, dtype=torch.float64)
+    found = torch.ones(s, n, dtype=torch.float64)
     chains = {p.method: p.stats["ess_bulk_min"].double().cpu() for p in references if "ess_bulk_min" in p.stats}
     key = flat.double().cpu()
     for i, name in enumerate(source):
         if name in chains:
-            found[i] = (s / chains[name][i].clamp(1.0, float(s))).nan_to_num(nan=1.0)
+            found[:, i] = (s / chains[name][i].clamp(1.0, float(s))).nan_to_num(nan=1.0)
         elif key.shape[-1]:
-            counts = key[:, i, 0].nan_to_num().unique(return_counts=True)[1].double()
-            found[i] = counts.square().sum() / s
+            _, which, counts = key[:, i, 0].nan_to_num().unique(return_inverse=True, return_counts=True)
+            found[:, i] = counts[which].double()
     return found
 
 
@@ -156,7 +157,7 @@ def predict_cells(
     *,
     level: float,
     seed: int,
-    inflation: Tensor | None = None,
+    repeats: Tensor | None = None,
     truth: Tensor | None = None,
     keep: int = 0,
 ) -> Predicted:
@@ -169,7 +170,7 @@ def predict_cells(
         kinds: of the D entries.
         level: probability of the central interval.
         seed: random seed.
-        inflation: F (n,) of `worth`; 1 by default.
+        repeats: c (S, n) of `worth`; 1 by default.
         truth: x (n, D) with the true values of the missing entries, to be scored; a value of the support elsewhere.
         keep: how many completed draws to return.
 
@@ -184,21 +185,28 @@ def predict_cells(
     moments, codes = _Moments(len(rows), device), dict[int, _Codes]()
     score = None if truth is None else _Score(truth, missing)
     whole = z.new_empty(keep, n, width)
+    place = torch.full((n, width), -1, dtype=torch.long, device=device)
+    place[missing] = torch.arange(len(rows), device=device)
     step = max(1, BLOCK // max(1, n * width))
     with seeded(seed), torch.no_grad():
-        z = z[torch.randperm(s)]  # so that the first draws are a sample of all, whatever their order
+        order = torch.randperm(s)  # so that the first draws are a sample of all, whatever their order
+        z = z[order]
+        count = (torch.ones(s, n, dtype=torch.float64) if repeats is None else repeats[order]).to(device)
         for start in range(0, s, step):
             p = decode(z[start : start + step])
             shape = (min(step, s - start), n)
+            of_cells = count[start : start + step][:, rows]
             drawn, mean, variance = (z.new_full((*shape, width), torch.nan) for _ in range(3))
             for number, (index, part) in enumerate(pieces(p)):
                 for out, value in ((drawn, part.sample()), (mean, part.mean), (variance, part.variance)):
                     out[..., index] = value.reshape(*shape, len(index)).to(z.dtype)
                 if isinstance(part, Codes) and bool((there := missing[:, index]).any()):
                     probability = part.probs.reshape(*shape, len(index), -1)[:, there]
-                    codes.setdefault(number, _Codes(index, there, probability.shape[1:], device)).add(probability)
+                    if number not in codes:
+                        codes[number] = _Codes(index, there, place[:, index][there], probability.shape[1:], device)
+                    codes[number].add(probability, of_cells)
             values[start : start + len(drawn)] = drawn[:, missing]
-            moments.add(mean[:, missing], variance[:, missing])
+            moments.add(mean[:, missing], variance[:, missing], of_cells)
             if start < keep:
                 whole[start : start + len(drawn)] = drawn[: keep - start]
             if score is not None:
@@ -207,16 +215,11 @@ def predict_cells(
         low, median, high = _quantiles(values, ~of("number"), level)
         nothing = torch.full_like(low, torch.nan).double()
         rank = nothing if truth is None else _rank(values, truth[missing])
-    factor = (torch.ones(n, dtype=torch.float64) if inflation is None else inflation).to(device)[rows]
-    mean, error, sd = moments.found(s, factor)
+    mean, error, sd = moments.found(s)
     likeliest = torch.where(of("binary"), (mean > 0.5).double(), nothing)
-    place = torch.full((n, width), -1, dtype=torch.long, device=device)
-    place[missing] = torch.arange(len(rows), device=device)
-    levels = []
-    for one in codes.values():
-        cells = place[:, one.index][one.there]
-        levels.append(one.levels(cells, s, factor[cells]))
-        likeliest[cells] = levels[-1].probability.argmax(-1).double()
+    levels = [one.levels(s) for one in codes.values()]
+    for one in levels:
+        likeliest[one.cells] = one.probability.argmax(-1).double()
     blank = lambda value: torch.where(of("categorical"), torch.nan, value.double())
     return Predicted(
         mean=blank(mean),
@@ -255,42 +258,61 @@ class _Moments:
 
     def __init__(self, total: int, device: torch.device) -> None:
         self.about: Tensor | None = None
-        self.first, self.second, self.within = (torch.zeros(total, dtype=torch.float64, device=device) for _ in range(3))
+        self.sums = _Sums(torch.Size((total,)), device)
+        self.within = torch.zeros(total, dtype=torch.float64, device=device)
 
-    def add(self, mean: Tensor, variance: Tensor) -> None:
-        """Take in draws (s, M)."""
+    def add(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Take in draws (s, M), each with its c."""
         mean = mean.double()
         self.about = mean.mean(0) if self.about is None else self.about
-        off = mean - self.about
-        self.first += off.sum(0)
-        self.second += off.square().sum(0)
+        self.sums.add(mean - self.about, count)
         self.within += variance.double().sum(0)
 
-    def found(self, s: int, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def found(self, s: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, its Monte Carlo error, and standard deviation."""
         assert self.about is not None
-        shift = self.first / s
-        between = ((self.second - s * shift.square()) / max(1, s - 1)).clamp_min(0.0)
-        return self.about + shift, (between * factor / s).sqrt(), (self.within / s + between).sqrt()
+        shift, between, error = self.sums.found(s)
+        return self.about + shift, error, (self.within / s + between).sqrt()
 
 
 class _Codes:
     """Sums over draws of the probabilities of codes."""
 
-    def __init__(self, index: Tensor, there: Tensor, shape: torch.Size, device: torch.device) -> None:
-        self.index, self.there = index, there
-        self.first, self.second = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
+    def __init__(self, index: Tensor, there: Tensor, cells: Tensor, shape: torch.Size, device: torch.device) -> None:
+        self.index, self.there, self.cells = index, there, cells
+        self.sums = _Sums(shape, device)
 
-    def add(self, probability: Tensor) -> None:
-        """Take in draws (s, m, K)."""
-        self.first += probability.double().sum(0)
-        self.second += probability.double().square().sum(0)
+    def add(self, probability: Tensor, count: Tensor) -> None:
+        """Take in draws (s, m, K), and the c of all entries (s, M)."""
+        self.sums.add(probability.double(), count[:, self.cells, None])
 
-    def levels(self, cells: Tensor, s: int, factor: Tensor) -> Levels:
+    def levels(self, s: int) -> Levels:
         """Return the probabilities and their errors."""
-        mean = self.first / s
-        variance = (self.second / s - mean.square()).clamp_min(0.0) * s / max(1, s - 1)
-        return Levels(cells, mean, (variance * factor[:, None] / s).sqrt())
+        mean, _, error = self.sums.found(s)
+        return Levels(self.cells, mean, error)
+
+
+class _Sums:
+    """Sums of values over draws, of their squares, and of both with the c of the draws."""
+
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        zeros = lambda: torch.zeros(shape, dtype=torch.float64, device=device)
+        self.first, self.second, self.of_ones, self.of_first, self.of_second = (zeros() for _ in range(5))
+
+    def add(self, value: Tensor, count: Tensor) -> None:
+        """Take in draws (s, ...) and their c, of the same shape or one that is broadcast to it."""
+        self.first += value.sum(0)
+        self.second += value.square().sum(0)
+        self.of_ones += count.sum(0)
+        self.of_first += (count * value).sum(0)
+        self.of_second += (count * value.square()).sum(0)
+
+    def found(self, s: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean, the variance over draws, and the Monte Carlo error of the mean."""
+        mean, free = self.first / s, max(1, s - 1)
+        variance = ((self.second - s * mean.square()) / free).clamp_min(0.0)
+        spread = (self.of_second - 2 * mean * self.of_first + mean.square() * self.of_ones).clamp_min(0.0)
+        return mean, variance, (spread / (s * free)).sqrt()
 
 
 def _quantiles(values: Tensor, whole: Tensor, level: float) -> list[Tensor]:

@@ -128,9 +128,15 @@ def _best(
         corrected = _resampled(log_joint, guide, keep, seed)
         good = np.array([source == "uncertified" for source in corrected.status])
         place[rest & good], place[rest & ~good] = len(sources), len(sources) + 1
-        sources += [corrected, guide]
+        reason = _with_doubts(corrected.reason, references)
+        sources += [dataclasses.replace(corrected, reason=reason), dataclasses.replace(guide, reason=reason)]
     names = [*(p.method for p in references), RESAMPLED, GUIDE]
     return _chosen(sources, torch.as_tensor(place), keep), [names[k] for k in place]
+
+
+def _with_doubts(reason: Sequence[str], references: Sequence[Posterior]) -> list[str]:
+    """Add to a reason, datum by datum, why no reference holds: one may have found what the draws of the guide miss."""
+    return ["; ".join([own, *(p.reason[i] for p in references)]) for i, own in enumerate(reason)]
 
 
 def _resampled(log_joint: LogJoint, guide: Posterior, keep: int, seed: int) -> Posterior:

@@ -17,11 +17,13 @@ from conftest import linear_vae
 import elbowroom as er
 from elbowroom.analysis import plots_imputation
 from elbowroom.analysis.canvas import Absent, Plot
-from elbowroom.analysis.imputation import predict_cells, share
+from elbowroom.analysis.imputation import predict_cells, share, worth
 from elbowroom.cli import main
 from elbowroom.entries import holes
 from elbowroom.errors import UserError
 from elbowroom.imputed import Imputed
+from elbowroom.inference.posterior import Posterior
+from elbowroom.inference.resampling import resample
 from elbowroom.models.categories import Codes
 
 SMALL = {"name": "mlp", "hidden": [8]}
@@ -160,6 +162,18 @@ def test_intervals_hold_their_level_whatever_the_draws_and_ranks_do_for_whole_nu
     assert held > 0.93  # of whole numbers more than the level
     assert abs(((found.rank - 0.5).abs() <= 0.45).double().mean() - 0.9) < 4.5 * (0.09 / n) ** 0.5
     assert abs(found.rank.mean() - 0.5) < 4.5 / (12 * n) ** 0.5
+
+
+def test_errors_of_means_are_those_of_weighted_draws_where_heavy_weights_lie_in_the_tails() -> None:
+    """Draws of N(0, 0.75^2) reweighted to N(0, 1): by their effective number alone errors are a third too small."""
+    n, s, generator = 1_500, 1_000, torch.Generator().manual_seed(6)
+    drawn = 0.75 * torch.randn(s, n, 1, generator=generator, dtype=torch.float64)
+    weights = (0.5 * (drawn[..., 0] / 0.75).square() - 0.5 * drawn[..., 0].square()).softmax(0)
+    z = resample(drawn, weights, s, generator)
+    posterior = Posterior("guide, importance-resampled", z[None], {"z": z[None]}, ["uncertified"] * n, [""] * n)
+    options = {"level": 0.9, "seed": 2, "repeats": worth(posterior, [], ["guide, importance-resampled"] * n)}
+    found = predict_cells(lambda z: dist.Normal(z, 1.0).to_event(1), z, torch.ones(n, 1) > 0, ["number"], **options)
+    assert 0.9 < (found.mean / found.mean_error).std() < 1.15
 
 
 def test_codes_have_probabilities_and_categories_no_mean() -> None:

@@ -105,7 +105,7 @@ def imputer(
         flat = missing.flatten(1)
         if wanted is not None:
             flat = flat & torch.from_numpy(wanted.ravel()).to(flat.device)
-        for way, (z, inflation) in _ways(found).items():
+        for way, (z, repeats) in _ways(found).items():
             for number, part in enumerate(_parts(flat, len(z))):
                 beside: dict[str, Any] = {name: v[part] for name, v in chunk.batch.items() if name != "x"}
                 filled = None
@@ -119,7 +119,7 @@ def imputer(
                     entries.kinds,
                     level=level,
                     seed=chunk.seed + SEED_STEP + number,
-                    inflation=inflation[part],
+                    repeats=repeats[:, part],
                     truth=filled,
                     keep=samples if way == "" else 0,
                 )
@@ -132,7 +132,7 @@ def imputer(
 def _ways(found: Reading) -> dict[str, tuple[Tensor, Tensor]]:
     """Return draws of z (S, n, d) by the best posterior and by the guide, and what they are worth; see `worth`."""
     best, guide = found.posterior, found.guide
-    ones = torch.ones(guide.draws.shape[2], dtype=torch.float64)
+    ones = torch.ones(guide.draws.flatten(0, 1).shape[:2], dtype=torch.float64)
     return {
         "": (best.sites["z"].flatten(0, 1), worth(best, found.references, found.source)),
         "_guide": (guide.sites["z"].flatten(0, 1), ones),

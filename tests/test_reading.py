@@ -1,0 +1,49 @@
+"""The best posterior of every datum: what it says it is, where a reference found what the guide misses."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from elbowroom.analysis.reading import methods_for, read
+from elbowroom.inference.target import LogJoint
+
+NOISE = 0.3
+
+
+def _model(x: Tensor) -> None:
+    """z1, ..., z4 ~ N(0, 1); x1 ~ N(z1^2, NOISE^2), of which two z1 are the cause, the others N(zj, NOISE^2)."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(4), 1.0).to_event(1))
+        mean = torch.cat([z[..., :1].square(), z[..., 1:]], -1)
+        pyro.sample("x", dist.Normal(mean, NOISE).to_event(1), obs=x)
+
+
+def _guide(x: Tensor) -> None:
+    """Know of the positive z1 alone."""
+    root = x[:, :1].clamp_min(0.05).sqrt()
+    scale = torch.cat([(0.5 * NOISE / root).clamp(0.05, 0.6), torch.full_like(x[:, 1:], 0.287)], -1)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.cat([root, x[:, 1:] / 1.09], -1), scale).to_event(1))
+
+
+def test_a_row_says_that_a_reference_found_a_mode_that_its_draws_lack() -> None:
+    x = torch.tensor([[0.0, 0.3, 0.3, 0.3], [2.0, 0.3, 0.3, 0.3], [4.0, 0.3, 0.3, 0.3]], dtype=torch.float64)
+    log_joint = LogJoint(_model, _guide, x)
+    found = read(log_joint, methods_for(log_joint), seed=1)
+    assert found.posterior.status[0] == "certified"
+    assert "mode" not in found.posterior.reason[0].split("found no mode")[0]
+    for i in (1, 2):  # k-hat of the guide's weights is small at both, and half of the posterior is missing
+        assert found.posterior.status[i] in ("uncertified", "amortized")
+        assert "k-hat" in found.posterior.reason[i]
+        assert "found a mode" in found.posterior.reason[i]
+
+
+def test_draws_of_the_guide_as_they_are_say_why() -> None:
+    x = torch.tensor([[0.2, 0.3, 0.3, 0.3]], dtype=torch.float64)
+    log_joint = LogJoint(_model, _guide, x)
+    found = read(log_joint, [], seed=1)
+    assert (found.source, found.posterior.status) == (["guide"], ["amortized"])
+    assert "draws of the guide as they are: k-hat" in found.posterior.reason[0]
