@@ -135,7 +135,7 @@ def states(
         return Plot(name, figure, "E[x|z] of each state, the commonest first.", caption, wide=True)
     if sequence and len(event) == 2:
         figure = canvas(WIDE, 3.0, title)
-        plots_sequence.along(figure, [("state", order, found["state_x"].values[order])])
+        plots_sequence.along(figure, [("state", np.arange(len(order)), found["state_x"].values)])
         return Plot(name, figure, "E[x|z] of each state.", caption, wide=True)
     if "state_cell" not in found:
         return Absent(name, "No picture of states: a datum is no image and has too many entries.")

@@ -242,7 +242,7 @@ def reconstructions(found: xr.Dataset, shape: Sequence[int], names: Sequence[str
         rows = order[np.unique(np.linspace(0, len(order) - 1, min(3, len(order))).round().astype(int))]
         figure = canvas(WIDE, 4.0, "What the model makes of rows that it sees: E[x|datum]")
         x, expected = (of[rows].reshape(len(rows), *shape) for of in (truth, mean))
-        plots_sequence.beside(figure, x, expected, [f"row {found['obs_id'].values[r]}" for r in rows])
+        plots_sequence.beside(figure, x, expected, [f"row {found['obs_id'].values[r]}" for r in rows], "E[x|datum]")
         return Plot(name, figure, "Sequences and their reconstructions.", caption, wide=True)
     numbers = [j for j in range(truth.shape[1]) if np.isfinite(mean[:, j]).any()][:PANELS]
     if len(shape) != 1 or not numbers:

@@ -61,7 +61,7 @@ def draws(figure: Figure, sets: Mapping[str, np.ndarray]) -> None:
     _outer(figure, grid, limits, "x")
 
 
-def beside(figure: Figure, x: np.ndarray, expected: np.ndarray, titles: Sequence[str]) -> None:
+def beside(figure: Figure, x: np.ndarray, expected: np.ndarray, titles: Sequence[str], what: str = "E[x|q]") -> None:
     """Draw sequences and their expectation.
 
     Args:
@@ -69,6 +69,7 @@ def beside(figure: Figure, x: np.ndarray, expected: np.ndarray, titles: Sequence
         x: (n, T, F), NaN where there is nothing.
         expected: (n, T, F).
         titles: of the n columns.
+        what: what `expected` is called.
     """
     n, features = len(x), x.shape[-1]
     ends = [int(np.flatnonzero(row)[-1]) + 1 if row.any() else row.size for row in np.isfinite(x).any(-1)]
@@ -79,7 +80,7 @@ def beside(figure: Figure, x: np.ndarray, expected: np.ndarray, titles: Sequence
             for j in range(features):
                 axes = grid[j, i]
                 axes.plot(step, x[i, :end, j], "o", color=INK, markersize=3.5, label="x")
-                axes.plot(step, expected[i, :end, j], color=GUIDE, marker=_marker(step), markersize=2.5, label="E[x|q]")
+                axes.plot(step, expected[i, :end, j], color=GUIDE, marker=_marker(step), markersize=2.5, label=what)
                 _name(axes, None)
                 if j < features - 1:
                     axes.set_xlabel("")
@@ -95,7 +96,7 @@ def beside(figure: Figure, x: np.ndarray, expected: np.ndarray, titles: Sequence
         _heat(grid[1, i], expected[i, :end], limits, "")
     _outer(figure, grid, limits, "x")
     grid[0, 0].set_ylabel("x: feature")
-    grid[1, 0].set_ylabel("E[x|q]: feature")
+    grid[1, 0].set_ylabel(f"{what}: feature")
 
 
 def along(figure: Figure, cuts: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> None:
