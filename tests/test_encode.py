@@ -50,6 +50,16 @@ def test_the_corrected_posterior_is_the_closed_form(run):
     assert np.allclose(answer["sigma"], q.stddev)
 
 
+def test_a_row_of_which_nothing_is_observed_has_the_prior_alone_and_in_company(run):
+    x = np.full((2, 5), np.nan)
+    x[1] = 1.0
+    for rows_ in (x[:1], x):
+        answer = run.encode(rows_)
+        assert np.allclose(answer["mean"][0], 0)
+        assert np.allclose(answer["sd"][0], 1)
+        assert np.allclose(answer["log_evidence"][0], 0)
+
+
 def test_the_encoders_own_draws_reweighted_say_what_they_are(run):
     x = rows(10, seed=4)
     answer, exact = run.encode(x, references=[], draws=4000), run.encode(x)
@@ -132,8 +142,18 @@ def test_discrete_latents_have_probabilities(tmp_path):
         "fit": {"epochs": 2, "objective": "trace_enum"},
     }
     run = er.fit(er.Experiment.from_dict(tree, data=rows()), out=tmp_path / "run")
-    answer = run.encode(rows(5, seed=1), keep=2000)
+    x = rows(5, seed=1)
+    answer = run.encode(x, samples=1)
+    states = torch.eye(3)  # p(z = k|x) by hand: a categorical z is told by its K zeros and ones
+    with torch.no_grad():
+        given = torch.as_tensor(x, dtype=torch.float32)
+        log_likelihood = torch.stack([run.vae.decode(state.expand(5, 3)).log_prob(given) for state in states], -1)
+        exact = (run.vae.prior.distribution().log_prob(states) + log_likelihood).softmax(-1)
+        guide = run.vae.encode(given).probs
+    assert np.allclose(answer["probability"][..., 1], exact, atol=1e-5)  # no shares of draws
+    assert np.allclose(answer["guide_probability"][..., 1], guide, atol=1e-5)
     assert np.allclose(answer["probability"].sum(-1), 1, atol=1e-6)
+    assert answer.frame().loc[2, "probability[1,1]"] == answer["probability"][2, 1, 1]
     assert set(answer["source"]) == {"enumeration"}
     assert "mu" not in answer.dataset
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -92,7 +93,7 @@ class Answer:
         return self.form.back(self.dataset[name])
 
     def frame(self) -> pd.DataFrame:
-        """Return one line per row and one column per number, such as `mean[0]`; what has more dimensions is left out.
+        """Return one line per row and one column per number, such as `mean[0]`, `quantile[0,0.5]`; covariances are left out.
 
         An answer that is not about rows has one line per combination of its dimensions.
         """
@@ -169,17 +170,25 @@ def check_suffix(path: Path) -> Path:
 
 
 def flat(dataset: xr.Dataset) -> pd.DataFrame:
-    """Return the variables over `obs_id` with at most one more dimension as columns, such as `mean[0]`."""
+    """Return the variables over `obs_id` as columns, such as `mean[0]`: one more dimension, or two of which one is short.
+
+    Short are states and quantiles: `probability[0,1]`, `quantile[0,0.5]`.
+    """
     import pandas as pd
 
     columns: dict[str, Any] = {}
     for name, value in dataset.data_vars.items():
         if value.dims == ("obs_id",):
             columns[str(name)] = value.values
-        elif value.dims[:1] == ("obs_id",) and value.ndim == 2:
-            labels = value[value.dims[1]].values
-            columns |= {f"{name}[{label}]": value.values[:, i] for i, label in enumerate(labels)}
+        elif value.dims[:1] == ("obs_id",) and (value.ndim == 2 or (value.ndim == 3 and _is_short(value.dims[2]))):
+            labels = itertools.product(*(value[dim].values for dim in value.dims[1:]))
+            cells = value.values.reshape(len(value), -1)
+            columns |= {f"{name}[{','.join(map(str, label))}]": cells[:, i] for i, label in enumerate(labels)}
     return pd.DataFrame(columns, index=pd.Index(dataset["obs_id"].values, name="obs_id"))
+
+
+def _is_short(dim: Any) -> bool:
+    return str(dim) == "quantile_at" or str(dim).endswith("_state")
 
 
 def _plain(values: np.ndarray) -> np.ndarray:

@@ -174,7 +174,8 @@ class Dataset:
 
         Args:
             values: look at every number; else at shape and type alone.
-            whole: these are all the data: every column of a table needs an observed value. Else they are some rows.
+            whole: these are all the data: every column of a table needs an observed value. Else they are some rows, of which
+                nothing need be observed: the answer to them is the prior.
 
         Raises:
             DataError: for an array of the wrong kind or shape, for infinities, for a column of which nothing is observed, and
@@ -200,7 +201,7 @@ class Dataset:
                     f"{self.name}: an infinite value at {self.place(start + index[0], index[1:])}; "
                     "correct it, or make it NaN, which is read as missing"
                 )
-        if not observed.any():
+        if whole and not observed.any():
             raise DataError(f"{self.name}: every value is missing; at least one of each column is needed")
         if whole and observed.ndim == 1 and not observed.all():
             column = self.column(int(np.argmin(observed)))

@@ -7,7 +7,7 @@ posterior is the best that can be had (see `analysis.reading`), with its source,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +18,12 @@ from torch import Tensor
 from elbowroom.analysis.idata import site_dims
 from elbowroom.analysis.reading import Reading, read
 from elbowroom.analysis.table import GOOD_K, TRUSTED
+from elbowroom.inference import discrete
 from elbowroom.inference.program import Site, is_real
 
 if TYPE_CHECKING:
     from elbowroom.analysis.canvas import Absent, Plot
+    from elbowroom.inference.discrete import Table
     from elbowroom.inference.posterior import Reference
     from elbowroom.models.vae import VAE
     from elbowroom.streaming import Chunk
@@ -35,7 +37,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "quantile": ("latent units", "quantiles of the corrected posterior"),
     "covariance": ("latent units^2", "covariance of the corrected posterior"),
     "guide_probability": ("1", "q(z = k|x), what the encoder says"),
-    "probability": ("1", "p(z = k|x), by draws of the corrected posterior"),
+    "probability": ("1", "p(z = k|x); by draws of the corrected posterior where there are continuous latents, too"),
     "draws": ("latent units", "draws of the corrected posterior"),
     "pareto_k": ("1", f"k-hat of the guide's importance weights; above {GOOD_K} they cannot correct it"),
     "elbo": ("nats", "ELBO of the encoder"),
@@ -63,9 +65,10 @@ def encoder(
     def answer(chunk: Chunk) -> xr.Dataset:
         found = read(chunk.log_joint, methods, draws=draws, keep=keep, seed=chunk.seed)
         columns: dict[str, Any] = {}
+        sums = (discrete.table(chunk.log_joint), discrete.values(chunk.log_joint)) if chunk.log_joint.dim == 0 else None
         for site in (*chunk.log_joint.sites, *chunk.log_joint.program.discrete):
             end = "" if site.name == "z" else f"_{site.name}"
-            parts = _discrete(site, found) if site.values is not None else _continuous(site, found, vae, chunk)
+            parts = _discrete(site, found, sums) if site.values is not None else _continuous(site, found, vae, chunk)
             if samples:
                 drawn = _flat(found.posterior.sites[site.name])[:samples]
                 parts["draws"] = (("draw", *site_dims(site.name, site.shape)), drawn)
@@ -132,16 +135,28 @@ def _said(vae: VAE, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
             return None
 
 
-def _discrete(site: Site, found: Reading) -> dict[str, tuple[tuple[str, ...], Tensor]]:
-    """Return the probabilities of a site's values by guide and posterior, as shares of draws."""
-    dims = tuple(site_dims(site.name, site.shape))
-    values = [int(v) for v in site.values.flatten().unique().tolist()] if site.values is not None else []
-    shares = []
-    for of in (found.guide, found.posterior):
-        draws = _flat(of.sites[site.name])
-        shares.append(torch.stack([(draws == value).double().mean(0) for value in values], -1))
-    of_state = (*dims, f"{site.name}_state")
-    return {"guide_probability": (of_state, shares[0]), "probability": (of_state, shares[1])}
+def _discrete(
+    site: Site, found: Reading, sums: tuple[Table, Mapping[str, Tensor]] | None
+) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+    """Return the probabilities of a site's values by guide and posterior.
+
+    Args:
+        site: the discrete site.
+        found: guide and posterior, whose draws' shares are the probabilities beside continuous latents.
+        sums: every joint value with its probabilities, where all latents are discrete: then they are exact.
+    """
+    dims = (*site_dims(site.name, site.shape), f"{site.name}_state")
+    assert site.values is not None
+    states = [int(v) for v in site.values.flatten().unique().tolist()]
+    if sums is not None:  # exact where all joint values were looked at
+        table, values = sums
+        of_state = torch.stack([values[site.name] == state for state in states], -1).double()  # (A, *site, K)
+        logs = (table.log_guide, table.log_posterior)
+        shares = [torch.einsum("an,a...->n...", log.double().exp(), of_state.to(log.device)) for log in logs]
+    else:
+        draws = [_flat(of.sites[site.name]) for of in (found.guide, found.posterior)]
+        shares = [torch.stack([(of == state).double().mean(0) for state in states], -1) for of in draws]
+    return {"guide_probability": (dims, shares[0]), "probability": (dims, shares[1])}
 
 
 def conclude(dataset: xr.Dataset) -> list[str]:
