@@ -99,7 +99,10 @@ def _p_values(axes: Axes, answer: xr.Dataset) -> None:
         for q, line, of in ((fdr, "--", "low tail alone"), (fdr / 2, "-.", "both tails")):
             axes.plot(share, q * share, color=INK, linestyle=line, linewidth=1, label=f"held to FDR {fdr:g}, {of}")
         axes.set_ylim(bottom=0.02 * fdr / most)  # room for the legend
-    axes.legend(loc="lower right")
+        axes.legend(loc="lower right")
+    else:
+        axes.text(0.5, 0.5, "no row can be compared", color=MUTED, ha="center", transform=axes.transAxes)
+        axes.set(xscale="linear", yscale="linear", xticks=[], yticks=[])
 
 
 def _caption(answer: xr.Dataset, mixed: bool) -> str:

@@ -341,6 +341,8 @@ def test_a_table_comes_back_with_its_holes_filled(table: er.Run, people: pd.Data
     assert frame.index.tolist() == ["p1", "p1", "p2", "p3"]
     job = frame[frame["column"] == "job"].iloc[0]
     assert job["point"] == done["job"]["p1"]
+    kept = pd.read_parquet(answer.save(tmp_path / "cells.parquet"))  # numbers and texts in one column: as text
+    assert kept["point"].tolist() == frame["point"].map(str).tolist()
     assert 0.5 <= job["probability"] <= 1
     assert answer["probability"].loc["p1", ["job=clerk", "job=pupil"]].sum() == pytest.approx(1, abs=1e-5)
     given["owner"] = given["owner"].astype("Float64")

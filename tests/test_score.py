@@ -252,6 +252,7 @@ def test_scores_of_a_run_in_the_kind_of_array_that_was_asked_with(fitted: Path) 
     assert by_count["compared_with"].tolist()[3] == 0
     assert set(KINDS) == {"pattern", "count"}
     assert isinstance(draw(answer.dataset), Plot)
+    assert isinstance(draw(answer.dataset.isel(obs_id=[3])), Plot)  # no row can be compared: no p-values, no warning
     assert isinstance(draw(answer.dataset.assign(log_evidence=answer.dataset["log_evidence"] * np.nan)), Absent)
 
 

@@ -108,7 +108,8 @@ class Answer:
         """Write the answer to one file, whole or not at all.
 
         Args:
-            path: .nc holds everything; .csv and .parquet hold `frame()`; .npz every array by its name.
+            path: .nc holds everything; .csv and .parquet hold `frame()` (a column of numbers and texts as text); .npz every
+                array by its name.
 
         Raises:
             UserError: the suffix is none of these, or pyarrow is not installed.
@@ -127,7 +128,7 @@ class Answer:
             elif path.suffix == ".csv":
                 self.frame().to_csv(temporary)
             else:
-                self.frame().to_parquet(temporary)
+                _one_kind(self.frame()).to_parquet(temporary)
         return path
 
     def save_figures(self, path: str | Path) -> list[Path]:
@@ -185,6 +186,13 @@ def flat(dataset: xr.Dataset) -> pd.DataFrame:
             cells = value.values.reshape(len(value), -1)
             columns |= {f"{name}[{','.join(map(str, label))}]": cells[:, i] for i, label in enumerate(labels)}
     return pd.DataFrame(columns, index=pd.Index(dataset["obs_id"].values, name="obs_id"))
+
+
+def _one_kind(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the frame with its columns of numbers and texts as text: a column of a parquet file has one type."""
+    mixed = [i for i, dtype in enumerate(frame.dtypes) if dtype.kind == "O" and frame.iloc[:, i].map(type).nunique() > 1]
+    text = {frame.columns[i]: frame.iloc[:, i].map(str, na_action="ignore") for i in mixed}
+    return frame.assign(**text)
 
 
 def _is_short(dim: Any) -> bool:
