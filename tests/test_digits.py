@@ -36,11 +36,12 @@ def test_the_whole_test_split_is_exact_and_no_gap_is_negative(digits: tuple[er.R
     assert table["refinement_error"].max() < 1e-3
 
 
-def test_evidence_agrees_with_a_second_shifted_and_refined_grid(digits: tuple[er.Run, Audit]) -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_evidence_agrees_with_a_second_shifted_and_refined_grid(digits: tuple[er.Run, Audit], every: int) -> None:
     """A global lattice that knows nothing of the boxes: [-9, 9]^2, spacing 0.018, off the origin by an odd fraction."""
     run, audit = digits
-    obs_id = audit.table["obs_id"].values
-    x = torch.tensor(audit.posteriors["grid"].observed_data["x"].values)
+    obs_id = audit.table["obs_id"].values[::every]
+    x = torch.tensor(audit.posteriors["grid"].observed_data["x"].values)[::every]
     axis = (torch.arange(1000, dtype=torch.float64) + 0.37) * 0.018 - 9
     log_joint = LogJoint(run.vae.model, run.vae.guide, x)
     total = torch.full((len(obs_id),), -torch.inf, dtype=torch.float64)
@@ -49,20 +50,22 @@ def test_evidence_agrees_with_a_second_shifted_and_refined_grid(digits: tuple[er
         total = torch.logaddexp(total, torch.logsumexp(log_joint.shared(z), 0))
     assert log_joint.shares
     second = total + 2 * math.log(0.018)
-    np.testing.assert_allclose(audit.table["log_evidence"], second, atol=1e-3)
+    np.testing.assert_allclose(audit.table["log_evidence"][::every], second, atol=1e-3)
 
 
-def test_evidence_agrees_with_importance_sampling(digits: tuple[er.Run, Audit]) -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_evidence_agrees_with_importance_sampling(digits: tuple[er.Run, Audit], every: int) -> None:
     run, audit = digits
-    x = torch.tensor(audit.posteriors["grid"].observed_data["x"].values)
+    x = torch.tensor(audit.posteriors["grid"].observed_data["x"].values)[::every]
     log_joint = LogJoint(run.vae.model, run.vae.guide, x)
     sampled = audit_log_joint(log_joint, references=[], draws=10_000, seed=11).table
     good = ((sampled["pareto_k"] < 0.5) & sampled["log_evidence"].notnull()).values
     assert good.mean() > 0.4
-    difference = (audit.table["log_evidence"].values - sampled["log_evidence"].values)[good]
+    difference = (audit.table["log_evidence"].values[::every] - sampled["log_evidence"].values)[good]
     assert (abs(difference) < 4.5 * sampled["log_evidence_se"].values[good]).all()
 
 
+@pytest.mark.slow
 def test_a_richer_guide_lowers_the_median_gap(digits: tuple[er.Run, Audit], tmp_path: Path) -> None:
     _, full = fitted(tmp_path / "full_rank", "guide.family=full_rank_normal", "audit.observations=60")
     same = digits[1].table.sel(obs_id=full.table["obs_id"])

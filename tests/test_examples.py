@@ -111,7 +111,7 @@ def test_semi_supervised() -> None:
     assert (grid["y"].values.sum(-1) == 1).all()
 
 
-@pytest.mark.parametrize("top_down", [False, True])
+@pytest.mark.parametrize("top_down", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_hierarchy(top_down: bool) -> None:
     program = example("hierarchy")
     rows, held_out = program.tumours()

@@ -119,6 +119,7 @@ def test_the_same_seed_gives_the_same_draws() -> None:
     assert torch.isclose(other.draws, _found().draws).double().mean() < 0.01
 
 
+@pytest.mark.slow
 def test_a_datum_without_a_density_does_not_touch_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hmc, "HALVINGS", 0)  # of the steps of a datum that no step helps
     y = torch.linspace(-2, 2, 6, dtype=F64)

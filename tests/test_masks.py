@@ -126,7 +126,7 @@ def level(seeds: int, replicates: int) -> None:
 
 
 def test_checks_hold_their_level_under_a_mask() -> None:
-    level(40, 9)
+    level(24, 9)
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_saturated_decoders_are_finite(case, tmp_path):
 def test_the_scale_of_the_data_does_not_change_the_fit(tmp_path):
     """In units of the data the ELBO differs by the Jacobian of the change of units alone."""
     elbos = []
-    for factor in (1.0, 2.0**-26, 2.0**26, 2.0**100):
+    for factor in (1.0, 2.0**-26, 2.0**100):
         folder = tmp_path / str(factor)
         folder.mkdir()
         run = fit(experiment(folder, BASE * factor, "float64", "gaussian"), folder / "run")
