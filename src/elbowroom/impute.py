@@ -259,7 +259,7 @@ def ask(
     holed, truth, numbers = asked_holes(rows, run, hidden, wanted, seed, entries)
     methods = references_for(run, holed, references, place)
     options = {
-        "references": [m.name for m in methods], "level": level, "samples": samples, "draws": draws, "keep": keep,
+        "references": {m.name: vars(m) for m in methods}, "level": level, "samples": samples, "draws": draws, "keep": keep,
         "of": None if of is None else list(of), "hide": None if truth is None else sha256(np.isnan(truth).tobytes()),
     }  # fmt: skip
     compute = imputer(

@@ -77,7 +77,13 @@ def reconstruct(
         )
     entries = Entries.of(run, rows)
     methods = references_for(run, rows, references, place)
-    options = {"references": [m.name for m in methods], "level": level, "samples": samples, "draws": draws, "keep": keep}
+    options = {
+        "references": {m.name: vars(m) for m in methods},
+        "level": level,
+        "samples": samples,
+        "draws": draws,
+        "keep": keep,
+    }
     keep = max(keep, samples)
     compute = imputer(run, entries, methods, level=level, draws=draws, keep=keep, samples=samples, replicate=True)
     found = stream(
