@@ -260,6 +260,24 @@ def test_a_run_imputes_by_the_closed_form_in_the_kind_that_was_given(linear: er.
     assert np.array_equal(masked["mean"], tensor["mean"].numpy(), equal_nan=True)
 
 
+def test_large_numbers_are_as_exact_as_the_model(tmp_path: Path) -> None:
+    """A second of the year 2020 is 1.6e9, which float32 rounds to 128: a float64 model knows better."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 2)) @ rng.normal(size=(2, 4)) + 0.3 * rng.normal(size=(200, 4))
+    x[:, 0] = 1.6e9 + x[:, 0]
+    spec = {
+        "model": {"latent_dim": 2, "likelihood": {"name": "gaussian", "scale": "per_dimension"}, "decoder": "linear"},
+        "fit": {"epochs": 2, "dtype": "float64", "device": "cpu"},
+    }
+    run = er.fit(er.Experiment.from_dict(spec, data=x), tmp_path / "run")
+    given = np.where(np.arange(4) == 0, np.nan, x[:5])
+    answer, oracle = run.impute(given, samples=2), run.vae.linear_gaussian()
+    mean = [_conditional(oracle.W, oracle.mu, oracle.psi, row)[0].item() for row in torch.as_tensor(given)]
+    assert (np.abs(answer["mean"][:, 0] - mean) < 5 * answer["mean_error"][:, 0]).all()
+    assert (np.abs(answer.frame()["mean"].values - mean) < 5 * answer["mean_error"][:, 0]).all()
+    assert np.ptp(answer.completed(sample=1)[:, 0]) > 0
+
+
 def test_hidden_cells_are_scored_and_their_intervals_hold(linear: er.Run) -> None:
     """Data drawn from the model itself: what its intervals promise must hold."""
     oracle = linear.vae.linear_gaussian()

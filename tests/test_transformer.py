@@ -73,6 +73,7 @@ def test_frames_in_frames_out_with_holes_and_text():
     transformer = er.VAETransformer(2, likelihood="mixed", hidden=(8,), epochs=2).set_output(transform="pandas")
     z = transformer.fit(frame).transform(frame.iloc[:5])
     assert list(z.columns) == ["z0", "z1"]
+    assert np.allclose(transformer.inverse_transform(z), transformer.inverse_transform(z.values), equal_nan=True)
     assert np.isfinite(z.values).all()
     with pytest.raises(ValueError, match="feature names"):
         transformer.transform(frame.iloc[:5].rename(columns={"a": "A"}))

@@ -101,7 +101,7 @@ def imputer(
         x = chunk.batch["x"]
         known = x if replicate else None if truth is None else torch.from_numpy(truth[chunk.rows]).to(x)
         missing = holes(x, padded=sequential(run)) if known is None else ~known.isnan()
-        out = _Columns(entries, len(x), scored=known is not None, samples=samples)
+        out = _Columns(entries, len(x), scored=known is not None, samples=samples, dtype=x.cpu().numpy().dtype)
         flat = missing.flatten(1)
         if wanted is not None:
             flat = flat & torch.from_numpy(wanted.ravel()).to(flat.device)
@@ -149,8 +149,8 @@ def _parts(missing: Tensor, s: int) -> Iterator[Tensor]:
 class _Columns:
     """The arrays of an answer, (n, D), NaN where nothing is missing."""
 
-    def __init__(self, entries: Entries, n: int, *, scored: bool, samples: int) -> None:
-        self.entries, self.n, self.scored = entries, n, scored
+    def __init__(self, entries: Entries, n: int, *, scored: bool, samples: int, dtype: np.dtype[Any]) -> None:
+        self.entries, self.n, self.scored, self.dtype = entries, n, scored, dtype  # of the model: float32 would round more
         width, labels = len(entries.names), len(entries.labels())
         names = [*PER_CELL, *(SCORED if scored else ())]
         blank = lambda *shape: np.full(shape, np.nan, dtype=np.float64)
@@ -159,7 +159,7 @@ class _Columns:
             name + way: blank(n, labels) for way in ("", "_guide") for name in ("probability", "probability_error") if labels
         }
         self.rows = {"log_density_joint" + way: blank(n) for way in ("", "_guide") if scored}
-        self.samples = np.full((samples, n, width), np.nan, dtype=np.float32) if samples else None
+        self.samples = np.full((samples, n, width), np.nan, dtype=dtype) if samples else None
 
     def put(self, way: str, part: np.ndarray, missing: np.ndarray, found: Predicted, x: np.ndarray) -> None:
         """Take what was found for some rows."""
@@ -201,12 +201,12 @@ class _Columns:
         about = lambda name: dict(zip(("units", "long_name"), WORDS[name.removesuffix("_guide")], strict=True))
         words = lambda name: about(name) if not name.endswith("_guide") else _by_guide(about(name))
         data: dict[str, Any] = {
-            name: (("obs_id", *dims), shaped(value).astype(np.float32), words(name)) for name, value in self.cells.items()
+            name: (("obs_id", *dims), shaped(value).astype(self.dtype), words(name)) for name, value in self.cells.items()
         }
         data |= {name: (("obs_id", "level"), value.astype(np.float32), words(name)) for name, value in self.levels.items()}
         data |= {name: ("obs_id", value, words(name)) for name, value in self.rows.items()}
         if truth is not None:
-            data["truth"] = (("obs_id", *dims), truth.reshape(n, *entries.shape).astype(np.float32), about("truth"))
+            data["truth"] = (("obs_id", *dims), truth.reshape(n, *entries.shape).astype(self.dtype), about("truth"))
         if self.samples is not None:
             data["samples"] = (("sample", "obs_id", *dims), shaped(self.samples), about("samples"))
         rows = {

@@ -73,7 +73,7 @@ class Imputed(Answer):
             point = self._flat("point" + way)[rows, columns]
             table["point" + way] = [self._text(j, v) for j, v in zip(columns.tolist(), point.tolist(), strict=True)]
             for name in NUMBERS:
-                table[name + way] = self._flat(name + way)[rows, columns].astype(np.float32)
+                table[name + way] = self._flat(name + way)[rows, columns].astype(self.dataset[name + way].dtype)
             if entries.coded:
                 table["probability" + way] = self._of_likeliest(way)[rows, columns]
         table["status"] = self.dataset["status"].values[rows]
@@ -81,7 +81,7 @@ class Imputed(Answer):
             truth = self._flat("truth")[rows, columns]
             table["truth"] = [self._text(j, v) for j, v in zip(columns.tolist(), truth.tolist(), strict=True)]
             for name in ("log_density", "log_density_guide"):
-                table[name] = self._flat(name)[rows, columns].astype(np.float32)
+                table[name] = self._flat(name)[rows, columns].astype(self.dataset[name].dtype)
         empty = [name for name, value in table.items() if isinstance(value, np.ndarray) and _nowhere(value)]
         return pd.DataFrame({name: value for name, value in table.items() if name not in empty}).set_index("obs_id")
 

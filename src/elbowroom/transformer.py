@@ -138,7 +138,7 @@ class VAETransformer(TransformerMixin, BaseEstimator):
             DataError: Z has another number of columns than there are latents, or the model needs covariates.
         """
         run = self._fitted()
-        z = torch.as_tensor(np.asarray(Z), dtype=run.experiment.dtype)
+        z = torch.as_tensor(np.array(Z), dtype=run.experiment.dtype)  # a copy: those of frames cannot be written to
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise DataError(f"Z: has shape {tuple(z.shape)}; expected (n, {self.latent_dim})")
         with torch.no_grad():
