@@ -170,8 +170,8 @@ def judge(
         for column, (variable, conformal) in enumerate(SCORES.values()):
             scores[own, column] = conformal(calibration[variable].values[like], rows[variable].values[own])
         known = v["log_evidence"][~np.isnan(v["log_evidence"])]
-        if known.size > 1:
-            away[own] = np.abs(x["log_evidence"] - known.mean()) / known.std(ddof=1)
+        if known.size > 1 and (sd := known.std(ddof=1)) > EQUAL:
+            away[own] = np.abs(x["log_evidence"] - known.mean()) / sd
         by_band[own] = _within(v, x, band)
     point, least, most = (parts[name] for name in ("p_conformal", "p_conformal_lower", "p_conformal_upper"))
     pooled = lambda p: np.stack([adjusted(p[:, 0]), adjusted(p[:, 1]), both_tails(p[:, 0], p[:, 1])], -1)

@@ -85,6 +85,7 @@ def test_what_comes_in_goes_out(run):
     of_pandas = run.encode(frame)
     assert isinstance(of_numpy["mean"], np.ndarray)
     assert of_torch["mean"].dtype == torch.float32
+    assert run.encode(torch.as_tensor(x, dtype=torch.bfloat16))["mean"].dtype == torch.bfloat16
     assert list(of_pandas["mean"].index) == list("abcdef")
     assert np.allclose(of_torch["mean"], of_numpy["mean"], atol=1e-5)
     assert np.allclose(of_pandas["mean"], of_numpy["mean"])
@@ -123,6 +124,13 @@ def test_a_killed_answer_goes_on_and_says_the_same(run, tmp_path, monkeypatch):
     assert len(list((tmp_path / "x.nc.parts").glob("*.nc"))) == 5
     streaming.finish(out)
     assert not (tmp_path / "x.nc.parts").exists()
+
+
+def test_a_row_that_cannot_be_computed_is_named_by_its_own_number(run):
+    x = rows(700, seed=8)
+    x[600] = 1e200
+    with pytest.raises(UserError, match=r"log p\(x, z\) of row 600 is not finite"):
+        run.encode(x, references=[])
 
 
 def test_draws_are_of_the_posterior(run):

@@ -174,6 +174,12 @@ def test_rows_are_compared_with_rows_that_have_the_same_holes() -> None:
     assert found["p_conformal"].sel(tail="low").values[2] == pytest.approx(1 / 101)
 
 
+def test_against_rows_that_are_all_alike_nothing_is_so_many_sd_away() -> None:
+    found = judge(scored(np.array([1.0, 2.0])), scored(np.ones(50)), None, band=(2.5, 97.5), fdr=0.1)
+    assert np.isnan(found["typicality"]).all()
+    assert found["p_conformal"].sel(tail="high").values.tolist() == pytest.approx([1.0, 1 / 51])
+
+
 # -- the estimator -------------------------------------------------------------------------------------------------------------
 
 

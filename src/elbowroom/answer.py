@@ -42,7 +42,8 @@ class Form:
     def of(cls, given: Any) -> tuple[Any, Form]:
         """Return what was given as a path, an array or a frame, and its form."""
         if isinstance(given, torch.Tensor):
-            return given.detach().cpu().numpy(), cls("torch", like=given)
+            plain = given.detach().cpu()  # numpy has no bfloat16
+            return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy(), cls("torch", like=given)
         if hasattr(given, "iloc") and hasattr(given, "columns"):
             return given, cls("pandas", index=given.index)
         return given, cls()

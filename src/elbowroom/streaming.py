@@ -7,6 +7,7 @@ by the hash of all that it depends on, until all are joined; what a chunk gives 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ import xarray as xr
 from elbowroom import asked
 from elbowroom.analysis import idata
 from elbowroom.analysis.reading import Methods, methods_for
-from elbowroom.errors import RunFolderError
+from elbowroom.errors import RunFolderError, UnsupportedProgram
 from elbowroom.experiment import seam
 from elbowroom.files import locked, sha256
 from elbowroom.inference import svi
@@ -110,7 +111,11 @@ def stream(
             part = _kept(path)
             if part is None:
                 batch = {name: value.to(device) for name, value in rows.experiment.batch(some).items()}
-                part = compute(Chunk(seam(vae, batch), batch, some, seed + SEED_STEP * number)).assign_coords(obs_id=some)
+                try:
+                    part = compute(Chunk(seam(vae, batch), batch, some, seed + SEED_STEP * number)).assign_coords(obs_id=some)
+                except UnsupportedProgram as error:  # which counts the data of the chunk
+                    name = lambda found, some=some: f"row {some[int(found[1])]}"
+                    raise UnsupportedProgram(re.sub(r"\bdatum (\d+)\b", name, str(error))) from error
                 if path is not None:
                     idata.write(part, path)
             found.append(part)
