@@ -37,6 +37,7 @@ MATTERS = 0.1  # nats that it must exceed it by as well
 LOWER_BOUND = "importance-weighted lower bound"
 REFIT_BOUND = "importance-weighted lower bound from q*"
 AIS_BOUND = "annealed lower bound"
+OF_GUIDE = "the guide's weights can be trusted where it puts mass"  # why there is a value
 TWO_SIDED = ", conditional upper bound"
 CONDITIONAL = (
     "; the upper bound, by reverse annealing, is conditional on the certified draws that it starts from being good ones"
@@ -107,7 +108,7 @@ def climb(guide: Posterior, references: Sequence[Posterior]) -> Ladder:
         value[take], error[take] = v[take], e[take]
         lower[take], upper_[take] = (v - Z95 * e)[take], (v + Z95 * e)[take]
         method[take] = f"{posterior.evidence.method} estimate"
-        reason[take] = "the guide's weights can be trusted where it puts mass" if own else "the weights of q* can be trusted"
+        reason[take] = OF_GUIDE if own else "the weights of q* can be trusted"
         open_ &= ~take
     if open_.any():
         best, bound = _lower(guide, references)

@@ -84,6 +84,8 @@ def integrate(
         raise UserError(f"integrate: one datum is needed, got {log_joint.n_obs}")
     if log_joint.dim == 0:
         raise UserError("integrate: every latent is discrete: p(x) is a finite sum, which `audit` computes exactly")
+    if not methods:
+        raise UserError(f"integrate: name at least one method of {', '.join(METHODS)}")
     if unknown := [name for name in methods if name not in METHODS]:
         raise UserError(f"integrate: unknown method {unknown[0]!r}; allowed: {', '.join(METHODS)}")
     seeds = torch.randint(2**31, (6,), generator=torch.Generator().manual_seed(seed)).tolist()

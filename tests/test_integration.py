@@ -107,6 +107,8 @@ def test_refusals_are_one_line():
     log_joint, *_ = one()
     with pytest.raises(UserError, match="unknown method 'naive'; allowed: prior, encoder, refit, ais"):
         integrate(log_joint, methods=("naive",))
+    with pytest.raises(UserError, match="name at least one method of prior, encoder"):
+        integrate(log_joint, methods=())
     vae, x, _ = linear_vae(1, 3)
     with pytest.raises(UserError, match="one datum is needed, got 40"):
         integrate(LogJoint(vae.model, vae.guide, x))

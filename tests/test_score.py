@@ -254,6 +254,10 @@ def test_scores_of_a_run_in_the_kind_of_array_that_was_asked_with(fitted: Path) 
     assert [(fitted / "run" / "answers" / name).stat().st_mtime_ns for name in kept] == stamp  # not computed again
     run.score(rows, simulated=0, references=[Grid(tolerance=1e-3)])
     assert len(list((fitted / "run" / "answers").iterdir())) == 3  # other settings have scores of their own
+    by_guide = run.score(rows, simulated=0, references=[])
+    told = [sentence for sentence in by_guide.said if "a mode of p(z|x) that the encoder misses" in sentence]
+    assert bool(told) == ("importance sampling estimate" in by_guide["evidence_method"])
+    assert not any("encoder misses" in sentence for sentence in answer.said)
     by_count = run.score(rows, simulated=0, holes="count")
     assert by_count["compared_with"].tolist()[3] == 0
     assert set(KINDS) == {"pattern", "count"}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 
+from elbowroom.analysis.evidence import OF_GUIDE
 from elbowroom.analysis.screening import ALONE, INSIDE, LIMITED, enough, outside
 
 
@@ -33,6 +34,11 @@ def conclude(dataset: xr.Dataset) -> list[str]:
         said.append(
             f"{lost:,} rows have bounds alone: these are no log p(x), and decide only where both ends agree. The p-values of "
             "the ELBO (p_score) are valid there too."
+        )
+    if own := int((dataset["evidence_reason"].values.astype(str) == OF_GUIDE).sum()):
+        said.append(
+            f"At {own:,} rows log p(x) is estimated by the encoder's own draws alone: a mode of p(z|x) that the encoder misses "
+            "is not in it, nor in its error."
         )
     (bottom, top), fdr = np.asarray(dataset.attrs["band"], dtype=float), float(dataset.attrs["fdr"])
     found, level = counts(dataset), outside((float(bottom), float(top)))
