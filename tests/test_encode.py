@@ -224,6 +224,7 @@ def test_the_command_end_to_end(run, tmp_path, capsys):
         (["x.npy", "--out", "a.txt"], "a.txt: cannot write .txt"),
         (["x.npy", "--overwrite", "--resume"], "contradict each other"),
         (["x.npy", "--device", "cuda:7"], "cuda"),
+        (["x.npy", "--seed", "99999999999999999999"], "--seed"),
         (["inf.npy"], "inf.npy"),
     ],
 )

@@ -37,7 +37,7 @@ References = Annotated[
         help="auto; or such as grid,importance,hmc; or none: the encoder's own draws, reweighted (fast)",
     ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="random seed [default: the run's]")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="random seed [default: the run's]")]
 
 
 def register(app: typer.Typer) -> None:
