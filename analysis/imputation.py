@@ -212,7 +212,7 @@ def predict_cells(
             if score is not None:
                 score.add(p)
         of = lambda *names: torch.tensor([kind in names for kind in kinds], device=device)[entries]
-        low, median, high = _quantiles(values, ~of("number"), level)
+        low, median, high = central_interval(values, ~of("number"), level)
         nothing = torch.full_like(low, torch.nan).double()
         rank = nothing if truth is None else _rank(values, truth[missing])
     mean, error, sd = moments.found(s)
@@ -315,8 +315,8 @@ class _Sums:
         return mean, variance, (spread / (s * free)).sqrt()
 
 
-def _quantiles(values: Tensor, whole: Tensor, level: float) -> list[Tensor]:
-    """Return low, median and high of draws (S, M): at p (S + 1), between two draws, or at one where values are whole."""
+def central_interval(values: Tensor, whole: Tensor, level: float) -> list[Tensor]:
+    """Return low, median and high of draws (S, M): at p (S + 1), between two draws, or at one where values are `whole` (M,)."""
     s, found = len(values), [torch.empty_like(values[0]) for _ in range(3)]
     for columns in torch.arange(values.shape[1], device=values.device).split(max(1, RANK // s)):
         ordered = values[:, columns].sort(0).values

@@ -16,6 +16,7 @@ import xarray as xr
 from torch import Tensor
 
 from elbowroom.analysis.idata import site_dims
+from elbowroom.analysis.imputation import central_interval
 from elbowroom.analysis.reading import Reading, read
 from elbowroom.analysis.table import GOOD_K, TRUSTED
 from elbowroom.inference import discrete
@@ -43,6 +44,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "elbo": ("nats", "ELBO of the encoder"),
     "log_evidence": ("nats", "log p(x), NaN where only a bound is known"),
     "log_evidence_se": ("nats", "numerical or standard error of log_evidence"),
+    "evidence_method": ("", "which kind of number log_evidence is"),
     "source": ("", "where the corrected posterior comes from"),
     "status": ("", "exact, certified, uncertified, or amortized: the guide as it is"),
     "reason": ("", "why"),
@@ -80,6 +82,7 @@ def encoder(
             "elbo": found.guide.stats["elbo"].cpu().numpy(),
             "log_evidence": found.evidence.value,
             "log_evidence_se": found.evidence.error,
+            "evidence_method": found.evidence.method,
             "source": np.array(found.source),
             "status": np.array(found.posterior.status),
             "reason": np.array(found.posterior.reason),
@@ -116,8 +119,9 @@ def _continuous(site: Site, found: Reading, vae: VAE, chunk: Chunk) -> dict[str,
             out["covariance"] = ((dims[0], f"{dims[0]}_"), of_site)
         exact = _said(vae, chunk) if site.name == "z" else None
         mu, sigma = exact if exact is not None and exact[0].shape == mu.shape else (mu, sigma)
-    at = torch.tensor(QUANTILES, dtype=p.dtype, device=p.device)
-    quantiles = p.nanquantile(at, 0).movedim(0, -1)
+    flat = p.flatten(1)
+    ends = central_interval(flat, torch.zeros_like(flat[0], dtype=torch.bool), QUANTILES[2] - QUANTILES[0])
+    quantiles = torch.stack([end.reshape(mean.shape) for end in ends], -1)
     return {
         **{name: (dims, value) for name, value in zip(("mu", "sigma", "mean", "sd"), (mu, sigma, mean, sd), strict=True)},
         "quantile": ((*dims, "quantile_at"), quantiles),

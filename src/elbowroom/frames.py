@@ -60,7 +60,7 @@ class Memory(Source):
         """Refuse: there is nothing to read."""
         raise DataError(
             "data: these rows came from Python and are in no file; hand them over again: er.Experiment.load(spec, data=...) "
-            "or er.Run.load(run, data=...)"
+            "or er.Run.load(run, data=...); from the command line name rows, DATA (and --calibration FILE of score)"
         )
 
     def hand_over(self, given: Any) -> Dataset:

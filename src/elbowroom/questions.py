@@ -71,7 +71,7 @@ class Questions:
         methods = references_for(run, rows, references, place)
         options = {"references": {m.name: vars(m) for m in methods}, "samples": samples, "draws": draws, "keep": keep}
         found = stream(
-            run, rows, encode.encoder(run.vae, methods, draws=draws, keep=max(keep, samples), samples=samples),
+            run, rows, encode.encoder(run.vae, methods, draws=max(draws, samples), keep=max(keep, samples), samples=samples),
             question="encode", options=options, seed=run.experiment.spec.seed if seed is None else seed, device=place,
             out=None if out is None else Path(out), resume=resume, report=report,
         )  # fmt: skip
