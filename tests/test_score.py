@@ -321,3 +321,24 @@ def test_the_command(fitted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "band: 0-100 is no band" in capsys.readouterr().err
     assert {path.name for path in Path("run/answers").iterdir()} == before
     assert not Path("else.nc").exists()
+
+
+def test_a_row_that_cannot_be_evaluated_does_not_take_the_others_with_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(120, 2)) @ rng.normal(size=(2, 5)) + 0.3 * rng.normal(size=(120, 5))).astype(np.float32)
+    tree = {**SPEC, "data": {"name": "memory", "split": [0.4, 0.4, 0.2]}}
+    tree["model"] = {**tree["model"], "likelihood": "gaussian"}
+    run = er.fit(er.Experiment.from_dict(tree, data=x), out=tmp_path / "run")
+    rows = x[:9].copy()
+    rows[3], rows[7] = 1e30, -1e25
+    answer = run.score(rows, simulated=0)
+    lost = np.isin(np.arange(9), [3, 7])
+    assert np.isnan(answer["log_evidence"]).tolist() == lost.tolist()
+    assert set(answer["evidence_method"][lost]) == {"none"}
+    assert answer["evidence_reason"][7] == "model: log p(x, z) of row 7 is not finite at a draw of the guide"
+    assert set(answer["decision"][lost][:, 2]) == {LIMITED}
+    assert any("At 2 rows the model cannot be evaluated" in sentence for sentence in answer.said)
+    alone = run.score(x[:9], simulated=0)
+    np.testing.assert_allclose(answer["log_evidence"][~lost], alone["log_evidence"][~lost], atol=1e-3)
+    with pytest.raises(UserError, match="row 3 is not finite"):
+        run.encode(rows)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from elbowroom.analysis.canvas import Absent, Plot
     from elbowroom.asked import Asked
     from elbowroom.inference.posterior import Reference
+    from elbowroom.inference.rows import Batch
     from elbowroom.inference.target import LogJoint
     from elbowroom.models.vae import VAE
     from elbowroom.run import Run
@@ -128,6 +129,20 @@ def _scores(log_joint: LogJoint, methods: Sequence[Reference], draws: int, seed:
         "gap_total": evidence.value - guide["elbo"],
         "gap_total_se": np.hypot(evidence.error, guide["elbo_se"]),
     }
+
+
+def unable(vae: VAE, *, refit: bool) -> Callable[[Batch, str], xr.Dataset]:
+    """Return what stands for a row at which the model cannot be evaluated: nothing is known of its log p(x), and why."""
+    left_out = set() if measure.kind(vae) == measure.MASS else {"bits_per_dimension", "bits_per_dimension_se"}
+    left_out |= set() if refit else {"gap_amortization", "gap_amortization_se"}
+
+    def answer(batch: Batch, reason: str) -> xr.Dataset:
+        columns: dict[str, np.ndarray] = {name: np.array([np.nan]) for name in WORDS if name not in left_out}
+        columns |= {"log_evidence_lower": np.array([-np.inf]), **_holes(batch["x"])}
+        columns |= {"evidence_method": np.array(["none"], dtype=object), "evidence_reason": np.array([reason], dtype=object)}
+        return xr.Dataset({name: ("obs_id", value) for name, value in columns.items()})
+
+    return answer
 
 
 def _once(texts: np.ndarray) -> np.ndarray:
@@ -282,7 +297,7 @@ def screened(
             why = str(error)
     found = streaming.stream(
         run, rows, scorer(run.vae, methods, draws=draws, refit=refit), question="score", options={**options, "refit": refit},
-        seed=seed, **{**stream, "report": after(len(calibration) + len(made))},
+        seed=seed, unable=unable(run.vae, refit=refit), **{**stream, "report": after(len(calibration) + len(made))},
     )  # fmt: skip
     judged = judge(found, calibrated, simulations, band=band, fdr=fdr, kind=KINDS[holes])
     judged["compared_with"].attrs["long_name"] = (

@@ -30,7 +30,10 @@ def conclude(dataset: xr.Dataset) -> list[str]:
     m, n = dataset.sizes["obs_id"], int(dataset.attrs["calibration_rows"])
     kinds = Counter(dataset["evidence_method"].values.astype(str).tolist())
     said = [f"{m:,} rows; evidence: " + ", ".join(f"{kind} at {number:,}" for kind, number in kinds.most_common()) + "."]
-    if lost := int(np.isnan(dataset["log_evidence"].values).sum()):
+    unable = dataset["evidence_method"].values.astype(str) == "none"
+    if unable.any():
+        said.append(f"At {int(unable.sum()):,} rows the model cannot be evaluated (evidence_reason says why): look at them.")
+    if lost := int((np.isnan(dataset["log_evidence"].values) & ~unable).sum()):
         said.append(
             f"{lost:,} rows have bounds alone: these are no log p(x), and decide only where both ends agree. The p-values of "
             "the ELBO (p_score) are valid there too."

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import xarray as xr
 
 from elbowroom import asked
@@ -28,15 +29,15 @@ from elbowroom.files import locked, sha256
 from elbowroom.inference import svi
 
 if TYPE_CHECKING:
-    import torch
-
     from elbowroom.asked import Asked
     from elbowroom.inference.posterior import Reference
     from elbowroom.inference.rows import Batch
     from elbowroom.inference.target import LogJoint
+    from elbowroom.models.vae import VAE
     from elbowroom.run import Run
 
 SIZE = 500  # rows
+DATUM = re.compile(r"\bdatum (\d+)\b")
 SEED_STEP = 104_711  # between chunks: shared noise would hide in the error of means
 Report = Callable[[int, int], None]
 
@@ -71,6 +72,7 @@ def stream(
     resume: bool = False,
     report: Report | None = None,
     size: int = SIZE,
+    unable: Callable[[Batch, str], xr.Dataset] | None = None,
 ) -> xr.Dataset:
     """Put rows through `compute`, chunk by chunk, and join what it returns along `obs_id`.
 
@@ -86,12 +88,15 @@ def stream(
         resume: use chunks that are there; else they are removed.
         report: called as report(rows done, rows in all) before the first chunk and after each.
         size: rows in a chunk.
+        unable: given a row at which the model cannot be evaluated and the reason, returns what stands for it; by default such
+            a row ends the answer.
 
     Returns:
         The joined dataset, whose attributes name run, data and weights.
 
     Raises:
         RunFolderError: another process is at it.
+        UnsupportedProgram: the model cannot be evaluated at a row, which is named.
     """
     attributes = asked.attributes(run, rows.dataset)
     identity = {**attributes, **options, "seed": seed, "size": size, "device": device.type, "torch": metadata.version("torch")}
@@ -111,17 +116,39 @@ def stream(
             part = _kept(path)
             if part is None:
                 batch = {name: value.to(device) for name, value in rows.experiment.batch(some).items()}
-                try:
-                    part = compute(Chunk(seam(vae, batch), batch, some, seed + SEED_STEP * number)).assign_coords(obs_id=some)
-                except UnsupportedProgram as error:  # which counts the data of the chunk
-                    name = lambda found, some=some: f"row {some[int(found[1])]}"
-                    raise UnsupportedProgram(re.sub(r"\bdatum (\d+)\b", name, str(error))) from error
+                part = _computed(vae, batch, some, seed + SEED_STEP * number, compute, unable).sel(obs_id=some)
                 if path is not None:
                     idata.write(part, path)
             found.append(part)
             say(start + len(some), total)
     joined = _joined(found)
     return joined.assign_attrs({**attributes, "question": question, "options": json.dumps(dict(options), default=str)})
+
+
+def _computed(
+    vae: VAE,
+    batch: Batch,
+    some: np.ndarray,
+    seed: int,
+    compute: Callable[[Chunk], xr.Dataset],
+    unable: Callable[[Batch, str], xr.Dataset] | None,
+) -> xr.Dataset:
+    """Compute one chunk; a row at which the model cannot be evaluated is left out of it where something stands for it."""
+    try:
+        return compute(Chunk(seam(vae, batch), batch, some, seed)).assign_coords(obs_id=some)
+    except UnsupportedProgram as error:  # which counts the data of the chunk
+        found = DATUM.search(str(error))
+        reason = DATUM.sub(lambda match: f"row {some[int(match[1])]}", str(error))
+        if unable is None or found is None:
+            raise UnsupportedProgram(reason) from error
+        row = int(found[1])
+    alone = {name: value[row : row + 1] for name, value in batch.items()}
+    instead = unable(alone, reason).assign_coords(obs_id=some[row : row + 1])
+    if len(some) == 1:
+        return instead
+    others = torch.arange(len(some)) != row
+    left = {name: value[others.to(value.device)] for name, value in batch.items()}
+    return _joined([_computed(vae, left, some[others.numpy()], seed, compute, unable), instead])
 
 
 def place_of(run: Run, device: str | None) -> torch.device:
