@@ -239,7 +239,10 @@ def explain(
         str, typer.Option("--others", metavar="SOURCE", help="other latents of effect curves: prior or aggregate")
     ] = "prior",
     given: Annotated[
-        list[str] | None, typer.Option("--given", metavar="NAME=VALUE", help="a covariate or the exposure [default: the mean]")
+        list[str] | None,
+        typer.Option(
+            "--given", metavar="NAME=VALUE", help="a covariate or the exposure; then all of them [default: all at their means]"
+        ),
     ] = None,
     points: Annotated[int, typer.Option("--points", help="per side of the plane")] = 13,
     steps: Annotated[int, typer.Option("--steps", help="values of a latent in traversals and effect curves")] = 11,
