@@ -240,9 +240,7 @@ def explain(
     ] = "prior",
     given: Annotated[
         list[str] | None,
-        typer.Option(
-            "--given", metavar="NAME=VALUE", help="a covariate or the exposure; then all of them [default: all at their means]"
-        ),
+        typer.Option("--given", metavar="NAME=VALUE", help="covariates and exposure, all of them [default: their means]"),
     ] = None,
     points: Annotated[int, typer.Option("--points", help="per side of the plane")] = 13,
     steps: Annotated[int, typer.Option("--steps", help="values of a latent in traversals and effect curves")] = 11,
