@@ -432,7 +432,7 @@ LINES = ["fit s.yaml --out new", "audit run", "report run"]
 
 
 @pytest.mark.parametrize("line", LINES)
-@pytest.mark.parametrize("limit", [1000, 20_000])
+@pytest.mark.parametrize("limit", [1000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_no_half_written_file(line, limit, here, capsys):
     """A limit on the size of files stands for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -55,7 +55,7 @@ def here(tmp_path, monkeypatch):
 def test_a_few_kills(tmp_path):
     for words in (["quick"], ["quick", "renames"]):
         (tmp_path / words[-1]).mkdir()
-        kill(tmp_path / words[-1], 3, 0, *words)
+        kill(tmp_path / words[-1], 2, 0, *words)
 
 
 @pytest.mark.slow

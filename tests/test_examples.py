@@ -122,6 +122,7 @@ def test_hierarchy(top_down: bool) -> None:
     assert set(result.posteriors["grid"].posterior.data_vars) == {"top", "z"}
 
 
+@pytest.mark.slow
 def test_topics() -> None:
     program = example("topics")
     docs, words, origin = program.corpus(size=40)
