@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -190,11 +190,11 @@ def explain(
         prior = draw_prior(vae, DRAWS, told)
         rate = rates(vae, *moments(vae, batch), prior)
         order = np.argsort(-array(rate), kind="stable")
-        data: dict[str, tuple[tuple[str, ...], np.ndarray]] = {"rate": (("latent",), array(rate))}
+        data: dict[str, tuple[tuple[Hashable, ...], np.ndarray]] = {"rate": (("latent",), array(rate))}
         coords: dict[str, object] = {"latent": np.arange(d)}
         flat = plane(vae, told, array(rate), points, latents)
-        data["plane"] = (flat["expected_x"].dims, flat["expected_x"].values)  # type: ignore[assignment]
-        data |= {str(name): (flat[name].dims, flat[name].values) for name in flat.coords}  # type: ignore[misc]
+        data["plane"] = (flat["expected_x"].dims, flat["expected_x"].values)
+        data |= {str(name): (flat[name].dims, flat[name].values) for name in flat.coords}
         event = event_dims(vae)
         if space in DISCRETE and d <= 12:
             data |= _states(vae, batch, at, cells, event)
@@ -239,7 +239,7 @@ def _about(name: str) -> dict[str, str]:
 
 def _effects(
     vae: VAE, other: Tensor, values: Tensor, at: At, cells: Cells, space: str
-) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+) -> dict[str, tuple[tuple[Hashable, ...], np.ndarray]]:
     """Return mean, error and band of each cell along each latent, the others as drawn."""
     names = ("effect", "effect_error", "effect_low", "effect_high")
     found: dict[str, list[Tensor]] = {name: [] for name in (*names, "share")}
@@ -260,7 +260,7 @@ def _effects(
 
 def _states(
     vae: VAE, batch: Batch, at: At, cells: Cells | None, event: tuple[str, ...]
-) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+) -> dict[str, tuple[tuple[Hashable, ...], np.ndarray]]:
     """Return E[x|z] of every joint value of discrete latents, and how probable each is."""
     d, one_hot = vae.prior.latent_dim, vae.prior.space == "one_hot"
     if not one_hot and 2**d > MOST_STATES:
@@ -269,13 +269,13 @@ def _states(
     z = torch.eye(d) if one_hot else torch.tensor(list(itertools.product((0.0, 1.0), repeat=d)))
     z = z.to(like)
     p = vae.decode(z, **at(len(z)))
-    beside = {name: value for name, value in batch.items() if name != "x"}
-    log_joint = LogJoint(vae.model, vae.guide, batch["x"], **beside)  # type: ignore[arg-type]
+    beside: dict[str, Any] = {name: value for name, value in batch.items() if name != "x"}
+    log_joint = LogJoint(vae.model, vae.guide, batch["x"], **beside)
     found = table_of(log_joint)
     listed = torch.stack([next(iter(one.values())).reshape(d) for one in log_joint.program.assignments]).to(z)
     place = [int((listed == row).all(1).nonzero()[0, 0]) for row in z]
     mean = lambda log_p: array(log_p.double().exp().mean(1)[place])
-    out = {
+    out: dict[str, tuple[tuple[Hashable, ...], np.ndarray]] = {
         "state_z": (("state", "latent"), array(z)),
         "state_x": (("state", *event), array(vae.likelihood.centre(p))),
         "state_prior": (("state",), mean(found.log_prior)),

@@ -246,11 +246,7 @@ def ask(
     resume: bool = False,
 ) -> Imputed:
     """Impute; arguments and errors as `Run.impute`, which is this."""
-    if not 0 < level < 1:
-        raise SpecError(f"level: must be between 0 and 1, such as 0.9, got {level:g}")
-    least = math.ceil(2 / (1 - level))
-    if keep < least:
-        raise SpecError(f"keep: intervals of {level:g} need {least:,} draws at least, got {keep:,}")
+    check_level(level, keep)
     plain, form = Form.of(data)
     rows, place = asked.rows(run, plain), place_of(run, device)
     seed = run.experiment.spec.seed if seed is None else seed
@@ -274,6 +270,19 @@ def ask(
     answer = Imputed(found, (), form, entries=entries, original=rows.dataset, given=data, rows=rows.index)
     said = conclude(answer, marks=run.vae.posterior.marks, padded=padded)
     return replace(answer, said=said, drawings=drawings(answer))
+
+
+def check_level(level: float, keep: int) -> None:
+    """Check that intervals of this level can be had from so many draws.
+
+    Raises:
+        SpecError: one line.
+    """
+    if not 0 < level < 1:
+        raise SpecError(f"level: must be between 0 and 1, such as 0.9, got {level:g}")
+    least = math.ceil(2 / (1 - level))
+    if keep < least:
+        raise SpecError(f"keep: intervals of {level:g} need {least:,} draws at least, got {keep:,}")
 
 
 def condition(run: Run, known: Mapping[str, Any], of: Sequence[str] | None = None, **options: Any) -> Imputed:

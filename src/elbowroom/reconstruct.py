@@ -23,7 +23,7 @@ from elbowroom.answer import Form
 from elbowroom.asked import Asked
 from elbowroom.entries import Entries, sequential
 from elbowroom.errors import SpecError
-from elbowroom.impute import imputer
+from elbowroom.impute import check_level, imputer
 from elbowroom.imputed import Imputed
 from elbowroom.models.compositions import Multinomial
 from elbowroom.streaming import references_for, stream
@@ -65,11 +65,7 @@ def reconstruct(
     resume: bool = False,
 ) -> Imputed:
     """Reconstruct every observed cell of some rows; see `Run.sample`."""
-    if not 0 < level < 1:
-        raise SpecError(f"level: must be between 0 and 1, such as 0.9, got {level:g}")
-    least = math.ceil(2 / (1 - level))
-    if keep < least:
-        raise SpecError(f"keep: intervals of {level:g} need {least:,} draws at least, got {keep:,}")
+    check_level(level, keep)
     data, form = asked_with
     if isinstance(run.vae.likelihood, Multinomial):
         raise SpecError(

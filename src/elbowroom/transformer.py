@@ -121,14 +121,16 @@ class VAETransformer(TransformerMixin, BaseEstimator):
         if self.posterior == "corrected":
             return self._corrected(X)["mean"].values.astype(float)
         from elbowroom import asked
+        from elbowroom.analysis.decoded import moments
+        from elbowroom.inference.target import seeded
 
         run = self._fitted()
         rows = asked.given(run, self._rows(X), label="X")
         vae, found = copy.deepcopy(run.vae).double(), []  # double: a row's latents do not depend on the rows beside it
-        with torch.no_grad():
+        with torch.no_grad(), seeded(run.experiment.spec.seed):
             for index in np.array_split(rows.index, max(1, -(-len(rows) // BLOCK))):
                 batch = {name: value.double() for name, value in rows.experiment.batch(index).items()}
-                found.append(_mean(vae.encode(**batch), run.experiment.spec.seed))
+                found.append(moments(vae, batch)[0])
         return torch.cat(found).numpy()
 
     def inverse_transform(self, Z: np.ndarray) -> np.ndarray:
@@ -248,14 +250,3 @@ class VAETransformer(TransformerMixin, BaseEstimator):
     def _corrected(self, X: np.ndarray | pd.DataFrame) -> Any:
         answer: Answer = self._fitted().encode(self._rows(X))
         return answer.dataset
-
-
-def _mean(q: Any, seed: int) -> torch.Tensor:
-    """Return the mean of q, by draws where its distribution does not state it."""
-    try:
-        mean: torch.Tensor = q.mean
-    except NotImplementedError:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            mean = q.sample((1_000,)).mean(0)
-    return mean
