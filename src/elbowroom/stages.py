@@ -1,0 +1,207 @@
+"""Named stages of a computation, and the time they take: nothing is measured unless a profile is on (see `profiling`).
+
+    from elbowroom.stages import stage
+
+    with stage("compile"):
+        ...
+
+    @stage("survey")
+    def survey(...): ...
+
+Stages nest: their names make a tree, in which equal names in the same place are one line with as many calls. Where no profile
+is on, a stage looks at one context variable and does nothing else. It stands outside functions that are compiled, and records
+nothing in threads other than the one that profiles.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LONG = 5e-3  # seconds: only after stages as long as this is memory looked at, which takes some 30 microseconds
+UNNAMED = "(unattributed)"
+
+FINE = frozenset({"training step", "gradient"})
+"""Stages that come by the thousand: a GPU is not waited for at their ends."""
+
+
+class stage(ContextDecorator):
+    """A part of a computation that a profile counts and times; a context manager, or a decorator of a function.
+
+    Args:
+        name: what its line is called.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        self._on = on = _on.get()
+        if on is not None:
+            self._frame = on.enter(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        if self._on is not None:
+            self._on.leave(self._frame)
+
+    def _recreate_cm(self) -> stage:
+        """A decorated function may call itself: each call is a stage of its own."""
+        return stage(self.name)
+
+
+@dataclass(eq=False)
+class Node:
+    """A stage in its place in the tree, over all its calls.
+
+    Attributes:
+        name: its name.
+        calls: how often it was entered.
+        wall: seconds.
+        cpu: seconds of processor time of all threads of this process.
+        memory: peak resident bytes of the process, at the end of its last call.
+        children: the stages in it.
+    """
+
+    name: str
+    calls: int = 0
+    wall: float = 0.0
+    cpu: float = 0.0
+    memory: int = 0
+    children: dict[str, Node] = field(default_factory=dict)
+
+    def rest(self) -> Node:
+        """Return what is in none of the stages in it."""
+        wall = self.wall - sum(child.wall for child in self.children.values())
+        cpu = self.cpu - sum(child.cpu for child in self.children.values())
+        return Node(UNNAMED, 0, max(0.0, wall), max(0.0, cpu), self.memory)
+
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, Node]]:
+        """Yield (depth, stage) of this stage and all in it, what is unattributed after the others."""
+        yield depth, self
+        for child in self.children.values():
+            yield from child.walk(depth + 1)
+        if self.children:
+            yield depth + 1, self.rest()
+
+
+@dataclass(eq=False)
+class _Frame:
+    """A stage that has been entered and not left."""
+
+    node: Node
+    wall: float
+    cpu: float
+
+
+class Stages:
+    """The tree of stages while it grows.
+
+    Args:
+        name: of the whole.
+        wall: the clock, seconds.
+        cpu: processor seconds of the process.
+        memory: peak resident bytes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        wall: Callable[[], float] = time.perf_counter,
+        cpu: Callable[[], float] = time.process_time,
+        memory: Callable[[], int] | None = None,
+    ) -> None:
+        self._wall, self._cpu, self._memory = wall, cpu, memory or peak_memory
+        self.root = Node(name)
+        self._open: list[_Frame] = []
+        self._last_memory = 0
+        self.folder: Path | None = None
+        self.watch: Any = None  # told of each stage's begin and end by name, where torch's operators are asked for
+        self._frame = self._begin(self.root)
+
+    def enter(self, name: str) -> _Frame:
+        """Begin a stage in the one that is open; return what `leave` wants."""
+        inside = self._open[-1].node.children if self._open else self.root.children
+        if (node := inside.get(name)) is None:
+            node = inside[name] = Node(name)
+        if name not in FINE:
+            _wait_for_gpu()
+        if self.watch is not None:
+            self.watch.begin(name)
+        return self._begin(node)
+
+    def leave(self, frame: _Frame) -> None:
+        """End a stage, and those in it that were not left; one that has been ended is left alone."""
+        if frame not in self._open:
+            return
+        if frame.node.name not in FINE:
+            _wait_for_gpu()
+        wall, cpu = self._wall(), self._cpu()
+        while True:
+            last = self._open.pop()
+            node, seconds = last.node, wall - last.wall
+            node.calls += 1
+            node.wall += seconds
+            node.cpu += cpu - last.cpu
+            if seconds >= LONG:
+                self._last_memory = self._memory()
+            node.memory = self._last_memory
+            if self.watch is not None:
+                self.watch.end(node.name)
+            if last is frame:
+                return
+
+    def close(self) -> Node:
+        """End the whole and return it."""
+        self.leave(self._frame)
+        self.root.memory = self._memory()
+        return self.root
+
+    def _begin(self, node: Node) -> _Frame:
+        frame = _Frame(node, self._wall(), self._cpu())
+        self._open.append(frame)
+        return frame
+
+
+_on: ContextVar[Stages | None] = ContextVar("elbowroom_profile", default=None)
+
+
+def current() -> Stages | None:
+    """Return the profile that is on, if one is."""
+    return _on.get()
+
+
+def into(folder: Path) -> None:
+    """Say where a profile that is on goes, unless it was said before."""
+    on = _on.get()
+    if on is not None and on.folder is None:
+        on.folder = folder
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has held so far, resident, in bytes; 0 where the system does not tell."""
+    try:  # which, unlike getrusage, knows nothing of the process that started this one
+        with open("/proc/self/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _wait_for_gpu() -> None:
+    """Let a GPU finish what it was given, so that its time is that of the stage that gave it."""
+    torch: Any = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    if cuda is not None and cuda.is_initialized() and not cuda.is_current_stream_capturing():
+        cuda.synchronize()
