@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from elbowroom.inference.posterior import Posterior
     from elbowroom.inference.target import LogJoint
     from elbowroom.models.vae import VAE
+    from elbowroom.profiling import profile
     from elbowroom.run import Run, fit
     from elbowroom.transformer import VAETransformer
     from elbowroom.versus import compare
@@ -36,6 +37,7 @@ __all__ = [
     "audit",
     "compare",
     "fit",
+    "profile",
     "register",
 ]
 
@@ -48,6 +50,7 @@ _HOME = {
     "fit": "elbowroom.run",
     "Posterior": "elbowroom.inference.posterior",
     "LogJoint": "elbowroom.inference.target",
+    "profile": "elbowroom.profiling",
     "VAE": "elbowroom.models.vae",
     "VAETransformer": "elbowroom.transformer",
     "compare": "elbowroom.versus",

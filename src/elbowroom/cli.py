@@ -18,6 +18,7 @@ import typer
 
 from elbowroom import uses
 from elbowroom.errors import UserError, nearest
+from elbowroom.stages import stage
 from elbowroom.terminal import (
     AllowPython,
     Budget,
@@ -33,6 +34,7 @@ from elbowroom.terminal import (
     budgeted,
     finish,
     print_table,
+    profiled,
     screen,
 )
 
@@ -79,6 +81,7 @@ def _elbowroom(
 
 
 @app.command()
+@profiled
 def run(
     spec: SpecArg,
     out: Out = None,
@@ -101,6 +104,7 @@ def run(
 
 
 @app.command()
+@profiled
 def fit(
     spec: SpecArg,
     out: Out = None,
@@ -120,6 +124,7 @@ def fit(
 
 
 @app.command()
+@profiled
 def audit(
     run: RunArg,
     data: Annotated[
@@ -144,7 +149,8 @@ def audit(
 
     References are chosen by kind, dimension and cost (audit.references: auto); the plan and its time are said first.
     """
-    from elbowroom.run import Run
+    with stage("imports"):
+        from elbowroom.run import Run
 
     fitted = Run.load(run, set=[*(change or []), *budgeted(budget)], allow_python=allow_python)
     result: dict[str, Any] = {"run": str(run)}
@@ -159,12 +165,14 @@ def audit(
 
 
 @app.command()
+@profiled
 def report(run: RunArg, as_json: Json = False) -> None:
     """Write report.html from the files of an audited run."""
     finish({"run": str(run)} | _report(run, as_json), as_json)
 
 
 @app.command()
+@profiled
 def improve(
     run: RunArg,
     retrain: Annotated[bool, typer.Option("--retrain", help="train prior, decoder and likelihood anew too")] = False,
@@ -184,10 +192,11 @@ def improve(
     By default prior, decoder and likelihood are kept and a better guide is trained: log p(x) cannot change. With --retrain
     everything is trained anew: that is another model, so look whether held-out log p(x) fell. What you --set wins.
     """
-    from elbowroom.advice import propose
-    from elbowroom.analysis.progress import audit_bar
-    from elbowroom.improve import carry_out, check
-    from elbowroom.run import Run
+    with stage("imports"):
+        from elbowroom.advice import propose
+        from elbowroom.analysis.progress import audit_bar
+        from elbowroom.improve import carry_out, check
+        from elbowroom.run import Run
 
     budgeted(budget)
     old = Run.load(run, allow_python=allow_python)
@@ -387,9 +396,10 @@ def _fit(
     claim: ExitStack | None = None,
 ) -> tuple[Run | None, dict[str, Any]]:
     """Fit and say so; (None, result) after a dry run. `claim` keeps the folder locked after the fit."""
-    from elbowroom import run as shell
-    from elbowroom.experiment import Experiment
-    from elbowroom.files import locked
+    with stage("imports"):
+        from elbowroom import run as shell
+        from elbowroom.experiment import Experiment
+        from elbowroom.files import locked
 
     changes = [*(change or []), *([f"fit.device={device}"] if device is not None else [])]
     experiment = Experiment.load(spec, set=changes, allow_python=allow_python)
@@ -447,9 +457,10 @@ def _print_audit(found: Audit, folder: Path) -> None:
 
 
 def _report(run: Path, as_json: bool) -> dict[str, Any]:
-    from elbowroom.analysis.report import write_report
-    from elbowroom.errors import RunFolderError
-    from elbowroom.files import locked
+    with stage("imports"):
+        from elbowroom.analysis.report import write_report
+        from elbowroom.errors import RunFolderError
+        from elbowroom.files import locked
 
     if not (run / "audit.nc").is_file():
         raise RunFolderError(f"{run}: no audit.nc here; run `elbowroom audit {run}` first")

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class Stages:
         self.root = Node(name)
         self._open: list[_Frame] = []
         self._last_memory = 0
-        self.folder: Path | None = None
+        self.output: Path | None = None
         self.watch: Any = None  # told of each stage's begin and end by name, where torch's operators are asked for
         self._frame = self._begin(self.root)
 
@@ -176,11 +176,21 @@ def current() -> Stages | None:
     return _on.get()
 
 
+def switch(on: Stages) -> Token[Stages | None]:
+    """Turn a profile on; return what `reset` wants."""
+    return _on.set(on)
+
+
+def reset(token: Token[Stages | None]) -> None:
+    """Turn the profile off."""
+    _on.reset(token)
+
+
 def into(folder: Path) -> None:
-    """Say where a profile that is on goes, unless it was said before."""
+    """Say which folder the output goes to, that of a profile too; the first one that is said counts."""
     on = _on.get()
-    if on is not None and on.folder is None:
-        on.folder = folder
+    if on is not None and on.output is None:
+        on.output = folder
 
 
 def peak_memory() -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +29,36 @@ AllowPython = Annotated[
     bool, typer.Option("--allow-python", help="execute the user's own files and modules that are named as python:...")
 ]
 Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:1")]
+
+Profile = Annotated[
+    bool, typer.Option("--profile", help="print where the time goes and write it to profile/ beside the output (stages.csv)")
+]
+ProfileFunctions = Annotated[
+    bool, typer.Option("--profile-functions", help="the same, with Python's functions and torch's operators (slows the command)")
+]
+
+
+def profiled(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `--profile` and `--profile-functions`."""
+
+    @functools.wraps(command)
+    def wrapped(*, profile: bool, profile_functions: bool, **options: Any) -> None:
+        if not profile and not profile_functions:
+            return command(**options)
+        from elbowroom import profiling
+
+        with profiling.profile(functions=profile_functions, command=command.__name__) as found:
+            command(**options)
+        typer.echo(f"\n{found}", err=True)
+        if found.folder is not None:
+            typer.echo(f"wrote {found.folder}/ ({', '.join(found.files)})", err=True)
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    keyword, options = inspect.Parameter.KEYWORD_ONLY, {"profile": Profile, "profile_functions": ProfileFunctions}
+    more = [inspect.Parameter(name, keyword, default=False, annotation=kind) for name, kind in options.items()]
+    wrapped.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {one.name: one.annotation for one in (*own, *more)}
+    return wrapped
 
 
 def budgeted(budget: str | None) -> list[str]:

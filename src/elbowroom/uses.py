@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from elbowroom.terminal import AllowPython, Device, Json, RunArg, finish, screen
+from elbowroom.stages import into, stage
+from elbowroom.terminal import AllowPython, Device, Json, RunArg, finish, profiled, screen
 
 if TYPE_CHECKING:
     from elbowroom.answer import Answer
@@ -42,12 +43,12 @@ Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command()(encode)
-    app.command()(score)
-    app.command()(impute)
-    app.command()(integrate)
-    app.command()(sample)
-    app.command()(explain)
+    app.command()(profiled(encode))
+    app.command()(profiled(score))
+    app.command()(profiled(impute))
+    app.command()(profiled(integrate))
+    app.command()(profiled(sample))
+    app.command()(profiled(explain))
 
 
 def encode(
@@ -285,7 +286,8 @@ def _names(given: str) -> list[str]:
 
 
 def _open(run: Path, allow_python: bool) -> Run:
-    from elbowroom.run import Run
+    with stage("imports"):
+        from elbowroom.run import Run
 
     return Run.load(run, allow_python=allow_python)
 
@@ -317,6 +319,7 @@ def answering(
         raise SpecError(f"{target}: is there already; use --overwrite, or another --out")
     if overwrite and resume:
         raise SpecError("--overwrite and --resume contradict each other: one starts anew, the other goes on")
+    into(run.path if out is None else target.parent)
     if as_json:
         yield target, None
         return
