@@ -105,7 +105,7 @@ class Snapshot:
         default = torch.get_default_dtype()
         store = pyro.get_param_store()
         kept = [getattr(store, name) for name in STORE]
-        originals = [(t, t.data, t.requires_grad) for t, _ in self._weights]
+        originals = [(t, t.data, t.requires_grad, t.grad if t.is_leaf else None) for t, _ in self._weights]
         with self.eval_mode(), pyro.validation_enabled(False):
             try:
                 for name, mapping in zip(STORE, self._store, strict=True):
@@ -113,6 +113,7 @@ class Snapshot:
                 for tensor, value in self._weights:
                     if tensor.is_leaf:
                         tensor.requires_grad_(False)
+                        tensor.grad = None  # of another precision, perhaps
                     tensor.data = value
                 torch.set_default_dtype(self.dtype or default)
                 self._depth += 1
@@ -122,10 +123,11 @@ class Snapshot:
                 torch.set_default_dtype(default)
                 for name, mapping in zip(STORE, kept, strict=True):
                     setattr(store, name, mapping)
-                for tensor, data, requires_grad in originals:
+                for tensor, data, requires_grad, grad in originals:
                     tensor.data = data
                     if tensor.is_leaf:
                         tensor.requires_grad_(requires_grad)
+                        tensor.grad = grad
 
 
 def _find_modules(*roots: Any) -> list[torch.nn.Module]:

@@ -68,6 +68,8 @@ class LogJoint:
         mode: how draws are evaluated together: `vmap`, `repeat` or `loop`.
         joined: whether model and guide may be drawn from in an outer plate of draws; None until the first draw.
         shares: whether one grid can be evaluated for all data at once; None until it was tried.
+        separates: whether the arguments can be taken apart by datum; empty until it was tried.
+        along: dimension of the data in each argument, leaf by leaf; None where it has none.
         tested: (S, N, d), draws of guide and prior that the construction was tested at.
         notes: sentences about what was pinned, dropped, ignored or slowed down, and why.
 
@@ -107,6 +109,8 @@ class LogJoint:
         self.mode = "loop"
         self.joined: dict[Which, bool | None] = {"model": None, "guide": None}
         self.shares: bool | None = None
+        self.separates: list[bool] = []
+        self.along = self._data_dimensions()
         self.tested = probe(self, dtype)
 
     # -- the interface --------------------------------------------------------------------------------------------------
@@ -258,32 +262,57 @@ class LogJoint:
     def subset(self, rows: Tensor) -> LogJoint | None:
         """Return the same object for some of the data, (len(rows),) indices; None where the arguments cannot be taken apart.
 
-        The tensors among the arguments are indexed along the dimension that has N entries; the result is compared with the
-        full evaluation before it is trusted.
+        The tensors among the arguments are indexed along the dimension that has N entries; the first time, the result for
+        most data in another order is compared with the full evaluation before this is trusted.
         """
         if self.program.index:
             return None
+        if not self.separates:
+            self.separates.append(self._separable())
+        return self._subset(rows) if self.separates[0] else None
 
-        def take(t: Any) -> Any:
-            if not isinstance(t, Tensor) or self.n_obs not in t.shape:
-                return t
-            return t.index_select(list(t.shape).index(self.n_obs), rows)
+    def _subset(self, rows: Tensor) -> LogJoint:
+        def take(t: Any, dim: int | None) -> Any:
+            return t if dim is None else t.index_select(dim, rows)
 
         part = copy.copy(self)
-        part.args, part.kwargs = pytree.tree_map(take, (self.args, self.kwargs))
+        part.args, part.kwargs = self._with_leaves([take(t, dim) for t, dim in zip(self._leaves(), self.along, strict=True)])
         active = None if self.program.active is None else self.program.active[rows]
         part.program = dataclasses.replace(self.program, n_obs=len(rows), active=active)
         part.n_obs = len(rows)
         part.joined = dict(self.joined)
-        try:
-            mine, whole = part(self.tested[:, rows]), self(self.tested)[:, rows]
-            finite = whole.isfinite()
-            close = 1e-6 if whole.dtype == torch.float64 else 1e-4
-            same = torch.allclose(mine[finite], whole[finite], rtol=close, atol=close)
-        except (RuntimeError, ValueError, IndexError):
-            return None
         part.tested = self.tested[:, rows]
-        return part if same else None
+        return part
+
+    def _separable(self) -> bool:
+        """Compare most of the data, in reverse, and the last one alone with the full evaluation."""
+        whole = self(self.tested)
+        close = 1e-6 if whole.dtype == torch.float64 else 1e-4
+        last = self.n_obs - 1
+        try:
+            for rows in (torch.arange(max(1, last), device=self.device).flip(0), torch.tensor([last], device=self.device)):
+                part = self._subset(rows)
+                mine, full = part(part.tested), whole[:, rows]
+                finite = full.isfinite()
+                if not torch.allclose(mine[finite], full[finite], rtol=close, atol=close):
+                    return False
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        return True
+
+    def _leaves(self) -> list[Any]:
+        """Return the leaves of the arguments."""
+        return pytree.tree_leaves((self.args, self.kwargs))
+
+    def _with_leaves(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments of the same structure with other leaves."""
+        args, kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure((self.args, self.kwargs)))
+        return args, kwargs
+
+    def _data_dimensions(self) -> list[int | None]:
+        """Return the dimension with N entries of each leaf of the arguments, the first where there are several."""
+        leaves, n = self._leaves(), self.n_obs
+        return [list(t.shape).index(n) if isinstance(t, Tensor) and n in t.shape else None for t in leaves]
 
     def converted(self, dtype: torch.dtype) -> LogJoint:
         """Return the same densities, of the same weights and arguments, evaluated in another precision."""
@@ -491,13 +520,11 @@ class LogJoint:
             self._index = {name: value.repeat(times) for name, value in index.items()}
         else:
 
-            def repeat(t: Any) -> Any:
-                if not isinstance(t, Tensor) or self.n_obs not in t.shape:
-                    return t
-                dim = list(t.shape).index(self.n_obs)
-                return t.repeat(*[times if i == dim else 1 for i in range(t.dim())])
+            def repeat(t: Any, dim: int | None) -> Any:
+                return t if dim is None else t.repeat(*[times if i == dim else 1 for i in range(t.dim())])
 
-            self.args, self.kwargs = pytree.tree_map(repeat, (args, kwargs))
+            leaves = [repeat(t, dim) for t, dim in zip(self._leaves(), self.along, strict=True)]
+            self.args, self.kwargs = self._with_leaves(leaves)
         try:
             yield
         finally:

@@ -1,0 +1,200 @@
+r"""Functions of tensors as graphs: everything that a function reads is an input, so its weights and data may change.
+
+A Pyro program spends most of a small evaluation in its handlers. `Graph` runs a function once under `make_fx`, keeps the tensor
+operations and throws the handlers away; what the function read beside its arguments (weights, constants) becomes an input too,
+by reference, and is read anew at every call. A graph is replayed operation by operation, which needs nothing, or compiled by
+TorchInductor into fused kernels, which needs a C++ compiler and some seconds. Random numbers are drawn anew at every call from
+torch's own generators, in the order of the eager function.
+
+What cannot be a graph says why (`Untraceable`), and stays eager: branches on values, numbers taken out of tensors, operations
+that write to their inputs (batch normalisation while it is trained), too many operations (loops over time steps).
+
+`policy` says whether graphs are used. Under `auto` the work done so far stands for the work ahead: it is counted in floating-
+point operations, never in seconds, so that the same seed gives the same numbers however busy the machine is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from elbowroom.stages import stage
+
+log = logging.getLogger("elbowroom")
+
+Compile = Literal["auto", "always", "never"]
+"""Whether programs are compiled: where it pays, wherever it can be done, or not at all."""
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+MAX_NODES = 3000  # operations, above which compiling takes minutes
+TRACE_AFTER, COMPILE_AFTER = 2.0, 20.0  # predicted eager seconds of work, after which as much again is expected
+CALL_SECONDS, FLOPS = 2e-3, 2e10  # what they are predicted from: handlers of one call, floating-point operations per second
+
+_policy: ContextVar[Compile] = ContextVar("elbowroom_compile", default="auto")
+
+
+@contextlib.contextmanager
+def policy(compile: Compile) -> Iterator[None]:
+    """Set what is compiled inside."""
+    if compile not in get_args(Compile):
+        raise ValueError(f"compile must be one of {', '.join(get_args(Compile))}, got {compile!r}")
+    token = _policy.set(compile)
+    try:
+        yield
+    finally:
+        _policy.reset(token)
+
+
+def current_policy() -> Compile:
+    """Return what is compiled here."""
+    return _policy.get()
+
+
+class Untraceable(RuntimeError):
+    """A function cannot be made a graph; its text is the reason, as the rest of a sentence."""
+
+
+class Graph:
+    """A function of tensors, traced once, whose every tensor is an input.
+
+    Args:
+        function: takes tensors and returns a tuple of tensors; it must not keep them.
+        inputs: tensors to trace it with.
+        symbolic: whether sizes of the inputs may differ from call to call. Sizes that do must differ from all other sizes of the
+            inputs, and from 0 and 1, in the example.
+
+    Attributes:
+        constants: the tensors that the function read beside its inputs, by reference.
+        compiled: whether calls run compiled kernels.
+
+    Raises:
+        Untraceable: with the reason.
+    """
+
+    def __init__(self, function: Function, inputs: Sequence[Tensor], *, symbolic: bool) -> None:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        try:
+            with _undisturbed(inputs):
+                mode = "symbolic" if symbolic else "fake"
+                tracer = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)
+                self.module = tracer(*inputs)
+        except Untraceable:
+            raise
+        except Exception as error:  # whatever a program raises when its tensors have no values
+            raise Untraceable(f"tracing failed ({_first_line(error)})") from error
+        self.constants = _lift(self.module)
+        self.compiled = False
+        self._run: Callable[..., Any] = self.module
+        nodes = self.module.graph.nodes
+        written = next((n for n in nodes if n.op == "call_function" and _writes(n.target)), None)
+        if written is not None:
+            raise Untraceable(f"it writes to its inputs ({written.target})")
+        if len(nodes) > MAX_NODES:
+            raise Untraceable(f"it has {len(nodes):,} operations, more than {MAX_NODES:,}")
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph, without recording gradients."""
+        with torch.no_grad():
+            return tuple(self._run(*inputs, *self.constants))
+
+    def compile(self) -> float:
+        """Compile the graph into fused kernels, once; returns the seconds it took.
+
+        Raises:
+            Untraceable: there is no C++ compiler, or TorchInductor cannot.
+        """
+        if self.compiled:
+            return 0.0
+        start = time.perf_counter()
+        with stage("compile"):
+            self._run = _inductor(self.module)
+        self.compiled = True
+        return time.perf_counter() - start
+
+
+def _inductor(module: Any) -> Callable[..., Any]:
+    """Compile a traced module; it takes its tensors one by one."""
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    if values[0].device.type == "cpu" and not _has_compiler():
+        raise Untraceable("there is no C++ compiler (g++ or clang++)")
+    try:
+        import torch._inductor.config as settings
+        from torch._guards import TracingContext, tracing
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        with settings.patch(fallback_random=True), tracing(TracingContext(values[0].fake_mode)), torch.no_grad():
+            plain = make_fx(torch.fx.Interpreter(module).run, _decompositions())(*values)
+            plain.graph.eliminate_dead_code()
+            plain.recompile()
+            kernel = compile_fx_inner(plain, values)
+    except Exception as error:  # whatever a compiler raises
+        raise Untraceable(f"compiling failed ({_first_line(error)})") from error
+    return lambda *tensors: kernel(list(tensors))
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Any]:
+    """Return TorchInductor's decompositions, with tanh by the logistic function: exact to rounding at 1, and far faster."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    def tanh(x: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(2 * x) - 1
+
+    return {**select_decomp_table(), torch.ops.aten.tanh.default: tanh}
+
+
+def _lift(module: Any) -> list[Tensor]:
+    """Make every tensor that a module holds an input of it, after the others; returns them."""
+    graph, found, places = module.graph, [], {}
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    last, fake = inputs[-1], inputs[0].meta["val"].fake_mode
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = getattr(module, node.target)
+        if id(value) not in places:
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"constant_{len(found)}")
+            last.meta["val"] = fake.from_tensor(value.detach(), static_shapes=True)
+            places[id(value)] = last
+            found.append(value)
+        node.replace_all_uses_with(places[id(value)])
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return found
+
+
+def _writes(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+@contextlib.contextmanager
+def _undisturbed(inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Leave torch's random numbers as they were: tracing draws some."""
+    devices = sorted({t.device.index or 0 for t in inputs if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]
