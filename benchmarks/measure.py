@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, contestants timed in turn, medians with ranges, machine and versions, fresh processes."""
+"""What the benchmarks share: options, contestants timed in turn, medians with ranges, the machine, fresh processes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -102,13 +103,19 @@ def processor() -> str:
 def circumstances(args: argparse.Namespace, packages: Sequence[str], command: str) -> list[str]:
     """Return the lines that say where, with what, when and how a section was measured."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    machine = f"{processor()}, {args.threads} cores used, Python {platform.python_version()}, {versions}"
     lines = [
-        f"{processor()}, {args.threads} cores used, Python {platform.python_version()}, {versions}; {datetime.now(UTC):%Y-%m-%d}.",
+        f"{machine}; {datetime.now(UTC):%Y-%m-%d}.",
         f"`{command}`, one run.",
     ]
     if args.quick:
         lines.append("**A quick look (`--quick`): sizes and repeats too small for its figures to mean anything.**")
     return lines
+
+
+def paragraph(text: str) -> list[str]:
+    """Return a text in lines of the width that the file has."""
+    return textwrap.wrap(text, 125, break_long_words=False, break_on_hyphens=False)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

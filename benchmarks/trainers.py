@@ -1,0 +1,324 @@
+"""Who trains in the training benchmark: one VAE, written for PyTorch by hand, for pyro.infer.SVI, for pythae and for Elbowroom.
+
+All have the same layers, from the same weights: tanh networks, an encoder that standardises its input, q(z|x) = N(mu, diag
+sigma^2), p(z) = N(0, I), Bernoulli pixels, Adam at 1e-3. All but pythae maximise the same estimate from one draw of z,
+
+    log p(x|z) + log p(z) - log q(z|x),   z = mu + sigma noise,
+
+pythae puts the closed form of KL(q || p) in place of the last two, as its VAE does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from elbowroom.inference.svi import Session, Step, batches, fit
+from elbowroom.models.guides import AmortizedGuide, DiagonalNormal, positive_scale
+from elbowroom.models.likelihoods import Bernoulli
+from elbowroom.models.networks import MLP
+from elbowroom.models.priors import Normal
+from elbowroom.models.vae import VAE
+
+RATE = 1e-3
+
+OURS = "elbowroom"
+EAGER, COMPILED, SVI, PYTHAE = "PyTorch by hand", "PyTorch by hand, torch.compile", "pyro.infer.SVI", "pythae"
+
+
+def vae_of(x: Tensor, hidden: int, latent_dim: int) -> VAE:
+    """Return the VAE that all start from, its encoder's input standardised by x (N, pixels), on the device of x."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        family, pixels = DiagonalNormal(latent_dim), x.shape[1]
+        options: dict[str, Any] = {"hidden": (hidden,), "activation": "tanh"}
+        encoder = AmortizedGuide(MLP((pixels,), family.param_dim, **options), family)
+        vae = VAE(Normal(latent_dim), Bernoulli((pixels,)), MLP((latent_dim,), pixels, **options), encoder).to(x.device)
+    vae.adapt(x)
+    return vae
+
+
+# -- the same VAE for others ------------------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """The VAE in plain PyTorch, its layers those of ours (copied)."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.loc, self.scale = vae.posterior.loc, vae.posterior.scale
+        self.latent_dim = vae.posterior.family.latent_dim
+        self.encoder, self.decoder = copy.deepcopy((vae.posterior.encoder.body, vae.decoder.body))
+
+    def guide(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mu and sigma of q(z|x), (B, d) each."""
+        mu, s = self.encoder((x - self.loc) / self.scale).chunk(2, -1)
+        return mu, positive_scale(s)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss of a batch in nats per datum, with the noise (B, d) of its draws."""
+        mu, sigma = self.guide(x)
+        z = mu + sigma * noise
+        reconstruction = F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum")
+        return (reconstruction + (0.5 * z.square() - 0.5 * noise.square() - sigma.log()).sum()) / len(x)
+
+    def into(self, vae: VAE) -> VAE:
+        """Return a copy of ours with these weights."""
+        vae = copy.deepcopy(vae)
+        vae.posterior.encoder.body.load_state_dict(self.encoder.state_dict())
+        vae.decoder.body.load_state_dict(self.decoder.state_dict())
+        return vae
+
+
+class Programs:
+    """The VAE as Pyro's own example states it (https://pyro.ai/examples/vae.html)."""
+
+    def __init__(self, plain: Plain) -> None:
+        self.plain = plain
+
+    def model(self, x: Tensor) -> None:
+        """p(z) p(x|z)."""
+        pyro.module("decoder", self.plain.decoder)
+        with pyro.plate("data", len(x)):
+            zero = x.new_zeros(len(x), self.plain.latent_dim)
+            z = pyro.sample("z", dist.Normal(zero, torch.ones_like(zero)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.plain.decoder(z), validate_args=False).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """q(z|x)."""
+        pyro.module("encoder", self.plain.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(*self.plain.guide(x)).to_event(1))
+
+    def svi(self) -> pyro.infer.SVI:
+        """Return what takes the steps."""
+        return pyro.infer.SVI(self.model, self.guide, pyro.optim.Adam({"lr": RATE}), pyro.infer.Trace_ELBO())
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------------
+
+Steps = Callable[[Tensor, int], float]
+"""Takes so many steps on a batch; returns the loss before the last, in nats per datum."""
+
+
+def by_hand(vae: VAE, *, compiled: bool = False) -> Steps:
+    """Write the step by hand, with a fused Adam, the loss left on its device until the last step."""
+    plain = Plain(vae)
+    loss = torch.compile(plain) if compiled else plain
+    optimizer = torch.optim.Adam(plain.parameters(), lr=RATE, fused=True)
+
+    def steps(x: Tensor, count: int) -> float:
+        value = x.new_zeros(())
+        for _ in range(count):
+            optimizer.zero_grad()
+            # outside of what is compiled, whose random numbers are others
+            value = loss(x, torch.randn(len(x), plain.latent_dim, device=x.device))
+            value.backward()
+            optimizer.step()
+        return float(value.detach())
+
+    return steps
+
+
+def by_svi(vae: VAE) -> Steps:
+    """Take the step by pyro.infer.SVI and pyro.optim.Adam."""
+    svi = Programs(Plain(vae)).svi()
+
+    def steps(x: Tensor, count: int) -> float:
+        value = 0.0
+        for _ in range(count):
+            value = svi.step(x) / len(x)
+        return value
+
+    return steps
+
+
+def compilations() -> list[str]:
+    """Return the values of `compile` to compare: none while `Step` does not know the option."""
+    return ["never", "always"] if "compile" in inspect.signature(Step).parameters else [""]
+
+
+def our_name(compile: str) -> str:
+    """Return the name of a row of ours."""
+    return {"": OURS, "never": f"{OURS}, eager", "always": f"{OURS}, compiled"}[compile]
+
+
+def options(compile: str) -> dict[str, Any]:
+    """Return the keyword of `Step` and `fit`."""
+    return {"compile": compile} if compile else {}
+
+
+def ours(vae: VAE, size: int, compile: str) -> Steps:
+    """Take the step by `Step`."""
+    step = Step(vae, size=size, learning_rate=RATE, **options(compile))
+
+    def steps(x: Tensor, count: int) -> float:
+        value = 0.0
+        for _ in range(count):
+            value = step(x)[0]
+        return value
+
+    return steps
+
+
+# -- epochs, loading included -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Seconds of each epoch after the first, seconds of the first, and ours with the weights after the last."""
+
+    seconds: list[float]
+    first: float
+    vae: VAE
+
+
+class Clock:
+    """Notes when epochs end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times = [time.perf_counter()]
+
+    def __call__(self) -> None:
+        """Note an epoch's end, when its work is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append(time.perf_counter())
+
+    def fitted(self, vae: VAE) -> Fitted:
+        """Return what was noted."""
+        each = [b - a for a, b in itertools.pairwise(self.times)]
+        return Fitted(each[1:], each[0], vae)
+
+
+Fit = Callable[[VAE, Tensor, int, int, int], Fitted]
+"""Fits a VAE (left as it is) to x (N, pixels) in batches for some epochs, with a seed."""
+
+
+def fit_by_hand(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, *, compiled: bool = False) -> Fitted:
+    """Fit by a loop over a shuffled tensor in memory."""
+    torch.compiler.reset()  # every fit compiles for itself
+    torch.manual_seed(seed)
+    order = torch.Generator(x.device).manual_seed(seed)
+    plain = Plain(vae)
+    loss = torch.compile(plain) if compiled else plain
+    optimizer = torch.optim.Adam(plain.parameters(), lr=RATE, fused=True)
+    clock = Clock(x.device)
+    for _ in range(epochs):
+        total = x.new_zeros(())
+        for index in batches(len(x), batch, order):
+            optimizer.zero_grad()
+            value = loss(x[index], torch.randn(len(index), plain.latent_dim, device=x.device))
+            value.backward()
+            optimizer.step()
+            total += value.detach()
+        float(total)
+        clock()
+    return clock.fitted(plain.into(vae))
+
+
+def fit_by_svi(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int) -> Fitted:
+    """Fit by pyro.infer.SVI and a DataLoader, as Pyro's example does."""
+    torch.manual_seed(seed)
+    plain = Plain(vae)
+    with pyro.get_param_store().scope():
+        svi = Programs(plain).svi()
+        loader = DataLoader(TensorDataset(x.cpu()), batch_size=batch, shuffle=True)
+        clock = Clock(x.device)
+        for _ in range(epochs):
+            total = 0.0
+            for (part,) in loader:
+                total += svi.step(part.to(x.device))
+            clock()
+    return clock.fitted(plain.into(vae))
+
+
+def our_fit(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, *, compile: str) -> Fitted:
+    """Fit by `elbowroom.inference.svi.fit`, without validation data and files."""
+    torch.compiler.reset()
+    vae = copy.deepcopy(vae)
+    clock = Clock(x.device)
+    session = Session(seed=seed, report=lambda plan, row: clock())
+    wanted: dict[str, Any] = {"epochs": epochs, "batch_size": batch, "learning_rate": RATE, "schedule": "constant"}
+    fit(vae, x, x[:0], session, **wanted, device=str(x.device), **options(compile))
+    return clock.fitted(vae)
+
+
+def fit_by_pythae(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int) -> Fitted:
+    """Fit pythae's VAE by its BaseTrainer, with its own loader and its settings as they come (no worker, best loss kept)."""
+    from pythae.data.datasets import BaseDataset
+    from pythae.models import VAE as Theirs
+    from pythae.models import VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+    from pythae.trainers.training_callbacks import TrainingCallback
+
+    plain = Plain(vae)
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            BaseEncoder.__init__(self)
+            self.latent_dim, self.body = plain.latent_dim, plain.encoder
+
+        def forward(self, x: Tensor) -> ModelOutput:
+            mu, sigma = plain.guide(x)
+            return ModelOutput(embedding=mu, log_covariance=2 * sigma.log())
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            BaseDecoder.__init__(self)
+            self.body = plain.decoder
+
+        def forward(self, z: Tensor) -> ModelOutput:
+            return ModelOutput(reconstruction=torch.sigmoid(self.body(z)))
+
+    class Ends(TrainingCallback):
+        def on_epoch_end(self, training_config: Any, **kwargs: Any) -> None:
+            clock()
+
+    config = VAEConfig(input_dim=(x.shape[1],), latent_dim=plain.latent_dim, reconstruction_loss="bce")
+    model = Theirs(config, Encoder(), Decoder())
+    data = BaseDataset(x.cpu(), torch.ones(len(x)))
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        settings = BaseTrainerConfig(
+            output_dir=folder,
+            num_epochs=epochs,
+            per_device_train_batch_size=batch,
+            learning_rate=RATE,
+            seed=seed,
+            no_cuda=x.device.type == "cpu",
+        )
+        trainer = BaseTrainer(model, data, training_config=settings, callbacks=[Ends()])
+        clock = Clock(x.device)
+        trainer.train()
+    return clock.fitted(plain.into(vae))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep a trainer's progress bars and log lines to themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
+    finally:
+        logging.disable(before)
