@@ -40,6 +40,7 @@ from elbowroom.files import atomic
 from elbowroom.inference import discrete
 from elbowroom.inference.posterior import CHAINS, Reference
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 log = logging.getLogger("elbowroom")
 
@@ -236,7 +237,8 @@ def audit_log_joint(
     """
     started, limit = time.monotonic(), clock.seconds(budget)
     keep = min(keep, draws) // CHAINS * CHAINS
-    plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=block_size(log_joint, draws))
+    with stage("plan"):
+        plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=block_size(log_joint, draws))
     if store is not None:
         plan = _continued(plan, references, log_joint, store)
     sizes = _sizes(log_joint, plan.size)
@@ -259,7 +261,8 @@ def audit_log_joint(
     if notes:
         facts["notes"] = "\n".join(notes)
     facts |= dict(attrs or {}) | ({} if entries is None else {"entries": str(entries)})
-    table = tabulate(guide, posteriors, comparisons, climb(guide, posteriors), labels, facts)
+    with stage("table"):
+        table = tabulate(guide, posteriors, comparisons, climb(guide, posteriors), labels, facts)
     diagnosis = None
     if beside is not None:
 
@@ -279,12 +282,13 @@ def audit_log_joint(
     table.attrs["verdict"] = "\n".join([*map(str, verdicts), *sentences(table), *unreached(posteriors, limit)])
     observed = {name: value.cpu().numpy() for name, value in log_joint.program.observed.items()}
     joint = {name: value.cpu().numpy() for name, value in discrete.values(log_joint).items()}
-    trees = {
-        posterior.method: idata.to_datatree(
-            posterior, obs_id=labels.tolist(), observed=observed, assignments=joint, attrs=facts
-        )
-        for posterior in (guide, *posteriors)
-    }
+    with stage("trees"):
+        trees = {
+            posterior.method: idata.to_datatree(
+                posterior, obs_id=labels.tolist(), observed=observed, assignments=joint, attrs=facts
+            )
+            for posterior in (guide, *posteriors)
+        }
     return Audit(table, trees, diagnosis)
 
 

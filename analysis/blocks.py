@@ -23,6 +23,7 @@ from elbowroom.inference.importance import amortized
 from elbowroom.inference.posterior import Posterior, concatenate
 from elbowroom.inference.scout import scout
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 SEED_STEP = 7919  # between the guide and each reference
 DISCRETE_STEP = 15_485_863  # between draws of the continuous sites and of the discrete ones
@@ -87,12 +88,15 @@ class Work:
             self.say(Step.of(f"{method.name}{label}", self.pace))
             began = time.monotonic()
             # a seed of its own: draws that shared the guide's random numbers would lie closer to it than chance
-            drawn = method(part, keep=self.keep, seed=start + SEED_STEP * k, until=until)
-            drawn = discrete.completed(part, drawn, start + SEED_STEP * k + DISCRETE_STEP)
+            with stage(method.name):
+                drawn = method(part, keep=self.keep, seed=start + SEED_STEP * k, until=until)
+                drawn = discrete.completed(part, drawn, start + SEED_STEP * k + DISCRETE_STEP)
             drawn.stats["missed_mass"] = missed_mass(part, guide, drawn)
             whole = not any(map(ENDED.search, drawn.reason))
             # what the budget cut short is not kept: an audit that goes on has time again
-            found[k] = self._keep(keys[k] if whole else "", drawn, compare(part, guide, drawn, seed=self.seed))
+            with stage("distances"):
+                distances = compare(part, guide, drawn, seed=self.seed)
+            found[k] = self._keep(keys[k] if whole else "", drawn, distances)
             self.pace.finished(method.name, time.monotonic() - began, whole=whole)
         return self._closed(part, keys, found, start)
 

@@ -27,6 +27,7 @@ from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.simulate import simulate
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 log = logging.getLogger("elbowroom")
 
@@ -35,6 +36,7 @@ SIMULATED = 100  # data, where others are audited beside
 Auditor = Callable[[LogJoint, int], xr.Dataset]
 
 
+@stage("judgement")
 def diagnose(
     log_joint: LogJoint,
     table: xr.Dataset,
@@ -88,7 +90,8 @@ def diagnose(
             continue
         say(WORDS.get(name, f"gaps of {name} data"))
         try:
-            found[name] = part(seed + SEED_STEP * number)
+            with stage(name):
+                found[name] = part(seed + SEED_STEP * number)
         except UnsupportedProgram as reason:
             missing.append(f"{name}: {reason}")
             log.info("%s: not available, %s", name, reason)

@@ -30,6 +30,7 @@ from elbowroom.inference.paths import PriorPath, RefitPath
 from elbowroom.inference.posterior import Posterior, Reference
 from elbowroom.inference.scout import scout
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 MOST = 0.25  # nats: an uncertified reference farther off than this contradicts, however large its error
 APART = 3.0  # standard errors by which an annealed bound must exceed an estimate to contradict it
@@ -203,6 +204,7 @@ def _upper(references: Sequence[Posterior], n: int) -> np.ndarray:
     return above
 
 
+@stage("upper bounds")
 def sandwich(
     log_joint: LogJoint, methods: Sequence[Reference], found: Sequence[Posterior], *, seed: int, until: float = math.inf
 ) -> list[Posterior]:

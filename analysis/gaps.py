@@ -33,6 +33,7 @@ from elbowroom.inference.freed import Freed, Offer, freed, offered
 from elbowroom.inference.normals import HALF_LOG_2PI, Normals
 from elbowroom.inference.refit import Refit, antithetic_noise, matched, refit
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 Which = Literal["diagonal", "full"] | None
 
@@ -57,6 +58,7 @@ NAMES = (
 )
 
 
+@stage("refits")
 def refitted(log_joint: LogJoint, full: Refit | None = None, until: float = math.inf) -> dict[str, Tensor]:
     """Refit the guide's family and all normals to every datum, and compare the three with common random numbers.
 

@@ -22,6 +22,7 @@ from elbowroom.analysis import (
     rules,
 )
 from elbowroom.analysis.canvas import Absent, Plot, percent, say
+from elbowroom.stages import stage
 
 NO_DIAGNOSIS = "the run folder has no diagnosis.nc; `elbowroom audit` with audit.diagnose=true writes it"
 SPLITS = ("train", "validation", "simulated")
@@ -131,13 +132,15 @@ def draw(table: xr.Dataset, tree: xr.DataTree | None, *, audited: str) -> list[P
         "predictive": ("predictive", lambda: plots_predictive.predictive(tree)),
     }
     tables = {audited: table} | {name: one for name in SPLITS if (one := part(tree, name)) is not None}
-    drawn: list[Plot | Absent] = [plots_gaps.parts(tables)]
+    with stage("parts"):
+        drawn: list[Plot | Absent] = [plots_gaps.parts(tables)]
     why = {} if tree is None else reasons(tree)
     for name, (group, figure) in figures.items():
         if tree is None:
             drawn.append(Absent(name, f"No figure of {GROUPS[group]}: {NO_DIAGNOSIS}."))
             continue
-        made = figure()
+        with stage(name):
+            made = figure()
         reason = why.get(group) or (why.get("checks") if group in ("pit", "predictive") else None)
         drawn.append(Absent(name, f"No figure of {GROUPS[group]}: {reason}.") if isinstance(made, Absent) and reason else made)
     return drawn

@@ -22,6 +22,7 @@ from elbowroom.analysis.table import MISSED
 from elbowroom.inference.normals import Normals, whiten
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 DRAWS = 200  # of the reference and of the guide that are connected
 NEAREST, HIGHEST = 3, 3  # of the guide's draws that every reference draw is connected with
@@ -32,6 +33,7 @@ BENT = 2.0  # nats, and sqrt(d) / 2: what chance takes off the draws on the way
 ENTRIES = 2**22  # draws x draws x data held at once
 
 
+@stage("missed mass")
 def missed_mass(log_joint: LogJoint, guide: Posterior, reference: Posterior) -> Tensor:
     """Return the posterior mass in modes that the guide misses, (N,); NaN where the reference is neither exact nor certified.
 

@@ -36,6 +36,7 @@ from elbowroom.inference.posterior import Posterior, Reference, in_chains
 from elbowroom.inference.proposal import ImportanceSampling
 from elbowroom.inference.resampling import resample
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 RESAMPLED, GUIDE = "guide, importance-resampled", "guide"
 SEED_STEP, RESAMPLE_STEP, DISCRETE_STEP = 7_927, 32_452_867, 15_485_867  # between guide, references and resampling
@@ -107,8 +108,9 @@ def read(
         if references and bool(torch.stack([p.trusted for p in references]).any(0).all()):
             break
         start = seed + SEED_STEP * number
-        found = method(log_joint, keep=keep, seed=start, until=until)
-        found = discrete.completed(log_joint, found, start + DISCRETE_STEP)
+        with stage(method.name):
+            found = method(log_joint, keep=keep, seed=start, until=until)
+            found = discrete.completed(log_joint, found, start + DISCRETE_STEP)
         found.stats["missed_mass"] = missed_mass(log_joint, guide, found)
         references.append(found)
     posterior, source = _best(log_joint, guide, references, keep, seed + RESAMPLE_STEP)

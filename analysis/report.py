@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from elbowroom.archive import read_npz
 from elbowroom.errors import RunFolderError
 from elbowroom.files import atomic, write_text
 from elbowroom.inference.history import Row
+from elbowroom.stages import stage
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIGURES = "figures"
@@ -116,6 +118,7 @@ class Files:
         return int(stored) if stored.isdecimal() and int(stored) else None
 
 
+@stage("report")
 def write_report(folder: str | Path) -> Path:
     """Write `figures/*.png` and `report.html` into a run folder, from its files alone.
 
@@ -131,9 +134,12 @@ def write_report(folder: str | Path) -> Path:
         RunFolderError: there is no audit, or a file is damaged.
     """
     folder = Path(folder)
-    files = Files.read(folder)
-    drawn = draw(files)
-    shown = {name: _embed(item, folder / FIGURES) for name, item in drawn.items()}
+    with stage("files"):
+        files = Files.read(folder)
+    with stage("figures drawn"):
+        drawn = draw(files)
+    with stage("figures written"):
+        shown = {name: _embed(item, folder / FIGURES) for name, item in drawn.items()}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -190,19 +196,23 @@ def write_picture(folder: str | Path, path: str | Path) -> Path:
 
 def draw(files: Files) -> dict[str, Plot | Absent]:
     """Draw every figure of the report, name -> figure, or why there is none."""
-    drawn = (
-        plots_posterior.contours(files.latent),
-        plots_audit.gaps(files.audit, files.entries),
-        plots_audit.trust(files.audit),
-        plots_forest.intervals(files.audit, files.posteriors, files.latent),
-        plots_audit.comparison(files.audit),
-        plots_latent.latent_space(files.latent),
-        plots_latent.plane(files.latent),
-        plots.prior_samples(files.latent, files.observed),
-        plots.reconstructions(files.latent),
-        plots_training.training(files.history),
-        *judged.draw(files.audit, files.diagnosis, audited="test" if files.held_out else "audited"),
+    figures = (
+        partial(plots_posterior.contours, files.latent),
+        partial(plots_audit.gaps, files.audit, files.entries),
+        partial(plots_audit.trust, files.audit),
+        partial(plots_forest.intervals, files.audit, files.posteriors, files.latent),
+        partial(plots_audit.comparison, files.audit),
+        partial(plots_latent.latent_space, files.latent),
+        partial(plots_latent.plane, files.latent),
+        partial(plots.prior_samples, files.latent, files.observed),
+        partial(plots.reconstructions, files.latent),
+        partial(plots_training.training, files.history),
     )
+    drawn: list[Plot | Absent] = []
+    for figure in figures:
+        with stage(figure.func.__name__):
+            drawn.append(figure())
+    drawn += judged.draw(files.audit, files.diagnosis, audited="test" if files.held_out else "audited")
     return {item.name: item for item in drawn}
 
 
@@ -212,7 +222,7 @@ def _embed(item: Plot | Absent, folder: Path) -> dict[str, Any]:
     if isinstance(item, Absent):
         path.unlink(missing_ok=True)
         return {"absent": item.reason}
-    with atomic(path) as temporary:
+    with stage(item.name), atomic(path) as temporary:
         item.figure.savefig(temporary, dpi=DPI)
     width, height = item.figure.get_size_inches() * (DPI / 2)
     return {

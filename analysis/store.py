@@ -22,6 +22,7 @@ from elbowroom.archive import check_stored
 from elbowroom.files import sha256
 from elbowroom.inference import checkpoint
 from elbowroom.inference.posterior import Evidence, Posterior, Reference
+from elbowroom.stages import stage
 
 log = logging.getLogger("elbowroom")
 
@@ -89,6 +90,7 @@ class Store:
             self._damaged(path, error)
             return None
 
+    @stage("parts kept")
     def put(self, key: str, part: Part) -> None:
         """Write a part."""
         posterior = _plain(part.posterior)

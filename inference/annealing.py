@@ -27,6 +27,7 @@ from torch import Tensor
 from elbowroom.inference.leapfrog import State, transition
 from elbowroom.inference.paths import Path
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 RADIUS = 4.0  # of the sigmoid schedule
 ACCEPT = 0.8  # aimed at
@@ -142,6 +143,7 @@ def _blocks(path: Path, chains: int, seed: int, until: float) -> Iterator[tuple[
 # -- the pilot --------------------------------------------------------------------------------------------------------------
 
 
+@stage("pilot")
 def tune(path: Path, *, temperatures: int, leapfrogs: int, seed: int, until: float = math.inf) -> Plan:
     """Tune step sizes in a pilot run that is thrown away.
 
@@ -193,6 +195,7 @@ def _pilot(path: Path, at: Sequence[float], leapfrogs: int, generator: torch.Gen
 # -- the scored runs ----------------------------------------------------------------------------------------------------------
 
 
+@stage("forward")
 def lower(path: Path, plan: Plan, *, chains: int, seed: int, until: float = math.inf) -> Bound:
     """Return a probabilistic lower bound on log p(x) per datum: log mean_s w_s of forward chains.
 
@@ -211,6 +214,7 @@ def lower(path: Path, plan: Plan, *, chains: int, seed: int, until: float = math
     return _over_blocks(path, chains, until, lambda part, rows, g: _forward(part, plan.rows(rows), chains, g), seed)
 
 
+@stage("reverse")
 def upper(path: Path, plan: Plan, draws: Tensor, *, seed: int, until: float = math.inf) -> Bound:
     """Return a probabilistic upper bound on log p(x) per datum: -log mean_s 1/w_s of reverse chains.
 

@@ -15,6 +15,7 @@ from elbowroom.archive import check_stored
 from elbowroom.errors import RunFolderError
 from elbowroom.files import atomic, sha256, sha256_of
 from elbowroom.inference.rows import Rows
+from elbowroom.stages import stage
 
 KEYS = ("identity", "rows", "best_epoch", "stopped_because", "model", "optimizer", "best", "rng", "cuda_rng", "shuffle")
 """What every checkpoint of a fit holds."""
@@ -42,6 +43,7 @@ def identity(
     }
 
 
+@stage("checkpoint")
 def save(path: Path, value: Mapping[str, Any]) -> None:
     """Write tensors and plain values to `path` atomically; `torch.load(path, weights_only=True)` reads them."""
     with atomic(path) as temporary:

@@ -28,6 +28,7 @@ from elbowroom.inference.landmarks import Landmarks, survey
 from elbowroom.inference.lattice import Box, Quadrature, draw, quadrature, whitened
 from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status, in_chains
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 MAX_DIM = 3
 LOCAL = {1: 41, 2: 19, 3: 13}
@@ -68,7 +69,8 @@ class Grid(Reference):
     def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
         """Return quadrature moments, evidence, and draws (from the weights, jittered within cells, for plots and ArviZ)."""
         with torch.no_grad():
-            marks = survey(log_joint, seed)
+            with stage("survey"):
+                marks = survey(log_joint, seed)
             box = self._settle(log_joint, marks)
             found = self._refine(log_joint, box, marks, keep, seed)
             draws = found.draws
@@ -88,6 +90,7 @@ class Grid(Reference):
             )
 
     @staticmethod
+    @stage("settle")
     def _settle(log_joint: LogJoint, marks: Landmarks) -> Box:
         """Whiten until nothing is cut off and the scales stand still, then take in every landmark that matters."""
         n, d, box = log_joint.n_obs, log_joint.dim, marks.box
@@ -112,6 +115,7 @@ class Grid(Reference):
                 break
         return box.including(marks.z, marks.log_p > peak - WITHIN, MARGIN)
 
+    @stage("refine")
     def _refine(self, log_joint: LogJoint, box: Box, marks: Landmarks, keep: int, seed: int) -> _Found:
         n, d = log_joint.n_obs, log_joint.dim
         limit = self.max_points or MAX_POINTS[d]

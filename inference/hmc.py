@@ -31,6 +31,7 @@ from elbowroom.inference.sampler import Sampler
 from elbowroom.inference.scout import scout
 from elbowroom.inference.target import LogJoint
 from elbowroom.inference.tempering import Tempering
+from elbowroom.stages import stage
 
 ENTRIES = 2**24  # chains x draws x data x d held at once
 HALVINGS = 5  # of the step sizes of a datum with divergent trajectories
@@ -84,15 +85,17 @@ class HMC(Reference):
         known = scout(log_joint)
         found = Found(log_joint, self.name, self.chains, min(keep // self.chains, self.draws))
         log_joint = in_precision(log_joint, known.refit.q, self.precision, generator)
-        sampler = Sampler.warmed_up(log_joint, known, self.chains, generator)
+        with stage("warm-up"):
+            sampler = Sampler.warmed_up(log_joint, known, self.chains, generator)
         everyone = torch.arange(log_joint.n_obs, device=log_joint.device)
         left = self._run(sampler, everyone, known.modes, found, until)
         if self.tempering and len(left) and time.monotonic() < until:
             part = log_joint if len(left) == log_joint.n_obs else log_joint.subset(left)
             rows = everyone if part is None else left
             part, modes = part or log_joint, known.modes.rows(rows)
-            ensembles = Tempering(part, modes, known.refit.q.rows(rows), self.chains, generator, seed + 3)
-            self._run(ensembles, rows, modes, found, until)
+            with stage("tempering"):
+                ensembles = Tempering(part, modes, known.refit.q.rows(rows), self.chains, generator, seed + 3)
+                self._run(ensembles, rows, modes, found, until)
         return found.posterior()
 
     def _run(self, engine: Sampler | Tempering, names: Tensor, modes: Modes, found: Found, until: float) -> Tensor:
@@ -110,7 +113,8 @@ class HMC(Reference):
         first = 2 * self.draws if isinstance(engine, Tempering) else self.draws
         groups, left = [_Group(torch.arange(len(names), device=names.device))], []
         while groups:
-            new = engine.run(torch.cat([group.rows for group in groups]), first)
+            with stage("chains"):
+                new = engine.run(torch.cat([group.rows for group in groups]), first)
             late = time.monotonic() > until
             offset, after, again = 0, [], []
             for group in groups:
@@ -136,6 +140,7 @@ class HMC(Reference):
             groups = [group for group in (*after, _Group(anew)) if len(group.rows)]
         return torch.cat(left)
 
+    @stage("certificate")
     def _judge(self, engine: Sampler | Tempering, group: _Group, modes: Modes) -> tuple[Chains, Certificate]:
         """Judge all draws of a group; or, where that certifies more of it, those after a longer warm-up."""
         chains = group.joined()

@@ -22,6 +22,7 @@ from elbowroom.inference import discrete
 from elbowroom.inference.annealing import surely
 from elbowroom.inference.posterior import Evidence, Posterior, in_chains
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 PRIOR_WEIGHT = 10  # observations that the weak prior on k counts for, as in the loo package
 MIN_ESS = 400
@@ -149,6 +150,7 @@ def halves(log_weights: Tensor) -> dict[str, Tensor]:
     }
 
 
+@stage("guide")
 def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Posterior:
     """Draw from the guide and measure it by its importance weights.
 

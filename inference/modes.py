@@ -23,6 +23,7 @@ from elbowroom.inference.bridge import Bridge
 from elbowroom.inference.leapfrog import State, transition
 from elbowroom.inference.normals import Normals, safe_cholesky, whiten
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 RUNS = 256
 TEMPERATURES = 40
@@ -136,7 +137,7 @@ class Modes:
             n_steps = min(max(1, math.ceil(QUARTER / float(step.median()))), MAX_LEAPFROGS)
             least = finest if i < settle else JITTER
             factor = least ** float(torch.rand((), generator=generator, device=step.device))
-            move = transition(log_joint.grad, state, root, step * factor, n_steps, generator)
+            move = transition(log_joint.grad, state, root, step * factor, n_steps, generator, log_joint.leap)
             state = move.state
             if i < settle:
                 step = _follow(step, move.accept) if least == JITTER else step
@@ -174,6 +175,7 @@ class Modes:
         return Unseen(share, matters & unseen.any(0))
 
 
+@stage("modes")
 def search(log_joint: LogJoint, q: Normals, *, runs: int = RUNS, seed: int = 0) -> Modes:
     """Send short annealed runs from the prior into every posterior.
 

@@ -15,6 +15,7 @@ from elbowroom.inference.modes import RUNS, Modes, search
 from elbowroom.inference.precision import in_precision
 from elbowroom.inference.refit import Refit, refit
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 SEED = 1_000_003  # of its own, whatever the methods use
 
@@ -38,7 +39,7 @@ def scout(log_joint: LogJoint) -> Scout:
     """Return what is known of the posteriors of a `LogJoint`, computing it the first time."""
     found = _known.get(log_joint)
     if found is None:
-        with log_joint.held():
+        with log_joint.held(), stage("refit"):
             best = refit(log_joint, family="full", seed=SEED)
         generator = torch.Generator(device=log_joint.device).manual_seed(SEED + 1)
         found = Scout(best, search(in_precision(log_joint, best.q, "auto", generator), best.q, runs=RUNS, seed=SEED + 10))

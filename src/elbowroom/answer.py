@@ -15,6 +15,7 @@ import xarray as xr
 
 from elbowroom.errors import DataError, SpecError, UserError
 from elbowroom.files import atomic
+from elbowroom.stages import stage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,6 +106,7 @@ class Answer:
             frame.index = self.form.index
         return frame
 
+    @stage("files")
     def save(self, path: str | Path) -> Path:
         """Write the answer to one file, whole or not at all.
 
@@ -132,6 +134,7 @@ class Answer:
                 _one_kind(self.frame()).to_parquet(temporary)
         return path
 
+    @stage("figures")
     def save_figures(self, path: str | Path) -> list[Path]:
         """Write the figures that could be drawn beside `path`: the first to `<stem>.png`, the others to `<stem>-<name>.png`."""
         if not self.drawings:

@@ -32,6 +32,7 @@ from elbowroom.inference.schedule import plan
 from elbowroom.inference.start import Start
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.vae import VAE
+from elbowroom.stages import stage
 from elbowroom.tables import constant
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Experiment:
     given: Dataset | None = None
 
     @classmethod
+    @stage("spec")
     def load(
         cls,
         path: str | Path,
@@ -133,6 +135,7 @@ class Experiment:
         return self.loaded.label
 
     @functools.cached_property
+    @stage("data")
     def data(self) -> Dataset:
         """The data, read once.
 
@@ -158,6 +161,7 @@ class Experiment:
         return (*self.loaded.notes, f"data: {len(columns)} {which} constant: {named}; {cure}")
 
     @functools.cached_property
+    @stage("split")
     def split(self) -> Split:
         """The rows that train, choose the best weights, and are audited."""
         if self.data.split is not None:
@@ -185,6 +189,7 @@ class Experiment:
             return starts.read(self)
 
     @functools.cached_property
+    @stage("hash of the data")
     def data_sha256(self) -> str:
         """SHA-256 of the data."""
         return self.data.fingerprint()
@@ -276,6 +281,7 @@ class Experiment:
         with self._labelled():
             return [components.build("reference", r, where=f"audit.references.{i}") for i, r in enumerate(chosen)]
 
+    @stage("checks")
     def check(self) -> None:
         """Check everything that can be wrong before a fit: data, split, support, options, references. Writes nothing.
 

@@ -4,9 +4,9 @@
         er.fit("digits.yaml").audit()
     print(profile)
 
-Time is taken where the code says `with stage("name")` (see `stages`), which costs a few microseconds: the seconds are those of a
-run that is not profiled. Which functions and operators they go to is a second question, whose answer costs time itself: Python's
-own `cProfile` and torch's own profiler are asked only for `functions=True`, and what is written then says so.
+Time is taken where the code says `with stage("name")` (see `stages`), which costs a few microseconds: the seconds are those of
+a run that is not profiled. Which functions and operators they go to is a second question, whose answer costs time itself:
+Python's own `cProfile` and torch's own profiler are asked only for `functions=True`, and what is written then says so.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from elbowroom.stages import UNNAMED, Node, Stages, stage
 FOLDER = "profile"
 TABLE, LINES, PROGRAM, FUNCTIONS, OPERATORS = "stages.txt", "stages.csv", "profile.prof", "functions.txt", "operators.txt"
 FILES = (TABLE, LINES, FUNCTIONS, OPERATORS, PROGRAM)
+HEAD = ("stage", "calls", "seconds", "share", "cores", "peak", "raised")
 SHOWN, SHOWN_REST = 0.005, 0.001  # shares of the whole from which a stage, and the rest of one, have a line on the terminal
 TOP = 40  # functions, and operators
 SKIPPED, TAKEN = 3, 20  # calls of each fine stage before torch's profiler looks, and while it does
@@ -74,6 +75,7 @@ class Profile:
                     "cpu_seconds": round(node.cpu, 6),
                     "cpu_per_wall": round(node.cpu / node.wall, 3) if node.wall else "",
                     "peak_memory_bytes": node.memory,
+                    "peak_raised_bytes": node.raised,
                 }
             )
         return found
@@ -84,16 +86,24 @@ class Profile:
             f"{root.name}: {words(root.wall)}, {_cores(root)} cores busy of {os.cpu_count()}, peak memory {amount(root.memory)}"
         )
         lines = [said + _gpu() + (f"; ended early by {self.ended}" if self.ended else "")]
-        shown = list(self._shown(root, 0))
-        width = max(len(name) for name, _ in shown)
-        lines.append(f"{'stage':<{width}}  {'calls':>7}  {'seconds':>9}  {'share':>6}  {'cores':>5}  {'peak memory':>11}")
-        for name, node in shown:
-            calls = f"{node.calls:,}" if node.calls else ""
-            memory = amount(node.memory) if node.memory and node.calls else ""
-            share = f"{self._share(node):.1%}"
-            lines.append(f"{name:<{width}}  {calls:>7}  {node.wall:>9.2f}  {share:>6}  {_cores(node):>5}  {memory:>11}")
-        lines.append("cores: processor time over time; peak memory: of the process, by the end of the stage")
+        table = [HEAD, *(self._cells(name, node) for name, node in self._shown(root, 0))]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for name, *cells in table:
+            right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append("  ".join([name.ljust(widths[0]), *right]).rstrip())
+        lines.append("cores: processor time over time; peak: most memory of the process until then; raised: by the stage")
         return "\n".join([*lines, *([OVERHEAD] if self.functions else [])])
+
+    def _cells(self, name: str, node: Node) -> tuple[str, ...]:
+        return (
+            name,
+            f"{node.calls:,}" if node.calls else "",
+            f"{node.wall:.2f}",
+            f"{self._share(node):.1%}",
+            _cores(node),
+            amount(node.memory) if node.memory and node.calls else "",
+            amount(node.raised) if node.raised >= 1e6 else "",
+        )
 
     def _share(self, node: Node) -> float:
         return node.wall / self.root.wall if self.root.wall else 0.0
@@ -115,9 +125,7 @@ class Profile:
 
 
 @contextmanager
-def profile(
-    folder: str | Path | None = None, *, functions: bool = False, command: str | None = None
-) -> Iterator[Profile]:
+def profile(folder: str | Path | None = None, *, functions: bool = False, command: str | None = None) -> Iterator[Profile]:
     """Find out where the time goes while the context is open; write it when it ends, by an exception too.
 
     Results are the same with it and without it. On a GPU, stages wait for what they have started there (training steps and
@@ -273,6 +281,7 @@ def _sum(nodes: list[Node]) -> Node:
         total.wall += node.wall
         total.cpu += node.cpu
         total.memory = max(total.memory, node.memory)
+        total.raised += node.raised
     return total
 
 

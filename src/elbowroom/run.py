@@ -33,6 +33,7 @@ from elbowroom.inference.schedule import Plan
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.vae import VAE
 from elbowroom.questions import Questions
+from elbowroom.stages import into, stage
 from elbowroom.tables import Layout
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from elbowroom.improve import Improvement
 
 
+@stage("fit")
 def fit(
     experiment: Experiment | str | Path,
     out: str | Path | None = None,
@@ -80,6 +82,7 @@ def fit(
     with locked(path):  # look again: another process may have been here first
         use = folder.check(path, experiment.identity, tree, overwrite=overwrite, resume=resume)
         folder.claim(path, tree, use)
+        into(path)
         if use != "resume" or not (path / folder.SPLIT).exists():
             folder.write_split(path / folder.SPLIT, experiment.split)
         session = svi.Session(
@@ -153,6 +156,7 @@ class Run(Questions):
         return f"Run({str(self.path)!r})"
 
     @classmethod
+    @stage("open the run")
     def load(
         cls,
         path: str | Path,
@@ -209,6 +213,7 @@ class Run(Questions):
             raise RunFolderError(f"{self.path}: {self.experiment.data.name} has changed since the fit; fit again")
         return self.experiment.data
 
+    @stage("audit")
     def audit(
         self,
         data: str | Path | np.ndarray | pd.DataFrame | None = None,
@@ -244,6 +249,7 @@ class Run(Questions):
         target = self.audit_folder(data, out)
         dataset, obs_id = self._audited(data)
         with self._claimed(target, data is not None):
+            into(target)
             attributes = self._attributes(dataset)
             store = Store(target, self._identity(attributes, obs_id, place), resume=resume)
             if resume and (there := self.audited(data, out=out)) is not None:
@@ -270,13 +276,15 @@ class Run(Questions):
             labels = None if dataset.labels is None else dataset.labels[obs_id]
             columns = [column.name for column in self.experiment.facts.columns or ()]
             seed = self.experiment.spec.seed
-            described = latent.describe(self.vae, batch, result.table, labels, columns=columns, seed=seed)
+            with stage("latent space"):
+                described = latent.describe(self.vae, batch, result.table, labels, columns=columns, seed=seed)
             (target / folder.AUDIT).unlink(missing_ok=True)  # it is written last: where it is, the others belong to it
             for stale in (target / folder.POSTERIORS).glob("*.nc"):
                 if stale.stem not in result.posteriors:
                     stale.unlink()
-            idata.write(described, target / folder.LATENT)
-            result.save(target)
+            with stage("files"):
+                idata.write(described, target / folder.LATENT)
+                result.save(target)
             store.clear()
         return result
 

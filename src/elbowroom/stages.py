@@ -15,6 +15,7 @@ nothing in threads other than the one that profiles.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LONG = 5e-3  # seconds: only after stages as long as this is memory looked at, which takes some 30 microseconds
+RARELY = 5e-3  # seconds between looks at the memory, each of which takes some 30 microseconds
 UNNAMED = "(unattributed)"
 
 FINE = frozenset({"training step", "gradient"})
@@ -64,7 +65,8 @@ class Node:
         calls: how often it was entered.
         wall: seconds.
         cpu: seconds of processor time of all threads of this process.
-        memory: peak resident bytes of the process, at the end of its last call.
+        memory: peak resident bytes of the process so far, at the end of its last call.
+        raised: by how much its calls raised that peak.
         children: the stages in it.
     """
 
@@ -73,13 +75,15 @@ class Node:
     wall: float = 0.0
     cpu: float = 0.0
     memory: int = 0
+    raised: int = 0
     children: dict[str, Node] = field(default_factory=dict)
 
     def rest(self) -> Node:
         """Return what is in none of the stages in it."""
         wall = self.wall - sum(child.wall for child in self.children.values())
         cpu = self.cpu - sum(child.cpu for child in self.children.values())
-        return Node(UNNAMED, 0, max(0.0, wall), max(0.0, cpu), self.memory)
+        raised = self.raised - sum(child.raised for child in self.children.values())
+        return Node(UNNAMED, 0, max(0.0, wall), max(0.0, cpu), self.memory, max(0, raised))
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, Node]]:
         """Yield (depth, stage) of this stage and all in it, what is unattributed after the others."""
@@ -97,6 +101,7 @@ class _Frame:
     node: Node
     wall: float
     cpu: float
+    memory: int
 
 
 class Stages:
@@ -119,7 +124,7 @@ class Stages:
         self._wall, self._cpu, self._memory = wall, cpu, memory or peak_memory
         self.root = Node(name)
         self._open: list[_Frame] = []
-        self._last_memory = 0
+        self._looked, self._peak = -math.inf, 0
         self.output: Path | None = None
         self.watch: Any = None  # told of each stage's begin and end by name, where torch's operators are asked for
         self._frame = self._begin(self.root)
@@ -144,13 +149,12 @@ class Stages:
         wall, cpu = self._wall(), self._cpu()
         while True:
             last = self._open.pop()
-            node, seconds = last.node, wall - last.wall
+            node = last.node
             node.calls += 1
-            node.wall += seconds
+            node.wall += wall - last.wall
             node.cpu += cpu - last.cpu
-            if seconds >= LONG:
-                self._last_memory = self._memory()
-            node.memory = self._last_memory
+            node.memory = self._look(wall)
+            node.raised += node.memory - last.memory
             if self.watch is not None:
                 self.watch.end(node.name)
             if last is frame:
@@ -158,14 +162,21 @@ class Stages:
 
     def close(self) -> Node:
         """End the whole and return it."""
+        self._looked = -math.inf
         self.leave(self._frame)
-        self.root.memory = self._memory()
         return self.root
 
     def _begin(self, node: Node) -> _Frame:
-        frame = _Frame(node, self._wall(), self._cpu())
+        memory = self._look(self._wall())
+        frame = _Frame(node, self._wall(), self._cpu(), memory)
         self._open.append(frame)
         return frame
+
+    def _look(self, now: float) -> int:
+        """Return the peak of the memory, as of not long ago."""
+        if now - self._looked >= RARELY:
+            self._looked, self._peak = now, self._memory()
+        return self._peak
 
 
 _on: ContextVar[Stages | None] = ContextVar("elbowroom_profile", default=None)

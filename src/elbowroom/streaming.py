@@ -27,6 +27,7 @@ from elbowroom.errors import RunFolderError, UnsupportedProgram
 from elbowroom.experiment import seam
 from elbowroom.files import locked, sha256
 from elbowroom.inference import svi
+from elbowroom.stages import stage
 
 if TYPE_CHECKING:
     from elbowroom.asked import Asked
@@ -118,7 +119,8 @@ def stream(
                 batch = {name: value.to(device) for name, value in rows.experiment.batch(some).items()}
                 part = _computed(vae, batch, some, seed + SEED_STEP * number, compute, unable).sel(obs_id=some)
                 if path is not None:
-                    idata.write(part, path)
+                    with stage("parts kept"):
+                        idata.write(part, path)
             found.append(part)
             say(start + len(some), total)
     joined = _joined(found)
@@ -135,7 +137,8 @@ def _computed(
 ) -> xr.Dataset:
     """Compute one chunk; a row at which the model cannot be evaluated is left out of it where something stands for it."""
     try:
-        return compute(Chunk(seam(vae, batch), batch, some, seed)).assign_coords(obs_id=some)
+        with stage("rows"):
+            return compute(Chunk(seam(vae, batch), batch, some, seed)).assign_coords(obs_id=some)
     except UnsupportedProgram as error:  # which counts the data of the chunk
         found = DATUM.search(str(error))
         reason = DATUM.sub(lambda match: f"row {some[int(match[1])]}", str(error))

@@ -34,7 +34,7 @@ Profile = Annotated[
     bool, typer.Option("--profile", help="print where the time goes and write it to profile/ beside the output (stages.csv)")
 ]
 ProfileFunctions = Annotated[
-    bool, typer.Option("--profile-functions", help="the same, with Python's functions and torch's operators (slows the command)")
+    bool, typer.Option("--profile-functions", help="the same, and to which functions and operators (slows the command)")
 ]
 
 
