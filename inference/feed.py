@@ -9,6 +9,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from elbowroom.inference.bilinear import Bilinear
 from elbowroom.inference.program import Program, Site, frame_of, per_datum, support_of
 from elbowroom.inference.sharing import log_prob as sharing_log_prob
 from elbowroom.inference.sharing import shared_log_prob
@@ -23,7 +24,8 @@ class Feed(Messenger):
         z: unconstrained coordinates (N, d), mapped to each site's support as the program reaches it.
         values: constrained values by site, instead of z.
         index: sub-sampling indices, if not the program's own.
-        shared: z is (G, 1, d), the same points for every datum.
+        shared: z is (G, 1, d), the same points for every datum; densities are then broadcastable to (G, N), and what
+            factorises is not multiplied out.
         draws_dim: batch dimension of an outer plate of draws; densities are then summed per draw, not per datum.
 
     Attributes:
@@ -102,7 +104,7 @@ class Feed(Messenger):
         det = scale_and_mask(det, 1.0, mask)
         return self._reduce(det, site.plate_dim)
 
-    def _reduce(self, log_prob: Tensor, dim: int) -> Tensor:
+    def _reduce(self, log_prob: Any, dim: int) -> Any:
         if self.shared:
             return log_prob
         return per_datum(log_prob, dim, self._n_obs())
@@ -133,9 +135,11 @@ class Feed(Messenger):
                 log_prob = log_prob.movedim(self.draws_dim, 0)
                 self.per_draw = self.per_draw + log_prob.reshape(len(log_prob), -1).sum(1)
             return
-        raw = (shared_log_prob if self.shared else sharing_log_prob)(fn, msg["value"])
-        log_prob = scale_and_mask(raw, 1.0, msg["mask"])
+        raw: Any = (shared_log_prob if self.shared else sharing_log_prob)(fn, msg["value"])
         frame = frame_of(msg, self.program.plate)
+        if isinstance(raw, Bilinear) and (msg["mask"] is not None or frame is None):
+            raw = raw.dense(len(msg["value"]))
+        log_prob = raw if isinstance(raw, Bilinear) else scale_and_mask(raw, 1.0, msg["mask"])
         if frame is None:
             self.outside = self.outside + log_prob.sum()
         elif name in self.values:

@@ -5,6 +5,8 @@ product instead of G x N evaluations. Where entries are missing their statistics
 
     log p(x_seen|z) = <m T(x), eta(z)> - <m, A(z)> + <m, h(x)>,  m = 1 where an entry is there, else 0
 
+What is returned is not multiplied out yet (`bilinear`), and T and h are not computed where they are at hand already.
+
 It needs parameters that do not depend on the datum; Pyro's plates expand them as views, so a zero stride along the data
 dimension shows that they do not.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -21,6 +24,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from elbowroom.inference.bilinear import Bilinear, Factor
 from elbowroom.models.categories import Codes
 from elbowroom.models.compositions import Composition
 from elbowroom.models.continuous import OpenBeta
@@ -29,8 +33,10 @@ from elbowroom.models.likelihoods import Grey
 from elbowroom.models.mixed import Columns
 
 EXACT = 50.0  # beyond which softplus(x) is x in double precision
+SOME = 1024  # data whose mean stands for that of all
 
-Terms = tuple[Tensor, Tensor, Tensor, Tensor]  # eta (G, k), A (G, D), T (N, k), h (N, ...); T and h are NaN where x is
+Statistics = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (N, D) to T (N, k) and h (N, ...), NaN where x is
+Terms = tuple[Tensor, Tensor, Statistics]  # eta (G, k), A (G, D), and the function of the data
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,10 @@ class Family:
     """An exponential family, in the parameters of its distribution.
 
     Attributes:
-        terms: data (N, D), NaN where missing, and parameters (G, D, ...) to eta, A, T, h.
+        terms: some of the data (n, D), NaN where missing, and parameters (G or 1, D, ...), to eta, A, and x -> T, h. The latter
+            may depend on parameters of one row, and on those data.
         parameters: names of the parameters.
-        fixed: those of them that may not depend on z; they come as (1, D).
+        fixed: those of them that may not depend on z.
         trailing: dimensions of a parameter beside those of the data.
     """
 
@@ -50,67 +57,91 @@ class Family:
     trailing: int = 0
 
 
-def _bernoulli(x: Tensor, logits: Tensor) -> Terms:
-    return logits, softplus(logits, threshold=EXACT), x, x.new_zeros(len(x), 1)
+def _itself(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x, x.new_zeros(len(x), 1)
 
 
-def _continuous_bernoulli(x: Tensor, logits: Tensor) -> Terms:
+def _bernoulli(some: Tensor, logits: Tensor) -> Terms:
+    return logits, softplus(logits, threshold=EXACT), _itself
+
+
+def _continuous_bernoulli(some: Tensor, logits: Tensor) -> Terms:
     at_zero = Grey(logits=logits, validate_args=False).log_prob(torch.zeros_like(logits))
-    return logits, -at_zero, x, x.new_zeros(len(x), 1)
+    return logits, -at_zero, _itself
 
 
-def _normal(x: Tensor, loc: Tensor, scale: Tensor) -> Terms:
-    centre = x.nanmean(0).nan_to_num(0.0)  # keeps the two large terms of the quadratic from cancelling
-    x, loc = x - centre, loc - centre
+def _normal(some: Tensor, loc: Tensor, scale: Tensor) -> Terms:
+    centre = some.nanmean(0).nan_to_num(0.0)  # keeps the two large terms of the quadratic from cancelling
+    loc = loc - centre
     precision = scale.square().reciprocal()
     normalizer = 0.5 * loc.square() * precision + scale.log() + 0.5 * math.log(2 * math.pi)
-    return (
-        torch.cat([loc * precision, -0.5 * precision], -1),
-        normalizer,
-        torch.cat([x, x.square()], -1),
-        x.new_zeros(len(x), 1),
-    )
+    if len(precision) == 1:  # the square does not meet z
+        return loc * precision, normalizer, lambda x: (x - centre, -0.5 * precision * (x - centre).square())
+    eta = torch.cat([(loc * precision).expand_as(normalizer), -0.5 * precision], -1)
+    return eta, normalizer, lambda x: (torch.cat([x - centre, (x - centre).square()], -1), x.new_zeros(len(x), 1))
 
 
-def _log_normal(x: Tensor, loc: Tensor, scale: Tensor) -> Terms:
-    eta, normalizer, statistics, _ = _normal(x.log(), loc, scale)
-    return eta, normalizer, statistics, -x.log()
+def _log_normal(some: Tensor, loc: Tensor, scale: Tensor) -> Terms:
+    eta, normalizer, of_log = _normal(some.log(), loc, scale)
+
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        log = x.log()
+        t, h = of_log(log)
+        return t, h - log
+
+    return eta, normalizer, statistics
 
 
-def _gamma(x: Tensor, concentration: Tensor, rate: Tensor) -> Terms:
+def _gamma(some: Tensor, concentration: Tensor, rate: Tensor) -> Terms:
     normalizer = concentration.lgamma() - concentration * rate.log()
-    return torch.cat([concentration, -rate], -1), normalizer, torch.cat([x.log(), x], -1), -x.log()
+    if len(concentration) == 1:  # the logarithm does not meet z
+        return -rate, normalizer, lambda x: (x, (concentration - 1) * x.log())
+    eta = torch.cat([concentration, -rate.expand_as(normalizer)], -1)
+    return eta, normalizer, lambda x: (torch.cat([x.log(), x], -1), -x.log())
 
 
-def _beta(x: Tensor, concentration1: Tensor, concentration0: Tensor) -> Terms:
+def _beta(some: Tensor, concentration1: Tensor, concentration0: Tensor) -> Terms:
     normalizer = concentration1.lgamma() + concentration0.lgamma() - (concentration1 + concentration0).lgamma()
-    both = torch.cat([x.log(), (-x).log1p()], -1)
-    return torch.cat([concentration1, concentration0], -1), normalizer, both, -both
+
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat([x.log(), (-x).log1p()], -1)
+        return both, -both
+
+    return torch.cat(torch.broadcast_tensors(concentration1, concentration0), -1), normalizer, statistics
 
 
-def _poisson(x: Tensor, rate: Tensor) -> Terms:
+def _poisson(some: Tensor, rate: Tensor) -> Terms:
     eta = rate.log().clamp_min(torch.finfo(rate.dtype).min)  # 0 x log 0 is 0
-    return eta, rate, x, -(x + 1).lgamma()
+    return eta, rate, lambda x: (x, -(x + 1).lgamma())
 
 
-def _binomial(x: Tensor, total_count: Tensor, logits: Tensor) -> Terms:
-    ways = (total_count + 1).lgamma() - (x + 1).lgamma() - (total_count - x + 1).lgamma()
-    return logits, total_count * softplus(logits, threshold=EXACT), x, ways
+def _binomial(some: Tensor, total_count: Tensor, logits: Tensor) -> Terms:
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, (total_count + 1).lgamma() - (x + 1).lgamma() - (total_count - x + 1).lgamma()
+
+    return logits, total_count * softplus(logits, threshold=EXACT), statistics
 
 
-def _negative_binomial(x: Tensor, total_count: Tensor, logits: Tensor) -> Terms:
-    ways = (total_count + x).lgamma() - (x + 1).lgamma() - total_count.lgamma()
-    return logsigmoid(logits), -total_count * logsigmoid(-logits), x, ways
+def _negative_binomial(some: Tensor, total_count: Tensor, logits: Tensor) -> Terms:
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, (total_count + x).lgamma() - (x + 1).lgamma() - total_count.lgamma()
+
+    return logsigmoid(logits), -total_count * logsigmoid(-logits), statistics
 
 
-def _codes(x: Tensor, logits: Tensor) -> Terms:
-    one_hot = (x[..., None] == torch.arange(logits.shape[-1], device=x.device)).to(x.dtype)  # zero where x is NaN
-    return logits.flatten(1), torch.zeros_like(logits[..., 0]), one_hot.flatten(1), x.new_zeros(len(x), 1)
+def _codes(some: Tensor, logits: Tensor) -> Terms:
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        one_hot = (x[..., None] == torch.arange(logits.shape[-1], device=x.device)).to(x.dtype)  # zero where x is NaN
+        return one_hot.flatten(1), x.new_zeros(len(x), 1)
+
+    return logits.flatten(1), torch.zeros_like(logits[..., 0]), statistics
 
 
-def _composition(x: Tensor, logits: Tensor) -> Terms:
-    ways = torch.cat([(x.sum(-1, keepdim=True) + 1).lgamma(), -(x + 1).lgamma()], -1)
-    return logits.log_softmax(-1), torch.zeros_like(logits), x, ways
+def _composition(some: Tensor, logits: Tensor) -> Terms:
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.cat([(x.sum(-1, keepdim=True) + 1).lgamma(), -(x + 1).lgamma()], -1)
+
+    return logits.log_softmax(-1), torch.zeros_like(logits), statistics
 
 
 FAMILIES: dict[type, Family] = {
@@ -143,19 +174,24 @@ def log_prob(fn: TorchDistribution, value: Tensor) -> Tensor:
     return terms.flatten(terms.dim() - fn.event_dim).sum(-1) if fn.event_dim else terms
 
 
-def shared_log_prob(fn: TorchDistribution, value: Tensor) -> Tensor:
-    """Return fn.log_prob(value) with batch shape broadcastable to (G, N).
+def shared_log_prob(fn: TorchDistribution, value: Tensor) -> Tensor | Bilinear:
+    """Return fn.log_prob(value) with batch shape broadcastable to (G, N), not multiplied out where it factorises.
 
     Args:
         fn: distribution with batch shape (G, N), (G, 1) or (N,), whose parameters may be expanded views.
         value: latent values (G, 1, *event) or data (N, *event).
     """
-    base, event_dim = fn, fn.event_dim
-    missing = inside = None
     if isinstance(fn, Incomplete):
-        base, missing, inside = fn.base, fn.missing, fn.inside
+        return _shared(fn, fn.base, value, fn.missing, (value, fn.missing))
+    return _shared(fn, fn, value, None, (value,))
+
+
+def _shared(
+    fn: TorchDistribution, base: TorchDistribution, value: Tensor, missing: Tensor | None, sources: tuple[Any, ...]
+) -> Tensor | Bilinear:
     if isinstance(base, Columns):
-        return _columns(base, value, missing, inside)
+        return _columns(fn, base, value, missing, sources)
+    event_dim = fn.event_dim
     while isinstance(base, dist.Independent):
         base = base.base_dist
     family = FAMILIES.get(type(base))
@@ -167,20 +203,7 @@ def shared_log_prob(fn: TorchDistribution, value: Tensor) -> Tensor:
     per_point = all(p.dim() == dims + 2 and p.shape[1] == 1 for p in parameters.values())
     constant = all(parameters[name].shape[0] == 1 for name in family.fixed)
     if value.dim() == event_dim + 1 and per_point and constant and points > 1:
-        event = value.shape[1:]
-        x = value if missing is None else torch.where(missing, torch.nan, value)
-        x = x.reshape(len(value), -1)
-        flat = []
-        for name, p in parameters.items():
-            rows = 1 if name in family.fixed else points
-            p = p[:, 0].expand(rows, *event, *p.shape[2 + event_dim :])
-            flat.append(p.reshape(rows, x.shape[1], *p.shape[1 + event_dim :]))
-        eta, normalizer, statistics, base_measure = family.terms(x, *flat)
-        if missing is None:
-            return eta @ statistics.T - normalizer.sum(-1)[:, None] + base_measure.sum(-1)
-        seen = (~x.isnan()).to(x.dtype)
-        statistics = torch.where(statistics.isnan(), 0.0, statistics)
-        return eta @ statistics.T - normalizer @ seen.T + base_measure.nansum(-1)
+        return _product(family, value, missing, list(parameters.values()), points, sources)
     if missing is not None or base.event_dim:
         return fn.log_prob(value)
     narrow = type(base)(**parameters, validate_args=False)
@@ -188,14 +211,66 @@ def shared_log_prob(fn: TorchDistribution, value: Tensor) -> Tensor:
     return log_prob.flatten(log_prob.dim() - event_dim).sum(-1) if event_dim else log_prob
 
 
-def _columns(fn: Columns, value: Tensor, missing: Tensor | None, inside: float | Tensor | None) -> Tensor:
+def _product(
+    family: Family,
+    value: Tensor,
+    missing: Tensor | None,
+    parameters: list[Tensor],
+    points: int,
+    sources: tuple[Any, ...],
+) -> Bilinear:
+    """Return <T(x), eta(z)> - A(z) + h(x).
+
+    Args:
+        family: the exponential family.
+        value: the data, (N, *event).
+        missing: True where an entry is missing, broadcastable to the data.
+        parameters: (G or 1, 1, *event, ...) each.
+        points: G.
+        sources: what value and missing are made from.
+    """
+    event = value.shape[1:]
+
+    def data(step: int) -> Tensor:
+        x = value[::step].flatten(1) if event else value[::step, None]
+        if missing is None:
+            return x
+        gone = missing.expand_as(value)[::step].reshape(x.shape)
+        return torch.where(gone, torch.nan, x)
+
+    flat = []
+    for p in parameters:
+        p = p[:, 0].expand(len(p), *event, *p.shape[2 + len(event) :])
+        flat.append(p.flatten(1, len(event)) if event else p[:, None])
+    eta, normalizer, statistics = family.terms(data(-(-len(value) // SOME)), *flat)
+    eta, normalizer = eta.expand(points, -1), normalizer.expand(points, -1)
+    sources = (family, *sources, *(p for p in flat if len(p) == 1))
+    if missing is None:
+
+        def complete() -> tuple[Tensor, Tensor]:
+            t, h = statistics(data(1))
+            return t, h.sum(-1)
+
+        return Bilinear((Factor(eta, sources, complete),), point=-normalizer.sum(-1, keepdim=True))
+
+    def seen() -> tuple[Tensor, Tensor]:
+        x = data(1)
+        t, h = statistics(x)
+        return torch.cat([torch.where(t.isnan(), 0.0, t), (~x.isnan()).to(t.dtype)], 1), h.nansum(-1)
+
+    return Bilinear((Factor(torch.cat([eta, -normalizer], 1), sources, seen),))
+
+
+def _columns(fn: TorchDistribution, base: Columns, value: Tensor, missing: Tensor | None, sources: tuple[Any, ...]) -> Bilinear:
     """Return the sum over the groups of columns, each by its own formula."""
-    total: Tensor | float = 0.0
-    for index, p in fn.parts:
-        if missing is not None:
-            p = Incomplete(p, missing[..., index], inside[index] if isinstance(inside, Tensor) else inside or 0.0)
-        total = total + shared_log_prob(p, value[..., index])
-    assert isinstance(total, Tensor)  # there is at least one column
+    inside = fn.inside if isinstance(fn, Incomplete) else 0.0
+    total = Bilinear()
+    for index, p in base.parts:
+        of_part = None if missing is None else missing[..., index]
+        part: TorchDistribution = p
+        if of_part is not None:
+            part = Incomplete(p, of_part, inside[index] if isinstance(inside, Tensor) else inside)
+        total = total + _shared(part, p, value[..., index], of_part, (*sources, index))
     return total
 
 

@@ -28,8 +28,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference import shared
+from elbowroom.inference.bilinear import Kept
 from elbowroom.inference.feed import Feed
-from elbowroom.inference.forward import Which, first_line, forward
+from elbowroom.inference.forward import Which, forward
 from elbowroom.inference.inspection import inspect
 from elbowroom.inference.probes import probe
 from elbowroom.inference.program import Program, is_real, per_datum
@@ -68,6 +70,7 @@ class LogJoint:
         mode: how draws are evaluated together: `vmap`, `repeat` or `loop`.
         joined: whether model and guide may be drawn from in an outer plate of draws; None until the first draw.
         shares: whether one grid can be evaluated for all data at once; None until it was tried.
+        factorises: whether it is then a matrix product and nothing else.
         separates: whether the arguments can be taken apart by datum; empty until it was tried.
         along: dimension of the data in each argument, leaf by leaf; None where it has none.
         tested: (S, N, d), draws of guide and prior that the construction was tested at.
@@ -109,6 +112,8 @@ class LogJoint:
         self.mode = "loop"
         self.joined: dict[Which, bool | None] = {"model": None, "guide": None}
         self.shares: bool | None = None
+        self.factorises = False
+        self._kept = Kept()
         self.separates: list[bool] = []
         self.along = self._data_dimensions()
         self.tested = probe(self, dtype)
@@ -251,13 +256,23 @@ class LogJoint:
         """Return log p(x_n, z_g) of every datum at the same points, (G, N), for z of shape (G, d).
 
         Where the program broadcasts over a leading dimension and its likelihood factorises, z is decoded once and the data
-        enter through one matrix product; this is checked against plain evaluation and left where they differ.
+        enter through one matrix product; this is checked against plain evaluation and left where they differ. It has no
+        gradient. The data's side of the product is kept for the next call.
         """
-        if self.shares is None:
-            self.shares = self._probe_shared()
-        if self.shares:
-            return self._shared(z)
+        if self.can_share():
+            return shared.evaluate(self, z, self._kept)
         return self(z[:, None].expand(-1, self.n_obs, -1))
+
+    def shared_over(self, z: Tensor, blocks: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield `shared` of the data `rows` of each block in turn, (G, len(rows)), decoding z once where that is possible."""
+        self.can_share()
+        return shared.over(self, z, blocks)
+
+    def can_share(self) -> bool:
+        """Whether one grid can be evaluated for all data at once; tried once."""
+        if self.shares is None:
+            self.shares = shared.settle(self)
+        return self.shares
 
     def subset(self, rows: Tensor) -> LogJoint | None:
         """Return the same object for some of the data, (len(rows),) indices; None where the arguments cannot be taken apart.
@@ -437,37 +452,6 @@ class LogJoint:
             if self.program.active is not None:
                 z = torch.where(self.program.active, z, torch.randn_like(z))
             return z
-
-    def _shared(self, z: Tensor) -> Tensor:
-        with self.snapshot.scope():
-            z = z.to(self.dtype or self.own_dtype)
-            rows = max(1, min(ROWS * 8 // self.n_obs, self._rows))
-            parts = []
-            for u in z.split(rows):
-                totals = []
-                for a in self.program.assignments:
-                    feed = self.run("model", a, z=u[:, None], shared=True)
-                    totals.append((feed.log_prior + feed.log_likelihood + feed.log_det).expand(len(u), self.n_obs))
-                parts.append(totals[0] if len(totals) == 1 else torch.logsumexp(torch.stack(totals), 0))
-            return torch.cat(parts)
-
-    def _probe_shared(self) -> bool:
-        if any(site.plate_dim != -1 or site.batch_ndim != 1 for site in self.sites) or self.program.active is not None:
-            return False
-        points = 3 if self.n_obs != 3 else 4  # as many as data would hide a mistaken broadcast
-        some = self.tested.flatten(0, 1)
-        some = some[torch.linspace(0, len(some) - 1, points, device=some.device).long()]
-        try:
-            fast = self._shared(some)
-        except (RuntimeError, ValueError, IndexError) as error:
-            self.note(f"shared grid: the program does not broadcast over draws ({first_line(error)}); evaluated per datum")
-            return False
-        slow = self(some[:, None].expand(-1, self.n_obs, -1))
-        finite = slow.isfinite()
-        agree = fast.shape == slow.shape and torch.allclose(fast[finite], slow[finite], rtol=1e-5, atol=1e-5)
-        if not agree:
-            self.note("shared grid: broadcasting the program over draws changed its values; evaluated per datum")
-        return agree
 
     # -- construction ---------------------------------------------------------------------------------------------------
 

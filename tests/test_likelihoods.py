@@ -16,6 +16,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from elbowroom.errors import DataError
+from elbowroom.inference.bilinear import Bilinear
 from elbowroom.inference.sharing import shared_log_prob
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.categories import Categorical, DiscretizedLogistic, Ordinal
@@ -532,7 +533,7 @@ def test_features() -> None:
 
 # -- on the grid and in training ----------------------------------------------------------------------------------------------
 
-PLAIN = ("discretized_logistic", "laplace", "student_t", "zero_inflated", "negative_binomial decoder", "mixed")
+PLAIN = ("discretized_logistic", "laplace", "student_t", "zero_inflated", "negative_binomial decoder")
 
 
 @every
@@ -546,10 +547,13 @@ def test_shared_points_are_evaluated_exactly(name: str, holes: bool, monkeypatch
         p = likelihood.incomplete(p, missing)
     p = p.expand((7, len(x)))
     plain = p.log_prob(x)
-    if not name.startswith(PLAIN) and not (holes and name == "multinomial"):
+    factorises = not name.startswith(PLAIN) and not (holes and name == "multinomial")
+    if factorises:
         for kind in (dist.Independent, Incomplete, Composition, Columns):
             monkeypatch.setattr(kind, "log_prob", None)  # no other way than the product
-    torch.testing.assert_close(shared_log_prob(p, x), plain, rtol=1e-9, atol=1e-9)
+    total = Bilinear() + shared_log_prob(p, x)
+    assert (total.rest is None) == factorises
+    torch.testing.assert_close(total.dense(len(x)), plain, rtol=1e-9, atol=1e-9)
 
 
 def _vae(likelihood: Likelihood, marks: bool) -> VAE:
