@@ -70,8 +70,8 @@ class Graph:
     Args:
         function: takes tensors and returns a tuple of tensors; it must not keep them.
         inputs: tensors to trace it with.
-        symbolic: whether sizes of the inputs may differ from call to call. Sizes that do must differ from all other sizes of the
-            inputs, and from 0 and 1, in the example.
+        symbolic: whether sizes of the inputs may differ from call to call. In the example those that do must differ from all
+            other sizes of the inputs, and from 0 and 1.
 
     Attributes:
         constants: the tensors that the function read beside its inputs, by reference.
@@ -85,6 +85,7 @@ class Graph:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         try:
+            inputs = [t.contiguous() for t in inputs]
             with _undisturbed(inputs):
                 mode = "symbolic" if symbolic else "fake"
                 tracer = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)
@@ -105,21 +106,30 @@ class Graph:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph, without recording gradients."""
+        # compiled kernels take the layout of the example for granted
         with torch.no_grad():
-            return tuple(self._run(*inputs, *self.constants))
+            return tuple(self._run(*[t.contiguous() for t in inputs], *self.constants))
 
-    def compile(self) -> float:
+    def compile(self, check: Callable[[Graph], None] | None = None) -> float:
         """Compile the graph into fused kernels, once; returns the seconds it took.
 
+        Args:
+            check: called with the compiled graph; where it raises, the graph is replayed as before.
+
         Raises:
-            Untraceable: there is no C++ compiler, or TorchInductor cannot.
+            Untraceable: there is no C++ compiler, or TorchInductor cannot, or the check says so.
         """
         if self.compiled:
             return 0.0
         start = time.perf_counter()
         with stage("compile"):
-            self._run = _inductor(self.module)
-        self.compiled = True
+            self._run, self.compiled = _inductor(self.module), True
+            try:
+                if check is not None:
+                    check(self)
+            except BaseException:
+                self._run, self.compiled = self.module, False
+                raise
         return time.perf_counter() - start
 
 
@@ -135,7 +145,7 @@ def _inductor(module: Any) -> Callable[..., Any]:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         with settings.patch(fallback_random=True), tracing(TracingContext(values[0].fake_mode)), torch.no_grad():
-            plain = make_fx(torch.fx.Interpreter(module).run, _decompositions())(*values)
+            plain = make_fx(torch.fx.Interpreter(module).run, _decompositions(), "symbolic")(*values)
             plain.graph.eliminate_dead_code()
             plain.recompile()
             kernel = compile_fx_inner(plain, values)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,8 +80,39 @@ def _finite(value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     return value.masked_fill(bad, -torch.inf), gradient.masked_fill(bad.unsqueeze(-1), 0.0)
 
 
+def leap(
+    target: Target, z: Tensor, momentum: Tensor, size: Tensor, root: Tensor, kick: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Move every chain by one drift and the kick after it.
+
+    Args:
+        target: log density and gradient.
+        z: positions, (S, N, d).
+        momentum: in whitened coordinates, (S, N, d).
+        size: step sizes, broadcastable to (S, N, 1).
+        root: metric roots L, (N, d, d).
+        kick: share of a full kick: 1, or 1/2 at the end of a trajectory.
+
+    Returns:
+        Positions, momenta, log densities (S, N) and gradients, where they are not finite made -inf and 0.
+    """
+    z = z + size * apply(root, momentum)
+    value, gradient = _finite(*target(z))
+    return z, momentum + kick * size * apply_t(root, gradient), value, gradient
+
+
+Leap = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""`leap` of one target."""
+
+
 def transition(
-    target: Target, state: State, root: Tensor, step: Tensor | float, n_steps: int, generator: torch.Generator
+    target: Target,
+    state: State,
+    root: Tensor,
+    step: Tensor | float,
+    n_steps: int,
+    generator: torch.Generator,
+    leaps: Leap | None = None,
 ) -> Move:
     """Move every chain by one trajectory of `n_steps` leapfrogs and accept or reject.
 
@@ -91,16 +123,17 @@ def transition(
         step: step size in whitened coordinates, a number, (N,) or (S, N).
         n_steps: leapfrogs.
         generator: of momenta and acceptance.
+        leaps: `leap` of this target, where there is a faster one.
     """
+    leaps = leaps or partial(leap, target)
     z, value, gradient = state.z, state.value, state.gradient
     size = torch.as_tensor(step, dtype=z.dtype, device=z.device).unsqueeze(-1)
     momentum = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
     energy = 0.5 * momentum.square().sum(-1) - value
     momentum = momentum + 0.5 * size * apply_t(root, gradient)
+    full, half = torch.ones_like(size.flatten()[0]), torch.full_like(size.flatten()[0], 0.5)
     for i in range(n_steps):
-        z = z + size * apply(root, momentum)
-        value, gradient = _finite(*target(z))
-        momentum = momentum + (1.0 if i + 1 < n_steps else 0.5) * size * apply_t(root, gradient)
+        z, momentum, value, gradient = leaps(z, momentum, size, root, full if i + 1 < n_steps else half)
     change = 0.5 * momentum.square().sum(-1) - value - energy
     change = change.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     # a chain that starts where the density is zero takes any finite place

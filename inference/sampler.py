@@ -76,7 +76,7 @@ class Sampler:
                 low, high = JITTER
                 tau = QUARTER * (low + (high - low) * float(torch.rand((), generator=self.generator, device=root.device)))
                 n_steps = min(math.ceil(tau / least), MAX_LEAPFROGS)
-                move = transition(part.grad, state, root, step.clamp_max(tau / n_steps), n_steps, self.generator)
+                move = transition(part.grad, state, root, step.clamp_max(tau / n_steps), n_steps, self.generator, part.leap)
                 state = move.state
                 out.draws[:, i, bucket], out.lp[:, i, bucket] = state.z, state.value
                 energy[:, i, bucket] = move.energy
@@ -133,7 +133,7 @@ def _adapt(
     adaptation, draws = DualAveraging(step), []
     for _ in range(length):
         n_steps = min(max(1, math.ceil(QUARTER / float(adaptation.step.median()))), WARM_LEAPFROGS)
-        move = transition(log_joint.grad, state, root, adaptation.step, n_steps, generator)
+        move = transition(log_joint.grad, state, root, adaptation.step, n_steps, generator, log_joint.leap)
         state = move.state
         adaptation.update(move.accept.mean(0))
         draws.append(state.z)

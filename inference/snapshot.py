@@ -81,6 +81,10 @@ class Snapshot:
         tensors += pyro.get_param_store()._params.values()
         return list({id(t): t for t in tensors}.values())
 
+    def identity(self) -> tuple[int, ...]:
+        """Return what tells these weights, as objects, from others; not their values."""
+        return tuple(id(t) for t, _ in self._weights)
+
     @contextlib.contextmanager
     def eval_mode(self) -> Iterator[None]:
         """Put every module into eval mode, and back."""

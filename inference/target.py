@@ -30,19 +30,23 @@ from torch.utils import _pytree as pytree
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference import shared
 from elbowroom.inference.bilinear import Kept
+from elbowroom.inference.compiled import Graph, policy
 from elbowroom.inference.feed import Feed
 from elbowroom.inference.forward import Which, forward
 from elbowroom.inference.inspection import inspect
+from elbowroom.inference.leapfrog import leap
 from elbowroom.inference.probes import probe
 from elbowroom.inference.program import Program, is_real, per_datum
 from elbowroom.inference.promotion import Promoted, mixed, mixes
 from elbowroom.inference.snapshot import Snapshot
+from elbowroom.inference.traced import Graphs, Kind, inputs
 
 log = logging.getLogger("elbowroom")
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 ROWS = 2**15  # decoder rows (draws x data) evaluated at once
 ENTRIES = 2**20  # rows x width of a datum evaluated at once on a CPU: what its caches hold
+FINER = 4  # graphs have no handlers to wait for: smaller parts still, which stay in the nearer caches
 
 
 class LogJoint:
@@ -116,22 +120,26 @@ class LogJoint:
         self._kept = Kept()
         self.separates: list[bool] = []
         self.along = self._data_dimensions()
-        self.tested = probe(self, dtype)
+        self.graphs, self._whole = Graphs(), None
+        with policy("never"):
+            self.tested = probe(self, dtype)
 
     # -- the interface --------------------------------------------------------------------------------------------------
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return log p(x_n, z_sn) with the Jacobian, (S, N), for z of shape (S, N, d)."""
-        parts = [self._map(partial(self._joint, assignment=a), z) for a in self.program.assignments]
-        return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), 0)
+        found = self._fast("joint", z)
+        return self._map(self.density, z) if found is None else found[0]
 
     def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(z) with the Jacobian and log p(x_n|z), each (S, N).
 
         Where discrete sites are summed out, log p(z) is the marginal of the continuous ones, and log p(x_n|z) likewise.
         """
-        both = [self._map(partial(self._pair, assignment=a), z) for a in self.program.assignments]
-        return _summed_out([(pair[..., 0], pair[..., 1]) for pair in both])
+        found = self._fast("terms", z)
+        if found is None:
+            return self._map(lambda u: torch.stack(self.densities(u), -1), z).unbind(-1)
+        return found
 
     def grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(x_n, z_sn), (S, N), and its gradient in z, (S, N, d)."""
@@ -140,21 +148,20 @@ class LogJoint:
             value = self(u)
             return value.detach(), *torch.autograd.grad(value.sum(), u)
 
-        value, gradient = self._backward(z, evaluate)
+        value, gradient = self._fast("grad", z) or self._backward(z, evaluate)
         return value, gradient
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return log p(z) and log p(x_n|z) as `terms`, (S, N) each, and the gradient of each in z, (S, N, d)."""
 
         def evaluate(u: Tensor) -> tuple[Tensor, ...]:
-            pairs = [self._map_chunk(partial(self._pair, assignment=a, apart=True), u) for a in self.program.assignments]
-            prior, likelihood = _summed_out(pairs)
+            prior, likelihood = self._map_chunk(self.densities, u)
             (of_prior,) = torch.autograd.grad(prior.sum(), u, retain_graph=True)
             (of_likelihood,) = torch.autograd.grad(likelihood.sum(), u, allow_unused=True)
             nothing = torch.zeros_like(of_prior)
             return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood
 
-        prior, likelihood, of_prior, of_likelihood = self._backward(z, evaluate)
+        prior, likelihood, of_prior, of_likelihood = self._fast("parts", z) or self._backward(z, evaluate)
         return prior, likelihood, of_prior, of_likelihood
 
     def tempered(self, z: Tensor, b: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,12 +175,12 @@ class LogJoint:
         power = torch.as_tensor(b, dtype=z.dtype, device=z.device).expand(z.shape[:2])[..., None]
         return prior, likelihood, torch.where(power > 0, of_prior + power * of_likelihood, of_prior)
 
-    def _pair(self, z: Tensor, assignment: dict[str, Tensor], apart: bool = False) -> Any:
-        """Return log p(z) and log p(x_n|z) of one assignment, (N, 2), or as a tuple of two with graphs of their own."""
+    def _pair(self, z: Tensor, assignment: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return log p(z) and log p(x_n|z) of one assignment, (N,) each."""
         feed = self.run("model", assignment, z=z)
         prior = feed.log_prior + feed.log_det + self._padding(z)
         likelihood = torch.as_tensor(feed.log_likelihood, dtype=z.dtype, device=z.device).expand_as(prior)
-        return (prior, likelihood) if apart else torch.stack([prior, likelihood], -1)
+        return prior, likelihood
 
     def _backward(self, z: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Evaluate with gradients, keeping the graph of few rows at a time."""
@@ -187,8 +194,33 @@ class LogJoint:
 
     def log_guide(self, z: Tensor) -> Tensor:
         """Return log q(z_sn | x_n) in unconstrained coordinates, (S, N), for z of shape (S, N, d)."""
-        parts = [self._map(partial(self._guide_density, assignment=a), z) for a in self._guide_assignments()]
-        return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), 0)
+        found = self._fast("guide", z)
+        return self._map(self.guide_density, z) if found is None else found[0]
+
+    def leap(
+        self, z: Tensor, momentum: Tensor, size: Tensor, root: Tensor, kick: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Move chains by one leapfrog of this density: `elbowroom.inference.leapfrog.leap`, as one graph where there is one."""
+        graph = self.graphs.ready(self, "leap", len(z))
+        if graph is None:
+            return leap(self.grad, z, momentum, size, root, kick)
+        size = size.expand(*z.shape[:-1], 1)
+        z, momentum, value, gradient = self.by_graph(graph, z, momentum, size, root[None], kick)
+        return z, momentum, value, gradient
+
+    # -- the densities of one draw of all data, (N, d) -> (N,) -------------------------------------------------------------
+
+    def density(self, z: Tensor) -> Tensor:
+        """Return log p(x_n, z_n) with the Jacobian, (N,), for z of shape (N, d)."""
+        return _logsumexp([self._joint(z, a) for a in self.program.assignments])
+
+    def densities(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(z_n) with the Jacobian and log p(x_n|z_n), (N,) each, for z of shape (N, d)."""
+        return _summed_out([self._pair(z, a) for a in self.program.assignments])
+
+    def guide_density(self, z: Tensor) -> Tensor:
+        """Return log q(z_n|x_n), (N,), for z of shape (N, d)."""
+        return _logsumexp([self._guide_density(z, a) for a in self._guide_assignments()])
 
     def assignment_probabilities(self, z: Tensor) -> Tensor:
         """Return p(discrete assignment | x_n, z_sn), (A, S, N), over `program.assignments`."""
@@ -282,22 +314,27 @@ class LogJoint:
         """
         if self.program.index:
             return None
-        if not self.separates:
-            self.separates.append(self._separable())
-        return self._subset(rows) if self.separates[0] else None
+        return self._subset(rows) if self.separable() else None
 
     def _subset(self, rows: Tensor) -> LogJoint:
         def take(t: Any, dim: int | None) -> Any:
             return t if dim is None else t.index_select(dim, rows)
 
         part = copy.copy(self)
-        part.args, part.kwargs = self._with_leaves([take(t, dim) for t, dim in zip(self._leaves(), self.along, strict=True)])
+        part.args, part.kwargs = self.with_leaves([take(t, dim) for t, dim in zip(self.leaves(), self.along, strict=True)])
         active = None if self.program.active is None else self.program.active[rows]
         part.program = dataclasses.replace(self.program, n_obs=len(rows), active=active)
-        part.n_obs = len(rows)
+        part.n_obs, part._whole = len(rows), self.root
         part.joined = dict(self.joined)
         part.tested = self.tested[:, rows]
         return part
+
+    def separable(self) -> bool:
+        """Whether the arguments can be taken apart by datum; found out the first time."""
+        if not self.separates:
+            with policy("never"):
+                self.separates.append(self._separable())
+        return self.separates[0]
 
     def _separable(self) -> bool:
         """Compare most of the data, in reverse, and the last one alone with the full evaluation."""
@@ -315,18 +352,23 @@ class LogJoint:
             return False
         return True
 
-    def _leaves(self) -> list[Any]:
+    def leaves(self) -> list[Any]:
         """Return the leaves of the arguments."""
         return pytree.tree_leaves((self.args, self.kwargs))
 
-    def _with_leaves(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_leaves(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments of the same structure with other leaves."""
         args, kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure((self.args, self.kwargs)))
         return args, kwargs
 
+    @property
+    def root(self) -> LogJoint:
+        """The object of all data, of which this is a part."""
+        return self._whole or self
+
     def _data_dimensions(self) -> list[int | None]:
         """Return the dimension with N entries of each leaf of the arguments, the first where there are several."""
-        leaves, n = self._leaves(), self.n_obs
+        leaves, n = self.leaves(), self.n_obs
         return [list(t.shape).index(n) if isinstance(t, Tensor) and n in t.shape else None for t in leaves]
 
     def converted(self, dtype: torch.dtype) -> LogJoint:
@@ -343,6 +385,7 @@ class LogJoint:
             other.model, other.guide = Promoted(self.model.program, dtype), Promoted(self.guide.program, dtype)
         other.tested = self.tested.to(dtype)
         other.joined = dict(self.joined)
+        other.graphs, other._whole = Graphs(), None
         return other
 
     def blocks(self, size: int) -> list[LogJoint]:
@@ -416,6 +459,44 @@ class LogJoint:
         if len(active) != len(z):
             active = active.repeat(len(z) // len(active), 1)
         return (torch.where(active, 0.0, 1.0) * (-0.5 * z.square() - HALF_LOG_2PI)).sum(-1)
+
+    def _fast(self, kind: Kind, z: Tensor) -> tuple[Tensor, ...] | None:
+        """Evaluate by a graph; None where there is none yet, or the caller wants to differentiate."""
+        if z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim) or (z.requires_grad and torch.is_grad_enabled()):
+            return None
+        graph = self.graphs.ready(self, kind, len(z))
+        return None if graph is None else self.by_graph(graph, z)
+
+    def by_graph(self, graph: Graph, z: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate a graph of `elbowroom.inference.traced` at z (S, N, d), in parts that stay in the caches.
+
+        Args:
+            graph: with outputs (S, N, ...).
+            z: (S, N, d).
+            *beside: what it takes beside z and the data: (S or 1, N, ...) or numbers.
+        """
+        n, draws = self.n_obs, len(z)
+        given_data = inputs(self)
+        rows = max(64, self._rows // FINER) if self.device.type == "cpu" else self._rows
+        several = -(-n // rows)  # blocks of equal size, of about so many data
+        block = -(-n // several)
+        chunk = max(1, rows // block)
+        out: list[Tensor] = []
+        with self.snapshot.scope():
+            z = z.to(self.dtype or self.own_dtype)
+            for data in range(0, n, block):
+                some = slice(data, min(data + block, n))
+                leaves = [t if dim is None else t.narrow(dim, data, some.stop - data) for t, dim in given_data]
+                for start in range(0, draws, chunk):
+                    here = slice(start, start + chunk)
+                    given = [t if t.dim() == 0 else t[here if len(t) > 1 else slice(1), some] for t in beside]
+                    found = graph(z[here, some], *given, *leaves)
+                    if block >= n and chunk >= draws:
+                        return found
+                    out = out or [t.new_empty(draws, n, *t.shape[2:]) for t in found]
+                    for whole, part in zip(out, found, strict=True):
+                        whole[here, some] = part
+        return tuple(out)
 
     def _map(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         """Apply a function of (N, d) to every draw of (S, N, d), a bounded number of rows at a time."""
@@ -507,12 +588,16 @@ class LogJoint:
             def repeat(t: Any, dim: int | None) -> Any:
                 return t if dim is None else t.repeat(*[times if i == dim else 1 for i in range(t.dim())])
 
-            leaves = [repeat(t, dim) for t, dim in zip(self._leaves(), self.along, strict=True)]
-            self.args, self.kwargs = self._with_leaves(leaves)
+            leaves = [repeat(t, dim) for t, dim in zip(self.leaves(), self.along, strict=True)]
+            self.args, self.kwargs = self.with_leaves(leaves)
         try:
             yield
         finally:
             self.args, self.kwargs, self._index = args, kwargs, index
+
+
+def _logsumexp(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(list(parts)), 0)
 
 
 def _summed_out(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,314 @@
+r"""The densities of a pair of programs as graphs over rows: any number of draws, of any of the data, by one graph.
+
+A graph is traced for ONE datum, with its arguments as inputs, under `vmap` over the data and over draws of each:
+
+    z (S, N, d), x (N, ...)  ->  log p(x_n, z_sn) (S, N), its gradient (S, N, d), or a whole leapfrog of a trajectory
+
+with S and N left open: a subset of the data, a bucket of chains or a block of a million rows need no graph of their own. Every
+graph is compared with plain evaluation of every datum before it is used, and the same graph serves other data of the same
+program (`_shared`), compared again with those.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from elbowroom.inference.branches import Branches, levels
+from elbowroom.inference.compiled import (
+    CALL_SECONDS,
+    COMPILE_AFTER,
+    FLOPS,
+    TRACE_AFTER,
+    Function,
+    Graph,
+    Untraceable,
+    current_policy,
+    policy,
+)
+from elbowroom.inference.leapfrog import leap
+
+if TYPE_CHECKING:
+    from elbowroom.inference.target import LogJoint
+
+log = logging.getLogger("elbowroom")
+
+Kind = Literal["joint", "terms", "guide", "grad", "parts", "leap"]
+GRADIENTS = {"grad": 3.0, "leap": 3.0, "parts": 4.0}  # work of a gradient, in evaluations
+PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79)
+CHECKED = 2  # draws at which a graph is compared
+CLOSE = {torch.float64: 1e-7, torch.float32: 1e-3}
+
+
+@dataclass
+class _Entry:
+    """What is known of one kind of graph of one pair of programs, over all their data.
+
+    Attributes:
+        graphs: the graphs, once they are traced, by what their branches come to.
+        work: predicted seconds of eager work so far.
+        reason: why there is none, or why it is not compiled; "" where nothing speaks against it.
+    """
+
+    graphs: dict[tuple[bool, ...], Graph] = field(default_factory=dict)
+    work: float = 0.0
+    reason: str = ""
+
+
+_shared: weakref.WeakKeyDictionary[Any, dict[Any, _Entry]] = weakref.WeakKeyDictionary()
+
+
+class Graphs:
+    """The graphs of one `LogJoint` and of its parts."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Kind, _Entry] = {}
+        self._checked: dict[Kind, Graph] = {}
+        self._operations = 0.0
+        self._reason = ""
+
+    def ready(self, joint: LogJoint, kind: Kind, draws: int) -> Graph | None:
+        """Return the graph to evaluate so many draws with; None where plain evaluation is better, or all there is."""
+        wanted = current_policy()
+        if wanted == "never" or self._reason:
+            return None
+        entry = self._entries.get(kind) or self._entry(joint.root, kind)
+        entry.work += CALL_SECONDS + draws * joint.n_obs * GRADIENTS.get(kind, 1.0) * self._operations / FLOPS
+        if wanted == "auto" and entry.work < TRACE_AFTER:
+            return None
+        try:
+            graph = self._checked.get(kind) or self._trace(joint.root, kind, entry)
+        except Untraceable as error:
+            self._reason = str(error)
+            if entry.reason != self._reason:
+                entry.reason = self._reason
+                log.info(f"log p(x, z) is evaluated by Pyro's handlers, not by a graph: {error}")
+            return None
+        if not graph.compiled and not entry.reason and (wanted == "always" or entry.work >= COMPILE_AFTER):
+            try:
+                seconds = graph.compile(partial(_check, joint.root, kind))
+                why = "as asked for" if wanted == "always" else f"after work worth about {entry.work:.0f} s"
+                log.info(f"{WORDS[kind]}: compiled in {seconds:.1f} s, {why}")
+            except Untraceable as error:
+                entry.reason = str(error)
+                log.info(f"{WORDS[kind]}: traced, not compiled: {error}")
+        return graph
+
+    def _entry(self, root: LogJoint, kind: Kind) -> _Entry:
+        """Return what is known of this kind of graph of these programs, from other data too."""
+        key = (kind, _signature(root))
+        found = self._entries[kind] = _entries_of(root.model).setdefault(key, _Entry())
+        self._operations = self._operations or _operations(root)
+        return found
+
+    def _trace(self, root: LogJoint, kind: Kind, entry: _Entry) -> Graph:
+        """Return a graph that has been compared with plain evaluation of all data: one of other data where there is one."""
+        if root.program.index:
+            raise Untraceable("the plate is sub-sampled")
+        if not root.separable():
+            raise Untraceable("its arguments cannot be taken apart by datum")
+        rows = _Rows(root)
+        with root.held():
+            outcomes = rows.record(kind)
+            graph = entry.graphs.get(outcomes) or rows.graph(kind, outcomes)
+        _check(root, kind, graph)
+        self._checked[kind] = entry.graphs[outcomes] = graph
+        return graph
+
+
+def inputs(joint: LogJoint) -> list[tuple[Tensor, int | None]]:
+    """Return the tensors that a graph takes beside z, for these data, each with the dimension of the data."""
+    found = [(t, dim) for t, dim in zip(joint.leaves(), joint.along, strict=True) if isinstance(t, Tensor)]
+    if joint.program.active is not None:
+        found.append((joint.program.active, 0))
+    return found + [(t, None) for t in joint.program.pinned.values()]
+
+
+def _check(root: LogJoint, kind: Kind, graph: Graph) -> None:
+    """Compare a graph with plain evaluation, at tested points of every datum."""
+    z = root.tested[:CHECKED]
+    with policy("never"), root.held():
+        plain = _plainly(root, kind, z)
+        found = root.by_graph(graph, z, *_beside(kind, z))
+    for ours, theirs in zip(found, plain, strict=True):
+        finite = theirs.isfinite()
+        close = CLOSE.get(theirs.dtype, 1e-3)
+        if not torch.allclose(ours[finite], theirs[finite], rtol=close, atol=close):
+            worst = float((ours[finite] - theirs[finite]).abs().max())
+            raise Untraceable(f"{WORDS[kind]} by the graph differs by {worst:.1e} from plain evaluation")
+
+
+WORDS: dict[Kind, str] = {
+    "joint": "log p(x, z)",
+    "terms": "log p(z) and log p(x|z)",
+    "guide": "log q(z|x)",
+    "grad": "log p(x, z) and its gradient",
+    "parts": "log p(z), log p(x|z) and their gradients",
+    "leap": "a leapfrog of log p(x, z)",
+}
+
+
+class _Rows:
+    """The programs for one datum, whose arguments are inputs."""
+
+    def __init__(self, root: LogJoint) -> None:
+        self.root = root
+        self.places = [i for i, t in enumerate(root.leaves()) if isinstance(t, Tensor)]
+        self.dims = [dim for _, dim in inputs(root)]
+        self.one = copy.copy(self.root)
+        self.one.n_obs = 1
+
+    def graph(self, kind: Kind, outcomes: tuple[bool, ...]) -> Graph:
+        """Trace one kind with sizes that no other dimension has."""
+        function, root = self._functions()[kind], self.root
+        given = inputs(root)
+        taken = {size for t, _ in given for size in t.shape} | {root.dim}
+        draws, data = [p for p in PRIMES if p not in taken][:2]
+        rows = torch.arange(data, device=root.device) % root.n_obs
+        z = root.tested[0].index_select(0, rows).expand(draws, -1, -1).contiguous()
+        some = [t if dim is None else t.index_select(dim, rows) for t, dim in given]
+        beside = _beside(kind, z)
+
+        def followed(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with Branches(outcomes=list(outcomes)):
+                return function(*tensors)
+
+        with torch.set_grad_enabled(kind in GRADIENTS):
+            return Graph(followed, [z, *beside, *some], symbolic=True)
+
+    def record(self, kind: Kind) -> tuple[bool, ...]:
+        """Return what the branches of a kind come to, on all data."""
+        function = self._functions()["guide" if kind == "guide" else "terms"]
+        given = inputs(self.root)
+        branches = Branches(allowed=lambda tensor: self.level not in levels(tensor))
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), branches:
+                function(self.root.tested[:1], *[t for t, _ in given])
+        except Untraceable:
+            raise
+        except Exception as error:  # whatever a program raises under vmap
+            text = str(error).strip() or type(error).__name__
+            raise Untraceable(f"it does not run one datum at a time ({text.splitlines()[0][:160]})") from error
+        return tuple(branches.outcomes)
+
+    def _functions(self) -> dict[Kind, Function]:
+        joint = self._over(lambda z: (self.one.density(z),))
+        terms = self._over(self.one.densities)
+        guide = self._over(lambda z: (self.one.guide_density(z),))
+
+        def grad(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            z = z.detach().requires_grad_()
+            (value,) = joint(z, *leaves)
+            return value.detach(), *torch.autograd.grad(value.sum(), z)
+
+        def parts(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            z = z.detach().requires_grad_()
+            prior, likelihood = terms(z, *leaves)
+            (of_prior,) = torch.autograd.grad(prior.sum(), z, retain_graph=True)
+            (of_likelihood,) = torch.autograd.grad(likelihood.sum(), z, allow_unused=True)
+            nothing = torch.zeros_like(of_prior)
+            return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood
+
+        def leapfrog(
+            z: Tensor, momentum: Tensor, size: Tensor, root: Tensor, kick: Tensor, *leaves: Tensor
+        ) -> tuple[Tensor, ...]:
+            return leap(lambda u: grad(u, *leaves), z, momentum, size, root[0], kick)
+
+        return {"joint": joint, "terms": terms, "guide": guide, "grad": grad, "parts": parts, "leap": leapfrog}
+
+    def _over(self, density: Callable[[Tensor], tuple[Tensor, ...]]) -> Function:
+        """Return a function of all draws and data, from one of one row z (1, d)."""
+
+        def row(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            self.level = max(levels(z)) - 1 if torch._C._functorch.is_batchedtensor(z) else 0
+            self._put(leaves)
+            return tuple(value[0] for value in density(z[None]))
+
+        inside = torch.func.vmap(row, in_dims=(0, *self.dims), randomness="different")
+        return torch.func.vmap(inside, in_dims=(0, *[None] * len(self.dims)), randomness="different")
+
+    def _put(self, leaves: tuple[Tensor, ...]) -> None:
+        """Give the programs the arguments of one datum."""
+        rows = [t if dim is None else t.unsqueeze(dim) for t, dim in zip(leaves, self.dims, strict=True)]
+        whole = self.root.leaves()
+        for place, value in zip(self.places, rows, strict=False):
+            whole[place] = value
+        self.one.args, self.one.kwargs = self.root.with_leaves(whole)
+        rest = rows[len(self.places) :]
+        program = self.root.program
+        active = rest.pop(0) if program.active is not None else None
+        pinned = dict(zip(program.pinned, rest, strict=True))
+        self.one.program = dataclasses.replace(program, n_obs=1, active=active, pinned=pinned)
+
+
+def _beside(kind: Kind, z: Tensor) -> list[Tensor]:
+    """Return arguments of a leapfrog that leave z where it is, for tracing and comparing."""
+    if kind != "leap":
+        return []
+    n, d = z.shape[1:]
+    eye = torch.eye(d, dtype=z.dtype, device=z.device).expand(1, n, d, d).contiguous()
+    size = torch.full_like(z[..., :1], 0.01)
+    return [torch.zeros_like(z), size.contiguous(), eye, torch.ones((), dtype=z.dtype, device=z.device)]
+
+
+def _plainly(joint: LogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
+    if kind == "joint":
+        return (joint(z),)
+    if kind == "guide":
+        return (joint.log_guide(z),)
+    if kind == "leap":
+        momentum, size, root, kick = _beside(kind, z)
+        return leap(joint.grad, z, momentum, size, root[0], kick)
+    return {"terms": joint.terms, "grad": joint.grad, "parts": joint.parts}[kind](z)
+
+
+def _operations(joint: LogJoint) -> float:
+    """Count the floating-point operations of the networks per row."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with policy("never"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        joint(joint.tested[:1])
+    return counter.get_total_flops() / joint.n_obs
+
+
+def _signature(root: LogJoint) -> Any:
+    """Return what a graph depends on beside the values of its inputs."""
+    leaves = [_kind_of(t, dim) for t, dim in zip(root.leaves(), root.along, strict=True)]
+    facts = (root.dim, root.program.active is None, tuple(root.program.pinned), root.tested.dtype, str(root.device))
+    return tuple(leaves), facts, root.snapshot.identity(), _identity(root.model), _identity(root.guide)
+
+
+def _kind_of(leaf: Any, dim: int | None) -> Any:
+    if isinstance(leaf, Tensor):
+        return dim, leaf.dtype, tuple(size for i, size in enumerate(leaf.shape) if i != dim)
+    return leaf if isinstance(leaf, int | float | str | None) else id(leaf)
+
+
+def _identity(program: Any) -> Any:
+    """Return what tells programs apart, without keeping them alive."""
+    inner = getattr(program, "program", None)  # of a promoted one
+    if inner is not None and not isinstance(program, torch.nn.Module):
+        return type(program), _identity(inner)
+    owner = getattr(program, "__self__", program)
+    try:
+        return weakref.ref(owner), getattr(program, "__func__", None)
+    except TypeError:
+        return id(program)
+
+
+def _entries_of(model: Any) -> dict[Any, _Entry]:
+    """Return the entries that all data of a program share; new ones where it cannot be told from others."""
+    inner = getattr(model, "program", model)
+    try:
+        return _shared.setdefault(getattr(inner, "__self__", inner), {})
+    except TypeError:
+        return {}
