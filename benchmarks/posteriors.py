@@ -1,4 +1,4 @@
-"""`make bench-posteriors`: ESS per second on the same posteriors, ours and the peers in one run, quality beside time.
+"""`python -m benchmarks.posteriors`: ESS per second on the same posteriors, ours and the peers in one run, quality beside time.
 
 The posteriors: a 2-D VAE with a 64-pixel Bernoulli tanh decoder is fitted to the digits (scikit-learn's, binarized), and data
 are drawn from it. Every method gets the same decoder weights, the same data and starting points of the same kind (half of the
@@ -11,25 +11,19 @@ posterior mean against an exact grid, in MCSE = sd / sqrt(ESS) and in sd of the 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 
 import arviz_stats.base
 import numpy as np
 import torch
 
-from benchmarks import results
+from benchmarks import measure, results
 from benchmarks.problem import DIM, PIXELS, Method, Problem, Run, Settings, fitted
 from elbowroom.inference.grid import Grid
 from elbowroom.inference.hmc import HMC
@@ -41,7 +35,21 @@ from elbowroom.inference.scout import Scout, scout
 HEADING = "## Posteriors"
 POINTS, RUNS, TRUTH = 104, 105, 106  # seeds
 
+OWN, PEERS = ("hmc", "chains"), ("blackjax", "numpyro", "pyro")
 CHAINS_FLOAT = "float32, metric float64"
+COLUMNS = (
+    "method",
+    "float",
+    "data x chains",
+    "compile [s]",
+    "run [s]",
+    "ESS min / median / mean",
+    "ESS/s",
+    "worst error [MCSE]",
+    "median error [sd]",
+    "divergences",
+    "",
+)
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------------
@@ -119,19 +127,18 @@ class Row:
     note: str
 
     @property
-    def rate(self) -> float:
-        """Effective draws per second, all posteriors together: mean ESS x N / median seconds."""
-        return float(np.mean(self.quality.ess)) * self.method.n_obs / statistics.median(self.seconds)
+    def rates(self) -> list[float]:
+        """Effective draws per second of each run, all posteriors together: mean ESS x N / seconds."""
+        return [float(np.mean(self.quality.ess)) * self.method.n_obs / seconds for seconds in self.seconds]
 
-    def cells(self) -> str:
+    def cells(self) -> list[str]:
         """Return the line."""
         m, q = self.method, self.quality
-        span = f"{statistics.median(self.seconds):.3g} ({min(self.seconds):.3g} .. {max(self.seconds):.3g})"
         compiled = "" if math.isnan(m.compile_seconds) else f"{m.compile_seconds:.1f}"
         ess = f"{q.ess.min():.0f} / {np.median(q.ess):.0f} / {q.ess.mean():.0f}"
-        errors = f"{np.nanmax(q.in_mcse):.1f} | {np.nanmedian(q.in_sd):.3f}"
-        left = f"| {m.name} | {m.dtype} | {m.n_obs} x {m.chains} | {compiled} | {span} | {ess} | {self.rate:,.0f}"
-        return f"{left} | {errors} | {self.divergences} | {self.note} |"
+        left = [m.name, m.dtype, f"{m.n_obs} x {m.chains}", compiled, measure.span(self.seconds), ess]
+        errors = [f"{np.nanmax(q.in_mcse):.1f}", f"{np.nanmedian(q.in_sd):.3f}"]
+        return [*left, f"{statistics.median(self.rates):,.0f}", *errors, str(self.divergences), self.note]
 
 
 def measured(problem: Problem, methods: list[Method], repeats: int) -> list[Row]:
@@ -140,11 +147,13 @@ def measured(problem: Problem, methods: list[Method], repeats: int) -> list[Row]
     mean, sd = (moment.numpy().copy() for moment in truth.moments())
     sd[[status != "exact" for status in truth.status]] = np.nan
     print(f"grid: {sum(status == 'exact' for status in truth.status)} of {problem.n_obs} exact", flush=True)
-    runs: list[list[Run]] = [[] for _ in methods]
-    for repeat in range(repeats):
-        for method, done in zip(methods, runs, strict=True):
-            done.append(method.run(RUNS + 1000 * repeat))
-            print(f"{method.name}: {done[-1].seconds:.2f} s", flush=True)
+
+    def run(method: Method, repeat: int) -> Run:
+        found = method.run(RUNS + 1000 * repeat)
+        print(f"{method.name}: {found.seconds:.2f} s", flush=True)
+        return found
+
+    runs = measure.in_turn([functools.partial(run, method) for method in methods], repeats)
     return [
         Row(
             m,
@@ -157,77 +166,36 @@ def measured(problem: Problem, methods: list[Method], repeats: int) -> list[Row]
     ]
 
 
-# -- scaling ----------------------------------------------------------------------------------------------------------------
-
-
-def peak() -> float:
-    """Return the largest resident memory of this process so far, in MiB (Linux)."""
-    # not getrusage's: a child inherits its parent's peak there
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-
-
-def alone(n_obs: int, hidden: int, settings: Settings) -> dict[str, float]:
-    """Measure ours on `n_obs` data in this process: seconds, MiB at the peak, above what it held before, and of kept draws."""
-    problem = Problem(fitted(hidden), n_obs)
-    before = peak()
-    found = ours(problem, settings).run(RUNS)
-    return {"n": n_obs, "seconds": found.seconds, "peak": peak(), "above": peak() - before, "kept": found.draws.nbytes / 2**20}
-
-
-def scaling(sizes: list[int], arguments: list[str]) -> list[str]:
-    """Measure ours on several numbers of data, each in a fresh process; return a markdown table."""
-    lines = [
-        "| data | seconds | seconds per 1,000 | peak memory [MiB] | above the start [MiB] | kept draws alone [MiB] |",
-        "|---|---|---|---|---|---|",
-    ]
-    for size in sizes:
-        command = [sys.executable, "-m", "benchmarks.posteriors", *arguments, "--alone", str(size)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-        r = json.loads(out.stdout.splitlines()[-1])
-        each = 1000 * r["seconds"] / size
-        lines.append(f"| {size:,} | {r['seconds']:.1f} | {each:.1f} | {r['peak']:.0f} | {r['above']:.0f} | {r['kept']:.0f} |")
-        print(lines[-1], flush=True)
-    return lines
-
-
 # -- the run ----------------------------------------------------------------------------------------------------------------
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.posteriors", description=__doc__.splitlines()[0])
+    """Read the command line; `--quick` changes what is left as it is by default."""
+    parser = measure.parser("posteriors", __doc__.splitlines()[0])
     parser.add_argument("--data", type=int, default=1000, help="number of posteriors")
     parser.add_argument("--chains", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=300, help="of the peers, per chain")
     parser.add_argument("--draws", type=int, default=300, help="per chain")
-    parser.add_argument("--pyro", type=int, default=5, help="number of posteriors for Pyro's NUTS, one chain each")
+    parser.add_argument("--pyro", type=int, default=3, help="number of posteriors for Pyro's NUTS, one chain each")
     parser.add_argument("--hidden", type=int, default=64, help="width of the decoder's hidden layer")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats, in turn")
-    parser.add_argument("--threads", type=int, default=2, help="cores that every method may use")
-    parser.add_argument("--methods", nargs="*", default=["hmc", "chains", "blackjax", "numpyro", "pyro"])
-    parser.add_argument("--scaling", nargs="*", type=int, default=[1000, 10_000], help="numbers of data for ours alone")
-    parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--print", action="store_true", help="leave RESULTS.md as it is")
-    return parser.parse_args(arguments)
+    parser.add_argument("--methods", nargs="*", choices=[*OWN, *PEERS], help="default: all, or with --ours our own")
+    if "--quick" in (sys.argv[1:] if arguments is None else arguments):
+        parser.set_defaults(data=20, warmup=100, draws=100, pyro=1, repeats=1)
+    args = parser.parse_args(arguments)
+    if args.methods is None:
+        args.methods = [*OWN, *(() if args.ours else PEERS)]
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write the section."""
     args = parsed(arguments)
-    # before jax starts its thread pool, which has one thread per core that it sees
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    torch.set_num_threads(args.threads)
+    measure.use(args.threads)
     settings = Settings(args.chains, args.warmup, args.draws, args.pyro, args.repeats, args.threads)
-    if args.alone is not None:
-        print(json.dumps(alone(args.alone, args.hidden, settings)))
-        return
     problem = Problem(fitted(args.hidden), args.data)
-    methods = competitors(problem, settings, args.methods)
-    rows = measured(problem, methods, settings.repeats) if methods else []
-    passed = ["--chains", args.chains, "--draws", args.draws, "--hidden", args.hidden, "--threads", args.threads]
-    grown = scaling(args.scaling, [str(word) for word in passed])
-    text = section(rows, grown, args)
+    rows = measured(problem, competitors(problem, settings, args.methods), settings.repeats)
+    text = section(rows, args)
     print(text)
     if not args.print:
         results.write(text)
@@ -248,49 +216,37 @@ def competitors(problem: Problem, settings: Settings, names: list[str]) -> list[
 
 
 def ratios(rows: list[Row]) -> list[str]:
-    """Return one sentence for each of our lines: its ESS per second over every peer's."""
+    """Return one sentence for each of our lines: its ESS per second over every peer's, median and range over rounds."""
     mine, theirs = ([row for row in rows if row.method.name.startswith("elbowroom") is own] for own in (True, False))
     lines = []
     for row in mine if theirs else []:
-        over = ", ".join(f"{row.rate / peer.rate:,.1f} x {peer.method.name}" for peer in theirs)
-        lines += ["", f"ESS/s of {row.method.name}: {over}."]
+        over = "; ".join(f"{measure.ratio(row.rates, peer.rates, ',.1f')} x {peer.method.name}" for peer in theirs)
+        lines += ["", *measure.paragraph(f"ESS/s of {row.method.name}: {over}.")]
     return lines
 
 
-def section(rows: list[Row], grown: list[str], args: argparse.Namespace) -> str:
+def section(rows: list[Row], args: argparse.Namespace) -> str:
     """Return the markdown section."""
-    packages = ["torch", "pyro-ppl", "jax", "blackjax", "numpyro"]
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    machine = (
-        f"{platform.processor() or platform.machine()}, {args.threads} cores, Python {platform.python_version()}, {versions}"
-    )
+    packages = ["torch", "pyro-ppl", *(["jax", "blackjax", "numpyro"] if set(args.methods) & set(PEERS) else [])]
     lines = [
         HEADING,
         "",
-        f"{machine}; {datetime.now(UTC):%Y-%m-%d}.",
-        "`make bench-posteriors`, one run.",
+        *measure.circumstances(args, packages, "python -m benchmarks.posteriors"),
         "",
-        f"{args.data:,} posteriors of {PIXELS} Bernoulli pixels with {DIM} latents: a tanh decoder of width {args.hidden}",
-        "fitted to the digits, data drawn from it. The same weights, data and kind of starting points for all; log p(x, z)",
-        f"compared before timing. Peers: {args.warmup} warm-up and {args.draws} draws per chain, diagonal metric, target 0.8,",
-        "the decoder batched over chains and data (Pyro: a model per datum). Ours: eager, nothing compiled; `chains alone`:",
-        f"refit, 150 warm-up and {args.draws} draws; `with mode search and certificate`: all that an audit runs.",
-        f"Seconds: median (and range) of {args.repeats} runs in turn, without compilation, which stands beside them.",
-        "ESS: bulk, the least over coordinates, per posterior; ESS/s: of all posteriors of the line together.",
-        "Errors: of the posterior mean, against the grid.",
+        *measure.paragraph(
+            f"{args.data:,} posteriors of {PIXELS} Bernoulli pixels with {DIM} latents: a tanh decoder of width {args.hidden} "
+            "fitted to the digits, data drawn from it. The same weights, data and kind of starting points for all; log p(x, "
+            f"z) compared before timing. Peers: {args.warmup} warm-up and {args.draws} draws per chain, diagonal metric, "
+            "target 0.8, the decoder batched over chains and data (Pyro: a model per datum). Ours, `chains alone`: refit, 150 "
+            f"warm-up and {args.draws} draws; `with mode search and certificate`: all that an audit runs. Seconds: median (and "
+            f"range) of {args.repeats} runs in turn, without compilation, which stands beside them. ESS: bulk, the least over "
+            "coordinates, per posterior, of the first run; ESS/s: of all posteriors of the line together. Errors: of the "
+            "posterior mean, against the grid."
+        ),
         "",
-        "| method | float | data x chains | compile [s] | run [s] | ESS min / median / mean | ESS/s "
-        "| worst error [MCSE] | median error [sd] | divergences | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *measure.table(COLUMNS, [row.cells() for row in rows]),
+        *ratios(rows),
     ]
-    lines += [row.cells() for row in rows]
-    lines += ratios(rows)
-    if len(grown) > 2:
-        lines += [
-            "",
-            f"Ours on more data, {args.chains} chains, each number in a fresh process (with mode search and certificate):",
-        ]
-        lines += ["", *grown]
     return "\n".join(lines) + "\n"
 
 

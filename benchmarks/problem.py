@@ -1,4 +1,4 @@
-"""The posteriors that the benchmark compares methods on, and what a method is."""
+"""The posteriors that the benchmarks compare methods on, and what a method is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from benchmarks.images import magnified
 from elbowroom.inference.svi import Step, batches
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
@@ -59,13 +60,13 @@ class Method:
 
 
 class Problem:
-    """Posteriors that share a decoder: the fitted pair, data x (N, 64) drawn from it, and the decoder's weights in numpy."""
+    """Posteriors that share a decoder: the fitted pair, data x (N, pixels) drawn from it, the decoder's weights in numpy."""
 
     def __init__(self, vae: VAE, n_obs: int) -> None:
-        self.vae, self.n_obs, self.dim = vae, n_obs, DIM
+        self.vae, self.n_obs, self.dim = vae, n_obs, vae.posterior.family.latent_dim
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(DATA)
-            self.x = vae.decode(torch.randn(n_obs, DIM)).sample()
+            self.x = vae.decode(torch.randn(n_obs, self.dim)).sample()
         linear = [layer for layer in vae.decoder.modules() if isinstance(layer, torch.nn.Linear)]
         self.weights = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linear]
         self.log_joint = self.fresh()
@@ -92,14 +93,23 @@ class Problem:
         print(f"{who}: log p(x, z) equals ours to a relative {error:.1e}", flush=True)
 
 
-def fitted(hidden: int, epochs: int = EPOCHS) -> VAE:
-    """Fit the pair to the binarized digits by Adam: batches of 128, learning rate 3e-3."""
-    x = torch.as_tensor(load_digits().data >= 8, dtype=torch.float32)
+def fitted(hidden: int, epochs: int = EPOCHS, *, dim: int = DIM, block: tuple[int, int] = (1, 1)) -> VAE:
+    """Fit the pair to the binarized digits by Adam: batches of 128, learning rate 3e-3.
+
+    Args:
+        hidden: width of the hidden layers.
+        epochs: passes over the digits.
+        dim: number of latents d.
+        block: rows and columns of pixels that each of the 64 pixels becomes.
+    """
+    digits = magnified(load_digits().images >= 8, *block)
+    x = torch.as_tensor(digits.reshape(len(digits), -1), dtype=torch.float32)
+    pixels = x.shape[1]
     with torch.random.fork_rng(), pyro.get_param_store().scope():
         torch.manual_seed(FIT)
-        family, options = DiagonalNormal(DIM), {"hidden": (hidden,), "activation": "tanh"}
-        encoder = AmortizedGuide(MLP((PIXELS,), family.param_dim, **options), family)
-        vae = VAE(Normal(DIM), Bernoulli((PIXELS,)), MLP((DIM,), PIXELS, **options), encoder)
+        family, options = DiagonalNormal(dim), {"hidden": (hidden,), "activation": "tanh"}
+        encoder = AmortizedGuide(MLP((pixels,), family.param_dim, **options), family)
+        vae = VAE(Normal(dim), Bernoulli((pixels,)), MLP((dim,), pixels, **options), encoder)
         vae.adapt(x)
         step, order = Step(vae, size=len(x), learning_rate=3e-3), torch.Generator().manual_seed(FIT)
         for _ in range(epochs):
