@@ -19,7 +19,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from elbowroom.inference.objectives import Estimate, Objective, Program, locate
+from elbowroom.inference.objectives import Estimate, Objective, Program, Weight, checked
 from elbowroom.inference.weights import LogWeights, log_weights
 
 DIFFERENTIABLE = "needs a guide whose draws are differentiable in its parameters"
@@ -35,10 +35,10 @@ class Bound(Objective):
     path: ClassVar[bool] = False
 
     @abstractmethod
-    def total(self, weights: LogWeights, kl_weight: float) -> Tensor:
+    def total(self, weights: LogWeights, kl_weight: Weight) -> Tensor:
         """Return the objective for the batch, without N / B: a differentiable scalar, higher is better."""
 
-    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Estimate:
+    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: Weight = 1.0, **kwargs: Any) -> Estimate:
         """Estimate the objective and the unweighted ELBO with K draws of z per datum."""
         particles = getattr(self, "particles", 1)
         try:
@@ -68,7 +68,7 @@ class IWAE(Bound):
     def __init__(self, *, particles: Annotated[int, Ge(1)] = 10) -> None:
         self.particles = particles
 
-    def total(self, weights: LogWeights, kl_weight: float) -> Tensor:
+    def total(self, weights: LogWeights, kl_weight: Weight) -> Tensor:
         """Return sum_n log mean_k exp(l_kn)."""
         return log_mean_exp(weights.weighed(kl_weight)).sum()
 
@@ -92,7 +92,7 @@ class Renyi(Bound):
         self.alpha = alpha
         self.particles = particles
 
-    def total(self, weights: LogWeights, kl_weight: float) -> Tensor:
+    def total(self, weights: LogWeights, kl_weight: Weight) -> Tensor:
         """Return sum_n log mean_k exp((1 - alpha) l_kn) / (1 - alpha)."""
         log_w, order = weights.weighed(kl_weight), 1.0 - self.alpha
         if abs(order) < 1e-6:  # the limit; the weights' own rounding is larger than what is left out
@@ -113,7 +113,7 @@ class StickingTheLanding(Bound):
     needs = DIFFERENTIABLE
     path = True
 
-    def total(self, weights: LogWeights, kl_weight: float) -> Tensor:
+    def total(self, weights: LogWeights, kl_weight: Weight) -> Tensor:
         """Return sum_n l_n."""
         return weights.weighed(kl_weight).sum()
 
@@ -141,7 +141,7 @@ class DReG(Bound):
     def __init__(self, *, particles: Annotated[int, Ge(1)] = 10) -> None:
         self.particles = particles
 
-    def total(self, weights: LogWeights, kl_weight: float) -> Tensor:
+    def total(self, weights: LogWeights, kl_weight: Weight) -> Tensor:
         """Return sum_n log mean_k exp(l_kn), with a gradient of its own."""
         log_w = weights.weighed(kl_weight)
         v = log_w.detach().softmax(0)
@@ -174,16 +174,17 @@ class Beta(Bound):
         self.beta = beta
         self.free_bits = free_bits
 
-    def total(self, weights: LogWeights, kl_weight: float) -> Tensor:
+    def total(self, weights: LogWeights, kl_weight: Weight) -> Tensor:
         """Return sum_n log p(x_n|z_n) - w beta sum_sites max(B free_bits, sum_n [log q - log p]_n)."""
         each, weight = weights.likelihood, kl_weight * self.beta
-        floors = 0.0
+        floors: float | Tensor = 0.0
         for name, log_q in weights.guide.items():
             kl = log_q - weights.prior.get(name, 0.0)
-            if self.free_bits > 0 and float(kl.detach().mean()) < self.free_bits:
-                floors += weight * self.free_bits * kl.numel()
-            else:
-                each = each - weight * kl
+            if self.free_bits > 0:
+                low = kl.detach().mean() < self.free_bits
+                floors = floors + weight * self.free_bits * kl.numel() * low
+                kl = kl.where(~low, 0.0)
+            each = each - weight * kl
         total = each.sum() - floors
         if weights.score is None:
             return total
@@ -208,10 +209,7 @@ def finished(weights: LogWeights, total: Tensor, beside: Tensor | float = 0.0) -
     """
     loss = -weights.scale * (total + beside)
     plain = weights.weighed().detach().mean(0).sum()
-    objective, elbo = torch.stack([loss.detach(), weights.scale * plain]).tolist()
-    if not (math.isfinite(objective) and math.isfinite(elbo)):
-        raise locate(*weights.traces, particles=len(weights.likelihood))
-    return Estimate(loss, objective, elbo)
+    return checked(Estimate(loss, loss.detach(), weights.scale * plain), *weights.traces, len(weights.likelihood))
 
 
 def _valued(value: Tensor, surrogate: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ Pyro's TraceEnum_ELBO, https://docs.pyro.ai/en/stable/inference_algos.html#pyro.
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 
-from elbowroom.inference.objectives import Estimate, Objective, Program, locate, samples
+from elbowroom.inference.objectives import Estimate, Objective, Program, Weight, checked, samples
 from elbowroom.inference.weights import undisturbed
 
 
@@ -34,7 +33,7 @@ class TraceEnum(Objective):
     def __init__(self) -> None:
         self._nested: tuple[Program, Program, int] | None = None
 
-    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Estimate:
+    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: Weight = 1.0, **kwargs: Any) -> Estimate:
         """Estimate loss_w and the unweighted ELBO, continuous latents drawn once per datum."""
         elbo = TraceEnum_ELBO(max_plate_nesting=self._nesting(model, guide, args, kwargs), strict_enumeration_warning=False)
         ((model_trace, guide_trace),) = elbo._get_traces(model, config_enumerate(guide), args, kwargs)
@@ -42,15 +41,13 @@ class TraceEnum(Objective):
         if not any(site["infer"].get("_enumerate_dim") is not None for _, site in samples(guide_trace)):
             raise ValueError(f"{self.name}: {self.needs}; use elbo")
         plain = total = torch.as_tensor(_compute_dice_elbo(model_trace, guide_trace))
-        if kl_weight != 1.0:
+        if isinstance(kl_weight, torch.Tensor) or kl_weight != 1.0:
             for trace in (model_trace, guide_trace):
                 for name in latent & set(trace.nodes):
                     _weigh(trace.nodes[name]["packed"], kl_weight)
             total = torch.as_tensor(_compute_dice_elbo(model_trace, guide_trace))
-        objective, value = -total.item(), plain.item()
-        if not (math.isfinite(objective) and math.isfinite(value)):
-            raise locate(model_trace, guide_trace)
-        return Estimate(-total, objective, value)
+        estimate = Estimate(-total, -total.detach().double(), plain.detach().double())
+        return checked(estimate, model_trace, guide_trace)
 
     def _nesting(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Return how many batch dimensions the plates take, found by one run of each pair of programs."""
@@ -67,7 +64,7 @@ class TraceEnum(Objective):
         return self._nested[2]
 
 
-def _weigh(packed: dict[str, Any], weight: float) -> None:
+def _weigh(packed: dict[str, Any], weight: Weight) -> None:
     """Multiply a latent site's log density by the KL weight; not the probabilities that the sum is taken with."""
     weighed: Any = packed["log_prob"] * weight
     weighed._pyro_dims = packed["log_prob"]._pyro_dims

@@ -12,6 +12,9 @@ the objective of an easier problem and no bound on the evidence of this model, s
 in nats, of the very same draws) is always computed beside it; so it is beside every other objective (`bounds`,
 `enumerated`, `wake_sleep`). An `elbo` is higher-better; a `loss` is lower-better.
 
+Estimates are tensors: no number leaves its device, so that an objective can be traced. Only the check for values that are
+not finite reads them, and `unchecked` leaves that to the caller.
+
 Bowman et al. 2016 (KL warm-up), https://arxiv.org/abs/1511.06349.
 """
 
@@ -19,17 +22,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 Program = Callable[..., Any]
+Weight = float | Tensor
+"""w, a number or a scalar in double precision."""
+
+_checked: ContextVar[bool] = ContextVar("elbowroom_checked", default=True)
 
 
 class Estimate(NamedTuple):
@@ -37,13 +48,34 @@ class Estimate(NamedTuple):
 
     Attributes:
         loss: differentiable scalar; its gradient is the gradient estimate.
-        objective: its value, as a double.
-        elbo: the unweighted ELBO of the same draws, as a double; -objective for `elbo` at w = 1.
+        objective: its value, a double without a gradient.
+        elbo: the unweighted ELBO of the same draws, a double without a gradient; -objective for `elbo` at w = 1.
     """
 
     loss: Tensor
-    objective: float
-    elbo: float
+    objective: Tensor
+    elbo: Tensor
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Let estimates inside be what they are: nothing reads their values, and none raises NonFiniteSite."""
+    token = _checked.set(False)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def checked(estimate: Estimate, model_trace: Trace, guide_trace: Trace, particles: int = 1) -> Estimate:
+    """Return an estimate, where it is finite or `unchecked`; arguments as `locate`.
+
+    Raises:
+        NonFiniteSite: it is not finite.
+    """
+    if _checked.get() and not all(math.isfinite(value) for value in (estimate.objective, estimate.elbo)):
+        raise locate(model_trace, guide_trace, particles)
+    return estimate
 
 
 class NonFiniteSite(ArithmeticError):
@@ -76,13 +108,13 @@ class KLWeight(Messenger):
     Unlike `pyro.poutine.scale` it allows w = 0.
 
     Args:
-        weight: w, a number >= 0; may be changed between runs.
+        weight: w >= 0, a number or a scalar; may be changed between runs.
 
     Attributes:
         scales: the scale of each latent site in the latest run, without the weight.
     """
 
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(self, weight: Weight = 1.0) -> None:
         super().__init__()
         self.weight = weight
         self.scales: dict[str, Any] = {}
@@ -91,7 +123,7 @@ class KLWeight(Messenger):
         if msg["is_observed"] or type(msg["fn"]).__name__ == "_Subsample":
             return
         self.scales[msg["name"]] = msg["scale"]
-        if self.weight != 1.0:
+        if isinstance(self.weight, Tensor) or self.weight != 1.0:
             msg["scale"] = msg["scale"] * self.weight
 
 
@@ -115,7 +147,7 @@ class Objective(ABC):
     needs: ClassVar[str] = ""
 
     @abstractmethod
-    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Estimate:
+    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: Weight = 1.0, **kwargs: Any) -> Estimate:
         """Estimate the objective, and the unweighted ELBO of the same draws.
 
         Args:
@@ -169,7 +201,7 @@ class ELBO(Objective):
 
     name = "elbo"
 
-    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Estimate:
+    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: Weight = 1.0, **kwargs: Any) -> Estimate:
         """Estimate loss_w and the unweighted ELBO with one draw of z per datum."""
         return _TraceELBO(kl_weight).estimate(model, guide, *args, **kwargs)
 
@@ -188,68 +220,89 @@ class MeanFieldELBO(Objective):
     reparametrized = True
     needs = "needs a guide whose draws are differentiable in its parameters"
 
-    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Estimate:
+    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: Weight = 1.0, **kwargs: Any) -> Estimate:
         """Estimate loss_w and the unweighted ELBO with one draw of z per datum."""
         return _MeanFieldELBO(kl_weight).estimate(model, guide, *args, **kwargs)
 
 
-class _Recorder(Trace_ELBO):
-    """A Pyro ELBO for one estimate, which keeps its loss and the ELBO without the KL weight."""
+class _TraceELBO(Trace_ELBO):
+    """Pyro's Trace_ELBO for one estimate, with the ELBO without the KL weight beside it, its numbers left in tensors."""
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: Weight) -> None:
         super().__init__()
         self.weights = {"guide": KLWeight(weight), "model": KLWeight(weight)}
-        self.plain = weight == 1.0
-        self.objective = math.nan
-        self.elbo = math.nan
+        self.plain = not isinstance(weight, Tensor) and weight == 1.0
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
-        loss = self.differentiable_loss(self.weights["model"](model), self.weights["guide"](guide), *args, **kwargs)
-        return Estimate(loss, self.objective, self.elbo)
+        """Estimate the loss and the unweighted ELBO."""
+        model, guide = self.weights["model"](model), self.weights["guide"](guide)
+        model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
+        objective, surrogate = self._loss(model_trace, guide_trace)
+        loss = surrogate - surrogate.detach() + objective.to(surrogate.dtype)
+        elbo = -objective if self.plain else self._unweighted(model_trace, guide_trace)
+        return checked(Estimate(loss, objective, elbo), model_trace, guide_trace)
 
-    def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[float, Tensor]:
-        loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
-        if not math.isfinite(loss):
-            raise locate(model_trace, guide_trace)
-        self.objective = float(loss)
-        if self.plain:
-            self.elbo = -self.objective
-        else:
-            self.elbo = self._unweighted(model_trace, "model") - self._unweighted(guide_trace, "guide")
-        return loss, surrogate
+    def _loss(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
+        """Return -ELBO as a double, and a scalar that has its gradient: Trace_ELBO._differentiable_loss_particle."""
+        elbo: Any = 0.0
+        surrogate: Any = 0.0
+        for _, site in samples(model_trace):
+            elbo = elbo + site["log_prob_sum"].detach().double()
+            surrogate = surrogate + site["log_prob_sum"]
+        log_r = None
+        for _, site in samples(guide_trace):
+            elbo = elbo - site["log_prob_sum"].detach().double()
+            _, score, entropy = site["score_parts"]
+            if not is_identically_zero(entropy):
+                surrogate = surrogate - entropy.sum()
+            if not is_identically_zero(score):
+                log_r = _compute_log_r(model_trace, guide_trace) if log_r is None else log_r
+                surrogate = surrogate + (log_r.sum_to(site["cond_indep_stack"]) * score).sum()
+        return -elbo, -surrogate
 
     @torch.no_grad()
-    def _unweighted(self, trace: Trace, program: str) -> float:
+    def _unweighted(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
         """Sum the log probabilities with the plates' scales and masks, but without the KL weight."""
-        total = 0.0
-        for name, site in samples(trace):
-            log_prob = site["unscaled_log_prob"]
-            scale = self.weights[program].scales.get(name, site["scale"])
-            total += scale_and_mask(log_prob, scale, site["mask"]).sum().item()
+        total: Any = 0.0
+        for program, trace, sign in (("model", model_trace, 1), ("guide", guide_trace, -1)):
+            for name, site in samples(trace):
+                scale = self.weights[program].scales.get(name, site["scale"])
+                total = total + sign * scale_and_mask(site["unscaled_log_prob"], scale, site["mask"]).sum().double()
         return total
 
 
-class _TraceELBO(_Recorder):
-    """Trace_ELBO, recorded."""
+class _MeanFieldELBO(_TraceELBO, TraceMeanField_ELBO):
+    """Pyro's TraceMeanField_ELBO, likewise: its loss is not that of the draws."""
 
-
-class _MeanFieldELBO(_Recorder, TraceMeanField_ELBO):
-    """TraceMeanField_ELBO, recorded: its loss is not that of the draws."""
-
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: Weight) -> None:
         super().__init__(weight)
         self.plain = False
 
-    def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[float, Tensor]:
-        drawn = [(name, site) for name, site in samples(guide_trace)]
-        for name, site in drawn:
+    def _loss(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
+        """Return -ELBO as a double, and with its gradient: TraceMeanField_ELBO._differentiable_loss_particle."""
+        drawn = dict(samples(guide_trace))
+        for name, site in drawn.items():
             if not getattr(site["fn"], "has_rsample", False):  # Pyro would leave out its part of the gradient
                 raise ValueError(f"{MeanFieldELBO.name}: {MeanFieldELBO.needs}; those of site {name!r} are not")
-        names = [name for name, _ in drawn]
-        order = [name for name, _ in samples(model_trace) if name in names]
-        if order != [name for name in names if name in order]:
+        order = [name for name, _ in samples(model_trace) if name in drawn]
+        if order != [name for name in drawn if name in order]:
             raise ValueError(f"{MeanFieldELBO.name}: model and guide must draw their sites in the same order; use elbo")
-        return super()._differentiable_loss_particle(model_trace, guide_trace)
+        elbo: Any = 0.0
+        for name, site in samples(model_trace):
+            if site["is_observed"]:
+                elbo = elbo + site["log_prob_sum"]
+                continue
+            q = drawn[name]
+            try:
+                kl = scale_and_mask(kl_divergence(q["fn"], site["fn"]), scale=q["scale"], mask=q["mask"])
+            except NotImplementedError:
+                elbo = elbo + site["log_prob_sum"] - q["score_parts"].entropy_term.sum()
+            else:
+                elbo = elbo - (kl.sum() if isinstance(kl, Tensor) else kl * q["fn"].batch_shape.numel())
+        for name, q in drawn.items():
+            if name not in model_trace.nodes:  # auxiliary
+                elbo = elbo - q["score_parts"].entropy_term.sum()
+        return -elbo.detach().double(), -elbo
 
 
 def samples(trace: Trace) -> list[tuple[str, Any]]:

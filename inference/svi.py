@@ -121,7 +121,7 @@ class Step:
         if self.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.gradient_clip * self.size)
         self.optimizer.step()
-        return estimate.objective / self.size, estimate.elbo / self.size
+        return float(estimate.objective) / self.size, float(estimate.elbo) / self.size
 
 
 def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -178,7 +178,7 @@ def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, 
         for part in data.split(max(1, rows // draws)):
             # the draws stand beside each other in the plate, so any network that takes a batch will do
             repeated: dict[str, Any] = {name: value.repeat(draws, *[1] * (value.ndim - 1)) for name, value in part.items()}
-            total += objective(vae.model, vae.guide, **repeated).elbo / draws
+            total += float(objective(vae.model, vae.guide, **repeated).elbo) / draws
     return total / len(data)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from elbowroom.inference.bounds import finished, log_mean_exp
-from elbowroom.inference.objectives import Estimate, Objective, Program, locate, samples
+from elbowroom.inference.objectives import Estimate, Objective, Program, Weight, checked, samples
 from elbowroom.inference.weights import Plate, length, log_weights
 
 
@@ -58,7 +58,7 @@ class WakeSleep(Objective):
     def __init__(self, *, particles: Annotated[int, Ge(1)] = 1) -> None:
         self.particles = particles
 
-    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: float = 1.0, **kwargs: Any) -> Estimate:
+    def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: Weight = 1.0, **kwargs: Any) -> Estimate:
         """Estimate -(wake + sleep), and the unweighted ELBO of the wake phase's draws."""
         try:
             wake = log_weights(model, guide, args, kwargs, particles=self.particles, detach=True)
@@ -74,8 +74,7 @@ class WakeSleep(Objective):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         log_q = torch.stack([plate.density(site) for _, site in samples(sleep)]).sum()
-        if not bool(log_q.detach().isfinite()):
-            raise locate(sleep, sleep)
+        checked(Estimate(log_q, log_q.detach(), log_q.detach()), sleep, sleep)
         return finished(wake, awake, log_q)
 
 

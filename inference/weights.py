@@ -24,7 +24,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from elbowroom.inference.objectives import Program, samples
+from elbowroom.inference.objectives import Program, Weight, samples
 from elbowroom.inference.program import per_datum
 
 
@@ -50,7 +50,7 @@ class LogWeights:
     scale: float
     traces: tuple[Trace, Trace]
 
-    def weighed(self, weight: float = 1.0) -> Tensor:
+    def weighed(self, weight: Weight = 1.0) -> Tensor:
         """Return log p(x|z) + w [ log p(z) - log q(z|x) ], (K, B)."""
         ratio = sum(self.prior.values(), torch.zeros_like(self.likelihood)) - sum(self.guide.values())
         return self.likelihood + weight * ratio

@@ -244,7 +244,7 @@ def test_renyi_meets_elbo_and_iwae():
     def value(objective):
         torch.manual_seed(3)
         found = objective(line.model, line.guide, X)
-        return found.objective, line.gradient(found.loss), found.elbo
+        return float(found.objective), line.gradient(found.loss), float(found.elbo)
 
     for one, other, tolerance in (
         (Renyi(alpha=0.0, particles=6), IWAE(particles=6), 1e-12),
@@ -483,7 +483,7 @@ def test_the_kl_weight_and_the_plain_elbo_beside(objective):
         assert found.objective == pytest.approx(-wanted.item(), rel=1e-10)
     if isinstance(objective, MeanFieldELBO | WakeSleep):
         # linear in w, for one draw
-        low, middle, high = (estimate(weight).objective for weight in (0.0, 0.5, 1.0))
+        low, middle, high = (float(estimate(weight).objective) for weight in (0.0, 0.5, 1.0))
         assert k > 1 or middle == pytest.approx((low + high) / 2, rel=1e-10)
         assert low != high
 
@@ -502,8 +502,8 @@ def test_a_batch_stands_for_all_data(objective, size):
 
     one, whole = estimate(), estimate(size=size)
     ratio = 1 if size is None else size / len(X)
-    assert whole.objective == pytest.approx(ratio * one.objective, rel=1e-10)
-    assert whole.elbo == pytest.approx(ratio * one.elbo, rel=1e-10)
+    assert whole.objective == pytest.approx(ratio * float(one.objective), rel=1e-10)
+    assert whole.elbo == pytest.approx(ratio * float(one.elbo), rel=1e-10)
     assert torch.allclose(line.gradient(whole.loss), ratio * line.gradient(one.loss), rtol=1e-8)
 
 
