@@ -15,6 +15,8 @@ import csv
 import io
 import os
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,9 +34,10 @@ FOLDER = "profile"
 TABLE, LINES, PROGRAM, FUNCTIONS, OPERATORS = "stages.txt", "stages.csv", "profile.prof", "functions.txt", "operators.txt"
 FILES = (TABLE, LINES, FUNCTIONS, OPERATORS, PROGRAM)
 HEAD = ("stage", "calls", "seconds", "share", "cores", "peak", "raised")
-SHOWN, SHOWN_REST = 0.005, 0.001  # shares of the whole from which a stage, and the rest of one, have a line on the terminal
-TOP = 40  # functions, and operators
-SKIPPED, TAKEN = 3, 20  # calls of each fine stage before torch's profiler looks, and while it does
+SHOWN, SHOWN_REST = 0.01, 0.005  # shares of the whole from which a stage, and the rest of one, have a line on the terminal
+TOP = 40  # functions
+LOOKS, TOP_OPERATORS = (1, 4), 20  # calls at which torch's profiler looks, and what is shown of each
+MOST = 10.0  # seconds for torch's profiler, after which it looks no more
 OVERHEAD = (
     "Taken with cProfile on, which slows Python code and not torch's operators: the seconds include that. Those of the table "
     "without it are the true ones."
@@ -151,19 +154,19 @@ def profile(folder: str | Path | None = None, *, functions: bool = False, comman
     counter = _counter() if functions else None
     tree = Stages("profile" if command is None else f"elbowroom {command}")
     found = Profile(tree.root, functions=functions)
-    watch = tree.watch = _Operators() if functions else None
+    watch = tree.watch = _Operators(counter) if functions else None
     token = stages.switch(tree)
     try:
         yield found
     except BaseException as error:
         found.ended = type(error).__name__
-        _end(tree, counter, watch)
+        _end(tree, counter)
         found.folder = _place(folder, command, tree)
         with suppress(OSError):  # the reason that it ended is the one to tell
             _write(found, counter, watch)
         raise
     else:
-        _end(tree, counter, watch)
+        _end(tree, counter)
         found.folder = _place(folder, command, tree)
         _write(found, counter, watch)
     finally:
@@ -184,9 +187,7 @@ def _counter() -> Any:
     return counter
 
 
-def _end(tree: Stages, counter: Any, watch: _Operators | None) -> None:
-    if watch is not None:
-        watch.close()
+def _end(tree: Stages, counter: Any) -> None:
     tree.close()
     if counter is not None:
         counter.disable()
@@ -215,7 +216,7 @@ def _write(found: Profile, counter: Any, watch: _Operators | None) -> None:
             counter.dump_stats(temporary)
         write_text(folder / FUNCTIONS, _functions(counter))
     if watch is not None and watch.found:
-        write_text(folder / OPERATORS, "\n".join(watch.found))
+        write_text(folder / OPERATORS, "\n".join(watch.found.values()))
     write_text(folder / TABLE, f"{found}\n")
     found.files = [name for name in FILES if (folder / name).exists()]
 
@@ -233,44 +234,59 @@ def _functions(counter: Any) -> str:
 
 
 class _Operators:
-    """Asks torch's own profiler about a few calls of each of the fine stages: memory and time stay bounded."""
+    """Asks torch's own profiler about two calls of each stage that comes often: memory and time stay bounded.
 
-    def __init__(self) -> None:
-        self.found: list[str] = []
-        self._calls = dict.fromkeys(stages.FINE, 0)
+    The first call is looked at, for there may be no other, and in its place the fourth, which no longer allocates or compiles.
+    """
+
+    def __init__(self, counter: Any) -> None:
+        self.found: dict[str, str] = {}
+        self._counter = counter
+        self._calls: Counter[str] = Counter()
+        self._spent = 0.0
         self._asked: Any = None
-        self._name = ""
+        self._frame: object = None
+        self._path = ""
 
-    def begin(self, name: str) -> None:
-        """Count a call; begin to look after the first few, which allocate and compile."""
-        if name not in self._calls:
+    def begin(self, path: str) -> None:
+        """Count a call of a stage; look at some."""
+        self._calls[path] += 1
+        if self._asked is not None or self._calls[path] not in LOOKS or self._spent > MOST:
             return
-        self._calls[name] += 1
-        if self._asked is None and self._calls[name] == SKIPPED + 1:
-            with stage("torch's profiler"):
-                from torch import profiler
+        with stage("torch's profiler"), self._counted():
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would say on stderr that it starts and stops
+            from torch import profiler
 
-                self._asked, self._name = profiler.profile(), name
-                self._asked.start()
+            self._asked, self._path, self._frame = profiler.profile(), path, None
+            self._asked.start()
 
-    def end(self, name: str) -> None:
-        """Stop looking when enough calls were seen."""
-        if self._asked is not None and name == self._name and self._calls[name] == SKIPPED + TAKEN:
-            self.close()
+    def begun(self, frame: object) -> None:
+        """Take note of the call that is looked at."""
+        if self._frame is None:
+            self._frame = frame
 
-    def close(self) -> None:
+    def end(self, frame: object) -> None:
         """Stop looking, and keep the table of operators."""
-        if self._asked is None:
+        if self._asked is None or frame is not self._frame:
             return
         asked, self._asked = self._asked, None
-        with stage("torch's profiler"):
-            asked.stop()
+        with stage("torch's profiler"), self._counted():
             import torch
 
+            asked.stop()
             key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-            seen = min(TAKEN, self._calls[self._name] - SKIPPED)
-            table = asked.key_averages().table(sort_by=key, row_limit=TOP, max_name_column_width=60)
-        self.found.append(f"== {seen} calls of: {self._name} (after the first {SKIPPED}) ==\n{table}")
+            table = asked.key_averages().table(sort_by=key, row_limit=TOP_OPERATORS, max_name_column_width=60)
+        self.found[self._path] = f"== {self._path}: call {self._calls[self._path]} ==\n{table}"
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        began = time.perf_counter()
+        self._counter.disable()  # these functions are not the user's
+        try:
+            yield
+        finally:
+            self._counter.enable()
+            self._spent += time.perf_counter() - began
 
 
 def _sum(nodes: list[Node]) -> Node:

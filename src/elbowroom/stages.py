@@ -28,24 +28,22 @@ from typing import Any
 RARELY = 5e-3  # seconds between looks at the memory, each of which takes some 30 microseconds
 UNNAMED = "(unattributed)"
 
-FINE = frozenset({"training step", "gradient"})
-"""Stages that come by the thousand: a GPU is not waited for at their ends."""
-
 
 class stage(ContextDecorator):
     """A part of a computation that a profile counts and times; a context manager, or a decorator of a function.
 
     Args:
         name: what its line is called.
+        often: it comes by the thousand: a GPU is not waited for at its ends, and torch's profiler may look at some calls.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, *, often: bool = False) -> None:
+        self.name, self.often = name, often
 
     def __enter__(self) -> None:
         self._on = on = _on.get()
         if on is not None:
-            self._frame = on.enter(self.name)
+            self._frame = on.enter(self.name, self.often)
 
     def __exit__(self, *error: object) -> None:
         if self._on is not None:
@@ -53,7 +51,7 @@ class stage(ContextDecorator):
 
     def _recreate_cm(self) -> stage:
         """A decorated function may call itself: each call is a stage of its own."""
-        return stage(self.name)
+        return stage(self.name, often=self.often)
 
 
 @dataclass(eq=False)
@@ -99,6 +97,7 @@ class _Frame:
     """A stage that has been entered and not left."""
 
     node: Node
+    often: bool
     wall: float
     cpu: float
     memory: int
@@ -126,25 +125,28 @@ class Stages:
         self._open: list[_Frame] = []
         self._looked, self._peak = -math.inf, 0
         self.output: Path | None = None
-        self.watch: Any = None  # told of each stage's begin and end by name, where torch's operators are asked for
+        self.watch: Any = None  # told of the begin and end of stages that come often, where operators are asked for
         self._frame = self._begin(self.root)
 
-    def enter(self, name: str) -> _Frame:
+    def enter(self, name: str, often: bool = False) -> _Frame:
         """Begin a stage in the one that is open; return what `leave` wants."""
         inside = self._open[-1].node.children if self._open else self.root.children
         if (node := inside.get(name)) is None:
             node = inside[name] = Node(name)
-        if name not in FINE:
+        if not often:
             _wait_for_gpu()
-        if self.watch is not None:
-            self.watch.begin(name)
-        return self._begin(node)
+        elif self.watch is not None:
+            self.watch.begin(" / ".join([*(frame.node.name for frame in self._open[1:]), name]))
+        frame = self._begin(node, often)
+        if often and self.watch is not None:
+            self.watch.begun(frame)
+        return frame
 
     def leave(self, frame: _Frame) -> None:
         """End a stage, and those in it that were not left; one that has been ended is left alone."""
         if frame not in self._open:
             return
-        if frame.node.name not in FINE:
+        if not frame.often:
             _wait_for_gpu()
         wall, cpu = self._wall(), self._cpu()
         while True:
@@ -155,8 +157,8 @@ class Stages:
             node.cpu += cpu - last.cpu
             node.memory = self._look(wall)
             node.raised += node.memory - last.memory
-            if self.watch is not None:
-                self.watch.end(node.name)
+            if last.often and self.watch is not None:
+                self.watch.end(last)
             if last is frame:
                 return
 
@@ -166,9 +168,9 @@ class Stages:
         self.leave(self._frame)
         return self.root
 
-    def _begin(self, node: Node) -> _Frame:
+    def _begin(self, node: Node, often: bool = False) -> _Frame:
         memory = self._look(self._wall())
-        frame = _Frame(node, self._wall(), self._cpu(), memory)
+        frame = _Frame(node, often, self._wall(), self._cpu(), memory)
         self._open.append(frame)
         return frame
 
