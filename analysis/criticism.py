@@ -29,9 +29,8 @@ from torch import Tensor
 from elbowroom.analysis.criticism_layout import NATS, dataset, pit, sentence, statistics
 from elbowroom.analysis.discrepancies import EffectKind, Judged, Statistic, judge, suited
 from elbowroom.analysis.residuals import KINDS, WORDS, Residuals, replicated, residuals
-from elbowroom.errors import UnsupportedProgram
+from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference import discrete
-from elbowroom.inference.forward import first_line
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.simulate import in_likelihood, predict, simulate
 from elbowroom.inference.target import LogJoint

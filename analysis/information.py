@@ -20,9 +20,9 @@ from torch import Tensor
 
 from elbowroom.analysis.aggregate import energy_test, mutual_information, mutual_information_of_table
 from elbowroom.analysis.gaps import guide_normals
-from elbowroom.errors import UnsupportedProgram
+from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference import discrete
-from elbowroom.inference.forward import Which, first_line
+from elbowroom.inference.forward import Which
 from elbowroom.inference.normals import HALF_LOG_2PI
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.simulate import simulate

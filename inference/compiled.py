@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from elbowroom.errors import first_line
 from elbowroom.stages import stage
 
 log = logging.getLogger("elbowroom")
@@ -93,7 +94,9 @@ class Graph:
         except Untraceable:
             raise
         except Exception as error:  # whatever a program raises when its tensors have no values
-            raise Untraceable(f"tracing failed ({_first_line(error)})") from error
+            raise Untraceable(f"tracing failed ({first_line(error)})") from error
+        if symbolic and (fixed := _fixed(self.module, inputs)):
+            raise Untraceable(f"an operation in it fixes a size ({fixed})")
         self.constants = _lift(self.module)
         self.compiled = False
         self._run: Callable[..., Any] = self.module
@@ -150,7 +153,7 @@ def _inductor(module: Any) -> Callable[..., Any]:
             plain.recompile()
             kernel = compile_fx_inner(plain, values)
     except Exception as error:  # whatever a compiler raises
-        raise Untraceable(f"compiling failed ({_first_line(error)})") from error
+        raise Untraceable(f"compiling failed ({first_line(error)})") from error
     return lambda *tensors: kernel(list(tensors))
 
 
@@ -192,6 +195,16 @@ def _lift(module: Any) -> list[Tensor]:
     return found
 
 
+def _fixed(module: Any, inputs: Sequence[Tensor]) -> str:
+    """Say which leading size of an input was made a constant while tracing; "" where none was."""
+    places = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    for place, given in zip(places, inputs, strict=True):
+        for size, example in zip(place.shape, given.shape, strict=True):
+            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is not None and example in (inputs[0].shape[:2]):
+                return f"{example} of {tuple(given.shape)}"
+    return ""
+
+
 def _writes(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
     return schema is not None and schema.is_mutable
@@ -203,8 +216,3 @@ def _undisturbed(inputs: Sequence[Tensor]) -> Iterator[None]:
     devices = sorted({t.device.index or 0 for t in inputs if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160]

@@ -8,15 +8,14 @@ that everything a `LogJoint` computes is computed for that one. All densities ar
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.forward import Which, first_line
+from elbowroom.errors import UnsupportedProgram, first_line
+from elbowroom.inference.forward import Which
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.target import LogJoint
 
@@ -64,7 +63,7 @@ def given(log_joint: LogJoint, assignment: dict[str, Tensor]) -> LogJoint:
         log_joint: the model and guide.
         assignment: one of `log_joint.program.assignments`.
     """
-    held = copy.copy(log_joint)
+    held = log_joint.variant()
     sites = tuple(dataclasses.replace(site, values=assignment[site.name][None]) for site in log_joint.program.discrete)
     held.program = dataclasses.replace(log_joint.program, discrete=sites)
     return held

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from elbowroom.errors import UnsupportedProgram
+from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.feed import Feed
 from elbowroom.inference.program import support_of
 
@@ -108,9 +108,3 @@ def free(joint: LogJoint, values: dict[str, Tensor], which: Which) -> Tensor:
             parts.append(site.gather(u, site.free_event_dim).reshape(joint.n_obs, -1))
         runs.append(torch.cat(parts, -1))
     return torch.stack(runs)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

@@ -39,7 +39,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from elbowroom.inference.forward import first_line
+from elbowroom.errors import first_line
 from elbowroom.inference.normals import Normals, apply
 from elbowroom.inference.target import LogJoint, seeded
 

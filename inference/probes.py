@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.forward import first_line
+from elbowroom.errors import UnsupportedProgram, first_line
 
 if TYPE_CHECKING:
     from elbowroom.inference.target import LogJoint

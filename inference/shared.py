@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from elbowroom.errors import first_line
 from elbowroom.inference.bilinear import Bilinear, Kept
-from elbowroom.inference.forward import first_line
 
 if TYPE_CHECKING:
     from elbowroom.inference.target import LogJoint
 
 DECODED = 4  # times the rows of a plain evaluation: decoded points need not stay in the caches
 MOST = 2**15  # points decoded at once
-PRODUCT = 2048  # points multiplied out at once: enough for a fast product
+ASSIGNED = 2**22  # points x data x assignments multiplied out at once where there are several assignments
 DENSE = 2**18  # points x data evaluated at once where the likelihood does not factorise
-HELD = 2**26  # numbers that the points' side of all products may hold, while blocks of data pass by
+HELD = 2**26  # numbers that both sides of the product may hold while blocks of data pass by
 
 
 def settle(joint: LogJoint) -> bool:
@@ -68,6 +68,7 @@ def over(joint: LogJoint, z: Tensor, blocks: Sequence[Tensor]) -> Iterator[Tenso
 
     Where the density factorises, z is decoded once for all blocks; else each block is evaluated as data of its own.
     """
+    shares = joint.can_share()
     held = _columns(joint, z) if joint.factorises and len(blocks) > 1 else None
     for rows in blocks:
         if held is not None:
@@ -75,7 +76,8 @@ def over(joint: LogJoint, z: Tensor, blocks: Sequence[Tensor]) -> Iterator[Tenso
             yield _product(lefts, right[rows])
             continue
         part = joint if len(rows) == joint.n_obs else joint.subset(rows)
-        log_p = (part or joint).shared(z)
+        whole = part or joint
+        log_p = evaluate(whole, z, Kept()) if shares else whole.shared(z)
         yield log_p if part is not None else log_p[:, rows]
 
 
@@ -92,9 +94,10 @@ def _totals(joint: LogJoint, z: Tensor) -> list[Bilinear]:
 
 def _write(totals: Sequence[Bilinear], out: Tensor, kept: Kept) -> None:
     """Multiply out and sum over assignments, into `out` (G, N)."""
-    columns = [total.columns(len(out), out.shape[1], kept) for total in totals]
-    for i in range(0, len(out), PRODUCT):
-        block = slice(i, i + PRODUCT)
+    columns = [total.columns(*out.shape, kept) for total in totals]
+    rows = len(out) if len(totals) == 1 else max(1, ASSIGNED // (len(totals) * out.shape[1]))
+    for i in range(0, len(out), rows):
+        block = slice(i, i + rows)
         parts = [out[block]] if len(totals) == 1 else [torch.empty_like(out[block]) for _ in totals]
         for part, total, (left, right) in zip(parts, totals, columns, strict=True):
             torch.mm(left[block], right.T, out=part)
@@ -112,7 +115,8 @@ def _columns(joint: LogJoint, z: Tensor) -> tuple[list[Tensor], Tensor] | None:
         for u in z.to(joint.dtype or joint.own_dtype).split(_rows(joint)):
             totals = _totals(joint, u)
             found.append([total.columns(len(u), joint.n_obs, kept) for total in totals])
-            if any(total.rest is not None for total in totals) or len(totals) * len(z) * found[0][0][0].shape[1] > HELD:
+            width = found[0][0][0].shape[1]
+            if any(total.rest is not None for total in totals) or (len(totals) * len(z) + joint.n_obs) * width > HELD:
                 return None
     right = found[0][0][1]
     if any(other is not right for chunk in found for _, other in chunk):  # the data's side is another at other points

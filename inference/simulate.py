@@ -6,7 +6,6 @@ For simulated data one exact draw of the posterior is known, which makes evidenc
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -63,11 +62,10 @@ def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
         if leaf is None:
             raise UnsupportedProgram(f"simulate: the values of observed site {name!r} are not an argument of the model")
         replacement[id(leaf)] = one.in_place_of(leaf, drawn.values[name])
-    other = copy.copy(log_joint)
+    other = log_joint.variant()
     swap = lambda t: replacement.get(id(t), t)
     other.args, other.kwargs = pytree.tree_map(swap, (log_joint.args, log_joint.kwargs))
     other.program = dataclasses.replace(program, observed={**program.observed, **observed})
-    other.joined = dict(log_joint.joined)
     if any(one.kept is not None for one in given.values()):
         with seeded(seed), other.snapshot.scope(), torch.no_grad():
             _same_masks(given, _given(other), "values of the data")

@@ -373,7 +373,7 @@ class LogJoint:
 
     def converted(self, dtype: torch.dtype) -> LogJoint:
         """Return the same densities, of the same weights and arguments, evaluated in another precision."""
-        other = copy.copy(self)
+        other = self.variant()
         other.snapshot = self.snapshot.converted(dtype)
 
         def convert(t: Any) -> Any:
@@ -384,8 +384,12 @@ class LogJoint:
         if isinstance(self.model, Promoted) and isinstance(self.guide, Promoted):
             other.model, other.guide = Promoted(self.model.program, dtype), Promoted(self.guide.program, dtype)
         other.tested = self.tested.to(dtype)
-        other.joined = dict(self.joined)
-        other.graphs, other._whole = Graphs(), None
+        return other
+
+    def variant(self) -> LogJoint:
+        """Return a copy whose arguments or program may be replaced."""
+        other = copy.copy(self)
+        other.graphs, other._whole, other.joined = Graphs(), None, dict(self.joined)
         return other
 
     def blocks(self, size: int) -> list[LogJoint]:
@@ -462,7 +466,9 @@ class LogJoint:
 
     def _fast(self, kind: Kind, z: Tensor) -> tuple[Tensor, ...] | None:
         """Evaluate by a graph; None where there is none yet, or the caller wants to differentiate."""
-        if z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim) or (z.requires_grad and torch.is_grad_enabled()):
+        if self.dim == 0 or z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim):
+            return None
+        if z.requires_grad and torch.is_grad_enabled():
             return None
         graph = self.graphs.ready(self, kind, len(z))
         return None if graph is None else self.by_graph(graph, z)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from elbowroom.errors import first_line
 from elbowroom.inference.branches import Branches, levels
 from elbowroom.inference.compiled import (
     CALL_SECONDS,
@@ -56,12 +57,14 @@ class _Entry:
     Attributes:
         graphs: the graphs, once they are traced, by what their branches come to.
         work: predicted seconds of eager work so far.
-        reason: why there is none, or why it is not compiled; "" where nothing speaks against it.
+        eager: why there is none; "" where nothing speaks against it.
+        traced: why it is not compiled, likewise.
     """
 
     graphs: dict[tuple[bool, ...], Graph] = field(default_factory=dict)
     work: float = 0.0
-    reason: str = ""
+    eager: str = ""
+    traced: str = ""
 
 
 _shared: weakref.WeakKeyDictionary[Any, dict[Any, _Entry]] = weakref.WeakKeyDictionary()
@@ -74,32 +77,31 @@ class Graphs:
         self._entries: dict[Kind, _Entry] = {}
         self._checked: dict[Kind, Graph] = {}
         self._operations = 0.0
-        self._reason = ""
 
     def ready(self, joint: LogJoint, kind: Kind, draws: int) -> Graph | None:
         """Return the graph to evaluate so many draws with; None where plain evaluation is better, or all there is."""
         wanted = current_policy()
-        if wanted == "never" or self._reason:
+        if wanted == "never":
             return None
         entry = self._entries.get(kind) or self._entry(joint.root, kind)
+        if entry.eager:
+            return None
         entry.work += CALL_SECONDS + draws * joint.n_obs * GRADIENTS.get(kind, 1.0) * self._operations / FLOPS
         if wanted == "auto" and entry.work < TRACE_AFTER:
             return None
         try:
             graph = self._checked.get(kind) or self._trace(joint.root, kind, entry)
         except Untraceable as error:
-            self._reason = str(error)
-            if entry.reason != self._reason:
-                entry.reason = self._reason
-                log.info(f"log p(x, z) is evaluated by Pyro's handlers, not by a graph: {error}")
+            entry.eager = str(error)
+            log.info(f"{WORDS[kind]}: evaluated by Pyro's handlers, not by a graph: {error}")
             return None
-        if not graph.compiled and not entry.reason and (wanted == "always" or entry.work >= COMPILE_AFTER):
+        if not graph.compiled and not entry.traced and (wanted == "always" or entry.work >= COMPILE_AFTER):
             try:
                 seconds = graph.compile(partial(_check, joint.root, kind))
                 why = "as asked for" if wanted == "always" else f"after work worth about {entry.work:.0f} s"
                 log.info(f"{WORDS[kind]}: compiled in {seconds:.1f} s, {why}")
             except Untraceable as error:
-                entry.reason = str(error)
+                entry.traced = str(error)
                 log.info(f"{WORDS[kind]}: traced, not compiled: {error}")
         return graph
 
@@ -138,7 +140,10 @@ def _check(root: LogJoint, kind: Kind, graph: Graph) -> None:
     z = root.tested[:CHECKED]
     with policy("never"), root.held():
         plain = _plainly(root, kind, z)
-        found = root.by_graph(graph, z, *_beside(kind, z))
+        try:
+            found = root.by_graph(graph, z, *_beside(kind, z))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise Untraceable(f"the graph fails with other sizes ({first_line(error)})") from error
     for ours, theirs in zip(found, plain, strict=True):
         finite = theirs.isfinite()
         close = CLOSE.get(theirs.dtype, 1e-3)
@@ -196,8 +201,7 @@ class _Rows:
         except Untraceable:
             raise
         except Exception as error:  # whatever a program raises under vmap
-            text = str(error).strip() or type(error).__name__
-            raise Untraceable(f"it does not run one datum at a time ({text.splitlines()[0][:160]})") from error
+            raise Untraceable(f"it does not run one datum at a time ({first_line(error)})") from error
         return tuple(branches.outcomes)
 
     def _functions(self) -> dict[Kind, Function]:
@@ -283,7 +287,8 @@ def _operations(joint: LogJoint) -> float:
 def _signature(root: LogJoint) -> Any:
     """Return what a graph depends on beside the values of its inputs."""
     leaves = [_kind_of(t, dim) for t, dim in zip(root.leaves(), root.along, strict=True)]
-    facts = (root.dim, root.program.active is None, tuple(root.program.pinned), root.tested.dtype, str(root.device))
+    tables = [(site.name, None if site.values is None else str(site.values.tolist())) for site in root.program.discrete]
+    facts = (*tables, root.dim, root.program.active is None, tuple(root.program.pinned), root.tested.dtype, str(root.device))
     return tuple(leaves), facts, root.snapshot.identity(), _identity(root.model), _identity(root.guide)
 
 

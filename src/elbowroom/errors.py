@@ -52,3 +52,9 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; allowed: {', '.join(options)}" if options else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters of it; its type where it has none."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
