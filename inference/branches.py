@@ -26,6 +26,7 @@ class Branches(TorchFunctionMode):
 
     Attributes:
         outcomes: what each branch came to, in order.
+        tested: what each branch tests, in order, where outcomes are replayed.
     """
 
     def __init__(self, allowed: Callable[[Tensor], bool] | None = None, outcomes: list[bool] | None = None) -> None:
@@ -33,6 +34,7 @@ class Branches(TorchFunctionMode):
         self.allowed = allowed
         self.recording = outcomes is None
         self.outcomes: list[bool] = [] if outcomes is None else outcomes
+        self.tested: list[Tensor] = []
         self._left: Iterator[bool] = iter(self.outcomes)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,6 +46,7 @@ class Branches(TorchFunctionMode):
         outcome = next(self._left, None)
         if outcome is None:
             raise Untraceable("it branches differently when it is traced")
+        self.tested.append(args[0])
         return outcome
 
     def _outcome(self, tensor: Tensor) -> bool:
