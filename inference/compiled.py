@@ -9,8 +9,8 @@ torch's own generators, in the order of the eager function.
 What cannot be a graph says why (`Untraceable`), and stays eager: branches on values, numbers taken out of tensors, operations
 that write to their inputs (batch normalisation while it is trained), too many operations (loops over time steps).
 
-`policy` says whether graphs are used. Under `auto` the work done so far stands for the work ahead: it is counted in floating-
-point operations, never in seconds, so that the same seed gives the same numbers however busy the machine is.
+`policy` says whether graphs are used. Under `auto` that is decided from the work ahead, counted in data and floating-point
+operations and never in seconds: the same seed gives the same numbers, however busy the machine is and whatever ran before.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ Compile = Literal["auto", "always", "never"]
 Function = Callable[..., tuple[Tensor, ...]]
 
 MAX_NODES = 3000  # operations, above which compiling takes minutes
-TRACE_AFTER, COMPILE_AFTER = 2.0, 20.0  # predicted eager seconds of work, after which as much again is expected
-CALL_SECONDS, FLOPS = 2e-3, 2e10  # what they are predicted from: handlers of one call, floating-point operations per second
+FLOPS = 2e10  # floating-point operations per second, by which work ahead is put into seconds
+TRACE, COMPILE = 3.0, 20.0  # predicted seconds ahead that are worth a trace (about 1 s), and a compilation (2 to 10 s)
 
 _policy: ContextVar[Compile] = ContextVar("elbowroom_compile", default="auto")
+_ahead: ContextVar[int] = ContextVar("elbowroom_data_ahead", default=0)
 
 
 @contextlib.contextmanager
@@ -59,6 +60,21 @@ def policy(compile: Compile) -> Iterator[None]:
 def current_policy() -> Compile:
     """Return what is compiled here."""
     return _policy.get()
+
+
+@contextlib.contextmanager
+def expecting(data: int) -> Iterator[None]:
+    """Say how many data there are in all, where they come in chunks: what is compiled for one serves the others."""
+    token = _ahead.set(data)
+    try:
+        yield
+    finally:
+        _ahead.reset(token)
+
+
+def data_ahead(here: int) -> int:
+    """Return for how many data a graph would serve, of which some are here."""
+    return max(here, _ahead.get())
 
 
 class Untraceable(RuntimeError):
@@ -91,6 +107,9 @@ class Graph:
                 mode = "symbolic" if symbolic else "fake"
                 tracer = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)
                 self.module = tracer(*inputs)
+                if _written(self.module):  # noise is drawn into empty tensors, which is no harm; what remains writes to inputs
+                    plain = torch.func.functionalize(self.module, remove="mutations")
+                    self.module = make_fx(plain, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
         except Untraceable:
             raise
         except Exception as error:  # whatever a program raises when its tensors have no values
@@ -101,9 +120,8 @@ class Graph:
         self.compiled = False
         self._run: Callable[..., Any] = self.module
         nodes = self.module.graph.nodes
-        written = next((n for n in nodes if n.op == "call_function" and _writes(n.target)), None)
-        if written is not None:
-            raise Untraceable(f"it writes to its inputs ({written.target})")
+        if written := _written(self.module):
+            raise Untraceable(f"it writes to its inputs ({written})")
         if len(nodes) > MAX_NODES:
             raise Untraceable(f"it has {len(nodes):,} operations, more than {MAX_NODES:,}")
 
@@ -205,9 +223,12 @@ def _fixed(module: Any, inputs: Sequence[Tensor]) -> str:
     return ""
 
 
-def _writes(target: Any) -> bool:
-    schema = getattr(target, "_schema", None)
-    return schema is not None and schema.is_mutable
+def _written(module: Any) -> str:
+    """Return the first operation that changes a tensor in place; "" for none."""
+    schemas = (
+        (node.target, getattr(node.target, "_schema", None)) for node in module.graph.nodes if node.op == "call_function"
+    )
+    return next((str(target) for target, schema in schemas if schema is not None and schema.is_mutable), "")
 
 
 @contextlib.contextmanager
