@@ -85,6 +85,10 @@ class Snapshot:
         """Return what tells these weights, as objects, from others; not their values."""
         return tuple(id(t) for t, _ in self._weights)
 
+    def size(self) -> int:
+        """Return the number of weights."""
+        return sum(value.numel() for _, value in self._weights)
+
     @contextlib.contextmanager
     def eval_mode(self) -> Iterator[None]:
         """Put every module into eval mode, and back."""

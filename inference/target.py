@@ -201,7 +201,7 @@ class LogJoint:
         self, z: Tensor, momentum: Tensor, size: Tensor, root: Tensor, kick: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Move chains by one leapfrog of this density: `elbowroom.inference.leapfrog.leap`, as one graph where there is one."""
-        graph = self.graphs.ready(self, "leap", len(z))
+        graph = self.graphs.ready(self, "leap")
         if graph is None:
             return leap(self.grad, z, momentum, size, root, kick)
         size = size.expand(*z.shape[:-1], 1)
@@ -470,7 +470,7 @@ class LogJoint:
             return None
         if z.requires_grad and torch.is_grad_enabled():
             return None
-        graph = self.graphs.ready(self, kind, len(z))
+        graph = self.graphs.ready(self, kind)
         return None if graph is None else self.by_graph(graph, z)
 
     def by_graph(self, graph: Graph, z: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:

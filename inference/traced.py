@@ -26,14 +26,14 @@ from torch import Tensor
 from elbowroom.errors import first_line
 from elbowroom.inference.branches import Branches, levels
 from elbowroom.inference.compiled import (
-    CALL_SECONDS,
-    COMPILE_AFTER,
+    COMPILE,
     FLOPS,
-    TRACE_AFTER,
+    TRACE,
     Function,
     Graph,
     Untraceable,
     current_policy,
+    data_ahead,
     policy,
 )
 from elbowroom.inference.leapfrog import leap
@@ -44,7 +44,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("elbowroom")
 
 Kind = Literal["joint", "terms", "guide", "grad", "parts", "leap"]
-GRADIENTS = {"grad": 3.0, "leap": 3.0, "parts": 4.0}  # work of a gradient, in evaluations
+GRADIENTS = frozenset({"grad", "parts", "leap"})
+EVALUATIONS: dict[Kind, float] = {"joint": 1e4, "terms": 1e4, "guide": 1e4, "grad": 1e4, "parts": 1e5, "leap": 3e4}
+"""Evaluations per datum that an audit makes, roughly, a gradient counted as three."""
+REUSED = 100  # times that a weight is used for one datum, at most: by convolutions
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79)
 CHECKED = 2  # draws at which a graph is compared
 CLOSE = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -56,13 +59,11 @@ class _Entry:
 
     Attributes:
         graphs: the graphs, once they are traced, by what their branches come to.
-        work: predicted seconds of eager work so far.
         eager: why there is none; "" where nothing speaks against it.
         traced: why it is not compiled, likewise.
     """
 
     graphs: dict[tuple[bool, ...], Graph] = field(default_factory=dict)
-    work: float = 0.0
     eager: str = ""
     traced: str = ""
 
@@ -76,18 +77,20 @@ class Graphs:
     def __init__(self) -> None:
         self._entries: dict[Kind, _Entry] = {}
         self._checked: dict[Kind, Graph] = {}
-        self._operations = 0.0
+        self._ahead: dict[tuple[Kind, int], float] = {}
 
-    def ready(self, joint: LogJoint, kind: Kind, draws: int) -> Graph | None:
-        """Return the graph to evaluate so many draws with; None where plain evaluation is better, or all there is."""
-        wanted = current_policy()
+    def ready(self, joint: LogJoint, kind: Kind) -> Graph | None:
+        """Return the graph to evaluate data with; None where plain evaluation is better, or all there is."""
+        wanted, data = current_policy(), data_ahead(joint.root.n_obs)
         if wanted == "never":
+            return None
+        if (kind, data) not in self._ahead:
+            self._ahead[kind, data] = work_ahead(joint.root, kind, data)
+        ahead = self._ahead[kind, data]
+        if wanted == "auto" and ahead < TRACE:
             return None
         entry = self._entries.get(kind) or self._entry(joint.root, kind)
         if entry.eager:
-            return None
-        entry.work += CALL_SECONDS + draws * joint.n_obs * GRADIENTS.get(kind, 1.0) * self._operations / FLOPS
-        if wanted == "auto" and entry.work < TRACE_AFTER:
             return None
         try:
             graph = self._checked.get(kind) or self._trace(joint.root, kind, entry)
@@ -95,11 +98,10 @@ class Graphs:
             entry.eager = str(error)
             log.info(f"{WORDS[kind]}: evaluated by Pyro's handlers, not by a graph: {error}")
             return None
-        if not graph.compiled and not entry.traced and (wanted == "always" or entry.work >= COMPILE_AFTER):
+        if not graph.compiled and not entry.traced and (wanted == "always" or ahead >= COMPILE):
             try:
                 seconds = graph.compile(partial(_check, joint.root, kind))
-                why = "as asked for" if wanted == "always" else f"after work worth about {entry.work:.0f} s"
-                log.info(f"{WORDS[kind]}: compiled in {seconds:.1f} s, {why}")
+                log.info(f"{WORDS[kind]}: compiled in {seconds:.1f} s, for {data:,} data, about {ahead:.0f} s of work without")
             except Untraceable as error:
                 entry.traced = str(error)
                 log.info(f"{WORDS[kind]}: traced, not compiled: {error}")
@@ -107,9 +109,7 @@ class Graphs:
 
     def _entry(self, root: LogJoint, kind: Kind) -> _Entry:
         """Return what is known of this kind of graph of these programs, from other data too."""
-        key = (kind, _signature(root))
-        found = self._entries[kind] = _entries_of(root.model).setdefault(key, _Entry())
-        self._operations = self._operations or _operations(root)
+        found = self._entries[kind] = _entries_of(root.model).setdefault((kind, _signature(root)), _Entry())
         return found
 
     def _trace(self, root: LogJoint, kind: Kind, entry: _Entry) -> Graph:
@@ -275,13 +275,16 @@ def _plainly(joint: LogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
     return {"terms": joint.terms, "grad": joint.grad, "parts": joint.parts}[kind](z)
 
 
-def _operations(joint: LogJoint) -> float:
-    """Count the floating-point operations of the networks per row."""
+def work_ahead(root: LogJoint, kind: Kind, data: int) -> float:
+    """Predict the seconds of plain evaluation that an audit of so many data takes, from operations of the networks alone."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    each = data * EVALUATIONS[kind] / FLOPS
+    if each * 2 * REUSED * root.snapshot.size() < TRACE:  # not worth counting
+        return 0.0
     with policy("never"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        joint(joint.tested[:1])
-    return counter.get_total_flops() / joint.n_obs
+        root(root.tested[:1])
+    return each * counter.get_total_flops() / root.n_obs
 
 
 def _signature(root: LogJoint) -> Any:
