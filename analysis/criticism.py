@@ -34,6 +34,7 @@ from elbowroom.inference import discrete
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.simulate import in_likelihood, predict, simulate
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 LARGE = 2**20  # entries of the data looked at
 TRACES = 2**23  # entries simulated before memory is taken back
@@ -194,6 +195,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.double().flatten(1) if x.dim() > 1 else x.double()[:, None]
 
 
+@stage("joint")
 def _joint(
     log_joint: LogJoint, z: Tensor | None, rows: Tensor, shown: Tensor, replicates: int, seed: int
 ) -> tuple[dict[str, tuple[str, Judged, str, EffectKind]], dict[str, Tensor]]:
@@ -250,6 +252,7 @@ def _replicates(
         yield {**log_joint.program.observed, **{name: value[0] for name, value in drawn.items()}}, None, None
 
 
+@stage("residuals")
 def _residuals(
     log_joint: LogJoint, sites: Mapping[str, Tensor], rows: Tensor, draws: int, seed: int
 ) -> dict[str, Residuals | None]:
@@ -269,6 +272,7 @@ def _among(log_joint: LogJoint, rows: Tensor) -> tuple[LogJoint, Tensor]:
     return part, torch.arange(len(rows), device=rows.device)
 
 
+@stage("predictive")
 def _predictive(log_joint: LogJoint, reference: Posterior, shown: Tensor, seed: int) -> dict[str, xr.Dataset]:
     """Return what ArviZ's plots of predictive checks read, of some data."""
     observed = log_joint.program.observed

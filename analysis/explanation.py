@@ -50,6 +50,7 @@ from elbowroom.inference.target import LogJoint, seeded
 from elbowroom.models.categories import Codes
 from elbowroom.models.spaces import DISCRETE
 from elbowroom.models.vae import VAE
+from elbowroom.stages import stage
 
 BAND = (0.05, 0.95)
 MOST_ENTRIES = 200  # of x that effect curves are made of
@@ -141,6 +142,7 @@ def moved(z: Tensor, k: int, values: Tensor, space: str) -> Tensor:
     return out
 
 
+@stage("curves")
 def explain(
     vae: VAE,
     batch: Batch,

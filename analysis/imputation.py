@@ -31,6 +31,7 @@ from elbowroom.models.categories import Codes
 from elbowroom.models.columns import Column
 from elbowroom.models.incomplete import entrywise
 from elbowroom.models.mixed import Columns
+from elbowroom.stages import stage
 
 BLOCK = 2**22  # entries of x decoded at once, over draws and rows
 RANK = 2**22  # draws of entries sorted at once
@@ -149,6 +150,7 @@ def worth(posterior: Posterior, references: Sequence[Posterior], source: Sequenc
     return found
 
 
+@stage("cells")
 def predict_cells(
     decode: Callable[[Tensor], TorchDistribution],
     z: Tensor,

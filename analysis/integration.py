@@ -33,6 +33,7 @@ from elbowroom.inference.paths import PriorPath
 from elbowroom.inference.proposal import Proposal
 from elbowroom.inference.refit import refit
 from elbowroom.inference.target import LogJoint
+from elbowroom.stages import stage
 
 METHODS = ("prior", "encoder", "refit", "ais")
 WORDS = {
@@ -198,10 +199,12 @@ def _in_blocks(number: int, seed: int, weigh: Callable[[int, int], Tensor]) -> n
     return np.where(np.isnan(found), -np.inf, found)
 
 
+@stage("prior")
 def _prior(log_joint: LogJoint, number: int, seed: int) -> np.ndarray:
     return _in_blocks(number, seed, lambda k, s: log_joint.terms(log_joint.sample_prior(k, s))[1][:, 0])
 
 
+@stage("encoder")
 def _encoder(log_joint: LogJoint, number: int, seed: int) -> np.ndarray:
     def weigh(k: int, s: int) -> Tensor:
         z, log_q = log_joint.sample_guide(k, s)
@@ -210,6 +213,7 @@ def _encoder(log_joint: LogJoint, number: int, seed: int) -> np.ndarray:
     return _in_blocks(number, seed, weigh)
 
 
+@stage("refit")
 def _refitted(log_joint: LogJoint, number: int, seed: int) -> np.ndarray:
     proposal = Proposal.around(refit(log_joint, family="full", seed=seed).q)
 
@@ -220,6 +224,7 @@ def _refitted(log_joint: LogJoint, number: int, seed: int) -> np.ndarray:
     return _in_blocks(number, seed + 1, weigh)
 
 
+@stage("ais")
 def _annealed(log_joint: LogJoint, chains: int, temperatures: int, seed: int) -> np.ndarray:
     path = PriorPath(log_joint, None, seed=seed)
     plan = tune(path, temperatures=temperatures, leapfrogs=LEAPFROGS, seed=seed + 1)

@@ -26,6 +26,8 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from elbowroom.stages import stage
+
 COMPONENTS = 20  # principal components beside the columns themselves: differences of correlation are axes of these
 TREES = 200
 LEAF = 3  # rows
@@ -51,6 +53,7 @@ class Told:
     variance_samples: float
 
 
+@stage("two-sample test")
 def tell_apart(data: np.ndarray, samples: np.ndarray, *, seed: int = 0) -> Told:
     """Test whether samples and data come from one distribution, by a classifier.
 

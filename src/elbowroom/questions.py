@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from elbowroom.answer import Answer, Form
+from elbowroom.stages import stage
 
 if TYPE_CHECKING:
     from elbowroom.imputed import Imputed
@@ -63,8 +64,9 @@ class Questions:
             >>> answer = run.encode(x)  # doctest: +SKIP
             >>> answer["mean"], answer["sd"], answer["status"]  # doctest: +SKIP
         """
-        from elbowroom import asked, encode
-        from elbowroom.streaming import place_of, references_for, stream
+        with stage("imports"):
+            from elbowroom import asked, encode
+            from elbowroom.streaming import place_of, references_for, stream
 
         run, (given, form) = cast("Run", self), Form.of(data)
         rows, place = asked.rows(run, given), place_of(run, device)
@@ -131,8 +133,9 @@ class Questions:
             >>> answer = run.score(x)  # doctest: +SKIP
             >>> answer["log_evidence"], answer["p_conformal"], answer["decision"]  # doctest: +SKIP
         """
-        from elbowroom import asked, score, scored
-        from elbowroom.streaming import place_of, references_for
+        with stage("imports"):
+            from elbowroom import asked, score, scored
+            from elbowroom.streaming import place_of, references_for
 
         run, (given, form) = cast("Run", self), Form.of(data)
         ends = score.band_of(band)
@@ -198,7 +201,8 @@ class Questions:
             >>> answer = run.impute(frame)  # doctest: +SKIP
             >>> answer.completed(), answer["low"], answer["high"]  # doctest: +SKIP
         """
-        from elbowroom import impute
+        with stage("imports"):
+            from elbowroom import impute
 
         return impute.ask(
             cast("Run", self), data, hidden=hide, of=of, references=references, level=level, samples=samples, draws=draws,
@@ -219,7 +223,8 @@ class Questions:
         Example:
             >>> run.condition({"age": 40, "education": "Bachelors"}, of=["income"]).frame()  # doctest: +SKIP
         """
-        from elbowroom import impute
+        with stage("imports"):
+            from elbowroom import impute
 
         return impute.condition(cast("Run", self), known, of, **options)
 
@@ -278,7 +283,8 @@ class Questions:
         Example:
             >>> run.sample(1_000).frame(), run.sample(5, given={"age": 40})["x"]  # doctest: +SKIP
         """
-        from elbowroom import sample
+        with stage("imports"):
+            from elbowroom import sample
 
         return sample.ask(
             cast("Run", self), n, source=source, interpolate=interpolate, steps=steps, data=data, covariates=covariates,
@@ -327,7 +333,8 @@ class Questions:
         Example:
             >>> run.explain(datum=14).figures["traversals"]  # doctest: +SKIP
         """
-        from elbowroom.explain import explain
+        with stage("imports"):
+            from elbowroom.explain import explain
 
         return explain(
             cast("Run", self), data, datum=datum, latents=latents, others=others, given=given, points=points, steps=steps,
@@ -367,7 +374,8 @@ class Questions:
         Raises:
             UserError: there is no such row, no continuous latent, or a method is unknown.
         """
-        from elbowroom.integrate import integrate
+        with stage("imports"):
+            from elbowroom.integrate import integrate
 
         options: dict[str, Any] = {"samples": samples, "repeats": repeats, "temperatures": temperatures}
         options |= {"methods": tuple(methods), "references": references}

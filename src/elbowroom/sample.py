@@ -32,6 +32,7 @@ from elbowroom.experiment import seam
 from elbowroom.inference.target import seeded
 from elbowroom.models.spaces import DISCRETE
 from elbowroom.sampled import Samples, conclude, conclude_test
+from elbowroom.stages import stage
 from elbowroom.streaming import place_of, references_for
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def generate(
     return Samples.of(run, dataset, said, compared)
 
 
+@stage("draws")
 def _draw(run: Run, source: str, n: int, beside: Batch | None, seed: int, place: torch.device) -> _Drawn:
     """Draw z from the prior or the aggregate posterior and x from p(x|z), a block at a time."""
     rows = None
