@@ -107,9 +107,9 @@ class Graph:
                 mode = "symbolic" if symbolic else "fake"
                 tracer = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)
                 self.module = tracer(*inputs)
-                if _written(self.module):  # noise is drawn into empty tensors, which is no harm; what remains writes to inputs
-                    plain = torch.func.functionalize(self.module, remove="mutations")
-                    self.module = make_fx(plain, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
+                # noise is drawn into empty tensors, which is no harm; what a functional graph still writes are its inputs
+                pure = make_fx(_functional(self.module), tracing_mode=mode, _allow_non_fake_inputs=True)
+                written = _written(self.module) and _written(pure(*inputs))
         except Untraceable:
             raise
         except Exception as error:  # whatever a program raises when its tensors have no values
@@ -120,7 +120,7 @@ class Graph:
         self.compiled = False
         self._run: Callable[..., Any] = self.module
         nodes = self.module.graph.nodes
-        if written := _written(self.module):
+        if written:
             raise Untraceable(f"it writes to its inputs ({written})")
         if len(nodes) > MAX_NODES:
             raise Untraceable(f"it has {len(nodes):,} operations, more than {MAX_NODES:,}")
@@ -166,7 +166,7 @@ def _inductor(module: Any) -> Callable[..., Any]:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         with settings.patch(fallback_random=True), tracing(TracingContext(values[0].fake_mode)), torch.no_grad():
-            plain = make_fx(torch.fx.Interpreter(module).run, _decompositions(), "symbolic")(*values)
+            plain = make_fx(_functional(module), _decompositions(), "symbolic")(*values)
             plain.graph.eliminate_dead_code()
             plain.recompile()
             kernel = compile_fx_inner(plain, values)
@@ -221,6 +221,12 @@ def _fixed(module: Any, inputs: Sequence[Tensor]) -> str:
             if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is not None and example in (inputs[0].shape[:2]):
                 return f"{example} of {tuple(given.shape)}"
     return ""
+
+
+def _functional(module: Any) -> Callable[..., Any]:
+    """Return a function that runs a graph, with nothing changed in place."""
+    run = torch.fx.Interpreter(module).run
+    return torch.func.functionalize(run, remove="mutations") if _written(module) else run
 
 
 def _written(module: Any) -> str:

@@ -78,6 +78,15 @@ class Rows:
         """Return the first n rows, or all where there are fewer."""
         return self.take(torch.arange(min(n, len(self)), device=self.device))
 
+    def example(self, n: int) -> Batch:
+        """Return n rows that show what batches may hold: the first ones, one with a hole (NaN) among them if any has."""
+        index = torch.arange(min(n, len(self)), device=self.device)
+        if self.whole is not None and self.whole.is_floating_point():
+            holes = self.whole.flatten(1).sum(1).isnan()
+            if bool(holes.any()) and not bool(holes[index].any()):
+                index[-1] = holes.nonzero()[0, 0]
+        return self.take(index)
+
     def sample(self) -> Batch:
         """Return all rows, or evenly spaced ones of SAMPLE bytes where there are more."""
         most = max(1, SAMPLE // max(1, _entries(self.shape[1:]) * self.dtype.itemsize))

@@ -21,10 +21,11 @@ from typing import Annotated, Any, Literal
 import pyro
 import torch
 from annotated_types import Ge, Gt, Le
-from torch import Tensor, nn
+from torch import Tensor
 
 from elbowroom.errors import NonFiniteLoss, SpecError
 from elbowroom.inference.checkpoint import identity, load, save
+from elbowroom.inference.compiled import Compile
 from elbowroom.inference.history import History, Row
 from elbowroom.inference.objectives import ELBO, NonFiniteSite, Objective
 from elbowroom.inference.promotion import mixed
@@ -32,6 +33,7 @@ from elbowroom.inference.rows import Rows
 from elbowroom.inference.schedule import Plan, Schedule, plan
 from elbowroom.inference.scopes import contained, mode
 from elbowroom.inference.start import Start
+from elbowroom.inference.training_step import Step
 from elbowroom.models.vae import VAE
 
 CHECKPOINT, WEIGHTS, HISTORY = "checkpoint.pt", "weights.pt", "history.csv"
@@ -62,66 +64,6 @@ class Session:
     report: Callable[[Plan, Row], None] | None = None
     checkpoint_seconds: float = 10.0
     start: Start | None = None
-
-
-class Step:
-    """One step of SVI on a mini-batch.
-
-    loss = -(1/N) objective, with the gradient of N loss given to Adam, as `pyro.infer.SVI` does.
-
-    Pyro's global parameter store gets the VAE's parameters when the programs run; open
-    `pyro.get_param_store().scope()` around the steps to keep it clean (`fit` does).
-
-    Args:
-        vae: the model and guide.
-        size: number of data N for which each mini-batch stands.
-        learning_rate: Adam's.
-        gradient_clip: largest Euclidean norm of the gradient of the loss per datum; None clips nothing.
-        objective: what is maximised; the ELBO by default.
-    """
-
-    def __init__(
-        self,
-        vae: VAE,
-        *,
-        size: int,
-        learning_rate: float,
-        gradient_clip: float | None = None,
-        objective: Objective | None = None,
-    ) -> None:
-        self.vae, self.size = vae, size
-        self.parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-        self.gradient_clip = gradient_clip
-        self.objective = objective or ELBO()
-        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
-
-    def __call__(
-        self, x: Tensor, *, kl_weight: float = 1.0, learning_rate: float | None = None, **beside: Tensor
-    ) -> tuple[float, float]:
-        """Take one step.
-
-        Args:
-            x: a mini-batch, (B, *event).
-            **beside: covariates (B, C) and exposure (B,), where the model takes them.
-            kl_weight: weight of the KL part in the objective.
-            learning_rate: changes Adam's from this step on.
-
-        Returns:
-            The objective's loss and the unweighted ELBO before the step, in nats per datum.
-
-        Raises:
-            NonFiniteSite: the loss is not finite; the weights are as they were.
-        """
-        if learning_rate is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-        self.optimizer.zero_grad()
-        estimate = self.objective(self.vae.model, self.vae.guide, x, **beside, size=self.size, kl_weight=kl_weight)
-        estimate.loss.backward()
-        if self.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.gradient_clip * self.size)
-        self.optimizer.step()
-        return float(estimate.objective) / self.size, float(estimate.elbo) / self.size
 
 
 def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -199,6 +141,7 @@ def fit(
     validation_draws: Annotated[int, Ge(1), Le(10_000)] = 8,
     dtype: Literal["float32", "float64"] = "float32",
     device: str = "auto",
+    compile: Compile = "auto",
 ) -> History:
     """Fit a VAE by stochastic variational inference and leave it with its best weights.
 
@@ -224,6 +167,8 @@ def fit(
         validation_draws: draws of z per validation datum, with the same noise in every epoch.
         dtype: precision of weights and data.
         device: `auto` (the GPU where there is one), `cpu`, `cuda` or `cuda:1`.
+        compile: make the training step one compiled graph: `auto` where the planned steps repay it, `always` wherever it can
+            be done, `never`. The draws are the same, the numbers agree to rounding.
 
     Returns:
         The history: one row per epoch, the best epoch, and why the fit stopped.
@@ -247,6 +192,7 @@ def fit(
         "validation_draws": validation_draws,
         "dtype": dtype,
         "device": resolve_device(device).type,
+        "compile": compile,
     }
     planned = plan(len(train), **options)
     if patience is not None and len(validation) == 0:
@@ -261,7 +207,15 @@ def fit(
         start.apply(vae)
     frozen: AbstractContextManager[None] = nullcontext() if start is None else start.frozen(vae)
     with contained(session.seed, place), mode(vae, training=True), frozen:
-        step = Step(vae, size=len(train), learning_rate=learning_rate, gradient_clip=gradient_clip, objective=objective)
+        step = Step(
+            vae,
+            size=len(train),
+            learning_rate=learning_rate,
+            gradient_clip=gradient_clip,
+            objective=objective,
+            compile=compile,
+            steps=planned.steps,
+        )
         run = _Run(vae, train, validation, session, planned, step, options)
         if session.resume:
             run.resume()
@@ -302,6 +256,8 @@ class _Run:
         """Run epochs until the plan or the patience is at its end."""
         if not self.history.rows:
             self._rehearse()
+        if not self.history.stopped_because:
+            self.step.prepare(self.train.example(self.plan.batch_size))
         while not self.history.stopped_because:
             epoch = len(self.history.rows) + 1
             row = self._epoch(epoch)
