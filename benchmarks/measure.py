@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -76,10 +77,16 @@ def ratio(ours: Sequence[float], theirs: Sequence[float], form: str = ".2f") -> 
 
 
 def peak() -> float:
-    """Return the largest resident memory of this process so far, in MiB (Linux)."""
+    """Return the largest resident memory of this process so far, or since `forget_peak`, in MiB (Linux)."""
     # not getrusage's: a child inherits its parent's peak there
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Let the peak start anew from what is resident now, where Linux lets a process do so."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def fresh(module: str, *words: object) -> dict[str, Any]:

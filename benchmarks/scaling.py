@@ -1,0 +1,238 @@
+"""`python -m benchmarks.scaling`: how time and memory of ours grow with the data, the latents, the pixels and the chains.
+
+Every line is measured in a process of its own, whose peak memory is its own too. Nothing is compared with peers here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+import elbowroom as er
+from benchmarks import measure, results
+from benchmarks.posteriors import RUNS, chains_alone
+from benchmarks.problem import Problem, Settings, fitted
+from elbowroom.inference.grid import Grid
+from elbowroom.inference.hmc import HMC
+
+HEADING = "## Growth"
+BLOCKS = {64: (1, 1), 256: (2, 2), 768: (4, 3), 3072: (8, 6)}  # pixels -> rows and columns that each of the 64 becomes
+HIDDEN, CHAINS, DRAWS, KEEP, GRADIENTS = 64, 4, 100, 1_000, 30
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a measured piece of work says of itself: its seconds, of how many data its result is certain, ms per gradient."""
+
+    seconds: float
+    certain: str = ""
+    gradient: float | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """One line: what grew and to what, the data, the work, MiB at the process's peak and above what it held before."""
+
+    value: int
+    n_obs: int
+    seconds: float
+    certain: str
+    gradient: float | None
+    peak: float
+    above: float
+
+
+# -- one line, in a process of its own --------------------------------------------------------------------------------------
+
+Job = Callable[[], Work]
+
+
+def audited(value: int, n_obs: int) -> Job:
+    """Audit `value` data by the grid, as `er.audit` does, without what its verdicts rest on beside the gaps."""
+    problem = Problem(fitted(HIDDEN), value)
+
+    def run() -> Work:
+        start = time.perf_counter()
+        audit = er.audit(problem.vae.model, problem.vae.guide, problem.x, references=["grid"], diagnose=False)
+        seconds = time.perf_counter() - start
+        return Work(seconds, next(text for name, text in audit.lines() if name.endswith("exact or certified")))
+
+    return run
+
+
+def latents(value: int, n_obs: int, *, name: str) -> Job:
+    """Run a reference alone, on data of a pair with `value` latents."""
+    problem, reference = Problem(fitted(HIDDEN, dim=value), n_obs), {"grid": Grid, "hmc": HMC}[name]()
+
+    def run() -> Work:
+        log_joint = problem.fresh()
+        start = time.perf_counter()
+        posterior = reference(log_joint, keep=KEEP, seed=RUNS)
+        return Work(time.perf_counter() - start, f"{int(posterior.trusted.sum())} of {n_obs}")
+
+    return run
+
+
+def pixels(value: int, n_obs: int) -> Job:
+    """Run chains on images of `value` pixels."""
+    return _chains(Problem(fitted(HIDDEN, block=BLOCKS[value]), n_obs), CHAINS)
+
+
+def chains(value: int, n_obs: int) -> Job:
+    """Run `value` chains per datum."""
+    return _chains(Problem(fitted(HIDDEN), n_obs), value)
+
+
+def _chains(problem: Problem, count: int) -> Job:
+    """Run refit, warm-up and draws of so many chains per datum; and gradients of log p(x, z) at all of their places."""
+    settings = Settings(count, 0, DRAWS, 0, 1, torch.get_num_threads())
+    method, single = chains_alone(problem, settings), problem.fresh().converted(torch.float32)
+    z = problem.starts(count, RUNS).float()
+
+    def run() -> Work:
+        for _ in range(5):
+            single.grad(z)
+        each = [measure.seconds(lambda: single.grad(z)) for _ in range(GRADIENTS)]
+        return Work(method.run(RUNS).seconds, "", 1e3 * statistics.median(each))
+
+    return run
+
+
+JOBS: dict[str, Callable[[int, int], Job]] = {
+    "data": audited,
+    "grid": functools.partial(latents, name="grid"),
+    "hmc": functools.partial(latents, name="hmc"),
+    "pixels": pixels,
+    "chains": chains,
+}
+
+
+def alone(kind: str, value: int, n_obs: int) -> Found:
+    """Measure one line in this process."""
+    run = JOBS[kind](value, n_obs)
+    measure.forget_peak()
+    before = measure.peak()
+    work = run()
+    after = measure.peak()
+    return Found(value, value if kind == "data" else n_obs, **asdict(work), peak=after, above=after - before)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------------
+
+
+def data_table(found: Sequence[Found]) -> list[str]:
+    """Return seconds and memory by number of data; cost per datum over that of the first line: 1 is linear."""
+    first = found[0].seconds / found[0].n_obs
+    rows = []
+    for f in found:
+        each = f.seconds / f.n_obs
+        times = [f"{f.seconds:.1f}", f"{1000 * each:.1f}", f"{each / first:.2f}"]
+        rows.append([f"{f.n_obs:,}", *times, f"{f.peak:.0f}", f"{f.above:.0f}", f.certain])
+    relative = f"per datum, over that of {found[0].n_obs:,}"
+    memory = ["peak memory [MiB]", "above the start [MiB]"]
+    return measure.table(["data", "seconds", "seconds per 1,000", relative, *memory, "exact or certified"], rows)
+
+
+def latent_table(found: dict[str, Sequence[Found]]) -> list[str]:
+    """Return seconds and memory by number of latents, one reference after the other."""
+    rows = [
+        [name, f.value, f"{f.seconds:.1f}", f"{1000 * f.seconds / f.n_obs:.1f}", f"{f.peak:.0f}", f"{f.above:.0f}", f.certain]
+        for name, lines in found.items()
+        for f in lines
+    ]
+    memory = ["peak memory [MiB]", "above the start [MiB]"]
+    return measure.table(["reference", "latents", "seconds", "ms per datum", *memory, "exact or certified"], rows)
+
+
+def chain_table(found: Sequence[Found], what: str, count: Callable[[Found], int]) -> list[str]:
+    """Return the gradient and the chains by what grew; `count(f)` terms enter a gradient: chains x data x pixels."""
+    rows = []
+    for f in found:
+        assert f.gradient is not None
+        gradient = [f"{f.gradient:.2f}", f"{1e6 * f.gradient / count(f):.2f}"]
+        rows.append([f"{f.value:,}", *gradient, f"{f.seconds:.1f}", f"{f.peak:.0f}", f"{f.above:.0f}"])
+    memory = ["peak memory [MiB]", "above the start [MiB]"]
+    return measure.table([what, "gradient [ms]", "per chain, datum and pixel [ns]", "chains [s]", *memory], rows)
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------------
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = measure.parser("scaling", __doc__.splitlines()[0])
+    parser.add_argument("--data", type=int, nargs="*", help="numbers of data; default 1000 3000 (100000 takes hours)")
+    parser.add_argument("--alone", nargs=3, metavar=("KIND", "VALUE", "DATA"), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and write the section."""
+    args = parsed(arguments)
+    measure.use(args.threads)
+    if args.alone:
+        kind, value, n_obs = args.alone
+        print(json.dumps(asdict(alone(kind, int(value), int(n_obs)))))
+        return
+    n_obs = 20 if args.quick else 200
+    grown: dict[str, Sequence[int]] = {"data": [20, 40], "grid": [1, 2], "hmc": [2], "pixels": [64], "chains": [2]}
+    if not args.quick:
+        grown = {"data": [1000, 3000], "grid": [1, 2, 3], "hmc": [2, 5, 10], "pixels": [*BLOCKS], "chains": [2, 4, 8, 16, 32]}
+    grown["data"] = args.data or grown["data"]
+    found: dict[str, list[Found]] = {kind: [] for kind in grown}
+    for kind, values in grown.items():
+        for value in values:
+            line = Found(**measure.fresh("scaling", "--threads", args.threads, "--alone", kind, value, n_obs))
+            found[kind].append(line)
+            print(f"{kind} {value:,}: {line.seconds:.1f} s, {line.peak:.0f} MiB", flush=True)
+    text = section(found, args)
+    print(text)
+    if not args.print:
+        results.write(text)
+
+
+def section(found: dict[str, list[Found]], args: argparse.Namespace) -> str:
+    """Return the markdown section."""
+    n_obs = found["pixels"][0].n_obs
+    lines = [
+        HEADING,
+        "",
+        *measure.circumstances(args, ("torch", "pyro-ppl"), "python -m benchmarks.scaling"),
+        "",
+        *measure.paragraph(
+            "Ours alone, every line in a process of its own, once. Pairs fitted to the digits with tanh networks of width "
+            f"{HIDDEN}, data drawn from them. Peak memory is the whole process's at work, torch and all; above the start: what "
+            "the work added."
+        ),
+        "",
+        "Data: `er.audit` with the grid, 2 latents, 64 pixels, 10,000 draws of the guide per datum, without diagnosis.",
+        "",
+        *data_table(found["data"]),
+        "",
+        f"Latents: a reference alone, {n_obs} data, {KEEP:,} draws kept, 64 pixels.",
+        "",
+        *latent_table({name: found[name] for name in ("grid", "hmc")}),
+        "",
+        *measure.paragraph(
+            f"Pixels: value and gradient of log p(x, z) of {CHAINS} chains x {n_obs} data, float32 (median of {GRADIENTS}), "
+            f"and the chains alone: refit, 150 warm-up and {DRAWS} draws. 2 latents; the digits magnified."
+        ),
+        "",
+        *chain_table(found["pixels"], "pixels", lambda f: CHAINS * f.n_obs * f.value),
+        "",
+        f"Chains per datum, the same with 64 pixels, {n_obs} data:",
+        "",
+        *chain_table(found["chains"], "chains", lambda f: f.value * f.n_obs * 64),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
