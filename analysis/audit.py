@@ -38,6 +38,7 @@ from elbowroom.analysis.verdict import sentences, summary
 from elbowroom.errors import RunFolderError, UnsupportedProgram, UserError
 from elbowroom.files import atomic
 from elbowroom.inference import discrete
+from elbowroom.inference.compiled import Compile, policy
 from elbowroom.inference.posterior import CHAINS, Reference
 from elbowroom.inference.target import LogJoint
 from elbowroom.stages import stage
@@ -164,6 +165,7 @@ def audit(
     seed: int = 0,
     budget: float | str | None = None,
     diagnose: bool = True,
+    compile: Compile = "auto",
     progress: Callable[[Step], None] | None = None,
     **kwargs: Any,
 ) -> Audit:
@@ -181,6 +183,8 @@ def audit(
         budget: seconds that the audit may take, or a text such as `10m`; data that are not reached are uncertified.
         diagnose: also find out what the verdicts rest on beside the gaps: calibration, information, checks of the model, gaps
             of simulated data.
+        compile: whether log p(x, z) and its gradient are compiled: `auto` (where that pays), `always` or `never`; results
+            differ by rounding.
         progress: as in `audit_log_joint`.
         **kwargs: keyword arguments of both programs.
 
@@ -192,9 +196,10 @@ def audit(
         UserError: when a reference that was asked for cannot be used on this model.
     """
     clock.seconds(budget)
-    log_joint = LogJoint(model, guide, *args, plate=plate, **kwargs)
-    beside: dict[str, LogJoint] | None = {} if diagnose else None
-    return audit_log_joint(log_joint, references=references, seed=seed, budget=budget, beside=beside, progress=progress)
+    with policy(compile):
+        log_joint = LogJoint(model, guide, *args, plate=plate, **kwargs)
+        beside: dict[str, LogJoint] | None = {} if diagnose else None
+        return audit_log_joint(log_joint, references=references, seed=seed, budget=budget, beside=beside, progress=progress)
 
 
 def audit_log_joint(

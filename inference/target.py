@@ -120,7 +120,8 @@ class LogJoint:
         self._kept = Kept()
         self.separates: list[bool] = []
         self.along = self._data_dimensions()
-        self.graphs, self._whole = Graphs(), None
+        self.graphs = Graphs()
+        self._whole: LogJoint | None = None
         with policy("never"):
             self.tested = probe(self, dtype)
 
@@ -138,8 +139,9 @@ class LogJoint:
         """
         found = self._fast("terms", z)
         if found is None:
-            return self._map(lambda u: torch.stack(self.densities(u), -1), z).unbind(-1)
-        return found
+            found = self._map(lambda u: torch.stack(self.densities(u), -1), z).unbind(-1)
+        prior, likelihood = found
+        return prior, likelihood
 
     def grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(x_n, z_sn), (S, N), and its gradient in z, (S, N, d)."""

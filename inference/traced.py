@@ -225,7 +225,11 @@ class _Rows:
         def leapfrog(
             z: Tensor, momentum: Tensor, size: Tensor, root: Tensor, kick: Tensor, *leaves: Tensor
         ) -> tuple[Tensor, ...]:
-            return leap(lambda u: grad(u, *leaves), z, momentum, size, root[0], kick)
+            def target(u: Tensor) -> tuple[Tensor, Tensor]:
+                value, gradient = grad(u, *leaves)
+                return value, gradient
+
+            return leap(target, z, momentum, size, root[0], kick)
 
         return {"joint": joint, "terms": terms, "guide": guide, "grad": grad, "parts": parts, "leap": leapfrog}
 

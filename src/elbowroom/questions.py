@@ -5,10 +5,10 @@ Each returns an `Answer`, and writes nothing; `Answer.save` does. `elbowroom enc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 
 from elbowroom.answer import Answer, Form
 from elbowroom.stages import stage
@@ -19,10 +19,28 @@ if TYPE_CHECKING:
     from elbowroom.run import Run
     from elbowroom.streaming import Report
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def as_specified(method: Callable[P, R]) -> Callable[P, R]:
+    """Compile programs inside a method of a run where its spec's `audit.compile` says so."""
+
+    @wraps(method)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        from elbowroom.inference.compiled import policy
+
+        run = cast("Run", args[0])
+        with policy(run.experiment.spec.audit.compile):
+            return method(*args, **kwargs)
+
+    return inside
+
 
 class Questions:
     """The questions."""
 
+    @as_specified
     def encode(
         self,
         data: Any = None,
@@ -80,6 +98,7 @@ class Questions:
         found = found.assign_attrs(answers="encode")
         return Answer(found, encode.conclude(found), form, (partial(encode.draw, found),))
 
+    @as_specified
     def score(
         self,
         data: Any = None,
@@ -150,6 +169,7 @@ class Questions:
         )  # fmt: skip
         return Answer(found, scored.conclude(found), form, [score.drawing(found)])
 
+    @as_specified
     def impute(
         self,
         data: Any = None,
@@ -228,6 +248,7 @@ class Questions:
 
         return impute.condition(cast("Run", self), known, of, **options)
 
+    @as_specified
     def sample(
         self,
         n: int | None = None,
@@ -292,6 +313,7 @@ class Questions:
             device=device, report=report, out=None if out is None else Path(out), resume=resume,
         )  # fmt: skip
 
+    @as_specified
     def explain(
         self,
         data: Any = None,
@@ -341,6 +363,7 @@ class Questions:
             draws=draws, references=references, seed=seed, device=device,
         )  # fmt: skip
 
+    @as_specified
     def integrate(
         self,
         data: Any = None,

@@ -32,7 +32,7 @@ from elbowroom.inference.history import Row
 from elbowroom.inference.schedule import Plan
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.vae import VAE
-from elbowroom.questions import Questions
+from elbowroom.questions import Questions, as_specified
 from elbowroom.stages import into, stage
 from elbowroom.tables import Layout
 
@@ -213,6 +213,7 @@ class Run(Questions):
             raise RunFolderError(f"{self.path}: {self.experiment.data.name} has changed since the fit; fit again")
         return self.experiment.data
 
+    @as_specified
     @stage("audit")
     def audit(
         self,

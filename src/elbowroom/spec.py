@@ -68,6 +68,9 @@ class AuditBlock(Block):
     diagnose: Annotated[bool, Strict()] = Field(
         True, description="also calibration, information, checks of the model, and the gaps of other data"
     )
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="whether log p(x, z) and its gradient are compiled: where that pays, always, or never"
+    )
 
 
 class StartBlock(Block):

@@ -27,6 +27,7 @@ from elbowroom.errors import RunFolderError, UnsupportedProgram
 from elbowroom.experiment import seam
 from elbowroom.files import locked, sha256
 from elbowroom.inference import svi
+from elbowroom.inference.compiled import expecting
 from elbowroom.stages import stage
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def stream(
             if folder.exists() and not resume:
                 shutil.rmtree(folder)
             stack.enter_context(locked(folder))
+        stack.enter_context(expecting(total))
         say(0, total)
         for number, start in enumerate(range(0, total, size)):
             some = rows.index[start : start + size]
