@@ -24,8 +24,7 @@ class Feed(Messenger):
         z: unconstrained coordinates (N, d), mapped to each site's support as the program reaches it.
         values: constrained values by site, instead of z.
         index: sub-sampling indices, if not the program's own.
-        shared: z is (G, 1, d), the same points for every datum; densities are then broadcastable to (G, N), and what
-            factorises is not multiplied out.
+        shared: z is (G, 1, d), the same points for every datum; densities are then sums (`Bilinear`) not multiplied out.
         draws_dim: batch dimension of an outer plate of draws; densities are then summed per draw, not per datum.
 
     Attributes:
@@ -62,9 +61,10 @@ class Feed(Messenger):
         self.per_draw: Any = 0.0
         self.values: dict[str, Tensor] = {}
         self.distributions: dict[str, Any] = {}
-        self.log_prior: Any = 0.0
-        self.log_likelihood: Any = 0.0
-        self.log_det: Any = 0.0
+        nothing = Bilinear() if shared else 0.0
+        self.log_prior: Any = nothing
+        self.log_likelihood: Any = nothing
+        self.log_det: Any = nothing
         self.outside: Any = 0.0
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -95,7 +95,8 @@ class Feed(Messenger):
     def _assigned(self, site: Site, msg: Any) -> Tensor:
         fn = msg["fn"]
         value = self.assignment[site.name]
-        return value.expand(*fn.batch_shape, *value.shape[value.dim() - fn.event_dim :])
+        batch = [1] * len(fn.batch_shape) if self.shared else fn.batch_shape  # the same for every datum, and seen to be
+        return value.expand(*batch, *value.shape[value.dim() - fn.event_dim :])
 
     def _jacobian(self, site: Site, transform: Any, u: Tensor, value: Tensor, mask: Any) -> Tensor:
         det = transform.log_abs_det_jacobian(u, value)

@@ -55,19 +55,15 @@ def survey(log_joint: LogJoint, seed: int) -> Landmarks:
 def _coarse(log_joint: LogJoint, low: Tensor, high: Tensor) -> tuple[Box, Tensor]:
     """Lay one grid over the prior for all data; widen it for the data whose posterior reaches its border."""
     n, d = log_joint.n_obs, log_joint.dim
-    log_joint.shared(low[None])  # settles whether one coarse grid can be shared cheaply
-    size = (COARSE if log_joint.shares else COARSE_PER_DATUM)[d]
+    size = (COARSE if log_joint.can_share() else COARSE_PER_DATUM)[d]
     box = Box(*(torch.zeros(n, *shape, dtype=low.dtype, device=low.device) for shape in ((d,), (d, d), (d,), (d,))))
     maxima = torch.zeros(MAXIMA, n, d, dtype=low.dtype, device=low.device)
     rest = torch.arange(n, device=low.device)
     for turn in range(EXPANSIONS):
         cut = []
-        for rows in rest.split(max(1, COARSE_BLOCK // size**d)):
-            part = log_joint if len(rows) == n else log_joint.subset(rows)
-            z = low + lattice(size, d, low) * (high - low)
-            log_p = floor_nan((part or log_joint).shared(z))
-            if part is None:
-                log_p = log_p[:, rows]
+        z = low + lattice(size, d, low) * (high - low)
+        blocks = rest.split(max(1, COARSE_BLOCK // size**d))
+        for rows, log_p in zip(blocks, map(floor_nan, log_joint.shared_over(z, blocks)), strict=True):
             box.centre[rows], box.root[rows], half = _extent(z, log_p, (high - low) / size)
             box.low[rows], box.high[rows] = -half, half
             maxima[:, rows] = _local_maxima(z, log_p, size, d)

@@ -89,12 +89,12 @@ def _rows(joint: LogJoint) -> int:
 def _totals(joint: LogJoint, z: Tensor) -> list[Bilinear]:
     """Return the joint log density at z (G, d) for every assignment of the discrete sites, not multiplied out."""
     feeds = [joint.run("model", a, z=z[:, None], shared=True) for a in joint.program.assignments]
-    return [Bilinear() + feed.log_prior + feed.log_likelihood + feed.log_det for feed in feeds]
+    return [feed.log_prior + feed.log_likelihood + feed.log_det for feed in feeds]
 
 
 def _write(totals: Sequence[Bilinear], out: Tensor, kept: Kept) -> None:
     """Multiply out and sum over assignments, into `out` (G, N)."""
-    columns = [total.columns(*out.shape, kept) for total in totals]
+    columns = [total.columns(len(out), out.shape[1], kept) for total in totals]
     rows = len(out) if len(totals) == 1 else max(1, ASSIGNED // (len(totals) * out.shape[1]))
     for i in range(0, len(out), rows):
         block = slice(i, i + rows)

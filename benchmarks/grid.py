@@ -1,0 +1,155 @@
+"""`python -m benchmarks.grid`: log p(x, z) of all data at the same points, against the bare matrix product, in one run.
+
+    python -m benchmarks.grid [--data N ...] [--points P ...] [--repeats R] [--quick] [--print]
+
+Ours decodes the points and adds prior, normalizer and product; the bare product gets decoded points. Outputs are thrown away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.results import write
+from elbowroom.inference.landmarks import COARSE_BLOCK
+from elbowroom.inference.target import LogJoint
+from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods import Bernoulli
+from elbowroom.models.networks import MLP
+from elbowroom.models.priors import Normal
+from elbowroom.models.vae import VAE
+
+PIXELS, HIDDEN = 784, 200
+DATA, POINTS = (2_000, 10_000), (101, 201)  # points per axis
+QUICK = ((500,), (41,))
+CHUNK = 4096  # points multiplied out at once, ours and theirs
+SAME = 5  # points at which plain evaluation is compared
+REPEATS = 5
+SAID = f"""float32; Bernoulli data of {PIXELS} pixels, 2 latents, a tanh decoder of width {HIDDEN}. Both sides in turn, after a
+warm-up, with the same parts of the output, which is thrown away. `points`: `shared` of {CHUNK:,} points of the grid after
+another, against `logits @ x.T`. `blocks of data`: `shared_over`, as the coarse grid of an audit takes it: all points, with
+{COARSE_BLOCK / 1e6:.0f} million numbers of output at a time. The bare product is given the logits; ours decodes the points and
+sums the normalizer. Memory: by how much a process of its own grew at its peak, all of the data's and the output's included.
+The last column: the largest difference from plain evaluation at {SAME} points."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Data x (N, pixels), the pair, the grid z (G, 2) and its decoded logits (G, pixels)."""
+
+    x: Tensor
+    log_joint: LogJoint
+    z: Tensor
+    logits: Tensor
+
+
+def problem(n: int, points: int) -> Problem:
+    """Return data and a grid of points^2."""
+    torch.manual_seed(0)
+    x = torch.bernoulli(torch.rand(n, PIXELS))
+    family = DiagonalNormal(2)
+    decoder = MLP((2,), PIXELS, hidden=(HIDDEN,), activation="tanh")
+    encoder = MLP((PIXELS,), family.param_dim, hidden=(HIDDEN,), activation="tanh")
+    vae = VAE(Normal(2), Bernoulli((PIXELS,)), decoder, AmortizedGuide(encoder, family))
+    axis = torch.linspace(-4, 4, points)
+    z = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        return Problem(x, LogJoint(vae.model, vae.guide, x, dtype=None), z, vae.decoder(z))
+
+
+def by_points(p: Problem) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return ours and the bare product, chunk of points by chunk."""
+
+    def ours() -> None:
+        for part in p.z.split(CHUNK):
+            p.log_joint.shared(part)
+
+    def bare() -> None:
+        for part in p.logits.split(CHUNK):
+            part @ p.x.T
+
+    return ours, bare
+
+
+def by_data(p: Problem) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return ours and the bare product, block of data by block."""
+    blocks = torch.arange(len(p.x)).split(max(1, COARSE_BLOCK // len(p.z)))
+
+    def ours() -> None:
+        for _ in p.log_joint.shared_over(p.z, blocks):
+            pass
+
+    def bare() -> None:
+        for rows in blocks:
+            p.logits @ p.x[rows].T
+
+    return ours, bare
+
+
+WAYS = {"points": by_points, "blocks of data": by_data}
+
+
+def difference(p: Problem) -> float:
+    """Return the largest difference from plain evaluation at some points, in nats."""
+    some = p.z[torch.linspace(0, len(p.z) - 1, SAME).long()]
+    return float((p.log_joint.shared(some) - p.log_joint(some[:, None].expand(-1, len(p.x), -1))).abs().max())
+
+
+def memory(n: int, points: int, way: str) -> float:
+    """Return by how much this process grows while ours runs once, in MiB."""
+    p = problem(n, points)
+    before = measure.peak()
+    WAYS[way](p)[0]()
+    return measure.peak() - before
+
+
+def line(n: int, points: int, way: str, args: argparse.Namespace) -> list[str]:
+    """Return the row of one size."""
+    p = problem(n, points)
+    ours, bare = WAYS[way](p)
+    ours(), bare()
+    a, b = measure.in_turn([lambda _: measure.seconds(ours), lambda _: measure.seconds(bare)], args.repeats)
+    grown = measure.fresh("grid", "--memory", way, "--data", n, "--points", points, "--threads", args.threads)["MiB"]
+    cells = [measure.span(a), measure.span(b), measure.ratio(a, b), f"{grown:.0f} MiB", f"{difference(p):.0e} nats"]
+    return [f"{n:,} x {PIXELS} on {points}^2", way, *cells]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Time every size and write the section."""
+    parser = measure.parser("grid", "the shared grid against its bare matrix product")
+    parser.add_argument("--data", type=int, nargs="+", help=f"numbers of data; default {DATA}")
+    parser.add_argument("--points", type=int, nargs="+", help=f"points per axis, as many numbers; default {POINTS}")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--memory", choices=list(WAYS), help="only this: how far the memory of this process grows")
+    args = parser.parse_args(arguments)
+    data, points = QUICK if args.quick else (DATA, POINTS)
+    sizes = list(zip(args.data or data, args.points or points, strict=True))
+    measure.use(args.threads)
+    if args.memory:
+        print(json.dumps({"MiB": memory(*sizes[0], args.memory)}))
+        return
+    rows = []
+    for n, p in sizes:
+        for way in WAYS:
+            rows.append(line(n, p, way, args))
+            print(*rows[-1], sep=" | ", flush=True)
+    columns = ["what", "parts", "ours [s]", "bare product [s]", "ratio", "memory", "same work?"]
+    head = measure.circumstances(args, ("torch", "pyro-ppl"), "python -m benchmarks.grid")
+    said = [
+        f"Medians (and ranges) of {args.repeats} repeats. No GPU was at hand: no GPU figure is claimed.",
+        "",
+        *SAID.splitlines(),
+    ]
+    section = ["## Shared grid", "", *head, *said, "", *measure.table(columns, rows)]
+    if not args.print:
+        write("\n".join(section))
+
+
+if __name__ == "__main__":
+    main()
