@@ -12,7 +12,7 @@ STAMPB := .venv-bench/.installed
 STAMP := .venv/.installed
 STAMPD := .venv/.installed-docs
 
-.PHONY: demo docs test test-slow test-arviz1 lint bench bench-posteriors clean FORCE
+.PHONY: demo docs test test-slow test-arviz1 lint bench clean FORCE
 
 demo: $(STAMP)
 	$(BIN)/elbowroom run $(SPEC) --out runs/demo --overwrite
@@ -43,12 +43,9 @@ docs: $(STAMPD)
 docs/components.md: $(STAMP) FORCE
 	$(BIN)/elbowroom components --markdown > $@.new && mv $@.new $@
 
-bench: $(STAMP)
-	$(BIN)/python -m benchmarks
-
-# Ours against blackjax, NumPyro and Pyro on the same posteriors; ARGS="--data 50" for a quick look.
-bench-posteriors: $(STAMPB)
-	$(BINB)/python -m benchmarks.posteriors $(ARGS)
+# Ours and the peers side by side, into benchmarks/RESULTS.md; ARGS=--quick shows in minutes that everything runs.
+bench: $(STAMPB)
+	$(BINB)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf .venv .venv-arviz1 .venv-bench build dist src/*.egg-info

@@ -29,11 +29,21 @@ T = TypeVar("T")
 def parser(module: str, description: str) -> argparse.ArgumentParser:
     """Return a parser of the options that every part of `python -m benchmarks` takes."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}".removesuffix("."), description=description)
-    parser.add_argument("--quick", action="store_true", help="small sizes: shows that everything runs, its figures say little")
+    parser.add_argument("--quick", action=_Quick, help="small sizes show that everything runs; RESULTS.md stays as it is")
     parser.add_argument("--ours", action="store_true", help="without the peers' packages (.venv will do)")
     parser.add_argument("--print", action="store_true", help="leave RESULTS.md as it is")
     parser.add_argument("--threads", type=int, default=2, help="cores that everyone may use")
     return parser
+
+
+class _Quick(argparse.Action):
+    """A switch that throws `--print` too: figures of a quick look are none to keep."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=False, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object) -> None:
+        namespace.quick = namespace.print = True
 
 
 def use(threads: int) -> None:
