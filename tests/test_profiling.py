@@ -157,6 +157,24 @@ def test_nothing_is_recorded_without_a_profile_nor_by_other_threads():
     assert 0 < profile.root.memory < 2**50
 
 
+def test_a_gpu_is_waited_for_but_not_by_what_comes_often(clock, monkeypatch):
+    clock, tree = clock
+    waits = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(tree._open[-1].node.name))
+    with stage("fit"):
+        for _ in range(3):
+            with stage("training step", often=True):
+                clock.now += 1
+    assert waits == ["all", "fit"]
+    with monkeypatch.context() as patch:  # a graph that is being captured must not be waited for
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with stage("fit"):
+            pass
+    assert waits == ["all", "fit"]
+
+
 def test_short_stages_share_a_line_and_add_up(clock):
     clock, tree = clock
     for n in range(30):
