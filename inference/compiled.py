@@ -20,6 +20,7 @@ import functools
 import logging
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal, get_args
@@ -87,8 +88,8 @@ class Graph:
     Args:
         function: takes tensors and returns a tuple of tensors; it must not keep them.
         inputs: tensors to trace it with.
-        symbolic: whether sizes of the inputs may differ from call to call. In the example those that do must differ from all
-            other sizes of the inputs, and from 0 and 1.
+        varying: sizes in the example that may differ from call to call; they must differ from each other, from all other sizes
+            of the inputs, and from 0 and 1.
 
     Attributes:
         constants: the tensors that the function read beside its inputs, by reference.
@@ -98,13 +99,13 @@ class Graph:
         Untraceable: with the reason.
     """
 
-    def __init__(self, function: Function, inputs: Sequence[Tensor], *, symbolic: bool) -> None:
+    def __init__(self, function: Function, inputs: Sequence[Tensor], *, varying: Sequence[int] = ()) -> None:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         try:
             inputs = [t.contiguous() for t in inputs]
             with _undisturbed(inputs):
-                mode = "symbolic" if symbolic else "fake"
+                mode = "symbolic" if varying else "fake"
                 tracer = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)
                 self.module = tracer(*inputs)
                 # noise is drawn into empty tensors, which is no harm; what a functional graph still writes are its inputs
@@ -114,7 +115,7 @@ class Graph:
             raise
         except Exception as error:  # whatever a program raises when its tensors have no values
             raise Untraceable(f"tracing failed ({first_line(error)})") from error
-        if symbolic and (fixed := _fixed(self.module, inputs)):
+        if varying and (fixed := _fixed(self.module, inputs, varying)):
             raise Untraceable(f"an operation in it fixes a size ({fixed})")
         self.constants = _lift(self.module)
         self.compiled = False
@@ -160,19 +161,26 @@ def _inductor(module: Any) -> Callable[..., Any]:
     if values[0].device.type == "cpu" and not _has_compiler():
         raise Untraceable("there is no C++ compiler (g++ or clang++)")
     try:
-        import torch._inductor.config as settings
-        from torch._guards import TracingContext, tracing
-        from torch._inductor.compile_fx import compile_fx_inner
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        with settings.patch(fallback_random=True), tracing(TracingContext(values[0].fake_mode)), torch.no_grad():
-            plain = make_fx(_functional(module), _decompositions(), "symbolic")(*values)
-            plain.graph.eliminate_dead_code()
-            plain.recompile()
-            kernel = compile_fx_inner(plain, values)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch deprecates parts of itself
+            kernel = _kernel(module, values)
     except Exception as error:  # whatever a compiler raises
         raise Untraceable(f"compiling failed ({first_line(error)})") from error
     return lambda *tensors: kernel(list(tensors))
+
+
+def _kernel(module: Any, values: list[Any]) -> Callable[[list[Tensor]], Any]:
+    """Compile for the sizes and layouts of the placeholders, without the guards that torch.compile would check at each call."""
+    import torch._inductor.config as settings
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with settings.patch(fallback_random=True), tracing(TracingContext(values[0].fake_mode)):
+        plain = make_fx(_functional(module), _decompositions(), "symbolic")(*values)
+        plain.graph.eliminate_dead_code()
+        plain.recompile()
+        return compile_fx_inner(plain, values)
 
 
 @functools.cache
@@ -213,12 +221,12 @@ def _lift(module: Any) -> list[Tensor]:
     return found
 
 
-def _fixed(module: Any, inputs: Sequence[Tensor]) -> str:
-    """Say which leading size of an input was made a constant while tracing; "" where none was."""
+def _fixed(module: Any, inputs: Sequence[Tensor], varying: Sequence[int]) -> str:
+    """Say which varying size of an input was made a constant while tracing; "" where none was."""
     places = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     for place, given in zip(places, inputs, strict=True):
         for size, example in zip(place.shape, given.shape, strict=True):
-            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is not None and example in (inputs[0].shape[:2]):
+            if example in varying and (not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None):
                 return f"{example} of {tuple(given.shape)}"
     return ""
 

@@ -37,6 +37,7 @@ from elbowroom.inference.compiled import (
     policy,
 )
 from elbowroom.inference.leapfrog import leap
+from elbowroom.inference.substitutes import Substitutes
 
 if TYPE_CHECKING:
     from elbowroom.inference.target import LogJoint
@@ -184,11 +185,11 @@ class _Rows:
         beside = _beside(kind, z)
 
         def followed(*tensors: Tensor) -> tuple[Tensor, ...]:
-            with Branches(outcomes=list(outcomes)):
+            with Substitutes(), Branches(outcomes=list(outcomes)):
                 return function(*tensors)
 
         with torch.set_grad_enabled(kind in GRADIENTS):
-            return Graph(followed, [z, *beside, *some], symbolic=True)
+            return Graph(followed, [z, *beside, *some], varying=(draws, data))
 
     def record(self, kind: Kind) -> tuple[bool, ...]:
         """Return what the branches of a kind come to, on all data."""

@@ -20,12 +20,14 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from elbowroom.inference.branches import Branches
 from elbowroom.inference.compiled import Compile, Graph, Untraceable
@@ -194,13 +196,13 @@ class GradientGraph:
         """Run the programs eagerly once, on copies of their state: what branches come to, operations counted, values."""
         inputs = [value.detach().clone() for value in self._inputs(batch, 1.0)]
         before = [value.clone() for value in inputs]
-        branches, counter = Branches(), FlopCounterMode(display=False)
+        branches, counter = Branches(), _Flops()
         with _again(batch), counter:
             values = self._gradients(inputs, branches)
         for path, value, was in zip(self.paths, inputs, before, strict=False):
             if not torch.equal(value, was) and not bool(was.isnan().any()):
                 raise Untraceable(f"it changes {path} as it goes (batch statistics, or the like)")
-        self.outcomes, self.flops = list(branches.outcomes), int(counter.get_total_flops())
+        self.outcomes, self.flops = list(branches.outcomes), counter.total
         return list(values)
 
     def trace(self, batch: Batch) -> None:
@@ -214,7 +216,7 @@ class GradientGraph:
             return self._gradients(tensors, Branches(outcomes=list(self.outcomes)))
 
         with stage("trace"):
-            self.graph = Graph(function, self._inputs(batch, 1.0), symbolic=False)
+            self.graph = Graph(function, self._inputs(batch, 1.0))
         self._check_branches(self.graph.module.graph)
         self._compare(batch, "graph")
 
@@ -291,6 +293,19 @@ class GradientGraph:
         for value, other in pairs:
             if not bool((value - other).abs().max() <= TOLERANCE * value.abs().max() + TINY):
                 raise Untraceable(f"the {whose} has other values than the eager step")
+
+
+class _Flops(TorchDispatchMode):
+    """Counts floating-point operations (torch's own counter watches modules, which fails for some programs)."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(func, "overloadpacket", None))
+        if count is not None:
+            self.total += int(count(*args, **(kwargs or {}), out_val=out))
+        return out
 
 
 @contextmanager
