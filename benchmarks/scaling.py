@@ -24,7 +24,8 @@ from elbowroom.inference.hmc import HMC
 
 HEADING = "## Growth"
 BLOCKS = {64: (1, 1), 256: (2, 2), 768: (4, 3), 3072: (8, 6)}  # pixels -> rows and columns that each of the 64 becomes
-HIDDEN, CHAINS, DRAWS, KEEP, GRADIENTS = 64, 4, 100, 1_000, 30
+HIDDEN, CHAINS, DRAWS, KEEP, WARM, GRADIENTS = 64, 4, 100, 1_000, 5, 30
+MEMORY = ["peak memory [MiB]", "above the start [MiB]"]
 
 
 @dataclass(frozen=True)
@@ -81,26 +82,38 @@ def latents(value: int, n_obs: int, *, name: str) -> Job:
 
 
 def pixels(value: int, n_obs: int) -> Job:
-    """Run chains on images of `value` pixels."""
-    return _chains(Problem(fitted(HIDDEN, block=BLOCKS[value]), n_obs), CHAINS)
+    """Take gradients of log p(x, z) on images of `value` pixels; their cost does not hang on how well the pair is fitted."""
+    problem = Problem(fitted(HIDDEN, epochs=2, block=BLOCKS[value]), n_obs)
+    gradients = _gradients(problem, CHAINS)
+
+    def run() -> Work:
+        each = gradients()
+        return Work(sum(each), "", 1e3 * statistics.median(each))
+
+    return run
 
 
 def chains(value: int, n_obs: int) -> Job:
-    """Run `value` chains per datum."""
-    return _chains(Problem(fitted(HIDDEN), n_obs), value)
-
-
-def _chains(problem: Problem, count: int) -> Job:
-    """Run refit, warm-up and draws of so many chains per datum; and gradients of log p(x, z) at all of their places."""
-    settings = Settings(count, 0, DRAWS, 0, 1, torch.get_num_threads())
-    method, single = chains_alone(problem, settings), problem.fresh().converted(torch.float32)
-    z = problem.starts(count, RUNS).float()
+    """Run `value` chains per datum: refit, warm-up and draws; and gradients at as many places."""
+    problem = Problem(fitted(HIDDEN), n_obs)
+    method = chains_alone(problem, Settings(value, 0, DRAWS, 0, 1, torch.get_num_threads()))
+    gradients = _gradients(problem, value)
 
     def run() -> Work:
-        for _ in range(5):
-            single.grad(z)
-        each = [measure.seconds(lambda: single.grad(z)) for _ in range(GRADIENTS)]
+        each = gradients()
         return Work(method.run(RUNS).seconds, "", 1e3 * statistics.median(each))
+
+    return run
+
+
+def _gradients(problem: Problem, count: int) -> Callable[[], list[float]]:
+    """Return what times values and gradients of log p(x, z) of so many chains per datum, in single precision."""
+    single, z = problem.fresh().converted(torch.float32), problem.starts(count, RUNS).float()
+
+    def run() -> list[float]:
+        for _ in range(WARM):
+            single.grad(z)
+        return [measure.seconds(lambda: single.grad(z)) for _ in range(GRADIENTS)]
 
     return run
 
@@ -136,8 +149,7 @@ def data_table(found: Sequence[Found]) -> list[str]:
         times = [f"{f.seconds:.1f}", f"{1000 * each:.1f}", f"{each / first:.2f}"]
         rows.append([f"{f.n_obs:,}", *times, f"{f.peak:.0f}", f"{f.above:.0f}", f.certain])
     relative = f"per datum, over that of {found[0].n_obs:,}"
-    memory = ["peak memory [MiB]", "above the start [MiB]"]
-    return measure.table(["data", "seconds", "seconds per 1,000", relative, *memory, "exact or certified"], rows)
+    return measure.table(["data", "seconds", "seconds per 1,000", relative, *MEMORY, "exact or certified"], rows)
 
 
 def latent_table(found: dict[str, Sequence[Found]]) -> list[str]:
@@ -147,19 +159,18 @@ def latent_table(found: dict[str, Sequence[Found]]) -> list[str]:
         for name, lines in found.items()
         for f in lines
     ]
-    memory = ["peak memory [MiB]", "above the start [MiB]"]
-    return measure.table(["reference", "latents", "seconds", "ms per datum", *memory, "exact or certified"], rows)
+    return measure.table(["reference", "latents", "seconds", "ms per datum", *MEMORY, "exact or certified"], rows)
 
 
-def chain_table(found: Sequence[Found], what: str, count: Callable[[Found], int]) -> list[str]:
-    """Return the gradient and the chains by what grew; `count(f)` terms enter a gradient: chains x data x pixels."""
+def gradient_table(found: Sequence[Found], what: str, terms: Callable[[Found], int], *, runs: bool) -> list[str]:
+    """Return the gradient by what grew, per term (`terms(f)`: chains x data x pixels), and the seconds of `runs`."""
     rows = []
     for f in found:
         assert f.gradient is not None
-        gradient = [f"{f.gradient:.2f}", f"{1e6 * f.gradient / count(f):.2f}"]
-        rows.append([f"{f.value:,}", *gradient, f"{f.seconds:.1f}", f"{f.peak:.0f}", f"{f.above:.0f}"])
-    memory = ["peak memory [MiB]", "above the start [MiB]"]
-    return measure.table([what, "gradient [ms]", "per chain, datum and pixel [ns]", "chains [s]", *memory], rows)
+        each = [f"{f.gradient:.2f}", f"{1e6 * f.gradient / terms(f):.2f}"]
+        rows.append([f"{f.value:,}", *each, *([f"{f.seconds:.1f}"] if runs else []), f"{f.peak:.0f}", f"{f.above:.0f}"])
+    columns = [what, "gradient [ms]", "per chain, datum and pixel [ns]", *(["chains [s]"] if runs else []), *MEMORY]
+    return measure.table(columns, rows)
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------------
@@ -221,15 +232,18 @@ def section(found: dict[str, list[Found]], args: argparse.Namespace) -> str:
         *latent_table({name: found[name] for name in ("grid", "hmc")}),
         "",
         *measure.paragraph(
-            f"Pixels: value and gradient of log p(x, z) of {CHAINS} chains x {n_obs} data, float32 (median of {GRADIENTS}), "
-            f"and the chains alone: refit, 150 warm-up and {DRAWS} draws. 2 latents; the digits magnified."
+            f"Pixels: value and gradient of log p(x, z) of {CHAINS} chains x {n_obs} data, float32, the median of {GRADIENTS}; "
+            "2 latents, the digits magnified."
         ),
         "",
-        *chain_table(found["pixels"], "pixels", lambda f: CHAINS * f.n_obs * f.value),
+        *gradient_table(found["pixels"], "pixels", lambda f: CHAINS * f.n_obs * f.value, runs=False),
         "",
-        f"Chains per datum, the same with 64 pixels, {n_obs} data:",
+        *measure.paragraph(
+            f"Chains per datum: the same with 64 pixels and {n_obs} data; `chains`: refit, 150 warm-up and {DRAWS} draws of "
+            "all."
+        ),
         "",
-        *chain_table(found["chains"], "chains", lambda f: f.value * f.n_obs * 64),
+        *gradient_table(found["chains"], "chains", lambda f: f.value * f.n_obs * 64, runs=True),
     ]
     return "\n".join(lines) + "\n"
 
