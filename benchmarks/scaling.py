@@ -25,6 +25,7 @@ from elbowroom.inference.hmc import HMC
 HEADING = "## Growth"
 BLOCKS = {64: (1, 1), 256: (2, 2), 768: (4, 3), 3072: (8, 6)}  # pixels -> rows and columns that each of the 64 becomes
 HIDDEN, CHAINS, DRAWS, KEEP, WARM, GRADIENTS = 64, 4, 100, 1_000, 5, 30
+SOME, FEWER, QUICK = 200, 50, 20  # data of all tables but the first; of grids, whose cost is steep in d; with --quick
 MEMORY = ["peak memory [MiB]", "above the start [MiB]"]
 
 
@@ -155,11 +156,20 @@ def data_table(found: Sequence[Found]) -> list[str]:
 def latent_table(found: dict[str, Sequence[Found]]) -> list[str]:
     """Return seconds and memory by number of latents, one reference after the other."""
     rows = [
-        [name, f.value, f"{f.seconds:.1f}", f"{1000 * f.seconds / f.n_obs:.1f}", f"{f.peak:.0f}", f"{f.above:.0f}", f.certain]
+        [
+            name,
+            f.value,
+            f.n_obs,
+            f"{f.seconds:.1f}",
+            f"{1000 * f.seconds / f.n_obs:.1f}",
+            f"{f.peak:.0f}",
+            f"{f.above:.0f}",
+            f.certain,
+        ]
         for name, lines in found.items()
         for f in lines
     ]
-    return measure.table(["reference", "latents", "seconds", "ms per datum", *MEMORY, "exact or certified"], rows)
+    return measure.table(["reference", "latents", "data", "seconds", "ms per datum", *MEMORY, "exact or certified"], rows)
 
 
 def gradient_table(found: Sequence[Found], what: str, terms: Callable[[Found], int], *, runs: bool) -> list[str]:
@@ -168,8 +178,8 @@ def gradient_table(found: Sequence[Found], what: str, terms: Callable[[Found], i
     for f in found:
         assert f.gradient is not None
         each = [f"{f.gradient:.2f}", f"{1e6 * f.gradient / terms(f):.2f}"]
-        rows.append([f"{f.value:,}", *each, *([f"{f.seconds:.1f}"] if runs else []), f"{f.peak:.0f}", f"{f.above:.0f}"])
-    columns = [what, "gradient [ms]", "per chain, datum and pixel [ns]", *(["chains [s]"] if runs else []), *MEMORY]
+        rows.append([f"{f.value:,}", *each, *([f"{f.seconds:.1f}"] if runs else []), f"{f.peak:.0f}"])
+    columns = [what, "gradient [ms]", "per chain, datum and pixel [ns]", *(["chains [s]"] if runs else []), MEMORY[0]]
     return measure.table(columns, rows)
 
 
@@ -192,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
         kind, value, n_obs = args.alone
         print(json.dumps(asdict(alone(kind, int(value), int(n_obs)))))
         return
-    n_obs = 20 if args.quick else 200
+    sizes = dict.fromkeys(JOBS, QUICK if args.quick else SOME) | {"grid": QUICK if args.quick else FEWER}
     grown: dict[str, Sequence[int]] = {"data": [20, 40], "grid": [1, 2], "hmc": [2], "pixels": [64], "chains": [2]}
     if not args.quick:
         grown = {"data": [1000, 3000], "grid": [1, 2, 3], "hmc": [2, 5, 10], "pixels": [*BLOCKS], "chains": [2, 4, 8, 16, 32]}
@@ -200,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     found: dict[str, list[Found]] = {kind: [] for kind in grown}
     for kind, values in grown.items():
         for value in values:
-            line = Found(**measure.fresh("scaling", "--threads", args.threads, "--alone", kind, value, n_obs))
+            line = Found(**measure.fresh("scaling", "--threads", args.threads, "--alone", kind, value, sizes[kind]))
             found[kind].append(line)
             print(f"{kind} {value:,}: {line.seconds:.1f} s, {line.peak:.0f} MiB", flush=True)
     text = section(found, args)
@@ -227,7 +237,7 @@ def section(found: dict[str, list[Found]], args: argparse.Namespace) -> str:
         "",
         *data_table(found["data"]),
         "",
-        f"Latents: a reference alone, {n_obs} data, {KEEP:,} draws kept, 64 pixels.",
+        f"Latents: a reference alone, {KEEP:,} draws kept, 64 pixels.",
         "",
         *latent_table({name: found[name] for name in ("grid", "hmc")}),
         "",
