@@ -69,7 +69,7 @@ def over(joint: LogJoint, z: Tensor, blocks: Sequence[Tensor]) -> Iterator[Tenso
     Where the density factorises, z is decoded once for all blocks; else each block is evaluated as data of its own.
     """
     shares = joint.can_share()
-    held = _columns(joint, z) if joint.factorises and len(blocks) > 1 else None
+    held = _columns(joint, z) if shares and joint.factorises and len(blocks) > 1 else None
     for rows in blocks:
         if held is not None:
             lefts, right = held
