@@ -182,7 +182,7 @@ class Beta(Bound):
             kl = log_q - weights.prior.get(name, 0.0)
             if self.free_bits > 0:
                 low = kl.detach().mean() < self.free_bits
-                floors = floors + weight * self.free_bits * kl.numel() * low
+                floors = floors + weight * self.free_bits * kl.numel() * low.to(kl)
                 kl = kl.where(~low, 0.0)
             each = each - weight * kl
         total = each.sum() - floors

@@ -262,7 +262,7 @@ class GradientGraph:
         self.used = [gradient is not None for gradient in found]
         scalars = [estimate.objective, estimate.elbo, *branches.tested]
         values = torch.stack([value.detach().reshape(()).to(torch.float64) for value in scalars])
-        return values, *[gradient for gradient in found if gradient is not None]
+        return values, *_owned([gradient for gradient in found if gradient is not None], tensors)
 
     def _inputs(self, batch: Batch, kl_weight: float) -> list[Tensor]:
         """Return the inputs: parameters and buffers as they are now, looked up anew, the batch and the weight."""
@@ -293,6 +293,17 @@ class GradientGraph:
         for value, other in pairs:
             if not bool((value - other).abs().max() <= TOLERANCE * value.abs().max() + TINY):
                 raise Untraceable(f"the {whose} has other values than the eager step")
+
+
+def _owned(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Return gradients laid out as parameters are, each in memory of its own: Adam and the clipping go over it in place."""
+    taken = {value.untyped_storage()._cdata for value in others}
+    owned = []
+    for gradient in gradients:
+        value = gradient.contiguous()
+        owned.append(value.clone() if value.untyped_storage()._cdata in taken else value)
+        taken.add(owned[-1].untyped_storage()._cdata)
+    return owned
 
 
 class _Flops(TorchDispatchMode):

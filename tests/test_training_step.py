@@ -1,0 +1,330 @@
+"""A step as a graph: the eager step bit for bit where it is replayed, to rounding where compiled; and what stays eager."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+
+import pyro
+import pytest
+import torch
+from torch import Tensor, nn
+
+from elbowroom import components, promises
+from elbowroom.errors import NonFiniteLoss
+from elbowroom.inference import training_step
+from elbowroom.inference.bounds import IWAE, Beta, DReG, Renyi, StickingTheLanding
+from elbowroom.inference.enumerated import TraceEnum
+from elbowroom.inference.objectives import MeanFieldELBO, NonFiniteSite
+from elbowroom.inference.svi import Session, fit
+from elbowroom.inference.training_step import Step
+from elbowroom.inference.wake_sleep import WakeSleep
+from elbowroom.models.counts import Poisson
+from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods import Bernoulli, Gaussian
+from elbowroom.models.networks import MLP
+from elbowroom.models.priors import Normal
+from elbowroom.models.vae import VAE
+
+D, K, B, N = 6, 2, 8, 20
+OBJECTIVES = [MeanFieldELBO(), DReG(), Beta(free_bits=0.05), WakeSleep(particles=3)]
+MORE = [pytest.param(objective, marks=pytest.mark.slow) for objective in (IWAE(), Renyi(), StickingTheLanding())]
+PARTS = [(kind, name) for kind in ("likelihood", "guide", "prior") for name in components.names(kind)]
+QUICK = [("likelihood", "mixed"), ("guide", "low_rank_normal"), ("guide", "categorical"), ("prior", "vamp")]
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        yield
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The lines that were logged, while they come."""
+    lines: list[str] = []
+    monkeypatch.setattr(training_step.log, "info", lines.append)
+    return lines
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Let `auto` replay whatever it is."""
+    monkeypatch.setattr(training_step, "TRACE_AFTER", 0.0)
+    monkeypatch.setattr(training_step, "COMPILE_AFTER", math.inf)
+
+
+def make(likelihood: str = "gaussian", seed: int = 0, **network) -> VAE:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        p = Bernoulli((D,)) if likelihood == "bernoulli" else Gaussian((D,))
+        family = DiagonalNormal(K)
+        network = {"hidden": (7,), **network}
+        guide = AmortizedGuide(MLP((D,), family.param_dim, **network), family)
+        return VAE(Normal(K), p, MLP((K,), p.param_dim, **network), guide)
+
+
+def rows(n: int = B, *, binary: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(n, D, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    return (x > 0).to(dtype) if binary else x
+
+
+def new(vae: VAE, compile: str, **options) -> Step:
+    return Step(copy.deepcopy(vae).train(), size=N, learning_rate=0.01, compile=compile, steps=1000, **options)
+
+
+def walk(step: Step, batches: list[dict[str, Tensor]], weights: tuple[float, ...] = (0.3, 1.0, 1.0)) -> Tensor:
+    """Take a step on each batch, at one KL weight after the other; return losses and ELBOs."""
+    torch.manual_seed(4)
+    return torch.tensor([step(**batch, kl_weight=w) for w in weights for batch in batches], dtype=torch.float64)
+
+
+def weights(step: Step) -> list[Tensor]:
+    return [value.detach().clone() for value in step.vae.state_dict().values()]
+
+
+def equal(one: Step, other: Step) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+# equality
+
+
+def replays(kind: str, name: str, objective=None, *, graph: bool = True) -> None:
+    vae = promises.vae_with(kind, name, {}, latent_dim=3)
+    batch = promises.simulated(vae)
+    vae.adapt(**batch)
+    eager, ours = new(vae, "never", objective=objective), new(vae, "auto", objective=copy.deepcopy(objective))
+    assert torch.equal(walk(eager, [batch]), walk(ours, [batch]))
+    assert equal(eager, ours)
+    assert (ours.graph is not None) == graph
+    assert eager.graph is None
+
+
+@pytest.mark.parametrize(("kind", "name"), QUICK)
+def test_a_replayed_step_is_the_eager_step_bit_for_bit(kind, name, replayed):
+    replays(kind, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), [part for part in PARTS if part not in QUICK])
+def test_so_it_is_with_every_component(kind, name, replayed):
+    replays(kind, name, graph=(kind, name) != ("guide", "flow"))  # 4,105 operations
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, *MORE], ids=repr)
+def test_so_it_is_with_every_objective(objective, replayed):
+    replays("prior", "normal", objective)
+
+
+def test_what_cannot_be_traced_stays_eager_with_one_reason(replayed, said):
+    replays("prior", "categorical", TraceEnum(), graph=False)
+    assert len(said) == 1
+    assert said[0].startswith("fit: step eager: tracing failed (")
+
+
+COMPILED = [
+    ("likelihood", "bernoulli"),
+    ("likelihood", "student_t"),
+    ("guide", "full_rank_normal"),
+    ("prior", "gaussian_mixture"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [COMPILED[0], *(pytest.param(*part, marks=pytest.mark.slow) for part in (*COMPILED[1:], *QUICK))]
+)
+def test_a_compiled_step_has_the_same_draws_and_agrees_to_rounding(kind, name, said):
+    vae = promises.vae_with(kind, name, {}, latent_dim=3)
+    batch = promises.simulated(vae)
+    vae.adapt(**batch)
+    eager, ours = new(vae, "never", gradient_clip=0.5), new(vae, "always", gradient_clip=0.5)
+    assert torch.allclose(walk(eager, [batch]), walk(ours, [batch]), rtol=1e-9)
+    assert ours.graph.graph.compiled
+    for a, b in zip(weights(eager), weights(ours), strict=True):
+        assert torch.allclose(a.double(), b.double(), atol=1e-9)
+    assert said[-1].startswith("fit: step compiled in ")
+    # fresh noise at every call
+    step = new(vae, "always")
+    for group in step.optimizer.param_groups:
+        group["lr"] = 0.0
+    assert len(set(walk(step, [batch] * 3, (1.0,))[:, 0].tolist())) == 3
+
+
+# what changes from call to call
+
+
+def test_the_kl_weight_the_rate_and_the_batch_are_not_baked_in(replayed):
+    x = rows(60)
+    batches = [{"x": part} for part in x.split(B)]  # 7 of 8, and one of 4, which is eager
+    eager, ours = new(make(), "never"), new(make(), "auto")
+    for rate in (0.01, 0.003):
+        for step in (eager, ours):
+            step.optimizer.param_groups[0]["lr"] = rate
+        assert torch.equal(walk(eager, batches), walk(ours, batches))
+    assert equal(eager, ours)
+    assert ours.graph is not None
+
+
+def test_holes_and_covariates_and_exposure(replayed):
+    family = DiagonalNormal(K)
+    guide = AmortizedGuide(MLP((D + 3,), family.param_dim, hidden=(7,)), family)  # x, two covariates, log exposure
+    vae = VAE(Normal(K), Poisson((D,)), MLP((K + 2,), D, hidden=(7,)), guide, covariate_dim=2)
+    batch = {"x": rows().exp().round(), "covariates": rows()[:, :2], "exposure": rows()[:, 2].exp()}
+    holed = {**batch, "x": batch["x"].masked_fill(torch.eye(B, D, dtype=torch.bool), torch.nan)}
+    vae.adapt(**holed)
+    for first, second in ((batch, holed), (holed, batch)):  # the graph knows one outcome of the branch on holes
+        eager, ours = new(vae, "never"), new(vae, "auto")
+        assert torch.equal(walk(eager, [first, second]), walk(ours, [first, second]))
+        assert equal(eager, ours)
+        assert ours.graph(first, 1.0) is not None
+        assert ours.graph(second, 1.0) is None
+
+
+def test_parameters_that_are_replaced_are_followed(replayed):
+    eager, ours = new(make(), "never"), new(make(), "auto")
+    others = make(seed=1).state_dict()
+    batch = {"x": rows()}
+    for step in (eager, ours):
+        walk(step, [batch])
+        step.vae.load_state_dict({name: value.clone() for name, value in others.items()}, assign=True)
+        before = weights(step)
+        walk(step, [batch])
+        assert not any(torch.equal(a, b) for a, b in zip(before, weights(step), strict=True) if a.dim() > 1)
+    assert equal(eager, ours)
+
+
+def test_dropout_draws_a_new_mask_at_every_call(replayed):
+    vae = make(dropout=0.5, hidden=(400,))
+    step = new(vae, "auto")
+    step.optimizer.param_groups[0]["lr"] = 0.0
+    x = {"x": rows()}
+    gone = []
+    for _ in range(30):
+        step(**x)
+        gone.append(step.vae.decoder.body[0].bias.grad == 0)  # a unit that is dropped for all of 8 data: 2^-8
+    assert step.graph is not None
+    share = torch.stack(gone).float()
+    assert share.mean() == pytest.approx(2**-8, abs=4.5 * math.sqrt(2**-8 / share.numel()))
+    assert share.sum(0).max() < 5
+
+
+def test_another_mode_of_the_networks_is_another_function(replayed):
+    eager, ours = new(make(dropout=0.3), "never"), new(make(dropout=0.3), "auto")
+    for step in (eager, ours):
+        walk(step, [{"x": rows()}])
+        step.vae.eval()
+    assert torch.equal(walk(eager, [{"x": rows()}]), walk(ours, [{"x": rows()}]))
+    assert equal(eager, ours)
+
+
+# what stays eager
+
+
+def test_batch_statistics_stay_eager_and_are_left_alone_by_the_attempt(replayed, said):
+    eager, ours = new(make(norm="batch"), "never"), new(make(norm="batch"), "auto")
+    assert torch.equal(walk(eager, [{"x": rows()}]), walk(ours, [{"x": rows()}]))
+    assert equal(eager, ours)
+    assert ours.graph is None
+    assert len(said) == 1
+    assert said[0].startswith("fit: step eager: it changes decoder.body.1.")
+
+
+class Moody(nn.Module):
+    """A decoder with a branch on z, which is drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = MLP((K,), D, hidden=(4,))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.body(z) if bool(z.sum() > 0) else -self.body(z)
+
+
+def test_a_branch_on_what_is_drawn_stays_eager(replayed, said):
+    vae = make("bernoulli")
+    vae.decoder = Moody()
+    batch = {"x": rows(binary=True)}
+    eager, ours = new(vae, "never"), new(vae, "auto")
+    assert torch.equal(walk(eager, [batch] * 5), walk(ours, [batch] * 5))
+    assert said == ["fit: step eager: it branches on a value that is drawn or learned"]
+
+
+def test_never_traces_nothing(monkeypatch, said):
+    monkeypatch.setattr(training_step, "GradientGraph", None)
+    step = new(make(), "never")
+    walk(step, [{"x": rows()}])
+    assert step.graph is None
+    assert not said
+
+
+def test_a_loss_that_is_not_finite_names_the_site_and_leaves_the_weights(replayed):
+    step = new(make(), "auto")
+    walk(step, [{"x": rows()}])
+    before, x = weights(step), rows()
+    x[2, 1] = math.inf
+    state = torch.get_rng_state()
+    with pytest.raises(NonFiniteSite) as caught:
+        step(x)
+    assert (caught.value.program, caught.value.rows, caught.value.count) == ("guide", [2], B)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(step), strict=True))
+    torch.set_rng_state(state)
+    again = new(make(), "never")
+    with pytest.raises(NonFiniteSite):
+        again(x)
+
+
+# the plan decides
+
+
+def test_auto_decides_by_the_plan(said, monkeypatch):
+    monkeypatch.setattr(training_step.GradientGraph, "compile", lambda *_: 1.5)
+    for steps, sentence in (
+        (10, None),
+        (100, None),
+        (900, "fit: step traced, not compiled: about 4 s of work planned, which would not repay it"),
+        (90_000, "fit: step compiled in 1.5 s; 90,000 steps planned"),
+    ):
+        said.clear()
+        step = Step(make().train(), size=N, learning_rate=0.01, steps=steps)
+        step.prepare({"x": rows()})
+        assert said == ([] if sentence is None else [sentence])
+        assert (step.graph is None) == (sentence is None)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.slow  # compiles twice or three times
+def test_a_resumed_compiled_fit_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    x, v = rows(21), rows(5)
+    x[4, 2] = math.nan
+    options = {"epochs": 4, "batch_size": B, "kl_warmup": 2, "gradient_clip": 5.0, "learning_rate": 0.02, "compile": "always"}
+
+    def interrupt(_, row):
+        if row.epoch == 2:
+            raise Interrupted
+
+    whole, part, again = make(), make(), make(seed=1)
+    expected = fit(whole, x, v, Session(seed=6), **options)
+    session = partial(Session, folder=tmp_path, seed=6, checkpoint_seconds=0)
+    with pytest.raises(Interrupted):
+        fit(part, x, v, session(report=interrupt), **options)
+    history = fit(again, x, v, session(resume=True), **options)
+    assert [row.train_loss for row in history.rows] == [row.train_loss for row in expected.rows]
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+    eager = make()
+    plain = fit(eager, x, v, Session(seed=6), **{**options, "compile": "never"})
+    losses = [[row.train_loss for row in h.rows] for h in (expected, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_fit_names_row_and_site_from_a_graph_too(replayed):
+    x = rows(21)
+    x[13, 0] = 1e38  # its square is no float32
+    vae, found = make(), r"epoch 1, batch \d of 3: log_prob of site .* \(training row 13, counted from 0\)"
+    vae.adapt = lambda **_: None
+    with pytest.raises(NonFiniteLoss, match=found):
+        fit(vae, x, x[:0], epochs=50, batch_size=7)
