@@ -31,6 +31,7 @@ from elbowroom.analysis.discrepancies import EffectKind, Judged, Statistic, judg
 from elbowroom.analysis.residuals import KINDS, WORDS, Residuals, replicated, residuals
 from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference import discrete
+from elbowroom.inference.compiled import policy
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.simulate import in_likelihood, predict, simulate
 from elbowroom.inference.target import LogJoint
@@ -220,7 +221,7 @@ def _joint(
 
     kept: dict[str, list[Tensor]] = {site: [] for site in observed}
     every = max(1, TRACES // max(1, sum(value.numel() for value in observed.values())))
-    with torch.no_grad():
+    with torch.no_grad(), policy("never"):  # a replicate is evaluated once: no graph is worth its checks
         take(observed, log_joint, z)
         for r, (new, joint, at) in enumerate(_replicates(log_joint, replicates, seed)):
             take(new, joint, at)

@@ -40,7 +40,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 MAX_NODES = 3000  # operations, above which compiling takes minutes
 FLOPS = 2e10  # floating-point operations per second, by which work ahead is put into seconds
-TRACE, COMPILE = 3.0, 20.0  # predicted seconds ahead that are worth a trace (about 1 s), and a compilation (2 to 10 s)
+TRACE, COMPILE = 5.0, 40.0  # predicted seconds ahead that are worth a trace (about 1 s), and a compilation (2 to 10 s)
 
 _policy: ContextVar[Compile] = ContextVar("elbowroom_compile", default="auto")
 _ahead: ContextVar[int] = ContextVar("elbowroom_data_ahead", default=0)

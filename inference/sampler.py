@@ -16,11 +16,11 @@ from elbowroom.inference.target import LogJoint
 
 QUARTER = math.pi / 2  # of the period of a standard normal's oscillation: the state after it is independent
 JITTER = (0.7, 1.3)
-WARMUP = (80, 70)  # trajectories before and after the metric is re-estimated
+WARMUP = (60, 50)  # trajectories before and after the metric is re-estimated
 SMALLEST = 1e-9  # step size: a chain that needs less stands still
 WARM_LEAPFROGS, MAX_LEAPFROGS = 8, 64
 JITTERS = (0.75, 0.85, 0.95, 1.05, 1.15, 1.25)  # trajectory lengths that stand for the jitter
-OVERHEAD = 1500  # chains x data whose gradient costs as much as the call itself
+OVERHEAD = 500  # chains x data whose gradient costs as much as the call itself
 CUTS = 24  # quantiles of the step sizes at which buckets may be cut
 PRIOR_DRAWS_WORTH = 5  # draws per dimension that q*'s covariance counts for beside the chains' own
 

@@ -40,6 +40,7 @@ from elbowroom.inference.program import Program, is_real, per_datum
 from elbowroom.inference.promotion import Promoted, mixed, mixes
 from elbowroom.inference.snapshot import Snapshot
 from elbowroom.inference.traced import Graphs, Kind, inputs
+from elbowroom.stages import stage
 
 log = logging.getLogger("elbowroom")
 
@@ -127,11 +128,13 @@ class LogJoint:
 
     # -- the interface --------------------------------------------------------------------------------------------------
 
+    @stage("log joint", often=True)
     def __call__(self, z: Tensor) -> Tensor:
         """Return log p(x_n, z_sn) with the Jacobian, (S, N), for z of shape (S, N, d)."""
         found = self._fast("joint", z)
         return self._map(self.density, z) if found is None else found[0]
 
+    @stage("log joint", often=True)
     def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(z) with the Jacobian and log p(x_n|z), each (S, N).
 
@@ -143,6 +146,7 @@ class LogJoint:
         prior, likelihood = found
         return prior, likelihood
 
+    @stage("gradient", often=True)
     def grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(x_n, z_sn), (S, N), and its gradient in z, (S, N, d)."""
 
@@ -153,6 +157,7 @@ class LogJoint:
         value, gradient = self._fast("grad", z) or self._backward(z, evaluate)
         return value, gradient
 
+    @stage("gradient", often=True)
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return log p(z) and log p(x_n|z) as `terms`, (S, N) each, and the gradient of each in z, (S, N, d)."""
 
@@ -199,6 +204,7 @@ class LogJoint:
         found = self._fast("guide", z)
         return self._map(self.guide_density, z) if found is None else found[0]
 
+    @stage("gradient", often=True)
     def leap(
         self, z: Tensor, momentum: Tensor, size: Tensor, root: Tensor, kick: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

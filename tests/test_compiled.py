@@ -298,6 +298,7 @@ def test_auto_decides_by_the_work_ahead_alone(monkeypatch):
     assert list(joint.graphs._checked) == ["joint"]
 
 
+@pytest.mark.slow
 def test_chains_by_compiled_leapfrogs_sample_the_posterior():
     """Against the closed form, each mean in its own Monte Carlo errors; and the same seed gives the same draws."""
     problem = PROBLEMS["correlated"](3, 5)

@@ -228,7 +228,7 @@ def test_a_kernel_without_the_jacobian_is_caught() -> None:
     [
         ("accept = (-change).exp().clamp_max(1.0)", "accept = change.exp().clamp_max(1.0)"),
         ("momentum = momentum + 0.5 * size * apply_t(root, gradient)", "momentum = momentum + size * apply_t(root, gradient)"),
-        ("(1.0 if i + 1 < n_steps else 0.5)", "1.0"),
+        ("full if i + 1 < n_steps else half", "full"),
         ("generator=generator) < accept", "generator=generator) < 2.0"),
         ("change = 0.5 * momentum.square().sum(-1) - value - energy", "change = -value - energy"),
     ],
