@@ -220,7 +220,7 @@ def ratios(rows: list[Row]) -> list[str]:
     mine, theirs = ([row for row in rows if row.method.name.startswith("elbowroom") is own] for own in (True, False))
     lines = []
     for row in mine if theirs else []:
-        over = "; ".join(f"{measure.ratio(row.rates, peer.rates, ',.1f')} x {peer.method.name}" for peer in theirs)
+        over = "; ".join(f"{measure.ratio(row.rates, peer.rates, ',.2f')} x {peer.method.name}" for peer in theirs)
         lines += ["", *measure.paragraph(f"ESS/s of {row.method.name}: {over}.")]
     return lines
 

@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.compiler.config.force_disable_caches = True  # or what was compiled yesterday would count as free
     size = QUICK if args.quick else FULL
     x, held_out, what = images(size.rows, size.held_out)
-    places = [(torch.device("cpu"), LATENT, (128, 1024), (128,))]
+    places = [(torch.device("cpu"), LATENT, (128,) if args.quick else (128, 1024), (128,))]
     if torch.cuda.is_available():
         places.append((torch.device("cuda"), GPU_LATENT, (128, 256), (128, 256)))
     if args.only != "epochs":

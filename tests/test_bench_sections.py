@@ -101,7 +101,7 @@ def test_the_table_of_posteriors_counts_effective_draws_per_second():
     assert [line[header.index("ESS/s")] for line in lines] == ["150,000", "2,000", "150"]
     assert [line[header.index("compile [s]")] for line in lines] == ["", "3.0", "3.0"]
     joined = " ".join(section.split())
-    assert "ESS/s of elbowroom HMC: 75.0 (50.0 .. 100.0) x peer NUTS; 1,000.0 (1,000.0 .. 1,000.0) x peer 2." in joined
+    assert "ESS/s of elbowroom HMC: 75.00 (50.00 .. 100.00) x peer NUTS; 1,000.00 (1,000.00 .. 1,000.00) x peer 2." in joined
 
 
 def test_the_tables_of_growth():
