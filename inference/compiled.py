@@ -31,7 +31,8 @@ from torch import Tensor
 from elbowroom.errors import first_line
 from elbowroom.stages import stage
 
-log = logging.getLogger("elbowroom")
+log = logging.getLogger("elbowroom.compiled")
+"""Says what is compiled and what is not, and why; commands show it."""
 
 Compile = Literal["auto", "always", "never"]
 """Whether programs are compiled: where it pays, wherever it can be done, or not at all."""

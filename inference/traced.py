@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from elbowroom.inference.compiled import (
     Untraceable,
     current_policy,
     data_ahead,
+    log,
     policy,
 )
 from elbowroom.inference.leapfrog import leap
@@ -41,8 +41,6 @@ from elbowroom.inference.substitutes import Substitutes
 
 if TYPE_CHECKING:
     from elbowroom.inference.target import LogJoint
-
-log = logging.getLogger("elbowroom")
 
 Kind = Literal["joint", "terms", "guide", "grad", "parts", "leap"]
 GRADIENTS = frozenset({"grad", "parts", "leap"})

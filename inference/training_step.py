@@ -36,7 +36,7 @@ from elbowroom.inference.rows import Batch
 from elbowroom.models.vae import VAE
 from elbowroom.stages import stage
 
-log = logging.getLogger("elbowroom")
+log = logging.getLogger("elbowroom.compiled")
 
 # what an eager step is predicted to take: Pyro's handlers, and so many floating-point operations per second
 HANDLER_SECONDS, FLOPS = 4e-3, 8e10
@@ -163,7 +163,7 @@ class Step:
 
 def evaluate(objective: Objective, vae: VAE, batch: Batch, size: int, kl_weight: float | Tensor) -> Estimate:
     """Estimate the objective of all N data on a mini-batch."""
-    return objective(vae.model, vae.guide, **batch, size=size, kl_weight=kl_weight)  # type: ignore[arg-type]
+    return objective(vae.model, vae.guide, **batch, size=size, kl_weight=kl_weight)
 
 
 class GradientGraph:
@@ -272,8 +272,9 @@ class GradientGraph:
         """Raise Untraceable where a branch tests a value that is drawn or learned: only data have the same outcome again."""
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         trained = {node for node, path in zip(inputs, self.paths, strict=False) if path in self.trained}
-        values = graph.output_node().args[0][0]
-        waiting = list(values.args[0][2:])  # what was stacked
+        (outputs,) = graph.output_node().args
+        values: Any = outputs[0]  # type: ignore[index]
+        waiting: list[torch.fx.Node] = list(values.args[0][2:])  # what was stacked
         seen: set[torch.fx.Node] = set()
         while waiting:
             node = waiting.pop()
@@ -355,12 +356,15 @@ def _modes(vae: VAE) -> list[bool]:
     return [module.training for module in vae.modules()]
 
 
-def _state(vae: VAE) -> tuple[list[str], list[tuple[dict[str, Tensor | None], str]]]:
+def _state(vae: VAE) -> tuple[list[str], list[tuple[dict[str, Any], str]]]:
     """Return the paths of parameters and buffers, and where each is found: in which dictionary, by which name."""
-    paths, places = [], []
-    seen = set()
+    paths: list[str] = []
+    places: list[tuple[dict[str, Any], str]] = []
+    seen: set[int] = set()
+    stores: tuple[dict[str, Any], ...]
     for prefix, module in vae.named_modules():
-        for place in (module._parameters, module._buffers):
+        stores = (module._parameters, module._buffers)
+        for place in stores:
             for name, value in place.items():
                 if value is not None and id(value) not in seen:
                     seen.add(id(value))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from elbowroom.terminal import (
     Changes,
     Device,
     DryRun,
+    Echo,
     Json,
     Out,
     Overwrite,
@@ -333,6 +335,10 @@ def spec_schema() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    told = logging.getLogger("elbowroom.compiled")  # what is compiled, what is not, and why
+    if not told.handlers:
+        told.addHandler(Echo())
+        told.setLevel(logging.INFO)
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="elbowroom", standalone_mode=False)
     except UserError as error:

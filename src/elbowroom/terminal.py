@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,6 +70,14 @@ def budgeted(budget: str | None) -> list[str]:
 
     clock.seconds(budget, "--budget")
     return [f"audit.budget={budget.strip()}"]
+
+
+class Echo(logging.Handler):
+    """Shows log messages on the terminal, beside the output of a command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        typer.echo(record.getMessage(), err=True)
 
 
 def screen(*, stderr: bool = False) -> Console:
