@@ -140,7 +140,7 @@ class Feed(Messenger):
         frame = frame_of(msg, self.program.plate)
         if isinstance(raw, Bilinear) and (msg["mask"] is not None or frame is None):
             raw = raw.dense(len(msg["value"]))
-        log_prob = raw if isinstance(raw, Bilinear) else scale_and_mask(raw, 1.0, msg["mask"])
+        log_prob: Any = raw if isinstance(raw, Bilinear) else scale_and_mask(raw, 1.0, msg["mask"])
         if frame is None:
             self.outside = self.outside + log_prob.sum()
         elif name in self.values:
