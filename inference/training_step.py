@@ -40,15 +40,11 @@ log = logging.getLogger("elbowroom.compiled")
 
 # what an eager step is predicted to take: Pyro's handlers, and so many floating-point operations per second
 HANDLER_SECONDS, FLOPS = 4e-3, 8e10
-TRACE_AFTER, COMPILE_AFTER = (
-    2.0,
-    20.0,
-)  # predicted seconds of all steps, above which making a graph, and compiling it, is repaid
+# predicted seconds of all planned steps that repay making a graph, and compiling it
+TRACE_AFTER, COMPILE_AFTER = 6.0, 20.0
 FEW = 50  # steps that repay nothing, whatever they are
-TOLERANCE, TINY = (
-    1e-3,
-    1e-12,
-)  # between compiled and eager gradients, as a share of the largest entry; rounding in single precision is below
+# how far a graph may be from the eager run, as a share of the largest entry; rounding is less
+TOLERANCE, TINY = 1e-3, 1e-12
 
 
 class Step:
