@@ -326,3 +326,25 @@ def test_a_leapfrog_is_that_of_the_gradient():
     for found in (leap(joint.grad, z, momentum, size, root, kick), joint.leap(z, momentum, size, root, kick)):
         for ours, theirs in zip(found, (moved, momentum + 0.5 * 0.2 * 0.7 * gradient, value, gradient), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_graphs_on_a_gpu():
+    net, model, guide = pair()
+    net.cuda()
+
+    def on_gpu(program):
+        def run(x, weight):
+            with torch.device("cuda"):
+                program(x, weight)
+
+        return run
+
+    joint = LogJoint(on_gpu(model), on_gpu(guide), tensor(9, 3).cuda(), weight=torch.tensor(1.0, device="cuda"))
+    with policy("always"):
+        z = tensor(4, 9, 2).cuda()
+        with policy("never"):
+            plain = joint.grad(z)
+        for ours, theirs in zip(joint.grad(z), plain, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert joint.graphs._checked["grad"].compiled
