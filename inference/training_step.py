@@ -29,6 +29,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from elbowroom.errors import first_line
 from elbowroom.inference.branches import Branches
 from elbowroom.inference.compiled import Compile, Graph, Untraceable
 from elbowroom.inference.objectives import ELBO, Estimate, Objective, unchecked
@@ -131,6 +132,7 @@ class Step:
         self.prepared = True
         if self.compile == "auto" and self.steps < FEW:
             return
+        graph = None
         try:
             graph = GradientGraph(self, batch)
             seconds = self.steps * (HANDLER_SECONDS + graph.flops / FLOPS)
@@ -145,6 +147,9 @@ class Step:
         except Untraceable as error:
             kept = "eager" if self.graph is None else "traced, not compiled"
             log.info(f"fit: step {kept}: {error}")
+        finally:
+            if graph is not None:
+                graph.eager.clear()  # as large as the model
 
     def _follow(self) -> None:
         """Let Adam follow parameters that were replaced (`load_state_dict(assign=True)`), with the moments it had for them."""
@@ -193,8 +198,11 @@ class GradientGraph:
         inputs = [value.detach().clone() for value in self._inputs(batch, 1.0)]
         before = [value.clone() for value in inputs]
         branches, counter = Branches(), _Flops()
-        with _again(batch), counter:
-            values = self._gradients(inputs, branches)
+        try:
+            with _again(batch), counter:
+                values = self._gradients(inputs, branches)
+        except Exception as error:  # whatever a program raises on copies of its state; the eager step says what is wrong
+            raise Untraceable(f"it does not run on copies of its state ({first_line(error)})") from error
         for path, value, was in zip(self.paths, inputs, before, strict=False):
             if not torch.equal(value, was) and not bool(was.isnan().any()):
                 raise Untraceable(f"it changes {path} as it goes (batch statistics, or the like)")
@@ -257,7 +265,7 @@ class GradientGraph:
             raise Untraceable("it branches differently when it is traced")
         self.used = [gradient is not None for gradient in found]
         scalars = [estimate.objective, estimate.elbo, *branches.tested]
-        values = torch.stack([value.detach().reshape(()).to(torch.float64) for value in scalars])
+        values = torch.stack([torch.as_tensor(value).detach().reshape(()).to(self.weight) for value in scalars])
         return values, *_owned([gradient for gradient in found if gradient is not None], tensors)
 
     def _inputs(self, batch: Batch, kl_weight: float) -> list[Tensor]:

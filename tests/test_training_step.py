@@ -16,7 +16,7 @@ from elbowroom.errors import NonFiniteLoss
 from elbowroom.inference import training_step
 from elbowroom.inference.bounds import IWAE, Beta, DReG, Renyi, StickingTheLanding
 from elbowroom.inference.enumerated import TraceEnum
-from elbowroom.inference.objectives import MeanFieldELBO, NonFiniteSite
+from elbowroom.inference.objectives import ELBO, MeanFieldELBO, NonFiniteSite
 from elbowroom.inference.svi import Session, fit
 from elbowroom.inference.training_step import Step
 from elbowroom.inference.wake_sleep import WakeSleep
@@ -219,7 +219,37 @@ def test_another_mode_of_the_networks_is_another_function(replayed):
     assert equal(eager, ours)
 
 
+def test_frozen_parameters_stay_and_take_no_gradient(replayed):
+    vae = make()
+    vae.decoder.requires_grad_(False)
+    eager, ours = new(vae, "never"), new(vae, "auto")
+    for step in (eager, ours):
+        step.vae.decoder.eval()
+    assert torch.equal(walk(eager, [{"x": rows()}]), walk(ours, [{"x": rows()}]))
+    assert ours.graph is not None
+    assert equal(eager, ours)
+    assert all(torch.equal(a, b) for a, b in zip(vae.decoder.parameters(), ours.vae.decoder.parameters(), strict=True))
+    assert all(p.grad is None for p in ours.vae.decoder.parameters())
+
+
 # what stays eager
+
+
+class Floats(ELBO):
+    """An objective of a user's, with numbers in place of tensors."""
+
+    name = "floats"
+
+    def __call__(self, *args, **kwargs):
+        found = super().__call__(*args, **kwargs)
+        return found._replace(objective=float(found.objective), elbo=float(found.elbo))
+
+
+def test_an_objective_that_takes_numbers_out_stays_eager(replayed, said):
+    eager, ours = new(make(), "never", objective=Floats()), new(make(), "auto", objective=Floats())
+    assert torch.equal(walk(eager, [{"x": rows()}]), walk(ours, [{"x": rows()}]))
+    assert len(said) == 1
+    assert said[0].startswith("fit: step eager: ")
 
 
 def test_batch_statistics_stay_eager_and_are_left_alone_by_the_attempt(replayed, said):
