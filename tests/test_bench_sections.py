@@ -198,7 +198,7 @@ def test_images_without_mnist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_a_quick_look_runs_without_the_peers():
     results = Path(training.__file__).with_name("RESULTS.md")
     before = results.read_bytes()
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--ours"]
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--ours", "--threads", "1"]
     out = subprocess.run(command, capture_output=True, text=True, cwd=measure.ROOT)
     assert out.returncode == 0, out.stderr[-2000:]
     for heading in (training.STEP, training.EPOCH, posteriors.HEADING, smoothing.HEADING, scaling.HEADING):
