@@ -106,7 +106,7 @@ class Graph:
         try:
             inputs = [t.contiguous() for t in inputs]
             with _undisturbed(inputs):
-                mode = "symbolic" if varying else "fake"
+                mode: Literal["fake", "symbolic"] = "symbolic" if varying else "fake"
                 tracer = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)
                 self.module = tracer(*inputs)
                 # noise is drawn into empty tensors, which is no harm; what a functional graph still writes are its inputs
@@ -202,7 +202,8 @@ def _decompositions() -> dict[Any, Any]:
 
 def _lift(module: Any) -> list[Tensor]:
     """Make every tensor that a module holds an input of it, after the others; returns them."""
-    graph, found, places = module.graph, [], {}
+    graph, places = module.graph, {}
+    found: list[Tensor] = []
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     last, fake = inputs[-1], inputs[0].meta["val"].fake_mode
     for node in list(graph.nodes):

@@ -132,9 +132,8 @@ class Feed(Messenger):
             return
         if self.draws_dim is not None:
             if name in self.values:
-                log_prob = scale_and_mask(fn.log_prob(msg["value"]), 1.0, msg["mask"])
-                log_prob = log_prob.movedim(self.draws_dim, 0)
-                self.per_draw = self.per_draw + log_prob.reshape(len(log_prob), -1).sum(1)
+                drawn = scale_and_mask(fn.log_prob(msg["value"]), 1.0, msg["mask"]).movedim(self.draws_dim, 0)
+                self.per_draw = self.per_draw + drawn.reshape(len(drawn), -1).sum(1)
             return
         raw: Any = (shared_log_prob if self.shared else sharing_log_prob)(fn, msg["value"])
         frame = frame_of(msg, self.program.plate)

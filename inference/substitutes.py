@@ -47,8 +47,7 @@ def _gather(source: Tensor, dim: int, index: Tensor, **_: Any) -> Any:
 
 
 def _index_select(source: Tensor, dim: int, index: Tensor) -> Any:
-    place = dim if dim < 0 else dim - source.dim()
-    return source[(..., index, *[slice(None)] * (-place - 1))]
+    return source.movedim(dim, -1)[..., index].movedim(-1, dim)
 
 
 def _layer_norm(
