@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from elbowroom.files import write_text
+from elbowroom.inference.rounding import Effect
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class History:
         best_epoch: the epoch (from 1) whose weights were kept.
         stopped_because: a sentence.
         plan: the plan's sentence.
+        effect: what the precision of the training steps does to the ELBO; None in full precision.
     """
 
     rows: list[Row] = field(default_factory=list)
     best_epoch: int = 0
     stopped_because: str = ""
     plan: str = ""
+    effect: Effect | None = None
 
     @property
     def best(self) -> Row:

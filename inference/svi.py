@@ -10,6 +10,8 @@ Everything reported is in nats per datum: a `loss` is lower-better, an `elbo` is
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,23 +25,27 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from elbowroom.errors import NonFiniteLoss, SpecError
+from elbowroom.errors import NonFiniteLoss, SpecError, first_line
+from elbowroom.files import write_text
 from elbowroom.inference.checkpoint import identity, load, save
 from elbowroom.inference.compiled import Compile
 from elbowroom.inference.history import History, Row
 from elbowroom.inference.objectives import ELBO, NonFiniteSite, Objective
 from elbowroom.inference.promotion import mixed
-from elbowroom.inference.rows import Rows
+from elbowroom.inference.rounding import Precision, check, effect, lowered
+from elbowroom.inference.rows import Batch, Rows
 from elbowroom.inference.schedule import Plan, Schedule, plan
 from elbowroom.inference.scopes import contained, mode
 from elbowroom.inference.start import Start
 from elbowroom.inference.training_step import Step
 from elbowroom.models.vae import VAE
 
-CHECKPOINT, WEIGHTS, HISTORY = "checkpoint.pt", "weights.pt", "history.csv"
+CHECKPOINT, WEIGHTS, HISTORY, EFFECT = "checkpoint.pt", "weights.pt", "history.csv", "precision.json"
 
-# four streams of random numbers from one seed: noise and initial state, shuffling, validation, binarization
-_SHUFFLE, _VALIDATION, _REDRAW = 0x5F3759DF, 0x2545F491, 0x1B873593
+log = logging.getLogger("elbowroom")
+
+# five streams of random numbers from one seed: noise and initial state, shuffling, validation, binarization, effect of rounding
+_SHUFFLE, _VALIDATION, _REDRAW, _EFFECT = 0x5F3759DF, 0x2545F491, 0x1B873593, 0x27D4EB2F
 
 
 @dataclass(frozen=True)
@@ -142,14 +148,16 @@ def fit(
     dtype: Literal["float32", "float64"] = "float32",
     device: str = "auto",
     compile: Compile = "auto",
+    precision: Precision = "highest",
 ) -> History:
     """Fit a VAE by stochastic variational inference and leave it with its best weights.
 
     The best weights are those of the epoch with the highest validation ELBO among the epochs that end at KL weight 1;
     without validation data, the last ones. The VAE is adapted to the training data (`vae.adapt`), moved to the device
     and dtype, and stays there. With a folder in the session, `weights.pt` (the best weights), `history.csv` and
-    `checkpoint.pt` are written, each as a whole or not at all. On a CPU a resumed fit equals an uninterrupted one
-    bit for bit. Pyro's parameter store and validation, and torch's generators, are left as they were.
+    `checkpoint.pt` are written (and `precision.json`, the effect of rounding), each as a whole or not at all. On a CPU a
+    resumed fit equals an uninterrupted one bit for bit. Pyro's parameter store and validation, torch's generators and its
+    precision are left as they were.
 
     Args:
         vae: the model and guide, trained in place.
@@ -169,6 +177,8 @@ def fit(
         device: `auto` (the GPU where there is one), `cpu`, `cuda` or `cuda:1`.
         compile: make the training step one compiled graph: `auto` where the planned steps repay it, `always` wherever it can
             be done, `never`. The draws are the same, the numbers agree to rounding.
+        precision: of matrix products in training steps: `highest`; `tf32` rounds their factors on a GPU; `bf16` computes
+            encoder and decoder in bfloat16. Validation is in full precision, and the effect on the ELBO is stated.
 
     Returns:
         The history: one row per epoch, the best epoch, and why the fit stopped.
@@ -193,13 +203,15 @@ def fit(
         "dtype": dtype,
         "device": resolve_device(device).type,
         "compile": compile,
+        "precision": precision,
     }
     planned = plan(len(train), **options)
     if patience is not None and len(validation) == 0:
         raise SpecError("fit.patience: needs validation data to judge by; set it to null or make a validation split")
-    place, precision = resolve_device(device), getattr(torch, dtype)
-    train, validation = Rows.of(train).to(place, precision), Rows.of(validation).to(place, precision)
-    vae.to(place, precision)
+    place, kind = resolve_device(device), getattr(torch, dtype)
+    check(precision, dtype, place)
+    train, validation = Rows.of(train).to(place, kind), Rows.of(validation).to(place, kind)
+    vae.to(place, kind)
     vae.adapt(**train.sample())
     start = session.start
     if start is not None:
@@ -215,6 +227,7 @@ def fit(
             objective=objective,
             compile=compile,
             steps=planned.steps,
+            precision=precision,
         )
         run = _Run(vae, train, validation, session, planned, step, options)
         if session.resume:
@@ -329,6 +342,11 @@ class _Run:
         if self.best is not None:
             self.vae.load_state_dict(self.best)
         folder = self.session.folder
+        self.history.effect = found = effect(self.vae, self.train, self.step.precision, self.session.seed + _EFFECT)
+        if found is not None:
+            log.info(f"fit: {found}")
+            if folder is not None:
+                write_text(folder / EFFECT, json.dumps(asdict(found) | {"difference": found.difference}, indent=2) + "\n")
         if folder is not None:
             weights = {name: value.detach().cpu() for name, value in self.vae.state_dict().items()}
             save(folder / WEIGHTS, weights)
@@ -353,6 +371,21 @@ class _Run:
                 ) from error
             with pyro.validation_enabled(True):
                 self.step.objective(self.vae.model, self.vae.guide, **two, size=len(self.train))
+            self._rehearse_lowered(two)
+
+    def _rehearse_lowered(self, two: Batch) -> None:
+        """Run both programs once in the precision of the steps."""
+        if (precision := self.step.precision) == "highest":
+            return
+        try:
+            with lowered(self.vae, precision):
+                self.step.objective(self.vae.model, self.vae.guide, **two, size=len(self.train))
+        except NonFiniteSite:
+            return  # the loop names site and batch
+        except RuntimeError as error:
+            raise SpecError(
+                f"fit.precision: a network does not run with {precision} ({first_line(error)}); use highest"
+            ) from error
 
     # what went wrong
 

@@ -33,6 +33,7 @@ from elbowroom.errors import first_line
 from elbowroom.inference.branches import Branches
 from elbowroom.inference.compiled import Compile, Graph, Untraceable
 from elbowroom.inference.objectives import ELBO, Estimate, Objective, unchecked
+from elbowroom.inference.rounding import Precision, lowered
 from elbowroom.inference.rows import Batch
 from elbowroom.models.vae import VAE
 from elbowroom.stages import stage
@@ -45,7 +46,8 @@ HANDLER_SECONDS, FLOPS = 4e-3, 8e10
 TRACE_AFTER, COMPILE_AFTER = 6.0, 20.0
 FEW = 50  # steps that repay nothing, whatever they are
 # how far a graph may be from the eager run, as a share of the largest entry; rounding is less
-TOLERANCE, TINY = 1e-3, 1e-12
+TOLERANCE: dict[Precision, float] = {"highest": 1e-3, "tf32": 1e-2, "bf16": 5e-2}
+TINY = 1e-12
 
 
 class Step:
@@ -62,6 +64,7 @@ class Step:
         objective: what is maximised; the ELBO by default.
         compile: whether the gradient is a compiled graph: where the planned steps repay it, wherever it can be, or never.
         steps: planned steps, for `auto`.
+        precision: of matrix products.
     """
 
     def __init__(
@@ -74,12 +77,13 @@ class Step:
         objective: Objective | None = None,
         compile: Compile = "auto",
         steps: int = 0,
+        precision: Precision = "highest",
     ) -> None:
         self.vae, self.size = vae, size
         self.parameters = _trainable(vae)
         self.gradient_clip = gradient_clip
         self.objective = objective or ELBO()
-        self.compile, self.steps = compile, steps
+        self.compile, self.steps, self.precision = compile, steps, precision
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
         self.prepared = compile == "never"
         self.graph: GradientGraph | None = None
@@ -107,16 +111,16 @@ class Step:
         batch = {"x": x, **beside}
         self.prepare(batch)
         self._follow()
-        found = None if self.graph is None else self.graph(batch, kl_weight)
-        if found is None:
-            self.optimizer.zero_grad()
-            estimate = evaluate(self.objective, self.vae, batch, self.size, kl_weight)
-            estimate.loss.backward()
-            objective, elbo = float(estimate.objective), float(estimate.elbo)
-        else:
-            objective, elbo, gradients = found
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient
+        with lowered(self.vae, self.precision):
+            found = None if self.graph is None else self.graph(batch, kl_weight)
+            if found is None:
+                self.optimizer.zero_grad()
+                estimate = evaluate(self.objective, self.vae, batch, self.size, kl_weight)
+                estimate.loss.backward()
+                found = float(estimate.objective), float(estimate.elbo), [value.grad for value in self.parameters]
+        objective, elbo, gradients = found
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
         if self.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.gradient_clip * self.size)
         self.optimizer.step()
@@ -132,6 +136,11 @@ class Step:
         self.prepared = True
         if self.compile == "auto" and self.steps < FEW:
             return
+        with lowered(self.vae, self.precision):
+            self._make(batch)
+
+    def _make(self, batch: Batch) -> None:
+        """Make the graph, as far as it is worth it and can be."""
         graph = None
         try:
             graph = GradientGraph(self, batch)
@@ -294,9 +303,10 @@ class GradientGraph:
         with _again(batch):
             found = self.graph(*self._inputs(batch, 1.0))
         mine, theirs = self.eager[0][:2], found[0][:2]
+        tolerance = TOLERANCE[self.step.precision]
         pairs = [*zip(mine, theirs, strict=True), *zip(self.eager[1:], found[1:], strict=True)]
         for value, other in pairs:
-            if not bool((value - other).abs().max() <= TOLERANCE * value.abs().max() + TINY):
+            if not bool((value - other).abs().max() <= tolerance * value.abs().max() + TINY):
                 raise Untraceable(f"the {whose} has other values than the eager step")
 
 

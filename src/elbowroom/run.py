@@ -94,7 +94,8 @@ def fit(
             start=experiment.start,
         )
         history = svi.fit(vae, train, validation, session, **options)
-    return Run(path, experiment, vae.eval(), f"{history.plan}; {history.stopped_because}")
+    said = [history.plan, history.stopped_because, *([] if history.effect is None else [str(history.effect)])]
+    return Run(path, experiment, vae.eval(), "; ".join(said))
 
 
 def ready(
