@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from elbowroom.files import write_text
-from elbowroom.inference.rounding import Effect
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,39 @@ class Row:
     train_elbo: float
     validation_elbo: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The ELBO of the same draws for a sample of training rows in two precisions, in nats per datum.
+
+    Attributes:
+        precision: the lower one.
+        rows: training rows n, evenly spaced.
+        full: mean ELBO in full precision.
+        rounded: mean ELBO in the lower one.
+        standard_error: of rounded - full, paired over rows; NaN for one row.
+    """
+
+    precision: str
+    rows: int
+    full: float
+    rounded: float
+    standard_error: float
+
+    @property
+    def difference(self) -> float:
+        """The effect, rounded - full; negative where rounding costs."""
+        return self.rounded - self.full
+
+    def __str__(self) -> str:
+        """Return the effect as a sentence."""
+        rows = f"{self.rows} training row{'s' if self.rows > 1 else ''}"
+        places = _places(self.standard_error)
+        return (
+            f"ELBO of {rows} at the weights kept: {self.full:.4f} nats per datum in full precision, {self.rounded:.4f} with "
+            f"{self.precision}, difference {self.difference:+.{places}f} +- {self.standard_error:.{places}f}"
+        )
 
 
 @dataclass
@@ -66,3 +99,8 @@ class History:
         writer.writeheader()
         writer.writerows(asdict(row) for row in self.rows)
         write_text(path, text.getvalue())
+
+
+def _places(error: float) -> int:
+    """Return the decimal places that show one digit of an error, 4 to 9."""
+    return min(9, max(4, math.ceil(-math.log10(error)))) if math.isfinite(error) and error > 0 else 4

@@ -21,7 +21,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from elbowroom.errors import SpecError
+from elbowroom.inference.history import Effect
 from elbowroom.inference.rows import Rows
 from elbowroom.inference.scopes import contained, mode
 from elbowroom.inference.weights import log_weights
@@ -39,44 +39,6 @@ log = logging.getLogger("elbowroom")
 Precision = Literal["highest", "tf32", "bf16"]
 
 ROWS, DRAWS, TOGETHER = 512, 8, 256
-
-
-@dataclass(frozen=True)
-class Effect:
-    """The ELBO of the same draws for a sample of training rows in two precisions, in nats per datum.
-
-    Attributes:
-        precision: the lower one.
-        rows: training rows n, evenly spaced.
-        full: mean ELBO in full precision.
-        rounded: mean ELBO in the lower one.
-        standard_error: of rounded - full, paired over rows; NaN for one row.
-    """
-
-    precision: Precision
-    rows: int
-    full: float
-    rounded: float
-    standard_error: float
-
-    @property
-    def difference(self) -> float:
-        """The effect, rounded - full; negative where rounding costs."""
-        return self.rounded - self.full
-
-    def __str__(self) -> str:
-        """Return the effect as a sentence."""
-        rows = f"{self.rows} training row{'s' if self.rows > 1 else ''}"
-        places = _places(self.standard_error)
-        return (
-            f"ELBO of {rows} at the weights kept: {self.full:.4f} nats per datum in full precision, {self.rounded:.4f} with "
-            f"{self.precision}, difference {self.difference:+.{places}f} +- {self.standard_error:.{places}f}"
-        )
-
-
-def _places(error: float) -> int:
-    """Return the decimal places that show one digit of an error, 4 to 9."""
-    return min(9, max(4, math.ceil(-math.log10(error)))) if math.isfinite(error) and error > 0 else 4
 
 
 def check(precision: str, dtype: str, place: torch.device) -> None:
