@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.inference import rounding, training_step
+from elbowroom.inference.history import Effect
 from elbowroom.inference.objectives import ELBO
 from elbowroom.inference.rounding import effect, lowered
 from elbowroom.inference.rows import Rows
@@ -90,6 +91,13 @@ def test_the_effect_is_paired_over_rows(monkeypatch):
     assert (found.full, found.rounded, found.rows) == (2.0, pytest.approx(2.1), 3)
     assert found.difference == pytest.approx(0.1)
     assert found.standard_error == pytest.approx(0.1 / math.sqrt(3))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(3e-4, "+0.1000 +- 0.0003"), (2e-6, "+0.100000 +- 0.000002"), (math.nan, "+0.1000 +- nan")]
+)
+def test_the_effect_shows_a_digit_of_its_error(error, said):
+    assert str(Effect("bf16", 2, -8.0, -7.9, error)).endswith(f"difference {said}")
 
 
 def test_distributions_get_float32_that_was_rounded():
@@ -231,3 +239,15 @@ def test_the_replayed_step_is_the_eager_step_bit_for_bit(monkeypatch):
             casts = [node for node in step.graph.graph.module.graph.nodes if torch.bfloat16 in node.kwargs.values()]
             assert casts  # autocast is in it
     assert found[0] == found[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", ["never", "always"])
+@pytest.mark.parametrize("way", ["tf32", "bf16"])
+def test_on_a_gpu(way, compile):
+    x, v = data(600), data(200, seed=2)
+    options = {"epochs": 15, "batch_size": 50, "learning_rate": 1e-2, "compile": compile, "device": "cuda"}
+    full, low = (fit(make(), x, v, Session(seed=1), precision=each, **options) for each in ("highest", way))
+    assert low.best.validation_elbo == pytest.approx(full.best.validation_elbo, abs=0.05)
+    assert low.effect.precision == way
+    assert abs(low.effect.difference) < 0.02
