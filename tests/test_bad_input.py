@@ -396,10 +396,12 @@ BAD = {
         "run: holds a run already; use --resume to go on, --overwrite to move it aside, or another --out"
     ),
     "audit run --resume --overwrite": (
-        "no such option --overwrite; allowed: --allow-python, --budget, --data, --device, --dry-run, --json, --out, --resume, "
-        "--set; see `elbowroom audit --help`"
+        "no such option --overwrite; allowed: --allow-python, --budget, --data, --device, --dry-run, --json, --out, --profile, "
+        "--profile-functions, --resume, --set; see `elbowroom audit --help`"
     ),
-    "report run --resume": "no such option --resume; allowed: --json; see `elbowroom report --help`",
+    "report run --resume": (
+        "no such option --resume; allowed: --json, --profile, --profile-functions; see `elbowroom report --help`"
+    ),
     "audit": "missing argument 'RUN'; see `elbowroom audit --help`",
 }
 

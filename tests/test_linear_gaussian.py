@@ -34,7 +34,7 @@ def test_evidence_and_posterior_agree_with_the_joint_normal(dim: int) -> None:
     torch.testing.assert_close(covariance, expected, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("dim", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_grid_agrees_with_the_closed_form(dim: int) -> None:
     vae, x, oracle = linear_vae(dim, 8)
     log_joint = LogJoint(vae.model, vae.guide, x)

@@ -202,6 +202,7 @@ def test_masses_and_densities_are_not_comparable(home: Path) -> None:
     assert not er.compare([home / "a", home / "poisson"]).notes
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("diagnosed")
 def test_bits_stand_in_diagnosis_and_report_where_data_are_discrete(home: Path, tmp_path: Path) -> None:
     """Those of the rate and distortion, and those of the ELBO, are the same but for the noise of its draws."""
