@@ -249,7 +249,7 @@ def section(found: dict[str, list[Found]], args: argparse.Namespace) -> str:
         *gradient_table(found["pixels"], "pixels", lambda f: CHAINS * f.n_obs * f.value, runs=False),
         "",
         *measure.paragraph(
-            f"Chains per datum: the same with 64 pixels and {n_obs} data; `chains`: refit, 150 warm-up and {DRAWS} draws of "
+            f"Chains per datum: the same with 64 pixels and {n_obs} data; `chains`: refit, 110 warm-up and {DRAWS} draws of "
             "all."
         ),
         "",
