@@ -22,7 +22,7 @@ COARSE_PER_DATUM = {1: 401, 2: 49, 3: 19}  # where the coarse grid costs one pro
 MAXIMA = 6  # local maxima of the coarse grid, per datum
 STARTS: dict[Which, int] = {"guide": 4, "model": 6}  # draws to climb from, per datum
 EXPANSIONS = 8
-COARSE_BLOCK = 2**24
+COARSE_BLOCK = 2**21  # points x data held at once: 16 MB an array, of which there are a dozen
 
 
 @dataclass
