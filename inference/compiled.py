@@ -94,7 +94,6 @@ class Graph:
 
     Attributes:
         constants: the tensors that the function read beside its inputs, by reference.
-        compiled: whether calls run compiled kernels.
 
     Raises:
         Untraceable: with the reason.
@@ -119,19 +118,29 @@ class Graph:
         if varying and (fixed := _fixed(self.module, inputs, varying)):
             raise Untraceable(f"an operation in it fixes a size ({fixed})")
         self.constants = _lift(self.module)
-        self.compiled = False
-        self._run: Callable[..., Any] = self.module
+        self._kernel: Callable[..., Any] | None = None
         nodes = self.module.graph.nodes
         if written:
             raise Untraceable(f"it writes to its inputs ({written})")
         if len(nodes) > MAX_NODES:
             raise Untraceable(f"it has {len(nodes):,} operations, more than {MAX_NODES:,}")
 
+    @property
+    def compiled(self) -> bool:
+        """Whether there are compiled kernels."""
+        return self._kernel is not None
+
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the graph, without recording gradients."""
-        # compiled kernels take the layout of the example for granted
+        """Run the graph, compiled if it is, without recording gradients."""
+        if self._kernel is None:
+            return self.replay(*inputs)
+        with torch.no_grad():  # kernels take the layout of the example for granted
+            return tuple(self._kernel(*[t.contiguous() for t in inputs], *self.constants))
+
+    def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph operation by operation, whether it is compiled or not."""
         with torch.no_grad():
-            return tuple(self._run(*[t.contiguous() for t in inputs], *self.constants))
+            return tuple(self.module(*[t.contiguous() for t in inputs], *self.constants))
 
     def compile(self, check: Callable[[Graph], None] | None = None) -> float:
         """Compile the graph into fused kernels, once; returns the seconds it took.
@@ -146,12 +155,12 @@ class Graph:
             return 0.0
         start = time.perf_counter()
         with stage("compile"):
-            self._run, self.compiled = _inductor(self.module), True
+            self._kernel = _inductor(self.module)
             try:
                 if check is not None:
                     check(self)
             except BaseException:
-                self._run, self.compiled = self.module, False
+                self._kernel = None
                 raise
         return time.perf_counter() - start
 

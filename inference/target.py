@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference import shared
 from elbowroom.inference.bilinear import Kept
-from elbowroom.inference.compiled import Graph, policy
+from elbowroom.inference.compiled import Function, policy
 from elbowroom.inference.feed import Feed
 from elbowroom.inference.forward import Which, forward
 from elbowroom.inference.inspection import inspect
@@ -481,7 +481,7 @@ class LogJoint:
         graph = self.graphs.ready(self, kind)
         return None if graph is None else self.by_graph(graph, z)
 
-    def by_graph(self, graph: Graph, z: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+    def by_graph(self, graph: Function, z: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
         """Evaluate a graph of `elbowroom.inference.traced` at z (S, N, d), in parts that stay in the caches.
 
         Args:

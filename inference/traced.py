@@ -16,7 +16,6 @@ import dataclasses
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -28,6 +27,7 @@ from elbowroom.inference.compiled import (
     COMPILE,
     FLOPS,
     TRACE,
+    Compile,
     Function,
     Graph,
     Untraceable,
@@ -54,65 +54,80 @@ CLOSE = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 @dataclass
 class _Entry:
-    """What is known of one kind of graph of one pair of programs, over all their data.
+    """What is known of one kind of graph of one pair of programs, whatever their data.
 
     Attributes:
-        graphs: the graphs, once they are traced, by what their branches come to.
-        eager: why there is none; "" where nothing speaks against it.
-        traced: why it is not compiled, likewise.
+        graphs: the graphs, or why there is none, by what branches come to.
+        slow: why graphs are not compiled; "" where nothing speaks against it.
     """
 
-    graphs: dict[tuple[bool, ...], Graph] = field(default_factory=dict)
-    eager: str = ""
-    traced: str = ""
+    graphs: dict[tuple[bool, ...], Graph | str] = field(default_factory=dict)
+    slow: str = ""
 
 
 _shared: weakref.WeakKeyDictionary[Any, dict[Any, _Entry]] = weakref.WeakKeyDictionary()
 
 
 class Graphs:
-    """The graphs of one `LogJoint` and of its parts."""
+    """The graphs of one `LogJoint` and of its parts.
+
+    Traces and kernels are shared with other data of the same programs. Which of them is used follows from these data alone.
+
+    Attributes:
+        used: what evaluates each kind; None where Pyro's handlers do.
+        reasons: why they do, by kind.
+    """
 
     def __init__(self) -> None:
-        self._entries: dict[Kind, _Entry] = {}
-        self._checked: dict[Kind, Graph] = {}
-        self._ahead: dict[tuple[Kind, int], float] = {}
+        self.used: dict[Kind, Function | None] = {}
+        self.reasons: dict[Kind, str] = {}
+        self._decided: dict[tuple[Kind, Compile, int], Function | None] = {}
 
-    def ready(self, joint: LogJoint, kind: Kind) -> Graph | None:
-        """Return the graph to evaluate data with; None where plain evaluation is better, or all there is."""
+    def ready(self, joint: LogJoint, kind: Kind) -> Function | None:
+        """Return what to evaluate data with; None where plain evaluation is better, or all there is."""
         wanted, data = current_policy(), data_ahead(joint.root.n_obs)
         if wanted == "never":
             return None
-        if (kind, data) not in self._ahead:
-            self._ahead[kind, data] = work_ahead(joint.root, kind, data)
-        ahead = self._ahead[kind, data]
+        key = (kind, wanted, data)
+        if key not in self._decided:
+            self._decided[key] = self.used[kind] = self._decide(joint.root, kind, wanted, data)
+        return self._decided[key]
+
+    def _decide(self, root: LogJoint, kind: Kind, wanted: Compile, data: int) -> Function | None:
+        ahead = work_ahead(root, kind, data)
         if wanted == "auto" and ahead < TRACE:
             return None
-        entry = self._entries.get(kind) or self._entry(joint.root, kind)
-        if entry.eager:
-            return None
+        entry = _entries_of(root.model).setdefault((kind, _signature(root)), _Entry())
         try:
-            graph = self._checked.get(kind) or self._trace(joint.root, kind, entry)
+            graph = self._trace(root, kind, entry)
+            _check(root, kind, graph.replay)
         except Untraceable as error:
-            entry.eager = str(error)
-            log.info(f"{WORDS[kind]}: evaluated by Pyro's handlers, not by a graph: {error}")
+            if self.reasons.get(kind) != str(error):
+                log.info(f"{WORDS[kind]}: evaluated by Pyro's handlers, not by a graph: {error}")
+            self.reasons[kind] = str(error)
             return None
-        if not graph.compiled and not entry.traced and (wanted == "always" or ahead >= COMPILE):
-            try:
-                seconds = graph.compile(partial(_check, joint.root, kind))
+        if wanted == "auto" and ahead < COMPILE:
+            return graph.replay
+        try:
+            if entry.slow:
+                raise Untraceable(entry.slow)
+            if not graph.compiled:
+                seconds = graph.compile()
                 log.info(f"{WORDS[kind]}: compiled in {seconds:.1f} s, for {data:,} data, about {ahead:.0f} s of work without")
-            except Untraceable as error:
-                entry.traced = str(error)
+        except Untraceable as error:
+            if not entry.slow:
                 log.info(f"{WORDS[kind]}: traced, not compiled: {error}")
+            entry.slow = str(error)
+            return graph.replay
+        try:
+            _check(root, kind, graph)
+        except Untraceable as error:
+            log.info(f"{WORDS[kind]}: its kernels are not used: {error}")
+            return graph.replay
         return graph
 
-    def _entry(self, root: LogJoint, kind: Kind) -> _Entry:
-        """Return what is known of this kind of graph of these programs, from other data too."""
-        found = self._entries[kind] = _entries_of(root.model).setdefault((kind, _signature(root)), _Entry())
-        return found
-
     def _trace(self, root: LogJoint, kind: Kind, entry: _Entry) -> Graph:
-        """Return a graph that has been compared with plain evaluation of all data: one of other data where there is one."""
+        """Return the graph for what branches come to on these data, traced anew where there is none."""
         if root.program.index:
             raise Untraceable("the plate is sub-sampled")
         if not root.separable():
@@ -120,10 +135,15 @@ class Graphs:
         rows = _Rows(root)
         with root.held():
             outcomes = rows.record(kind)
-            graph = entry.graphs.get(outcomes) or rows.graph(kind, outcomes)
-        _check(root, kind, graph)
-        self._checked[kind] = entry.graphs[outcomes] = graph
-        return graph
+            if outcomes not in entry.graphs:
+                try:
+                    entry.graphs[outcomes] = rows.graph(kind, outcomes)
+                except Untraceable as error:
+                    entry.graphs[outcomes] = str(error)
+        found = entry.graphs[outcomes]
+        if isinstance(found, str):
+            raise Untraceable(found)
+        return found
 
 
 def inputs(joint: LogJoint) -> list[tuple[Tensor, int | None]]:
@@ -134,8 +154,12 @@ def inputs(joint: LogJoint) -> list[tuple[Tensor, int | None]]:
     return found + [(t, None) for t in joint.program.pinned.values()]
 
 
-def _check(root: LogJoint, kind: Kind, graph: Graph) -> None:
-    """Compare a graph with plain evaluation, at tested points of every datum."""
+def _check(root: LogJoint, kind: Kind, graph: Function) -> None:
+    """Compare a graph with plain evaluation, at tested points of every datum.
+
+    Raises:
+        Untraceable: a value differs, or is finite in one alone, or none is finite, so that nothing could be compared.
+    """
     z = root.tested[:CHECKED]
     with policy("never"), root.held():
         plain = _plainly(root, kind, z)
@@ -145,6 +169,8 @@ def _check(root: LogJoint, kind: Kind, graph: Graph) -> None:
             raise Untraceable(f"the graph fails with other sizes ({first_line(error)})") from error
     for ours, theirs in zip(found, plain, strict=True):
         finite = theirs.isfinite()
+        if not finite.any() or not torch.equal(ours.isfinite(), finite):
+            raise Untraceable(f"{WORDS[kind]} by the graph is finite elsewhere than plain evaluation, or nowhere")
         close = CLOSE.get(theirs.dtype, 1e-3)
         if not torch.allclose(ours[finite], theirs[finite], rtol=close, atol=close):
             worst = float((ours[finite] - theirs[finite]).abs().max())
@@ -258,13 +284,14 @@ class _Rows:
 
 
 def _beside(kind: Kind, z: Tensor) -> list[Tensor]:
-    """Return arguments of a leapfrog that leave z where it is, for tracing and comparing."""
+    """Return arguments of a leapfrog of which none could be left out or transposed unseen, for tracing and comparing."""
     if kind != "leap":
         return []
     n, d = z.shape[1:]
-    eye = torch.eye(d, dtype=z.dtype, device=z.device).expand(1, n, d, d).contiguous()
-    size = torch.full_like(z[..., :1], 0.01)
-    return [torch.zeros_like(z), size.contiguous(), eye, torch.ones((), dtype=z.dtype, device=z.device)]
+    momentum = torch.linspace(-1.0, 1.1, z.numel(), dtype=z.dtype, device=z.device).reshape(z.shape)
+    root = torch.eye(d, dtype=z.dtype, device=z.device) + torch.full((d, d), 0.3, dtype=z.dtype, device=z.device).tril(-1)
+    size, kick = torch.full_like(z[..., :1], 0.05), torch.full((), 0.5, dtype=z.dtype, device=z.device)
+    return [momentum, size.contiguous(), root.expand(1, n, d, d).contiguous(), kick]
 
 
 def _plainly(joint: LogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:

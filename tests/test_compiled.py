@@ -64,7 +64,7 @@ def assert_same(joint: LogJoint, z: Tensor, kinds: Sequence[str] = KINDS, tolera
 
 
 def reasons(joint: LogJoint) -> dict[str, str]:
-    return {kind: entry.eager for kind, entry in joint.graphs._entries.items() if entry.eager}
+    return dict(joint.graphs.reasons)
 
 
 # -- graphs of functions ----------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_problems_by_graph(name):
     for draws in (1, 3):
         assert_same(joint, tensor(draws, joint.n_obs, joint.dim))
     assert_same(joint.subset(torch.tensor([4, 1])), tensor(3, 2, joint.dim))
-    assert set(joint.graphs._entries) == set(KINDS)
+    assert set(joint.graphs.used) == set(KINDS)
     said = reasons(joint)
     assert bool(said) == (name in EAGER)
     assert all(EAGER[name] in reason for reason in said.values())
@@ -184,7 +184,7 @@ def test_problems_compiled(name):
         assert_same(joint.subset(torch.tensor([4, 1])), z[:, :2])
         assert_same(single, z.float(), ("leap",), 2e-4)
     assert bool(reasons(joint)) == (name in EAGER)
-    assert all(graph.compiled for graph in (*joint.graphs._checked.values(), *single.graphs._checked.values()))
+    assert all(isinstance(graph, Graph) for graph in (*joint.graphs.used.values(), *single.graphs.used.values()))
 
 
 @pytest.mark.slow
@@ -219,18 +219,18 @@ def test_data_and_weights_are_inputs_of_one_graph(caplog):
     first = LogJoint(model, guide, tensor(9, 3), weight=torch.tensor(1.0))
     z = tensor(4, 9, 2)
     assert_same(first, z, ("grad",))
-    graph = first.graphs._checked["grad"]
+    graph = first.graphs.used["grad"]
     with torch.no_grad():
         net[0].weight.mul_(3.0)
     assert_same(first, z, ("grad",))  # of the moment of its construction
     second = LogJoint(model, guide, tensor(5, 3), weight=torch.tensor(-2.0))
     assert_same(second, z[:, :5], ("grad",))
-    assert second.graphs._checked["grad"] is graph
+    assert second.graphs.used["grad"] == graph
     assert not torch.equal(first(z)[:, :5], second(z[:, :5]))
     net.load_state_dict({name: 2 * value for name, value in net.state_dict().items()}, assign=True)
     third = LogJoint(model, guide, tensor(5, 3), weight=torch.tensor(-2.0))
     assert_same(third, z[:, :5], ("grad",))
-    assert third.graphs._checked["grad"] is not graph
+    assert third.graphs.used["grad"] != graph
 
 
 @pytest.mark.usefixtures("always_traced")
@@ -258,7 +258,7 @@ def test_a_branch_on_data_is_followed_and_one_on_a_latent_is_not(caplog):
     for joint in (whole, holes):
         assert_same(joint, z, ("joint",))
         assert not reasons(joint)
-    assert whole.graphs._checked["joint"] is not holes.graphs._checked["joint"]
+    assert whole.graphs.used["joint"] != holes.graphs.used["joint"]
     with caplog.at_level(logging.INFO, logger="elbowroom"):
         branching = LogJoint(model, guide, x, latent=True)
         assert_same(branching, z, ("joint",))
@@ -272,8 +272,8 @@ def test_a_branch_on_data_is_followed_and_one_on_a_latent_is_not(caplog):
 def test_a_graph_that_differs_is_not_used(monkeypatch):
     _, model, guide = pair()
     joint = LogJoint(model, guide, tensor(9, 3), weight=torch.tensor(1.0))
-    honest = Graph.__call__
-    monkeypatch.setattr(Graph, "__call__", lambda self, *inputs: tuple(1.001 * t for t in honest(self, *inputs)))
+    honest = Graph.replay
+    monkeypatch.setattr(Graph, "replay", lambda self, *inputs: tuple(1.001 * t for t in honest(self, *inputs)))
     z = tensor(4, 9, 2)
     with policy("never"):
         plain = joint(z)
@@ -281,21 +281,55 @@ def test_a_graph_that_differs_is_not_used(monkeypatch):
     assert "differs by" in reasons(joint)["joint"]
 
 
+@pytest.mark.usefixtures("always_traced")
+@pytest.mark.parametrize("planted", ["drift", "root", "kick", "infinite"])
+def test_the_comparison_of_a_leapfrog_sees_every_part_of_it(monkeypatch, planted):
+    def wrong(target, z, momentum, size, root, kick):
+        factor = 0.0 if planted == "drift" else 1.0
+        root = root.mT if planted == "root" else root
+        moved, momentum, value, gradient = leap(target, z, factor * momentum, size, root, kick * (1 + (planted == "kick")))
+        return moved, momentum, value - (torch.inf if planted == "infinite" else 0.0), gradient
+
+    joint = PROBLEMS["correlated"](3, 2).log_joint
+
+    def plainly(joint, kind, z):
+        momentum, size, root, kick = traced._beside(kind, z)
+        return leap(joint.grad, z, momentum, size, root[0], kick)
+
+    monkeypatch.setattr(traced, "_plainly", plainly)
+    monkeypatch.setattr(traced, "leap", wrong)  # which is what is traced
+    assert joint.graphs.ready(joint, "leap") is None
+    assert "graph" in joint.graphs.reasons["leap"]
+
+
+@pytest.mark.usefixtures("always_traced")
+def test_what_other_data_did_before_changes_nothing(monkeypatch):
+    """Kernels that large data had made are not used by small ones, whose own work would not repay them."""
+    _, model, guide = pair()
+    large, small = (LogJoint(model, guide, tensor(n, 3), weight=torch.tensor(1.0)) for n in (9, 5))
+    with policy("always"):
+        large.grad(tensor(2, 9, 2))
+    kernel = large.graphs.used["grad"]
+    assert isinstance(kernel, Graph)
+    small.grad(tensor(2, 5, 2))
+    assert small.graphs.used["grad"] == kernel.replay
+
+
 def test_auto_decides_by_the_work_ahead_alone(monkeypatch):
     _, model, guide = pair()
     joint = LogJoint(model, guide, tensor(9, 3), weight=torch.tensor(1.0))
     z = tensor(4, 9, 2)
     joint(z)
-    assert not joint.graphs._entries
+    assert joint.graphs.used == {"joint": None}
     ahead = traced.work_ahead(joint, "joint", 10**7)
     assert ahead == pytest.approx(10**7 * 1e4 * (2 * 2 * 8 + 2 * 8 * 3) / 2e10)  # two matrix products per row
     monkeypatch.setattr(traced, "COMPILE", float("inf"))
     with expecting(10**7):
         joint(z)
-    assert list(joint.graphs._checked) == ["joint"]
+    assert joint.graphs.used["joint"] is not None
     with policy("never"), expecting(10**7):
         joint.grad(z)
-    assert list(joint.graphs._checked) == ["joint"]
+    assert set(joint.graphs.used) == {"joint"}
 
 
 @pytest.mark.slow
@@ -304,7 +338,7 @@ def test_chains_by_compiled_leapfrogs_sample_the_posterior():
     problem = PROBLEMS["correlated"](3, 5)
     with policy("always"):
         found, again = (HMC(draws=200)(problem.log_joint, keep=400, seed=seed) for seed in (11, 11))
-    assert problem.log_joint.graphs._checked  # graphs were used
+    assert problem.log_joint.graphs.used  # graphs were used
     assert torch.equal(found.draws, again.draws)
     mean, covariance = found.moments()
     sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -347,4 +381,4 @@ def test_graphs_on_a_gpu():
             plain = joint.grad(z)
         for ours, theirs in zip(joint.grad(z), plain, strict=True):
             torch.testing.assert_close(ours, theirs)
-    assert joint.graphs._checked["grad"].compiled
+    assert isinstance(joint.graphs.used["grad"], Graph)
