@@ -27,8 +27,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from elbowroom.errors import first_line
+from elbowroom.inference.scopes import undisturbed
 from elbowroom.stages import stage
 
 log = logging.getLogger("elbowroom.compiled")
@@ -40,8 +43,6 @@ Compile = Literal["auto", "always", "never"]
 Function = Callable[..., tuple[Tensor, ...]]
 
 MAX_NODES = 3000  # operations, above which compiling takes minutes
-FLOPS = 2e10  # floating-point operations per second, by which work ahead is put into seconds
-TRACE, COMPILE = 5.0, 40.0  # predicted seconds ahead that are worth a trace (about 1 s), and a compilation (2 to 10 s)
 
 _policy: ContextVar[Compile] = ContextVar("elbowroom_compile", default="auto")
 _ahead: ContextVar[int] = ContextVar("elbowroom_data_ahead", default=0)
@@ -104,7 +105,7 @@ class Graph:
 
         try:
             inputs = [t.contiguous() for t in inputs]
-            with _undisturbed(inputs):
+            with undisturbed(inputs):
                 mode: Literal["fake", "symbolic"] = "symbolic" if varying else "fake"
                 tracer = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)
                 self.module = tracer(*inputs)
@@ -256,9 +257,18 @@ def _written(module: Any) -> str:
     return next((str(target) for target, schema in schemas if schema is not None and schema.is_mutable), "")
 
 
-@contextlib.contextmanager
-def _undisturbed(inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Leave torch's random numbers as they were: tracing draws some."""
-    devices = sorted({t.device.index or 0 for t in inputs if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        yield
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations of matrix products and convolutions.
+
+    torch's own `FlopCounterMode` watches modules too, which fails for some programs.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and count it."""
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(func, "overloadpacket", None))
+        if count is not None:
+            self.total += int(count(*args, **(kwargs or {}), out_val=out))
+        return out

@@ -17,7 +17,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 
 from elbowroom.inference.objectives import Estimate, Objective, Program, Weight, checked, samples
-from elbowroom.inference.weights import undisturbed
+from elbowroom.inference.scopes import undisturbed
 
 
 class TraceEnum(Objective):
@@ -56,7 +56,7 @@ class TraceEnum(Objective):
             level = pyros.level
             pyros.setLevel(logging.WARNING)  # the number of plates is no news
             try:
-                with undisturbed((args, kwargs)):
+                with undisturbed((args, kwargs)), torch.no_grad():
                     probe._guess_max_plate_nesting(model, guide, args, kwargs)
             finally:
                 pyros.setLevel(level)

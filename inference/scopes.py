@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 
 @contextmanager
@@ -37,3 +39,11 @@ def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for part, was in before.items():
             part.training = was
+
+
+@contextmanager
+def undisturbed(tree: Any) -> Iterator[None]:
+    """Leave torch's random numbers as they were, on the CPU and on the GPUs that hold tensors of a tree."""
+    devices = {t.device for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor) and t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield

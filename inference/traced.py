@@ -24,12 +24,10 @@ from torch import Tensor
 from elbowroom.errors import first_line
 from elbowroom.inference.branches import Branches, levels
 from elbowroom.inference.compiled import (
-    COMPILE,
-    FLOPS,
-    TRACE,
     Compile,
     Function,
     Graph,
+    Operations,
     Untraceable,
     current_policy,
     data_ahead,
@@ -37,6 +35,7 @@ from elbowroom.inference.compiled import (
     policy,
 )
 from elbowroom.inference.leapfrog import leap
+from elbowroom.inference.scopes import undisturbed
 from elbowroom.inference.substitutes import Substitutes
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ EVALUATIONS: dict[Kind, float] = {"joint": 1e4, "terms": 1e4, "guide": 1e4, "gra
 REUSED = 100  # times that a weight is used for one datum, at most: by convolutions
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79)
 CHECKED = 2  # draws at which a graph is compared
+FLOPS = 2e10  # floating-point operations per second, with all that stands between matrix products, in double precision
+TRACE, COMPILE = 5.0, 40.0  # predicted seconds ahead that are worth a trace (about 1 s), and a compilation (2 to 10 s)
 CLOSE = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 
@@ -221,7 +222,7 @@ class _Rows:
         given = inputs(self.root)
         branches = Branches(allowed=lambda tensor: self.level not in levels(tensor))
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), branches:
+            with torch.no_grad(), undisturbed(self.root.tested), branches:
                 function(self.root.tested[:1], *[t for t, _ in given])
         except Untraceable:
             raise
@@ -307,14 +308,12 @@ def _plainly(joint: LogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
 
 def work_ahead(root: LogJoint, kind: Kind, data: int) -> float:
     """Predict the seconds of plain evaluation that an audit of so many data takes, from operations of the networks alone."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     each = data * EVALUATIONS[kind] / FLOPS
     if each * 2 * REUSED * root.snapshot.size() < TRACE:  # not worth counting
         return 0.0
-    with policy("never"), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with policy("never"), Operations() as counter, torch.no_grad():
         root(root.tested[:1])
-    return each * counter.get_total_flops() / root.n_obs
+    return each * counter.total / root.n_obs
 
 
 def _signature(root: LogJoint) -> Any:

@@ -26,12 +26,10 @@ import pyro
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from elbowroom.errors import first_line
 from elbowroom.inference.branches import Branches
-from elbowroom.inference.compiled import Compile, Graph, Untraceable
+from elbowroom.inference.compiled import Compile, Graph, Operations, Untraceable
 from elbowroom.inference.objectives import ELBO, Estimate, Objective, unchecked
 from elbowroom.inference.rounding import Precision, lowered
 from elbowroom.inference.rows import Batch
@@ -206,7 +204,7 @@ class GradientGraph:
         """Run the programs eagerly once, on copies of their state: what branches come to, operations counted, values."""
         inputs = [value.detach().clone() for value in self._inputs(batch, 1.0)]
         before = [value.clone() for value in inputs]
-        branches, counter = Branches(), _Flops()
+        branches, counter = Branches(), Operations()
         try:
             with _again(batch), counter:
                 values = self._gradients(inputs, branches)
@@ -319,19 +317,6 @@ def _owned(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor
         owned.append(value.clone() if value.untyped_storage()._cdata in taken else value)
         taken.add(owned[-1].untyped_storage()._cdata)
     return owned
-
-
-class _Flops(TorchDispatchMode):
-    """Counts floating-point operations (torch's own counter watches modules, which fails for some programs)."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(getattr(func, "overloadpacket", None))
-        if count is not None:
-            self.total += int(count(*args, **(kwargs or {}), out_val=out))
-        return out
 
 
 @contextmanager

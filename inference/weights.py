@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from elbowroom.inference.objectives import Program, Weight, samples
 from elbowroom.inference.program import per_datum
+from elbowroom.inference.scopes import undisturbed
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def log_weights(
             score = log_q[name] if score is None else score + log_q[name]
     size = plate.size
     if many > 1 and size == many * plate.rows:  # the plate was made as long as the repeated batch; or N happens to be that
-        with undisturbed((args, kwargs)), poutine.block():
+        with undisturbed((args, kwargs)), torch.no_grad(), poutine.block():
             size = Plate.around([poutine.trace(guide).get_trace(*args, **kwargs)], rows).size
     shape = (many, plate.rows)
     return LogWeights(likelihood.expand(shape), prior, log_q, score, values, size / plate.rows, (model_trace, guide_trace))
@@ -186,14 +187,6 @@ def repeated(tree: Any, rows: int, times: int) -> Any:
         return t.repeat(times, *[1] * (t.dim() - 1)) if fits else t
 
     return pytree.tree_map(repeat, tree)
-
-
-@contextmanager
-def undisturbed(tree: Any) -> Iterator[None]:
-    """Leave torch's random numbers as they were, and make no graph."""
-    devices = {t.device for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        yield
 
 
 def _evaluate(model_trace: Trace, guide_trace: Trace) -> None:
