@@ -258,12 +258,13 @@ def _written(module: Any) -> str:
 
 
 class Operations(TorchDispatchMode):
-    """Counts floating-point operations of matrix products and convolutions.
+    """Counts floating-point operations of matrix products and convolutions, and the numbers that all other operations put out.
 
     torch's own `FlopCounterMode` watches modules too, which fails for some programs.
     """
 
     total = 0
+    elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count it."""
@@ -271,4 +272,6 @@ class Operations(TorchDispatchMode):
         count = flop_registry.get(getattr(func, "overloadpacket", None))
         if count is not None:
             self.total += int(count(*args, **(kwargs or {}), out_val=out))
+        elif isinstance(out, Tensor) and not getattr(func, "is_view", False):
+            self.elements += out.numel()
         return out

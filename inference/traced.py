@@ -43,13 +43,14 @@ if TYPE_CHECKING:
 
 Kind = Literal["joint", "terms", "guide", "grad", "parts", "leap"]
 GRADIENTS = frozenset({"grad", "parts", "leap"})
-EVALUATIONS: dict[Kind, float] = {"joint": 1e4, "terms": 1e4, "guide": 1e4, "grad": 1e4, "parts": 1e5, "leap": 3e4}
+EVALUATIONS: dict[Kind, float] = {"joint": 2e4, "terms": 1e4, "guide": 1e4, "grad": 1e4, "parts": 1e5, "leap": 3e4}
 """Evaluations per datum that an audit makes, roughly, a gradient counted as three."""
+SMALL = 1e4  # numbers put out for one datum, beside products, that go uncounted
 REUSED = 100  # times that a weight is used for one datum, at most: by convolutions
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79)
 CHECKED = 2  # draws at which a graph is compared
-FLOPS = 2e10  # floating-point operations per second, with all that stands between matrix products, in double precision
-TRACE, COMPILE = 5.0, 40.0  # predicted seconds ahead that are worth a trace (about 1 s), and a compilation (2 to 10 s)
+FLOPS, ELEMENT = 8e10, 1.3e-9  # of products per second, seconds per number from anything else; double precision, two cores
+TRACE, COMPILE = 5.0, 20.0  # predicted seconds ahead that are worth a trace (about 1 s), and a compilation (2 to 10 s)
 CLOSE = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 
@@ -307,13 +308,13 @@ def _plainly(joint: LogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
 
 
 def work_ahead(root: LogJoint, kind: Kind, data: int) -> float:
-    """Predict the seconds of plain evaluation that an audit of so many data takes, from operations of the networks alone."""
-    each = data * EVALUATIONS[kind] / FLOPS
-    if each * 2 * REUSED * root.snapshot.size() < TRACE:  # not worth counting
+    """Predict the seconds of plain evaluation that an audit of so many data takes, from the operations of one evaluation."""
+    each = data * EVALUATIONS[kind]
+    if each * (2 * REUSED * root.snapshot.size() / FLOPS + SMALL * ELEMENT) < TRACE:  # not worth counting
         return 0.0
     with policy("never"), Operations() as counter, torch.no_grad():
         root(root.tested[:1])
-    return each * counter.total / root.n_obs
+    return each * (counter.total / FLOPS + counter.elements * ELEMENT) / root.n_obs
 
 
 def _signature(root: LogJoint) -> Any:

@@ -322,7 +322,9 @@ def test_auto_decides_by_the_work_ahead_alone(monkeypatch):
     joint(z)
     assert joint.graphs.used == {"joint": None}
     ahead = traced.work_ahead(joint, "joint", 10**7)
-    assert ahead == pytest.approx(10**7 * 1e4 * (2 * 2 * 8 + 2 * 8 * 3) / 2e10)  # two matrix products per row
+    products = 10**7 * 2e4 * (2 * 2 * 8 + 2 * 8 * 3) / traced.FLOPS  # two per row
+    tens = 10**7 * 2e4 * traced.ELEMENT * 10  # numbers of other operations: some tens per row
+    assert products + tens < ahead < products + 20 * tens
     monkeypatch.setattr(traced, "COMPILE", float("inf"))
     with expecting(10**7):
         joint(z)
