@@ -29,6 +29,7 @@ from elbowroom.errors import NonFiniteLoss, SpecError, first_line
 from elbowroom.files import write_text
 from elbowroom.inference.checkpoint import identity, load, save
 from elbowroom.inference.compiled import Compile
+from elbowroom.inference.gradient_graph import generators
 from elbowroom.inference.history import History, Row
 from elbowroom.inference.objectives import ELBO, NonFiniteSite, Objective
 from elbowroom.inference.promotion import mixed
@@ -38,6 +39,7 @@ from elbowroom.inference.schedule import Plan, Schedule, plan
 from elbowroom.inference.scopes import contained, mode
 from elbowroom.inference.start import Start
 from elbowroom.inference.training_step import Step
+from elbowroom.inference.window import Turn, Window
 from elbowroom.models.vae import VAE
 
 CHECKPOINT, WEIGHTS, HISTORY, EFFECT = "checkpoint.pt", "weights.pt", "history.csv", "precision.json"
@@ -253,6 +255,7 @@ class _Run:
         self.session, self.plan, self.step, self.options = session, planned, step, options
         self.generator = shuffler(session.seed, train.device)
         self.redraw = torch.Generator(train.device).manual_seed(session.seed + _REDRAW)
+        self.window = Window(step, lambda turn: self._batch(turn)[0], self._take, [*generators(train.device), self.redraw])
         self.history = History(plan=str(planned))
         self.best: dict[str, Tensor] | None = None
         self.saved_epoch: int | None = None
@@ -285,19 +288,14 @@ class _Run:
     def _epoch(self, epoch: int) -> Row:
         """Take the steps of one epoch, then evaluate."""
         loss = elbo = 0.0
-        step, rate, weight = (epoch - 1) * self.plan.batches, 0.0, 1.0
-        for batch, index in enumerate(batches(len(self.train), self.plan.batch_size, self.generator), start=1):
-            rate, weight = self.plan.learning_rate_at(step), self.plan.kl_weight_at(step)
-            try:
-                seen = self.train.batch(index, self.redraw)
-                if self.session.start is not None:
-                    seen, drawn = self.session.start.mixed(self.vae, seen)
-                    index = torch.where(drawn, -1, index)  # no row of the data
-                losses = self.step(**seen, kl_weight=weight, learning_rate=rate)
-            except NonFiniteSite as error:
-                raise self._stop(error, f"epoch {epoch}, batch {batch} of {self.plan.batches}", index) from None
-            share = len(index) / len(self.train)
-            loss, elbo, step = loss + share * losses[0], elbo + share * losses[1], step + 1
+        first = (epoch - 1) * self.plan.batches
+        turns = [
+            Turn(step, index, self.plan.learning_rate_at(step), self.plan.kl_weight_at(step))
+            for step, index in enumerate(batches(len(self.train), self.plan.batch_size, self.generator), start=first)
+        ]
+        for turn, losses in self.window(turns):
+            share = len(turn.index) / len(self.train)
+            loss, elbo = loss + share * losses[0], elbo + share * losses[1]
         try:
             validation = self._validate()
         except NonFiniteSite as error:
@@ -306,7 +304,26 @@ class _Run:
             last = f"epoch {epoch}, batch {self.plan.batches} of {self.plan.batches}"
             raise self._stop(None, last, None, bad)
         seconds = time.perf_counter() - self.started
-        return Row(epoch, step, rate, weight, loss, elbo, validation, seconds)
+        last_turn = turns[-1]
+        return Row(epoch, last_turn.step + 1, last_turn.rate, last_turn.weight, loss, elbo, validation, seconds)
+
+    def _batch(self, turn: Turn) -> tuple[Batch, Tensor]:
+        """Return the mini-batch of a step, and which training row each of it is, -1 for what is drawn from the model."""
+        seen = self.train.batch(turn.index, self.redraw)
+        if self.session.start is None:
+            return seen, turn.index
+        seen, drawn = self.session.start.mixed(self.vae, seen)
+        return seen, torch.where(drawn, -1, turn.index)
+
+    def _take(self, turn: Turn) -> tuple[float, float]:
+        """Take one step and look at it."""
+        index = turn.index
+        try:
+            seen, index = self._batch(turn)
+            return self.step(**seen, kl_weight=turn.weight, learning_rate=turn.rate)
+        except NonFiniteSite as error:
+            epoch, batch = divmod(turn.step, self.plan.batches)
+            raise self._stop(error, f"epoch {epoch + 1}, batch {batch + 1} of {self.plan.batches}", index) from None
 
     def _validate(self) -> float:
         """Return the validation ELBO, the same noise every time; NaN without validation data."""
