@@ -31,7 +31,7 @@ from elbowroom.inference.grid import Grid
 from elbowroom.inference.hmc import HMC
 from elbowroom.inference.precision import in_precision
 from elbowroom.inference.refit import refit
-from elbowroom.inference.sampler import Sampler
+from elbowroom.inference.sampler import WARMUP, Sampler
 from elbowroom.inference.scout import Scout, scout
 
 HEADING = "## Posteriors"
@@ -47,6 +47,7 @@ COLUMNS = (
     "compile [s]",
     "run [s]",
     "ESS min / median / mean",
+    "of squares, mean",
     "ESS/s",
     "worst error [MCSE]",
     "median error [sd]",
@@ -115,24 +116,31 @@ class Quality:
     """ESS per posterior (the least over coordinates) and errors of the mean against the exact posterior.
 
     Attributes:
-        ess: (N,).
+        ess: of z, (N,).
+        squares: of (z - mean)^2, which chains that oppose their last state do not flatter, (N,).
         in_mcse: |mean - exact mean| / (exact sd / sqrt(ESS of that coordinate)), (N, d); NaN where no exact value is known.
         in_sd: |mean - exact mean| / exact sd, (N, d), likewise.
     """
 
     ess: np.ndarray
+    squares: np.ndarray
     in_mcse: np.ndarray
     in_sd: np.ndarray
 
 
 def quality(draws: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> Quality:
     """Judge draws (chain, draw, N, d) by the exact mean and sd (N, d), NaN where they are not known."""
+    ess, squares = _ess(draws), _ess((draws - draws.mean((0, 1))) ** 2)
+    error = np.abs(draws.mean((0, 1)) - mean) / sd
+    return Quality(ess.min(-1), squares.min(-1), error * np.sqrt(ess), error)
+
+
+def _ess(draws: np.ndarray) -> np.ndarray:
+    """Return ArviZ's bulk ESS of each coordinate, (N, d)."""
     compute = arviz_stats.base.array_stats.ess
     columns = draws.reshape(*draws.shape[:2], -1)
-    ess = np.array([float(compute(columns[..., i], chain_axis=0, draw_axis=1)) for i in range(columns.shape[-1])])
-    ess = ess.reshape(draws.shape[2:])
-    error = np.abs(draws.mean((0, 1)) - mean) / sd
-    return Quality(ess.min(-1), error * np.sqrt(ess), error)
+    ess = [float(compute(columns[..., i], chain_axis=0, draw_axis=1)) for i in range(columns.shape[-1])]
+    return np.array(ess).reshape(draws.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,15 @@ class Row:
     @property
     def rates(self) -> list[float]:
         """Effective draws per second of each run, all posteriors together: mean ESS x N / seconds."""
-        return [float(np.mean(self.quality.ess)) * self.method.n_obs / seconds for seconds in self.seconds]
+        return self._rates(self.quality.ess)
+
+    @property
+    def rates_of_squares(self) -> list[float]:
+        """The same of squares."""
+        return self._rates(self.quality.squares)
+
+    def _rates(self, ess: np.ndarray) -> list[float]:
+        return [float(np.mean(ess)) * self.method.n_obs / seconds for seconds in self.seconds]
 
     def cells(self) -> list[str]:
         """Return the line."""
@@ -156,6 +172,7 @@ class Row:
         compiled = "" if math.isnan(m.compile_seconds) else f"{m.compile_seconds:.1f}"
         ess = f"{q.ess.min():.0f} / {np.median(q.ess):.0f} / {q.ess.mean():.0f}"
         left = [m.name, m.dtype, f"{m.n_obs} x {m.chains}", compiled, measure.span(self.seconds), ess]
+        left.append(f"{q.squares.mean():.0f}")
         errors = [f"{np.nanmax(q.in_mcse):.1f}", f"{np.nanmedian(q.in_sd):.3f}"]
         return [*left, f"{statistics.median(self.rates):,.0f}", *errors, str(self.divergences), self.note]
 
@@ -239,7 +256,11 @@ def ratios(rows: list[Row]) -> list[str]:
     mine, theirs = ([row for row in rows if row.method.name.startswith("elbowroom") is own] for own in (True, False))
     lines = []
     for row in mine if theirs else []:
-        over = "; ".join(f"{measure.ratio(row.rates, peer.rates, ',.2f')} x {peer.method.name}" for peer in theirs)
+        over = "; ".join(
+            f"{measure.ratio(row.rates, peer.rates, ',.2f')} x {peer.method.name}"
+            f" (of squares {measure.ratio(row.rates_of_squares, peer.rates_of_squares, ',.2f')})"
+            for peer in theirs
+        )
         lines += ["", *measure.paragraph(f"ESS/s of {row.method.name}: {over}.")]
     return lines
 
@@ -256,10 +277,11 @@ def section(rows: list[Row], args: argparse.Namespace) -> str:
             f"{args.data:,} posteriors of {PIXELS} Bernoulli pixels with {DIM} latents: a tanh decoder of width {args.hidden} "
             "fitted to the digits, data drawn from it. The same weights, data and kind of starting points for all; log p(x, "
             f"z) compared before timing. Peers: {args.warmup} warm-up and {args.draws} draws per chain, diagonal metric, "
-            "target 0.8, the decoder batched over chains and data (Pyro: a model per datum). Ours, `chains alone`: refit, 150 "
-            f"warm-up and {args.draws} draws; `with mode search and certificate`: all that an audit runs. Seconds: median (and "
-            f"range) of {args.repeats} runs in turn, without compilation, which stands beside them. ESS: bulk, the least over "
-            "coordinates, per posterior, of the first run; ESS/s: of all posteriors of the line together. Errors: of the "
+            "target 0.8, the decoder batched over chains and data (Pyro: a model per datum). Ours, `chains alone`: refit, "
+            f"{sum(WARMUP)} warm-up and {args.draws} draws; `with mode search and certificate`: all that an audit runs. "
+            f"Seconds: median (and range) of {args.repeats} runs in turn, without compilation, which stands beside them. ESS: "
+            "bulk, the least over coordinates, per posterior, of the first run, and that of (z - mean)^2; ESS/s: of z, of all "
+            "posteriors of the line together. Errors: of the "
             "posterior mean, against the grid."
         ),
         "",

@@ -21,6 +21,7 @@ from benchmarks.posteriors import RUNS, chains_alone
 from benchmarks.problem import Problem, Settings, fitted
 from elbowroom.inference.grid import Grid
 from elbowroom.inference.hmc import HMC
+from elbowroom.inference.sampler import WARMUP
 
 HEADING = "## Growth"
 BLOCKS = {64: (1, 1), 256: (2, 2), 768: (4, 3), 3072: (8, 6)}  # pixels -> rows and columns that each of the 64 becomes
@@ -249,8 +250,8 @@ def section(found: dict[str, list[Found]], args: argparse.Namespace) -> str:
         *gradient_table(found["pixels"], "pixels", lambda f: CHAINS * f.n_obs * f.value, runs=False),
         "",
         *measure.paragraph(
-            f"Chains per datum: the same with 64 pixels and {n_obs} data; `chains`: refit, 110 warm-up and {DRAWS} draws of "
-            "all."
+            f"Chains per datum: the same with 64 pixels and {n_obs} data; `chains`: refit, {sum(WARMUP)} warm-up and "
+            f"{DRAWS} draws of all."
         ),
         "",
         *gradient_table(found["chains"], "chains", lambda f: f.value * f.n_obs * 64, runs=True),

@@ -3,8 +3,9 @@ r"""Batched Hamiltonian Monte Carlo: thousands of small posteriors at once, each
 1. Every datum has its own chains, half of them started from the refitted q*, half from the ends of the mode search's annealed
    runs from the prior; its own metric (dense, from q*, re-estimated from its own draws), its own step size (dual averaging,
    then frozen), its own accept/reject.
-2. Trajectories of length (pi / 2) U(0.7, 1.3) in whitened coordinates, which leave a normal posterior nearly independent of its
-   last state. Data are run in buckets of similar step size, so that one number of leapfrogs fits all of them.
+2. Trajectories of length 1.1 (pi / 2) U(0.8, 1.2) in whitened coordinates: on a normal posterior the next state is slightly
+   opposed to the last, which is worth more for means than it costs for squares. Data are run in buckets of similar step size,
+   so that one number of leapfrogs fits all of them.
 3. Chains run on until the datum's certificate holds or the budget ends. What is left over, stuck or multimodal, goes to
    parallel tempering.
 

@@ -85,23 +85,36 @@ def test_the_table_of_epochs_divides_by_the_faster_of_ours():
 
 
 def test_the_table_of_posteriors_counts_effective_draws_per_second():
-    def row(name: str, n_obs: int, seconds: list[float], ess: float) -> posteriors.Row:
+    def row(name: str, n_obs: int, seconds: list[float], ess: float, squares: float) -> posteriors.Row:
         shape = (n_obs, 2)
-        quality = posteriors.Quality(np.full(n_obs, ess), np.full(shape, 1.5), np.full(shape, 0.02))
+        quality = posteriors.Quality(np.full(n_obs, ess), np.full(n_obs, squares), np.full(shape, 1.5), np.full(shape, 0.02))
         method = Method(name, "float32", n_obs, 4, lambda seed: None, 3.0 if "peer" in name else math.nan)
         return posteriors.Row(method, seconds, quality, 0, "")
 
     rows = [
-        row("elbowroom HMC", 1000, [2.0, 4.0], 400.0),
-        row("peer NUTS", 10, [1.0, 1.0], 200.0),
-        row("peer 2", 10, [1.0, 2.0], 20.0),
+        row("elbowroom HMC", 1000, [2.0, 4.0], 400.0, 300.0),
+        row("peer NUTS", 10, [1.0, 1.0], 200.0, 100.0),
+        row("peer 2", 10, [1.0, 2.0], 20.0, 60.0),
     ]
     section = posteriors.section(rows, ARGS)
     ((header, *lines),) = tables(section)
     assert [line[header.index("ESS/s")] for line in lines] == ["150,000", "2,000", "150"]
     assert [line[header.index("compile [s]")] for line in lines] == ["", "3.0", "3.0"]
     joined = " ".join(section.split())
-    assert "ESS/s of elbowroom HMC: 75.00 (50.00 .. 100.00) x peer NUTS; 1,000.00 (1,000.00 .. 1,000.00) x peer 2." in joined
+    first, second = "75.00 (50.00 .. 100.00) x peer NUTS", "1,000.00 (1,000.00 .. 1,000.00) x peer 2"
+    of_squares = ("112.50 (75.00 .. 150.00)", "250.00 (250.00 .. 250.00)")
+    assert f"ESS/s of elbowroom HMC: {first} (of squares {of_squares[0]}); {second} (of squares {of_squares[1]})." in joined
+    assert [line[header.index("of squares, mean")] for line in lines] == ["300", "100", "60"]
+
+
+def test_the_effective_draws_of_squares_see_what_those_of_means_do_not():
+    """A chain that mirrors its last state is worth many draws for the mean, few for the variance."""
+    rng = np.random.default_rng(0)
+    walk = np.abs(np.cumsum(rng.normal(size=(4, 300, 1, 1)), axis=1) * 0.05 + 3)
+    draws = walk * (-1.0) ** np.arange(300)[:, None, None]
+    found = posteriors.quality(draws, np.zeros((1, 1)), np.ones((1, 1)))
+    assert found.ess[0] > 600
+    assert found.squares[0] < 100
 
 
 def test_the_tables_of_growth():
