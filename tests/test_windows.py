@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,16 +139,24 @@ def test_a_fit_is_the_same_however_long_its_windows_are(run, options):
 
 
 class Noisy(nn.Module):
-    """An encoder that draws numbers where it is given data with holes."""
+    """An encoder that draws numbers where it is given data with holes, or with many ones."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = MLP((D,), width, hidden=(5,))
 
     def forward(self, x: Tensor) -> Tensor:
-        if bool(x.isnan().any()):
-            x = torch.where(x.isnan(), torch.randn_like(x), x)
+        if bool(x.isnan().any()) or bool(x.sum() > B * D / 2):
+            x = torch.where(x.isnan(), 0.0, x) + 0.1 * torch.randn_like(x)
         return self.body(x)
+
+
+def noisy(likelihood: str = "gaussian") -> VAE:
+    vae = make(likelihood)
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        vae.posterior.encoder = Noisy(2 * K)
+    return vae
 
 
 def holed(many: int) -> Tensor:
@@ -161,14 +168,6 @@ def holed(many: int) -> Tensor:
 @pytest.mark.parametrize("holes", [40, 1])
 def test_a_branch_that_goes_the_other_way(run, holes):
     """The graph is made of a batch with a hole: with 40 holes batches without are rare, with one hole nearly all are."""
-
-    def noisy() -> VAE:
-        vae = make()
-        with torch.random.fork_rng():
-            torch.manual_seed(8)
-            vae.posterior.encoder = Noisy(2 * K)
-        return vae
-
     expected = run(1, holed(holes), noisy(), gradient_clip=5.0)
     assert len(expected.rows) == 2
     for length in LENGTHS if holes > 1 else [64]:
@@ -250,10 +249,11 @@ def test_a_fit_on_data_that_are_partly_simulated(run):
 
 
 def test_a_fit_on_pixels_that_are_drawn_anew(run):
-    grey = torch.randint(0, 256, (N, D), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
-    data = Rows.of(rows(N, binary=True), grey)
-    vae = partial(make, "bernoulli")
-    expected = run(1, data, vae())
-    found = run(7, data, vae())
+    """So are they where a step was bad; and a fit without a smaller batch at the end leaves the same checkpoint too."""
+    grey = torch.randint(0, 256, (92, D), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    data = Rows.of(rows(92, binary=True), grey)
+    expected = run(1, data, noisy("bernoulli"))
+    found = run(7, data, noisy("bernoulli"))
     assert equal(expected, found)
-    assert sum(found.good) == 46
+    assert sum(found.good) > 0 < found.in_vain
+    assert found.taken[-1] == found.good[-1]  # the last step of all is not the one that was looked at by itself
