@@ -11,32 +11,42 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 import elbowroom as er
 from benchmarks import measure, results
-from benchmarks.posteriors import RUNS, chains_alone
+from benchmarks.posteriors import RUNS, WARM, chains_alone
 from benchmarks.problem import Problem, Settings, fitted
 from elbowroom.inference.grid import Grid
 from elbowroom.inference.hmc import HMC
 from elbowroom.inference.sampler import WARMUP
 
-HEADING = "## Growth"
+DATA, HEADING = "## Growth with the data", "## Growth"
 BLOCKS = {64: (1, 1), 256: (2, 2), 768: (4, 3), 3072: (8, 6)}  # pixels -> rows and columns that each of the 64 becomes
-HIDDEN, CHAINS, DRAWS, KEEP, WARM, GRADIENTS = 64, 4, 100, 1_000, 5, 30
+HIDDEN, CHAINS, DRAWS, KEEP, FIRST, GRADIENTS = 64, 4, 100, 1_000, 5, 30
 SOME, FEWER, QUICK = 200, 50, 20  # data of all tables but the first; of grids, whose cost is steep in d; with --quick
 MEMORY = ["peak memory [MiB]", "above the start [MiB]"]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a measured piece of work says of itself: its seconds, of how many data its result is certain, ms per gradient."""
+    """What a measured piece of work says of itself.
+
+    Attributes:
+        seconds: what it took.
+        certain: of how many data its result is certain.
+        gradient: ms per gradient.
+        processor: seconds of all its threads.
+        compile: seconds of compilation before it.
+    """
 
     seconds: float
     certain: str = ""
     gradient: float | None = None
+    processor: float | None = None
+    compile: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,8 @@ class Found:
     seconds: float
     certain: str
     gradient: float | None
+    processor: float | None
+    compile: float | None
     peak: float
     above: float
 
@@ -59,15 +71,18 @@ Job = Callable[[], Work]
 
 def audited(value: int, n_obs: int) -> Job:
     """Audit `value` data by the grid, as `er.audit` does, without what its verdicts rest on beside the gaps."""
-    problem = Problem(fitted(HIDDEN), value)
+    vae = fitted(HIDDEN)
+    few, problem = Problem(vae, WARM), Problem(vae, value)
 
-    def run() -> Work:
-        start = time.perf_counter()
-        audit = er.audit(problem.vae.model, problem.vae.guide, problem.x, references=["grid"], diagnose=False)
-        seconds = time.perf_counter() - start
-        return Work(seconds, next(text for name, text in audit.lines() if name.endswith("exact or certified")))
+    def once(problem: Problem) -> Work:
+        clocks = time.perf_counter(), time.process_time()
+        audit = er.audit(vae.model, vae.guide, problem.x, references=["grid"], diagnose=False, compile="always")
+        seconds, processor = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
+        certain = next(text for name, text in audit.lines() if name.endswith("exact or certified"))
+        return Work(seconds, certain, processor=processor)
 
-    return run
+    compiling = once(few).seconds - once(few).seconds  # what is compiled serves all data
+    return lambda: replace(once(problem), compile=max(0.0, compiling))
 
 
 def latents(value: int, n_obs: int, *, name: str) -> Job:
@@ -113,7 +128,7 @@ def _gradients(problem: Problem, count: int) -> Callable[[], list[float]]:
     single, z = problem.fresh().converted(torch.float32), problem.starts(count, RUNS).float()
 
     def run() -> list[float]:
-        for _ in range(WARM):
+        for _ in range(FIRST):
             single.grad(z)
         return [measure.seconds(lambda: single.grad(z)) for _ in range(GRADIENTS)]
 
@@ -147,11 +162,14 @@ def data_table(found: Sequence[Found]) -> list[str]:
     first = found[0].seconds / found[0].n_obs
     rows = []
     for f in found:
+        assert f.processor is not None
+        assert f.compile is not None
         each = f.seconds / f.n_obs
-        times = [f"{f.seconds:.1f}", f"{1000 * each:.1f}", f"{each / first:.2f}"]
+        times = [f"{f.compile:.1f}", f"{f.seconds:.1f}", f"{f.processor:.1f}", f"{1000 * each:.1f}", f"{each / first:.2f}"]
         rows.append([f"{f.n_obs:,}", *times, f"{f.peak:.0f}", f"{f.above:.0f}", f.certain])
     relative = f"per datum, over that of {found[0].n_obs:,}"
-    return measure.table(["data", "seconds", "seconds per 1,000", relative, *MEMORY, "exact or certified"], rows)
+    columns = ["data", "compile [s]", "run [s]", "processor [s]", "run per 1,000 [s]", relative, *MEMORY, "exact or certified"]
+    return measure.table(columns, rows)
 
 
 def latent_table(found: dict[str, Sequence[Found]]) -> list[str]:
@@ -190,7 +208,8 @@ def gradient_table(found: Sequence[Found], what: str, terms: Callable[[Found], i
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = measure.parser("scaling", __doc__.splitlines()[0])
-    parser.add_argument("--data", type=int, nargs="*", help="numbers of data; default 1000 3000 (100000 takes hours)")
+    parser.add_argument("--only", choices=["data", "rest"], help="one of the two sections")
+    parser.add_argument("--data", type=int, nargs="*", help="numbers of data; default 1000 3000 (100000 takes an hour or two)")
     parser.add_argument("--alone", nargs=3, metavar=("KIND", "VALUE", "DATA"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -208,16 +227,40 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.quick:
         grown = {"data": [1000, 3000], "grid": [1, 2, 3], "hmc": [2, 5, 10], "pixels": [*BLOCKS], "chains": [2, 4, 8, 16, 32]}
     grown["data"] = args.data or grown["data"]
-    found: dict[str, list[Found]] = {kind: [] for kind in grown}
-    for kind, values in grown.items():
-        for value in values:
-            line = Found(**measure.fresh("scaling", "--threads", args.threads, "--alone", kind, value, sizes[kind]))
-            found[kind].append(line)
-            print(f"{kind} {value:,}: {line.seconds:.1f} s, {line.peak:.0f} MiB", flush=True)
-    text = section(found, args)
-    print(text)
-    if not args.print:
-        results.write(text)
+    for wanted, write in (("data", data_section), ("rest", section)):
+        if args.only not in (None, wanted):
+            continue
+        found: dict[str, list[Found]] = {kind: [] for kind in grown if (kind == "data") == (wanted == "data")}
+        for kind in found:
+            for value in grown[kind]:
+                words = ("--threads", args.threads, "--alone", kind, value, sizes[kind])
+                line = Found(**measure.fresh("scaling", *words))
+                found[kind].append(line)
+                print(f"{kind} {value:,}: {line.seconds:.1f} s, {line.peak:.0f} MiB", flush=True)
+        text = write(found, args)
+        print(text)
+        if not args.print:
+            results.write(text)
+
+
+def data_section(found: dict[str, list[Found]], args: argparse.Namespace) -> str:
+    """Return the markdown section on audits of more and more data."""
+    lines = [
+        DATA,
+        "",
+        *measure.circumstances(args, ("torch", "pyro-ppl"), "python -m benchmarks.scaling --only data"),
+        "",
+        *measure.paragraph(
+            "`er.audit` with the grid: 2 latents, 64 pixels, 10,000 draws of the guide per datum, without diagnosis. The pair "
+            f"is that of the posteriors above, data drawn from it. Compiled on {WARM} data first, which stands beside; every "
+            "line in a process of its own, once. Processor: of all threads together. Peak memory is the whole process's at "
+            "work, torch "
+            "and all; above the start: what the work added."
+        ),
+        "",
+        *data_table(found["data"]),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def section(found: dict[str, list[Found]], args: argparse.Namespace) -> str:
@@ -226,17 +269,13 @@ def section(found: dict[str, list[Found]], args: argparse.Namespace) -> str:
     lines = [
         HEADING,
         "",
-        *measure.circumstances(args, ("torch", "pyro-ppl"), "python -m benchmarks.scaling"),
+        *measure.circumstances(args, ("torch", "pyro-ppl"), "python -m benchmarks.scaling --only rest"),
         "",
         *measure.paragraph(
             "Ours alone, every line in a process of its own, once. Pairs fitted to the digits with tanh networks of width "
             f"{HIDDEN}, data drawn from them. Peak memory is the whole process's at work, torch and all; above the start: what "
             "the work added."
         ),
-        "",
-        "Data: `er.audit` with the grid, 2 latents, 64 pixels, 10,000 draws of the guide per datum, without diagnosis.",
-        "",
-        *data_table(found["data"]),
         "",
         f"Latents: a reference alone, {KEEP:,} draws kept, 64 pixels.",
         "",

@@ -119,19 +119,20 @@ def test_the_effective_draws_of_squares_see_what_those_of_means_do_not():
 
 def test_the_tables_of_growth():
     def line(value: int, n_obs: int, seconds: float, gradient: float | None = None) -> scaling.Found:
-        return scaling.Found(value, n_obs, seconds, f"{n_obs} of {n_obs}", gradient, 500.0, 100.0)
+        return scaling.Found(value, n_obs, seconds, f"{n_obs} of {n_obs}", gradient, 2 * seconds, 3.0, 500.0, 100.0)
 
+    of_data = {"data": [line(1000, 1000, 40.0), line(3000, 3000, 126.0)]}
     found = {
-        "data": [line(1000, 1000, 40.0), line(3000, 3000, 126.0)],
         "grid": [line(1, 200, 1.0)],
         "hmc": [line(2, 200, 8.0)],
         "pixels": [line(64, 200, 3.0, 0.512), line(256, 200, 3.0, 2.048)],
         "chains": [line(2, 200, 3.0, 0.256)],
     }
-    data, latents, pixels, chains = tables(scaling.section(found, ARGS))
+    (data,) = tables(scaling.data_section(of_data, ARGS))
+    latents, pixels, chains = tables(scaling.section(found, ARGS))
     assert data[1:] == [
-        ["1,000", "40.0", "40.0", "1.00", "500", "100", "1000 of 1000"],
-        ["3,000", "126.0", "42.0", "1.05", "500", "100", "3000 of 3000"],
+        ["1,000", "3.0", "40.0", "80.0", "40.0", "1.00", "500", "100", "1000 of 1000"],
+        ["3,000", "3.0", "126.0", "252.0", "42.0", "1.05", "500", "100", "3000 of 3000"],
     ]
     assert [row[:5] for row in latents[1:]] == [["grid", "1", "200", "1.0", "5.0"], ["hmc", "2", "200", "8.0", "40.0"]]
     assert [row[1:3] for row in pixels[1:]] == [["0.51", "10.00"], ["2.05", "10.00"]]
@@ -214,7 +215,7 @@ def test_a_quick_look_runs_without_the_peers():
     command = [sys.executable, "-m", "benchmarks", "--quick", "--ours", "--threads", "1"]
     out = subprocess.run(command, capture_output=True, text=True, cwd=measure.ROOT)
     assert out.returncode == 0, out.stderr[-2000:]
-    for heading in (training.STEP, training.EPOCH, posteriors.HEADING, smoothing.HEADING, scaling.HEADING):
+    for heading in (training.STEP, training.EPOCH, posteriors.HEADING, smoothing.HEADING, scaling.DATA, scaling.HEADING):
         assert heading in out.stdout.splitlines()
     assert "== grid:" in out.stdout
     assert results.read_bytes() == before
