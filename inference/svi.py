@@ -255,7 +255,7 @@ class _Run:
         self.session, self.plan, self.step, self.options = session, planned, step, options
         self.generator = shuffler(session.seed, train.device)
         self.redraw = torch.Generator(train.device).manual_seed(session.seed + _REDRAW)
-        self.window = Window(step, lambda turn: self._batch(turn)[0], self._take, [*generators(train.device), self.redraw])
+        self.window = Window(step, [*generators(train.device), self.redraw])
         self.history = History(plan=str(planned))
         self.best: dict[str, Tensor] | None = None
         self.saved_epoch: int | None = None
@@ -293,7 +293,7 @@ class _Run:
             Turn(step, index, self.plan.learning_rate_at(step), self.plan.kl_weight_at(step))
             for step, index in enumerate(batches(len(self.train), self.plan.batch_size, self.generator), start=first)
         ]
-        for turn, losses in self.window(turns):
+        for turn, losses in self.window(turns, lambda turn: self._batch(turn)[0], self._take):
             share = len(turn.index) / len(self.train)
             loss, elbo = loss + share * losses[0], elbo + share * losses[1]
         try:

@@ -173,6 +173,7 @@ class Step:
         self.parameters, self.seen = _trainable(self.vae), seen
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.optimizer.param_groups[0]["lr"], fused=True)
         self.optimizer.load_state_dict(state)
+        self.whole = None
 
 
 def _trainable(vae: VAE) -> list[nn.Parameter]:

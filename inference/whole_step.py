@@ -77,7 +77,9 @@ class WholeStep:
         return same and self.graph.addresses() == self.places and modes(self.graph.vae) == self.graph.modes
 
     def __call__(self, batch: Batch, kl_weight: float, learning_rate: float) -> None:
-        """Take a step, without waiting for it."""
+        """Take a step, without waiting for it; one of at most `most` until the next look."""
+        if self.taken == self.most:
+            raise RuntimeError(f"{self.most} steps were taken without a look")
         for name, value in self.batch.items():
             value.copy_(batch[name])
         self.graph.weight.fill_(kl_weight)

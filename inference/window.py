@@ -41,31 +41,33 @@ class Turn:
     weight: float
 
 
+Make = Callable[[Turn], Batch]
+Take = Callable[[Turn], tuple[float, float]]
+
+
 class Window:
     """Takes steps in order.
 
     Args:
         step: takes one.
-        batch: makes the mini-batch of a turn; the same again, where the generators are put back.
-        take: makes it, takes the step, and looks: loss and ELBO in nats per datum.
         streams: the generators that batches and steps draw from.
     """
 
-    def __init__(
-        self,
-        step: Step,
-        batch: Callable[[Turn], Batch],
-        take: Callable[[Turn], tuple[float, float]],
-        streams: Sequence[torch.Generator],
-    ) -> None:
-        self.step, self.batch, self.take, self.streams = step, batch, take, streams
+    def __init__(self, step: Step, streams: Sequence[torch.Generator]) -> None:
+        self.step, self.streams = step, streams
         self.length = 1
 
-    def __call__(self, turns: Sequence[Turn]) -> Iterator[tuple[Turn, tuple[float, float]]]:
-        """Yield each turn with loss and ELBO before its step, in nats per datum."""
+    def __call__(self, turns: Sequence[Turn], batch: Make, take: Take) -> Iterator[tuple[Turn, tuple[float, float]]]:
+        """Yield each turn with loss and ELBO before its step, in nats per datum.
+
+        Args:
+            turns: in their order.
+            batch: makes the mini-batch of a turn; the same again, where the generators are put back.
+            take: makes it, takes the step, and looks.
+        """
         left = deque(turns)
         while left:
-            before = self._ahead(left)
+            before = self.ahead(left, batch)
             good = self._look(len(before))
             for losses in good:
                 yield left.popleft(), losses
@@ -76,9 +78,9 @@ class Window:
                 self.length = 1 if bad else max(self.length, 2 * len(before))
             if bad or not before:
                 turn = left.popleft()
-                yield turn, self.take(turn)
+                yield turn, take(turn)
 
-    def _ahead(self, turns: Iterable[Turn]) -> list[list[Tensor]]:
+    def ahead(self, turns: Iterable[Turn], batch: Make) -> list[list[Tensor]]:
         """Take steps without looking, as many as may be; return where the generators were before each."""
         before: list[list[Tensor]] = []
         whole = self.step.whole
@@ -88,7 +90,7 @@ class Window:
             if not whole.covers(len(turn.index)):
                 break
             before.append(states(self.streams))
-            whole(self.batch(turn), turn.weight, turn.rate)
+            whole(batch(turn), turn.weight, turn.rate)
         return before
 
     def _look(self, taken: int) -> list[tuple[float, float]]:
