@@ -106,6 +106,50 @@ def fresh(module: str, *words: object) -> dict[str, Any]:
     return json.loads(out.stdout.splitlines()[-1])
 
 
+TURN = "== turn "  # begins the line by which a worker ends its turn
+
+
+class Worker:
+    """`python -m benchmarks.MODULE WORDS` in a process of its own, which works when it is its turn and else waits."""
+
+    def __init__(self, module: str, *words: object) -> None:
+        command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, words)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def turn(self) -> str:
+        """Let it work until its turn ends; returns what it says then.
+
+        Raises:
+            RuntimeError: it ended instead.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(TURN):
+                return line.removeprefix(TURN).strip()
+        raise RuntimeError(f"{self.process.args} ended before its turn did")
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def end_turn(said: object) -> None:
+    """Say something to the parent, and wait for the next turn; there is none after the last one."""
+    print(f"{TURN}{said}", file=sys.__stdout__, flush=True)  # trainers may keep sys.stdout quiet
+    await_turn()
+
+
+def await_turn() -> None:
+    """Wait until the parent gives a turn."""
+    sys.stdin.readline()
+
+
 # -- what a section says first ----------------------------------------------------------------------------------------------
 
 

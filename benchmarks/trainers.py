@@ -13,13 +13,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import itertools
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -180,39 +178,35 @@ def ours(vae: VAE, size: int, compile: str) -> Steps:
 # -- epochs, loading included -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """Seconds of each epoch after the first, seconds of the first, and ours with the weights after the last."""
-
-    seconds: list[float]
-    first: float
-    vae: VAE
+Ended = Callable[[float], None]
+"""Called at the end of each epoch with its seconds; what it takes itself counts for no epoch."""
 
 
 class Clock:
-    """Notes when epochs end."""
+    """Times epochs.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.times = [time.perf_counter()]
+    Args:
+        device: whose work is waited for.
+        ended: called at the end of each epoch.
+    """
+
+    def __init__(self, device: torch.device, ended: Ended) -> None:
+        self.device, self.ended = device, ended
+        self.start = time.perf_counter()
 
     def __call__(self) -> None:
         """Note an epoch's end, when its work is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.times.append(time.perf_counter())
-
-    def fitted(self, vae: VAE) -> Fitted:
-        """Return what was noted."""
-        each = [b - a for a, b in itertools.pairwise(self.times)]
-        return Fitted(each[1:], each[0], vae)
+        self.ended(time.perf_counter() - self.start)
+        self.start = time.perf_counter()
 
 
-Fit = Callable[[VAE, Tensor, int, int, int], Fitted]
-"""Fits a VAE (left as it is) to x (N, pixels) in batches for some epochs, with a seed."""
+Fit = Callable[[VAE, Tensor, int, int, int, Ended], VAE]
+"""Fits a VAE (left as it is) to x (N, pixels) in batches for some epochs, with a seed; returns ours with what was learned."""
 
 
-def fit_by_hand(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, *, compiled: bool = False) -> Fitted:
+def fit_by_hand(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, ended: Ended, *, compiled: bool = False) -> VAE:
     """Fit by a loop over a shuffled tensor in memory."""
     torch.compiler.reset()  # every fit compiles for itself
     torch.manual_seed(seed)
@@ -220,7 +214,7 @@ def fit_by_hand(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, *, comp
     plain = Plain(vae)
     loss = torch.compile(plain) if compiled else plain
     optimizer = torch.optim.Adam(plain.parameters(), lr=RATE, fused=True)
-    clock = Clock(x.device)
+    clock = Clock(x.device, ended)
     for _ in range(epochs):
         total = x.new_zeros(())
         for index in batches(len(x), batch, order):
@@ -231,37 +225,37 @@ def fit_by_hand(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, *, comp
             total += value.detach()
         float(total)
         clock()
-    return clock.fitted(plain.into(vae))
+    return plain.into(vae)
 
 
-def fit_by_svi(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int) -> Fitted:
+def fit_by_svi(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, ended: Ended) -> VAE:
     """Fit by pyro.infer.SVI and a DataLoader, as Pyro's example does."""
     torch.manual_seed(seed)
     plain = Plain(vae)
     with pyro.get_param_store().scope():
         svi = Programs(plain).svi()
         loader = DataLoader(TensorDataset(x.cpu()), batch_size=batch, shuffle=True)
-        clock = Clock(x.device)
+        clock = Clock(x.device, ended)
         for _ in range(epochs):
             total = 0.0
             for (part,) in loader:
                 total += svi.step(part.to(x.device))
             clock()
-    return clock.fitted(plain.into(vae))
+    return plain.into(vae)
 
 
-def our_fit(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, *, compile: str) -> Fitted:
+def our_fit(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, ended: Ended, *, compile: str) -> VAE:
     """Fit by `elbowroom.inference.svi.fit`, without validation data and files."""
     torch.compiler.reset()
     vae = copy.deepcopy(vae)
-    clock = Clock(x.device)
+    clock = Clock(x.device, ended)
     session = Session(seed=seed, report=lambda plan, row: clock())
     wanted: dict[str, Any] = {"epochs": epochs, "batch_size": batch, "learning_rate": RATE, "schedule": "constant"}
     fit(vae, x, x[:0], session, **wanted, device=str(x.device), **options(compile))
-    return clock.fitted(vae)
+    return vae
 
 
-def fit_by_pythae(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int) -> Fitted:
+def fit_by_pythae(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, ended: Ended) -> VAE:
     """Fit pythae's VAE by its BaseTrainer, with its own loader and its settings as they come (no worker, best loss kept)."""
     from pythae.data.datasets import BaseDataset
     from pythae.models import VAE as Theirs
@@ -307,9 +301,9 @@ def fit_by_pythae(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int) -> Fi
             no_cuda=x.device.type == "cpu",
         )
         trainer = BaseTrainer(model, data, training_config=settings, callbacks=[Ends()])
-        clock = Clock(x.device)
+        clock = Clock(x.device, ended)
         trainer.train()
-    return clock.fitted(plain.into(vae))
+    return plain.into(vae)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import statistics
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import measure, results, trainers
 from benchmarks.images import images
-from benchmarks.trainers import COMPILED, EAGER, PYTHAE, SVI, Fit, Fitted, Steps
+from benchmarks.trainers import COMPILED, EAGER, PYTHAE, SVI, Fit, Steps
 from elbowroom.inference.svi import evaluate_elbo
 from elbowroom.models.vae import VAE
 
@@ -124,7 +125,7 @@ class Epochs:
     """What one contestant's fits took.
 
     Attributes:
-        seconds: per epoch, the first left out, the median of each fit.
+        seconds: of each epoch but the first of each fit.
         first: seconds of the first epoch of each fit, with whatever was compiled in it.
         elbo: of held-out data after the last epoch, of each fit, nats per datum.
     """
@@ -145,29 +146,37 @@ def fitters(*, peers: bool) -> dict[str, Fit]:
     return ours | hand | {SVI: trainers.fit_by_svi} | ({PYTHAE: trainers.fit_by_pythae} if peers else {})
 
 
-def epochs(x: Tensor, held_out: Tensor, latent_dim: int, batch: int, *, rounds: int, count: int, peers: bool) -> list[Epochs]:
-    """Time everyone's fits of `count` epochs, in turn; judge all weights by one function, with the same noise."""
-    vae = trainers.vae_of(x, HIDDEN, latent_dim)
-    who = fitters(peers=peers)
+def epochs(device: torch.device, batch: int, args: argparse.Namespace) -> list[Epochs]:
+    """Time everyone's fits, each in a process of its own, one epoch of everyone after the other."""
+    size = size_of(args)
+    found = [Epochs(name, batch, [], [], []) for name in fitters(peers=not args.ours)]
+    options = ["--threads", args.threads, *(["--quick"] if args.quick else [])]
+    for number in range(size.fits):
+        with contextlib.ExitStack() as stack:
+            workers = [
+                stack.enter_context(measure.Worker("training", *options, "--alone", one.name, device, batch, number))
+                for one in found
+            ]
+            for epoch in range(size.epochs):
+                for one, worker in zip(found, workers, strict=True):
+                    (one.seconds if epoch else one.first).append(float(worker.turn()))
+            for one, worker in zip(found, workers, strict=True):
+                one.elbo.append(float(worker.turn()))
+                mine = statistics.median(one.seconds)
+                print(f"{one.name}: {mine:.3f} s an epoch, held-out ELBO {one.elbo[-1]:.2f}", flush=True)
+    return found
 
-    def fit(name: str, number: int) -> tuple[Fitted, float]:
-        with torch.random.fork_rng(), pyro.validation_enabled(False):
-            found = who[name](vae, x, batch, count, number)
-        elbo = evaluate_elbo(found.vae, held_out)
-        print(f"{name}: {statistics.median(found.seconds):.3f} s an epoch, held-out ELBO {elbo:.2f}", flush=True)
-        return found, elbo
 
-    rows = measure.in_turn([functools.partial(fit, name) for name in who], rounds)
-    return [
-        Epochs(
-            name,
-            batch,
-            [statistics.median(found.seconds) for found, _ in fits],
-            [found.first for found, _ in fits],
-            [elbo for _, elbo in fits],
-        )
-        for name, fits in zip(who, rows, strict=True)
-    ]
+def alone(name: str, device: torch.device, batch: int, seed: int, size: Size) -> None:
+    """Fit in this process, an epoch whenever the parent says so; judge the weights by one function, with the same noise."""
+    torch.compiler.config.force_disable_caches = True
+    x, held_out, _ = images(size.rows, size.held_out)
+    x, held_out = x.to(device), held_out.to(device)
+    vae = trainers.vae_of(x, HIDDEN, LATENT if device.type == "cpu" else GPU_LATENT)
+    measure.await_turn()
+    with pyro.validation_enabled(False):
+        fitted = fitters(peers=name == PYTHAE)[name](vae, x, batch, size.epochs, seed, measure.end_turn)
+    measure.end_turn(evaluate_elbo(fitted, held_out))
 
 
 def epoch_table(found: Sequence[Epochs]) -> list[str]:
@@ -198,13 +207,19 @@ class Size:
     held_out: int
 
 
-FULL, QUICK = Size(7, 30, 3, 6, 12_800, 2_000), Size(2, 3, 1, 2, 1_280, 200)
+FULL, QUICK = Size(7, 30, 3, 8, 12_800, 2_000), Size(2, 3, 1, 2, 1_280, 200)
+
+
+def size_of(args: argparse.Namespace) -> Size:
+    """Return how much is measured."""
+    return QUICK if args.quick else FULL
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = measure.parser("training", __doc__.splitlines()[0])
     parser.add_argument("--only", choices=["steps", "epochs"], help="one of the two sections")
+    parser.add_argument("--alone", nargs=4, metavar=("NAME", "DEVICE", "BATCH", "SEED"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -212,8 +227,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and write both sections."""
     args = parsed(arguments)
     measure.use(args.threads)
+    size = size_of(args)
+    if args.alone:
+        name, device, batch, seed = args.alone
+        alone(name, torch.device(device), int(batch), int(seed), size)
+        return
     torch.compiler.config.force_disable_caches = True  # or what was compiled yesterday would count as free
-    size = QUICK if args.quick else FULL
     x, held_out, what = images(size.rows, size.held_out)
     places = [(torch.device("cpu"), LATENT, (128,) if args.quick else (128, 1024), (128,))]
     if torch.cuda.is_available():
@@ -234,19 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit("pythae is not installed here: use .venv-bench (`make bench`), or --ours to leave the peers out")
         tables = []
         for device, latent_dim, _, batches in places:
-            found = [
-                one
-                for batch in batches
-                for one in epochs(
-                    x.to(device),
-                    held_out.to(device),
-                    latent_dim,
-                    batch,
-                    rounds=size.fits,
-                    count=size.epochs,
-                    peers=peers,
-                )
-            ]
+            found = [one for batch in batches for one in epochs(device, batch, args)]
             tables.append((device, latent_dim, epoch_table(found)))
         _write(epoch_section(tables, what, size, args), args)
 
@@ -302,8 +309,9 @@ def epoch_section(tables: Tables, what: str, size: Size, args: argparse.Namespac
             f"One epoch of {size.rows:,} images ({what}), loading and shuffling included; the model, start and Adam of the "
             "steps above, no validation data, no files. Ours: `elbowroom.inference.svi.fit`. By hand: a loop over a tensor in "
             "memory. pyro.infer.SVI: with a DataLoader, as in Pyro's VAE example. pythae: its VAE and BaseTrainer as they "
-            "come (its loader, no worker, closed-form KL, best training loss kept), the same layers. Median over the epochs "
-            f"of a fit of {size.epochs} without the first; of {size.fits} fits in turn, median (and range). Held-out ELBO: of "
+            "come (its loader, no worker, closed-form KL, best training loss kept), the same layers. Everyone in a process "
+            f"of its own, one epoch of everyone after the other, the others waiting; {size.fits} fits of {size.epochs} "
+            "epochs: median (and range) over all epochs but the first of a fit, of times and of ratios. Held-out ELBO: of "
             f"{size.held_out:,} other images, by one function for all, after the last epoch (higher is better)."
         ),
         *_bodies(tables, 784),
