@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import measure, results, trainers
 from benchmarks.images import images
-from benchmarks.trainers import COMPILED, EAGER, PYTHAE, SVI, Fit, Steps
+from benchmarks.trainers import COMPILED, EAGER, PRODUCTS, PYTHAE, SVI, Fit, Steps
 from elbowroom.inference.svi import evaluate_elbo
 from elbowroom.models.vae import VAE
 
@@ -51,7 +51,7 @@ def contestants(vae: VAE, batch: int) -> dict[str, Steps]:
     """Return who takes steps, all from the weights of `vae`."""
     ours = {trainers.our_name(c): trainers.ours(_copy(vae), batch, c) for c in trainers.compilations()}
     hand = {EAGER: trainers.by_hand(vae), COMPILED: trainers.by_hand(vae, compiled=True)}
-    return ours | hand | {SVI: trainers.by_svi(vae)}
+    return ours | hand | {SVI: trainers.by_svi(vae), PRODUCTS: trainers.products(vae)}
 
 
 def steps(x: Tensor, latent_dim: int, *, rounds: int, count: int) -> list[Pace]:
@@ -111,7 +111,7 @@ def step_table(paces: Sequence[Pace]) -> list[str]:
         compiled = "" if math.isnan(pace.compile) else f"{pace.compile:.1f}"
         over = "1" if pace is base else measure.ratio(pace.seconds, base.seconds)
         mine = measure.span([1e3 * s for s in pace.seconds])
-        rows.append([f"{pace.batch:,}", pace.name, compiled, mine, over, f"{pace.loss:.4f}"])
+        rows.append([f"{pace.batch:,}", pace.name, compiled, mine, over, "" if math.isnan(pace.loss) else f"{pace.loss:.4f}"])
     return measure.table(
         ["batch", "who", "compile [s]", "step [ms]", "over PyTorch by hand", "loss after the same steps"], rows
     )
@@ -290,7 +290,7 @@ def step_section(tables: Tables, what: str, size: Size, args: argparse.Namespace
             "torch.compile (what that took, nothing cached, stands beside). pyro.infer.SVI: the programs of Pyro's VAE "
             f"example, checks off. {size.rounds} rounds of {size.steps} steps, everyone in turn; median (and range) over "
             "rounds, of times and of ratios: below 1 is faster than by hand. Losses that agree show that the work was the "
-            "same."
+            f"same. {PRODUCTS.capitalize()}: what no step can do without."
         ),
         *_bodies(tables, 784),
     ]

@@ -17,6 +17,8 @@ from benchmarks.images import images
 from benchmarks.problem import Method
 from benchmarks.results import replaced
 
+from elbowroom.inference.compiled import Operations
+
 ARGS = argparse.Namespace(
     threads=2, quick=False, ours=True, print=True, data=1000, hidden=64, warmup=300, draws=300, repeats=2, methods=["hmc"]
 )
@@ -178,6 +180,16 @@ def test_all_contestants_take_the_same_steps():
     assert losses["svi"] == pytest.approx(losses["by hand"], rel=1e-5)
     assert losses["ours"] == pytest.approx(losses["by hand"], rel=1e-5)
     assert losses["ours"][0] != pytest.approx(losses["ours"][1], rel=1e-4)  # they learn
+
+
+def test_the_products_of_a_step_are_those_of_a_step_by_hand():
+    x = torch.bernoulli(torch.full((32, 12), 0.3), generator=torch.Generator().manual_seed(3))
+    vae = trainers.vae_of(x, 8, 2)
+    with Operations() as alone:
+        trainers.products(vae)(x, 1)
+    with torch.random.fork_rng(), Operations() as by_hand:
+        trainers.by_hand(vae)(x, 1)
+    assert alone.total == by_hand.total
 
 
 def test_fits_leave_the_start_alone_and_give_back_what_was_learned():
