@@ -64,6 +64,7 @@ def test_steps_are_those_that_are_looked_at(step):
     torch.set_rng_state(state)
     assert [(objective / N, elbo / N) for objective, elbo in ahead(step, 5)] == expected
     assert equal(step, plain)
+    assert not hasattr(step.optimizer, "found_inf")  # other steps do not look at the flag
     assert same(left(step), left(plain))
 
 

@@ -165,7 +165,7 @@ def holed(many: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("holes", [40, 1])
+@pytest.mark.parametrize("holes", [40, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_branch_that_goes_the_other_way(run, holes):
     """The graph is made of a batch with a hole: with 40 holes batches without are rare, with one hole nearly all are."""
     expected = run(1, holed(holes), noisy(), gradient_clip=5.0)
