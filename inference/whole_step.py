@@ -63,7 +63,7 @@ class WholeStep:
         self.batch = {name: value.clone() for name, value in batch.items()}
         # what Adam's kernels read: float32 on a GPU
         self.rate = torch.zeros((), dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
-        self.bad = torch.zeros((), device=device)
+        self.bad = torch.zeros((), dtype=torch.float32, device=device)  # Adam wants float32 on any device
         self.outcomes = torch.tensor(graph.outcomes, dtype=torch.bool, device=device)
         self.rows = torch.zeros(self.most, 3, dtype=torch.float64, device=device)
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
