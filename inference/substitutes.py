@@ -82,7 +82,27 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
+def _folded(convolution: Any) -> Any:
+    """Return a convolution whose rows under `vmap` are further images of its batch."""
+    functorch = torch._C._functorch
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        own = [t for t in (weight, bias) if t is not None and functorch.is_batchedtensor(t)]
+        if own or x.dim() != weight.dim():  # kernels of each row's own, or an image without a batch
+            return NotImplemented
+        if not functorch.is_batchedtensor(x):
+            return convolution(x, weight, bias, *args, **kwargs)
+        rows = functorch.get_unwrapped(x).movedim(functorch.maybe_get_bdim(x), 0)
+        out = run(rows.flatten(0, 1), weight, bias, *args, **kwargs).unflatten(0, rows.shape[:2])
+        return functorch._add_batch_dim(out, 0, functorch.maybe_get_level(x))
+
+    return run
+
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
 SUBSTITUTES: dict[Any, Any] = {
+    **{getattr(torch, name): _folded(getattr(torch, name)) for name in CONVOLUTIONS},
     torch.cat: _cat,
     torch.gather: _gather,
     torch.Tensor.gather: _gather,

@@ -18,7 +18,13 @@ from elbowroom.inference.branches import Branches
 from elbowroom.inference.compiled import Graph, Untraceable, expecting, policy
 from elbowroom.inference.hmc import HMC
 from elbowroom.inference.leapfrog import leap
+from elbowroom.inference.substitutes import Substitutes
 from elbowroom.inference.target import LogJoint
+from elbowroom.models.convolution import Conv
+from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods import Bernoulli
+from elbowroom.models.priors import Normal
+from elbowroom.models.vae import VAE
 
 KINDS = ("joint", "terms", "guide", "grad", "parts", "leap")
 # problems that have no graph, and why
@@ -108,6 +114,39 @@ def test_what_cannot_be_a_graph_says_why():
         Graph(lambda x: (x if x.sum() > 0 else -x,), [tensor(5, 3)], varying=[5])
     with pytest.raises(Untraceable, match="fixes a size"):
         Graph(lambda x: (x + torch.arange(int(x.shape[0])),), [tensor(5)], varying=[5])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_convolutions_of_rows_under_vmap(d, transposed):
+    """Of any number of rows of any number of data, two images a row, and their gradient; equal to row by row."""
+    convolution = getattr(torch.nn.functional, f"conv{'_transpose' if transposed else ''}{d}d")
+    weight, bias = tensor(3, 3, *[3] * d), tensor(3)
+
+    def row(z: Tensor) -> Tensor:
+        return convolution(z, weight, bias, stride=2, padding=1).square().sum()
+
+    def function(z: Tensor) -> tuple[Tensor, Tensor]:
+        z = z.detach().requires_grad_()
+        with Substitutes():
+            value = torch.func.vmap(torch.func.vmap(row))(z)
+        return value.detach(), *torch.autograd.grad(value.sum(), z)
+
+    graph = Graph(function, [tensor(5, 7, 2, 3, *[4] * d)], varying=[5, 7])
+    z = tensor(11, 2, 2, 3, *[4] * d).requires_grad_()
+    value = torch.stack([torch.stack([row(one) for one in of_data]) for of_data in z])
+    torch.testing.assert_close(graph(z), (value, *torch.autograd.grad(value.sum(), z)))
+
+
+@pytest.mark.usefixtures("always_traced")
+def test_convolutional_networks_by_graph():
+    family, image = DiagonalNormal(2), (5, 6)
+    encoder = AmortizedGuide(Conv(image, family.param_dim, (family.param_dim,), channels=(3,)), family)
+    vae = VAE(Normal(2), Bernoulli(image), Conv((2,), 30, (1, *image), channels=(3,)), encoder).double().eval()
+    joint = LogJoint(vae.model, vae.guide, tensor(6, *image).sigmoid().round())
+    assert_same(joint, tensor(4, 6, 2), ("guide", "grad"))
+    assert not reasons(joint)
+    assert None not in joint.graphs.used.values()
 
 
 def test_a_loop_over_many_steps_is_too_long(monkeypatch):
