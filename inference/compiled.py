@@ -67,8 +67,8 @@ def current_policy() -> Compile:
 
 @contextlib.contextmanager
 def expecting(data: int) -> Iterator[None]:
-    """Say how many data there are in all, where they come in chunks: what is compiled for one serves the others."""
-    token = _ahead.set(data)
+    """Say how many data there are in all, at least: what is compiled for some of them serves the others."""
+    token = _ahead.set(data_ahead(data))
     try:
         yield
     finally:

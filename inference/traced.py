@@ -308,13 +308,17 @@ def _plainly(joint: LogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
 
 
 def work_ahead(root: LogJoint, kind: Kind, data: int) -> float:
-    """Predict the seconds of plain evaluation that an audit of so many data takes, from the operations of one evaluation."""
-    each = data * EVALUATIONS[kind]
-    if each * (2 * REUSED * root.snapshot.size() / FLOPS + SMALL * ELEMENT) < TRACE:  # not worth counting
+    """Predict the seconds of plain evaluation that an audit of so many data takes, from the operations of one more draw."""
+    each = data * EVALUATIONS[kind] / root.n_obs
+    if each * root.n_obs * (2 * REUSED * root.snapshot.size() / FLOPS + SMALL * ELEMENT) < TRACE:  # not worth counting
         return 0.0
-    with policy("never"), Operations() as counter, torch.no_grad():
-        root(root.tested[:1])
-    return each * (counter.total / FLOPS + counter.elements * ELEMENT) / root.n_obs
+    evaluate = root.log_guide if kind == "guide" else root
+    with policy("never"), torch.no_grad():
+        with Operations() as one:
+            evaluate(root.tested[:1])
+        with Operations() as two:
+            evaluate(root.tested[:2])
+    return each * ((two.total - one.total) / FLOPS + (two.elements - one.elements) * ELEMENT)
 
 
 def _signature(root: LogJoint) -> Any:
