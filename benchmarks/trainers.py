@@ -28,7 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from elbowroom.inference.gradient_graph import generators
 from elbowroom.inference.svi import Session, Step, batches, fit
+from elbowroom.inference.window import Turn, Window
 from elbowroom.models.guides import AmortizedGuide, DiagonalNormal, positive_scale
 from elbowroom.models.likelihoods import Bernoulli
 from elbowroom.models.networks import MLP
@@ -187,13 +189,15 @@ def options(compile: str) -> dict[str, Any]:
 
 
 def ours(vae: VAE, size: int, compile: str) -> Steps:
-    """Take the step by `Step`."""
+    """Take the step as `fit` does: by `Step`, on a GPU a window of steps at a time."""
     step = Step(vae, size=size, learning_rate=RATE, **options(compile))
 
     def steps(x: Tensor, count: int) -> float:
-        value = 0.0
-        for _ in range(count):
-            value = step(x)[0]
+        step.prepare({"x": x})
+        index, value = torch.arange(len(x), device=x.device), math.nan
+        turns = [Turn(number, index, RATE, 1.0) for number in range(count)]
+        for _, (loss, _) in Window(step, generators(x.device))(turns, lambda _: {"x": x}, lambda _: step(x)):
+            value = loss
         return value
 
     return steps

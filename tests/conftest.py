@@ -41,6 +41,14 @@ def _globals() -> dict[str, object]:
     }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests that need a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(autouse=True)
 def _isolated() -> Iterator[None]:
     """Seed, clear the parameter store, and fail a test that leaves a torch or Pyro global changed."""

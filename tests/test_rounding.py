@@ -241,7 +241,7 @@ def test_the_replayed_step_is_the_eager_step_bit_for_bit(monkeypatch):
     assert found[0] == found[1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile", ["never", "always"])
 @pytest.mark.parametrize("way", ["tf32", "bf16"])
 def test_on_a_gpu(way, compile):

@@ -166,10 +166,6 @@ def test_a_capture_that_fails_says_why_and_changes_nothing(step, cuda, monkeypat
 # on a GPU: `make test-slow`
 
 
-def on_a_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
-
-
 @pytest.fixture
 def captures(monkeypatch):
     """The lines that were logged; the last says whether the step was captured."""
@@ -178,7 +174,7 @@ def captures(monkeypatch):
     return lines
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile", ["auto", "always"])
 def test_50_captured_steps_are_50_eager_ones_to_rounding(compile, captures):
     vaes, last = (make(), make()), []
@@ -192,7 +188,7 @@ def test_50_captured_steps_are_50_eager_ones_to_rounding(compile, captures):
         torch.testing.assert_close(captured, eager, rtol=1e-5, atol=1e-6)
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_gpu_within_a_window(captures):
     vae, place = make("bernoulli").cuda().train(), torch.device("cuda", torch.cuda.current_device())
@@ -213,7 +209,7 @@ def test_nothing_waits_for_the_gpu_within_a_window(captures):
     assert len(step.whole.look()) == 10
 
 
-@on_a_gpu
+@pytest.mark.gpu
 def test_a_loss_that_is_not_finite_says_the_same_from_a_captured_step():
     x, said = rows(500), []
     x[13, 0] = 1e38  # its square is no float32
@@ -227,7 +223,7 @@ def test_a_loss_that_is_not_finite_says_the_same_from_a_captured_step():
     assert "(training row 13, counted from 0)" in said[0]
 
 
-@on_a_gpu
+@pytest.mark.gpu
 def test_a_captured_fit_that_is_resumed(tmp_path):
     class Interrupted(Exception):
         pass
