@@ -207,11 +207,11 @@ def test_a_support_that_depends_on_an_earlier_site() -> None:
     w = torch.linspace(0, 40, 8001, dtype=F64)[1:]
     s = (torch.arange(400, dtype=F64) + 0.5) / 400
     expected = [
-        trapezoid(lambda w, s, y=y: dist.Gamma(3.0, 1.0).log_prob(w) + dist.Normal(w * s, 0.5).log_prob(y), w, s) for y in X
+        trapezoid(lambda w, s, y=y: dist.Gamma(3.0, 1.0).log_prob(w) + dist.Normal(w * s, 0.5).log_prob(y), w, s) for y in X[:2]
     ]
-    result = audit(model, guide, X)
+    result = audit(model, guide, X[:2], diagnose=False)
     check(result, torch.stack(expected), atol=1e-4)
-    assert LogJoint(model, guide, X).sites[1].transform is None
+    assert LogJoint(model, guide, X[:2]).sites[1].transform is None
 
 
 def test_simplex_latent() -> None:

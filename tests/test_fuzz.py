@@ -24,10 +24,10 @@ from elbowroom.run import fit
 from elbowroom.spec import shipped, shipped_text
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=CHECKS, derandomize=True, database=None)
+FEW = settings(max_examples=40, deadline=None, suppress_health_check=CHECKS, derandomize=True, database=None)
 SPECS = settings(FEW, max_examples=2000)
 FILES = settings(FEW, max_examples=500)
-FEW_FILES = settings(FEW, max_examples=25)
+FEW_FILES = settings(FEW, max_examples=12)
 
 
 def call(*arguments: str) -> tuple[int, str]:

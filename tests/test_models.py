@@ -55,15 +55,15 @@ def test_predictive_importance_and_nuts_run_on_the_model() -> None:
     z_score = (prior["x"].mean(0) - oracle.mu) / (marginal.diagonal() / 2000).sqrt()
     assert z_score.abs().max() < 4.5
     # one datum: pyro's Importance gives one log weight for the whole trace
-    importance = Importance(vae.model, vae.guide, num_samples=2000).run(x[:1])
+    importance = Importance(vae.model, vae.guide, num_samples=800).run(x[:1])
     ess = importance.get_ESS().item()
     log_z = importance.get_log_normalizer().item()
     assert ess > 200
-    assert abs(log_z - oracle.log_evidence(x[:1]).item()) < 4.5 * (1 / ess - 1 / 2000) ** 0.5
-    mcmc = MCMC(NUTS(vae.model), num_samples=300, warmup_steps=200, disable_progbar=True)
+    assert abs(log_z - oracle.log_evidence(x[:1]).item()) < 4.5 * (1 / ess - 1 / 800) ** 0.5
+    mcmc = MCMC(NUTS(vae.model), num_samples=200, warmup_steps=100, disable_progbar=True)
     mcmc.run(x[:1])
     draws = mcmc.get_samples()["z"][:, 0]
-    ess = mcmc.diagnostics()["z"]["n_eff"].flatten().clamp_max(300)
+    ess = mcmc.diagnostics()["z"]["n_eff"].flatten().clamp_max(200)
     mean, covariance = oracle.posterior(x[:1])
     assert ess.min() > 30
     assert ((draws.mean(0) - mean[0]).abs() < 4.5 * (covariance.diagonal() / ess).sqrt()).all()
