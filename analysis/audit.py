@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 from annotated_types import Ge
 
-from elbowroom import clock
+from elbowroom import clock, heap
 from elbowroom.analysis import idata, judgement
 from elbowroom.analysis.blocks import Work, unreached
 from elbowroom.analysis.diagnosis import diagnose as find_out
@@ -255,6 +255,7 @@ def audit_log_joint(
     work = Work(pace, say, keep=keep, kept=kept, moments=moments, draws=draws, seed=seed, store=store)
     found = [work.block(part, number, label) for number, (part, label) in enumerate(_blocks(log_joint, sizes))]
     guide, posteriors, comparisons = work.joined(found)
+    del found  # as much again
     labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
     facts = {"seed": str(seed), "plate": log_joint.plate, "latent_dim": str(log_joint.dim), "draws": str(draws)}
     facts["plan"] = "; ".join(f"{name}: {reason}" for name, reason in zip(plan.names, plan.reasons, strict=True))
@@ -342,3 +343,4 @@ def _blocks(log_joint: LogJoint, sizes: Sequence[int]) -> Iterator[tuple[LogJoin
         if part is None:
             raise UnsupportedProgram(f"data {int(rows[0])}..{int(rows[-1])} cannot be taken out of the arguments")
         yield part, f" for data {int(rows[0])}..{int(rows[-1])} of {n}"
+        heap.trim()

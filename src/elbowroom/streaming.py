@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from elbowroom import asked
+from elbowroom import asked, heap
 from elbowroom.analysis import idata
 from elbowroom.analysis.reading import Methods, methods_for
 from elbowroom.errors import RunFolderError, UnsupportedProgram
@@ -124,6 +124,7 @@ def stream(
                     with stage("parts kept"):
                         idata.write(part, path)
             found.append(part)
+            heap.trim()
             say(start + len(some), total)
     joined = _joined(found)
     return joined.assign_attrs({**attributes, "question": question, "options": json.dumps(dict(options), default=str)})
