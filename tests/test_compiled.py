@@ -18,6 +18,7 @@ from elbowroom.inference.branches import Branches
 from elbowroom.inference.compiled import Graph, Untraceable, expecting, policy
 from elbowroom.inference.hmc import HMC
 from elbowroom.inference.leapfrog import leap
+from elbowroom.inference.promotion import mixed
 from elbowroom.inference.substitutes import Substitutes
 from elbowroom.inference.target import LogJoint
 from elbowroom.models.convolution import Conv
@@ -67,6 +68,18 @@ def assert_same(joint: LogJoint, z: Tensor, kinds: Sequence[str] = KINDS, tolera
             torch.testing.assert_close(
                 ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, k=kind: f"{k}: {m}"
             )
+
+
+def runs(joint: LogJoint) -> bool:
+    """Say whether a program runs in this precision: not where it closes over tensors of another."""
+    try:
+        with policy("never"):
+            joint(joint.tested[:1])
+    except RuntimeError as error:
+        if not mixed(error):
+            raise
+        return False
+    return True
 
 
 def reasons(joint: LogJoint) -> dict[str, str]:
@@ -221,7 +234,8 @@ def test_problems_compiled(name):
         z = tensor(3, 7, joint.dim)
         assert_same(joint, z)
         assert_same(joint.subset(torch.tensor([4, 1])), z[:, :2])
-        assert_same(single, z.float(), ("leap",), 2e-4)
+        if runs(single):
+            assert_same(single, z.float(), ("leap",), 2e-4)
     assert bool(reasons(joint)) == (name in EAGER)
     assert all(isinstance(graph, Graph) for graph in (*joint.graphs.used.values(), *single.graphs.used.values()))
 
