@@ -263,7 +263,7 @@ class Operations(TorchDispatchMode):
     torch's own `FlopCounterMode` watches modules too, which fails for some programs.
     """
 
-    total = 0
+    flops = 0
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -271,7 +271,7 @@ class Operations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(getattr(func, "overloadpacket", None))
         if count is not None:
-            self.total += int(count(*args, **(kwargs or {}), out_val=out))
+            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
         elif isinstance(out, Tensor) and not getattr(func, "is_view", False):
             self.elements += out.numel()
         return out

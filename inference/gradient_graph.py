@@ -82,7 +82,7 @@ class GradientGraph:
         for path, value, was in zip(self.paths, inputs, before, strict=False):
             if not torch.equal(value, was) and not bool(was.isnan().any()):
                 raise Untraceable(f"it changes {path} as it goes (batch statistics, or the like)")
-        self.outcomes, self.flops = list(branches.outcomes), counter.total
+        self.outcomes, self.flops = list(branches.outcomes), counter.flops
         return list(values)
 
     def trace(self, batch: Batch) -> None:

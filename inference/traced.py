@@ -318,7 +318,7 @@ def work_ahead(root: LogJoint, kind: Kind, data: int) -> float:
             evaluate(root.tested[:1])
         with Operations() as two:
             evaluate(root.tested[:2])
-    return each * ((two.total - one.total) / FLOPS + (two.elements - one.elements) * ELEMENT)
+    return each * ((two.flops - one.flops) / FLOPS + (two.elements - one.elements) * ELEMENT)
 
 
 def _signature(root: LogJoint) -> Any:

@@ -14,9 +14,9 @@ def trim() -> None:
     next block's arrays, so that the heap grows by a block each time, though next to nothing in it is in use.
     `man malloc_trim`; https://distributed.dask.org/en/stable/worker-memory.html
     """
-    trim = _trim()
-    if trim is not None:
-        trim(0)
+    give_back = _trim()
+    if give_back is not None:
+        give_back(0)
 
 
 @functools.cache
