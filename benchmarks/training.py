@@ -15,7 +15,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from benchmarks import measure, results, trainers
+from benchmarks import cores, measure, results, trainers
 from benchmarks.images import images
 from benchmarks.trainers import COMPILED, EAGER, PRODUCTS, PYTHAE, SVI, Fit, Steps
 from elbowroom.inference.svi import evaluate_elbo
@@ -128,6 +128,7 @@ class Epochs:
         seconds: of each epoch but the first of each fit.
         first: seconds of the first epoch of each fit, with whatever was compiled in it.
         elbo: of held-out data after the last epoch, of each fit, nats per datum.
+        apart: nanoseconds from core to core before and after each round of epochs, the same for all; NaN on a GPU.
     """
 
     name: str
@@ -135,6 +136,12 @@ class Epochs:
     seconds: list[float]
     first: list[float]
     elbo: list[float]
+    apart: list[tuple[float, float]]
+
+    def over(self, base: Epochs, wanted: Callable[[float], bool]) -> str:
+        """Return the ratio of the epochs in whose rounds the cores were as wanted, before and after; "" where none was."""
+        rounds = [i for i, both in enumerate(self.apart) if all(map(wanted, both))]
+        return measure.ratio([self.seconds[i] for i in rounds], [base.seconds[i] for i in rounds]) if rounds else ""
 
 
 def fitters(*, peers: bool) -> dict[str, Fit]:
@@ -149,7 +156,8 @@ def fitters(*, peers: bool) -> dict[str, Fit]:
 def epochs(device: torch.device, batch: int, args: argparse.Namespace) -> list[Epochs]:
     """Time everyone's fits, each in a process of its own, one epoch of everyone after the other."""
     size = size_of(args)
-    found = [Epochs(name, batch, [], [], []) for name in fitters(peers=not args.ours)]
+    apart: list[tuple[float, float]] = []
+    found = [Epochs(name, batch, [], [], [], apart) for name in fitters(peers=not args.ours)]
     options = ["--threads", args.threads, *(["--quick"] if args.quick else [])]
     for number in range(size.fits):
         with contextlib.ExitStack() as stack:
@@ -158,13 +166,20 @@ def epochs(device: torch.device, batch: int, args: argparse.Namespace) -> list[E
                 for one in found
             ]
             for epoch in range(size.epochs):
+                before = _apart(device)
                 for one, worker in zip(found, workers, strict=True):
                     (one.seconds if epoch else one.first).append(float(worker.turn()))
+                if epoch:
+                    apart.append((before, _apart(device)))
             for one, worker in zip(found, workers, strict=True):
                 one.elbo.append(float(worker.turn()))
                 mine = statistics.median(one.seconds)
                 print(f"{one.name}: {mine:.3f} s an epoch, held-out ELBO {one.elbo[-1]:.2f}", flush=True)
     return found
+
+
+def _apart(device: torch.device) -> float:
+    return cores.latency() if device.type == "cpu" else math.nan
 
 
 def alone(name: str, device: torch.device, batch: int, seed: int, size: Size) -> None:
@@ -179,17 +194,40 @@ def alone(name: str, device: torch.device, batch: int, seed: int, size: Size) ->
     measure.end_turn(evaluate_elbo(fitted, held_out))
 
 
+def _near(nanoseconds: float) -> bool:
+    return nanoseconds < cores.APART
+
+
+def _far(nanoseconds: float) -> bool:
+    return nanoseconds >= cores.APART
+
+
 def epoch_table(found: Sequence[Epochs]) -> list[str]:
     """Return the table: seconds per epoch, and their ratio to the best of ours at the same batch."""
     rows = []
     for one in found:
         mine = [other for other in found if other.batch == one.batch and other.name.startswith(trainers.OURS)]
         best = min(mine, key=lambda other: statistics.median(other.seconds))
-        over = "1" if one is best else measure.ratio(one.seconds, best.seconds)
+        over = ["1"] * 3
+        if one is not best:
+            placed = (one.over(best, _near), one.over(best, _far))
+            over = [measure.ratio(one.seconds, best.seconds), *placed]
         elbo = measure.span(one.elbo, ".2f")
-        rows.append([f"{one.batch:,}", one.name, f"{max(one.first):.2f}", measure.span(one.seconds), over, elbo])
-    columns = ["batch", "who", "first epoch, slowest [s]", "epoch [s]", "over the faster of ours", "held-out ELBO [nats]"]
-    return measure.table(columns, rows)
+        rows.append([f"{one.batch:,}", one.name, f"{max(one.first):.2f}", measure.span(one.seconds), *over, elbo])
+    over_ours = ["over the faster of ours", "with one L3 cache", "with two"]
+    return measure.table(["batch", "who", "first epoch, slowest [s]", "epoch [s]", *over_ours, "held-out ELBO [nats]"], rows)
+
+
+def placement(found: Sequence[Epochs]) -> str:
+    """Say how far apart the two cores were in the rounds of epochs."""
+    near, far = ([max(both) for both in found[0].apart if all(map(wanted, both))] for wanted in (_near, _far))
+    total = len(found[0].apart)
+    said = [
+        f"{measure.span(values, '.0f')} ns in {len(values)} of {total} rounds, which is {what}"
+        for values, what in ((near, "one L3 cache for both"), (far, "two"))
+        if values
+    ]
+    return f"From core to core a word took {'; '.join(said)}." if said else ""
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------------
@@ -207,7 +245,7 @@ class Size:
     held_out: int
 
 
-FULL, QUICK = Size(7, 30, 3, 8, 12_800, 2_000), Size(2, 3, 1, 2, 1_280, 200)
+FULL, QUICK = Size(7, 30, 6, 8, 12_800, 2_000), Size(2, 3, 1, 2, 1_280, 200)
 
 
 def size_of(args: argparse.Namespace) -> Size:
@@ -254,7 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
         tables = []
         for device, latent_dim, _, batches in places:
             found = [one for batch in batches for one in epochs(device, batch, args)]
-            tables.append((device, latent_dim, epoch_table(found)))
+            said = placement(found)
+            tables.append((device, latent_dim, [*epoch_table(found), *(["", *measure.paragraph(said)] if said else [])]))
         _write(epoch_section(tables, what, size, args), args)
 
 
@@ -265,6 +304,7 @@ def _write(section: str, args: argparse.Namespace) -> None:
 
 
 Tables = Sequence[tuple[torch.device, int, list[str]]]
+"""Device, number of latents and lines of each table."""
 
 
 def _bodies(tables: Tables, pixels: int) -> list[str]:
@@ -312,7 +352,9 @@ def epoch_section(tables: Tables, what: str, size: Size, args: argparse.Namespac
             "come (its loader, no worker, closed-form KL, best training loss kept), the same layers. Everyone in a process "
             f"of its own, one epoch of everyone after the other, the others waiting; {size.fits} fits of {size.epochs} "
             "epochs: median (and range) over all epochs but the first of a fit, of times and of ratios. Held-out ELBO: of "
-            f"{size.held_out:,} other images, by one function for all, after the last epoch (higher is better)."
+            f"{size.held_out:,} other images, by one function for all, after the last epoch (higher is better). A host moves "
+            "the cores of a virtual machine about: ratios also of the rounds alone in which both were on one L3 cache before "
+            "and after, or on two."
         ),
         *_bodies(tables, 784),
     ]

@@ -101,10 +101,11 @@ class Step:
         batch = {"x": x, **beside}
         self.prepare(batch)
         self._follow()
+        for parameter in self.parameters:  # so that the next gradients can be where the last ones were
+            parameter.grad = None
         with lowered(self.vae, self.precision):
             found = None if self.graph is None else self.graph(batch, kl_weight)
             if found is None:
-                self.optimizer.zero_grad()
                 estimate = evaluate(self.objective, self.vae, batch, self.size, kl_weight)
                 estimate.loss.backward()
                 found = float(estimate.objective), float(estimate.elbo), [value.grad for value in self.parameters]

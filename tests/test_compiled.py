@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import pyro
@@ -13,7 +14,7 @@ from prior_cases import CASES, by_name, data_of, vae_of
 from problems import PROBLEMS
 from torch import Tensor
 
-from elbowroom.inference import compiled, traced
+from elbowroom.inference import compiled, products, traced
 from elbowroom.inference.branches import Branches
 from elbowroom.inference.compiled import Graph, Untraceable, expecting, policy
 from elbowroom.inference.hmc import HMC
@@ -118,6 +119,39 @@ def test_noise_is_fresh_and_that_of_the_seed(kernels):
     assert not torch.equal(first, second)
     torch.manual_seed(1)
     assert torch.equal(function(x)[0], first)
+
+
+def test_large_products_of_whatever_layout_are_those_of_torch(monkeypatch):
+    """By oneDNN where that is faster, which is told by the size alone: X W, X W^T, with a bias, strided, and X^T X."""
+    x, w, v, b = torch.randn(64, 300), torch.randn(800, 300), torch.randn(300, 900)[:, 50:850], torch.randn(800)
+
+    def function(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        part = x[:, :150]  # rows that are apart in memory
+        large = (x @ w.T, x @ v, torch.addmm(b, x, w.T), torch.addmm(b, x, v, beta=0.5), w @ w.T, x.T @ x, part @ v[:150])
+        return *large, (x @ w[:10].T), large[0].T.contiguous().T @ w
+
+    found: list[int] = []
+    by_onednn = products.by_onednn
+    monkeypatch.setattr(compiled, "by_onednn", lambda graph: found.append(by_onednn(graph)))
+    for kind, close in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
+        given = [t.to(kind) for t in (x, w, v, b)]
+        graph = Graph(function, given)
+        graph.compile()
+        for ours, theirs in zip(graph(*given), function(*given), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=close, atol=close * float(theirs.abs().max()))
+    many = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert found == [4 if many else 0, 0]
+
+
+def test_what_is_not_a_number_is_found_by_kernels():
+    """As `x != x`, which C++ may only take for false under settings that TorchInductor does not use."""
+    x = torch.randn(50)
+    x[[3, 20, 49]] = torch.tensor([math.nan, math.inf, -math.inf])
+    graph = Graph(lambda x: (x.isnan(), x.isnan().any(), x.nan_to_num(0.5), x.isnan().sum()), [x])
+    graph.compile()
+    for value in (x, x[:40].repeat(2)[:50], torch.zeros(50)):
+        for ours, theirs in zip(graph(value), graph.replay(value), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_what_cannot_be_a_graph_says_why():
