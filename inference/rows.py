@@ -64,7 +64,7 @@ class Rows:
 
     def take(self, index: Tensor) -> Batch:
         """Return rows by position, (B, *event), with what stands beside them."""
-        x = self.whole[index] if self.whole is not None else self.read(index.cpu()).to(self.device, self.dtype)
+        x = self.whole.index_select(0, index) if self.whole is not None else self.read(index.cpu()).to(self.device, self.dtype)
         return {"x": x, **{name: value[index] for name, value in self.beside.items()}}
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Batch:
