@@ -43,7 +43,7 @@ def _parts(node: torch.fx.Node) -> tuple[Any, Any, Any] | None:
     args: tuple[Any, ...] = node.args
     if node.target is aten.mm.default:
         args = (None, *args)
-    elif node.target is not aten.addmm.default or args[0].meta["val"].dim() != 1:
+    elif node.target is not aten.addmm.default:
         return None
     if node.kwargs or len(args) != 3:  # alpha, beta, another type of the result
         return None
@@ -53,6 +53,9 @@ def _parts(node: torch.fx.Node) -> tuple[Any, Any, Any] | None:
     if not all(isinstance(size, int) for size in sizes) or 2 * sizes[0] * sizes[1] * sizes[2] < LARGE:
         return None
     plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    if args[0] is not None:  # oneDNN reads as many numbers in a row, whatever the strides
+        bias = tensors[0]
+        plain = plain and bias.shape == (right.shape[1],) and bias.is_contiguous()
     return args if plain and left.is_contiguous() else None
 
 

@@ -143,6 +143,19 @@ def test_large_products_of_whatever_layout_are_those_of_torch(monkeypatch):
     assert found == [4 if many else 0, 0]
 
 
+def test_a_bias_that_is_strided_or_repeated_is_that_of_torch():
+    """oneDNN reads a bias as numbers in a row, past the end of one that is expanded."""
+    x, w, b = torch.randn(64, 300), torch.randn(300, 800), torch.randn(1600)
+
+    def function(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return torch.addmm(b[::2], x, w), torch.addmm(b[:1].expand(800), x, w), torch.addmm(b[:1], x, w)
+
+    graph = Graph(function, [x, w, b])
+    graph.compile()
+    for ours, theirs in zip(graph(x, w, b), function(x, w, b), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
 def test_what_is_not_a_number_is_found_by_kernels():
     """As `x != x`, which C++ may only take for false under settings that TorchInductor does not use."""
     x = torch.randn(50)
