@@ -229,6 +229,8 @@ def _lift(module: Any) -> list[Tensor]:
         if node.op != "get_attr":
             continue
         value = getattr(module, node.target)
+        if not isinstance(value, Tensor):  # a torch.Generator of the program's own
+            raise Untraceable(f"it reads a {type(value).__name__}, which is no tensor")
         if id(value) not in places:
             with graph.inserting_after(last):
                 last = graph.placeholder(f"constant_{len(found)}")

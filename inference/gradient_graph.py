@@ -22,6 +22,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from elbowroom.errors import first_line
 from elbowroom.inference.branches import Branches
 from elbowroom.inference.compiled import Graph, Operations, Untraceable
+from elbowroom.inference.hidden_state import left_alone
 from elbowroom.inference.objectives import Estimate, Objective, unchecked
 from elbowroom.inference.rounding import Precision
 from elbowroom.inference.rows import Batch
@@ -74,14 +75,18 @@ class GradientGraph:
         inputs = [value.detach().clone() for value in self._inputs(batch)]
         before = [value.clone() for value in inputs]
         branches, counter = Branches(), Operations()
-        try:
-            with again(batch["x"].device), counter:
-                values = self._gradients(inputs, branches)
-        except Exception as error:  # whatever a program raises on copies of its state; the eager step says what is wrong
-            raise Untraceable(f"it does not run on copies of its state ({first_line(error)})") from error
+        with left_alone(self.vae) as hidden:
+            try:
+                with again(batch["x"].device), counter:
+                    values = self._gradients(inputs, branches)
+            except Exception as error:  # whatever a program raises on copies of its state; the eager step says what is wrong
+                raise Untraceable(f"it does not run on copies of its state ({first_line(error)})") from error
+            changed = hidden.changed()
         for path, value, was in zip(self.paths, inputs, before, strict=False):
             if not torch.equal(value, was) and not bool(was.isnan().any()):
                 raise Untraceable(f"it changes {path} as it goes (batch statistics, or the like)")
+        if changed:
+            raise Untraceable(f"it changes {changed} as it goes, which a graph would not")
         self.outcomes, self.flops = list(branches.outcomes), counter.flops
         return list(values)
 
@@ -95,7 +100,7 @@ class GradientGraph:
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
             return self._gradients(tensors, Branches(outcomes=list(self.outcomes)))
 
-        with stage("trace"):
+        with stage("trace"), left_alone(self.vae):
             self.graph = Graph(function, self._inputs(batch))
         self._check_branches(self.graph.module.graph)
         self._compare(batch, "graph")
@@ -186,7 +191,7 @@ class GradientGraph:
 def compare(expected: Sequence[Tensor], found: Sequence[Tensor], whose: str, precision: Precision) -> None:
     """Raise Untraceable where values differ from those of the eager step beyond rounding."""
     for value, other in zip(expected, found, strict=True):
-        if not bool((value - other).abs().max() <= TOLERANCE[precision] * value.abs().max() + TINY):
+        if value.numel() and not bool((value - other).abs().max() <= TOLERANCE[precision] * value.abs().max() + TINY):
             raise Untraceable(f"the {whose} has other values than the eager step")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from functools import partial
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -259,6 +261,71 @@ def test_batch_statistics_stay_eager_and_are_left_alone_by_the_attempt(replayed,
     assert ours.graph is None
     assert len(said) == 1
     assert said[0].startswith("fit: step eager: it changes decoder.body.1.")
+
+
+class Changing(nn.Module):
+    """A decoder that changes something beside its parameters: what, is told by a word."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.body, self.what = MLP((K,), D, hidden=(4,)), what
+        self.calls, self.seen, self.mean = 0, [], torch.zeros(())
+        self.noise, self.own = np.random.default_rng(0), torch.Generator().manual_seed(0)
+
+    def forward(self, z: Tensor) -> Tensor:
+        out = self.body(z)
+        if self.what == "calls":
+            self.calls += 1
+            return out / (1 + 1e-5 * self.calls)
+        if self.what == "seen":
+            self.seen.append(z.detach())
+        if self.what == "mean":
+            self.mean = 0.9 * self.mean + 0.1 * z.detach().mean()
+            return out + 1e-4 * self.mean
+        if self.what == "own":
+            return out * torch.rand(1, generator=self.own)
+        drawn = {"python": random.random, "numpy": np.random.random_sample, "noise": self.noise.random}
+        return -out if self.what in drawn and drawn[self.what]() < 0.3 else out
+
+
+CHANGES = [
+    ("calls", "decoder.calls"),
+    ("seen", "decoder.seen"),
+    ("mean", "decoder.mean"),
+    ("own", "decoder.own"),
+    ("noise", "decoder.noise.state"),
+    ("python", "Python's random numbers"),
+    ("numpy", "NumPy's random numbers"),
+]
+
+
+@pytest.mark.parametrize(("what", "named"), CHANGES)
+def test_what_changes_beside_the_parameters_stays_eager_and_is_left_alone_by_the_attempt(what, named, replayed, said):
+    """A graph would go on with the count, the layer that was skipped or the noise of the moment it was traced."""
+    found = []
+    for compile in ("never", "auto"):
+        vae = make("bernoulli")
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            vae.decoder = Changing(what)
+        vae.decoder.noise, vae.decoder.own = np.random.default_rng(0), torch.Generator().manual_seed(0)
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002, what the programs draw from
+        step = Step(vae.train(), size=N, learning_rate=0.01, compile=compile, steps=1000)
+        found.append(walk(step, [{"x": rows(binary=True)}] * 4))
+        assert type(vae.decoder.mean) is Tensor
+        assert len(vae.decoder.seen) == (12 if what == "seen" else 0)
+    assert torch.equal(*found)
+    assert said == [f"fit: step eager: it changes {named} as it goes, which a graph would not"]
+
+
+def test_a_layer_without_inputs_has_an_empty_gradient(replayed):
+    vae = make()
+    vae.decoder.none = nn.Parameter(torch.zeros(0, 1))
+    vae.decoder.register_forward_hook(lambda module, given, out: out + given[0][:, :0] @ module.none)
+    eager, ours = new(vae, "never"), new(vae, "auto")
+    assert torch.equal(walk(eager, [{"x": rows()}]), walk(ours, [{"x": rows()}]))
+    assert ours.graph is not None
 
 
 class Moody(nn.Module):
