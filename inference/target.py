@@ -107,7 +107,10 @@ class LogJoint:
 
     def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str | None, dtype: torch.dtype | None) -> None:
         with self.snapshot.eval_mode(), seeded(0), torch.no_grad(), pyro.validation_enabled(True):
-            self.program = inspect(self.model, self.guide, args, kwargs, plate)
+            try:
+                self.program = inspect(self.model, self.guide, args, kwargs, plate)
+            except ZeroDivisionError as error:  # Pyro's word for a plate without entries
+                raise UnsupportedProgram("model: a plate is empty; is there no row of data?") from error
         self.n_obs, self.dim, self.sites = self.program.n_obs, self.program.dim, self.program.sites
         self.plate = self.program.plate
         self.notes = self.program.notes

@@ -197,3 +197,8 @@ def test_a_reference_that_cannot_be_used_says_why() -> None:
         audit(normal_model, normal_guide, X.float(), references=["closed_form"])
     with pytest.raises(UserError, match="unknown reference 'gird'"):
         audit(normal_model, normal_guide, X.float(), references=["gird"])
+
+
+def test_no_data_are_refused():
+    with pytest.raises(UnsupportedProgram, match="a plate is empty; is there no row of data"):
+        LogJoint(normal_model, normal_guide, X[:0])
