@@ -6,13 +6,15 @@ A graph is traced for ONE datum, with its arguments as inputs, under `vmap` over
 
 with S and N left open: a subset of the data, a bucket of chains or a block of a million rows need no graph of their own. Every
 graph is compared with plain evaluation of every datum before it is used, and the same graph serves other data of the same
-program (`_shared`), compared again with those.
+program (`_shared`), compared again with those. What a program reads beside tensors, such as a number in a global variable, is a
+constant of its graph: where a graph that is shared agrees much worse than it did when it was made, it is made anew.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,6 +54,7 @@ CHECKED = 2  # draws at which a graph is compared
 FLOPS, ELEMENT = 8e10, 1.3e-9  # of products per second, seconds per number from anything else; double precision, two cores
 TRACE, COMPILE = 5.0, 20.0  # predicted seconds ahead that are worth a trace (about 1 s), and a compilation (2 to 10 s)
 CLOSE = {torch.float64: 1e-7, torch.float32: 1e-3}
+WORSE, ROUNDING = 10, 1e-2  # times the difference of a new graph, and shares of CLOSE, above which a shared one is made anew
 
 
 @dataclass
@@ -60,10 +63,12 @@ class _Entry:
 
     Attributes:
         graphs: the graphs, or why there is none, by what branches come to.
+        differences: from plain evaluation where each was made, as shares of what is tolerated; infinite where it was refused.
         slow: why graphs are not compiled; "" where nothing speaks against it.
     """
 
     graphs: dict[tuple[bool, ...], Graph | str] = field(default_factory=dict)
+    differences: dict[tuple[bool, ...], float] = field(default_factory=dict)
     slow: str = ""
 
 
@@ -101,8 +106,7 @@ class Graphs:
             return None
         entry = _entries_of(root.model).setdefault((kind, _signature(root)), _Entry())
         try:
-            graph = self._trace(root, kind, entry)
-            _check(root, kind, graph.replay)
+            graph = self._agreeing(root, kind, entry)
         except Untraceable as error:
             if self.reasons.get(kind) != str(error):
                 log.info(f"{WORDS[kind]}: evaluated by Pyro's handlers, not by a graph: {error}")
@@ -128,8 +132,28 @@ class Graphs:
             return graph.replay
         return graph
 
-    def _trace(self, root: LogJoint, kind: Kind, entry: _Entry) -> Graph:
-        """Return the graph for what branches come to on these data, traced anew where there is none."""
+    def _agreeing(self, root: LogJoint, kind: Kind, entry: _Entry) -> Graph:
+        """Return a graph that agrees with plain evaluation on these data: a shared one, or one that is traced for them.
+
+        Raises:
+            Untraceable: there is none.
+        """
+        graph, outcomes = self._trace(root, kind, entry)
+        if (before := entry.differences.get(outcomes)) is not None:
+            try:
+                if _check(root, kind, graph.replay) <= max(WORSE * before, ROUNDING):
+                    return graph
+            except Untraceable:
+                if math.isinf(before):
+                    raise
+            del entry.graphs[outcomes]
+            graph, outcomes = self._trace(root, kind, entry)
+        entry.differences[outcomes] = math.inf
+        entry.differences[outcomes] = _check(root, kind, graph.replay)
+        return graph
+
+    def _trace(self, root: LogJoint, kind: Kind, entry: _Entry) -> tuple[Graph, tuple[bool, ...]]:
+        """Return the graph for what branches come to on these data, traced anew where there is none, and what they come to."""
         if root.program.index:
             raise Untraceable("the plate is sub-sampled")
         if not root.separable():
@@ -145,7 +169,7 @@ class Graphs:
         found = entry.graphs[outcomes]
         if isinstance(found, str):
             raise Untraceable(found)
-        return found
+        return found, outcomes
 
 
 def inputs(joint: LogJoint) -> list[tuple[Tensor, int | None]]:
@@ -156,8 +180,8 @@ def inputs(joint: LogJoint) -> list[tuple[Tensor, int | None]]:
     return found + [(t, None) for t in joint.program.pinned.values()]
 
 
-def _check(root: LogJoint, kind: Kind, graph: Function) -> None:
-    """Compare a graph with plain evaluation, at tested points of every datum.
+def _check(root: LogJoint, kind: Kind, graph: Function) -> float:
+    """Compare a graph with plain evaluation, at tested points of every datum; returns the difference as a share of `CLOSE`.
 
     Raises:
         Untraceable: a value differs, or is finite in one alone, or none is finite, so that nothing could be compared.
@@ -169,14 +193,18 @@ def _check(root: LogJoint, kind: Kind, graph: Function) -> None:
             found = root.by_graph(graph, z, *_beside(kind, z))
         except (RuntimeError, ValueError, IndexError) as error:
             raise Untraceable(f"the graph fails with other sizes ({first_line(error)})") from error
+    share = 0.0
     for ours, theirs in zip(found, plain, strict=True):
         finite = theirs.isfinite()
         if not finite.any() or not torch.equal(ours.isfinite(), finite):
             raise Untraceable(f"{WORDS[kind]} by the graph is finite elsewhere than plain evaluation, or nowhere")
         close = max(CLOSE.get(t.dtype, 1e-3) for t in (z, theirs))  # a double made of singles is rounded as they are
-        if not torch.allclose(ours[finite], theirs[finite], rtol=close, atol=close):
-            worst = float((ours[finite] - theirs[finite]).abs().max())
+        difference, expected = (ours[finite] - theirs[finite]).abs(), theirs[finite].abs()
+        share = max(share, float((difference / (close + close * expected)).max()))
+        if not share <= 1:
+            worst = float(difference.max())
             raise Untraceable(f"{WORDS[kind]} by the graph differs by {worst:.1e} from plain evaluation")
+    return share
 
 
 WORDS: dict[Kind, str] = {

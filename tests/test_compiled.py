@@ -369,6 +369,32 @@ def test_a_branch_on_data_is_followed_and_one_on_a_latent_is_not(caplog):
 
 
 @pytest.mark.usefixtures("always_traced")
+@pytest.mark.parametrize(("kind", "change", "tolerance"), [(torch.float64, 1.5, 1e-12), (torch.float32, 1.0003, 1e-5)])
+def test_what_a_program_reads_beside_tensors_is_a_constant_of_its_graph_alone(kind, change, tolerance):
+    """A number in a variable changes by less than single precision tolerates; the graph of the data before is not taken."""
+    constant = [1.0]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=kind), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(constant[0] * z, 0.1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.1).to_event(1))
+
+    x, z = tensor(9, 2).to(kind), tensor(4, 9, 2).to(kind)
+    graphs = []
+    for value in (1.0, 1.0, change):
+        constant[0] = value
+        joint = LogJoint(model, guide, x, dtype=kind)
+        assert_same(joint, z, ("joint", "grad"), tolerance=tolerance)
+        graphs.append(joint.graphs.used["grad"])
+    assert None not in graphs
+    assert graphs[0] == graphs[1] != graphs[2]
+
+
+@pytest.mark.usefixtures("always_traced")
 def test_a_graph_that_differs_is_not_used(monkeypatch):
     _, model, guide = pair()
     joint = LogJoint(model, guide, tensor(9, 3), weight=torch.tensor(1.0))
