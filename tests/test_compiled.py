@@ -369,7 +369,7 @@ def test_a_branch_on_data_is_followed_and_one_on_a_latent_is_not(caplog):
 
 
 @pytest.mark.usefixtures("always_traced")
-@pytest.mark.parametrize(("kind", "change", "tolerance"), [(torch.float64, 1.5, 1e-12), (torch.float32, 1.0003, 1e-5)])
+@pytest.mark.parametrize(("kind", "change", "tolerance"), [(torch.float64, 1.5, 1e-12), (torch.float32, 1.00005, 1e-5)])
 def test_what_a_program_reads_beside_tensors_is_a_constant_of_its_graph_alone(kind, change, tolerance):
     """A number in a variable changes by less than single precision tolerates; the graph of the data before is not taken."""
     constant = [1.0]
