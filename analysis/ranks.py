@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.inference import discrete
+from elbowroom.inference.compiled import at_most
 from elbowroom.inference.forward import Which
 from elbowroom.inference.target import LogJoint
 
@@ -65,7 +66,7 @@ def measure(log_joint: LogJoint, truth: Tensor, draws: int, seed: int) -> Found:
         draws: draws of the guide per datum.
         seed: random seed.
     """
-    with torch.no_grad():
+    with torch.no_grad(), at_most(draws + 2):  # the truth and a draw of the prior too
         return _of_discrete(log_joint, draws, seed) if log_joint.dim == 0 else _of_continuous(log_joint, truth, draws, seed)
 
 

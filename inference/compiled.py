@@ -47,6 +47,7 @@ MAX_NODES = 3000  # operations, above which compiling takes minutes
 
 _policy: ContextVar[Compile] = ContextVar("elbowroom_compile", default="auto")
 _ahead: ContextVar[int] = ContextVar("elbowroom_data_ahead", default=0)
+_most: ContextVar[float] = ContextVar("elbowroom_evaluations_ahead", default=float("inf"))
 
 
 @contextlib.contextmanager
@@ -79,6 +80,21 @@ def expecting(data: int) -> Iterator[None]:
 def data_ahead(here: int) -> int:
     """Return for how many data a graph would serve, of which some are here."""
     return max(here, _ahead.get())
+
+
+@contextlib.contextmanager
+def at_most(evaluations: int) -> Iterator[None]:
+    """Say that each datum is evaluated at so many points at most, where that may be few."""
+    token = _most.set(min(evaluations, _most.get()))
+    try:
+        yield
+    finally:
+        _most.reset(token)
+
+
+def evaluations_ahead(usual: float) -> float:
+    """Return at how many points each datum is evaluated, of what an audit would."""
+    return min(usual, _most.get())
 
 
 class Untraceable(RuntimeError):

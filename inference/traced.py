@@ -33,6 +33,7 @@ from elbowroom.inference.compiled import (
     Untraceable,
     current_policy,
     data_ahead,
+    evaluations_ahead,
     log,
     policy,
 )
@@ -88,14 +89,14 @@ class Graphs:
     def __init__(self) -> None:
         self.used: dict[Kind, Function | None] = {}
         self.reasons: dict[Kind, str] = {}
-        self._decided: dict[tuple[Kind, Compile, int], Function | None] = {}
+        self._decided: dict[tuple[Kind, Compile, int, float], Function | None] = {}
 
     def ready(self, joint: LogJoint, kind: Kind) -> Function | None:
         """Return what to evaluate data with; None where plain evaluation is better, or all there is."""
         wanted, data = current_policy(), data_ahead(joint.root.n_obs)
         if wanted == "never":
             return None
-        key = (kind, wanted, data)
+        key = (kind, wanted, data, evaluations_ahead(EVALUATIONS[kind]))
         if key not in self._decided:
             self._decided[key] = self.used[kind] = self._decide(joint.root, kind, wanted, data)
         return self._decided[key]
@@ -336,8 +337,8 @@ def _plainly(joint: LogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
 
 
 def work_ahead(root: LogJoint, kind: Kind, data: int) -> float:
-    """Predict the seconds of plain evaluation that an audit of so many data takes, from the operations of one more draw."""
-    each = data * EVALUATIONS[kind] / root.n_obs
+    """Predict the seconds of plain evaluation that so many data take here, from the operations of one more draw."""
+    each = data * evaluations_ahead(EVALUATIONS[kind]) / root.n_obs
     if each * root.n_obs * (2 * REUSED * root.snapshot.size() / FLOPS + SMALL * ELEMENT) < TRACE:  # not worth counting
         return 0.0
     evaluate = root.log_guide if kind == "guide" else root

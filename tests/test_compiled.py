@@ -16,7 +16,7 @@ from torch import Tensor
 
 from elbowroom.inference import compiled, products, traced
 from elbowroom.inference.branches import Branches
-from elbowroom.inference.compiled import Graph, Untraceable, expecting, policy
+from elbowroom.inference.compiled import Graph, Untraceable, at_most, expecting, policy
 from elbowroom.inference.hmc import HMC
 from elbowroom.inference.leapfrog import leap
 from elbowroom.inference.promotion import mixed
@@ -458,6 +458,11 @@ def test_auto_decides_by_the_work_ahead_alone(monkeypatch):
     with policy("never"), expecting(10**7):
         joint.grad(z)
     assert set(joint.graphs.used) == {"joint"}
+    with at_most(200), at_most(1000):
+        assert traced.work_ahead(joint, "joint", 10**7) == pytest.approx(0.01 * ahead)
+    with expecting(10**7), at_most(1):
+        joint(z)
+    assert joint.graphs.used["joint"] is None
 
 
 @pytest.mark.slow
