@@ -172,6 +172,9 @@ def test_what_cannot_be_a_graph_says_why():
         Graph(lambda x: (x.add_(1.0),), [tensor(5, 3)], varying=[5])
     with pytest.raises(Untraceable, match="tracing failed"):
         Graph(lambda x: (x if x.sum() > 0 else -x,), [tensor(5, 3)], varying=[5])
+    own = torch.Generator()
+    with pytest.raises(Untraceable, match="reads a Generator"):
+        Graph(lambda x: (x + torch.rand(3, generator=own, dtype=x.dtype),), [tensor(5, 3)], varying=[5])
     with pytest.raises(Untraceable, match="fixes a size"):
         Graph(lambda x: (x + torch.arange(int(x.shape[0])),), [tensor(5)], varying=[5])
 

@@ -319,6 +319,22 @@ def test_what_changes_beside_the_parameters_stays_eager_and_is_left_alone_by_the
     assert said == [f"fit: step eager: it changes {named} as it goes, which a graph would not"]
 
 
+def test_what_is_set_to_the_same_value_at_each_call_is_left_alone_by_the_trace(replayed):
+    """It changes nothing, so there is a graph; the tensor of the trace, which has no values, does not stay behind."""
+    vae = make()
+    vae.decoder.mask = torch.ones(D)
+
+    def masked(module: nn.Module, given: tuple[Tensor], out: Tensor) -> Tensor:
+        module.mask = torch.ones(D)
+        return out * module.mask
+
+    vae.decoder.register_forward_hook(masked)
+    step = new(vae, "auto")
+    step.prepare({"x": rows()})
+    assert step.graph is not None
+    assert type(step.vae.decoder.mask) is Tensor
+
+
 def test_a_layer_without_inputs_has_an_empty_gradient(replayed):
     vae = make()
     vae.decoder.none = nn.Parameter(torch.zeros(0, 1))
