@@ -1,8 +1,8 @@
 """How far apart the two cores are: nanoseconds that a word takes from one to the other.
 
-A virtual machine's two cores are at times on one L3 cache and at times on two, as the host moves them about. On two, weights
-and moments that one core wrote last travel to the other at every training step, which changes ratios between contestants, not
-only their seconds.
+A virtual machine's two cores are at times on one L3 cache and at times on two, as the host moves them about. On two, Adam takes
+0.64 ms for a matrix of 784 x 400 that both cores have read in a product since, 0.12 ms on one, and 0.07 ms on either if nobody
+has: what is written has to leave the other cache first. That changes ratios between contestants, not only their seconds.
 """
 
 from __future__ import annotations
