@@ -1,8 +1,8 @@
 """How far apart the two cores are: nanoseconds that a word takes from one to the other.
 
-A virtual machine's two cores are at times on one L3 cache and at times on two, as the host moves them about. On two, Adam takes
-0.64 ms for a matrix of 784 x 400 that both cores have read in a product since, 0.12 ms on one, and 0.07 ms on either if nobody
-has: what is written has to leave the other cache first. That changes ratios between contestants, not only their seconds.
+A virtual machine's two cores are at times near and at times far, as the host moves them about. Far apart, Adam takes 0.64 ms
+for a matrix of 784 x 400 that both cores have read in a product since, near 0.12 ms, and 0.07 ms either way if nobody has: what
+is written has to leave the other cache first. That changes ratios between contestants, not only their seconds.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import tempfile
 from pathlib import Path
 
 APART = 90.0
-"""Nanoseconds from which cores are taken to share no cache: 30 to 40 within one L3 cache of an EPYC, 160 between two."""
+"""Nanoseconds from which cores are called far: 30 to 80 were seen, as within one L3 cache of an EPYC, and 160 to 260, as
+between two. Which it is, a virtual machine does not say."""
 
 SOURCE = r"""
 #define _GNU_SOURCE
+#include <math.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -56,8 +58,8 @@ double nanoseconds(int here, int other, int count) {
     pthread_getaffinity_np(pthread_self(), sizeof before, &before);
     turns = count, there = other;
     atomic_store(&word, 0);
+    if (pthread_create(&thread, 0, answer, 0)) return NAN;
     hold(here);
-    if (pthread_create(&thread, 0, answer, 0)) return -1;
     clock_gettime(CLOCK_MONOTONIC, &start);
     play(0);
     pthread_join(thread, 0);

@@ -214,7 +214,7 @@ def epoch_table(found: Sequence[Epochs]) -> list[str]:
             over = [measure.ratio(one.seconds, best.seconds), *placed]
         elbo = measure.span(one.elbo, ".2f")
         rows.append([f"{one.batch:,}", one.name, f"{max(one.first):.2f}", measure.span(one.seconds), *over, elbo])
-    over_ours = ["over the faster of ours", "with one L3 cache", "with two"]
+    over_ours = ["over the faster of ours", "cores near", "cores far"]
     return measure.table(["batch", "who", "first epoch, slowest [s]", "epoch [s]", *over_ours, "held-out ELBO [nats]"], rows)
 
 
@@ -223,8 +223,8 @@ def placement(found: Sequence[Epochs]) -> str:
     near, far = ([max(both) for both in found[0].apart if all(map(wanted, both))] for wanted in (_near, _far))
     total = len(found[0].apart)
     said = [
-        f"{measure.span(values, '.0f')} ns in {len(values)} of {total} rounds, which is {what}"
-        for values, what in ((near, "one L3 cache for both"), (far, "two"))
+        f"{measure.span(values, '.0f')} ns in {len(values)} of {total} rounds, {what}"
+        for values, what in ((near, "near, as within one L3 cache"), (far, "far, as between two"))
         if values
     ]
     return f"From core to core a word took {'; '.join(said)}." if said else ""
@@ -353,8 +353,8 @@ def epoch_section(tables: Tables, what: str, size: Size, args: argparse.Namespac
             f"of its own, one epoch of everyone after the other, the others waiting; {size.fits} fits of {size.epochs} "
             "epochs: median (and range) over all epochs but the first of a fit, of times and of ratios. Held-out ELBO: of "
             f"{size.held_out:,} other images, by one function for all, after the last epoch (higher is better). A host moves "
-            "the cores of a virtual machine about: ratios also of the rounds alone in which both were on one L3 cache before "
-            "and after, or on two."
+            "the cores of a virtual machine about: ratios also of the rounds alone in which they were near before and after, "
+            f"or far (a word took {cores.APART:.0f} ns or longer)."
         ),
         *_bodies(tables, 784),
     ]

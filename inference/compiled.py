@@ -22,8 +22,9 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ Compile = Literal["auto", "always", "never"]
 """Whether programs are compiled: where it pays, wherever it can be done, or not at all."""
 
 Function = Callable[..., tuple[Tensor, ...]]
+T = TypeVar("T")
 
 MAX_NODES = 3000  # operations, above which compiling takes minutes
 
@@ -51,15 +53,19 @@ _most: ContextVar[float] = ContextVar("elbowroom_evaluations_ahead", default=flo
 
 
 @contextlib.contextmanager
-def policy(compile: Compile) -> Iterator[None]:
-    """Set what is compiled inside."""
-    if compile not in get_args(Compile):
-        raise ValueError(f"compile must be one of {', '.join(get_args(Compile))}, got {compile!r}")
-    token = _policy.set(compile)
+def _inside(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _policy.reset(token)
+        variable.reset(token)
+
+
+def policy(compile: Compile) -> AbstractContextManager[None]:
+    """Set what is compiled inside."""
+    if compile not in get_args(Compile):
+        raise ValueError(f"compile must be one of {', '.join(get_args(Compile))}, got {compile!r}")
+    return _inside(_policy, compile)
 
 
 def current_policy() -> Compile:
@@ -67,14 +73,9 @@ def current_policy() -> Compile:
     return _policy.get()
 
 
-@contextlib.contextmanager
-def expecting(data: int) -> Iterator[None]:
+def expecting(data: int) -> AbstractContextManager[None]:
     """Say how many data there are in all, at least: what is compiled for some of them serves the others."""
-    token = _ahead.set(data_ahead(data))
-    try:
-        yield
-    finally:
-        _ahead.reset(token)
+    return _inside(_ahead, data_ahead(data))
 
 
 def data_ahead(here: int) -> int:
@@ -82,14 +83,9 @@ def data_ahead(here: int) -> int:
     return max(here, _ahead.get())
 
 
-@contextlib.contextmanager
-def at_most(evaluations: int) -> Iterator[None]:
+def at_most(evaluations: int) -> AbstractContextManager[None]:
     """Say that each datum is evaluated at so many points at most, where that may be few."""
-    token = _most.set(min(evaluations, _most.get()))
-    try:
-        yield
-    finally:
-        _most.reset(token)
+    return _inside(_most, evaluations_ahead(evaluations))
 
 
 def evaluations_ahead(usual: float) -> float:

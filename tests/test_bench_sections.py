@@ -83,10 +83,10 @@ def test_the_table_of_epochs_divides_by_the_faster_of_ours():
     section = training.epoch_section([(torch.device("cpu"), 20, training.epoch_table(found))], "images", training.FULL, ARGS)
     ((_, *rows),) = tables(section)
     assert [row[4] for row in rows] == ["2.00 (2.00 .. 2.00)", "1", "3.50 (3.00 .. 4.00)"]
-    assert rows[2][5:7] == ["4.00", "3.00"], "the third round began on one cache and ended on two"
+    assert rows[2][5:7] == ["4.00", "3.00"], "the cores were near before the third round and far after it"
     assert [row[2] for row in rows] == ["0.60", "9.00", "0.90"]
     assert rows[2][7] == "-117.00 (-117.50 .. -116.50)"
-    assert "40 ns in 1 of 3 rounds, which is one L3 cache for both; 170 ns in 1 of 3" in training.placement(found)
+    assert "40 ns in 1 of 3 rounds, near, as within one L3 cache; 170 ns in 1 of 3 rounds, far" in training.placement(found)
     for one in found:
         one.apart[:] = [(math.nan, math.nan)] * 3
     assert training.placement(found) == ""
