@@ -21,7 +21,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar, get_args
@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from elbowroom.errors import first_line
-from elbowroom.inference.products import by_onednn
+from elbowroom.inference.products import by_halves, by_onednn
 from elbowroom.inference.scopes import undisturbed
 from elbowroom.stages import stage
 
@@ -156,11 +156,12 @@ class Graph:
         with torch.no_grad():
             return tuple(self.module(*[t.contiguous() for t in inputs], *self.constants))
 
-    def compile(self, check: Callable[[Graph], None] | None = None) -> float:
+    def compile(self, check: Callable[[Graph], None] | None = None, updated: Collection[int] = ()) -> float:
         """Compile the graph into fused kernels, once; returns the seconds it took.
 
         Args:
             check: called with the compiled graph; where it raises, the graph is replayed as before.
+            updated: inputs, by their places, that an optimizer writes between calls, each core a part of the rows.
 
         Raises:
             Untraceable: there is no C++ compiler, or TorchInductor cannot, or the check says so.
@@ -169,7 +170,7 @@ class Graph:
             return 0.0
         start = time.perf_counter()
         with stage("compile"):
-            self._kernel = _inductor(self.module)
+            self._kernel = _inductor(self.module, updated)
             try:
                 if check is not None:
                     check(self)
@@ -179,7 +180,7 @@ class Graph:
         return time.perf_counter() - start
 
 
-def _inductor(module: Any) -> Callable[..., Any]:
+def _inductor(module: Any, updated: Collection[int]) -> Callable[..., Any]:
     """Compile a traced module; it takes its tensors one by one."""
     values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     if values[0].device.type == "cpu" and not _has_compiler():
@@ -187,13 +188,13 @@ def _inductor(module: Any) -> Callable[..., Any]:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch deprecates parts of itself
-            kernel = _kernel(module, values)
+            kernel = _kernel(module, values, updated)
     except Exception as error:  # whatever a compiler raises
         raise Untraceable(f"compiling failed ({first_line(error)})") from error
     return lambda *tensors: kernel(list(tensors))
 
 
-def _kernel(module: Any, values: list[Any]) -> Callable[[list[Tensor]], Any]:
+def _kernel(module: Any, values: list[Any], updated: Collection[int]) -> Callable[[list[Tensor]], Any]:
     """Compile for the sizes and layouts of the placeholders, without the guards that torch.compile would check at each call."""
     import torch._inductor.config as settings
     from torch._guards import TracingContext, tracing
@@ -203,6 +204,8 @@ def _kernel(module: Any, values: list[Any]) -> Callable[[list[Tensor]], Any]:
     with settings.patch(fallback_random=True), tracing(TracingContext(values[0].fake_mode)):
         plain = make_fx(_functional(module), _decompositions(), "symbolic")(*values)
         plain.graph.eliminate_dead_code()
+        inputs = [node for node in plain.graph.nodes if node.op == "placeholder"]
+        by_halves(plain.graph, {inputs[place] for place in updated})
         by_onednn(plain.graph)
         plain.recompile()
         return compile_fx_inner(plain, values)

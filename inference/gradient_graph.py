@@ -112,7 +112,8 @@ class GradientGraph:
             Untraceable: it cannot be compiled.
         """
         assert self.graph is not None
-        return self.graph.compile(lambda _: self._compare(batch, "compiled graph"))
+        updated = [place for place, path in enumerate(self.paths) if path in self.trained]
+        return self.graph.compile(lambda _: self._compare(batch, "compiled graph"), updated)
 
     def __call__(self, batch: Batch, kl_weight: float) -> tuple[float, float, list[Tensor | None]] | None:
         """Return objective and ELBO for all N data, and a gradient for each trained parameter.

@@ -143,6 +143,44 @@ def test_large_products_of_whatever_layout_are_those_of_torch(monkeypatch):
     assert found == [4 if many else 0, 0]
 
 
+def test_products_by_halves_of_weights_are_those_of_torch(monkeypatch):
+    """X W^T, X W and what looks alike; of weights that are updated, with an even number of rows, by not too many rows of X."""
+    x, w, v, odd, b = (
+        torch.randn(64, 300),
+        torch.randn(800, 300),
+        torch.randn(300, 800),
+        torch.randn(801, 300),
+        torch.randn(1600),
+    )
+    many = torch.randn(products.ROWS + 1, 300)
+
+    def function(x: Tensor, w: Tensor, v: Tensor, odd: Tensor, b: Tensor, many: Tensor) -> tuple[Tensor, ...]:
+        by_halves = x @ w.T, torch.addmm(b[::2], x, w.T), torch.addmm(b[:1], x, v), x @ v.T.T, v.T.contiguous() @ v @ w
+        by_halves += torch.addmm(b[:800], many[:64], v), (x @ w.T).T.contiguous().T @ w
+        return (
+            *by_halves,
+            x @ odd.T,
+            many @ w.T,
+            x @ v[:, 1:],
+            x @ (w + 1).T,
+            x @ w[:10].T,
+            w.T @ v.T,
+            torch.addmm(b[:800], x, v, beta=2),
+        )
+
+    found: list[int] = []
+    by_halves = products.by_halves
+    monkeypatch.setattr(compiled, "by_halves", lambda graph, updated: found.append(by_halves(graph, updated)))
+    given = [x, w, v, odd, b, many]
+    for cores, updated, count in ((2, (1, 2, 3), 7), (2, (2,), 3), (2, (), 0), (3, (1, 2, 3), 0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        graph = Graph(function, given)
+        graph.compile(updated=updated)
+        assert found.pop() == (count if torch.backends.mkl.is_available() else 0)
+        for ours, theirs in zip(graph(*given), function(*given), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
 def test_a_bias_that_is_strided_or_repeated_is_that_of_torch():
     """oneDNN reads a bias as numbers in a row, past the end of one that is expanded."""
     x, w, b = torch.randn(64, 300), torch.randn(300, 800), torch.randn(1600)
