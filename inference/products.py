@@ -97,7 +97,7 @@ def _parts(node: Node) -> tuple[Any, Any, Any] | None:
     sizes = (*left.shape, right.shape[1])
     if not all(isinstance(size, int) for size in sizes) or 2 * sizes[0] * sizes[1] * sizes[2] < LARGE:
         return None
-    return args if all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) else None  # type: ignore[return-value]
+    return args if all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) else None
 
 
 def _together(bias: Any, x: Any, weights: Any) -> bool:

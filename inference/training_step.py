@@ -15,9 +15,9 @@ from __future__ import annotations
 import logging
 from operator import is_
 
-import torch
 from torch import Tensor, nn
 
+from elbowroom.inference.adam import Adam
 from elbowroom.inference.compiled import Compile, Untraceable
 from elbowroom.inference.gradient_graph import GradientGraph, evaluate, modules
 from elbowroom.inference.objectives import ELBO, Objective
@@ -73,7 +73,7 @@ class Step:
         self.clip = None if gradient_clip is None else gradient_clip * size
         self.objective = objective or ELBO()
         self.compile, self.steps, self.precision = compile, steps, precision
-        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
+        self.optimizer = Adam(self.parameters, learning_rate)
         self.prepared = compile == "never"
         self.graph: GradientGraph | None = None
         self.whole: WholeStep | None = None
@@ -114,7 +114,7 @@ class Step:
             parameter.grad = gradient
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        self.optimizer.step()
+        self.optimizer.update()
         return objective / self.size, elbo / self.size
 
     def prepare(self, batch: Batch) -> None:
@@ -172,7 +172,7 @@ class Step:
             return
         state = self.optimizer.state_dict()
         self.parameters, self.seen = _trainable(self.vae), seen
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.optimizer.param_groups[0]["lr"], fused=True)
+        self.optimizer = Adam(self.parameters, self.optimizer.param_groups[0]["lr"])
         self.optimizer.load_state_dict(state)
         self.whole = None
 

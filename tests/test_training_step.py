@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from elbowroom import components, promises
 from elbowroom.errors import NonFiniteLoss
 from elbowroom.inference import training_step
+from elbowroom.inference.adam import Adam
 from elbowroom.inference.bounds import IWAE, Beta, DReG, Renyi, StickingTheLanding
 from elbowroom.inference.enumerated import TraceEnum
 from elbowroom.inference.objectives import ELBO, MeanFieldELBO, NonFiniteSite
@@ -442,3 +443,24 @@ def test_a_fit_names_row_and_site_from_a_graph_too(replayed):
     vae.adapt = lambda **_: None
     with pytest.raises(NonFiniteLoss, match=found):
         fit(vae, x, x[:0], epochs=50, batch_size=7)
+
+
+def test_adam_is_that_of_torch_bit_for_bit() -> None:
+    """With gradients that come and go, another learning rate, and a state that is loaded in between."""
+    torch.manual_seed(0)
+    mine = [torch.nn.Parameter(torch.randn(size)) for size in ((40, 30), (30,), ())]
+    theirs = [torch.nn.Parameter(value.detach().clone()) for value in mine]
+    adam, other = Adam(mine, 1e-2), torch.optim.Adam(theirs, lr=1e-2, fused=True)
+    for turn in range(12):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = None if turn in {0, 5} and a is mine[1] else torch.randn_like(a)
+            b.grad = None if a.grad is None else a.grad.clone()
+        if turn == 7:
+            adam.load_state_dict(copy.deepcopy(other.state_dict()))
+        if turn == 9:
+            adam.param_groups[0]["lr"] = other.param_groups[0]["lr"] = 3e-2
+        adam.update()
+        other.step()
+        assert all(map(torch.equal, mine, theirs)), turn
+    for a, b in zip(adam.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
