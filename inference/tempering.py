@@ -2,9 +2,14 @@ r"""Parallel tempering for the posteriors that single chains do not cross: repli
 
 Every datum has its own ladder of inverse temperatures, the one that the mode search raised b by: neighbours overlap by
 construction. The replica at b = 0 is drawn afresh from the prior each time, so what reaches b = 1 comes from anywhere that the
-prior knows of. Swaps of even and odd neighbours alternate (non-reversible: Syed, Bouchard-Cote, Deligiannidis and Doucet 2022,
-https://doi.org/10.1111/rssb.12464) and are accepted with probability min(1, exp((b_i - b_j) (log p(x|z_j) - log p(x|z_i)))).
-Chains are independent ensembles, so R-hat and ESS mean what they always mean.
+prior knows of. After every move, even and odd neighbours swap, in random order, with probability
+min(1, exp((b_i - b_j) (log p(x|z_j) - log p(x|z_i)))). Chains are independent ensembles, so R-hat and ESS mean what they always
+mean.
+
+Alternating even and odd from move to move (Syed, Bouchard-Cote, Deligiannidis and Doucet 2022,
+https://doi.org/10.1111/rssb.12464) would save swaps, which cost little here, and carry replicas up and down in step: the
+autocorrelation at b = 1 comes back after each round trip, beyond the lags at which Geyer's estimator stops. On two modes of
+unequal mass the stated ESS was 1.9 times what means had (rms error 1.3 MCSE), and a draw worth a fifth less.
 """
 
 from __future__ import annotations
@@ -60,7 +65,6 @@ class Tempering:
         start = torch.cat([q.sample(chains - len(ends), generator), ends]).to(log_joint.tested.dtype)
         self.z = start.unsqueeze(1).expand(chains, k, n, d).clone()
         self.step = torch.full((k * n,), d**-0.25, dtype=start.dtype, device=start.device)
-        self.sweeps = 0
         with log_joint.held():
             everyone = _Replicas(Bridge(log_joint, self.z), self.b, self.root, self.step)
             adaptation = DualAveraging(self.step)
@@ -108,18 +112,20 @@ class Tempering:
 
     def _sweep(self, some: _Replicas) -> Move:
         """Move every replica, draw the hottest afresh, swap neighbours."""
-        low, high = LEAPFROGS
-        n_steps = int(torch.randint(low, high, (), generator=self.generator, device=some.b.device))
+        n_steps, first = (
+            int(torch.randint(low, high, (), generator=self.generator, device=some.b.device))
+            for low, high in (LEAPFROGS, (0, 2))
+        )
         move = some.bridge.move(some.b, some.root, some.step, n_steps, self.generator)
         some.bridge.replace(0, some.fresh(self))
-        self._swap(some)
-        self.sweeps += 1
+        for parity in (first, 1 - first):
+            self._swap(some, parity)
         return move
 
-    def _swap(self, some: _Replicas) -> None:
+    def _swap(self, some: _Replicas, parity: int) -> None:
         likelihood = some.bridge.likelihood  # (C, K, N)
         c, k, n = likelihood.shape
-        first = torch.arange(self.sweeps % 2, k - 1, 2, device=likelihood.device)
+        first = torch.arange(parity, k - 1, 2, device=likelihood.device)
         if not len(first):
             return
         gain = (some.b[first] - some.b[first + 1]) * (likelihood[:, first + 1] - likelihood[:, first])
