@@ -18,8 +18,11 @@ class Adam(torch.optim.Adam):
 
     def __init__(self, parameters: Sequence[nn.Parameter], learning_rate: float) -> None:
         super().__init__(parameters, lr=learning_rate, fused=True)
-        self._parts: tuple[list[Tensor], ...] = ()
-        self._parts_of: object = None
+        self._means: list[Tensor] = []
+        self._squares: list[Tensor] = []
+        self._steps: list[Tensor] = []
+        self._count = torch.empty(0)  # what the steps are views of
+        self._of: object = None  # the state that these are of
 
     @torch.no_grad()
     def update(self) -> None:
@@ -27,23 +30,19 @@ class Adam(torch.optim.Adam):
         (group,) = self.param_groups
         parameters = group["params"]
         gradients = [parameter.grad for parameter in parameters]
-        if self._parts_of is not self.state or any(gradient is None for gradient in gradients):
+        if self._of is not self.state or any(gradient is None for gradient in gradients):
             self.step()
-            states = [self.state[parameter] for parameter in parameters if parameter in self.state]
-            whole = len(states) == len(parameters)
-            self._parts = tuple([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-            self._parts_of = self.state if whole else None
+            self._look_up()
             return
-        means, squares, steps = self._parts
-        torch._foreach_add_(steps, 1)
+        self._count += 1
         beta1, beta2 = group["betas"]
         torch._fused_adam_(
             parameters,
             gradients,
-            means,
-            squares,
+            self._means,
+            self._squares,
             [],
-            steps,
+            self._steps,
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
@@ -52,3 +51,16 @@ class Adam(torch.optim.Adam):
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
         )
+
+    def _look_up(self) -> None:
+        """Look up the moments, and count the steps of all parameters at once."""
+        parameters = self.param_groups[0]["params"]
+        states = [self.state[parameter] for parameter in parameters if parameter in self.state]
+        self._of = None
+        if len(states) == len(parameters):
+            self._count = torch.stack([state["step"] for state in states])
+            self._means, self._squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            self._steps = list(self._count.unbind())
+            for state, step in zip(states, self._steps, strict=True):
+                state["step"] = step
+            self._of = self.state
