@@ -250,8 +250,8 @@ def judge(problem: Problem, posterior: Posterior, seen: Estimates | None = None)
     )
 
 
-def examine(name: str, n: int, seed: int, methods: Sequence[str] = tuple(METHODS)) -> list[Judged]:
-    """Run the methods that apply to a problem over n of its data, and judge each.
+def examine(name: str, n: int, seed: int, methods: Sequence[str] = tuple(METHODS), run: int = 0) -> list[Judged]:
+    """Run the methods that apply to a problem over n of its data, and judge each; another run has other random numbers.
 
     Where annealing runs beside HMC, its upper bounds start from HMC's certified draws.
     """
@@ -264,7 +264,7 @@ def examine(name: str, n: int, seed: int, methods: Sequence[str] = tuple(METHODS
             continue
         start = time.perf_counter()
         with watched(problem) as seen:
-            posterior = reference(problem.log_joint, keep=KEEP, seed=7919 * seed + 101 * k + 1)
+            posterior = reference(problem.log_joint, keep=KEEP, seed=7919 * seed + 101 * k + 1 + run)
         if method == "hmc":
             certified = posterior
         if method == "ais" and certified is not None:
