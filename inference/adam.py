@@ -16,13 +16,15 @@ class Adam(torch.optim.Adam):
         learning_rate: at first.
     """
 
+    # of the class, for a copy of an optimizer has its state and nothing else
+    _of: object = None  # the state that the others are of
+    _means: list[Tensor]
+    _squares: list[Tensor]
+    _count: Tensor
+    _steps: list[Tensor]  # views of the count
+
     def __init__(self, parameters: Sequence[nn.Parameter], learning_rate: float) -> None:
         super().__init__(parameters, lr=learning_rate, fused=True)
-        self._means: list[Tensor] = []
-        self._squares: list[Tensor] = []
-        self._steps: list[Tensor] = []
-        self._count = torch.empty(0)  # what the steps are views of
-        self._of: object = None  # the state that these are of
 
     @torch.no_grad()
     def update(self) -> None:

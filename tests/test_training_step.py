@@ -446,12 +446,14 @@ def test_a_fit_names_row_and_site_from_a_graph_too(replayed):
 
 
 def test_adam_is_that_of_torch_bit_for_bit() -> None:
-    """With gradients that come and go, another learning rate, and a state that is loaded in between."""
+    """With gradients that come and go, another learning rate, and a state that is loaded or copied in between."""
     torch.manual_seed(0)
     mine = [torch.nn.Parameter(torch.randn(size)) for size in ((40, 30), (30,), ())]
     theirs = [torch.nn.Parameter(value.detach().clone()) for value in mine]
     adam, other = Adam(mine, 1e-2), torch.optim.Adam(theirs, lr=1e-2, fused=True)
     for turn in range(12):
+        if turn == 8:
+            adam, mine = copy.deepcopy((adam, mine))
         for a, b in zip(mine, theirs, strict=True):
             a.grad = None if turn in {0, 5} and a is mine[1] else torch.randn_like(a)
             b.grad = None if a.grad is None else a.grad.clone()
