@@ -9,7 +9,7 @@ mean.
 Alternating even and odd from move to move (Syed, Bouchard-Cote, Deligiannidis and Doucet 2022,
 https://doi.org/10.1111/rssb.12464) would save swaps, which cost little here, and carry replicas up and down in step: the
 autocorrelation at b = 1 comes back after each round trip, beyond the lags at which Geyer's estimator stops. On two modes of
-unequal mass the stated ESS was 1.9 times what means had (rms error 1.3 MCSE), and a draw worth a fifth less.
+unequal mass the stated ESS was 1.7 times what means had (rms error 1.3 MCSE), and a draw worth a fifth less.
 """
 
 from __future__ import annotations
