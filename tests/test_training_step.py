@@ -449,6 +449,7 @@ def test_adam_is_that_of_torch_bit_for_bit() -> None:
     """With gradients that come and go, another learning rate, and a state that is loaded or copied in between."""
     torch.manual_seed(0)
     mine = [torch.nn.Parameter(torch.randn(size)) for size in ((40, 30), (30,), ())]
+    mine.append(torch.nn.Parameter(torch.randn(5, dtype=torch.float64)))
     theirs = [torch.nn.Parameter(value.detach().clone()) for value in mine]
     adam, other = Adam(mine, 1e-2), torch.optim.Adam(theirs, lr=1e-2, fused=True)
     for turn in range(12):
