@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from problems import MAJOR, NO_SD_ERROR, PROBLEMS, UNIMODAL, Problem
+from scipy import integrate, stats
 from torch import Tensor
 
 from elbowroom.analysis.evidence import sandwich
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Reference]] = {
 }
 KEEP = 2000
 LIMIT = 4.5  # MCSE
+MANY, WIDER = 50, 1.25  # data from which errors are judged together; how much wider than stated they may be
 FRACTION = 0.25  # of a mode's mass, below which the draws have missed it
 MARKOV = math.log(40)  # nats that a probabilistic bound is beyond the truth by with a probability below 2.5 %
 Z95 = 1.959963984540054
@@ -325,6 +327,11 @@ def shortcomings(judged: Judged) -> list[str]:
         if far:
             worst = float(z[t].nan_to_num().amax())
             bad.append(f"{at}: {what} of {far} of {int(t.sum())} certified data beyond {LIMIT} MCSE, worst {worst:.1f}")
+        # no one datum far off, but all a little: the worst of d coordinates, against that of d standard normals
+        of = z[t & z.isfinite()]
+        right = math.sqrt(integrate.quad(lambda u: 1 - stats.chi2(1).cdf(u) ** judged.relative.shape[1], 0, 60)[0])
+        if len(of) >= MANY and (rms := float(of.square().mean().sqrt())) > WIDER * right:
+            bad.append(f"{at}: the error of the {what} is {rms:.2f} MCSE in the root mean square, {right:.2f} is right")
     missing = int((judged.missed & t).sum())
     if missing:
         bad.append(f"{at}: {missing} certified data miss a mode of more than {MAJOR:.0%}")
