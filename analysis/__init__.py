@@ -1,1 +1,1 @@
-"""What can be trusted: evidence, gaps, distances, the audit, figures, ArviZ files and the report."""
+"""What can be trusted: audits, verdicts, answers, figures and reports."""

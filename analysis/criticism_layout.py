@@ -8,10 +8,10 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from elbowroom.analysis import rules
-from elbowroom.analysis.discrepancies import EffectKind, Judged
-from elbowroom.analysis.residuals import Residuals
-from elbowroom.analysis.table import LEVEL
+from elbowroom.analysis.checks.residuals import Residuals
+from elbowroom.analysis.checks.statistics import EffectKind, Judged
+from elbowroom.analysis.measures.table import LEVEL
+from elbowroom.analysis.verdict import rules
 
 NATS = ("log_likelihood", "log_prior")  # statistics whose differences are in nats
 

@@ -16,9 +16,9 @@ import h5netcdf
 import numpy as np
 import xarray as xr
 
-from elbowroom.archive import too_large
 from elbowroom.errors import RunFolderError
-from elbowroom.files import atomic
+from elbowroom.system.archive import too_large
+from elbowroom.system.files import atomic
 
 PROBABILITIES = 2**23  # most data x joint values that a file holds: 64 MB
 

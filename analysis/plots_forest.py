@@ -10,9 +10,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from elbowroom.analysis.canvas import EXACT, GUIDE, HALF, INK, PAPER, Absent, Plot, bare, count, heading, say, styled
-from elbowroom.analysis.plots import group
-from elbowroom.analysis.table import best_reference, column, in_words, trusted
+from elbowroom.analysis.measures.table import best_reference, column, in_words, trusted
+from elbowroom.analysis.plots.events import group
+from elbowroom.analysis.plots.style import EXACT, GUIDE, HALF, INK, PAPER, Absent, Plot, bare, count, heading, say, styled
 
 SHOWN = 4  # latents
 

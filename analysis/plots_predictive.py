@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
-from elbowroom.analysis.canvas import EXACT, GUIDE, INK, MUTED, WIDE, Absent, Plot, canvas, count, percent, say, styled
+from elbowroom.analysis.plots.style import EXACT, GUIDE, INK, MUTED, WIDE, Absent, Plot, canvas, count, percent, say, styled
 
 GROUPS = ("observed_data", "posterior_predictive", "prior_predictive")
 SITES = 3

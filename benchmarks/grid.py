@@ -18,12 +18,12 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.results import write
-from elbowroom.inference.landmarks import COARSE_BLOCK
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods import Bernoulli
-from elbowroom.models.networks import MLP
-from elbowroom.models.priors import Normal
+from elbowroom.inference.references.grid.landmarks import COARSE_BLOCK
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods.base import Bernoulli
+from elbowroom.models.networks.mlp import MLP
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 PIXELS, HIDDEN = 784, 200

@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from elbowroom.published import MNIST
+from elbowroom.data.published import MNIST
 
 SHIFTS, WHITE, HALF = 2, 128, 8  # pixels in every direction; thresholds on scales of 255 and of 16
 

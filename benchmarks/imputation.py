@@ -32,10 +32,10 @@ from torch import Tensor
 
 import elbowroom as er
 from benchmarks import results
-from elbowroom.analysis.imputation import coded, errors, losses, pieces
-from elbowroom.inference.importance import psis
-from elbowroom.models.categories import Codes
+from elbowroom.analysis.queries.imputation import coded, errors, losses, pieces
+from elbowroom.inference.references.importance.guide import psis
 from elbowroom.models.columns import Column
+from elbowroom.models.likelihoods.categorical import Codes
 
 HEADING = "## Imputation"
 SPEC = Path(__file__).parents[1] / "experiments" / "adult.yaml"

@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 import elbowroom as er
 from benchmarks.results import write
 from elbowroom.analysis import idata
-from elbowroom.analysis.screening import SCORES, adjusted, auroc, both_tails, high, low, two_sided
+from elbowroom.analysis.queries.novelty import SCORES, adjusted, auroc, both_tails, high, low, two_sided
 
 SPEC = Path(__file__).parents[1] / "experiments" / "digits.yaml"
 LEVEL, FDR, RESAMPLES = 0.05, 0.1, 100

@@ -26,13 +26,13 @@ import torch
 
 from benchmarks import measure, results
 from benchmarks.problem import DIM, PIXELS, Method, Problem, Run, Settings, fitted
-from elbowroom.inference.compiled import policy
-from elbowroom.inference.grid import Grid
-from elbowroom.inference.hmc import HMC
-from elbowroom.inference.precision import in_precision
-from elbowroom.inference.refit import refit
-from elbowroom.inference.sampler import WARMUP, Sampler
-from elbowroom.inference.scout import Scout, scout
+from elbowroom.inference.compiled.graph import policy
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.references.hmc.chains import WARMUP, Sampler
+from elbowroom.inference.references.hmc.hmc import HMC
+from elbowroom.inference.search.best_normal import refit
+from elbowroom.inference.search.scout import Scout, scout
+from elbowroom.inference.search.single_precision import in_precision
 
 HEADING = "## Posteriors"
 POINTS, RUNS, TRUTH = 104, 105, 106  # seeds

@@ -13,12 +13,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from benchmarks.images import magnified
-from elbowroom.inference.svi import Step, batches
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods import Bernoulli
-from elbowroom.models.networks import MLP
-from elbowroom.models.priors import Normal
+from elbowroom.inference.fit.svi import Step, batches
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods.base import Bernoulli
+from elbowroom.models.networks.mlp import MLP
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 PIXELS, DIM, EPOCHS = 64, 2, 100

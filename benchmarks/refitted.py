@@ -23,10 +23,10 @@ import torch
 import elbowroom as er
 from benchmarks.decomposition import CASES, EXPERIMENTS
 from benchmarks.results import write
-from elbowroom import asked
-from elbowroom.experiment import seam
-from elbowroom.inference.importance import amortized
-from elbowroom.inference.refit import refit
+from elbowroom.inference.references.importance.guide import amortized
+from elbowroom.inference.search.best_normal import refit
+from elbowroom.runs import rows as asked
+from elbowroom.spec.experiment import seam
 
 NAME = "mnist_d50"  # the same fit as the decomposition's
 DRAWS = 2_000

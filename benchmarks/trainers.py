@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from elbowroom.inference.gradient_graph import generators
-from elbowroom.inference.svi import Session, Step, batches, fit
+from elbowroom.inference.fit.step_graph import generators
+from elbowroom.inference.fit.svi import Session, Step, batches, fit
 from elbowroom.inference.window import Turn, Window
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal, positive_scale
-from elbowroom.models.likelihoods import Bernoulli
-from elbowroom.models.networks import MLP
-from elbowroom.models.priors import Normal
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal, positive_scale
+from elbowroom.models.likelihoods.base import Bernoulli
+from elbowroom.models.networks.mlp import MLP
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 RATE = 1e-3
@@ -273,7 +273,7 @@ def fit_by_svi(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, ended: E
 
 
 def our_fit(vae: VAE, x: Tensor, batch: int, epochs: int, seed: int, ended: Ended, *, compile: str) -> VAE:
-    """Fit by `elbowroom.inference.svi.fit`, without validation data and files."""
+    """Fit by `elbowroom.inference.fit.svi.fit`, without validation data and files."""
     torch.compiler.reset()
     vae = copy.deepcopy(vae)
     clock = Clock(x.device, ended)

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import cores, measure, results, trainers
 from benchmarks.images import images
 from benchmarks.trainers import COMPILED, EAGER, PRODUCTS, PYTHAE, SVI, Fit, Steps
-from elbowroom.inference.svi import evaluate_elbo
+from elbowroom.inference.fit.svi import evaluate_elbo
 from elbowroom.models.vae import VAE
 
 STEP, EPOCH = "## Training step", "## Training epoch"
@@ -347,7 +347,7 @@ def epoch_section(tables: Tables, what: str, size: Size, args: argparse.Namespac
         "",
         *measure.paragraph(
             f"One epoch of {size.rows:,} images ({what}), loading and shuffling included; the model, start and Adam of the "
-            "steps above, no validation data, no files. Ours: `elbowroom.inference.svi.fit`. By hand: a loop over a tensor in "
+            "steps above, no validation data, no files. Ours: `inference.fit.svi.fit`. By hand: a loop over a tensor in "
             "memory. pyro.infer.SVI: with a DataLoader, as in Pyro's VAE example. pythae: its VAE and BaseTrainer as they "
             "come (its loader, no worker, closed-form KL, best training loss kept), the same layers. Everyone in a process "
             f"of its own, one epoch of everyone after the other, the others waiting; {size.fits} fits of {size.epochs} "

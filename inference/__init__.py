@@ -1,1 +1,1 @@
-"""How it is computed: the seam (`target`), the fit, and every way to a posterior or an evidence."""
+"""How it is computed: the log joint of any Pyro pair, fits, and reference posteriors."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elbowroom.inference.lattice import floor_nan
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.references.grid.lattice import floor_nan
+from elbowroom.inference.target.log_joint import LogJoint
 
 STEPS = 16
 

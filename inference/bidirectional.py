@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from elbowroom.inference.annealing import Bound, lower, tune, upper
-from elbowroom.inference.normals import Normals
-from elbowroom.inference.paths import Path, PriorPath, RefitPath
-from elbowroom.inference.simulate import simulate
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.mcmc.normals import Normals
+from elbowroom.inference.references.ais.annealing import Bound, lower, tune, upper
+from elbowroom.inference.references.ais.paths import Path, PriorPath, RefitPath
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.simulate import simulate
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elbowroom.archive import check_stored
 from elbowroom.errors import RunFolderError
-from elbowroom.files import atomic, sha256, sha256_of
-from elbowroom.inference.rows import Rows
-from elbowroom.stages import stage
+from elbowroom.inference.fit.rows import Rows
+from elbowroom.system.archive import check_stored
+from elbowroom.system.files import atomic, sha256, sha256_of
+from elbowroom.system.stages import stage
 
 KEYS = ("identity", "rows", "best_epoch", "stopped_because", "model", "optimizer", "best", "rng", "cuda_rng", "shuffle")
 """What every checkpoint of a fit holds."""

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.target.log_joint import LogJoint
 
 CHAINS = 4  # independent draws are laid out as this many chains, the layout that ArviZ's summaries expect
 

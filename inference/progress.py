@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from elbowroom.inference.history import Row
-from elbowroom.inference.schedule import Plan
+from elbowroom.inference.fit.plan import Plan
+from elbowroom.inference.fit.record import Row
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""What is believed: priors, likelihoods, networks, guides, the VAE that joins them, and the closed-form oracle."""
+"""What is believed: p(x|z) p(z) and the guide q(z|x), as plain modules."""

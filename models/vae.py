@@ -13,11 +13,11 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from elbowroom.errors import UserError
-from elbowroom.models.guides import AmortizedGuide, Family, LogDensity
-from elbowroom.models.likelihoods import Gaussian, Likelihood
-from elbowroom.models.linear import LinearGaussian
-from elbowroom.models.networks import Linear
-from elbowroom.models.priors import Normal, Prior
+from elbowroom.models.guides.base import AmortizedGuide, Family, LogDensity
+from elbowroom.models.likelihoods.base import Gaussian, Likelihood
+from elbowroom.models.linear_gaussian import LinearGaussian
+from elbowroom.models.networks.mlp import Linear
+from elbowroom.models.priors.base import Normal, Prior
 
 PLATE = "data"
 

@@ -16,14 +16,14 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from elbowroom.analysis import audit as auditing
-from elbowroom.analysis import judgement, rules
-from elbowroom.analysis.diagnosis import diagnose
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal, Family, FullRankNormal
-from elbowroom.models.likelihoods import Bernoulli, Gaussian
-from elbowroom.models.linear import LinearGaussian
-from elbowroom.models.networks import MLP, Linear
-from elbowroom.models.priors import Normal
+from elbowroom.analysis.audit import auditor as auditing
+from elbowroom.analysis.audit.diagnosis import diagnose
+from elbowroom.analysis.verdict import judgement, rules
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal, Family, FullRankNormal
+from elbowroom.models.likelihoods.base import Bernoulli, Gaussian
+from elbowroom.models.linear_gaussian import LinearGaussian
+from elbowroom.models.networks.mlp import MLP, Linear
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 torch.set_num_threads(1)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from elbowroom import components, pairs
+from elbowroom.components import compatibility as pairs
+from elbowroom.components import registry as components
 
 KINDS = {"prior": "prior", "likelihood": "likelihood", "guide": "guide", "network": "network", "objective": "objective"}
 WORDS: dict[str, list[str]] = {factor: components.names(kind) for factor, kind in KINDS.items()}

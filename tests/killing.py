@@ -30,10 +30,11 @@ import numpy as np
 import torch
 import yaml
 
-from elbowroom import cli, document
-from elbowroom.analysis import report, verdict  # noqa: F401 - warmed up for the children
-from elbowroom.inference import svi
+from elbowroom.analysis.verdict import summary as verdict  # noqa: F401 - warmed up for the children
+from elbowroom.cli import app as cli
+from elbowroom.inference.fit import svi
 from elbowroom.run import Run  # noqa: F401
+from elbowroom.spec import document
 
 torch.set_num_threads(1)
 svi.Session = functools.partial(svi.Session, checkpoint_seconds=0.0)  # a checkpoint after every epoch

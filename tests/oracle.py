@@ -24,14 +24,15 @@ from problems import MAJOR, NO_SD_ERROR, PROBLEMS, UNIMODAL, Problem
 from scipy import integrate, stats
 from torch import Tensor
 
-from elbowroom.analysis.evidence import sandwich
-from elbowroom.inference import diagnostics, hmc
-from elbowroom.inference.ais import Annealed
-from elbowroom.inference.exact import ClosedForm
-from elbowroom.inference.grid import Grid
-from elbowroom.inference.hmc import HMC
+from elbowroom.analysis.measures.evidence import sandwich
+from elbowroom.inference.mcmc import diagnostics
 from elbowroom.inference.posterior import Posterior, Reference
-from elbowroom.inference.proposal import ImportanceSampling
+from elbowroom.inference.references.ais.ais import Annealed
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.references.hmc import hmc
+from elbowroom.inference.references.hmc.hmc import HMC
+from elbowroom.inference.references.importance.importance import ImportanceSampling
 
 F64 = torch.float64
 METHODS: dict[str, type[Reference]] = {

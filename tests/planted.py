@@ -19,18 +19,18 @@ import torch
 from conftest import linear_vae, set_guide
 from torch import Tensor
 
-from elbowroom.analysis.audit import audit_log_joint
-from elbowroom.analysis.criticism import criticise
-from elbowroom.analysis.information import information
-from elbowroom.analysis.judgement import Judgement
-from elbowroom.analysis.rules import judge
-from elbowroom.inference.exact import ClosedForm
-from elbowroom.inference.grid import Grid
+from elbowroom.analysis.audit.auditor import audit_log_joint
+from elbowroom.analysis.checks.criticism import criticise
+from elbowroom.analysis.latents.information import information
+from elbowroom.analysis.verdict.judgement import Judgement
+from elbowroom.analysis.verdict.rules import judge
 from elbowroom.inference.posterior import Reference
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import AmortizedGuide
-from elbowroom.models.linear import LinearGaussian
-from elbowroom.models.networks import MLP
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.linear_gaussian import LinearGaussian
+from elbowroom.models.networks.mlp import MLP
 from elbowroom.models.vae import VAE
 
 N = 60

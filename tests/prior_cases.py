@@ -10,15 +10,15 @@ import pyro
 import torch
 from torch import Tensor
 
-from elbowroom.models.constrained import Dirichlet, Gamma, LogisticNormal, LogNormal
-from elbowroom.models.discrete import Bernoulli, BernoulliFamily, Categorical, CategoricalFamily
-from elbowroom.models.flows import Flow
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal, Family, Onto
-from elbowroom.models.hierarchy import Hierarchical, HierarchicalFamily
-from elbowroom.models.likelihoods import Gaussian
-from elbowroom.models.mixtures import GaussianMixture, Vamp
-from elbowroom.models.networks import MLP
-from elbowroom.models.priors import Laplace, Normal, Prior, StudentT
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal, Family, Onto
+from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.networks.mlp import MLP
+from elbowroom.models.priors.base import Laplace, Normal, Prior, StudentT
+from elbowroom.models.priors.constrained import Dirichlet, Gamma, LogisticNormal, LogNormal
+from elbowroom.models.priors.discrete import Bernoulli, BernoulliFamily, Categorical, CategoricalFamily
+from elbowroom.models.priors.flow import Flow
+from elbowroom.models.priors.hierarchical import Hierarchical, HierarchicalFamily
+from elbowroom.models.priors.mixtures import GaussianMixture, Vamp
 from elbowroom.models.vae import VAE
 
 WIDTH = 4

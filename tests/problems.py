@@ -19,7 +19,7 @@ import torch
 from conftest import linear_vae, set_guide
 from torch import Tensor
 
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.target.log_joint import LogJoint
 
 F64 = torch.float64
 LOG_2PI = math.log(2 * math.pi)

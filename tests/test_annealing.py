@@ -17,15 +17,15 @@ import torch
 from conftest import linear_vae
 from torch import Tensor
 
-from elbowroom.inference import ais, annealing
-from elbowroom.inference.ais import Annealed
-from elbowroom.inference.annealing import Plan, lower, schedule, summarise, tune, upper
 from elbowroom.inference.bidirectional import bdmc
-from elbowroom.inference.normals import Normals
-from elbowroom.inference.paths import Metric, PriorPath, RefitPath, StudentT
+from elbowroom.inference.mcmc.normals import Normals
+from elbowroom.inference.references.ais import ais, annealing
+from elbowroom.inference.references.ais.ais import Annealed
+from elbowroom.inference.references.ais.annealing import Plan, lower, schedule, summarise, tune, upper
+from elbowroom.inference.references.ais.paths import Metric, PriorPath, RefitPath, StudentT
 from elbowroom.inference.resampling import resample
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.linear import LinearGaussian
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.linear_gaussian import LinearGaussian
 
 F64 = torch.float64
 

@@ -16,15 +16,15 @@ import torch
 import xarray as xr
 from conftest import linear_vae, mlp_vae, set_guide
 
-from elbowroom.analysis.audit import Audit, audit, audit_log_joint
-from elbowroom.analysis.distances import sliced_wasserstein
-from elbowroom.analysis.evidence import LOWER_BOUND
-from elbowroom.analysis.tabulate import VARIABLES
-from elbowroom.analysis.verdict import sentences
+from elbowroom.analysis.audit.auditor import Audit, audit, audit_log_joint
+from elbowroom.analysis.measures.distances import sliced_wasserstein
+from elbowroom.analysis.measures.evidence import LOWER_BOUND
+from elbowroom.analysis.measures.tabulate import VARIABLES
+from elbowroom.analysis.verdict.summary import sentences
 from elbowroom.errors import RunFolderError, UserError
-from elbowroom.inference.grid import Grid
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import FullRankNormal
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import FullRankNormal
 
 F64 = torch.float64
 
@@ -182,7 +182,7 @@ def test_blocks_of_data_give_the_table_of_one_pass(monkeypatch: pytest.MonkeyPat
     vae, x, oracle = linear_vae(2, 6, n=10)
     log_joint = LogJoint(vae.model, vae.guide, x)
     whole = audit_log_joint(log_joint, references=["grid"], draws=400, keep=200).table
-    monkeypatch.setattr("elbowroom.analysis.audit.BLOCK", 1600)
+    monkeypatch.setattr("elbowroom.analysis.audit.auditor.BLOCK", 1600)
     said: list[str] = []
     blocks = audit_log_joint(log_joint, references=["grid"], draws=400, keep=200, progress=said.append).table
     assert "grid for data 4..7 of 10" in said

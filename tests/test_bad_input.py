@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from elbowroom import document
-from elbowroom.cli import main
+from elbowroom.cli.app import main
 from elbowroom.run import fit
+from elbowroom.spec import document
 
 SPEC = {
     "data": {"name": "file", "path": "x.npy"},

@@ -17,7 +17,7 @@ from benchmarks.images import images
 from benchmarks.problem import Method
 from benchmarks.results import replaced
 
-from elbowroom.inference.compiled import Operations
+from elbowroom.inference.compiled.graph import Operations
 
 ARGS = argparse.Namespace(
     threads=2, quick=False, ours=True, print=True, data=1000, hidden=64, warmup=300, draws=300, repeats=2, methods=["hmc"]

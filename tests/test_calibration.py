@@ -14,13 +14,14 @@ from conftest import linear_vae, set_guide
 from prior_cases import DISCRETE, by_name, data_of, vae_of
 from torch import Tensor
 
-from elbowroom.analysis import idata, ranks
-from elbowroom.analysis.calibration import LEVELS, observed, simulated
+from elbowroom.analysis import idata
+from elbowroom.analysis.checks import ranks
+from elbowroom.analysis.checks.calibration import LEVELS, observed, simulated
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.enumeration import Enumeration
-from elbowroom.inference.exact import ClosedForm
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import FullRankNormal
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.references.enumeration import Enumeration
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import FullRankNormal
 
 F64 = torch.float64
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from elbowroom import catalogue, components
-from elbowroom.cli import main
+from elbowroom.cli.app import main
+from elbowroom.components import registry as components
+from elbowroom.conformance import catalogue
 
 ROOT = Path(__file__).parents[1]
 ALL = [(kind, name) for kind in components.kinds() for name in components.own_names(kind)]
@@ -83,7 +84,7 @@ def test_json_says_the_same(printed):
 
 @pytest.mark.parametrize(("kind", "example"), [(kind, catalogue._example(kind)) for kind in components.kinds()])
 def test_the_examples_are_valid(kind, example):
-    from elbowroom import document, spec
+    from elbowroom.spec import document, spec
 
     tree = {"data": "digits", "model": {"latent_dim": 1, "likelihood": "gaussian"}}
     where = catalogue.HEADINGS[kind][0].split(", ")[0]

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elbowroom import document
-from elbowroom.cli import main
+from elbowroom.cli.app import main
+from elbowroom.spec import document
 
 SPEC = {
     "data": {"name": "file", "path": "x.npy"},
@@ -118,7 +118,7 @@ def test_version_and_bare_command(capsys):
 
 
 def test_our_fault_is_not_hidden(here, monkeypatch):
-    monkeypatch.setattr("elbowroom.spec.load", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("elbowroom.spec.spec.load", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["spec", "show", "s.yaml"])
 
@@ -146,7 +146,9 @@ def test_help_imports_nothing_heavy_and_is_quick():
 
 
 def test_report_does_not_import_torch(here):
-    code = "import sys, elbowroom.cli as c\ntry: c.main(['report', 'nowhere'])\nexcept SystemExit as s: assert s.code == 2\n"
+    code = (
+        "import sys, elbowroom.cli.app as c\ntry: c.main(['report', 'nowhere'])\nexcept SystemExit as s: assert s.code == 2\n"
+    )
     code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

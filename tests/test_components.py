@@ -9,12 +9,13 @@ import pytest
 from annotated_types import Gt
 from torch import Tensor
 
-from elbowroom import components, spec
+from elbowroom.components import registry as components
+from elbowroom.conformance.conformance import problems_of
 from elbowroom.errors import SpecError
-from elbowroom.models.likelihoods import Gaussian
-from elbowroom.models.networks import MLP
-from elbowroom.models.priors import Normal
-from elbowroom.protocol import problems_of
+from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.networks.mlp import MLP
+from elbowroom.models.priors.base import Normal
+from elbowroom.spec import spec
 
 ALL = [(kind, name) for kind in components.kinds() for name in components.names(kind)]
 
@@ -177,7 +178,7 @@ def test_check_names_the_broken_promise(plug_in):
 
 
 def test_types_in_words():
-    from elbowroom.schema import options, type_text
+    from elbowroom.components.schema import options, type_text
 
     def function(
         *,

@@ -16,13 +16,14 @@ import xarray as xr
 from conftest import linear_vae
 from torch import Tensor
 
-from elbowroom.analysis import criticism, rules
-from elbowroom.analysis.criticism import criticise
-from elbowroom.analysis.discrepancies import correlations, judge, kind_of, suited
-from elbowroom.inference.enumeration import Enumeration
-from elbowroom.inference.exact import ClosedForm
+from elbowroom.analysis.checks import criticism
+from elbowroom.analysis.checks.criticism import criticise
+from elbowroom.analysis.checks.statistics import correlations, judge, kind_of, suited
+from elbowroom.analysis.verdict import rules
 from elbowroom.inference.posterior import Posterior
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.references.enumeration import Enumeration
+from elbowroom.inference.target.log_joint import LogJoint
 
 F64 = torch.float64
 RATES = torch.tensor([[1.0, 3.0, 5.0, 2.0], [6.0, 0.5, 5.0, 4.0]], dtype=F64)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from elbowroom import components, data
-from elbowroom.builtin import Digits, LinearGaussianData
-from elbowroom.data import DataError, Dataset, File, split_rows
+from elbowroom.components import registry as components
+from elbowroom.data import dataset as data
+from elbowroom.data.builtin import Digits, LinearGaussianData
+from elbowroom.data.dataset import DataError, Dataset, File, split_rows
 from elbowroom.errors import SpecError, UserError
 
 

@@ -15,10 +15,10 @@ from conftest import linear_vae, set_guide
 from planted import FAULTS, verdicts
 
 import elbowroom as er
-from elbowroom.analysis import judgement
-from elbowroom.analysis.diagnosis import diagnose
-from elbowroom.inference.exact import ClosedForm
-from elbowroom.inference.target import LogJoint
+from elbowroom.analysis.audit.diagnosis import diagnose
+from elbowroom.analysis.verdict import judgement
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.target.log_joint import LogJoint
 
 PARTS = {"information", "prior_sbc", "posterior_sbc", "checks", "simulated", "verdicts"}
 PREDICTIVE = {"prior_predictive", "posterior_predictive", "observed_data", "log_likelihood"}
@@ -76,7 +76,7 @@ def test_without_diagnosis_there_is_none_and_an_old_one_goes(tmp_path):
 @pytest.mark.parametrize("fault", ["none", "empty", "lacks advice", "no coordinate", "words for numbers"])
 def test_verdicts_that_cannot_be_read_are_one_line(tmp_path, fault):
     from elbowroom.analysis import idata
-    from elbowroom.analysis.report import Files
+    from elbowroom.analysis.report.report import Files
     from elbowroom.errors import RunFolderError
 
     audit = er.audit(model, guide, torch.tensor([0.0, 3.0, 11.0]), diagnose=False)
@@ -97,7 +97,7 @@ def test_verdicts_that_cannot_be_read_are_one_line(tmp_path, fault):
 
 
 def _diagnose(log_joint: LogJoint, **options) -> xr.DataTree:
-    from elbowroom.analysis.audit import audit_log_joint
+    from elbowroom.analysis.audit.auditor import audit_log_joint
 
     gaps = lambda other, seed: audit_log_joint(other, references=[ClosedForm()], draws=400, keep=100, seed=seed).table
     table = gaps(log_joint, 0)
@@ -118,8 +118,8 @@ def test_what_cannot_be_simulated_is_said_and_the_rest_is_there():
             pyro.sample("z", dist.Normal(0.8 * (2 * y + 1), 0.2**0.5))
 
     log_joint = LogJoint(odd, its_guide, torch.linspace(-1, 1, 30, dtype=torch.float64))
-    from elbowroom.analysis.audit import audit_log_joint
-    from elbowroom.inference.grid import Grid
+    from elbowroom.analysis.audit.auditor import audit_log_joint
+    from elbowroom.inference.references.grid.grid import Grid
 
     gaps = lambda other, seed: audit_log_joint(other, references=[Grid()], draws=400, keep=100, seed=seed).table
     found = diagnose(log_joint, gaps(log_joint, 0), [Grid()(log_joint, keep=400, seed=1)], {}, gaps, seed=0)
@@ -160,7 +160,7 @@ def test_the_gaps_of_a_rotated_model_are_those_of_the_closed_form():
     """Approximation 1/2 [sum log M_jj - log |M|] to .01 nat, all of it covariance; amortization 0."""
     from planted import orthogonal
 
-    from elbowroom.analysis.audit import audit_log_joint
+    from elbowroom.analysis.audit.auditor import audit_log_joint
 
     vae, x, oracle = orthogonal(5, turn=0.785)
     table = audit_log_joint(LogJoint(vae.model, vae.guide, x), references=[ClosedForm()], draws=1000).table

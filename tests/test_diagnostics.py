@@ -10,8 +10,8 @@ import pytest
 import torch
 from arviz_stats.base import array_stats
 
-from elbowroom.inference import diagnostics
-from elbowroom.inference.diagnostics import ebfmi, ess_bulk, ess_mean, ess_sd, ess_tail, mcse_mean, mcse_sd, rhat, split
+from elbowroom.inference.mcmc import diagnostics
+from elbowroom.inference.mcmc.diagnostics import ebfmi, ess_bulk, ess_mean, ess_sd, ess_tail, mcse_mean, mcse_sd, rhat, split
 
 F64 = torch.float64
 N_COLUMNS = 5

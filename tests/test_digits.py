@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import elbowroom as er
-from elbowroom.analysis.audit import Audit, audit_log_joint
-from elbowroom.inference.target import LogJoint
+from elbowroom.analysis.audit.auditor import Audit, audit_log_joint
+from elbowroom.inference.target.log_joint import LogJoint
 
 SPEC = Path(__file__).parents[1] / "experiments" / "digits.yaml"
 

@@ -12,9 +12,9 @@ from prior_cases import DISCRETE, by_name, data_of, unchecked, vae_of
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 
-from elbowroom.inference.enumeration import Enumeration
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.discrete import Bernoulli, BernoulliFamily, Binary, Categorical, CategoricalFamily
+from elbowroom.inference.references.enumeration import Enumeration
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.priors.discrete import Bernoulli, BernoulliFamily, Binary, Categorical, CategoricalFamily
 
 
 def all_values(vae) -> Tensor:

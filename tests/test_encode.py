@@ -11,8 +11,9 @@ import torch
 import xarray as xr
 
 import elbowroom as er
-from elbowroom import cli, streaming
+from elbowroom.cli import app as cli
 from elbowroom.errors import UserError
+from elbowroom.queries import stream as streaming
 
 TREE = {
     "schema": 1,

@@ -12,12 +12,12 @@ import pytest
 import torch
 from scipy.stats import binom, norm
 
-from elbowroom.analysis import audit as audit_module
-from elbowroom.analysis.audit import Audit, audit, audit_log_joint
+from elbowroom.analysis.audit import auditor as audit_module
+from elbowroom.analysis.audit.auditor import Audit, audit, audit_log_joint
 from elbowroom.errors import UnsupportedProgram, UserError
-from elbowroom.inference import discrete
-from elbowroom.inference.enumeration import Enumeration
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.references.enumeration import Enumeration
+from elbowroom.inference.target import discrete
+from elbowroom.inference.target.log_joint import LogJoint
 
 F64 = torch.float64
 Y = torch.tensor([-2.0, -0.3, 0.1, 0.9, 3.0], dtype=F64)

@@ -14,19 +14,19 @@ import xarray as xr
 from conftest import linear_vae, mlp_vae, set_guide
 from problems import F64, PROBLEMS
 
-from elbowroom.analysis import gaps
-from elbowroom.analysis.audit import audit_log_joint
-from elbowroom.analysis.evidence import AIS_BOUND, LOWER_BOUND, REFIT_BOUND, TWO_SIDED, climb, sandwich
-from elbowroom.analysis.gaps import guide_normals, refitted
-from elbowroom.analysis.tabulate import VARIABLES
-from elbowroom.analysis.verdict import sentences, summary
-from elbowroom.inference.ais import Annealed
-from elbowroom.inference.exact import ClosedForm
-from elbowroom.inference.importance import amortized
+from elbowroom.analysis.audit.auditor import audit_log_joint
+from elbowroom.analysis.measures import gaps
+from elbowroom.analysis.measures.evidence import AIS_BOUND, LOWER_BOUND, REFIT_BOUND, TWO_SIDED, climb, sandwich
+from elbowroom.analysis.measures.gaps import guide_normals, refitted
+from elbowroom.analysis.measures.tabulate import VARIABLES
+from elbowroom.analysis.verdict.summary import sentences, summary
 from elbowroom.inference.posterior import Evidence, Posterior, in_chains
-from elbowroom.inference.proposal import ImportanceSampling
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import FullRankNormal
+from elbowroom.inference.references.ais.ais import Annealed
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.references.importance.guide import amortized
+from elbowroom.inference.references.importance.importance import ImportanceSampling
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import FullRankNormal
 
 N = 4
 

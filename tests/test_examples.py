@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elbowroom.analysis.audit import Audit, audit
-from elbowroom.analysis.rules import ERRORS
-from elbowroom.inference.sharing import log_prob
+from elbowroom.analysis.audit.auditor import Audit, audit
+from elbowroom.analysis.verdict.rules import ERRORS
+from elbowroom.inference.program.factorised import log_prob
 
 ROOT = Path(__file__).parents[1]
 F64 = torch.float64

@@ -11,11 +11,11 @@ import xarray as xr
 from conftest import linear_vae, set_guide
 
 from elbowroom.analysis import idata
-from elbowroom.analysis.expectations import expectations
-from elbowroom.inference.exact import ClosedForm
-from elbowroom.inference.importance import amortized
+from elbowroom.analysis.measures.expectations import expectations
 from elbowroom.inference.posterior import Posterior
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.references.importance.guide import amortized
+from elbowroom.inference.target.log_joint import LogJoint
 
 F64 = torch.float64
 

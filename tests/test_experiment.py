@@ -11,11 +11,12 @@ import torch
 import yaml
 
 import elbowroom as er
-from elbowroom import document, folder
 from elbowroom.errors import DataError, RunFolderError, SpecError, UserError
-from elbowroom.experiment import Experiment
 from elbowroom.run import Run, fit, ready
-from elbowroom.spec import shipped_text
+from elbowroom.spec import document
+from elbowroom.spec import run_folder as folder
+from elbowroom.spec.experiment import Experiment
+from elbowroom.spec.spec import shipped_text
 
 SPEC = {
     "schema": 1,
@@ -314,7 +315,7 @@ def test_rows_that_overflow_are_named(here):
 
 
 def test_support_is_checked_in_parts_with_the_right_row(here, monkeypatch):
-    monkeypatch.setattr("elbowroom.experiment.CHUNK", 12)
+    monkeypatch.setattr("elbowroom.spec.experiment.CHUNK", 12)
     x = np.load("x.npy")
     x[7, 2] = 0.25
     np.save("x.npy", x)

@@ -14,9 +14,9 @@ from scipy.stats import norm
 from torch import Tensor
 
 import elbowroom as er
-from elbowroom.analysis.canvas import Plot
-from elbowroom.analysis.explanation import Cells, explain, moved
-from elbowroom.cli import main
+from elbowroom.analysis.latents.effects import Cells, explain, moved
+from elbowroom.analysis.plots.style import Plot
+from elbowroom.cli.app import main
 from elbowroom.errors import UserError
 
 SMALL = {"name": "mlp", "hidden": [8]}

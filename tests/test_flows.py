@@ -12,14 +12,14 @@ import pytest
 import torch
 from prior_cases import unchecked
 
-from elbowroom.inference.svi import Step
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.flows import Flow, FlowFamily
-from elbowroom.models.guides import AmortizedGuide
-from elbowroom.models.hierarchy import Ancestral, Hierarchical, HierarchicalFamily
-from elbowroom.models.likelihoods import Gaussian
-from elbowroom.models.networks import MLP
-from elbowroom.models.priors import Normal
+from elbowroom.inference.fit.svi import Step
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.networks.mlp import MLP
+from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.flow import Flow, FlowFamily
+from elbowroom.models.priors.hierarchical import Ancestral, Hierarchical, HierarchicalFamily
 from elbowroom.models.vae import VAE
 
 KINDS = ["nsf", "maf", "realnvp"]
@@ -149,7 +149,7 @@ def test_a_flow_reaches_a_posterior_that_a_normal_cannot():
 
 
 def test_importing_zuko_leaves_the_checks_of_torch_on():
-    code = "import torch; d = torch.distributions; import elbowroom.models.flows; d.Normal(0.0, -1.0)"
+    code = "import torch; d = torch.distributions; import elbowroom.models.priors.flow; d.Normal(0.0, -1.0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ValueError: Expected parameter scale" in done.stderr
 

@@ -12,9 +12,9 @@ import torch
 from pairs import normal_guide, normal_model
 from torch import Tensor, nn
 
-from elbowroom.analysis.audit import audit
+from elbowroom.analysis.audit.auditor import audit
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.target.log_joint import LogJoint
 
 F64 = torch.float64
 

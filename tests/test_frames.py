@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 import elbowroom as er
-from elbowroom.data import Dataset, File
+from elbowroom.data.dataset import Dataset, File
+from elbowroom.data.frames import Memory, from_python
 from elbowroom.errors import DataError, RunFolderError, UserError
-from elbowroom.frames import Memory, from_python
 
 MODEL = {"latent_dim": 1, "likelihood": "gaussian", "decoder": {"name": "mlp", "hidden": [4]}}
 TREE = {

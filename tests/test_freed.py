@@ -19,21 +19,21 @@ from scipy import stats
 from test_rules import UNKNOWN, table
 from torch import Tensor, nn
 
-from elbowroom import components
-from elbowroom.analysis import rules
-from elbowroom.analysis.audit import audit_log_joint
-from elbowroom.analysis.gaps import refitted
-from elbowroom.analysis.plots_gaps import parts
-from elbowroom.inference import freed as module
-from elbowroom.inference.exact import ClosedForm
-from elbowroom.inference.freed import freed, offered
-from elbowroom.inference.grid import Grid
-from elbowroom.inference.target import LogJoint
+from elbowroom.analysis.audit.auditor import audit_log_joint
+from elbowroom.analysis.measures.gaps import refitted
+from elbowroom.analysis.plots.report.gaps import parts
+from elbowroom.analysis.verdict import rules
+from elbowroom.components import registry as components
+from elbowroom.conformance.properties import vae_with
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.search import best_of_family as module
+from elbowroom.inference.search.best_of_family import freed, offered
+from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models import spaces
-from elbowroom.models.families import LowRankNormal, Mixture, StudentT
-from elbowroom.models.flows import FlowFamily
-from elbowroom.models.guides import Family, FullRankNormal
-from elbowroom.promises import vae_with
+from elbowroom.models.guides.base import Family, FullRankNormal
+from elbowroom.models.guides.families import LowRankNormal, Mixture, StudentT
+from elbowroom.models.priors.flow import FlowFamily
 
 F64 = torch.float64
 SIGMAS = 4.5

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elbowroom import document
-from elbowroom.cli import main
+from elbowroom.cli.app import main
 from elbowroom.run import fit
-from elbowroom.spec import shipped, shipped_text
+from elbowroom.spec import document
+from elbowroom.spec.spec import shipped, shipped_text
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=CHECKS, derandomize=True, database=None)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import mlp_vae
 
-from elbowroom.analysis.audit import audit
-from elbowroom.inference.grid import Grid
-from elbowroom.inference.lattice import lattice as _lattice
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.networks import MLP
+from elbowroom.analysis.audit.auditor import audit
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.references.grid.lattice import lattice as _lattice
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.networks.mlp import MLP
 
 F64 = torch.float64
 
@@ -188,7 +188,7 @@ def test_blocks_give_the_same_numbers_as_one_pass(monkeypatch: pytest.MonkeyPatc
     x = torch.bernoulli(torch.full((11, 12), 0.5, dtype=F64))
     log_joint = LogJoint(vae.model, vae.guide, x)
     whole = Grid()(log_joint, keep=100, seed=0)
-    monkeypatch.setattr("elbowroom.inference.grid.BLOCK", 4000)
+    monkeypatch.setattr("elbowroom.inference.references.grid.grid.BLOCK", 4000)
     blocks = Grid()(log_joint, keep=100, seed=0)
     assert whole.evidence is not None
     assert blocks.evidence is not None

@@ -15,18 +15,26 @@ from pyro.distributions import TorchDistribution
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from elbowroom import components
+from elbowroom.components import registry as components
 from elbowroom.errors import SpecError
-from elbowroom.inference.svi import Step
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.fit.svi import Step
+from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models import spaces
-from elbowroom.models.families import LogisticNormal, LogNormal, LowRankNormal, Mixture, StudentT
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal, Family, FullRankNormal, NormalFamily, Onto, positive_scale
-from elbowroom.models.implicit import MixtureOfNormals
-from elbowroom.models.likelihoods import Gaussian
-from elbowroom.models.networks import MLP, Linear
-from elbowroom.models.priors import Normal, Prior
-from elbowroom.models.refinement import SemiAmortized
+from elbowroom.models.guides.base import (
+    AmortizedGuide,
+    DiagonalNormal,
+    Family,
+    FullRankNormal,
+    NormalFamily,
+    Onto,
+    positive_scale,
+)
+from elbowroom.models.guides.families import LogisticNormal, LogNormal, LowRankNormal, Mixture, StudentT
+from elbowroom.models.guides.mixture import MixtureOfNormals
+from elbowroom.models.guides.semi_amortized import SemiAmortized
+from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.networks.mlp import MLP, Linear
+from elbowroom.models.priors.base import Normal, Prior
 from elbowroom.models.spaces import Space
 from elbowroom.models.vae import VAE
 

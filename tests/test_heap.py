@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elbowroom import heap
+from elbowroom.system import memory as heap
 
 # what is freed lies between what is kept
 GAPS = """

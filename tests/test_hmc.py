@@ -17,14 +17,15 @@ from problems import F64, PROBLEMS, mode_shares
 from torch import Tensor
 
 from elbowroom.analysis import idata
-from elbowroom.inference import diagnostics, hmc
-from elbowroom.inference.hmc import HMC
-from elbowroom.inference.leapfrog import State
+from elbowroom.inference.mcmc import diagnostics
+from elbowroom.inference.mcmc.leapfrog import State
 from elbowroom.inference.posterior import Posterior
-from elbowroom.inference.precision import in_precision
-from elbowroom.inference.sampler import Sampler
-from elbowroom.inference.scout import scout
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.references.hmc import hmc
+from elbowroom.inference.references.hmc.chains import Sampler
+from elbowroom.inference.references.hmc.hmc import HMC
+from elbowroom.inference.search.scout import scout
+from elbowroom.inference.search.single_precision import in_precision
+from elbowroom.inference.target.log_joint import LogJoint
 
 KEEP = 2000
 QUICK = HMC(tempering=False)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from problems import PROBLEMS, UNIMODAL
 
-from elbowroom.inference.annealing import surely
-from elbowroom.inference.importance import evidence, good_k, halves, psis
-from elbowroom.inference.proposal import ImportanceSampling, Proposal
-from elbowroom.inference.scout import scout
+from elbowroom.inference.references.ais.annealing import surely
+from elbowroom.inference.references.importance.guide import evidence, good_k, halves, psis
+from elbowroom.inference.references.importance.importance import ImportanceSampling, Proposal
+from elbowroom.inference.search.scout import scout
 
 F64 = torch.float64
 

@@ -17,13 +17,13 @@ from benchmarks.imputation import (
 from benchmarks.imputation_table import section
 from torch import Tensor, nn
 
-from elbowroom.analysis.imputation import errors, losses
+from elbowroom.analysis.queries.imputation import errors, losses
 from elbowroom.models.columns import Column
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods import Gaussian
-from elbowroom.models.mixed import Mixed
-from elbowroom.models.networks import MLP, Linear
-from elbowroom.models.priors import Normal
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.likelihoods.mixed import Mixed
+from elbowroom.models.networks.mlp import MLP, Linear
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 COLUMNS = (

@@ -15,16 +15,16 @@ import xarray as xr
 from conftest import linear_vae
 
 import elbowroom as er
-from elbowroom.analysis import plots_imputation
-from elbowroom.analysis.canvas import Absent, Plot
-from elbowroom.analysis.imputation import predict_cells, share, worth
-from elbowroom.cli import main
-from elbowroom.entries import holes
+from elbowroom.analysis.plots.queries import imputation as plots_imputation
+from elbowroom.analysis.plots.style import Absent, Plot
+from elbowroom.analysis.queries.imputation import predict_cells, share, worth
+from elbowroom.cli.app import main
 from elbowroom.errors import UserError
-from elbowroom.imputed import Imputed
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.resampling import resample
-from elbowroom.models.categories import Codes
+from elbowroom.models.likelihoods.categorical import Codes
+from elbowroom.queries.impute.answer import Imputed
+from elbowroom.queries.impute.cells import holes
 
 SMALL = {"name": "mlp", "hidden": [8]}
 SPECS = Path(__file__).parents[1] / "experiments"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import linear_vae, set_guide
 
-from elbowroom.analysis.aggregate import energy_test
-from elbowroom.analysis.information import information
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import FullRankNormal
-from elbowroom.models.linear import LinearGaussian
+from elbowroom.analysis.latents.aggregate import energy_test
+from elbowroom.analysis.latents.information import information
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import FullRankNormal
+from elbowroom.models.linear_gaussian import LinearGaussian
 
 F64 = torch.float64
 

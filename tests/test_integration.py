@@ -11,12 +11,12 @@ import torch
 from conftest import linear_vae, set_guide
 
 import elbowroom as er
-from elbowroom import cli
-from elbowroom.analysis.integration import CLOSE, integrate
-from elbowroom.analysis.plots_integration import caption, integration
+from elbowroom.analysis.plots.queries.integration import caption, integration
+from elbowroom.analysis.queries.integration import CLOSE, integrate
+from elbowroom.cli import app as cli
 from elbowroom.errors import UserError
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import FullRankNormal
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import FullRankNormal
 
 
 def one(seed=0, *, family=FullRankNormal, noise=0.2, row=0):
@@ -77,7 +77,7 @@ def test_what_a_band_is_made_of():
 
 
 def test_needed_is_where_the_estimate_stays_close():
-    from elbowroom.analysis.integration import _needed
+    from elbowroom.analysis.queries.integration import _needed
 
     def row(off):
         return {"off": np.array(off), "evaluations": np.arange(1.0, len(off) + 1)}

@@ -21,14 +21,15 @@ from problems import F64, PROBLEMS
 from scipy import stats
 from torch import Tensor
 
-from elbowroom.inference import leapfrog, tempering
-from elbowroom.inference.bridge import Bridge
-from elbowroom.inference.leapfrog import State
-from elbowroom.inference.modes import Modes
-from elbowroom.inference.normals import Normals
-from elbowroom.inference.sampler import Sampler
-from elbowroom.inference.simulate import simulate
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.mcmc import leapfrog
+from elbowroom.inference.mcmc.leapfrog import State
+from elbowroom.inference.mcmc.normals import Normals
+from elbowroom.inference.references.hmc import tempering
+from elbowroom.inference.references.hmc.chains import Sampler
+from elbowroom.inference.search.modes import Modes
+from elbowroom.inference.search.tempered import Bridge
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.simulate import simulate
 
 N = 1500
 LIMIT = 4.5  # standard errors

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import linear_vae, mlp_vae, set_guide
 
-from elbowroom.analysis import plots_latent
-from elbowroom.analysis.audit import audit_log_joint
-from elbowroom.analysis.latent import describe, spread
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import FullRankNormal
+from elbowroom.analysis.audit.auditor import audit_log_joint
+from elbowroom.analysis.latents.summary import describe, spread
+from elbowroom.analysis.plots.report import latent as plots_latent
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import FullRankNormal
 
 
 def audited(vae, x, **options):

@@ -16,20 +16,26 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from elbowroom.errors import DataError
-from elbowroom.inference.bilinear import Bilinear
-from elbowroom.inference.sharing import shared_log_prob
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.categories import Categorical, DiscretizedLogistic, Ordinal
+from elbowroom.inference.program.bilinear import Bilinear
+from elbowroom.inference.program.factorised import shared_log_prob
+from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.columns import Column
-from elbowroom.models.compositions import Composition, Multinomial
-from elbowroom.models.continuous import Beta, Gamma, Laplace, LogNormal, StudentT
-from elbowroom.models.counts import Binomial, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial, ZeroInflatedPoisson
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
-from elbowroom.models.incomplete import Incomplete
-from elbowroom.models.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian, Likelihood
-from elbowroom.models.mixed import Columns, Mixed
-from elbowroom.models.networks import Linear
-from elbowroom.models.priors import Normal
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods.base import Bernoulli, ContinuousBernoulli, Gaussian, Likelihood
+from elbowroom.models.likelihoods.categorical import Categorical, DiscretizedLogistic, Ordinal
+from elbowroom.models.likelihoods.continuous import Beta, Gamma, Laplace, LogNormal, StudentT
+from elbowroom.models.likelihoods.counts import (
+    Binomial,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
+    ZeroInflatedPoisson,
+)
+from elbowroom.models.likelihoods.missing import Incomplete
+from elbowroom.models.likelihoods.mixed import Columns, Mixed
+from elbowroom.models.likelihoods.multinomial import Composition, Multinomial
+from elbowroom.models.networks.mlp import Linear
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 F64 = torch.float64

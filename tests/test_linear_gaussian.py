@@ -8,13 +8,13 @@ import torch
 from conftest import linear_vae, set_guide
 from torch import Tensor
 
-from elbowroom.analysis.audit import audit
-from elbowroom.inference.exact import ClosedForm
-from elbowroom.inference.grid import Grid
-from elbowroom.inference.importance import amortized
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import DiagonalNormal, FullRankNormal
-from elbowroom.models.linear import LinearGaussian
+from elbowroom.analysis.audit.auditor import audit
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.references.importance.guide import amortized
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import DiagonalNormal, FullRankNormal
+from elbowroom.models.linear_gaussian import LinearGaussian
 
 
 def joint_normal(oracle: LinearGaussian) -> torch.distributions.MultivariateNormal:

@@ -16,12 +16,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from elbowroom.analysis.criticism import criticise
+from elbowroom.analysis.checks.criticism import criticise
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.masks import kept
 from elbowroom.inference.posterior import Posterior
-from elbowroom.inference.simulate import in_likelihood, predict, simulate
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.program.masks import kept
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.simulate import in_likelihood, predict, simulate
 
 F64 = torch.float64
 WIDE = torch.tensor([1.0, -0.5, 0.8, 0.3], dtype=F64)

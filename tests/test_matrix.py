@@ -14,9 +14,9 @@ import pytest
 from covering import EVENT, FACTORS, ISSUE, TABLES, WORDS, array, clash, refused_pairs, valid_pairs
 
 import elbowroom as er
-from elbowroom import document, spec
-from elbowroom.cli import main
+from elbowroom.cli.app import main
 from elbowroom.errors import SpecError
+from elbowroom.spec import document, spec
 
 # Written by hand, not read from the classes: what the refusals are held against.
 SPACE_OF_PRIOR = {

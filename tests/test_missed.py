@@ -8,13 +8,13 @@ import pytest
 import torch
 from problems import F64, PROBLEMS, mode_shares
 
-from elbowroom.analysis.audit import audit, audit_log_joint
-from elbowroom.analysis.missed import missed_mass
-from elbowroom.analysis.table import MISSED
-from elbowroom.inference.grid import Grid
-from elbowroom.inference.importance import amortized
+from elbowroom.analysis.audit.auditor import audit, audit_log_joint
+from elbowroom.analysis.measures.missed_modes import missed_mass
+from elbowroom.analysis.measures.table import MISSED
 from elbowroom.inference.posterior import Posterior, in_chains
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.references.importance.guide import amortized
+from elbowroom.inference.target.log_joint import LogJoint
 
 
 def squares(y: torch.Tensor, idle: int = 0, share: float = 0.0, width: float = 0.15) -> LogJoint:

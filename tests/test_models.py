@@ -12,9 +12,9 @@ from pyro import poutine
 from pyro.infer import MCMC, NUTS, Importance, Predictive, Trace_ELBO
 
 from elbowroom.errors import DataError, UserError
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal, FullRankNormal
-from elbowroom.models.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
-from elbowroom.models.networks import MLP
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal, FullRankNormal
+from elbowroom.models.likelihoods.base import Bernoulli, ContinuousBernoulli, Gaussian
+from elbowroom.models.networks.mlp import MLP
 
 F64 = torch.float64
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from elbowroom.inference.svi import Step
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.convolution import Conv
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods import Bernoulli
-from elbowroom.models.networks import MLP, BatchNorm, Linear, Network, Residual
-from elbowroom.models.priors import Normal
-from elbowroom.models.recurrent import GRU, Cell
+from elbowroom.inference.fit.svi import Step
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods.base import Bernoulli
+from elbowroom.models.networks.convolution import Conv
+from elbowroom.models.networks.mlp import MLP, BatchNorm, Linear, Network, Residual
+from elbowroom.models.networks.recurrent import GRU, Cell
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from elbowroom.errors import NonFiniteLoss
-from elbowroom.experiment import Experiment
 from elbowroom.run import Run, fit
+from elbowroom.spec.experiment import Experiment
 
 _rng = np.random.default_rng(0)
 BASE = _rng.normal(size=(60, 1)) @ np.array([[1.0, -1.0, 0.5, 0.2]]) + 0.3 * _rng.normal(size=(60, 4))

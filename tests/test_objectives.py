@@ -13,19 +13,20 @@ import torch
 from conftest import linear_vae, set_guide
 from torch import Tensor
 
-from elbowroom import components, spec
+from elbowroom.components import registry as components
 from elbowroom.errors import RunFolderError, SpecError
-from elbowroom.inference.bounds import IWAE, Beta, DReG, Renyi, StickingTheLanding
-from elbowroom.inference.enumerated import TraceEnum
-from elbowroom.inference.objectives import ELBO, MeanFieldELBO, NonFiniteSite
-from elbowroom.inference.svi import Session, Step, fit
-from elbowroom.inference.wake_sleep import WakeSleep
-from elbowroom.models.discrete import Categorical, CategoricalFamily
-from elbowroom.models.guides import AmortizedGuide, FullRankNormal
-from elbowroom.models.likelihoods import Gaussian
-from elbowroom.models.linear import LinearGaussian
-from elbowroom.models.networks import Linear
+from elbowroom.inference.fit.svi import Session, Step, fit
+from elbowroom.inference.objectives.bounds import IWAE, Beta, DReG, Renyi, StickingTheLanding
+from elbowroom.inference.objectives.elbo import ELBO, MeanFieldELBO, NonFiniteSite
+from elbowroom.inference.objectives.enumerated import TraceEnum
+from elbowroom.inference.objectives.wake_sleep import WakeSleep
+from elbowroom.models.guides.base import AmortizedGuide, FullRankNormal
+from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.linear_gaussian import LinearGaussian
+from elbowroom.models.networks.mlp import Linear
+from elbowroom.models.priors.discrete import Categorical, CategoricalFamily
 from elbowroom.models.vae import VAE
+from elbowroom.spec import spec
 
 DOUBLE = {"dtype": torch.float64}
 X = torch.tensor([-1.5, 0.2, 0.9, 2.5], **DOUBLE)
@@ -405,7 +406,7 @@ def test_dreams_keep_holes_covariates_and_the_callers_data():
     seen = []
 
     def model(x: Tensor, c: Tensor) -> None:
-        from elbowroom.models.incomplete import Incomplete
+        from elbowroom.models.likelihoods.missing import Incomplete
 
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(c, 1.0))

@@ -12,9 +12,9 @@ import torch
 from oracle import LIMIT, METHODS, Estimates, Judged, examine, judge, shortcomings, watched
 from problems import F64, MULTIMODAL, PROBLEMS, Problem
 
-from elbowroom.inference.grid import Grid
-from elbowroom.inference.hmc import HMC
 from elbowroom.inference.posterior import Posterior
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.references.hmc.hmc import HMC
 
 CHEAP = [
     "linear_gaussian_d2",

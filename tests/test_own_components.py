@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 import elbowroom as er
-from elbowroom import components, document, plugins, spec
-from elbowroom.cli import main
+from elbowroom.cli.app import main
+from elbowroom.components import plugins
+from elbowroom.components import registry as components
+from elbowroom.conformance.conformance import problems_of
 from elbowroom.errors import RunFolderError, SpecError
-from elbowroom.protocol import problems_of
+from elbowroom.spec import document, spec
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -192,7 +194,7 @@ def test_a_module_is_named_like_a_file(here, monkeypatch, capsys):
         (
             "python:own.py:Wide",
             "class Wide: ...",
-            "prior python:own.py:Wide: Wide is no prior; derive it from elbowroom.models.priors.Prior",
+            "prior python:own.py:Wide: Wide is no prior; derive it from elbowroom.models.priors.base.Prior",
         ),
         (
             "python:own.py:Wide",
@@ -323,7 +325,7 @@ def install(here, monkeypatch):
         (site / f"{package}.py").write_text(code)
         (site / f"{package}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
         lines = "".join(f"{name.replace('__', '.')} = {target}\n" for name, target in entries.items())
-        (site / f"{package}-1.0.dist-info" / "entry_points.txt").write_text(f"[elbowroom.components]\n{lines}")
+        (site / f"{package}-1.0.dist-info" / "entry_points.txt").write_text(f"[elbowroom.components.registry]\n{lines}")
         monkeypatch.syspath_prepend(site)
         plugins.forget()
 
@@ -356,7 +358,7 @@ def test_a_broken_package_harms_no_other(install, capsys):
     write("wide")
     assert er.Experiment.load("s.yaml").build().prior.scale == 2.0
     write("normal")
-    assert type(er.Experiment.load("s.yaml").build().prior).__module__ == "elbowroom.models.priors"
+    assert type(er.Experiment.load("s.yaml").build().prior).__module__ == "elbowroom.models.priors.base"
     write("broken")
     why = (
         "prior broken: broken_pack:Wide of broken_pack 1.0 cannot be imported (ModuleNotFoundError: No module named "
@@ -386,7 +388,7 @@ def test_two_packages_with_one_name_are_both_named(install, capsys):
 def test_what_a_package_offers_must_be_of_its_kind(install, capsys):
     install("wrong_pack", EXAMPLES["wide.py"], likelihood__wide="wrong_pack:Wide")
     told = refused(capsys, "fit", "s.yaml", "--allow-python", "--set", "model.likelihood=wide")
-    assert told.endswith("likelihood wide: Wide is no likelihood; derive it from elbowroom.models.likelihoods.Likelihood")
+    assert told.endswith("likelihood wide: Wide is no likelihood; derive it from elbowroom.models.likelihoods.base.Likelihood")
 
 
 STUBBORN = '''

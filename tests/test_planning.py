@@ -13,18 +13,19 @@ import torch
 from conftest import linear_vae
 from torch import Tensor
 
-from elbowroom import clock
-from elbowroom.analysis import audit as audit_module
-from elbowroom.analysis import pilot, planning
-from elbowroom.analysis.audit import Audit, audit, audit_log_joint
-from elbowroom.analysis.blocks import thinned
-from elbowroom.analysis.pace import Pace, Step
-from elbowroom.analysis.pilot import Cost
-from elbowroom.analysis.planning import Plan, choose
+from elbowroom.analysis.audit import auditor as audit_module
+from elbowroom.analysis.audit import cost as pilot
+from elbowroom.analysis.audit import plan as planning
+from elbowroom.analysis.audit.auditor import Audit, audit, audit_log_joint
+from elbowroom.analysis.audit.budget import Pace, Step
+from elbowroom.analysis.audit.cost import Cost
+from elbowroom.analysis.audit.plan import Plan, choose
+from elbowroom.analysis.audit.work import thinned
 from elbowroom.errors import UserError
-from elbowroom.inference.grid import Grid
 from elbowroom.inference.posterior import Posterior, Reference
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system import durations as clock
 
 
 def curved(y: Tensor, d: int = 2) -> LogJoint:

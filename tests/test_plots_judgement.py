@@ -14,23 +14,20 @@ from matplotlib import pyplot
 from test_report import INJECTION, Page, write_run
 
 import elbowroom as er
-from elbowroom.analysis import (
-    judged,
-    judgement,
-    plots_calibration,
-    plots_checks,
-    plots_gaps,
-    plots_information,
-    plots_predictive,
-    report,
-    rules,
-)
-from elbowroom.analysis.canvas import Absent, Plot
-from elbowroom.analysis.information import VARIABLES as OF_INFORMATION
-from elbowroom.analysis.report import Files, draw, write_report
-from elbowroom.analysis.tabulate import VARIABLES
-from elbowroom.analysis.uniformity import holm, uniformity
-from elbowroom.analysis.verdict import sentences, summary
+from elbowroom.analysis import plots_predictive
+from elbowroom.analysis.checks.uniformity import holm, uniformity
+from elbowroom.analysis.latents.information import VARIABLES as OF_INFORMATION
+from elbowroom.analysis.measures.tabulate import VARIABLES
+from elbowroom.analysis.plots.report import calibration as plots_calibration
+from elbowroom.analysis.plots.report import criticism as plots_checks
+from elbowroom.analysis.plots.report import gaps as plots_gaps
+from elbowroom.analysis.plots.report import information as plots_information
+from elbowroom.analysis.plots.style import Absent, Plot
+from elbowroom.analysis.report import diagnosis as judged
+from elbowroom.analysis.report import report
+from elbowroom.analysis.report.report import Files, draw, write_report
+from elbowroom.analysis.verdict import judgement, rules
+from elbowroom.analysis.verdict.summary import sentences, summary
 
 SPLITS = ("test", "train", "validation", "simulated")
 
@@ -510,7 +507,7 @@ def test_absent_groups_and_an_absent_diagnosis_cost_a_sentence(tmp_path):
 
 
 def test_a_gap_whose_parts_are_known_is_not_said_to_be_untold():
-    from elbowroom.analysis.conclusions import conclusions
+    from elbowroom.analysis.report.conclusions import conclusions
 
     names = ("evidence_method", "obs_id")
     table = gaps(encoder=0.5).assign(evidence_method=(names[1], np.full(40, "grid")))
@@ -529,8 +526,8 @@ def test_a_gap_whose_parts_are_known_is_not_said_to_be_untold():
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory):
     """A plain Pyro pair with a guide that is too wide, audited with diagnosis and reported."""
-    from elbowroom.analysis import audit as auditing
-    from elbowroom.analysis.diagnosis import diagnose
+    from elbowroom.analysis.audit import auditor as auditing
+    from elbowroom.analysis.audit.diagnosis import diagnose
 
     def model(y):
         with pyro.plate("rows", len(y)):
@@ -601,7 +598,7 @@ def test_no_bound_is_called_log_p_anywhere_a_user_looks(tmp_path, known):
     """Wherever a number of a bound is printed it is called one; a sentence that says log p(x) says no value of it."""
     table, page, texts = bounded(tmp_path / "run", known)
     rows = slice(known, None)
-    from elbowroom.analysis.canvas import say
+    from elbowroom.analysis.plots.style import say
 
     numbers = {say(float(value), 4) for value in table["log_evidence_lower"].values[rows]}
     values = {say(float(value), 4) for value in table["log_evidence"].values[:known]}

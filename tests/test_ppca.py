@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from elbowroom.inference.svi import Session, fit
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods import Gaussian
-from elbowroom.models.linear import LinearGaussian
-from elbowroom.models.networks import Linear
-from elbowroom.models.priors import Normal
+from elbowroom.inference.fit.svi import Session, fit
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.linear_gaussian import LinearGaussian
+from elbowroom.models.networks.mlp import Linear
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 F64 = torch.float64

@@ -25,15 +25,15 @@ from prior_cases import (
 )
 from torch import Tensor
 
-from elbowroom.inference.svi import Step
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.fit.svi import Step
+from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models import spaces
-from elbowroom.models.constrained import Dirichlet, Gamma, LogisticNormal, LogNormal
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
-from elbowroom.models.hierarchy import HierarchicalFamily
-from elbowroom.models.mixtures import GaussianMixture, Vamp
-from elbowroom.models.networks import MLP
-from elbowroom.models.priors import Laplace, Normal, StudentT
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.networks.mlp import MLP
+from elbowroom.models.priors.base import Laplace, Normal, StudentT
+from elbowroom.models.priors.constrained import Dirichlet, Gamma, LogisticNormal, LogNormal
+from elbowroom.models.priors.hierarchical import HierarchicalFamily
+from elbowroom.models.priors.mixtures import GaussianMixture, Vamp
 
 C = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
 

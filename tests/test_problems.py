@@ -10,7 +10,7 @@ import torch
 from problems import F64, MULTIMODAL, PROBLEMS, UNIMODAL, Problem, Truth, _normal, mode_shares, quadrature
 from torch import Tensor
 
-from elbowroom.inference.grid import Grid
+from elbowroom.inference.references.grid.grid import Grid
 
 FLAT = [name for name in PROBLEMS if name not in ("linear_gaussian_d5", "linear_gaussian_d20", "simplex_d5")]
 GRIDDED = [

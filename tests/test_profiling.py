@@ -14,11 +14,11 @@ import typer
 from test_cli import call, here, listing  # noqa: F401 - a fixture
 
 import elbowroom as er
-from elbowroom import stages
-from elbowroom.cli import app
+from elbowroom.cli.app import app
 from elbowroom.errors import UserError
-from elbowroom.profiling import Profile
-from elbowroom.stages import UNNAMED, Stages, stage
+from elbowroom.system import stages
+from elbowroom.system.profiling import Profile
+from elbowroom.system.stages import UNNAMED, Stages, stage
 
 COMMANDS = ["run", "fit", "audit", "report", "improve", "encode", "score", "impute", "integrate", "sample", "explain"]
 

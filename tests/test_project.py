@@ -14,11 +14,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 def test_the_package_list_is_the_folders() -> None:
     setuptools = PROJECT["tool"]["setuptools"]
     folders = {"elbowroom": "src/elbowroom"}
-    for top in ("models", "inference", "analysis", "experiments"):
-        for folder in [ROOT / top, *(p for p in (ROOT / top).rglob("*") if p.is_dir())]:
-            if any(folder.glob("*.py")) and "__pycache__" not in folder.parts:
-                relative = folder.relative_to(ROOT)
-                folders[".".join(("elbowroom", *relative.parts))] = str(relative)
+    for top, base in (
+        ("models", ROOT),
+        ("inference", ROOT),
+        ("analysis", ROOT),
+        ("experiments", ROOT),
+        ("", ROOT / "src/elbowroom"),
+    ):
+        for init in (base / top).rglob("__init__.py"):
+            folder = init.parent.relative_to(base)
+            folders[".".join(("elbowroom", *folder.parts))] = str(init.parent.relative_to(ROOT))
     assert setuptools["package-dir"] == folders
     assert sorted(setuptools["packages"]) == sorted(folders)
 
@@ -34,7 +39,7 @@ def test_the_type_checker_looks_into_the_domain_folders(tmp_path: Path) -> None:
     """A planted error must be found, or the checker checks nothing."""
     planted = tmp_path / "planted.py"
     planted.write_text(
-        "from elbowroom.models.linear import LinearGaussian\ndef wrong(oracle: LinearGaussian) -> str:\n    return oracle.W\n",
+        "from elbowroom.models.linear_gaussian import LinearGaussian as LG\ndef wrong(m: LG) -> str:\n    return m.W\n",
         encoding="utf-8",
     )
     command = [

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from elbowroom.analysis.audit import audit
+from elbowroom.analysis.audit.auditor import audit
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.grid import Grid
-from elbowroom.inference.promotion import Promoted, Promotion
-from elbowroom.inference.simulate import predict, simulate
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.program.promotion import Promoted, Promotion
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.simulate import predict, simulate
 
 F32, F64 = torch.float32, torch.float64
 GENERATOR = torch.Generator().manual_seed(0)

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 import elbowroom as er
-from elbowroom import components, published
-from elbowroom.data import Dataset
+from elbowroom.components import registry as components
+from elbowroom.data import published
+from elbowroom.data.dataset import Dataset
+from elbowroom.data.published import MNIST, BinarizedMNIST
 from elbowroom.errors import DataError, SpecError
-from elbowroom.published import MNIST, BinarizedMNIST
 
 SIZES = {"train": 30, "valid": 12, "test": 20}
 

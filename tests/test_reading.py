@@ -7,8 +7,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from elbowroom.analysis.reading import methods_for, read
-from elbowroom.inference.target import LogJoint
+from elbowroom.analysis.queries.best_posterior import methods_for, read
+from elbowroom.inference.target.log_joint import LogJoint
 
 NOISE = 0.3
 

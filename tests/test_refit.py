@@ -13,12 +13,12 @@ from conftest import linear_vae, mlp_vae
 from problems import PROBLEMS
 from torch import Tensor
 
-from elbowroom.inference import refit as module
-from elbowroom.inference.grid import Grid
-from elbowroom.inference.normals import Normals
-from elbowroom.inference.refit import Refit, matched_noise, refit
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.linear import LinearGaussian
+from elbowroom.inference.mcmc.normals import Normals
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.search import best_normal as module
+from elbowroom.inference.search.best_normal import Refit, matched_noise, refit
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.linear_gaussian import LinearGaussian
 from elbowroom.models.vae import VAE
 
 F64 = torch.float64

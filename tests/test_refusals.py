@@ -8,9 +8,9 @@ import pytest
 import torch
 from pairs import normal_guide, normal_model
 
-from elbowroom.analysis.audit import audit
+from elbowroom.analysis.audit.auditor import audit
 from elbowroom.errors import UnsupportedProgram, UserError
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.target.log_joint import LogJoint
 
 X = torch.tensor([-1.3, 0.2, 0.9, 2.5], dtype=torch.float64)
 

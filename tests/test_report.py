@@ -20,18 +20,16 @@ from matplotlib import pyplot
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from elbowroom.analysis import (
-    canvas,
-    findings,
-    plots,
-    plots_audit,
-    plots_forest,
-    plots_latent,
-    plots_posterior,
-    plots_training,
-    verdict,
-)
-from elbowroom.analysis.report import Files, write_picture, write_report
+from elbowroom.analysis import plots_forest
+from elbowroom.analysis.plots import events as plots
+from elbowroom.analysis.plots import style as canvas
+from elbowroom.analysis.plots.report import audit as plots_audit
+from elbowroom.analysis.plots.report import latent as plots_latent
+from elbowroom.analysis.plots.report import posterior as plots_posterior
+from elbowroom.analysis.plots.report import training as plots_training
+from elbowroom.analysis.report import key_figures as findings
+from elbowroom.analysis.report.report import Files, write_picture, write_report
+from elbowroom.analysis.verdict import summary as verdict
 from elbowroom.errors import RunFolderError
 
 FIGURES = {
@@ -313,7 +311,7 @@ def test_no_weights_and_no_torch_are_needed(tmp_path):
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in ('torch', 'pyro', 'arviz'): raise ImportError(name)\n"
         "sys.meta_path.insert(0, Refuse())\n"
-        "from elbowroom.analysis.report import write_report\n"
+        "from elbowroom.analysis.report.report import write_report\n"
         f"print(write_report({str(folder)!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

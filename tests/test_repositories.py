@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elbowroom import components, published
+from elbowroom.components import registry as components
+from elbowroom.data import published
+from elbowroom.data.repositories import ADULT, Adult, JSBChorales
 from elbowroom.errors import DataError
-from elbowroom.repositories import ADULT, Adult, JSBChorales
 
 TYPES = (
     "type,dim,nclass\r\ncount,1,\r\ncat,7,7\r\npos,1,\r\nordinal,16,16\r\ncat,7,7\r\ncat,14,14\r\ncat,6,6\r\n"

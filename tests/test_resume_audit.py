@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from elbowroom import cli, document
-from elbowroom.analysis import audit as audit_module
-from elbowroom.analysis import pilot
-from elbowroom.analysis.audit import Audit
-from elbowroom.analysis.pilot import Cost
-from elbowroom.analysis.store import Store
-from elbowroom.inference.grid import Grid
+from elbowroom.analysis.audit import auditor as audit_module
+from elbowroom.analysis.audit import cost as pilot
+from elbowroom.analysis.audit.auditor import Audit
+from elbowroom.analysis.audit.cost import Cost
+from elbowroom.analysis.audit.parts import Store
+from elbowroom.cli import app as cli
 from elbowroom.inference.posterior import Posterior
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.run import Run, fit
+from elbowroom.spec import document
 
 SPEC = {
     "data": {"name": "file", "path": "x.npy"},

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from elbowroom.errors import RunFolderError, SpecError
-from elbowroom.inference import rounding, training_step
-from elbowroom.inference.history import Effect
-from elbowroom.inference.objectives import ELBO
-from elbowroom.inference.rounding import effect, lowered
-from elbowroom.inference.rows import Rows
-from elbowroom.inference.svi import Session, evaluate_elbo, fit
-from elbowroom.inference.training_step import Step
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods import Gaussian
-from elbowroom.models.networks import MLP
-from elbowroom.models.priors import Normal
+from elbowroom.inference.fit import mixed_precision as rounding
+from elbowroom.inference.fit import step as training_step
+from elbowroom.inference.fit.mixed_precision import effect, lowered
+from elbowroom.inference.fit.record import Effect
+from elbowroom.inference.fit.rows import Rows
+from elbowroom.inference.fit.step import Step
+from elbowroom.inference.fit.svi import Session, evaluate_elbo, fit
+from elbowroom.inference.objectives.elbo import ELBO
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.networks.mlp import MLP
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 D, K = 6, 2

@@ -11,12 +11,12 @@ from test_svi import data as made
 from test_svi import make, parameters, same
 
 import elbowroom as er
-from elbowroom import data
-from elbowroom.data import Dataset
+from elbowroom.data import dataset as data
+from elbowroom.data.dataset import Dataset
 from elbowroom.errors import DataError, RunFolderError
-from elbowroom.inference import rows, svi
-from elbowroom.inference.rows import Rows
-from elbowroom.inference.svi import Session, fit
+from elbowroom.inference.fit import rows, svi
+from elbowroom.inference.fit.rows import Rows
+from elbowroom.inference.fit.svi import Session, fit
 
 TREE = {
     "data": {"name": "file", "path": "x.npy"},
@@ -113,7 +113,7 @@ def test_an_audit_reads_the_audited_rows_only(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_bad_value_in_a_large_map_is_found_before_the_fit(value: float, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "BUDGET", 1000)
-    monkeypatch.setattr("elbowroom.experiment.CHUNK", 70)
+    monkeypatch.setattr("elbowroom.spec.experiment.CHUNK", 70)
     x = np.load("x.npy")
     x[41, 3] = value
     np.save("x.npy", x)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from elbowroom.analysis import cures, judgement, rules, verdict
-from elbowroom.analysis.judgement import from_dataset
-from elbowroom.analysis.rules import judge, median, per_datum
+from elbowroom.analysis.verdict import judgement, rules
+from elbowroom.analysis.verdict import remedies as cures
+from elbowroom.analysis.verdict import summary as verdict
+from elbowroom.analysis.verdict.judgement import from_dataset
+from elbowroom.analysis.verdict.rules import judge, median, per_datum
 
 N = 40
 UNKNOWN = {"gap_amortization": np.nan, "gap_covariance": np.nan, "gap_shape": np.nan}

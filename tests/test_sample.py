@@ -14,12 +14,12 @@ from conftest import linear_vae
 from scipy.stats import binom, norm
 
 import elbowroom as er
-from elbowroom.analysis import twosample
-from elbowroom.analysis.canvas import Plot
-from elbowroom.analysis.twosample import difference, tell_apart
-from elbowroom.cli import main
+from elbowroom.analysis.checks import two_sample as twosample
+from elbowroom.analysis.checks.two_sample import difference, tell_apart
+from elbowroom.analysis.plots.style import Plot
+from elbowroom.cli.app import main
 from elbowroom.errors import UserError
-from elbowroom.sampled import conclude_test
+from elbowroom.queries.sample.answer import conclude_test
 
 SMALL = {"name": "mlp", "hidden": [8]}
 

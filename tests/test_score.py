@@ -13,17 +13,17 @@ from conftest import linear_vae, set_guide
 from test_cli import SPEC, call
 
 import elbowroom as er
-from elbowroom.analysis import screening
-from elbowroom.analysis.canvas import Absent, Plot
-from elbowroom.analysis.plots_screening import screening as draw
-from elbowroom.analysis.reading import methods_for
-from elbowroom.analysis.screening import ALONE, BELOW, INSIDE, LIMITED, adjusted, both_tails, high, judge, low, two_sided
+from elbowroom.analysis.plots.queries.novelty import screening as draw
+from elbowroom.analysis.plots.style import Absent, Plot
+from elbowroom.analysis.queries import novelty as screening
+from elbowroom.analysis.queries.best_posterior import methods_for
+from elbowroom.analysis.queries.novelty import ALONE, BELOW, INSIDE, LIMITED, adjusted, both_tails, high, judge, low, two_sided
 from elbowroom.errors import UserError
-from elbowroom.inference.grid import Grid
-from elbowroom.inference.simulate import simulate
-from elbowroom.inference.target import LogJoint
-from elbowroom.score import KINDS, scorer
-from elbowroom.streaming import Chunk
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.simulate import simulate
+from elbowroom.queries.score.score import KINDS, scorer
+from elbowroom.queries.stream import Chunk
 
 CONFORMAL = {
     "low": low,
@@ -297,7 +297,7 @@ def test_a_question_that_was_killed_goes_on(fitted: Path, tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         run.score(x, simulated=0, out=out, report=kill)
     assert told[-1] == (154, 154)
-    monkeypatch.setattr("elbowroom.score.read", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr("elbowroom.queries.score.score.read", lambda *_, **__: pytest.fail("computed again"))
     assert run.score(x, simulated=0, out=out, resume=True).dataset.identical(expected.dataset)
 
 

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elbowroom import archive, components, document, folder
-from elbowroom.analysis.audit import Audit
-from elbowroom.analysis.report import write_report
-from elbowroom.cli import main
+from elbowroom.analysis.audit.auditor import Audit
+from elbowroom.analysis.report.report import write_report
+from elbowroom.cli.app import main
+from elbowroom.components import registry as components
 from elbowroom.errors import DataError, SpecError
-from elbowroom.experiment import Experiment
 from elbowroom.run import Run, default_folder, fit
+from elbowroom.spec import document
+from elbowroom.spec import run_folder as folder
+from elbowroom.spec.experiment import Experiment
+from elbowroom.system import archive
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(

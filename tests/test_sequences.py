@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import elbowroom as er
-from elbowroom import published
-from elbowroom.analysis.audit import Audit
+from elbowroom.analysis.audit.auditor import Audit
+from elbowroom.data import published
 from elbowroom.models.vae import VAE
 
 SPEC = Path(__file__).parents[1] / "experiments" / "jsb_chorales.yaml"

@@ -12,14 +12,14 @@ import torch
 from test_likelihoods import CASES, fitted, outputs, width
 from torch import Tensor
 
-from elbowroom.inference import shared
-from elbowroom.inference.bilinear import Bilinear, Factor, Kept
-from elbowroom.inference.sharing import shared_log_prob
-from elbowroom.inference.target import LogJoint
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods import Bernoulli
-from elbowroom.models.networks import Linear
-from elbowroom.models.priors import Normal
+from elbowroom.inference.program.bilinear import Bilinear, Factor, Kept
+from elbowroom.inference.program.factorised import shared_log_prob
+from elbowroom.inference.target import shared_points as shared
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods.base import Bernoulli
+from elbowroom.models.networks.mlp import Linear
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 F64 = torch.float64

@@ -9,8 +9,8 @@ import torch
 from conftest import linear_vae
 
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.simulate import predict, simulate
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.simulate import predict, simulate
 
 
 def test_simulated_data_follow_the_model() -> None:

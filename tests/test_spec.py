@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from elbowroom import document, spec
 from elbowroom.errors import SpecError
+from elbowroom.spec import document, spec
 
 GOOD = """\
 schema: 1

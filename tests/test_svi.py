@@ -18,14 +18,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from elbowroom.errors import DataError, NonFiniteLoss, RunFolderError, SpecError
-from elbowroom.inference.objectives import ELBO, KLWeight, NonFiniteSite
+from elbowroom.inference.fit.plan import plan
+from elbowroom.inference.fit.svi import Session, Step, batches, evaluate_elbo, fit, resolve_device, shuffler
+from elbowroom.inference.objectives.elbo import ELBO, KLWeight, NonFiniteSite
 from elbowroom.inference.progress import progress_bar
-from elbowroom.inference.schedule import plan
-from elbowroom.inference.svi import Session, Step, batches, evaluate_elbo, fit, resolve_device, shuffler
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods import Bernoulli, Gaussian
-from elbowroom.models.networks import MLP, Linear
-from elbowroom.models.priors import Normal
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods.base import Bernoulli, Gaussian
+from elbowroom.models.networks.mlp import MLP, Linear
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 D, K = 6, 2
@@ -322,7 +322,7 @@ def test_patience_stops_early_and_keeps_the_best():
 
 def test_an_epoch_within_the_warmup_is_never_the_best(monkeypatch):
     elbos = iter([9.0, 8.0, 7.0, 1.0, 2.0, 0.0, 0.0, 3.0])  # the first three epochs have a KL weight below 1
-    monkeypatch.setattr("elbowroom.inference.svi.evaluate_elbo", lambda *_, **__: next(elbos))
+    monkeypatch.setattr("elbowroom.inference.fit.svi.evaluate_elbo", lambda *_, **__: next(elbos))
     history = fit(make(), data(20), data(5), epochs=8, batch_size=10, kl_warmup=3, patience=2)
     assert [row.kl_weight for row in history.rows[2:4]] == [5 / 6, 1.0]
     assert history.best_epoch == 5

@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 import elbowroom as er
-from elbowroom.cli import app
+from elbowroom.cli.app import app
 from elbowroom.errors import UserError
-from elbowroom.experiment import seam
+from elbowroom.spec.experiment import seam
 
 QUICK = {"epochs": 3, "batch_size": 16, "learning_rate": 1e-2, "device": "cpu"}
 NET = {"name": "mlp", "hidden": [8]}

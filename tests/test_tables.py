@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from elbowroom import components
-from elbowroom.data import Dataset
+from elbowroom.components import registry as components
+from elbowroom.data.dataset import Dataset
+from elbowroom.data.frames import Memory, from_python, read_like
+from elbowroom.data.tables import Layout, describe_columns
 from elbowroom.errors import UserError
-from elbowroom.experiment import Experiment
-from elbowroom.frames import Memory, from_python, read_like
 from elbowroom.models.columns import Column
-from elbowroom.tables import Layout, describe_columns
+from elbowroom.spec.experiment import Experiment
 
 TABLE = (
     "a,b,city,batch,dose,depth,who\n1,0.5,rome,10,0.1,100,ann\n2,,oslo,9,0.2,200,bob\n"
@@ -215,7 +215,7 @@ def test_kinds_of_columns() -> None:
 
 @pytest.mark.parametrize("chunk", [7, 2**22])
 def test_the_place_of_a_wrong_kind_is_found_in_any_part(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elbowroom.data.CHUNK", chunk)
+    monkeypatch.setattr("elbowroom.data.dataset.CHUNK", chunk)
     x = np.ones((6, 2))
     x[4, 1] = -1
     assert problem(describe_columns, x, ("a", "b"), {"b": "positive"}) == (

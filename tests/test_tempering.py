@@ -8,9 +8,9 @@ import pytest
 import torch
 from problems import PROBLEMS
 
-from elbowroom.inference import diagnostics
-from elbowroom.inference.scout import scout
-from elbowroom.inference.tempering import Tempering
+from elbowroom.inference.mcmc import diagnostics
+from elbowroom.inference.references.hmc.tempering import Tempering
+from elbowroom.inference.search.scout import scout
 
 
 @pytest.mark.parametrize("rows", [[3, 0, 2, 1], *(pytest.param(r, marks=pytest.mark.slow) for r in ([2, 0], [1]))])

@@ -13,21 +13,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elbowroom import components, promises
+from elbowroom.components import registry as components
+from elbowroom.conformance import properties as promises
 from elbowroom.errors import NonFiniteLoss
-from elbowroom.inference import training_step
 from elbowroom.inference.adam import Adam
-from elbowroom.inference.bounds import IWAE, Beta, DReG, Renyi, StickingTheLanding
-from elbowroom.inference.enumerated import TraceEnum
-from elbowroom.inference.objectives import ELBO, MeanFieldELBO, NonFiniteSite
-from elbowroom.inference.svi import Session, fit
-from elbowroom.inference.training_step import Step
-from elbowroom.inference.wake_sleep import WakeSleep
-from elbowroom.models.counts import Poisson
-from elbowroom.models.guides import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods import Bernoulli, Gaussian
-from elbowroom.models.networks import MLP
-from elbowroom.models.priors import Normal
+from elbowroom.inference.fit import step as training_step
+from elbowroom.inference.fit.step import Step
+from elbowroom.inference.fit.svi import Session, fit
+from elbowroom.inference.objectives.bounds import IWAE, Beta, DReG, Renyi, StickingTheLanding
+from elbowroom.inference.objectives.elbo import ELBO, MeanFieldELBO, NonFiniteSite
+from elbowroom.inference.objectives.enumerated import TraceEnum
+from elbowroom.inference.objectives.wake_sleep import WakeSleep
+from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.likelihoods.base import Bernoulli, Gaussian
+from elbowroom.models.likelihoods.counts import Poisson
+from elbowroom.models.networks.mlp import MLP
+from elbowroom.models.priors.base import Normal
 from elbowroom.models.vae import VAE
 
 D, K, B, N = 6, 2, 8, 20

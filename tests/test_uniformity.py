@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from elbowroom.analysis.uniformity import bands, holm, p_value, points_of, uniformity
+from elbowroom.analysis.checks.uniformity import bands, holm, p_value, points_of, uniformity
 
 
 def counts_of(values: np.ndarray) -> np.ndarray:

@@ -13,12 +13,14 @@ import torch
 import xarray as xr
 
 import elbowroom as er
-from elbowroom import cli, document, measure
-from elbowroom.analysis.findings import key_figures
-from elbowroom.analysis.report import Files
+from elbowroom.analysis.report.key_figures import key_figures
+from elbowroom.analysis.report.report import Files
+from elbowroom.cli import app as cli
 from elbowroom.errors import RunFolderError, SpecError
+from elbowroom.models import measure
 from elbowroom.run import Run, fit
-from elbowroom.versus import Versus, tabulate
+from elbowroom.runs.compare import Versus, tabulate
+from elbowroom.spec import document
 
 N = 200
 

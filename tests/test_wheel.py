@@ -40,13 +40,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_what_is_not_python(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     assert "elbowroom/py.typed" in inside
-    for folder, here in (("analysis/templates", "analysis/templates"), ("experiments", "experiments")):
+    for folder, here in (("analysis/report/templates", "analysis/report/templates"), ("experiments", "experiments")):
         files = {f"elbowroom/{folder}/{path.name}" for path in (ROOT / here).iterdir() if path.is_file()}
         assert files
         assert files <= inside
-    modules = {f"elbowroom/{path.name}" for path in (ROOT / "src" / "elbowroom").glob("*.py")}
+    modules = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "elbowroom").rglob("*.py")}  # links not followed
     for name in ("models", "inference", "analysis"):
-        modules |= {f"elbowroom/{name}/{path.name}" for path in (ROOT / name).glob("*.py")}
+        modules |= {f"elbowroom/{path.relative_to(ROOT)}" for path in (ROOT / name).rglob("*.py")}
     assert {name for name in inside if name.endswith(".py") and "/experiments/" not in name} == modules
     assert not any(name.startswith(("tests", "benchmarks", "elbowroom/tests")) for name in inside)
 
@@ -59,7 +59,7 @@ def test_the_wheel_works_outside_the_repository(wheel: Path, tmp_path: Path) -> 
     call(sys.executable, "-m", "pip", "--python", python, *install, cwd=tmp_path)
     (packages,) = (tmp_path / "fresh" / "lib").glob("python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # torch and the rest, not elbowroom
-    where = call(python, "-c", "import elbowroom.inference.grid as m; print(m.__file__)", cwd=tmp_path)
+    where = call(python, "-c", "import elbowroom.inference.references.grid.grid as m; print(m.__file__)", cwd=tmp_path)
     assert where.startswith(str(packages))
     elbowroom, work = tmp_path / "fresh" / "bin" / "elbowroom", tmp_path / "work"
     work.mkdir()

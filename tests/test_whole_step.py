@@ -14,12 +14,13 @@ from test_training_step import B, D, N, equal, make, rows, walk, weights
 from torch import Tensor
 
 from elbowroom.errors import NonFiniteLoss
-from elbowroom.inference import training_step, whole_step
-from elbowroom.inference.compiled import Untraceable
-from elbowroom.inference.gradient_graph import generators
-from elbowroom.inference.rows import Rows
-from elbowroom.inference.svi import Session, fit
-from elbowroom.inference.training_step import Step
+from elbowroom.inference import whole_step
+from elbowroom.inference.compiled.graph import Untraceable
+from elbowroom.inference.fit import step as training_step
+from elbowroom.inference.fit.rows import Rows
+from elbowroom.inference.fit.step import Step
+from elbowroom.inference.fit.step_graph import generators
+from elbowroom.inference.fit.svi import Session, fit
 from elbowroom.inference.whole_step import WholeStep
 from elbowroom.inference.window import Turn, Window
 

@@ -14,12 +14,13 @@ from test_training_step import D, K, make, rows
 from torch import Tensor, nn
 
 from elbowroom.errors import NonFiniteLoss
-from elbowroom.inference import training_step, whole_step
-from elbowroom.inference.rows import Rows
-from elbowroom.inference.start import Start
-from elbowroom.inference.svi import Session, fit
+from elbowroom.inference import whole_step
+from elbowroom.inference.fit import step as training_step
+from elbowroom.inference.fit.rows import Rows
+from elbowroom.inference.fit.svi import Session, fit
+from elbowroom.inference.fit.warm_start import Start
 from elbowroom.inference.whole_step import WholeStep
-from elbowroom.models.networks import MLP
+from elbowroom.models.networks.mlp import MLP
 from elbowroom.models.vae import VAE
 
 N, B = 93, 4  # 23 batches and one of a single datum

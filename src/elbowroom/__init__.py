@@ -12,16 +12,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elbowroom.analysis.audit import Audit, audit
-    from elbowroom.components import register
-    from elbowroom.experiment import Experiment
+    from elbowroom.analysis.audit.auditor import Audit, audit
+    from elbowroom.components.registry import register
     from elbowroom.inference.posterior import Posterior
-    from elbowroom.inference.target import LogJoint
+    from elbowroom.inference.target.log_joint import LogJoint
     from elbowroom.models.vae import VAE
-    from elbowroom.profiling import profile
     from elbowroom.run import Run, fit
+    from elbowroom.runs.compare import compare
+    from elbowroom.spec.experiment import Experiment
+    from elbowroom.system.profiling import profile
     from elbowroom.transformer import VAETransformer
-    from elbowroom.versus import compare
 
     __version__: str
 
@@ -42,18 +42,18 @@ __all__ = [
 ]
 
 _HOME = {
-    "Audit": "elbowroom.analysis.audit",
-    "audit": "elbowroom.analysis.audit",
-    "register": "elbowroom.components",
-    "Experiment": "elbowroom.experiment",
+    "Audit": "elbowroom.analysis.audit.auditor",
+    "audit": "elbowroom.analysis.audit.auditor",
+    "register": "elbowroom.components.registry",
+    "Experiment": "elbowroom.spec.experiment",
     "Run": "elbowroom.run",
     "fit": "elbowroom.run",
     "Posterior": "elbowroom.inference.posterior",
-    "LogJoint": "elbowroom.inference.target",
-    "profile": "elbowroom.profiling",
+    "LogJoint": "elbowroom.inference.target.log_joint",
+    "profile": "elbowroom.system.profiling",
     "VAE": "elbowroom.models.vae",
     "VAETransformer": "elbowroom.transformer",
-    "compare": "elbowroom.versus",
+    "compare": "elbowroom.runs.compare",
 }
 
 

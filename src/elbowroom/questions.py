@@ -10,14 +10,14 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 
-from elbowroom.answer import Answer, Form
-from elbowroom.stages import stage
+from elbowroom.queries.answer import Answer, Form
+from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
-    from elbowroom.imputed import Imputed
     from elbowroom.inference.posterior import Reference
+    from elbowroom.queries.impute.answer import Imputed
+    from elbowroom.queries.stream import Report
     from elbowroom.run import Run
-    from elbowroom.streaming import Report
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +28,7 @@ def as_specified(method: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(method)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        from elbowroom.inference.compiled import policy
+        from elbowroom.inference.compiled.graph import policy
 
         run = cast("Run", args[0])
         with policy(run.experiment.spec.audit.compile):
@@ -83,8 +83,9 @@ class Questions:
             >>> answer["mean"], answer["sd"], answer["status"]  # doctest: +SKIP
         """
         with stage("imports"):
-            from elbowroom import asked, encode
-            from elbowroom.streaming import place_of, references_for, stream
+            from elbowroom.queries import encode
+            from elbowroom.queries.stream import place_of, references_for, stream
+            from elbowroom.runs import rows as asked
 
         run, (given, form) = cast("Run", self), Form.of(data)
         rows, place = asked.rows(run, given), place_of(run, device)
@@ -153,8 +154,10 @@ class Questions:
             >>> answer["log_evidence"], answer["p_conformal"], answer["decision"]  # doctest: +SKIP
         """
         with stage("imports"):
-            from elbowroom import asked, score, scored
-            from elbowroom.streaming import place_of, references_for
+            from elbowroom.queries.score import conclusions as scored
+            from elbowroom.queries.score import score
+            from elbowroom.queries.stream import place_of, references_for
+            from elbowroom.runs import rows as asked
 
         run, (given, form) = cast("Run", self), Form.of(data)
         ends = score.band_of(band)
@@ -222,7 +225,7 @@ class Questions:
             >>> answer.completed(), answer["low"], answer["high"]  # doctest: +SKIP
         """
         with stage("imports"):
-            from elbowroom import impute
+            from elbowroom.queries.impute import impute
 
         return impute.ask(
             cast("Run", self), data, hidden=hide, of=of, references=references, level=level, samples=samples, draws=draws,
@@ -244,7 +247,7 @@ class Questions:
             >>> run.condition({"age": 40, "education": "Bachelors"}, of=["income"]).frame()  # doctest: +SKIP
         """
         with stage("imports"):
-            from elbowroom import impute
+            from elbowroom.queries.impute import impute
 
         return impute.condition(cast("Run", self), known, of, **options)
 
@@ -305,7 +308,7 @@ class Questions:
             >>> run.sample(1_000).frame(), run.sample(5, given={"age": 40})["x"]  # doctest: +SKIP
         """
         with stage("imports"):
-            from elbowroom import sample
+            from elbowroom.queries.sample import sample
 
         return sample.ask(
             cast("Run", self), n, source=source, interpolate=interpolate, steps=steps, data=data, covariates=covariates,
@@ -356,7 +359,7 @@ class Questions:
             >>> run.explain(datum=14).figures["traversals"]  # doctest: +SKIP
         """
         with stage("imports"):
-            from elbowroom.explain import explain
+            from elbowroom.queries.explain import explain
 
         return explain(
             cast("Run", self), data, datum=datum, latents=latents, others=others, given=given, points=points, steps=steps,
@@ -398,7 +401,7 @@ class Questions:
             UserError: there is no such row, no continuous latent, or a method is unknown.
         """
         with stage("imports"):
-            from elbowroom.integrate import integrate
+            from elbowroom.queries.integrate import integrate
 
         options: dict[str, Any] = {"samples": samples, "repeats": repeats, "temperatures": temperatures}
         options |= {"methods": tuple(methods), "references": references}

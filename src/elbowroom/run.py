@@ -14,32 +14,39 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from elbowroom import asked, clock, components, document, folder, measure, spec, start
-from elbowroom.analysis.audit import DIAGNOSIS, Audit, audit_log_joint
-from elbowroom.analysis.diagnosis import SIMULATED
-from elbowroom.analysis.pace import Step
-from elbowroom.analysis.planning import Plan as AuditPlan
-from elbowroom.analysis.store import Store
-from elbowroom.archive import check_stored
-from elbowroom.assembly import restore
-from elbowroom.data import Dataset
+from elbowroom.analysis.audit.auditor import DIAGNOSIS, Audit, audit_log_joint
+from elbowroom.analysis.audit.budget import Step
+from elbowroom.analysis.audit.diagnosis import SIMULATED
+from elbowroom.analysis.audit.parts import Store
+from elbowroom.analysis.audit.plan import Plan as AuditPlan
+from elbowroom.components import registry as components
+from elbowroom.data.dataset import Dataset
+from elbowroom.data.frames import read_like
+from elbowroom.data.tables import Layout
 from elbowroom.errors import RunFolderError, SpecError
-from elbowroom.experiment import Experiment, identity, seam
-from elbowroom.files import locked, sha256
-from elbowroom.frames import read_like
-from elbowroom.inference import checkpoint, svi
-from elbowroom.inference.history import Row
-from elbowroom.inference.schedule import Plan
-from elbowroom.inference.target import LogJoint
+from elbowroom.inference import checkpoint
+from elbowroom.inference.fit import svi
+from elbowroom.inference.fit.plan import Plan
+from elbowroom.inference.fit.record import Row
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models import measure
 from elbowroom.models.vae import VAE
 from elbowroom.questions import Questions, as_specified
-from elbowroom.stages import into, stage
-from elbowroom.tables import Layout
+from elbowroom.runs import rows as asked
+from elbowroom.spec import document, spec
+from elbowroom.spec import run_folder as folder
+from elbowroom.spec import warm_start as start
+from elbowroom.spec.assembly import restore
+from elbowroom.spec.experiment import Experiment, identity, seam
+from elbowroom.system import durations as clock
+from elbowroom.system.archive import check_stored
+from elbowroom.system.files import locked, sha256
+from elbowroom.system.stages import into, stage
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from elbowroom.improve import Improvement
+    from elbowroom.runs.improve import Improvement
 
 
 @stage("fit")
@@ -273,7 +280,8 @@ class Run(Questions):
                 beside=self._beside(place, data is None) if audit_spec.diagnose else None,
                 entries=measure.entries(self.vae, batch["x"]),
             )
-            from elbowroom.analysis import idata, latent
+            from elbowroom.analysis import idata
+            from elbowroom.analysis.latents import summary as latent
 
             labels = None if dataset.labels is None else dataset.labels[obs_id]
             columns = [column.name for column in self.experiment.facts.columns or ()]
@@ -294,7 +302,7 @@ class Run(Questions):
         """Carry out the audit's advice in a new run folder, audit the same data there, and compare; this run is kept.
 
         Args:
-            **options: those of `elbowroom.improve.improve`: retrain, out, set, overwrite, resume, budget, report, progress,
+            **options: those of `runs.improve.improve`: retrain, out, set, overwrite, resume, budget, report, progress,
                 allow_python.
 
         Returns:
@@ -303,7 +311,7 @@ class Run(Questions):
         Raises:
             UserError: the run is not audited, or an option or the new folder cannot be used.
         """
-        from elbowroom.improve import improve
+        from elbowroom.runs.improve import improve
 
         return improve(self, **options)
 
@@ -416,7 +424,7 @@ class Run(Questions):
 
     def report(self) -> Path:
         """Write `report.html` and the figures from the files of the run; return the report's path."""
-        from elbowroom.analysis.report import write_report
+        from elbowroom.analysis.report.report import write_report
 
         with locked(self.path):
             return write_report(self.path)

@@ -17,12 +17,12 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from elbowroom.errors import DataError, SpecError
-from elbowroom.folder import SPEC, SPLIT, WEIGHTS
+from elbowroom.spec.run_folder import SPEC, SPLIT, WEIGHTS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from elbowroom.answer import Answer
+    from elbowroom.queries.answer import Answer
     from elbowroom.run import Run
 
 BLOCK = 10_000  # rows decoded at once
@@ -107,8 +107,8 @@ class VAETransformer(TransformerMixin, BaseEstimator):
         Raises:
             UserError: options, rows or the folder cannot be used.
         """
-        from elbowroom.experiment import Experiment
         from elbowroom.run import fit
+        from elbowroom.spec.experiment import Experiment
 
         self._check()
         experiment = Experiment.from_dict(self._tree(), data=self._rows(X, fitting=True))
@@ -120,9 +120,9 @@ class VAETransformer(TransformerMixin, BaseEstimator):
         """Return the posterior means of the latents, (n, latent_dim)."""
         if self.posterior == "corrected":
             return self._corrected(X)["mean"].values.astype(float)
-        from elbowroom import asked
-        from elbowroom.analysis.decoded import moments
-        from elbowroom.inference.target import seeded
+        from elbowroom.analysis.latents.decoding import moments
+        from elbowroom.inference.target.log_joint import seeded
+        from elbowroom.runs import rows as asked
 
         run = self._fitted()
         rows = asked.given(run, self._rows(X), label="X")

@@ -59,7 +59,16 @@ print(audit)
 """
 RUNS: dict[str, list[list[str]]] = {
     "digits": [
-        ["run", "{repo}/experiments/digits.yaml", "--out", "digits", "--set", "fit.epochs=20", "--set", "audit.observations=40"],
+        [
+            "run",
+            "{repo}/experiments/digits.yaml",
+            "--out",
+            "digits",
+            "--set",
+            "fit.epochs=20",
+            "--set",
+            "audit.observations=40",
+        ],
         ["encode", "digits", "--out", "answers/digits-encode.nc"],
         ["score", "digits", "--out", "answers/digits-score.nc", "--references", "none", "--simulated", "50", "--most", "60"],
         ["sample", "digits", "--out", "answers/digits-sample.nc"],
@@ -72,7 +81,7 @@ RUNS: dict[str, list[list[str]]] = {
         ["run", "table.yaml", "--out", "table"],
         ["encode", "table", "--references", "importance", "--out", "answers/table-encode.nc"],
         ["score", "table", "--references", "none", "--simulated", "50", "--most", "60", "--out", "answers/table-score.nc"],
-        ["impute", "table", "--references", "none", "--hide", "20%", "--out", "answers/table-impute.nc"],
+        ["impute", "table", "--references", "none", "--out", "answers/table-impute.nc"],
         ["explain", "table", "--references", "none", "--out", "answers/table-explain.nc"],
         ["sample", "table", "--out", "answers/table-sample.nc"],
     ],
@@ -125,7 +134,9 @@ def _table() -> str:
         "height": np.char.mod("%.3f", 170 + 8 * z[:, 0] + random.normal(size=240)),
         "weight": np.char.mod("%.3f", 70 + 6 * z[:, 0] + 4 * z[:, 1] + random.normal(size=240)),
         "visits": np.char.mod("%d", random.poisson(np.exp(1 + 0.5 * z[:, 1]))),
-        "town": np.array(["north", "south", "west"])[(z @ [[1.0, -1, 0.3], [0.2, 0.5, -1]] + random.gumbel(size=(240, 3))).argmax(1)],
+        "town": np.array(["north", "south", "west"])[
+            (z @ [[1.0, -1, 0.3], [0.2, 0.5, -1]] + random.gumbel(size=(240, 3))).argmax(1)
+        ],
         "smokes": np.array(["no", "yes"])[(z[:, 1] + random.logistic(size=240) > 0).astype(int)],
     }
     rows = np.stack(list(columns.values()), 1).astype(object)
@@ -159,7 +170,8 @@ TIMES = re.compile(r"second|time_|created|version|_stamp|elapsed|wall")
 def compare(before: Path, after: Path, rtol: float) -> list[str]:
     """Return one line for each difference between two records."""
     files = {
-        name: {str(p.relative_to(name)) for p in name.rglob("*") if p.is_file() and p.name != ".lock"} for name in (before, after)
+        name: {str(p.relative_to(name)) for p in name.rglob("*") if p.is_file() and p.name != ".lock"}
+        for name in (before, after)
     }
     found = [f"{one}: only before" for one in sorted(files[before] - files[after])]
     found += [f"{one}: only after" for one in sorted(files[after] - files[before])]
@@ -226,7 +238,12 @@ def _arrays(a: dict[str, Any], b: dict[str, Any], rtol: float) -> list[str]:
         x, y = np.asarray(a[name]), np.asarray(b[name])
         if TIMES.search(name):
             continue
-        if x.shape != y.shape or x.dtype.kind != y.dtype.kind or x.dtype.itemsize != y.dtype.itemsize and x.dtype.kind not in "OUST":
+        if (
+            x.shape != y.shape
+            or x.dtype.kind != y.dtype.kind
+            or x.dtype.itemsize != y.dtype.itemsize
+            and x.dtype.kind not in "OUST"
+        ):
             found.append(f"{name}: {x.dtype}{x.shape} before, {y.dtype}{y.shape} after")
         elif x.dtype.kind in "fc":
             if not np.array_equal(x, y, equal_nan=True):
@@ -247,7 +264,9 @@ def _texts(a: str, b: str, rtol: float) -> list[str]:
         text = VOLATILE.sub("", text)
         if rtol:
             text = re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", lambda m: f"{float(m[0]):.2g}", text)
-        return [line for line in (re.sub(r"\s+", " ", line).strip() for line in text.splitlines()) if not TIMES.search(line[:80])]
+        return [
+            line for line in (re.sub(r"\s+", " ", line).strip() for line in text.splitlines()) if not TIMES.search(line[:80])
+        ]
 
     first, second = cleaned(a), cleaned(b)
     only = [f"- {line[:200]}" for line in _less(first, second)] + [f"+ {line[:200]}" for line in _less(second, first)]

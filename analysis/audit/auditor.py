@@ -1,0 +1,348 @@
+r"""The audit: how far is q(z|x) from p(z|x), for this model and for each datum?
+
+    log p(x) = ELBO + KL(q(z|x) || p(z|x)),   gap = log p(x) - ELBO
+
+`audit(model, guide, *args)` works for any Pyro pair; `audit_log_joint` is the same on a seam that is already built.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from annotated_types import Ge
+
+from elbowroom.analysis import idata
+from elbowroom.analysis.audit.budget import Pace, Step
+from elbowroom.analysis.audit.diagnosis import diagnose as find_out
+from elbowroom.analysis.audit.parts import Store
+from elbowroom.analysis.audit.plan import Plan, choose
+from elbowroom.analysis.audit.work import Work, unreached
+from elbowroom.analysis.measures.evidence import climb
+from elbowroom.analysis.measures.expectations import expectations
+from elbowroom.analysis.measures.table import best_reference, trusted
+from elbowroom.analysis.measures.tabulate import tabulate
+from elbowroom.analysis.verdict import judgement
+from elbowroom.analysis.verdict.judgement import Judgement, from_dataset
+from elbowroom.analysis.verdict.rules import judge, per_datum
+from elbowroom.analysis.verdict.summary import sentences, summary
+from elbowroom.cli.progress import PLANNED
+from elbowroom.errors import RunFolderError, UnsupportedProgram, UserError
+from elbowroom.inference.compiled.graph import Compile, policy
+from elbowroom.inference.posterior import CHAINS, Reference
+from elbowroom.inference.target import discrete
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system import durations as clock
+from elbowroom.system import memory as heap
+from elbowroom.system.files import atomic
+from elbowroom.system.stages import stage
+
+log = logging.getLogger("elbowroom")
+
+BLOCK = 2**22  # draws x data held at once
+ENTRIES = 2**24  # draws x data x latents held at once: 128 MB, of which methods hold several copies
+ROOMY = 8  # times both on a GPU, which is idle on small blocks
+KEPT = 2**29  # bytes of draws that are kept of all data and methods
+LEAST = 8  # draws kept of each datum, however many data
+DIAGNOSIS = "diagnosis.nc"
+OTHERS = (2_000, 200)  # draws, and draws kept, where other data are audited for their gaps alone
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        table: one row per datum (`obs_id`), and per datum and reference; every variable has units and a long name.
+        posteriors: method -> ArviZ DataTree.
+        diagnosis: what the verdicts rest on beside the table: see `audit.diagnosis`; None where it was not asked
+            for.
+    """
+
+    table: xr.Dataset
+    posteriors: dict[str, xr.DataTree]
+    diagnosis: xr.DataTree | None = None
+
+    @property
+    def verdict(self) -> str:
+        """The verdicts with what they rest on and what to do, then a few plain sentences, one per line."""
+        return str(self.table.attrs["verdict"])
+
+    @property
+    def verdicts(self) -> list[Judgement]:
+        """The verdicts, the most consequential first."""
+        if self.diagnosis is None:
+            return judge(self.table)
+        return from_dataset(self.diagnosis["verdicts"].to_dataset())
+
+    def expectations(self, f: Callable[[xr.Dataset], xr.DataArray], reference: str | None = None) -> xr.Dataset:
+        """Compare E_q f(z), what is computed with the guide, with E_p f(z), for any function of the sites, with errors.
+
+        Args:
+            f: given the sites, name -> (chain, draw, obs_id, ...), returns (chain, draw, obs_id, ...); see
+                `analysis.expectations`.
+            reference: whose posterior p is; by default the one that is exact or certified for the most data.
+
+        Returns:
+            As `analysis.expectations.expectations`, over the data for which the reference is exact or certified.
+
+        Raises:
+            UserError: no reference is, or there is none of that name.
+
+        Example:
+            >>> audit.expectations(lambda sites: sites["z"][..., 0] > 0)["difference"]  # doctest: +SKIP
+        """
+        name = reference or best_reference(self.table)
+        names = self.table["reference"].values.astype(str).tolist()
+        if name is None or name not in names or not trusted(self.table, name).any():
+            who = "no reference is" if name is None else f"{name!r} is not"
+            there = ", ".join(names) or "none"
+            raise UserError(f"expectations: {who} exact or certified for any datum; the audit's references: {there}")
+        rows = trusted(self.table, name)
+        return expectations(f, self.posteriors["guide"].isel(obs_id=rows), self.posteriors[name].isel(obs_id=rows))
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the rows (quantity, value) of the short table."""
+        return summary(self.table)
+
+    def save(self, folder: str | Path) -> None:
+        """Write posteriors/<method>.nc, diagnosis.nc, audit.csv and, last, audit.nc into a folder, each whole or not at all.
+
+        An audit.nc that is there is removed first: where one is, all that lies beside it belongs to it.
+        """
+        folder = Path(folder)
+        (folder / "audit.nc").unlink(missing_ok=True)
+        for method, tree in self.posteriors.items():
+            idata.write(tree, folder / "posteriors" / f"{method}.nc")
+        (folder / DIAGNOSIS).unlink(missing_ok=True)
+        if self.diagnosis is not None:
+            idata.write(self.diagnosis, folder / DIAGNOSIS)
+        with atomic(folder / "audit.csv") as temporary:
+            self.to_csv(temporary)
+        idata.write(self.table, folder / "audit.nc")
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one line per datum; what is per reference gets a column each, such as `mean_error[grid]`."""
+        flat = self.table.drop_dims("reference").to_dataframe()
+        per_datum = list(flat.columns)
+        for reference in self.table["reference"].values:
+            part = self.table.sel(reference=reference, drop=True).drop_vars(per_datum).to_dataframe()
+            flat = flat.join(part.add_suffix(f"[{reference}]"))
+        flat.to_csv(path)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Audit:
+        """Read an audit that `save` wrote.
+
+        Raises:
+            RunFolderError: when the folder holds none, or a file of it is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / "audit.nc").is_file():
+            raise RunFolderError(f"{folder}: no audit.nc here; run `elbowroom audit {folder}` first")
+        table = idata.read_table(folder / "audit.nc")
+        trees = {path.stem: idata.read(path) for path in sorted((folder / "posteriors").glob("*.nc"))}
+        diagnosis = judgement.read(folder / DIAGNOSIS) if (folder / DIAGNOSIS).is_file() else None
+        return cls(table, trees, diagnosis)
+
+    def __repr__(self) -> str:
+        rows = "\n".join(f"  {name:<34}{value}" for name, value in self.lines())
+        return f"Audit of {self.table.sizes['obs_id']} data\n{rows}\n{self.verdict}"
+
+
+def audit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    plate: str | None = None,
+    references: Literal["auto"] | Sequence[str | Reference] = "auto",
+    seed: int = 0,
+    budget: float | str | None = None,
+    diagnose: bool = True,
+    compile: Compile = "auto",
+    progress: Callable[[Step], None] | None = None,
+    **kwargs: Any,
+) -> Audit:
+    """Audit the guide of any Pyro (model, guide) pair against references.
+
+    Args:
+        model: Pyro program p(x, z), with a data plate.
+        guide: Pyro program q(z|x), with the same plate.
+        *args: arguments of both programs.
+        plate: name of the data plate, where several could be meant.
+        references: `auto` (closed form, else enumeration where all latents are discrete, else a grid for d <= 3, else hmc,
+            importance and ais), or names (`closed_form`, `enumeration`, `grid`, `hmc`, `importance`, `ais`), or Reference
+            objects.
+        seed: random seed.
+        budget: seconds that the audit may take, or a text such as `10m`; data that are not reached are uncertified.
+        diagnose: also find out what the verdicts rest on beside the gaps: calibration, information, checks of the model, gaps
+            of simulated data.
+        compile: whether log p(x, z) and its gradient are compiled: `auto` (where that pays), `always` or `never`; results
+            differ by rounding.
+        progress: as in `audit_log_joint`.
+        **kwargs: keyword arguments of both programs.
+
+    Returns:
+        The audit; print it, or see `.table`, `.posteriors`, `.verdict`.
+
+    Raises:
+        UnsupportedProgram: when per-datum inference does not apply to the pair; it names the site or plate and the reason.
+        UserError: when a reference that was asked for cannot be used on this model.
+    """
+    clock.seconds(budget)
+    with policy(compile):
+        log_joint = LogJoint(model, guide, *args, plate=plate, **kwargs)
+        beside: dict[str, LogJoint] | None = {} if diagnose else None
+        return audit_log_joint(log_joint, references=references, seed=seed, budget=budget, beside=beside, progress=progress)
+
+
+def audit_log_joint(
+    log_joint: LogJoint,
+    *,
+    references: Literal["auto"] | Sequence[str | Reference] = "auto",
+    draws: Annotated[int, Ge(100)] = 10_000,
+    keep: Annotated[int, Ge(100)] = 1_000,
+    seed: int = 0,
+    obs_id: Sequence[int] | None = None,
+    attrs: Mapping[str, str] | None = None,
+    progress: Callable[[Step], None] | None = None,
+    budget: float | str | None = None,
+    store: Store | None = None,
+    beside: Mapping[str, LogJoint] | None = None,
+    entries: int | None = None,
+) -> Audit:
+    """Audit a guide through the seam, block by block of data; each block's draws are thinned before the next one.
+
+    Args:
+        log_joint: the model and guide.
+        references: as in `audit`.
+        draws: guide draws per datum for ELBO, k-hat and importance sampling.
+        keep: draws per datum and method kept in the files; fewer where all of them would take more than 512 MB.
+        seed: random seed.
+        obs_id: labels of the data; default 0 .. N-1.
+        attrs: further attributes of the files, such as the spec's hash.
+        progress: called before each piece of work with a `Step`: a short sentence that also knows the share that is done, the
+            seconds left and the plan.
+        budget: seconds for the whole audit, or a text such as `10m`. It is shared out over references and blocks; data that are
+            not reached are `uncertified`, with the reason. The guide's own pass is always made, and references have at least
+            half of the budget beside it.
+        store: where finished parts are kept and looked up.
+        beside: seams of other data of the same pair (such as `train`), whose gaps are found out too, with all else that the
+            verdicts rest on; an empty mapping where there are none. None leaves all of it out.
+        entries: entries of one datum, where the data are discrete: for these, bits per dimension are given too.
+
+    Raises:
+        UserError: when a reference that was asked for cannot be used on this model, or the budget is no time.
+    """
+    started, limit = time.monotonic(), clock.seconds(budget)
+    keep = min(keep, draws) // CHAINS * CHAINS
+    with stage("plan"):
+        plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=block_size(log_joint, draws))
+    if store is not None:
+        plan = _continued(plan, references, log_joint, store)
+    sizes = _sizes(log_joint, plan.size)
+    pace = Pace(plan, sizes, started + plan.limit)
+    log.info("%s", plan)
+    say = progress or (lambda step: None)
+    say(Step.of(PLANNED, pace))
+    kept, moments = _kept(log_joint, keep, len(plan.references))
+    work = Work(pace, say, keep=keep, kept=kept, moments=moments, draws=draws, seed=seed, store=store)
+    found = [work.block(part, number, label) for number, (part, label) in enumerate(_blocks(log_joint, sizes))]
+    guide, posteriors, comparisons = work.joined(found)
+    del found  # as much again
+    labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
+    facts = {"seed": str(seed), "plate": log_joint.plate, "latent_dim": str(log_joint.dim), "draws": str(draws)}
+    facts["plan"] = "; ".join(f"{name}: {reason}" for name, reason in zip(plan.names, plan.reasons, strict=True))
+    notes = list(log_joint.notes)
+    if kept < keep:
+        notes.append(f"{kept} of {keep} draws per datum and method are kept in the files, to stay within memory")
+    if not moments:
+        notes.append("the files hold no covariances, to stay within memory")
+    if notes:
+        facts["notes"] = "\n".join(notes)
+    facts |= dict(attrs or {}) | ({} if entries is None else {"entries": str(entries)})
+    with stage("table"):
+        table = tabulate(guide, posteriors, comparisons, climb(guide, posteriors), labels, facts)
+    diagnosis = None
+    if beside is not None:
+
+        def gaps(other: LogJoint, its_seed: int) -> xr.Dataset:
+            few, kept = OTHERS
+            left = None if limit == math.inf else max(1.0, pace.deadline - time.monotonic())
+            return audit_log_joint(
+                other, references=plan.references, draws=min(draws, few), keep=kept, seed=its_seed, budget=left
+            ).table
+
+        diagnosis = find_out(
+            log_joint, table, posteriors, beside, gaps,
+            seed=seed, entries=entries, until=pace.deadline, say=lambda sentence: say(Step.of(sentence, pace)),
+        )  # fmt: skip
+    verdicts = judge(table) if diagnosis is None else from_dataset(diagnosis["verdicts"].to_dataset())
+    table["verdict"] = ("obs_id", per_datum(table), {"long_name": "what can be said of this datum by its own numbers"})
+    table.attrs["verdict"] = "\n".join([*map(str, verdicts), *sentences(table), *unreached(posteriors, limit)])
+    observed = {name: value.cpu().numpy() for name, value in log_joint.program.observed.items()}
+    joint = {name: value.cpu().numpy() for name, value in discrete.values(log_joint).items()}
+    with stage("trees"):
+        trees = {
+            posterior.method: idata.to_datatree(
+                posterior, obs_id=labels.tolist(), observed=observed, assignments=joint, attrs=facts
+            )
+            for posterior in (guide, *posteriors)
+        }
+    return Audit(table, trees, diagnosis)
+
+
+def _continued(plan: Plan, references: Literal["auto"] | Sequence[str | Reference], log_joint: LogJoint, store: Store) -> Plan:
+    """Keep to the plan of the audit that is continued: timing it again could have led to another one."""
+    kept = store.remember({"references": plan.names, "reasons": plan.reasons, "size": plan.size})
+    if references == "auto" and kept["references"] != plan.names:
+        plan = choose(kept["references"], log_joint, budget=plan.budget, size=plan.size)
+    return replace(plan, reasons=list(kept["reasons"]), size=int(kept["size"]))
+
+
+def block_size(log_joint: LogJoint, draws: int) -> int:
+    """Return how many data's draws of the guide are held at once."""
+    room = ROOMY if log_joint.device.type == "cuda" else 1
+    return max(1, min(room * BLOCK // draws, room * ENTRIES // (draws * max(1, log_joint.dim))))
+
+
+def _kept(log_joint: LogJoint, keep: int, references: int) -> tuple[int, bool]:
+    """Return how many draws of each datum can be held of all methods within memory, and whether covariances can be."""
+    methods, n, d = 1 + references, log_joint.n_obs, log_joint.dim
+    sites = sum(math.prod(site.shape) for site in log_joint.sites) + len(log_joint.program.discrete)
+    each = 8 * n * methods * (d + sites + 3)
+    return keep if each * keep <= KEPT else max(LEAST, KEPT // each // LEAST * LEAST), 8 * n * methods * d * d <= KEPT
+
+
+def _sizes(log_joint: LogJoint, size: int) -> list[int]:
+    """Return the number of data in each block; all in one where the arguments cannot be taken apart."""
+    n = log_joint.n_obs
+    if n <= size:
+        return [n]
+    every = torch.arange(n, device=log_joint.device)
+    parts = every.split(size)
+    if any(log_joint.subset(rows) is None for rows in (parts[0], parts[-1])):
+        return [n]
+    return [len(rows) for rows in parts]
+
+
+def _blocks(log_joint: LogJoint, sizes: Sequence[int]) -> Iterator[tuple[LogJoint, str]]:
+    """Yield blocks of data, one at a time, so that what methods remember of a block goes with it."""
+    n = log_joint.n_obs
+    if len(sizes) == 1:
+        yield log_joint, ""
+        return
+    for rows in torch.arange(n, device=log_joint.device).split(list(sizes)):
+        part = log_joint.subset(rows)
+        if part is None:
+            raise UnsupportedProgram(f"data {int(rows[0])}..{int(rows[-1])} cannot be taken out of the arguments")
+        yield part, f" for data {int(rows[0])}..{int(rows[-1])} of {n}"
+        heap.trim()

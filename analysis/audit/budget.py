@@ -1,0 +1,139 @@
+"""The clock of an audit: how far it is, how long it will take, and what share of a budget each piece of work may have."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from elbowroom.analysis.audit.plan import Plan
+
+TOLERANCE = 0.8  # of an estimate: with less time than this, work that cannot be cut short is not begun
+
+
+class Step(str):
+    """What is being done now, in a few words, as `progress` is called with: a string that also knows the time.
+
+    Attributes:
+        done: share of the work that is done, 0 to 1.
+        seconds_left: estimated seconds to the end.
+        plan: what the audit does.
+    """
+
+    done: float
+    seconds_left: float
+    plan: Plan
+
+    @classmethod
+    def of(cls, text: str, pace: Pace) -> Step:
+        """Return a step at the present moment."""
+        step = cls(text)
+        step.done, step.seconds_left, step.plan = pace.done, pace.seconds_left, pace.plan
+        return step
+
+
+@dataclass
+class _Piece:
+    """A method's remaining work: data per block still to come, seconds it may spend, and how far its estimates were off."""
+
+    blocks: list[int]
+    credit: float = 0.0
+    estimated: float = 0.0
+    took: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        return self.took / self.estimated if self.estimated > 0 else 1.0
+
+
+class Pace:
+    """Shares a budget out over blocks and methods, so that no block eats another's part.
+
+    Time is given to each method as credit: its part of what is left, block after block. A block in which it could not even
+    begin within its credit is left out, and the credit is there for its next block; what it does not use is there for all.
+
+    Args:
+        plan: what is to be done.
+        sizes: data in each block.
+        deadline: value of `clock()` at which the budget ends; infinity where there is none.
+        clock: tells the time.
+    """
+
+    def __init__(
+        self, plan: Plan, sizes: list[int], deadline: float = math.inf, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.plan, self.deadline, self.clock = plan, deadline, clock
+        self.costs = {"": plan.guide, **dict(zip(plan.names, plan.costs, strict=True))}
+        self.pieces = {name: _Piece(list(sizes)) for name in self.costs}
+        self.dropped: set[str] = set()
+        if math.isfinite(deadline):
+            self._drop()
+        self.total = max(self._left(), 1e-9)
+
+    def _drop(self) -> None:
+        """Give up, worst first, methods whose whole part of the budget would not do for one block: others can use it."""
+        free = self.deadline - self.clock() - self._estimate("")
+        while active := [name for name in self.plan.names if name not in self.dropped]:
+            share = free / max(sum(self._estimate(name) for name in active), 1e-12)
+            hopeless = [name for name in active if share * self._estimate(name) < self._least(name)]
+            if not hopeless:
+                return
+            self.dropped.add(hopeless[-1])
+
+    def _least(self, name: str) -> float:
+        """Return the seconds without which the next piece of a method is not begun."""
+        cost, piece = self.costs[name], self.pieces[name]
+        return TOLERANCE * cost.least * cost.of(piece.blocks[0]) * piece.factor
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimated seconds to the end, which a budget may bring nearer."""
+        return max(0.0, min(self._left(), self.deadline - self.clock()))
+
+    @property
+    def done(self) -> float:
+        """Share of the work that is done, by its estimated time."""
+        return min(1.0, 1.0 - sum(self._estimate(name) for name in self.pieces) / self.total)
+
+    def until(self, name: str) -> float | None:
+        """Return when the next piece of a method must end; None where its time is too short to begin."""
+        if math.isinf(self.deadline):
+            return math.inf
+        if name in self.dropped:
+            return None
+        now, cost, piece = self.clock(), self.costs[name], self.pieces[name]
+        guide = self._estimate("") * self.pieces[""].factor
+        references = self._left() - guide
+        free = max(0.0, self.deadline - now - guide - sum(other.credit for other in self.pieces.values()))
+        mine = cost.of(piece.blocks[0]) * piece.factor
+        piece.credit += free * mine / max(references, 1e-12)
+        if piece.credit < self._least(name) or now >= self.deadline:
+            return None
+        return now + piece.credit
+
+    def finished(self, name: str, took: float, *, whole: bool) -> None:
+        """Take the next piece of a method off the list.
+
+        Args:
+            name: the method; empty for the guide.
+            took: seconds it took; 0 where it was left out.
+            whole: whether it was carried out to its end, so that its time says something.
+        """
+        piece = self.pieces[name]
+        n = piece.blocks.pop(0)
+        if whole:
+            piece.estimated += self.costs[name].of(n)
+            piece.took += took
+        piece.credit = 0.0 if whole or not piece.blocks else max(0.0, piece.credit - took)
+
+    def also(self, name: str, took: float) -> None:
+        """Count seconds that come after a method's piece as its own, as the estimates do."""
+        if self.pieces[name].estimated > 0:
+            self.pieces[name].took += took
+
+    def _estimate(self, name: str) -> float:
+        return 0.0 if name in self.dropped else sum(self.costs[name].of(n) for n in self.pieces[name].blocks)
+
+    def _left(self) -> float:
+        return sum(self._estimate(name) * piece.factor for name, piece in self.pieces.items())

@@ -1,0 +1,173 @@
+r"""What a reference will cost, before it starts: from the time of one gradient, or from a few data.
+
+    seconds of a block of n data = a calls + b (points per datum) n
+
+a (seconds per call) and b (seconds per point) of this model on this machine are measured in a fraction of a second; how many
+calls and points each method needs was counted once and stands in `WORK`. Methods that are not there are timed on a few data.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from elbowroom.inference.posterior import Reference
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.references.enumeration import Enumeration
+from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.target.log_joint import LogJoint
+
+log = logging.getLogger("elbowroom")
+
+ROWS = 64  # data that a gradient is timed at
+DRAWS = (4, 128)  # and draws of each
+FEW, SOME = 2, 8  # data that other methods are timed at
+SEED = 777  # of its own: the pilot's random numbers are nobody else's
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a method asks of a model.
+
+    Attributes:
+        calls: evaluations that follow each other, per block of data.
+        points: points per datum, over all calls.
+        least: share of the work that is done before the method looks at the clock; 1 where it never does.
+    """
+
+    calls: float
+    points: float
+    least: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a method: `fixed` per block and `each` per datum; `least` is the share that cannot be cut short."""
+
+    fixed: float
+    each: float
+    least: float = 1.0
+
+    def of(self, n: int) -> float:
+        """Return the seconds of a block of n data."""
+        return self.fixed + self.each * n
+
+    def __add__(self, other: Cost) -> Cost:
+        """Return the cost of both; the other one cannot be cut short."""
+        both, mine = self.of(100) + other.of(100), self.of(100)
+        return Cost(self.fixed + other.fixed, self.each + other.each, (self.least * mine + other.of(100)) / max(both, 1e-12))
+
+
+UNKNOWN = Cost(1.0, 0.0)
+
+SCOUT = Work(calls=130, points=3_500)
+"""Gradients of q* and the mode search, which the methods of `SCOUTED` share."""
+SCOUTED = ("hmc", "importance", "ais")
+WORK = {
+    "hmc": Work(calls=1_000, points=4_500, least=0.4),
+    "ais": Work(calls=3_200, points=45_000),  # with the reverse chains of the upper bounds
+    "importance": Work(calls=60, points=14_000),
+}
+"""Gradients of each method alone."""
+LATTICE = {1: Work(calls=40, points=2_500), 2: Work(calls=40, points=14_000), 3: Work(calls=60, points=130_000)}
+"""Densities, of a grid in 1, 2 or 3 dimensions."""
+GUIDE = 1.5  # densities that a draw of the guide costs, its own and the weights' diagnostics included
+
+
+class Pilot:
+    """Times a model once, and says what each method will cost.
+
+    Args:
+        log_joint: the model and guide.
+        draws: draws per datum of the guide.
+        keep: draws kept per datum and method.
+    """
+
+    def __init__(self, log_joint: LogJoint, *, draws: int, keep: int) -> None:
+        self.log_joint, self.draws, self.keep = log_joint, draws, keep
+        self._gradient: Cost | None = None
+        self._density: Cost | None = None
+
+    def guide(self) -> Cost:
+        """Return the cost of the guide's own pass."""
+        return self._model(Work(calls=10, points=GUIDE * self.draws), self.density)
+
+    def reference(self, method: Reference, before: Sequence[str]) -> Cost:
+        """Return the cost of a method that runs after others on the same data.
+
+        Args:
+            method: the reference.
+            before: names of those that have run before it.
+        """
+        if type(method).name in WORK and self.log_joint.dim:
+            cost = self._model(WORK[method.name], self.gradient)
+            first = method.name in SCOUTED and not set(SCOUTED) & set(before)
+            return cost + self._model(SCOUT, self.gradient) if first else cost
+        if isinstance(method, Grid):
+            return self._model(LATTICE[self.log_joint.dim], self.density)
+        if isinstance(method, ClosedForm | Enumeration):
+            return self._model(Work(calls=10, points=2 * self.keep), self.density)
+        return self._timed(method)
+
+    @property
+    def gradient(self) -> Cost:
+        """Cost of one call, by its points, of log p(x, z) with its gradient."""
+        if self._gradient is None:
+            self._gradient = self._measured(lambda part, z: part.grad(z))
+        return self._gradient
+
+    @property
+    def density(self) -> Cost:
+        """Cost of one call, by its points, of log p(x, z)."""
+        if self._density is None:
+            self._density = self._measured(lambda part, z: part(z))
+        return self._density
+
+    @staticmethod
+    def _model(work: Work, call: Cost) -> Cost:
+        return Cost(call.fixed * work.calls, call.each * work.points, work.least)
+
+    def _part(self, n: int) -> LogJoint:
+        """Return the first n data; all where they cannot be taken apart."""
+        if n >= self.log_joint.n_obs:
+            return self.log_joint
+        return self.log_joint.subset(torch.arange(n, device=self.log_joint.device)) or self.log_joint
+
+    def _measured(self, call: Callable[[LogJoint, torch.Tensor], object]) -> Cost:
+        """Fit seconds = fixed + each x points to two sizes of a call."""
+        part = self._part(ROWS)
+        found = []
+        for draws in DRAWS:
+            z = part.tested[:1].expand(draws, -1, -1).contiguous()
+            with torch.no_grad():
+                call(part, z)  # the first call of a shape is slower
+                found.append((draws * part.n_obs, min(self._seconds(lambda z=z: call(part, z)) for _ in range(3))))  # type: ignore[misc]
+        (few, fast), (many, slow) = found
+        each = max(slow - fast, 0.2 * slow) / (many - few)
+        return Cost(max(fast - each * few, 0.05 * fast), each)
+
+    def _timed(self, method: Reference) -> Cost:
+        """Fit seconds = fixed + each x data to two small parts of the data, after a run that is not counted."""
+        parts = [self._part(n) for n in (FEW, SOME)]
+        if parts[1].n_obs > SOME or self.log_joint.n_obs < 4 * SOME:
+            return UNKNOWN
+        try:
+            method(parts[0], keep=self.keep, seed=SEED, until=math.inf)
+            fast, slow = (self._seconds(lambda p=p: method(p, keep=self.keep, seed=SEED, until=math.inf)) for p in parts)  # type: ignore[misc]
+        except Exception as error:  # the audit itself will say it, with the data that it was computing
+            log.debug("pilot of %s: %s", method.name, error)
+            return UNKNOWN
+        each = max(slow - fast, 0.1 * slow) / (SOME - FEW)
+        return Cost(max(fast - each * FEW, 0.0), each)
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        run()
+        if self.log_joint.device.type == "cuda":
+            torch.cuda.synchronize(self.log_joint.device)
+        return time.perf_counter() - started

@@ -1,0 +1,204 @@
+"""Which references an audit uses, why, and how long they will take: said before anything starts."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from elbowroom.analysis.audit.cost import Cost, Pilot
+from elbowroom.errors import UserError
+from elbowroom.inference.posterior import Reference
+from elbowroom.inference.references.ais.ais import Annealed
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.references.enumeration import Enumeration
+from elbowroom.inference.references.grid.grid import MAX_DIM, Grid
+from elbowroom.inference.references.hmc.hmc import HMC
+from elbowroom.inference.references.importance.importance import ImportanceSampling
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system import durations as clock
+
+AFFORDABLE = 3600.0  # seconds of a grid that are spent without a budget, where sampling would take less
+PARTS = 10  # blocks that a budget which is too small is shared out over, at least
+OVERHEAD = 0.1  # seconds of a block that are nobody's; blocks of a budget are large enough to keep these below a tenth of it
+
+KNOWN: dict[str, type[Reference]] = {
+    cls.name: cls for cls in (ClosedForm, Enumeration, Grid, HMC, ImportanceSampling, Annealed)
+}
+REASONS = {
+    "closed_form": "the model is linear-Gaussian: its posterior is known in closed form",
+    "enumeration": "every latent is discrete: the posterior is a finite sum",
+    "grid": "at most 3 latents: a whitened grid for every datum",
+    "hmc": "chains that certify themselves, for the posterior",
+    "importance": "importance sampling from the refitted normal, for log p(x)",
+    "ais": "annealing, for bounds on log p(x) and as an alarm for missed modes",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an audit is going to do.
+
+    Attributes:
+        references: the methods, best first.
+        reasons: why each, in a clause.
+        guide: cost of the guide's own pass.
+        costs: of each method, per block and per datum.
+        n_obs: number of data N.
+        size: data per block.
+        budget: seconds given to the whole audit; infinity where there is none.
+    """
+
+    references: list[Reference]
+    reasons: list[str]
+    guide: Cost
+    costs: list[Cost]
+    n_obs: int
+    size: int
+    budget: float = math.inf
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the methods."""
+        return [method.name for method in self.references]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Estimated seconds of each method, over all data."""
+        return [self._of(cost) for cost in self.costs]
+
+    @property
+    def total(self) -> float:
+        """Estimated seconds of the whole audit, as if there were no budget."""
+        return self._of(self.guide) + sum(self.seconds)
+
+    @property
+    def limit(self) -> float:
+        """Seconds within which all ends: the budget, or the guide's own pass and half the budget if that is more."""
+        return max(self.budget, self._of(self.guide) + 0.5 * self.budget)
+
+    def _of(self, cost: Cost) -> float:
+        whole, rest = divmod(self.n_obs, self.size)
+        return whole * cost.of(self.size) + (cost.of(rest) if rest else 0.0)
+
+    def __str__(self) -> str:
+        lines = [f"plan for {self.n_obs} data, about {clock.words(min(self.total, self.budget))}:"]
+        rows = [("guide", self._of(self.guide), "its ELBO and importance weights")]
+        rows += list(zip(self.names, self.seconds, self.reasons, strict=True))
+        width = max(len(name) for name, _, _ in rows)
+        lines += [f"  {name:<{width}}  about {clock.words(time)}: {why}" for name, time, why in rows]
+        if not self.references:
+            lines.append("  no reference applies to this model")
+        if self.total > self.budget:
+            lines.append(
+                f"  the budget of {clock.words(self.budget)} is less than the {clock.words(self.total)} that all of it would "
+                "take: it is shared out, and data that are not reached stay uncertified"
+            )
+        return "\n".join(lines)
+
+    def tree(self) -> dict[str, object]:
+        """Return the plan for `--json`: names, reasons and seconds."""
+        rows = zip(self.names, self.reasons, self.seconds, strict=True)
+        return {
+            "data": self.n_obs,
+            "seconds": round(self.total, 1),
+            "budget": None if math.isinf(self.budget) else self.budget,
+            "guide_seconds": round(self._of(self.guide), 1),
+            "references": [{"name": n, "reason": r, "seconds": round(s, 1)} for n, r, s in rows],
+        }
+
+
+def choose(
+    references: Literal["auto"] | Sequence[str | Reference],
+    log_joint: LogJoint,
+    *,
+    draws: int = 10_000,
+    keep: int = 1_000,
+    budget: float = math.inf,
+    size: int | None = None,
+    n_obs: int | None = None,
+) -> Plan:
+    """Turn names into methods, and say why these and how long they will take.
+
+    `auto` takes the closed form where there is one, enumeration where every latent is discrete, a grid for up to three latents
+    where it can be afforded, else hmc and importance sampling; for more latents hmc, importance sampling and ais.
+
+    Args:
+        references: `auto`, or names and Reference objects.
+        log_joint: the model and guide; a part of the data is enough.
+        draws: draws per datum of the guide.
+        keep: draws kept per datum and method.
+        budget: seconds for the whole audit.
+        size: data per block; all by default.
+        n_obs: number of data to plan for; those of `log_joint` by default.
+
+    Raises:
+        UserError: for an unknown name, or a method that cannot be used on this model.
+    """
+    n = log_joint.n_obs if n_obs is None else n_obs
+    size = n if size is None else min(size, n)
+    pilot = Pilot(log_joint, draws=draws, keep=keep)
+    if isinstance(references, str):
+        methods, reasons = _auto(log_joint, pilot, n, budget)
+    else:
+        methods = [_named(item, log_joint) for item in references]
+        reasons = [REASONS.get(method.name, "asked for") for method in methods]
+    names = [method.name for method in methods]
+    costs = [pilot.reference(method, names[:k]) for k, method in enumerate(methods)]
+    plan = Plan(methods, reasons, pilot.guide(), costs, n, size, budget)
+    if plan.total <= budget or not methods:
+        return plan
+    # small blocks, so that a budget that is too small reaches some data of every part; but not mostly fixed costs
+    share = budget / PARTS
+    best = costs[0]  # the others may have no block within their part
+    wanted = max(share - best.fixed, min(best.fixed, budget / 3 - best.fixed)) / max(best.each, 1e-12)
+    smaller = int(min(size, -(-n // PARTS), wanted))
+    least = min(size, math.ceil(n / max(PARTS, 0.1 * budget / OVERHEAD)))
+    return Plan(methods, reasons, plan.guide, costs, n, max(least, smaller), budget)
+
+
+def _auto(log_joint: LogJoint, pilot: Pilot, n: int, budget: float) -> tuple[list[Reference], list[str]]:
+    closed, finite = ClosedForm(), Enumeration()
+    if closed.refusal(log_joint) is None:
+        return [closed], [REASONS["closed_form"]]
+    if log_joint.dim == 0:
+        return ([finite], [REASONS["enumeration"]]) if finite.refusal(log_joint) is None else ([], [])
+    names, why = ["hmc", "importance", "ais"], ""
+    if log_joint.dim <= MAX_DIM:
+        grid, hmc = Grid(), _build("hmc")
+        takes, instead = (pilot.reference(method, []).of(n) for method in (grid, hmc))
+        if takes <= max(min(budget, AFFORDABLE), instead):
+            return [grid], [REASONS["grid"]]
+        names, why = ["hmc", "importance"], f"a grid would take {clock.words(takes)}; "
+    return [_build(name) for name in names], [why * (k == 0) + REASONS[name] for k, name in enumerate(names)]
+
+
+def _build(name: str) -> Reference:
+    return KNOWN[name]()
+
+
+def _named(item: str | Reference, log_joint: LogJoint) -> Reference:
+    """Return the method that a name stands for, or that was given, if it can be used."""
+    if isinstance(item, str):
+        if item not in KNOWN:
+            raise UserError(f"audit.references: unknown reference {item!r}; allowed: auto, {', '.join(sorted(KNOWN))}")
+        item = _build(item)
+    if not heeds_the_clock(item):
+        raise UserError(f"audit.references: {type(item).__name__}.__call__ needs a keyword `until`: {UNTIL}")
+    refusal = item.refusal(log_joint)
+    if refusal is not None:
+        raise UserError(f"audit.references: {refusal}; use auto")
+    return item
+
+
+UNTIL = (
+    "the value of time.monotonic() at which it must stop, as in `def __call__(self, log_joint, *, keep, seed, until=math.inf)`"
+)
+
+
+def heeds_the_clock(method: Reference) -> bool:
+    """Say whether a reference can be called with `until`."""
+    parameters = inspect.signature(type(method).__call__).parameters.values()
+    return any(p.name == "until" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

@@ -1,0 +1,246 @@
+"""The work of an audit: guide and references on one block of data after the other, within a budget and within memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from elbowroom.analysis.audit.budget import Pace, Step
+from elbowroom.analysis.audit.parts import Part, Store, described
+from elbowroom.analysis.measures.distances import Comparison, compare
+from elbowroom.analysis.measures.evidence import sandwich
+from elbowroom.analysis.measures.gaps import refitted, unknown
+from elbowroom.analysis.measures.missed_modes import missed_mass
+from elbowroom.inference.posterior import Posterior, concatenate
+from elbowroom.inference.references.importance.guide import amortized
+from elbowroom.inference.search.scout import scout
+from elbowroom.inference.target import discrete
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system import durations as clock
+from elbowroom.system.stages import stage
+
+SEED_STEP = 7919  # between the guide and each reference
+DISCRETE_STEP = 15_485_863  # between draws of the continuous sites and of the discrete ones
+SANDWICH_STEP = 49_979_687  # to the reverse chains of the upper bounds
+SCOUTS = ("hmc", "importance", "ais")  # they refit a full normal anyway
+BLOCK_STEP = 104_729  # between blocks of data: shared noise would hide in the error of means
+ENDED = re.compile(r"the budget (of .+ )?ended")
+
+
+class Work:
+    """Runs guide and references on blocks of data.
+
+    Args:
+        pace: the plan and its clock.
+        say: called with a step before each piece of work.
+        keep: draws per datum that each method gives.
+        kept: draws per datum that are held on to once the guide has been compared with them.
+        moments: whether covariances are held on to as well.
+        draws: draws per datum of the guide's estimates.
+        seed: random seed; every block and method has its own, which depends on nothing else.
+        store: where parts are kept.
+    """
+
+    def __init__(
+        self,
+        pace: Pace,
+        say: Callable[[Step], None],
+        *,
+        keep: int,
+        kept: int,
+        moments: bool,
+        draws: int,
+        seed: int,
+        store: Store | None,
+    ) -> None:
+        self.pace, self.say, self.keep, self.kept, self.moments = pace, say, keep, kept, moments
+        self.draws, self.seed, self.store = draws, seed, store
+
+    def block(self, part: LogJoint, number: int, label: str) -> list[Part | None]:
+        """Return the guide's part of a block of data, then each reference's; None where the budget left it out."""
+        plan, start = self.pace.plan, self.seed + BLOCK_STEP * number
+        facts = (number, part.n_obs, self.seed, self.draws, self.keep, self.kept, self.moments)
+        keys = [self._key("guide", *facts)]
+        keys += [self._key(method.name, k, described(method), *facts) for k, method in enumerate(plan.references)]
+        found = [None if self.store is None else self.store.get(key) for key in keys]
+        if all(piece is not None for piece in found):
+            for name in ("", *plan.names):
+                self.pace.finished(name, 0.0, whole=False)
+            self.say(Step.of(f"found{label}", self.pace))
+            return self._closed(part, keys, found, start)
+        self.say(Step.of(f"guide{label}", self.pace))
+        began = time.monotonic()
+        guide = amortized(part, draws=self.draws, keep=self.keep, seed=start)
+        guide = discrete.completed(part, guide, start + DISCRETE_STEP, which="guide")
+        found[0] = self._keep(keys[0], guide, None)
+        self.pace.finished("", time.monotonic() - began, whole=True)
+        for k, method in enumerate(plan.references, start=1):
+            until = math.inf if found[k] is not None else self.pace.until(method.name)
+            if found[k] is not None or until is None:
+                self.pace.finished(method.name, 0.0, whole=False)
+                continue
+            self.say(Step.of(f"{method.name}{label}", self.pace))
+            began = time.monotonic()
+            # a seed of its own: draws that shared the guide's random numbers would lie closer to it than chance
+            with stage(method.name):
+                drawn = method(part, keep=self.keep, seed=start + SEED_STEP * k, until=until)
+                drawn = discrete.completed(part, drawn, start + SEED_STEP * k + DISCRETE_STEP)
+            drawn.stats["missed_mass"] = missed_mass(part, guide, drawn)
+            whole = not any(map(ENDED.search, drawn.reason))
+            # what the budget cut short is not kept: an audit that goes on has time again
+            with stage("distances"):
+                distances = compare(part, guide, drawn, seed=self.seed)
+            found[k] = self._keep(keys[k] if whole else "", drawn, distances)
+            self.pace.finished(method.name, time.monotonic() - began, whole=whole)
+        return self._closed(part, keys, found, start)
+
+    def _closed(self, log_joint: LogJoint, keys: Sequence[str], found: list[Part | None], start: int) -> list[Part | None]:
+        """Add what takes several methods: q*'s share of the gap to the guide, upper bounds to annealing; once."""
+        plan, began = self.pace.plan, time.monotonic()
+        scouts = set(SCOUTS) & set(plan.names)
+        scouted = any(piece is not None for name, piece in zip(plan.names, found[1:], strict=True) if name in scouts)
+        late = began > self.pace.deadline or bool(scouts and not scouted)  # what is not known by then is not found out
+        guide = found[0]
+        if guide is not None and "elbo_refit" not in guide.posterior.stats and plan.names:
+            full = scout(log_joint).refit if scouted and not late else None
+            columns = unknown(log_joint.n_obs) if late else refitted(log_joint, full, self.pace.deadline)
+            stats = guide.posterior.stats | {name: value.cpu() for name, value in columns.items()}
+            piece = dataclasses.replace(guide, posterior=dataclasses.replace(guide.posterior, stats=stats))
+            found[0] = self._again("" if late else keys[0], piece)
+        places = [k for k in range(1, len(found)) if found[k] is not None]
+        posteriors = [piece.posterior for piece in found[1:] if piece is not None]
+        methods = [plan.references[k - 1] for k in places]
+        done = sandwich(log_joint, methods, posteriors, seed=start + SANDWICH_STEP, until=self.pace.deadline)
+        whole = len(places) == len(plan.references) and not any(ENDED.search(r) for p in posteriors for r in p.reason)
+        for k, old, new in zip(places, posteriors, done, strict=True):
+            before = found[k]
+            if new is not old and before is not None:
+                found[k] = self._again(keys[k] if whole else "", dataclasses.replace(before, posterior=new))
+        if plan.names:
+            self.pace.also(plan.names[-1], time.monotonic() - began)
+        return found
+
+    def _again(self, key: str, part: Part) -> Part:
+        if self.store is not None and key:
+            self.store.put(key, part)
+        return part
+
+    def joined(self, found: Sequence[Sequence[Part | None]]) -> tuple[Posterior, list[Posterior], list[Comparison]]:
+        """Return the guide, the references and their comparisons, each over all data."""
+        guides = [parts[0].posterior for parts in found if parts[0] is not None]
+        posteriors, comparisons = [], []
+        for k, name in enumerate(self.pace.plan.names, start=1):
+            mine = [parts[k] for parts in found]
+            like = next((part.posterior for part in mine if part is not None), None)
+            reason = f"{name}: the budget of {clock.words(self.pace.plan.budget)} ended before this datum was reached"
+            whole = [
+                Part(_blank(name, guide, like, reason), _nothing(len(guide.status))) if part is None else part
+                for part, guide in zip(mine, guides, strict=True)
+            ]
+            posteriors.append(concatenate([part.posterior for part in whole]))
+            comparisons.append(_join([part.comparison for part in whole if part.comparison is not None]))
+        return concatenate(guides), posteriors, comparisons
+
+    def _key(self, *facts: object) -> str:
+        return "" if self.store is None else self.store.key(*map(str, facts))
+
+    def _keep(self, key: str, posterior: Posterior, comparison: Comparison | None) -> Part:
+        if comparison is not None:
+            comparison = Comparison(*(getattr(comparison, f.name).cpu() for f in dataclasses.fields(comparison)))
+        part = Part(thinned(posterior, self.kept, moments=self.moments), comparison)
+        if self.store is not None and key:
+            self.store.put(key, part)
+        return part
+
+
+def unreached(posteriors: Sequence[Posterior], limit: float) -> list[str]:
+    """Say in a sentence, if it is so, which references a budget kept from how many data."""
+    counts = {p.method: sum(ENDED.search(reason) is not None for reason in p.reason) for p in posteriors}
+    cut = [f"{method} at {count} of {len(posteriors[0].reason)} data" for method, count in counts.items() if count]
+    return [f"The budget of {clock.words(limit)} ended before all was done: {', '.join(cut)}."] if cut else []
+
+
+def thinned(posterior: Posterior, kept: int, *, moments: bool = True) -> Posterior:
+    """Return a posterior with at most `kept` draws per datum, evenly spaced in each chain, in main memory.
+
+    Args:
+        posterior: the posterior.
+        kept: draws per datum, over all chains; at least one per chain stays.
+        moments: whether mean and covariance stay.
+    """
+    chains, length = posterior.draws.shape[:2]
+    left = min(length, max(1, kept // max(chains, 1)))
+    index = torch.linspace(0, length - 1, left, device=posterior.draws.device).round().long()
+
+    def thin(value: Tensor) -> Tensor:
+        # a copy always: draws that were cut from more would hold on to all of them
+        return (value.clone() if left == length else value[:, index]).cpu()
+
+    evidence = posterior.evidence
+    if evidence is not None:
+        upper = None if evidence.upper is None else evidence.upper.cpu()
+        evidence = dataclasses.replace(evidence, value=evidence.value.cpu(), error=evidence.error.cpu(), upper=upper)
+    return dataclasses.replace(
+        posterior,
+        draws=thin(posterior.draws),
+        sites={name: thin(value) for name, value in posterior.sites.items()},
+        sample_stats={name: thin(value) for name, value in posterior.sample_stats.items()},
+        stats={name: value.cpu() for name, value in posterior.stats.items()},
+        mean=posterior.mean.cpu() if moments and posterior.mean is not None else None,
+        covariance=posterior.covariance.cpu() if moments and posterior.covariance is not None else None,
+        evidence=evidence,
+    )
+
+
+def _blank(name: str, guide: Posterior, like: Posterior | None, reason: str) -> Posterior:
+    """Return the posterior of data that were not reached: NaN throughout.
+
+    Args:
+        name: the method.
+        guide: the guide's posterior of these data.
+        like: the method's posterior of other data, for its layout.
+        reason: why.
+    """
+    n, dtype = len(guide.status), guide.draws.dtype
+    model = guide if like is None else like
+    chains, length, _, d = model.draws.shape
+
+    def nan(*shape: int) -> Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    blank = Posterior(
+        method=name,
+        draws=nan(chains, length, n, d),
+        sites={site: nan(chains, length, n, *value.shape[3:]) for site, value in model.sites.items()},
+        status=["uncertified"] * n,
+        reason=[reason] * n,
+    )
+    if like is None:
+        return blank
+    evidence = like.evidence
+    if evidence is not None:
+        upper = None if evidence.upper is None else nan(n)
+        evidence = dataclasses.replace(evidence, value=nan(n), error=nan(n), upper=upper)
+    return dataclasses.replace(
+        blank,
+        mean=None if like.mean is None else nan(n, d),
+        covariance=None if like.covariance is None else nan(n, d, d),
+        evidence=evidence,
+        stats={key: nan(n, *value.shape[1:]) for key, value in like.stats.items()},
+        sample_stats={key: nan(chains, length, n) for key in like.sample_stats},
+    )
+
+
+def _nothing(n: int) -> Comparison:
+    return Comparison(*(torch.full((n,), torch.nan, dtype=torch.float64) for _ in dataclasses.fields(Comparison)))
+
+
+def _join(parts: Sequence[Comparison]) -> Comparison:
+    """Join comparisons of different data."""
+    return Comparison(*(torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Comparison)))

@@ -1,0 +1,1 @@
+"""Checks of a model by its simulations: calibration, ranks, criticism."""

@@ -1,0 +1,1 @@
+"""What each latent does: information, decoding, effects."""

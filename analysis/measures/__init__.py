@@ -1,0 +1,1 @@
+"""What an audit measures of each datum: evidence, gaps, distances, missed modes."""

@@ -1,0 +1,270 @@
+r"""Which number stands for log p(x_n), what kind of number it is, and why it stopped there.
+
+The ladder, per datum, first that applies:
+
+1. exact      closed form, enumeration, grid
+2. estimate   importance sampling from q*, else from the guide, with its standard error: where k-hat is below 1/2, the weights
+              are worth enough draws, and nothing contradicts: no uncertified exact reference, no unseen mode, no mode that the
+              guide is known to miss, no annealed bound above it
+3. bounds     lower: that of the guide's weights, of q*'s, or of annealing which was largest on draws that are not those that it
+              is taken from; upper: reverse annealing from certified draws of the posterior, conditional on these
+
+A bound is never a value of log p(x): there `value` is NaN. Each bound holds with a probability of at least 97.5 %, whatever the
+weights' distribution (see `annealing.surely`); log mean w itself would exceed log p(x) about half the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elbowroom.analysis.measures.table import MISSED, Z95
+from elbowroom.inference.posterior import Posterior, Reference
+from elbowroom.inference.references.ais.ais import Annealed
+from elbowroom.inference.references.ais.annealing import surely, tune, upper
+from elbowroom.inference.references.ais.paths import PriorPath, RefitPath
+from elbowroom.inference.search.scout import scout
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.stages import stage
+
+MOST = 0.25  # nats: an uncertified reference farther off than this contradicts, however large its error
+APART = 3.0  # standard errors by which an annealed bound must exceed an estimate to contradict it
+MATTERS = 0.1  # nats that it must exceed it by as well
+LOWER_BOUND = "importance-weighted lower bound"
+REFIT_BOUND = "importance-weighted lower bound from q*"
+AIS_BOUND = "annealed lower bound"
+OF_GUIDE = "the guide's weights can be trusted where it puts mass"  # why there is a value
+TWO_SIDED = ", conditional upper bound"
+CONDITIONAL = (
+    "; the upper bound, by reverse annealing, is conditional on the certified draws that it starts from being good ones"
+)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The evidence per datum, (N,) each, in nats.
+
+    Attributes:
+        value: log p(x_n), NaN where nothing gives a value.
+        error: its numerical or standard error, NaN likewise.
+        lower: value - error (exact), value - 1.96 error (estimate), or the probabilistic lower bound.
+        upper: likewise above; where there are bounds, the conditional upper one, NaN where there is none. Each bound holds with
+            a probability of at least 97.5 %.
+        method: in words.
+        reason: why it is this one, a sentence.
+        is_exact: True where the value is exact up to its numerical error.
+    """
+
+    value: np.ndarray
+    error: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    method: np.ndarray
+    reason: np.ndarray
+    is_exact: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A probabilistic lower bound: what it is chosen by, and the value on other draws that it then is."""
+
+    method: str
+    first: np.ndarray
+    fresh: np.ndarray
+
+
+def climb(guide: Posterior, references: Sequence[Posterior]) -> Ladder:
+    """Take, for each datum, the first rung that holds.
+
+    Args:
+        guide: the amortized posterior, with its importance-sampling evidence.
+        references: posteriors, best first; `stats["missed_mass"]` is the mass in modes that the guide misses (see `missed`).
+    """
+    n = guide.draws.shape[2]
+    value, error, lower, upper_ = (np.full(n, np.nan) for _ in range(4))
+    method, reason = np.full(n, LOWER_BOUND, dtype=object), np.full(n, "", dtype=object)
+    is_exact, open_ = np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
+    for posterior in references:
+        if posterior.evidence is None or posterior.evidence.kind != "exact":
+            continue
+        v, e = _numpy(posterior.evidence.value), _numpy(posterior.evidence.error)
+        take = open_ & posterior.trusted.cpu().numpy() & np.isfinite(v)
+        value[take], error[take], lower[take], upper_[take] = v[take], e[take], (v - e)[take], (v + e)[take]
+        method[take], reason[take], is_exact[take] = posterior.evidence.method, "exact up to its numerical error", True
+        open_ &= ~take
+    why_not = np.full(n, "", dtype=object)
+    for posterior in [*(p for p in references if p.evidence and p.evidence.kind == "estimate"), guide]:
+        if posterior.evidence is None:
+            continue
+        v, e = _numpy(posterior.evidence.value), _numpy(posterior.evidence.error)
+        own = posterior is guide
+        doubt = _doubt(posterior, guide, references)
+        why_not = np.where(open_ & (why_not == ""), doubt, why_not)
+        take = open_ & (doubt == "") & np.isfinite(v)
+        value[take], error[take] = v[take], e[take]
+        lower[take], upper_[take] = (v - Z95 * e)[take], (v + Z95 * e)[take]
+        method[take] = f"{posterior.evidence.method} estimate"
+        reason[take] = OF_GUIDE if own else "the weights of q* can be trusted"
+        open_ &= ~take
+    if open_.any():
+        best, bound = _lower(guide, references)
+        above = _upper(references, n)
+        lower[open_], upper_[open_] = bound[open_], above[open_]
+        two_sided = np.isfinite(above)
+        method[open_] = np.where(two_sided, best + TWO_SIDED, best)[open_]
+        text = np.array([f"no value: {w}" if w else "no value" for w in why_not], dtype=object)
+        reason[open_] = np.where(two_sided, text + CONDITIONAL, text)[open_]
+    return Ladder(value, error, lower, upper_, method.astype(str), reason.astype(str), is_exact)
+
+
+def _numpy(t: Tensor) -> np.ndarray:
+    out: np.ndarray = t.detach().cpu().double().numpy()
+    return out
+
+
+def _doubt(estimate: Posterior, guide: Posterior, references: Sequence[Posterior]) -> np.ndarray:
+    """Return why an estimate cannot stand for log p(x), per datum; empty where it can."""
+    assert estimate.evidence is not None
+    value, error = _numpy(estimate.evidence.value), _numpy(estimate.evidence.error)
+    doubt = np.full(len(value), "", dtype=object)
+
+    def add(where: np.ndarray, words: str) -> None:
+        doubt[where & (doubt == "")] = words
+
+    if estimate is guide:
+        add(~(_numpy(guide.stats["importance_trusted"]) > 0), "the guide's importance weights cannot be trusted")
+        for other in references:
+            if "missed_mass" in other.stats:
+                add(_numpy(other.stats["missed_mass"]) > MISSED, "the guide misses a mode")
+            if "mode_unseen" in other.stats:
+                add(_numpy(other.stats["mode_unseen"]) > 0, "annealed runs from the prior found a mode that q* does not reach")
+    else:
+        trusted = estimate.trusted.cpu().numpy()
+        for i in np.flatnonzero(~trusted):
+            doubt[i] = estimate.reason[int(i)]
+    add(_contradicted(value, error, references), "an uncertified exact reference contradicts the estimate")
+    for other in references:
+        if other.evidence is None or other.evidence.kind != "bound":
+            continue
+        ahead = _numpy(other.evidence.value) - value
+        spread = np.hypot(error, _numpy(other.evidence.error))
+        add((ahead > APART * spread) & (ahead > MATTERS), "the annealed lower bound lies above the estimate: it missed a mode")
+    return doubt
+
+
+def _contradicted(value: np.ndarray, error: np.ndarray, references: Sequence[Posterior]) -> np.ndarray:
+    """Where an uncertified exact reference lies outside importance sampling's error and its own."""
+    against = np.zeros(len(value), dtype=bool)
+    for posterior in references:
+        if posterior.evidence is None or posterior.evidence.kind != "exact":
+            continue
+        theirs, spread = _numpy(posterior.evidence.value), _numpy(posterior.evidence.error)
+        allowed = 4.5 * error + np.nan_to_num(spread, nan=np.inf, posinf=np.inf)
+        agrees = np.abs(theirs - value) <= np.minimum(allowed, MOST)
+        against |= ~agrees & ~posterior.trusted.cpu().numpy()
+    return against
+
+
+def _lower(guide: Posterior, references: Sequence[Posterior]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the label and value of the best lower bound per datum, chosen by draws that it is not computed from."""
+    found = []
+    for posterior in references:
+        if posterior.evidence is None or posterior.evidence.kind == "exact":
+            continue
+        if posterior.evidence.kind == "bound":
+            first = np.fmax(_numpy(posterior.stats["ais_lower_prior"]), _numpy(posterior.stats["ais_lower_refit"]))
+            found.append(_Candidate(AIS_BOUND, first, _numpy(posterior.stats["bound_sure"])))
+        else:
+            first, fresh = _numpy(posterior.stats["bound_first"]), _numpy(posterior.stats["bound_sure"])
+            found.append(_Candidate(REFIT_BOUND, first, fresh))
+    if guide.evidence is not None:
+        if not found:  # nothing to choose from: all draws count
+            return np.full(guide.draws.shape[2], LOWER_BOUND, dtype=object), _numpy(guide.stats["bound_all"])
+        found.append(_Candidate(LOWER_BOUND, _numpy(guide.stats["bound_first"]), _numpy(guide.stats["bound_sure"])))
+    if not found:
+        n = guide.draws.shape[2]
+        return np.full(n, LOWER_BOUND, dtype=object), np.full(n, np.nan)
+    first = np.stack([np.where(np.isnan(c.first) | np.isnan(c.fresh), -np.inf, c.first) for c in found])
+    best = first.argmax(0)
+    labels = np.array([c.method for c in found], dtype=object)[best]
+    return labels, np.take_along_axis(np.stack([c.fresh for c in found]), best[None], 0)[0]
+
+
+def _upper(references: Sequence[Posterior], n: int) -> np.ndarray:
+    """Return the first upper bound that a reference gives, per datum, NaN without any."""
+    above = np.full(n, np.nan)
+    for posterior in references:
+        if posterior.evidence is not None and posterior.evidence.upper is not None:
+            above = np.where(np.isnan(above), _numpy(posterior.evidence.upper), above)
+    return above
+
+
+@stage("upper bounds")
+def sandwich(
+    log_joint: LogJoint, methods: Sequence[Reference], found: Sequence[Posterior], *, seed: int, until: float = math.inf
+) -> list[Posterior]:
+    """Give the `ais` reference its upper bounds: reverse annealing from certified draws of another reference.
+
+    One draw per chain, from the first reference that is exact or certified for the datum; data whose evidence is exact need
+    none. The path is the one whose forward bound was larger, with step sizes tuned anew: neither depends on the reverse run.
+
+    Args:
+        log_joint: the same data.
+        methods: the references.
+        found: what each of them found.
+        seed: random seed, of its own.
+        until: value of `time.monotonic()` after which no further block of data is begun.
+
+    Returns:
+        `found`, with `evidence.upper` of `ais` filled, NaN where there is no certified draw or no need. One that has it stays.
+    """
+    out = list(found)
+    for k, method in enumerate(methods):
+        evidence = found[k].evidence
+        if not isinstance(method, Annealed) or evidence is None or evidence.upper is not None:
+            continue
+        bound = torch.full_like(evidence.value, torch.nan)
+        exact = torch.zeros_like(bound, dtype=torch.bool)
+        draws = bound.new_full((method.chains, *found[k].draws.shape[2:]), torch.nan)
+        for posterior in found:
+            trusted = posterior.trusted.to(bound.device)
+            exact |= trusted & (posterior.evidence is not None and posterior.evidence.kind == "exact")
+            flat = posterior.draws.flatten(0, 1).to(draws)
+            if not len(flat):
+                continue
+            some = flat[torch.linspace(0, len(flat) - 1, method.chains, device=flat.device).round().long()]
+            take = trusted & draws.isnan().flatten(2).any(-1).any(0) & ~some.isnan().any(-1).any(0)
+            draws[:, take] = some[:, take]
+        wanted = ~exact & ~draws.isnan().any(-1).any(0)
+        prior, refit = found[k].stats["ais_lower_prior"], found[k].stats["ais_lower_refit"]
+        from_prior = refit.isnan() | (prior > refit)
+        seeds = torch.randint(2**62, (5,), generator=torch.Generator().manual_seed(seed)).tolist()
+        for path_is_prior, own in ((True, seeds[:2]), (False, seeds[2:4])):
+            rows = (wanted & (from_prior == path_is_prior)).nonzero()[:, 0]
+            if len(rows):
+                bound[rows] = _reverse(log_joint, method, rows, draws, path_is_prior, own, seeds[4], until)
+        out[k] = replace(found[k], evidence=replace(evidence, upper=bound))
+    return out
+
+
+def _reverse(
+    log_joint: LogJoint, method: Annealed, rows: Tensor, draws: Tensor, prior: bool, seeds: list[int], scale: int, until: float
+) -> Tensor:
+    """Return upper bounds for some of the data, (len(rows),)."""
+    home, rows, draws = draws.device, rows.to(log_joint.device), draws.to(log_joint.device)
+    part = log_joint if len(rows) == log_joint.n_obs else log_joint.subset(rows)
+    used = rows
+    if part is None:  # cannot be taken apart: run all, keep some
+        part, used = log_joint, torch.arange(log_joint.n_obs, device=rows.device)
+    q_star = scout(log_joint).refit.q.rows(used)
+    path = PriorPath(part, q_star, seed=scale) if prior else RefitPath(part, q_star, inflation=method.inflation)
+    start = draws[:, used].nan_to_num()
+    with torch.no_grad():
+        plan = tune(path, temperatures=method.temperatures, leapfrogs=method.leapfrogs, seed=seeds[0], until=until)
+        value = -surely(upper(path, plan, start, seed=seeds[1], until=until).log_weights)
+    return (value if len(used) == len(rows) else value[rows]).to(home)

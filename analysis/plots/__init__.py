@@ -1,0 +1,1 @@
+"""Every figure. Only modules here import matplotlib and seaborn."""

@@ -1,0 +1,213 @@
+r"""One posterior per datum, the best that there is: what `encode`, `score` and `impute` read off.
+
+An audit compares methods; a user of the model wants one answer per datum, and to know what it is. Per datum, the first that
+holds:
+
+1. a reference that is exact or certified for it (closed form, enumeration, grid; importance sampling from q*; hmc, ...)
+2. draws of the guide, resampled by their Pareto-smoothed importance weights, where k-hat is below 0.7: corrected as far as the
+   guide puts mass at all, hence `uncertified`
+3. draws of the guide as they are: `amortized`
+
+Where nothing is asked for, the references are: the closed form, a finite sum, a grid for at most three latents, else importance
+sampling from the refitted normal q*. Chains are left to audits: they take a hundred times longer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elbowroom.analysis.audit.plan import choose
+from elbowroom.analysis.measures.evidence import Ladder, climb
+from elbowroom.analysis.measures.missed_modes import missed_mass
+from elbowroom.inference.posterior import Posterior, Reference, in_chains
+from elbowroom.inference.references.closed_form import ClosedForm
+from elbowroom.inference.references.enumeration import Enumeration
+from elbowroom.inference.references.grid.grid import MAX_DIM, Grid
+from elbowroom.inference.references.importance.guide import amortized, good_k, psis
+from elbowroom.inference.references.importance.importance import ImportanceSampling
+from elbowroom.inference.resampling import resample
+from elbowroom.inference.target import discrete
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.stages import stage
+
+RESAMPLED, GUIDE = "guide, importance-resampled", "guide"
+SEED_STEP, RESAMPLE_STEP, DISCRETE_STEP = 7_927, 32_452_867, 15_485_867  # between guide, references and resampling
+Methods = Literal["auto"] | Sequence[str | Reference]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The guide and the best posterior of every datum.
+
+    Attributes:
+        guide: the amortized posterior, with its ELBO, k-hat and importance weights' evidence.
+        posterior: per datum from the first source that holds; its status and reason are those of that source.
+        source: the method that it comes from, per datum: a reference's name, `guide, importance-resampled` or `guide`.
+        evidence: log p(x): value, bounds, kind and reason, per datum.
+        references: what was computed, best first.
+    """
+
+    guide: Posterior
+    posterior: Posterior
+    source: list[str]
+    evidence: Ladder
+    references: list[Posterior]
+
+
+def methods_for(log_joint: LogJoint, references: Methods = "auto") -> list[Reference]:
+    """Return the references to read off, best first.
+
+    Args:
+        log_joint: the model and guide; a part of the data is enough.
+        references: `auto` as the module says; or names and Reference objects, an empty list for the guide alone (where
+            all latents are discrete: the finite sum).
+
+    Raises:
+        UserError: for an unknown name, or a method that cannot be used on this model.
+    """
+    if references != "auto" and (references or log_joint.dim):
+        return choose(references, log_joint).references if references else []
+    if log_joint.dim == 0:  # a finite sum costs no more than draws of the guide
+        found: list[Reference] = [Enumeration()]
+    else:
+        found = [ClosedForm(), *([Grid()] if log_joint.dim <= MAX_DIM else []), ImportanceSampling()]
+    return [method for method in found if method.refusal(log_joint) is None][:1]
+
+
+def read(
+    log_joint: LogJoint,
+    methods: Sequence[Reference],
+    *,
+    draws: int = 1_000,
+    keep: int = 400,
+    seed: int = 0,
+    until: float = math.inf,
+) -> Reading:
+    """Compute the best posterior of every datum.
+
+    Args:
+        log_joint: the model and guide.
+        methods: references, best first; see `methods_for`.
+        draws: draws per datum of the guide's estimates and importance weights.
+        keep: draws per datum of the posterior; a multiple of 4.
+        seed: random seed.
+        until: value of `time.monotonic()` after which references stop.
+    """
+    guide = amortized(log_joint, draws=draws, keep=draws, seed=seed)
+    guide = discrete.completed(log_joint, guide, seed + DISCRETE_STEP, which="guide")
+    references: list[Posterior] = []
+    for number, method in enumerate(methods, start=1):
+        if references and bool(torch.stack([p.trusted for p in references]).any(0).all()):
+            break
+        start = seed + SEED_STEP * number
+        with stage(method.name):
+            found = method(log_joint, keep=keep, seed=start, until=until)
+            found = discrete.completed(log_joint, found, start + DISCRETE_STEP)
+        found.stats["missed_mass"] = missed_mass(log_joint, guide, found)
+        references.append(found)
+    posterior, source = _best(log_joint, guide, references, keep, seed + RESAMPLE_STEP)
+    return Reading(guide, posterior, source, climb(guide, references), references)
+
+
+def _best(
+    log_joint: LogJoint, guide: Posterior, references: Sequence[Posterior], keep: int, seed: int
+) -> tuple[Posterior, list[str]]:
+    """Put together, datum by datum, the first source that holds."""
+    n = log_joint.n_obs
+    place = np.full(n, -1)
+    for k, reference in enumerate(references):
+        place[(place < 0) & reference.trusted.numpy()] = k
+    sources, rest = list(references), place < 0
+    if rest.any():
+        corrected = _resampled(log_joint, guide, keep, seed)
+        good = np.array([source == "uncertified" for source in corrected.status])
+        place[rest & good], place[rest & ~good] = len(sources), len(sources) + 1
+        reason = _with_doubts(corrected.reason, references)
+        sources += [dataclasses.replace(corrected, reason=reason), dataclasses.replace(guide, reason=reason)]
+    names = [*(p.method for p in references), RESAMPLED, GUIDE]
+    return _chosen(sources, torch.as_tensor(place), keep), [names[k] for k in place]
+
+
+def _with_doubts(reason: Sequence[str], references: Sequence[Posterior]) -> list[str]:
+    """Add to a reason, datum by datum, why no reference holds: one may have found what the draws of the guide miss."""
+    return ["; ".join([own, *(p.reason[i] for p in references)]) for i, own in enumerate(reason)]
+
+
+def _resampled(log_joint: LogJoint, guide: Posterior, keep: int, seed: int) -> Posterior:
+    """Resample draws of the guide by their importance weights; `uncertified` where k-hat lets that be, else `amortized`."""
+    if log_joint.dim == 0:
+        return guide
+    z, log_p, log_q = (t.flatten(0, 1) for t in (guide.draws, guide.sample_stats["lp"], guide.sample_stats["log_q"]))
+    smoothed = psis((log_p.double() - log_q.double()).nan_to_num(nan=-torch.inf, posinf=-torch.inf))
+    weights = smoothed.log_weights.exp().nan_to_num(0.0)
+    generator = torch.Generator(device=z.device).manual_seed(seed + 1)
+    kept = in_chains(resample(z, weights.to(z.dtype), keep, generator))
+    flat = kept.flatten(0, 1)
+    sites = {name: value.unflatten(0, kept.shape[:2]) for name, value in log_joint.constrain(flat).items()}
+    mean = torch.einsum("sn,snd->nd", weights, z.double())
+    centred = z.double() - mean
+    covariance = torch.einsum("sn,sni,snj->nij", weights, centred, centred)
+    k, limit = smoothed.pareto_k.cpu(), good_k(len(z))
+    good = (k < limit).tolist()
+    reason = [
+        f"draws of the guide, resampled by their importance weights: k-hat {float(value):.2f}, which is below {limit:.2f}"
+        if ok
+        else f"draws of the guide as they are: k-hat {float(value):.2f} of their importance weights is not below {limit:.2f}"
+        for value, ok in zip(k, good, strict=True)
+    ]
+    found = Posterior(
+        method=RESAMPLED,
+        draws=kept,
+        sites=sites,
+        mean=mean,
+        covariance=covariance,
+        status=["uncertified" if ok else "amortized" for ok in good],
+        reason=reason,
+    )
+    return discrete.completed(log_joint, found, seed + DISCRETE_STEP)
+
+
+def _chosen(sources: Sequence[Posterior], place: Tensor, keep: int) -> Posterior:
+    """Take each datum from the source at its place."""
+    rows = torch.arange(len(place))
+    first = sources[0]
+    shape = (first.draws.shape[0], min(keep // first.draws.shape[0], *(p.draws.shape[1] for p in sources)))
+
+    def pick(parts: Sequence[Tensor]) -> Tensor:
+        """Return draws (chain, draw, N, ...), each datum's own."""
+        stacked = torch.stack([part[: shape[0], : shape[1]] for part in parts])
+        return stacked[place.to(stacked.device), :, :, rows.to(stacked.device)].movedim(0, 2)
+
+    means, covariances = zip(*(_moments(p) for p in sources), strict=True)
+    take = lambda parts: torch.stack([part.double() for part in parts])[place.to(parts[0].device), rows.to(parts[0].device)]
+    return dataclasses.replace(
+        first,
+        method="best",
+        draws=pick([p.draws for p in sources]),
+        sites={name: pick([p.sites[name] for p in sources]) for name in first.sites},
+        mean=take(means),
+        covariance=take(covariances),
+        status=[sources[k].status[i] for i, k in enumerate(place.tolist())],
+        reason=[sources[k].reason[i] for i, k in enumerate(place.tolist())],
+        evidence=None,
+        stats={},
+        sample_stats={},
+    )
+
+
+def _moments(posterior: Posterior) -> tuple[Tensor, Tensor]:
+    """Return mean (N, d) and covariance (N, d, d) in unconstrained coordinates: the better-known ones, else of the draws."""
+    if posterior.mean is not None and posterior.covariance is not None:
+        return posterior.mean, posterior.covariance
+    flat = posterior.draws.flatten(0, 1).double()
+    mean = flat.mean(0)
+    centred = flat - mean
+    return mean, torch.einsum("sni,snj->nij", centred, centred) / max(1, len(flat) - 1)

@@ -1,0 +1,1 @@
+"""The report page: key figures, diagnosis, conclusions."""

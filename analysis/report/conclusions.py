@@ -1,0 +1,107 @@
+"""What the reader of a report may conclude from an audit, and what not: one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+
+from elbowroom.analysis.measures.table import GOOD_K, MISSED, best_reference, column, trusted
+from elbowroom.analysis.plots.style import count, percent, say
+from elbowroom.analysis.report import key_figures as findings
+from elbowroom.analysis.verdict import rules
+from elbowroom.analysis.verdict.remedies import Cures
+
+
+def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
+    """Return what the reader may conclude from this audit, and what not, one sentence each."""
+    n, kind, cures = table.sizes["obs_id"], findings.kinds(table), Cures.of(table)
+    gap, k = column(table, "gap_total"), column(table, "pareto_k")
+    known = gap[np.isfinite(gap)]
+    reference = best_reference(table)
+    sure = trusted(table, reference)
+    may, may_not = [], []
+    if known.size:
+        median, low, high = (say(value) for value in rules.median(known))
+        may.append(
+            f"log p(x) is {_how(kind)} for {known.size:,} of {count(n)}; the ELBO lies {median} nats [{low}, {high}] below it "
+            "at the median (in brackets, here and below, its 95% interval). That much this guide loses, with this decoder held "
+            "as it is."
+        )
+    told = _blame(table)
+    if told:
+        may.append(told)
+    if sure.any():
+        part = table.sel(reference=reference)
+        mean, ratio = (np.asarray(part[name].values, dtype=float)[sure] for name in ("mean_error", "sd_ratio"))
+        fine = (mean < 0.5) & (ratio > 0.8) & (ratio < 1.25)
+        may.append(
+            f"For {percent(float(fine.sum()), float(n))} of the data the guide is near its reference: every mean within half a "
+            "posterior sd and every sd within 25%."
+            + (
+                f" For the others use the reference's draws, {cures.draws.format(reference=reference)}."
+                if fine.sum() < n
+                else ""
+            )
+        )
+    good = int((k < GOOD_K).sum())
+    if good:
+        may.append(
+            f"For {count(good)} (k-hat below {GOOD_K}) expectations under the posterior can be had by weighting draws from the "
+            "guide, unless it misses a mode altogether, which k-hat cannot see."
+        )
+    may_not.append(
+        "That the decoder is right: every posterior, exact ones too, is that of the trained decoder. A better fit changes "
+        "p(z|x) itself, and a small gap can belong to a poor model."
+    )
+    if kind["bound"]:
+        may_not.append(
+            f"Anything about the gap of {count(kind['bound'])} of {n:,} but its bounds: for them only probabilistic bounds on "
+            "log p(x) are known, an upper one only where the table has it and conditional on certified draws. They are no "
+            "estimates, and enter no mean, median or figure of the gap."
+        )
+    if kind["estimate"]:
+        may_not.append(
+            f"Exact values of log p(x) for {count(kind['estimate'])}: theirs is an importance-sampling estimate with the "
+            "standard error given, accepted because its weights are well behaved."
+        )
+    lost = int((column(table, "missed_mass") > MISSED).sum())
+    if lost:
+        may_not.append(
+            f"Anything that the guide or its weights say of {count(lost)}: it misses a mode of their posterior (missed_mass)."
+        )
+    unsure = n - int(sure.sum())
+    if unsure:
+        may_not.append(
+            f"How the guide compares with the posterior of {count(unsure)}: "
+            + ("there is no reference." if reference is None else "their reference is not certified, and they are left out.")
+        )
+    if known.size and not told:
+        may_not.append(
+            "Whether the family or the encoder is to blame: the gap adds both, and for this guide they are not told apart. A "
+            f"richer family ({cures.shape}) or a longer fit of the encoder will tell."
+        )
+    if good < n:
+        may_not.append(f"Importance-weighted results for {count(n - good)} where k-hat is {GOOD_K} or more, or not known.")
+    may_not.append("Anything about data unlike the audited ones: other data can have a larger gap than the worst one here.")
+    return may, may_not
+
+
+def _blame(table: xr.Dataset) -> str:
+    """Say how much of the gap is the encoder's and how much the family's; empty where they are not told apart."""
+    encoder, family = column(table, "gap_amortization"), column(table, "gap_approximation")
+    rows = rules.known(table) & np.isfinite(encoder) & np.isfinite(family)
+    if not rows.any():
+        return ""
+    parts = [rules.median(values[rows]) for values in (encoder, family)]
+    said = [f"{say(middle)} nats [{say(low)}, {say(high)}]" for middle, low, high in parts]
+    return (
+        f"What makes the gap, over {count(int(rows.sum()))}: at the median the encoder misses {said[0]} of what its own family "
+        f"could reach (amortization), and the family is {said[1]} short of log p(x) (approximation)."
+    )
+
+
+def _how(kind: Mapping[str, int]) -> str:
+    both = "exact or estimated" if kind["estimate"] else "exact"
+    return both if kind["exact"] else "estimated"

@@ -1,0 +1,243 @@
+"""From the tables of a run folder to what a report says in words and numbers.
+
+Only values of log p(x) (exact, or an estimate that can be trusted) enter a mean or a gap; bounds are called bounds, and the
+data that have nothing else are counted and named. All log densities are in nats per datum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from elbowroom.analysis.measures.table import GOOD_K, best_reference, column, trusted
+from elbowroom.analysis.plots.style import count, percent, say
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A key figure: a number, what it is, and what it rests on."""
+
+    label: str
+    value: str
+    unit: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of the worst data; every field is ready to print."""
+
+    obs_id: int
+    cells: tuple[str, ...]
+    reason: str
+
+
+WORST_COLUMNS = (
+    ("ELBO", "nats"),
+    ("log p(x)", "nats"),
+    ("gap", "nats, 95% interval"),
+    ("k-hat", ""),
+    ("mean error", "posterior sd"),
+    ("sd ratio", ""),
+    ("reference", ""),
+)
+
+
+def _mean_se(values: np.ndarray) -> tuple[float, float]:
+    """Return mean and its standard error over the finite values."""
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return math.nan, math.nan
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
+
+
+def _with_error(mean: float, error: float) -> str:
+    """Write mean ± error with two digits of the error."""
+    if not math.isfinite(mean):
+        return "–"
+    if not math.isfinite(error) or error <= 0:
+        return say(mean, 4)
+    decimals = min(max(0, 1 - math.floor(math.log10(error))), 6)
+    return f"{mean:.{decimals}f} ± {error:.{decimals}f}".replace("-", "−")
+
+
+def methods(table: xr.Dataset) -> dict[str, int]:
+    """Return how many data owe their evidence to each method, most frequent first."""
+    if "evidence_method" not in table:
+        return {}
+    names, counts = np.unique(table["evidence_method"].values.astype(str), return_counts=True)
+    return {str(names[i]): int(counts[i]) for i in np.argsort(-counts, kind="stable")}
+
+
+def kinds(table: xr.Dataset) -> dict[str, int]:
+    """Return how many data have an exact log p(x), an estimate of it, or only a bound."""
+    out = {"exact": 0, "estimate": 0, "bound": 0}
+    known = np.isfinite(column(table, "log_evidence"))
+    names = table["evidence_method"].values.astype(str) if "evidence_method" in table else np.full(known.size, "")
+    for name, is_known in zip(names, known, strict=True):
+        out["bound" if not is_known else "estimate" if "estimate" in name else "exact"] += 1
+    return out
+
+
+def _evidence_note(table: xr.Dataset) -> str:
+    kind, n = kinds(table), table.sizes["obs_id"]
+    by = " and ".join(name for name in methods(table) if "bound" not in name)
+    parts = []
+    if kind["exact"]:
+        parts.append(f"exact for {kind['exact']:,}")
+    if kind["estimate"]:
+        parts.append(f"estimated for {kind['estimate']:,}")
+    if kind["bound"]:
+        parts.append(f"unknown for {kind['bound']:,}, which are not in this mean")
+    return f"{', '.join(parts)} of {count(n)} (by {by})"
+
+
+def _bits(mean: float, error: float, entries: int | None) -> str:
+    """Write mean and standard error as a code length: -log p(x) / (D log 2)."""
+    if not entries or not math.isfinite(mean):
+        return ""
+    unit = entries * math.log(2)
+    return f" {_with_error(-mean / unit, error / unit)} bits per dimension."
+
+
+def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> list[Figure]:
+    """Return the four to six numbers that stand at the top.
+
+    Args:
+        table: the audit.
+        entries: entries of one datum, where the data are discrete (then bits per dimension are said too).
+        held_out: whether the audited data took no part in the fit.
+    """
+    n = table.sizes["obs_id"]
+    where = ", held out" if held_out else ""
+    evidence, gap, k = (column(table, name) for name in ("log_evidence", "gap_total", "pareto_k"))
+    figures = []
+    mean, se = _mean_se(evidence)
+    if math.isfinite(mean):
+        note = f"Mean ± SE over data; {_evidence_note(table)}.{_bits(mean, se, entries)}"
+        label = "log p(x)" if kinds(table)["exact"] else "estimate of log p(x)"
+        figures.append(Figure(f"{label}{where}", _with_error(mean, se), "nats", note))
+    else:
+        mean, se = _mean_se(column(table, "log_evidence_lower"))
+        note = f"Mean ± SE of a probabilistic lower bound, over {count(n)}. log p(x) itself is not known for any of them."
+        figures.append(Figure(f"lower bound on log p(x){where}", _with_error(mean, se), "nats", note))
+    elbo, elbo_se = _mean_se(column(table, "elbo"))
+    figures.append(
+        Figure(f"ELBO{where}", _with_error(elbo, elbo_se), "nats", f"Mean ± SE over {count(n)}.{_bits(elbo, elbo_se, entries)}")
+    )
+    known = gap[np.isfinite(gap)]
+    if known.size:
+        low, middle, high = (float(v) for v in np.quantile(known, [0.25, 0.5, 0.75]))
+        bits = f", {say(middle / (entries * math.log(2)), 2)} bits per dimension" if entries else ""
+        note = f"Median of log p(x) − ELBO over {count(known.size)}{bits}. Middle half: {say(low)} to {say(high)}."
+        figures.append(Figure("median gap", say(middle), "nats", note))
+        worst = int(np.nanargmax(gap))
+        below = percent(float((known < 0.1).sum()), known.size)
+        note = f"Datum {table['obs_id'].values[worst]}. {below} of the data lie below 0.1 nats."
+        figures.append(Figure("largest gap", say(float(gap[worst])), "nats", note))
+    else:
+        note = f"log p(x) is known for none of {count(n)}, so neither is log p(x) − ELBO."
+        figures.append(Figure("median gap", "–", "", note))
+    good = int((k < GOOD_K).sum())
+    note = f"{good:,} of {n:,}: there, weighted draws from the guide can be used."
+    figures.append(Figure(f"k-hat below {GOOD_K}", percent(good, n), "", note))
+    reference = best_reference(table)
+    sure = int(trusted(table, reference).sum())
+    name = "No reference posterior" if reference is None else f"{sure:,} of {n:,}, by {reference.replace('_', ' ')}"
+    figures.append(Figure("posteriors exact or certified", percent(sure, n), "", f"{name}."))
+    return figures
+
+
+def worst_rows(table: xr.Dataset, size: int = 10) -> list[Row]:
+    """Return the data with the largest gaps, then, where gaps are few, those without a known one."""
+    gap = column(table, "gap_total")
+    order = np.argsort(np.where(np.isfinite(gap), -gap, np.inf), kind="stable")[:size]
+    reference = best_reference(table)
+    if reference is None and "reference" in table.dims and table.sizes["reference"]:
+        reference = str(table["reference"].values[0])
+    part = table.sel(reference=reference) if reference is not None else None
+    rows = []
+    for n in order:
+        one = {name: float(column(table, name)[n]) for name in ("elbo", "elbo_se", "log_evidence", "log_evidence_lower")}
+        low, high = float(column(table, "gap_total_lower")[n]), float(column(table, "gap_total_upper")[n])
+        if math.isfinite(gap[n]):
+            evidence, room = say(one["log_evidence"], 4), f"{say(float(gap[n]))} [{say(low)}, {say(high)}]"
+        elif math.isfinite(one["log_evidence_lower"]):
+            above = float(column(table, "log_evidence_upper")[n])
+            evidence = f"≥ {say(one['log_evidence_lower'], 4)} (bound)"
+            if math.isfinite(above):
+                evidence = f"{say(one['log_evidence_lower'], 4)} to {say(above, 4)} (bounds)"
+            room = f"at least {say(low)}" if low > 0 else "not known"
+        else:
+            evidence, room = "not known", "not known"
+        cells = [f"{say(one['elbo'], 4)} ± {say(one['elbo_se'], 2)}", evidence, room, _short(column(table, "pareto_k")[n])]
+        reason = ""
+        if part is None:
+            cells += ["–", "–", "none"]
+        else:
+            cells += [_short(part[name].values[n]) for name in ("mean_error", "sd_ratio")]
+            cells.append(f"{str(reference).replace('_', ' ')}: {part['status'].values[n]}")
+            reason = str(part["reason"].values[n]).removeprefix(f"{reference}: ") if "reason" in part else ""
+        rows.append(Row(int(table["obs_id"].values[n]), tuple(cells), reason))
+    return rows
+
+
+def _short(value: Any) -> str:
+    return say(float(value), 2) if math.isfinite(float(value)) else "–"
+
+
+def declared(
+    spec: Mapping[str, Any] | None, split: Mapping[str, int] | None, table: xr.Dataset
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return what the run was told, as titled lists of (path, value).
+
+    Args:
+        spec: the resolved spec; None where the run folder has none.
+        split: sizes of the parts of the data.
+        table: the audit, whose attributes name the seed and the rest.
+    """
+    blocks: list[tuple[str, list[tuple[str, str]]]] = []
+    spec = dict(spec or {})
+    record = spec.pop("record", None)
+    for key in ("data", "model", "guide", "fit", "audit"):
+        if isinstance(spec.get(key), Mapping):
+            blocks.append((key, flatten(spec.pop(key))))
+    other = flatten({key: value for key, value in spec.items() if key != "schema"})
+    if split:
+        other += [(f"{part} data", f"{size:,}") for part, size in split.items()]
+    other.append(("audited data", f"{table.sizes['obs_id']:,}"))
+    shown = dict(other)
+    for key in ("seed", "plate", "latent_dim", "draws", "data", "notes"):
+        if key in table.attrs and key not in shown and not (key in {"latent_dim", "draws", "data"} and blocks):
+            other.append((key.replace("_", " "), str(table.attrs[key])))
+    blocks.append(("run", other))
+    if isinstance(record, Mapping):
+        facts = dict(record)
+        versions = facts.pop("versions", {})
+        rows = flatten(facts)
+        blocks.append(("record", rows + (flatten(versions) if isinstance(versions, Mapping) else [])))
+    return [(title, rows) for title, rows in blocks if rows]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested mappings as (dotted path, text); a component's `name` stands for the component."""
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            inner = dict(value)
+            if "name" in inner:
+                rows.append((path, str(inner.pop("name"))))
+            rows += flatten(inner, f"{path}.")
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            rows += flatten({str(i): item for i, item in enumerate(value)}, f"{path}.")
+        elif isinstance(value, list):
+            rows.append((path, " × ".join(map(str, value)) if key.endswith("shape") else ", ".join(map(str, value))))
+        else:
+            rows.append((path, "none" if value is None else str(value)))
+    return rows

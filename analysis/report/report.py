@@ -1,0 +1,283 @@
+"""The report: one self-contained `report.html`, and its figures as PNG, from the files of a run folder alone.
+
+Neither torch nor Pyro nor the weights are needed. What a folder lacks costs a sentence, not the report; only `audit.nc` must
+be there.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+import xarray as xr
+import yaml
+
+from elbowroom.analysis import idata, plots_forest
+from elbowroom.analysis.plots import events as plots
+from elbowroom.analysis.plots.report import audit as plots_audit
+from elbowroom.analysis.plots.report import latent as plots_latent
+from elbowroom.analysis.plots.report import posterior as plots_posterior
+from elbowroom.analysis.plots.report import training as plots_training
+from elbowroom.analysis.plots.style import DPI, Absent, Plot, thumbnail, tone
+from elbowroom.analysis.report import conclusions
+from elbowroom.analysis.report import diagnosis as judged
+from elbowroom.analysis.report import key_figures as findings
+from elbowroom.analysis.verdict import judgement
+from elbowroom.errors import RunFolderError
+from elbowroom.inference.fit.record import Row
+from elbowroom.system.archive import read_npz
+from elbowroom.system.files import atomic, write_text
+from elbowroom.system.stages import stage
+
+TEMPLATES = Path(__file__).parent / "templates"
+FIGURES = "figures"
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run folder holds, as far as a report needs it.
+
+    Attributes:
+        name: of the run.
+        audit: `audit.nc`.
+        spec: `spec.yaml`; None where there is none.
+        split: sizes of train, validation and test, and their rows.
+        history: `history.csv`.
+        latent: `latent.nc`.
+        posteriors: `posteriors/*.nc`.
+        diagnosis: `diagnosis.nc`.
+    """
+
+    name: str
+    audit: xr.Dataset
+    spec: dict[str, Any] | None = None
+    split: dict[str, np.ndarray] | None = None
+    history: pd.DataFrame | None = None
+    latent: xr.DataTree | None = None
+    posteriors: dict[str, xr.DataTree] = field(default_factory=dict)
+    diagnosis: xr.DataTree | None = None
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Files:
+        """Read a run folder.
+
+        Raises:
+            RunFolderError: it has no audit, or one of its files is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / "audit.nc").is_file():
+            raise RunFolderError(f"{folder}: no audit.nc here; run `elbowroom audit {folder}` first")
+        audit = _read(folder / "audit.nc", idata.read_table)
+        if not audit.sizes.get("obs_id"):
+            raise RunFolderError(f"{folder / 'audit.nc'}: holds no data (dimension obs_id)")
+        trees = {}
+        for path in sorted((folder / "posteriors").glob("*.nc")):
+            trees[path.stem] = _read(path, idata.read)
+        return cls(
+            name=str(audit.attrs.get("experiment") or folder.resolve().name),
+            audit=audit,
+            spec=_read(folder / "spec.yaml", _read_spec),
+            split=_read(folder / "split.npz", _read_split),
+            history=_read(folder / "history.csv", _read_history),
+            latent=_read(folder / "latent.nc", idata.read),
+            posteriors=trees,
+            diagnosis=_read(folder / "diagnosis.nc", judgement.read),
+        )
+
+    @property
+    def observed(self) -> np.ndarray | None:
+        """The audited data, (N, *event), from whichever file holds them; only where there is one observed site."""
+        for tree in self.posteriors.values():
+            if "observed_data" in tree.children:
+                sites = list(tree["observed_data"].data_vars.values())
+                if len(sites) == 1 and "obs_id" in sites[0].dims:
+                    values = sites[0].transpose("obs_id", ...).values
+                    return values if len(values) == self.audit.sizes["obs_id"] else None
+        return None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether all audited data are of the test split."""
+        if self.split is None or "test" not in self.split:
+            return False
+        return bool(np.isin(self.audit["obs_id"].values, self.split["test"]).all())
+
+    @property
+    def entries(self) -> int | None:
+        """Entries of one datum where the data are discrete, else None: bits are for these."""
+        stored = str(self.audit.attrs.get("entries", ""))
+        return int(stored) if stored.isdecimal() and int(stored) else None
+
+
+@stage("report")
+def write_report(folder: str | Path) -> Path:
+    """Write `figures/*.png` and `report.html` into a run folder, from its files alone.
+
+    Figures of an earlier report that this one lacks are removed. Each file is written whole or not at all.
+
+    Args:
+        folder: the run folder; it must hold an audit.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        RunFolderError: there is no audit, or a file is damaged.
+    """
+    folder = Path(folder)
+    with stage("files"):
+        files = Files.read(folder)
+    with stage("figures drawn"):
+        drawn = draw(files)
+    with stage("figures written"):
+        shown = {name: _embed(item, folder / FIGURES) for name, item in drawn.items()}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    may, may_not = conclusions.conclusions(files.audit)
+    said = [line for line in str(files.audit.attrs.get("verdict", "")).splitlines() if line.strip()]
+    verdict = [line for line in said if not line.startswith("Verdict: ")]  # which the table says
+    split = None if files.split is None else {name: len(rows) for name, rows in files.split.items()}
+    rows = findings.worst_rows(files.audit)
+    html = environment.get_template("report.html.j2").render(
+        name=files.name,
+        verdicts=judged.lines(files.audit, files.diagnosis),
+        missing=judged.missing(files.diagnosis),
+        verdict=verdict or ["The audit says nothing more."],
+        facts=findings.key_figures(files.audit, files.entries, held_out=files.held_out),
+        n=files.audit.sizes["obs_id"],
+        figures=shown,
+        worst=rows,
+        thumbnails=_thumbnails(files, [row.obs_id for row in rows]),
+        columns=findings.WORST_COLUMNS,
+        may=may,
+        may_not=may_not,
+        declared=findings.declared(files.spec, split, files.audit),
+        has_spec=files.spec is not None,
+        version=str(files.audit.attrs.get("elbowroom", "")),
+    )
+    path = folder / "report.html"
+    write_text(path, html)
+    return path
+
+
+def write_picture(folder: str | Path, path: str | Path) -> Path:
+    """Write the picture of guide and exact posterior by itself, as wide as a README: best, typical and worst datum.
+
+    Args:
+        folder: the run folder; its model has one or two latents.
+        path: the PNG to write.
+
+    Raises:
+        RunFolderError: the folder cannot give this picture; says why.
+    """
+    files = Files.read(folder)
+    title = f"Three of {files.audit.sizes['obs_id']} data: the exact posterior p(z|x), and what the encoder says, q(z|x)"
+    item = plots_posterior.contours(files.latent, width=11.5, title=title)
+    if isinstance(item, Absent):
+        raise RunFolderError(f"{folder}: {item.reason}")
+    with atomic(path) as temporary:
+        item.figure.savefig(temporary, dpi=DPI)
+    return Path(path)
+
+
+def draw(files: Files) -> dict[str, Plot | Absent]:
+    """Draw every figure of the report, name -> figure, or why there is none."""
+    figures = (
+        partial(plots_posterior.contours, files.latent),
+        partial(plots_audit.gaps, files.audit, files.entries),
+        partial(plots_audit.trust, files.audit),
+        partial(plots_forest.intervals, files.audit, files.posteriors, files.latent),
+        partial(plots_audit.comparison, files.audit),
+        partial(plots_latent.latent_space, files.latent),
+        partial(plots_latent.plane, files.latent),
+        partial(plots.prior_samples, files.latent, files.observed),
+        partial(plots.reconstructions, files.latent),
+        partial(plots_training.training, files.history),
+    )
+    drawn: list[Plot | Absent] = []
+    for figure in figures:
+        with stage(figure.func.__name__):
+            drawn.append(figure())
+    drawn += judged.draw(files.audit, files.diagnosis, audited="test" if files.held_out else "audited")
+    return {item.name: item for item in drawn}
+
+
+def _embed(item: Plot | Absent, folder: Path) -> dict[str, Any]:
+    """Write a figure as PNG and return what the page shows of it; remove the file of one that is absent."""
+    path = folder / f"{item.name}.png"
+    if isinstance(item, Absent):
+        path.unlink(missing_ok=True)
+        return {"absent": item.reason}
+    with stage(item.name), atomic(path) as temporary:
+        item.figure.savefig(temporary, dpi=DPI)
+    width, height = item.figure.get_size_inches() * (DPI / 2)
+    return {
+        "absent": None,
+        "source": _data_uri(path.read_bytes()),
+        "width": round(width),
+        "height": round(height),
+        "alt": item.alt,
+        "caption": item.caption,
+        "wide": item.wide,
+    }
+
+
+def _thumbnails(files: Files, obs_id: list[int]) -> dict[int, str]:
+    """Return small pictures of the data, obs_id -> data URI; none where the data are not images."""
+    image, observed = plots.event_image(files.latent), files.observed
+    if image is None or observed is None:
+        return {}
+    limits, everything = tone(observed), files.audit["obs_id"].values
+    place = {int(label): n for n, label in enumerate(everything)}
+    return {i: _data_uri(thumbnail(observed[place[i]].reshape(image), limits)) for i in obs_id}
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _read(path: Path, reader: Any) -> Any:
+    """Read a file, None where there is none; one that cannot be read is named."""
+    if not path.is_file():
+        return None
+    try:
+        return reader(path)
+    except RunFolderError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise RunFolderError(f"{path}: damaged ({reason}); make it anew, or remove it") from error
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8")
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+        raise ValueError("aliases are not allowed")
+    tree = yaml.safe_load(text)
+    if not isinstance(tree, dict):
+        raise ValueError("not a mapping")
+    return tree
+
+
+def _read_history(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path)
+    for name in (column.name for column in fields(Row)):
+        if name not in table:
+            raise ValueError(f"there is no column {name}")
+        table[name] = pd.to_numeric(table[name])
+    return table
+
+
+def _read_split(path: Path) -> dict[str, np.ndarray]:
+    return read_npz(path)

@@ -1,0 +1,1 @@
+"""From numbers to a verdict: rules, their thresholds, and what to do."""

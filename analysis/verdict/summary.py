@@ -1,0 +1,229 @@
+"""From an audit's table to the short table and the sentences of the terminal and the report.
+
+Only data whose evidence is a value (exact or a trusted estimate) enter the gap; the others are counted and said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from elbowroom.analysis.measures.table import FEW, GOOD_K, LARGE_GAP, MISSED, SMALL_GAP, best_reference, column
+
+MEAN_ERROR = 0.2  # reference standard deviations
+SD_RATIO = 1.25
+GUIDE_ESTIMATE = "importance sampling estimate"
+NAMED = 5  # data that a sentence names
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers that the sentences rest on."""
+
+    n: int
+    known: int
+    exact: int
+    infinite: int
+    negative: int
+    uncertified: int
+    gap: np.ndarray
+    bad_k: int
+
+    @classmethod
+    def of(cls, table: xr.Dataset) -> Numbers:
+        """Read them off the table."""
+        gap = table["gap_total"].values
+        exact = np.isin(table["evidence_method"].values, ("closed form", "enumeration", "grid"))
+        error = np.hypot(table["elbo_se"].values, np.nan_to_num(table["log_evidence_se"].values))
+        status = table["status"].values
+        return cls(
+            n=gap.size,
+            known=int(np.isfinite(table["log_evidence"].values).sum()),
+            exact=int(exact.sum()),
+            infinite=int(np.isposinf(gap).sum()),
+            negative=int((gap < -5 * error - 1e-6).sum()),
+            uncertified=int((~np.isin(status, ("exact", "certified")).any(1)).sum()) if status.size else 0,
+            gap=gap[np.isfinite(gap)],
+            bad_k=int((~(table["pareto_k"].values <= GOOD_K)).sum()),
+        )
+
+
+def _mean(values: np.ndarray) -> str:
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return "not available"
+    error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
+    return f"{values.mean():.3f} +- {error:.3f}"
+
+
+def _quartiles(values: np.ndarray, digits: int = 3) -> str:
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return "not available"
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _methods(table: xr.Dataset) -> str:
+    names, counts = np.unique(table["evidence_method"].values, return_counts=True)
+    return ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
+
+
+def summary(table: xr.Dataset) -> list[tuple[str, str]]:
+    """Return (quantity, value) rows: means +- standard error over data, medians (quartiles), counts."""
+    numbers = Numbers.of(table)
+    k = table["pareto_k"].values
+    no_k = not (np.isfinite(k) | np.isposinf(k)).any()  # such as weights of few discrete values, which have no tail
+    rows = [
+        ("data audited", str(numbers.n)),
+        ("evidence by", _methods(table)),
+        ("mean ELBO [nats]", _mean(table["elbo"].values)),
+        (f"mean log p(x) [nats], {numbers.known} data", _mean(table["log_evidence"].values)),
+        ("gap [nats], median (quartiles)", _quartiles(numbers.gap)),
+        ("gap [nats], largest", f"{numbers.gap.max():.3f}" if numbers.known else "not available"),
+        ("k-hat, median (quartiles)", _quartiles(table["pareto_k"].values, 2)),
+        (f"k-hat > {GOOD_K}", "not available" if no_k else f"{numbers.bad_k} of {numbers.n}"),
+        ("effective sample fraction, median", _quartiles(table["ess_fraction"].values, 2)),
+    ]
+    for reference in table["reference"].values:
+        part = table.sel(reference=reference)
+        good = part["status"].isin(["exact", "certified"]).values
+        rows.append((f"{reference}: exact or certified", f"{int(good.sum())} of {numbers.n}"))
+        if not good.any():  # such as annealing, which certifies nothing: its bounds stand in the table
+            continue
+        if np.isfinite(part["total_variation"].values).any():
+            rows.append((f"{reference}: total variation", _quartiles(part["total_variation"].values[good])))
+            continue
+        rows += [
+            (f"{reference}: mean error [sd]", _quartiles(part["mean_error"].values[good], 2)),
+            (f"{reference}: sd ratio", _quartiles(part["sd_ratio"].values[good], 2)),
+            (f"{reference}: sliced Wasserstein [sd]", _quartiles(part["sliced_wasserstein"].values[good], 3)),
+            (f"{reference}: its noise floor [sd]", _quartiles(part["noise_floor"].values[good], 3)),
+        ]
+        if "kl_forward" in part:  # an audit of before it was computed
+            rows.append((f"{reference}: KL(p || q) [nats]", _quartiles(part["kl_forward"].values[good])))
+    return rows
+
+
+def sentences(table: xr.Dataset) -> list[str]:
+    """Return two to five plain sentences: how large the gap is, what is wrong with q, what could not be certified."""
+    numbers = Numbers.of(table)
+    lines = (_gap(table, numbers), _missed(table), _shape(table), _trust(table, numbers), _caveat(table, numbers))
+    return [line for line in lines if line]
+
+
+def _missed(table: xr.Dataset) -> str:
+    """Name the data at which the guide misses a mode, and the mass of what it misses."""
+    mass = column(table, "missed_mass")
+    lost = np.flatnonzero(mass > MISSED)
+    if not lost.size:
+        return ""
+    lost = lost[np.argsort(-mass[lost], kind="stable")]
+    labels = ", ".join(str(label) for label in table["obs_id"].values[lost[:NAMED]])
+    more = f" and {lost.size - NAMED} more" if lost.size > NAMED else ""
+    low, high = mass[lost].min(), mass[lost].max()
+    share = f"{high:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+    return (
+        f"The guide misses a mode at {lost.size} of {mass.size} data (obs {labels}{more}; it holds {share} of the posterior "
+        "there): draws of q, and importance sampling from it, know nothing of it."
+    )
+
+
+def _gap(table: xr.Dataset, numbers: Numbers) -> str:
+    if numbers.negative:
+        return (
+            f"The numbers contradict each other: for {numbers.negative} of {numbers.n} data log p(x) lies below the ELBO "
+            "by more than their errors allow, which cannot be; a mode was missed or a density is not "
+            "normalised. Trust none of them."
+        )
+    if not numbers.gap.size:
+        if numbers.infinite:
+            return f"The ELBO of {numbers.infinite} of {numbers.n} data is minus infinity: q puts mass where p(x, z) is zero."
+        why = (
+            "no reference gave a value that could be certified"
+            if table.sizes["reference"]
+            else "the latent space is too large for the references here"
+        )
+        above = int(np.isfinite(column(table, "log_evidence_upper")).sum())
+        upper = f", log_evidence_upper a conditional upper bound for {above}" if above else ""
+        return (
+            f"The gap of none of the {numbers.n} data is known: {why} and the guide's importance weights cannot be trusted; "
+            f"log_evidence_lower holds a probabilistic lower bound for each{upper}."
+        )
+    median, high = np.median(numbers.gap), np.quantile(numbers.gap, 0.95)
+    worst = table["obs_id"].values[int(np.nanargmax(table["gap_total"].values))]
+    tail = (
+        f"the ELBO of a typical datum lies {median:.3g} nats below log p(x) (95 % of the data: below {high:.3g}; the largest "
+        f"gap, {numbers.gap.max():.3g}, is at datum {worst})."
+    )
+    if numbers.infinite:
+        tail += f" For {numbers.infinite} more the ELBO is minus infinity: q puts mass where p(x, z) is zero."
+    if not numbers.exact:
+        if (table["evidence_method"].values == GUIDE_ESTIMATE).any():
+            return (
+                f"Where the guide puts mass, {tail} log p(x) is estimated by importance sampling from the guide itself: a mode "
+                "that the guide misses would be missing in it too, and the true gap larger."
+            )
+        tail += " log p(x) is estimated by importance sampling from q*, not from the guide."
+    lost = (column(table, "missed_mass") > MISSED).mean() >= FEW or (numbers.gap > LARGE_GAP).mean() >= FEW
+    near = "not everywhere close to" if lost else "close to"
+    size = near if median < SMALL_GAP else "at some distance from" if median < LARGE_GAP else "far from"
+    return f"The amortized posterior is {size} the true one: {tail}"
+
+
+def _shape(table: xr.Dataset) -> str:
+    best = best_reference(table)
+    if best is None:
+        return ""
+    part = table.sel(reference=best)
+    good = part["status"].isin(["exact", "certified"]).values
+    variation = part["total_variation"].values[good]
+    if np.isfinite(variation).all():  # every latent is discrete: there is no width and no centre
+        return (
+            f"The typical q(z|x) puts {np.median(variation):.2g} of its probability on other values than the true posterior "
+            f"(total variation; the largest, {variation.max():.2g})."
+        )
+    ratio, shift = np.median(part["sd_ratio"].values[good]), np.median(part["mean_error"].values[good])
+    factor = np.median(np.exp(np.abs(np.log(part["sd_ratio"].values[good]))))  # of which a narrow and a wide one do not cancel
+    width = (
+        f"too narrow (sd {ratio:.2f} of the true one)"
+        if ratio < 1 / SD_RATIO
+        else f"too wide (sd {ratio:.2f} of the true one)"
+        if ratio > SD_RATIO
+        else f"of another width than the true posterior, here narrower and there wider (by a factor of {factor:.2f})"
+        if factor > SD_RATIO
+        else f"about as wide as the true posterior (sd ratio {ratio:.2f})"
+    )
+    place = f"off centre by {shift:.2f} posterior sd" if shift > MEAN_ERROR else f"centred within {shift:.2f} posterior sd"
+    return f"In its worst latent the typical q(z|x) is {width} and {place}."
+
+
+def _trust(table: xr.Dataset, numbers: Numbers) -> str:
+    if not numbers.bad_k or np.isnan(table["pareto_k"].values).all():
+        return ""
+    return (
+        f"For {numbers.bad_k} of {numbers.n} data k-hat exceeds {GOOD_K}: importance sampling from this guide is not "
+        "reliable there."
+    )
+
+
+def _caveat(table: xr.Dataset, numbers: Numbers) -> str:
+    missing, estimated = numbers.n - numbers.known, numbers.known - numbers.exact
+    parts = []
+    if numbers.exact:
+        parts.append(f"log p(x) is exact, up to the numerical error stated, for {numbers.exact} of {numbers.n} data")
+    if estimated:
+        parts.append(f"log p(x) is an importance-sampling estimate for {estimated} of {numbers.n}")
+    if missing:
+        both = int((np.isfinite(column(table, "log_evidence_upper")) & ~np.isfinite(column(table, "log_evidence"))).sum())
+        parts.append(f"only a lower bound is known for {missing - both} of {numbers.n}, which enter no gap above")
+        if both:
+            parts[-1] = (
+                f"only bounds are known for {missing} of {numbers.n}, which enter no gap above (an upper one for {both}, "
+                "conditional on the certified draws that it starts from)"
+            )
+    if numbers.uncertified and table.sizes["reference"]:
+        parts.append(f"no reference could be certified for {numbers.uncertified}")
+    return f"{'; '.join(parts)}. All of this is conditional on the trained decoder."

@@ -1,0 +1,5 @@
+"""Functions of tensors as compiled graphs, and when to make one."""
+
+from elbowroom.inference.compiled.graph import policy
+
+__all__ = ["policy"]

@@ -1,0 +1,303 @@
+r"""Functions of tensors as graphs: everything that a function reads is an input, so its weights and data may change.
+
+A Pyro program spends most of a small evaluation in its handlers. `Graph` runs a function once under `make_fx`, keeps the tensor
+operations and throws the handlers away; what the function read beside its arguments (weights, constants) becomes an input too,
+by reference, and is read anew at every call. A graph is replayed operation by operation, which needs nothing, or compiled by
+TorchInductor into fused kernels, which needs a C++ compiler and some seconds. Random numbers are drawn anew at every call from
+torch's own generators, in the order of the eager function.
+
+What cannot be a graph says why (`Untraceable`), and stays eager: branches on values, numbers taken out of tensors, operations
+that write to their inputs (batch normalisation while it is trained), too many operations (loops over time steps).
+
+`policy` says whether graphs are used. Under `auto` that is decided from the work ahead, counted in data and floating-point
+operations and never in seconds: the same seed gives the same numbers, however busy the machine is and whatever ran before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from elbowroom.errors import first_line
+from elbowroom.inference.products import by_halves, by_onednn
+from elbowroom.inference.randomness import undisturbed
+from elbowroom.system.stages import stage
+
+log = logging.getLogger("elbowroom.compiled")
+"""Says what is compiled and what is not, and why; commands show it."""
+
+Compile = Literal["auto", "always", "never"]
+"""Whether programs are compiled: where it pays, wherever it can be done, or not at all."""
+
+Function = Callable[..., tuple[Tensor, ...]]
+T = TypeVar("T")
+
+MAX_NODES = 3000  # operations, above which compiling takes minutes
+
+_policy: ContextVar[Compile] = ContextVar("elbowroom_compile", default="auto")
+_ahead: ContextVar[int] = ContextVar("elbowroom_data_ahead", default=0)
+_most: ContextVar[float] = ContextVar("elbowroom_evaluations_ahead", default=float("inf"))
+
+
+@contextlib.contextmanager
+def _inside(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def policy(compile: Compile) -> AbstractContextManager[None]:
+    """Set what is compiled inside."""
+    if compile not in get_args(Compile):
+        raise ValueError(f"compile must be one of {', '.join(get_args(Compile))}, got {compile!r}")
+    return _inside(_policy, compile)
+
+
+def current_policy() -> Compile:
+    """Return what is compiled here."""
+    return _policy.get()
+
+
+def expecting(data: int) -> AbstractContextManager[None]:
+    """Say how many data there are in all, at least: what is compiled for some of them serves the others."""
+    return _inside(_ahead, data_ahead(data))
+
+
+def data_ahead(here: int) -> int:
+    """Return for how many data a graph would serve, of which some are here."""
+    return max(here, _ahead.get())
+
+
+def at_most(evaluations: int) -> AbstractContextManager[None]:
+    """Say that each datum is evaluated at so many points at most, where that may be few."""
+    return _inside(_most, evaluations_ahead(evaluations))
+
+
+def evaluations_ahead(usual: float) -> float:
+    """Return at how many points each datum is evaluated, of what an audit would."""
+    return min(usual, _most.get())
+
+
+class Untraceable(RuntimeError):
+    """A function cannot be made a graph; its text is the reason, as the rest of a sentence."""
+
+
+class Graph:
+    """A function of tensors, traced once, whose every tensor is an input.
+
+    Args:
+        function: takes tensors and returns a tuple of tensors; it must not keep them.
+        inputs: tensors to trace it with.
+        varying: sizes in the example that may differ from call to call; they must differ from each other, from all other sizes
+            of the inputs, and from 0 and 1.
+
+    Attributes:
+        constants: the tensors that the function read beside its inputs, by reference.
+
+    Raises:
+        Untraceable: with the reason.
+    """
+
+    def __init__(self, function: Function, inputs: Sequence[Tensor], *, varying: Sequence[int] = ()) -> None:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        try:
+            inputs = [t.contiguous() for t in inputs]
+            with undisturbed(inputs):
+                mode: Literal["fake", "symbolic"] = "symbolic" if varying else "fake"
+                tracer = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)
+                self.module = tracer(*inputs)
+                # noise is drawn into empty tensors, which is no harm; what a functional graph still writes are its inputs
+                pure = make_fx(_functional(self.module), tracing_mode=mode, _allow_non_fake_inputs=True)
+                written = _written(self.module) and _written(pure(*inputs))
+        except Untraceable:
+            raise
+        except Exception as error:  # whatever a program raises when its tensors have no values
+            raise Untraceable(f"tracing failed ({first_line(error)})") from error
+        if varying and (fixed := _fixed(self.module, inputs, varying)):
+            raise Untraceable(f"an operation in it fixes a size ({fixed})")
+        self.constants = _lift(self.module)
+        self._kernel: Callable[..., Any] | None = None
+        nodes = self.module.graph.nodes
+        if written:
+            raise Untraceable(f"it writes to its inputs ({written})")
+        if len(nodes) > MAX_NODES:
+            raise Untraceable(f"it has {len(nodes):,} operations, more than {MAX_NODES:,}")
+
+    @property
+    def compiled(self) -> bool:
+        """Whether there are compiled kernels."""
+        return self._kernel is not None
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph, compiled if it is, without recording gradients."""
+        if self._kernel is None:
+            return self.replay(*inputs)
+        with torch.no_grad():  # kernels take the layout of the example for granted
+            return tuple(self._kernel(*[t.contiguous() for t in inputs], *self.constants))
+
+    def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph operation by operation, whether it is compiled or not."""
+        with torch.no_grad():
+            return tuple(self.module(*[t.contiguous() for t in inputs], *self.constants))
+
+    def compile(self, check: Callable[[Graph], None] | None = None, updated: Collection[int] = ()) -> float:
+        """Compile the graph into fused kernels, once; returns the seconds it took.
+
+        Args:
+            check: called with the compiled graph; where it raises, the graph is replayed as before.
+            updated: inputs, by their places, that an optimizer writes between calls, each core a part of the rows.
+
+        Raises:
+            Untraceable: there is no C++ compiler, or TorchInductor cannot, or the check says so.
+        """
+        if self.compiled:
+            return 0.0
+        start = time.perf_counter()
+        with stage("compile"):
+            self._kernel = _inductor(self.module, updated)
+            try:
+                if check is not None:
+                    check(self)
+            except BaseException:
+                self._kernel = None
+                raise
+        return time.perf_counter() - start
+
+
+def _inductor(module: Any, updated: Collection[int]) -> Callable[..., Any]:
+    """Compile a traced module; it takes its tensors one by one."""
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    if values[0].device.type == "cpu" and not _has_compiler():
+        raise Untraceable("there is no C++ compiler (g++ or clang++)")
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch deprecates parts of itself
+            kernel = _kernel(module, values, updated)
+    except Exception as error:  # whatever a compiler raises
+        raise Untraceable(f"compiling failed ({first_line(error)})") from error
+    return lambda *tensors: kernel(list(tensors))
+
+
+def _kernel(module: Any, values: list[Any], updated: Collection[int]) -> Callable[[list[Tensor]], Any]:
+    """Compile for the sizes and layouts of the placeholders, without the guards that torch.compile would check at each call."""
+    import torch._inductor.config as settings
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with settings.patch(fallback_random=True), tracing(TracingContext(values[0].fake_mode)):
+        plain = make_fx(_functional(module), _decompositions(), "symbolic")(*values)
+        plain.graph.eliminate_dead_code()
+        inputs = [node for node in plain.graph.nodes if node.op == "placeholder"]
+        by_halves(plain.graph, {inputs[place] for place in updated})
+        by_onednn(plain.graph)
+        plain.recompile()
+        return compile_fx_inner(plain, values)
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Any]:
+    """Return TorchInductor's decompositions, and two that it has far faster kernels for.
+
+    tanh is taken by the logistic function, exact to rounding at 1; NaN is what does not equal itself, which C++ can ask of many
+    numbers at once.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    def tanh(x: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(2 * x) - 1
+
+    def isnan(x: Tensor) -> Tensor:
+        return x != x
+
+    return {**select_decomp_table(), torch.ops.aten.tanh.default: tanh, torch.ops.aten.isnan.default: isnan}
+
+
+def _lift(module: Any) -> list[Tensor]:
+    """Make every tensor that a module holds an input of it, after the others; returns them."""
+    graph, places = module.graph, {}
+    found: list[Tensor] = []
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    last, fake = inputs[-1], inputs[0].meta["val"].fake_mode
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = getattr(module, node.target)
+        if not isinstance(value, Tensor):  # a torch.Generator of the program's own
+            raise Untraceable(f"it reads a {type(value).__name__}, which is no tensor")
+        if id(value) not in places:
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"constant_{len(found)}")
+            last.meta["val"] = fake.from_tensor(value.detach(), static_shapes=True)
+            places[id(value)] = last
+            found.append(value)
+        node.replace_all_uses_with(places[id(value)])
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return found
+
+
+def _fixed(module: Any, inputs: Sequence[Tensor], varying: Sequence[int]) -> str:
+    """Say which varying size of an input was made a constant while tracing; "" where none was."""
+    places = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    for place, given in zip(places, inputs, strict=True):
+        for size, example in zip(place.shape, given.shape, strict=True):
+            if example in varying and (not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None):
+                return f"{example} of {tuple(given.shape)}"
+    return ""
+
+
+def _functional(module: Any) -> Callable[..., Any]:
+    """Return a function that runs a graph, with nothing changed in place."""
+    run = torch.fx.Interpreter(module).run
+    return torch.func.functionalize(run, remove="mutations") if _written(module) else run
+
+
+def _written(module: Any) -> str:
+    """Return the first operation that changes a tensor in place; "" for none."""
+    schemas = (
+        (node.target, getattr(node.target, "_schema", None)) for node in module.graph.nodes if node.op == "call_function"
+    )
+    return next((str(target) for target, schema in schemas if schema is not None and schema.is_mutable), "")
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations of matrix products and convolutions, and the numbers that all other operations put out.
+
+    torch's own `FlopCounterMode` watches modules too, which fails for some programs.
+    """
+
+    flops = 0
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and count it."""
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(func, "overloadpacket", None))
+        if count is not None:
+            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
+        elif isinstance(out, Tensor) and not getattr(func, "is_view", False):
+            self.elements += out.numel()
+        return out

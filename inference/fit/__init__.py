@@ -1,0 +1,1 @@
+"""Fitting a VAE by stochastic variational inference."""

@@ -1,0 +1,187 @@
+r"""One training step: the objective's gradient on a mini-batch, and one fused Adam.
+
+    loss = -(1/N) objective,      with the gradient of N loss given to Adam, as `pyro.infer.SVI` with `pyro.optim.Adam` does.
+
+The gradient is evaluated eagerly, by running the Pyro programs, or by a graph of them (`gradient_graph`), replayed or compiled.
+Where a branch on a value comes to something else than in the graph the eager step is taken. So it is for batches of other
+shapes, and where a value is not finite: the eager step, at the same draws, names the site. On a GPU, steps by the graph are
+taken without looking at what they come to (`whole_step`, `window`).
+
+Whether to compile is decided by the plan, never by the clock, so that the same seed gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from operator import is_
+
+from torch import Tensor, nn
+
+from elbowroom.inference.adam import Adam
+from elbowroom.inference.compiled.graph import Compile, Untraceable
+from elbowroom.inference.fit.mixed_precision import Precision, lowered
+from elbowroom.inference.fit.rows import Batch
+from elbowroom.inference.fit.step_graph import GradientGraph, evaluate, modules
+from elbowroom.inference.objectives.elbo import ELBO, Objective
+from elbowroom.inference.whole_step import WINDOW, WholeStep
+from elbowroom.models.vae import VAE
+
+log = logging.getLogger("elbowroom.compiled")
+
+# what an eager step is predicted to take: Pyro's handlers, and so many floating-point operations per second
+HANDLER_SECONDS, FLOPS = 4e-3, 8e10
+# predicted seconds of all planned steps that repay making a graph, and compiling it
+TRACE_AFTER, COMPILE_AFTER = 6.0, 20.0
+FEW = 50  # steps that repay nothing, whatever they are
+
+
+class Step:
+    """One step of SVI on a mini-batch.
+
+    Pyro's global parameter store gets the VAE's parameters when the programs run; open
+    `pyro.get_param_store().scope()` around the steps to keep it clean (`fit` does).
+
+    Args:
+        vae: the model and guide.
+        size: number of data N for which each mini-batch stands.
+        learning_rate: Adam's.
+        gradient_clip: largest Euclidean norm of the gradient of the loss per datum; None clips nothing.
+        objective: what is maximised; the ELBO by default.
+        compile: whether the gradient is a compiled graph: where the planned steps repay it, wherever it can be, or never.
+        steps: planned steps, for `auto`.
+        precision: of matrix products.
+
+    Attributes:
+        graph: of the gradient, once one is made.
+        whole: the step that nobody waits for, where there is one.
+    """
+
+    def __init__(
+        self,
+        vae: VAE,
+        *,
+        size: int,
+        learning_rate: float,
+        gradient_clip: float | None = None,
+        objective: Objective | None = None,
+        compile: Compile = "auto",
+        steps: int = 0,
+        precision: Precision = "highest",
+    ) -> None:
+        self.vae, self.size = vae, size
+        self.parameters, self.seen = _trainable(vae), _seen(vae)
+        self.clip = None if gradient_clip is None else gradient_clip * size
+        self.objective = objective or ELBO()
+        self.compile, self.steps, self.precision = compile, steps, precision
+        self.optimizer = Adam(self.parameters, learning_rate)
+        self.prepared = compile == "never"
+        self.graph: GradientGraph | None = None
+        self.whole: WholeStep | None = None
+
+    def __call__(
+        self, x: Tensor, *, kl_weight: float = 1.0, learning_rate: float | None = None, **beside: Tensor
+    ) -> tuple[float, float]:
+        """Take one step.
+
+        Args:
+            x: a mini-batch, (B, *event).
+            **beside: covariates (B, C) and exposure (B,), where the model takes them.
+            kl_weight: weight of the KL part in the objective.
+            learning_rate: changes Adam's from this step on.
+
+        Returns:
+            The objective's loss and the unweighted ELBO before the step, in nats per datum.
+
+        Raises:
+            NonFiniteSite: the loss is not finite; the weights are as they were.
+        """
+        if learning_rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+        batch = {"x": x, **beside}
+        self.prepare(batch)
+        self._follow()
+        for parameter in self.parameters:  # so that the next gradients can be where the last ones were
+            parameter.grad = None
+        with lowered(self.vae, self.precision):
+            found = None if self.graph is None else self.graph(batch, kl_weight)
+            if found is None:
+                estimate = evaluate(self.objective, self.vae, batch, self.size, kl_weight)
+                estimate.loss.backward()
+                found = float(estimate.objective), float(estimate.elbo), [value.grad for value in self.parameters]
+        objective, elbo, gradients = found
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.update()
+        return objective / self.size, elbo / self.size
+
+    def prepare(self, batch: Batch) -> None:
+        """Decide how gradients are evaluated, and make the graph, on an example of the batches to come.
+
+        The decision depends on the example, the plan and the options alone, and so do the graph's numbers.
+        """
+        if self.prepared:
+            return
+        self.prepared = True
+        if self.compile == "auto" and self.steps < FEW:
+            return
+        with lowered(self.vae, self.precision):
+            self._make(batch)
+            self._make_whole(batch)
+
+    def _make(self, batch: Batch) -> None:
+        """Make the graph, as far as it is worth it and can be."""
+        graph = None
+        try:
+            graph = GradientGraph(self.vae, self.objective, self.size, batch, self.precision)
+            seconds = self.steps * (HANDLER_SECONDS + graph.flops / FLOPS)
+            if self.compile == "auto" and seconds < TRACE_AFTER:
+                return
+            graph.trace(batch)
+            self.graph = graph
+            if self.compile == "auto" and seconds < COMPILE_AFTER:
+                log.info(f"fit: step traced, not compiled: about {seconds:.0f} s of work planned, which would not repay it")
+                return
+            log.info(f"fit: step compiled in {graph.compile(batch):.1f} s; {self.steps:,} steps planned")
+        except Untraceable as error:
+            kept = "eager" if self.graph is None else "traced, not compiled"
+            log.info(f"fit: step {kept}: {error}")
+        finally:
+            if graph is not None:
+                graph.eager.clear()  # as large as the model
+
+    def _make_whole(self, batch: Batch) -> None:
+        """Make of the graph a step that nobody waits for, where the device is worth it; on CUDA one launch."""
+        device = batch["x"].device
+        if self.graph is None or WINDOW[device.type] == 1:
+            return
+        self.whole = WholeStep(self.graph, self.optimizer, self.parameters, self.clip, batch)
+        if device.type == "cuda":
+            try:
+                self.whole.capture()
+                log.info("fit: step captured as one CUDA graph")
+            except Untraceable as error:
+                log.info(f"fit: step not captured as a CUDA graph: {error}")
+
+    def _follow(self) -> None:
+        """Let Adam follow parameters that were replaced (`load_state_dict(assign=True)`), with the moments it had for them."""
+        seen = _seen(self.vae)
+        if len(seen) == len(self.seen) and all(map(is_, seen, self.seen)):
+            return
+        state = self.optimizer.state_dict()
+        self.parameters, self.seen = _trainable(self.vae), seen
+        self.optimizer = Adam(self.parameters, self.optimizer.param_groups[0]["lr"])
+        self.optimizer.load_state_dict(state)
+        self.whole = None
+
+
+def _trainable(vae: VAE) -> list[nn.Parameter]:
+    return [parameter for parameter in vae.parameters() if parameter.requires_grad]
+
+
+def _seen(vae: VAE) -> list[nn.Parameter]:
+    """Return the trainable parameters as they are met, in another order than Adam's: a quick look, for every step."""
+    parameters = (parameter for module in modules(vae) for parameter in module._parameters.values())
+    return [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]

@@ -1,0 +1,1 @@
+"""Bounds on log p(x) by annealed importance sampling."""

@@ -1,0 +1,307 @@
+r"""Annealed importance sampling, forward and reverse, for every datum at once: bounds on log p(x) from both sides.
+
+Along a path gamma_b = base + b slope (`paths`) with 0 = b_0 < ... < b_T = 1, chains start at an exact draw of gamma_0 and make
+one Metropolis-corrected trajectory at each b_t:
+
+    forward   log w = sum_t (b_t - b_{t-1}) slope(z_{t-1}),   E[w] = p(x),      lower = log mean_s w_s
+    reverse   the same sum from an exact draw of p(z|x) down, E[1/w] = 1/p(x),  upper = -log mean_s 1/w_s
+
+so by Markov's inequality P(lower > log p + c) <= exp(-c) and P(upper < log p - c) <= exp(-c), however badly the chains mix:
+mixing decides only how far the bounds lie apart. This holds while the kernels do not depend on the chains they move: step sizes
+are tuned per (datum, bin of temperatures) in a pilot run of its own seed, then frozen.
+
+Neal 2001, https://doi.org/10.1023/A:1008923215028; schedule and reverse chains: Grosse, Ghahramani and Adams 2015,
+https://arxiv.org/abs/1511.02543; Wu, Burda, Salakhutdinov and Grosse 2017, https://arxiv.org/abs/1611.04273.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elbowroom.inference.mcmc.leapfrog import State, transition
+from elbowroom.inference.references.ais.paths import Path
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.stages import stage
+
+RADIUS = 4.0  # of the sigmoid schedule
+ACCEPT = 0.8  # aimed at
+QUARTER = math.pi / 2  # trajectory, in whitened units, that forgets where it started
+JITTER = 0.3  # of the step, each trajectory of each chain: no orbit stays periodic
+BINS, TRIALS, FIRST_TRIALS = 12, 4, 12  # of the pilot: trajectories per bin, and in the first one
+PILOT_CHAINS = 8
+GAIN = 1.0
+RISK, GROUPS = 0.025, 16  # probability that a sure bound is none, and the most groups that it is taken from
+ROWS = {"cpu": 2**13, "cuda": 2**17}  # chains x data moved together
+ENTRIES = 2**22  # of the states and metrics held at once
+
+
+def schedule(temperatures: int, radius: float = RADIUS) -> Tensor:
+    """Return 0 = b_0 < ... < b_T = 1, (T + 1,): a rescaled sigmoid, slow at both ends (Grosse et al. 2015)."""
+    b = torch.linspace(-radius, radius, temperatures + 1, dtype=torch.float64).sigmoid()
+    return (b - b[0]) / (b[-1] - b[0])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run that is fixed before it starts.
+
+    Attributes:
+        b: inverse temperatures, (T + 1,), from 0 up.
+        steps: step sizes in whitened units, (bins, N).
+        bins: the bin of each of b, T + 1 of them.
+        leapfrogs: per trajectory.
+    """
+
+    b: Sequence[float]
+    steps: Tensor
+    bins: Sequence[int]
+    leapfrogs: int
+
+    def rows(self, index: Tensor) -> Plan:
+        """Return the plan of some of the data."""
+        return Plan(self.b, self.steps[:, index], self.bins, self.leapfrogs)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound on log p(x) per datum, in nats, and the chains that it comes from.
+
+    Attributes:
+        value: (N,).
+        error: its standard error sqrt(1/ESS - 1/S), (N,), by the delta method; inf where no chain has any weight. It takes the
+            chains as independent and says nothing about what all of them missed.
+        ess: effective number of the chains, (N,).
+        z: where the chains ended, (S, N, d).
+        log_weights: of the chains, (S, N): log w forward, -log w in reverse.
+        failed: number of chains that met a density that is not finite, (N,); they have weight 0, which keeps the bound one.
+    """
+
+    value: Tensor
+    error: Tensor
+    ess: Tensor
+    z: Tensor
+    log_weights: Tensor
+    failed: Tensor
+
+    def rows(self, index: Tensor) -> Bound:
+        """Return the bounds of some of the data."""
+        return Bound(
+            self.value[index],
+            self.error[index],
+            self.ess[index],
+            self.z[:, index],
+            self.log_weights[:, index],
+            self.failed[index],
+        )
+
+
+class _Rung:
+    """One density of a path as a target; keeps the slope of its last evaluation."""
+
+    def __init__(self, path: Path, b: float) -> None:
+        self.path, self.b = path, b
+        self.slope = torch.empty(0)
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        base, self.slope, gradient = self.path.parts(z, self.b)
+        return base + self.b * self.slope, gradient
+
+
+def _jittered(step: Tensor, chains: int, generator: torch.Generator) -> Tensor:
+    noise = torch.rand(chains, len(step), dtype=step.dtype, device=step.device, generator=generator)
+    return step * (1 + JITTER * (2 * noise - 1))
+
+
+def block_size(log_joint: LogJoint, chains: int) -> int:
+    """Return how many data to anneal together: enough for the processor, few enough for memory and a clock to be read."""
+    rows = ROWS.get(log_joint.device.type, ROWS["cpu"])
+    return max(1, min(rows // chains, ENTRIES // (log_joint.dim * (chains + log_joint.dim))))
+
+
+def _blocks(path: Path, chains: int, seed: int, until: float) -> Iterator[tuple[Tensor, Path, torch.Generator]]:
+    """Yield the data in blocks until the time is up, each with its path and a stream of random numbers of its own."""
+    device = path.log_joint.device
+    every = torch.arange(path.log_joint.n_obs, device=device)
+    size = block_size(path.log_joint, chains)
+    whole = size >= len(every) or path.rows(every[:size]) is None
+    seeds = torch.Generator().manual_seed(seed)
+    for rows in every.split(len(every) if whole else size):
+        if time.monotonic() > until:
+            return
+        part = path if whole else path.rows(rows)
+        if part is None:
+            raise RuntimeError("some of the data can be taken apart and some cannot")
+        yield rows, part, torch.Generator(device=device).manual_seed(int(torch.randint(2**62, (), generator=seeds)))
+
+
+# -- the pilot --------------------------------------------------------------------------------------------------------------
+
+
+@stage("pilot")
+def tune(path: Path, *, temperatures: int, leapfrogs: int, seed: int, until: float = math.inf) -> Plan:
+    """Tune step sizes in a pilot run that is thrown away.
+
+    A few chains climb the path, making several trajectories in the middle of each bin of temperatures; after each one the step
+    is multiplied by exp(accept - 0.8), and stays below a quarter of a period of a normal with the metric's covariance.
+
+    Args:
+        path: of all data.
+        temperatures: T.
+        leapfrogs: per trajectory.
+        seed: of the pilot; the scored run needs another.
+        until: as in `lower`; data not reached get the largest step.
+    """
+    b = schedule(temperatures).tolist()
+    n_bins = max(1, min(temperatures - 1, BINS))
+    bins = [min(max(t - 1, 0) * n_bins // max(temperatures - 1, 1), n_bins - 1) for t in range(temperatures + 1)]
+    first = path.metric.first
+    steps = torch.full((n_bins, len(first)), QUARTER / leapfrogs, dtype=first.dtype, device=first.device)
+    if temperatures > 1:
+        middle = [(k + 0.5) * (temperatures - 1) / n_bins + 0.5 for k in range(n_bins)]
+        at = [b[round(t)] for t in middle]
+        for rows, part, generator in _blocks(path, PILOT_CHAINS, seed, until):
+            steps[:, rows] = _pilot(part, at, leapfrogs, generator)
+    return Plan(b, steps, bins, leapfrogs)
+
+
+def _pilot(path: Path, at: Sequence[float], leapfrogs: int, generator: torch.Generator) -> Tensor:
+    z = path.sample(PILOT_CHAINS, generator)
+    largest = QUARTER / leapfrogs
+    step = torch.full_like(z[0, :, 0], largest)
+    found = []
+    for k, b in enumerate(at):
+        rung, root = _Rung(path, b), path.metric.root(b)
+        state = State.at(rung, z)
+        trials = TRIALS if k else FIRST_TRIALS
+        logs = []
+        for _ in range(trials):
+            alive = ~state.value.isneginf()
+            move = transition(rung, state, root, _jittered(step, PILOT_CHAINS, generator), leapfrogs, generator)
+            accept = (move.accept * alive).sum(0) / alive.sum(0).clamp_min(1)
+            step = (step * (GAIN * (accept - ACCEPT)).exp()).clamp_max(largest)
+            logs.append(step.log())
+            state = move.state
+        found.append(torch.stack(logs[trials // 2 :]).mean(0).exp())
+        z = state.z
+    return torch.stack(found)
+
+
+# -- the scored runs ----------------------------------------------------------------------------------------------------------
+
+
+@stage("forward")
+def lower(path: Path, plan: Plan, *, chains: int, seed: int, until: float = math.inf) -> Bound:
+    """Return a probabilistic lower bound on log p(x) per datum: log mean_s w_s of forward chains.
+
+    With a plan whose temperatures end at b < 1 the value is one of log Z_b instead.
+
+    Args:
+        path: of all data.
+        plan: from `tune` with another seed.
+        chains: S.
+        seed: random seed.
+        until: value of `time.monotonic()` after which no further block of data is begun; those data get NaN.
+
+    Returns:
+        A Bound; P(value > log p + c) <= exp(-c).
+    """
+    return _over_blocks(path, chains, until, lambda part, rows, g: _forward(part, plan.rows(rows), chains, g), seed)
+
+
+@stage("reverse")
+def upper(path: Path, plan: Plan, draws: Tensor, *, seed: int, until: float = math.inf) -> Bound:
+    """Return a probabilistic upper bound on log p(x) per datum: -log mean_s 1/w_s of reverse chains.
+
+    It is one only as far as the draws are of the posterior. Chains that begin at the same draw share its error: their mean
+    still satisfies P(value < log p - c) <= exp(-c), but `error` and `ess` then say nothing about the start. Give one draw per
+    chain where there are many.
+
+    Args:
+        path: of all data.
+        plan: from `tune` with another seed.
+        draws: of the posterior, one per chain, (S, N, d).
+        seed: random seed.
+        until: as in `lower`.
+    """
+    start = lambda part, rows, g: _reverse(part, plan.rows(rows), draws[:, rows], g)
+    return _over_blocks(path, len(draws), until, start, seed)
+
+
+def _over_blocks(
+    path: Path, chains: int, until: float, run: Callable[[Path, Tensor, torch.Generator], Bound], seed: int
+) -> Bound:
+    first = path.metric.first
+    n, d = first.shape
+    nan = lambda *shape: torch.full(shape, torch.nan, dtype=first.dtype, device=first.device)
+    out = Bound(nan(n), nan(n), nan(n), nan(chains, n, d), nan(chains, n), nan(n))
+    for rows, part, generator in _blocks(path, chains, seed, until):
+        found = run(part, rows, generator)
+        out.value[rows], out.error[rows], out.ess[rows] = found.value, found.error, found.ess
+        out.z[:, rows], out.log_weights[:, rows], out.failed[rows] = found.z, found.log_weights, found.failed
+    return out
+
+
+def _forward(path: Path, plan: Plan, chains: int, generator: torch.Generator) -> Bound:
+    last = len(plan.b) - 1
+    z, log_w, bad = _walk(path, plan, path.sample(chains, generator), range(1, last + 1), +1, generator)
+    return summarise(z, log_w.masked_fill(bad, -torch.inf), bad.sum(0))
+
+
+def _reverse(path: Path, plan: Plan, draws: Tensor, generator: torch.Generator) -> Bound:
+    last = len(plan.b) - 1
+    z, log_w, bad = _walk(path, plan, draws, range(last - 1, -1, -1), -1, generator)
+    found = summarise(z, log_w.masked_fill(bad, -torch.inf), bad.sum(0))
+    return Bound(-found.value, found.error, found.ess, z, found.log_weights, found.failed)
+
+
+def _walk(
+    path: Path, plan: Plan, z: Tensor, rungs: range, sign: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move chains along the rungs; return where they ended, the log weights gathered and who met a non-finite density."""
+    log_w = torch.zeros(z.shape[:2], dtype=z.dtype, device=z.device)
+    bad = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
+    for t in rungs:
+        rung = _Rung(path, plan.b[t])
+        state = State.at(rung, z)
+        slope = rung.slope
+        bad |= ~slope.isfinite()
+        log_w += (plan.b[t] - plan.b[t - sign]) * slope.masked_fill(~slope.isfinite(), 0.0)
+        if t == rungs[-1]:
+            break
+        step = _jittered(plan.steps[plan.bins[t]], len(z), generator)
+        z = transition(rung, state, path.metric.root(plan.b[t]), step, plan.leapfrogs, generator).state.z
+    return z, log_w, bad
+
+
+def summarise(z: Tensor, log_weights: Tensor, failed: Tensor) -> Bound:
+    """Return log mean_s exp(log_weights) with its delta-method error, from log weights (S, N)."""
+    chains = len(log_weights)
+    value = torch.logsumexp(log_weights, 0) - math.log(chains)
+    ess = (2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0)).exp().nan_to_num(nan=0.0)
+    error = torch.where(ess > 0, (1 / ess - 1 / chains).clamp_min(0).sqrt(), torch.inf)
+    return Bound(value, error, ess, z, log_weights, failed.to(value.dtype))
+
+
+def surely(log_weights: Tensor) -> Tensor:
+    r"""Return a lower bound on log E[w] that holds with a probability of at least 97.5 %, per datum.
+
+    The draws are dealt into K <= 16 groups; L = min_k log mean_{group k} w - b with b = log(40) / K. By Markov's inequality a
+    group's mean exceeds E[w] exp(b) with probability at most exp(-b), and all K, being independent, with exp(-K b) = 1 / 40:
+    no assumption on the weights but that they are not negative.
+
+    Args:
+        log_weights: of independent draws or chains, (S, N), -inf for weight 0.
+
+    Returns:
+        (N,), nats; for reverse chains, whose mean weight is 1 / p(x), minus an upper bound on log p(x).
+    """
+    groups = min(GROUPS, len(log_weights))
+    size = len(log_weights) // groups
+    dealt = log_weights[: groups * size].unflatten(0, (size, groups))
+    return (torch.logsumexp(dealt, 0) - math.log(size)).amin(0) - math.log(1 / RISK) / groups

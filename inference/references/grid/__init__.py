@@ -1,0 +1,1 @@
+"""Exact posteriors on a lattice, for one to three latents."""

@@ -1,0 +1,101 @@
+"""Landmarks: high points of each posterior, found from far apart, that a grid must contain and must have seen.
+
+They come from the local maxima of a coarse grid over the prior, and from climbing from draws of the guide and of the prior. A
+guide on one mode alone would hide the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from elbowroom.inference.ascent import climb
+from elbowroom.inference.references.grid.lattice import Box, border, floor_nan, lattice, root_of
+from elbowroom.inference.target.draws import Which
+from elbowroom.inference.target.log_joint import LogJoint
+
+COARSE = {1: 2001, 2: 161, 3: 41}
+COARSE_PER_DATUM = {1: 401, 2: 49, 3: 19}  # where the coarse grid costs one program evaluation per datum
+MAXIMA = 6  # local maxima of the coarse grid, per datum
+STARTS: dict[Which, int] = {"guide": 4, "model": 6}  # draws to climb from, per datum
+EXPANSIONS = 8
+COARSE_BLOCK = 2**21  # points x data held at once: 16 MB an array, of which there are a dozen
+
+
+@dataclass
+class Landmarks:
+    """Points z (K, N, d), their log joint (K, N), and a first box around each posterior."""
+
+    z: Tensor
+    log_p: Tensor
+    box: Box
+
+    def rows(self, index: Tensor) -> Landmarks:
+        """Return those of some of the data."""
+        return Landmarks(self.z[:, index], self.log_p[:, index], self.box.rows(index))
+
+
+def survey(log_joint: LogJoint, seed: int) -> Landmarks:
+    """Find landmarks and a first box for every datum."""
+    n = log_joint.n_obs
+    prior = log_joint.sample_prior(2 + 4000 // n, seed).flatten(0, 1)
+    some = prior[torch.linspace(0, len(prior) - 1, min(len(prior), 20_000), device=prior.device).long()]
+    low, high = torch.quantile(some, 0.001, dim=0), torch.quantile(some, 0.999, dim=0)
+    margin = 0.4 * (high - low) + 1e-6
+    scale = ((torch.quantile(some, 0.84, dim=0) - torch.quantile(some, 0.16, dim=0)) / 2).clamp_min(1e-12)
+    boxes, maxima = _coarse(log_joint, low - margin, high + margin)
+    starts = [maxima, *(log_joint.draw(which, count, seed + 1) for which, count in STARTS.items())]
+    z, log_p = climb(log_joint, torch.cat(starts), scale)
+    return Landmarks(z, log_p, boxes)
+
+
+def _coarse(log_joint: LogJoint, low: Tensor, high: Tensor) -> tuple[Box, Tensor]:
+    """Lay one grid over the prior for all data; widen it for the data whose posterior reaches its border."""
+    n, d = log_joint.n_obs, log_joint.dim
+    size = (COARSE if log_joint.can_share() else COARSE_PER_DATUM)[d]
+    box = Box(*(torch.zeros(n, *shape, dtype=low.dtype, device=low.device) for shape in ((d,), (d, d), (d,), (d,))))
+    maxima = torch.zeros(MAXIMA, n, d, dtype=low.dtype, device=low.device)
+    rest = torch.arange(n, device=low.device)
+    for turn in range(EXPANSIONS):
+        cut = []
+        z = low + lattice(size, d, low) * (high - low)
+        blocks = rest.split(max(1, COARSE_BLOCK // size**d))
+        for rows, log_p in zip(blocks, map(floor_nan, log_joint.shared_over(z, blocks)), strict=True):
+            box.centre[rows], box.root[rows], half = _extent(z, log_p, (high - low) / size)
+            box.low[rows], box.high[rows] = -half, half
+            maxima[:, rows] = _local_maxima(z, log_p, size, d)
+            weight = torch.softmax(log_p, 0)[border(size, d, z.device)].sum(0)
+            cut.append(rows[~(weight < 1e-4)])
+        rest = torch.cat(cut)
+        if not len(rest) or turn == EXPANSIONS - 1:
+            break
+        middle, half_width = (low + high) / 2, (high - low) / 2
+        low, high = middle - 2 * half_width, middle + 2 * half_width
+    return box, maxima
+
+
+def _extent(z: Tensor, log_p: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return centre, root and half-width (in whitened units) of the region that a coarse grid sees."""
+    weight = torch.softmax(log_p.clamp_min(torch.finfo(log_p.dtype).min / 4), 0)
+    mean = torch.einsum("gn,gd->nd", weight, z)
+    second = torch.einsum("gn,gd,ge->nde", weight, z, z) - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    root = root_of(second + torch.diag_embed((cell.square() / 4).expand_as(mean)))
+    inside = log_p > log_p.max(0).values - 30.0
+    spread = torch.stack([torch.where(inside, (z[:, j, None] - mean[:, j]).abs(), 0.0).amax(0) for j in range(z.shape[1])], -1)
+    eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+    reach = torch.linalg.solve_triangular(root, eye, upper=False).abs()
+    return mean, root, (reach @ (spread + cell).unsqueeze(-1)).squeeze(-1).clamp(6.0, 60.0)
+
+
+def _local_maxima(z: Tensor, log_p: Tensor, size: int, dim: int) -> Tensor:
+    """Return the highest local maxima of a coarse grid, (MAXIMA, N, d); the highest repeated where there are fewer."""
+    field = log_p.T.reshape(-1, 1, *[size] * dim)
+    field = field.clamp_min(torch.finfo(field.dtype).min / 4)
+    pool = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}[dim]
+    peaks = torch.where(pool(field, 3, stride=1, padding=1) == field, field, -torch.inf).reshape(len(field), -1)
+    value, place = peaks.topk(MAXIMA, dim=1)
+    place = torch.where(value.isfinite(), place, place[:, :1])
+    return z[place].transpose(0, 1)

@@ -1,0 +1,1 @@
+"""Posteriors by many Hamiltonian chains at once, and what certifies them."""

@@ -1,0 +1,266 @@
+r"""Batched Hamiltonian Monte Carlo: thousands of small posteriors at once, each certified or openly not.
+
+1. Every datum has its own chains, half of them started from the refitted q*, half from the ends of the mode search's annealed
+   runs from the prior; its own metric (dense, from q*, re-estimated from its own draws), its own step size (dual averaging,
+   then frozen), its own accept/reject.
+2. Trajectories of length 1.1 (pi / 2) U(0.8, 1.2) in whitened coordinates: on a normal posterior the next state is slightly
+   opposed to the last, which is worth more for means than it costs for squares. Data are run in buckets of similar step size,
+   so that one number of leapfrogs fits all of them.
+3. Chains run on until the datum's certificate holds or the budget ends. What is left over, stuck or multimodal, goes to
+   parallel tempering.
+
+What a certificate asks for: `certificate`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, MultipleOf
+from torch import Tensor
+
+from elbowroom.inference.ascent import climb
+from elbowroom.inference.posterior import Posterior, Reference, Status, concatenate
+from elbowroom.inference.references.hmc.certificate import Certificate, Chains, certify
+from elbowroom.inference.references.hmc.chains import Sampler
+from elbowroom.inference.references.hmc.tempering import Tempering
+from elbowroom.inference.search.modes import Modes
+from elbowroom.inference.search.scout import scout
+from elbowroom.inference.search.single_precision import Precision, in_precision
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.stages import stage
+
+ENTRIES = 2**24  # chains x draws x data x d held at once
+HALVINGS = 5  # of the step sizes of a datum with divergent trajectories
+DEAD = 1e-3  # acceptance of chains that stand still
+CLIMB = 40  # steps up of runs that look like an unseen mode
+CONFIRM = 200  # further trajectories of runs that look like an unseen mode
+FINEST = 0.05  # of their step sizes: what holds a run back may be a narrow place
+BLOCK_STEP = 15_485_863  # between the seeds of blocks of data
+
+
+class HMC(Reference):
+    """Batched Hamiltonian Monte Carlo, any number of latents; certified datum by datum.
+
+    Args:
+        chains: chains per datum, half from the refitted q*, half from annealed draws of the prior.
+        draws: draws per chain in the first round; each further round doubles them.
+        max_draws: draws per chain at which a datum that is not certified is given to parallel tempering.
+        tempering: whether data that are still not certified are tried by parallel tempering.
+        precision: of the chains; auto takes single where its rounding of log p(x, z) stays below 1e-3 nats.
+    """
+
+    name: ClassVar[str] = "hmc"
+
+    def __init__(
+        self,
+        *,
+        chains: Annotated[int, Ge(4), MultipleOf(2)] = 8,
+        draws: Annotated[int, Ge(100)] = 250,
+        max_draws: Annotated[int, Ge(100)] = 4000,
+        tempering: bool = True,
+        precision: Precision = "auto",
+    ) -> None:
+        self.chains = chains
+        self.draws = draws
+        self.max_draws = max_draws
+        self.tempering = tempering
+        self.precision = precision
+
+    def refusal(self, log_joint: LogJoint) -> str | None:
+        """Without a continuous latent there is nothing to move."""
+        return "hmc needs a continuous latent, this model has none" if log_joint.dim == 0 else None
+
+    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
+        """Run every datum's chains until it is certified, tempering the rest; returns draws, moments and certificates."""
+        size = max(1, ENTRIES // (self.chains * self.draws * log_joint.dim))
+        parts = log_joint.blocks(size)
+        return concatenate([self._block(part, keep, seed + BLOCK_STEP * k, until) for k, part in enumerate(parts)])
+
+    def _block(self, log_joint: LogJoint, keep: int, seed: int, until: float) -> Posterior:
+        generator = torch.Generator(device=log_joint.device).manual_seed(seed)
+        known = scout(log_joint)
+        found = Found(log_joint, self.name, self.chains, min(keep // self.chains, self.draws))
+        log_joint = in_precision(log_joint, known.refit.q, self.precision, generator)
+        with stage("warm-up"):
+            sampler = Sampler.warmed_up(log_joint, known, self.chains, generator)
+        everyone = torch.arange(log_joint.n_obs, device=log_joint.device)
+        left = self._run(sampler, everyone, known.modes, found, until)
+        if self.tempering and len(left) and time.monotonic() < until:
+            part = log_joint if len(left) == log_joint.n_obs else log_joint.subset(left)
+            rows = everyone if part is None else left
+            part, modes = part or log_joint, known.modes.rows(rows)
+            with stage("tempering"):
+                ensembles = Tempering(part, modes, known.refit.q.rows(rows), self.chains, generator, seed + 3)
+                self._run(ensembles, rows, modes, found, until)
+        return found.posterior()
+
+    def _run(self, engine: Sampler | Tempering, names: Tensor, modes: Modes, found: Found, until: float) -> Tensor:
+        """Run chains on until each datum is certified, stuck, or out of budget; returns the data that are not certified.
+
+        Args:
+            engine: what draws.
+            names: place in `found` of each datum of the engine.
+            modes: mode search of the engine's data.
+            found: takes the draws and certificates of closed data.
+            until: when to stop.
+        """
+        halvings = torch.zeros_like(names)
+        # replicas that hop between modes forget slowly: twice the draws before their R-hat and ESS are believed
+        first = 2 * self.draws if isinstance(engine, Tempering) else self.draws
+        groups, left = [_Group(torch.arange(len(names), device=names.device))], []
+        while groups:
+            with stage("chains"):
+                new = engine.run(torch.cat([group.rows for group in groups]), first)
+            late = time.monotonic() > until
+            offset, after, again = 0, [], []
+            for group in groups:
+                group.add(new, offset)
+                offset += len(group.rows)
+                if not late and not group.due(first):
+                    after.append(group)
+                    continue
+                chains, certificate = self._judge(engine, group, modes)
+                dead = chains.accept.double().mean((0, 1)) < DEAD  # no step size will help a density without support
+                mend = ~dead & (certificate.diverging_count > 0) & (halvings[group.rows] < HALVINGS) & (not late)
+                closed = (certificate.holds | dead | self._hopeless(engine, certificate) | late) & ~mend
+                closed |= ~mend & (2 * group.length > self.max_draws)
+                index = closed.nonzero()[:, 0]
+                note = "the budget ended" if late else ""
+                found.take(names[group.rows[index]], chains.rows(index), certificate.rows(index), engine, note)
+                left.append(names[group.rows[index][~certificate.holds[index]]])
+                again.append(group.rows[mend])
+                after.append(group.only(~closed & ~mend))
+            anew = torch.cat(again) if again else names[:0]
+            engine.shrink(anew)
+            halvings[anew] += 1
+            groups = [group for group in (*after, _Group(anew)) if len(group.rows)]
+        return torch.cat(left)
+
+    @stage("certificate")
+    def _judge(self, engine: Sampler | Tempering, group: _Group, modes: Modes) -> tuple[Chains, Certificate]:
+        """Judge all draws of a group; or, where that certifies more of it, those after a longer warm-up."""
+        chains = group.joined()
+        certificate = self._certify(engine, chains, modes.rows(group.rows), group.rows)
+        if chains.length <= 2 * self.draws or bool(certificate.holds.all()):
+            return chains, certificate
+        later = chains.after(chains.length // 2)
+        second = self._certify(engine, later, modes.rows(group.rows), group.rows)
+        return (later, second) if second.holds.sum() > certificate.holds.sum() else (chains, certificate)
+
+    @staticmethod
+    def _hopeless(engine: Sampler | Tempering, certificate: Certificate) -> Tensor:
+        """Return where more of the same chains will not help; replicas that swap may always need more."""
+        return certificate.stuck if isinstance(engine, Sampler) else torch.zeros_like(certificate.unseen)
+
+    @staticmethod
+    def _certify(engine: Sampler | Tempering, chains: Chains, modes: Modes, rows: Tensor) -> Certificate:
+        """Judge the chains; where a run looks like an unseen mode, let it go on before it is believed."""
+        hops = isinstance(engine, Tempering)
+        certificate = certify(chains, modes, hops=hops)
+        some = certificate.unseen.nonzero()[:, 0]
+        part = engine.log_joint.subset(rows[some]) if len(some) else None
+        if part is None:
+            return certificate
+        root, step = engine.metric(rows[some])
+        held = modes.rows(some)
+        with part.held():  # a run that is held by a steep place, not by a mode, climbs out of it
+            scale = root.square().sum(-1).sqrt()
+            held = replace(held, end=climb(part, held.end.to(root.dtype), scale, CLIMB)[0])
+            longer = held.longer(part, root, step, CONFIRM, engine.generator, kept=4 * held.length, finest=FINEST)
+        return certificate.amended(some, longer.unseen_by(chains.draws[:, :, some], chains.lp[:, :, some], hops=hops))
+
+
+class _Group:
+    """Data with equally many draws since their step sizes were last changed: what divergences left out would be biased."""
+
+    def __init__(self, rows: Tensor, parts: list[Chains] | None = None) -> None:
+        self.rows, self.parts = rows, parts or []
+
+    def add(self, new: Chains, offset: int) -> None:
+        """Add the draws of these data, which stand in `new` from `offset`."""
+        self.parts.append(new.rows(torch.arange(offset, offset + len(self.rows), device=self.rows.device)))
+
+    def due(self, first: int) -> bool:
+        """Whether the draws have doubled since the last look."""
+        rounds = self.length // first
+        return rounds & (rounds - 1) == 0
+
+    @property
+    def length(self) -> int:
+        """Draws per chain."""
+        return sum(part.length for part in self.parts)
+
+    def joined(self) -> Chains:
+        """Return all draws."""
+        whole = self.parts[0]
+        for part in self.parts[1:]:
+            whole = whole.then(part)
+        self.parts = [whole]
+        return whole
+
+    def only(self, mask: Tensor) -> _Group:
+        """Return the data where `mask`."""
+        index = mask.nonzero()[:, 0]
+        return _Group(self.rows[index], [part.rows(index) for part in self.parts])
+
+
+class Found:
+    """What was found of each datum so far, thinned to the draws that are kept.
+
+    Args:
+        log_joint: the model and guide.
+        method: name of the method.
+        chains: chains per datum.
+        keep: draws kept per chain.
+    """
+
+    def __init__(self, log_joint: LogJoint, method: str, chains: int, keep: int) -> None:
+        n, d = log_joint.n_obs, log_joint.dim
+        new = lambda *shape: torch.full(shape, torch.nan, dtype=torch.float64, device=log_joint.device)
+        self.log_joint, self.method, self.keep = log_joint, method, keep
+        self.draws, self.mean, self.covariance = new(chains, keep, n, d), new(n, d), new(n, d, d)
+        self.sample_stats = {name: new(chains, keep, n) for name in ("lp", "acceptance_rate", "diverging")}
+        self.stats: dict[str, Tensor] = {}
+        self.status: list[Status] = ["uncertified"] * n
+        self.reason = [""] * n
+
+    def take(self, rows: Tensor, chains: Chains, certificate: Certificate, engine: Sampler | Tempering, note: str) -> None:
+        """Take the draws and certificates of some of the data; tempering's only where they hold."""
+        way = "parallel tempering" if isinstance(engine, Tempering) else ""
+        if way:
+            held = certificate.holds.nonzero()[:, 0]
+            rows, chains, certificate = rows[held], chains.rows(held), certificate.rows(held)
+        if not len(rows):
+            return
+        kept = torch.linspace(0, chains.length - 1, self.keep, device=rows.device).round().long()
+        self.draws[:, :, rows] = chains.draws[:, kept].double()
+        self.mean[rows], self.covariance[rows] = (moment.double() for moment in chains.moments())
+        columns = {"lp": chains.lp, "acceptance_rate": chains.accept, "diverging": chains.divergent.double()}
+        for name, values in columns.items():
+            self.sample_stats[name][:, :, rows] = values[:, kept].double()
+        for name, values in certificate.stats().items():
+            self.stats.setdefault(name, torch.full_like(self.mean[:, 0], torch.nan))[rows] = values
+        status, reason = certificate.words(f"{self.method}, {way}" if way else self.method)
+        for row, s, r in zip(rows.tolist(), status, reason, strict=True):
+            self.status[row], self.reason[row] = s, f"{r}; {note}" if note and s == "uncertified" else r
+
+    def posterior(self) -> Posterior:
+        """Return everything as a posterior."""
+        flat = self.log_joint.constrain(self.draws.flatten(0, 1))
+        sites = {name: value.unflatten(0, self.draws.shape[:2]) for name, value in flat.items()}
+        return Posterior(
+            method=self.method,
+            draws=self.draws,
+            sites=sites,
+            status=self.status,
+            reason=self.reason,
+            mean=self.mean,
+            covariance=self.covariance,
+            stats=self.stats,
+            sample_stats=self.sample_stats,
+        )

@@ -1,0 +1,1 @@
+"""Posteriors by importance sampling, and the k-hat that certifies it."""

@@ -1,0 +1,269 @@
+r"""Importance sampling as a reference: weighted draws of every posterior, its evidence, and a certificate.
+
+The proposal is not the guide. A pilot draws from the refitted normal q* with heavier tails; its Pareto-smoothed mean m and
+covariance C, which unlike q* look at all of the posterior that the pilot reaches, give the proposal of the scored run:
+
+    r(z) = 1/2 N(z; m, C) + 1/2 t_4(z; m, 1.6^2 C),   w = p(x, z) / r(z),   z ~ r independent
+
+The t half keeps the weights bounded where a posterior's tails end no later than a polynomial of that order (a normal prior's
+do), the normal half keeps them even in many dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from elbowroom.inference.mcmc.normals import Normals, whiten
+from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status, concatenate, in_chains
+from elbowroom.inference.references.ais.paths import StudentT
+from elbowroom.inference.references.importance.guide import FINITE_K, evidence, halves, psis
+from elbowroom.inference.resampling import resample
+from elbowroom.inference.search.modes import FACTOR, SLACK, Modes
+from elbowroom.inference.search.scout import scout
+from elbowroom.inference.target.log_joint import LogJoint
+
+DF, INFLATION = 4, 1.6  # of the Student-t half of the proposal
+PILOT = 2000
+PILOT_ESS = 10  # per dimension, at which its covariance is believed
+MIN_ESS = 1000
+SAMPLED = 100  # effective draws from which on what lies outside counts as seen by the draws themselves
+NEGLIGIBLE = 2e-3  # share of the mass of unseen runs that is let pass
+TAIL = 3.09  # normal quantile of 0.999
+ENTRIES = 2**24  # draws x data x d held at once
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A normal, half of it replaced by a wider Student-t, per datum.
+
+    Attributes:
+        narrow: the normal.
+        wide: the Student-t.
+    """
+
+    narrow: Normals
+    wide: StudentT
+
+    @classmethod
+    def around(cls, q: Normals) -> Proposal:
+        """Return the proposal around normals; one that is not finite is replaced by a standard normal."""
+        bad = ~(q.loc.isfinite().all(-1) & q.root.isfinite().flatten(1).all(-1))
+        eye = torch.eye(q.loc.shape[-1], dtype=q.loc.dtype, device=q.loc.device)
+        loc = q.loc.masked_fill(bad[:, None], 0.0)
+        root = torch.where(bad[:, None, None], eye, q.root)
+        return cls(Normals(loc, root), StudentT(loc, INFLATION * root, DF))
+
+    def sample(self, n_draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return independent draws z (S, N, d) and their log density, (S, N), in nats."""
+        z, wide = self.narrow.sample(n_draws, generator), self.wide.sample(n_draws, generator)
+        heads = torch.rand(z.shape[:2], dtype=z.dtype, device=z.device, generator=generator) < 0.5
+        z = torch.where(heads[..., None], wide, z)
+        return z, torch.logaddexp(self.narrow.log_prob(z), self.wide.log_prob(z)) - math.log(2)
+
+    def adapted(self, log_joint: LogJoint, generator: torch.Generator) -> Proposal:
+        """Return the proposal around a pilot's weighted moments, where its weights are worth enough draws for them."""
+        draws = _Weighted.of(log_joint, self, PILOT, generator)
+        mean, covariance = draws.moments()
+        d = mean.shape[-1]
+        usable = (draws.ess >= PILOT_ESS * d) & mean.isfinite().all(-1) & covariance.isfinite().flatten(1).all(-1)
+        covariance = torch.where(usable[:, None, None], covariance, self.narrow.covariance)
+        better = Normals.from_moments(torch.where(usable[:, None], mean, self.narrow.loc), covariance)
+        root = torch.where(usable[:, None, None], better.root, self.narrow.root)
+        return Proposal.around(Normals(better.loc, root))
+
+    def beyond(self, z: Tensor) -> Tensor:
+        """Whether z (S, N, d) lies farther out than draws of the normal do, 1.5 x their 0.999 quantile + 4, (S, N)."""
+        d = z.shape[-1]
+        quantile = d * (1 - 2 / (9 * d) + TAIL * math.sqrt(2 / (9 * d))) ** 3  # of chi^2_d, Wilson and Hilferty
+        distance = whiten(self.narrow.root, z.to(self.narrow.loc.dtype) - self.narrow.loc).square().sum(-1)
+        return distance > FACTOR * quantile + SLACK
+
+    def rows(self, index: Tensor) -> Proposal:
+        """Return those of some of the data."""
+        return Proposal(self.narrow.rows(index), self.wide.rows(index))
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """Draws (S, N, d), their log density, raw log weights, and smoothed normalised weights, (S, N)."""
+
+    z: Tensor
+    log_p: Tensor
+    log_w: Tensor
+    weights: Tensor
+    pareto_k: Tensor
+    ess: Tensor
+    none: Tensor
+
+    @classmethod
+    def of(cls, log_joint: LogJoint, proposal: Proposal, n_draws: int, generator: torch.Generator) -> _Weighted:
+        z, log_r = proposal.sample(n_draws, generator)
+        log_p = log_joint(z).to(log_r.dtype)
+        # a density that is not a number tells nothing of log p: weight 0 keeps the bound a bound
+        log_w = torch.where(log_p.isnan() | log_p.isposinf(), -torch.inf, log_p) - log_r
+        none = ~log_w.isfinite().any(0)
+        log_w = torch.where(none, 0.0, log_w)
+        smoothed = psis(log_w)
+        weights = smoothed.log_weights.exp()
+        return cls(z, log_p, log_w, weights, smoothed.pareto_k, smoothed.ess_fraction * n_draws, none)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return the weighted mean (N, d) and covariance (N, d, d)."""
+        mean = torch.einsum("sn,snd->nd", self.weights, self.z)
+        centred = self.z - mean
+        return mean, torch.einsum("sn,snd,sne->nde", self.weights, centred, centred)
+
+
+class ImportanceSampling(Reference):
+    """Importance sampling from the refitted q* with heavier tails, Pareto-smoothed; certified datum by datum.
+
+    A datum is certified where k-hat < 1/2 (the weights have a variance), they are worth at least 1,000 independent draws, and
+    no mode is unseen. One is where annealed runs from the prior ended beyond the reach of the proposal's normal (1.5 x the
+    0.999 quantile of its squared distances, plus 4) and hold more than 0.2 % of the mass, while the draws out there hold less
+    than a quarter of that, or are worth fewer than 100: the few heavy ones that a wide tail may have put into a mode say that
+    it is there, not how much it holds.
+
+    Args:
+        draws: number of draws S per datum.
+    """
+
+    name: ClassVar[str] = "importance"
+
+    def __init__(self, *, draws: Annotated[int, Ge(2000)] = 10_000) -> None:
+        self.draws = draws
+
+    def refusal(self, log_joint: LogJoint) -> str | None:
+        """Without a continuous latent there is no density to draw from."""
+        return "importance needs a continuous latent, this model has none" if log_joint.dim == 0 else None
+
+    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
+        """Return weighted moments, resampled draws, evidence and certificates.
+
+        Where the data can be taken apart, the memory for draws does not grow with their number. Data not reached before
+        `until` have NaN everywhere.
+        """
+        known = scout(log_joint)
+        start = Proposal.around(known.refit.q)
+        parts = log_joint.blocks(max(1, ENTRIES // (self.draws * log_joint.dim)))
+        seeds = torch.randint(2**62, (len(parts),), generator=torch.Generator().manual_seed(seed)).tolist()
+        found, first = [], 0
+        with torch.no_grad():
+            for part, own in zip(parts, seeds, strict=True):
+                rows = torch.arange(first, first + part.n_obs, device=part.device)
+                first += part.n_obs
+                if time.monotonic() > until:
+                    found.append(self._late(part, keep))
+                else:
+                    found.append(self._block(part, start.rows(rows), known.modes.rows(rows), keep, own))
+        return concatenate(found)
+
+    def _block(self, log_joint: LogJoint, start: Proposal, modes: Modes, keep: int, seed: int) -> Posterior:
+        generator = torch.Generator(device=log_joint.device).manual_seed(seed)
+        proposal = start.adapted(log_joint, generator)
+        draws = _Weighted.of(log_joint, proposal, self.draws, generator)
+        mean, covariance = draws.moments()
+        kept = resample(torch.cat([draws.z, draws.log_p[..., None]], -1), draws.weights, keep, generator)
+        share, unseen = _unseen(modes, proposal, draws)
+        value, _ = evidence(draws.log_w, draws.pareto_k, draws.ess / self.draws)
+        stats = {
+            "weights_pareto_k": draws.pareto_k,
+            "weights_ess": draws.ess,
+            "unseen_share": share,
+            "mode_unseen": unseen.to(share.dtype),
+            **halves(draws.log_w),
+        }
+        status, reason = self._words(draws, share, unseen, modes)
+        return self._posterior(log_joint, kept, draws.none, status, reason, mean, covariance, value.value, value.error, stats)
+
+    def _late(self, log_joint: LogJoint, keep: int) -> Posterior:
+        n, d = log_joint.n_obs, log_joint.dim
+        zeros = lambda *shape: torch.zeros(*shape, dtype=log_joint.dtype or log_joint.own_dtype, device=log_joint.device)
+        names = ("weights_pareto_k", "weights_ess", "unseen_share", "mode_unseen", *halves(zeros(2, n)))
+        lost = torch.ones(n, dtype=torch.bool, device=log_joint.device)
+        reason = [f"{self.name}: the budget ended before this datum was reached"] * n
+        status: list[Status] = ["uncertified"] * n
+        stats = {name: zeros(n) for name in names}
+        return self._posterior(
+            log_joint, zeros(keep, n, d + 1), lost, status, reason, zeros(n, d), zeros(n, d, d), zeros(n), zeros(n), stats
+        )
+
+    def _posterior(
+        self,
+        log_joint: LogJoint,
+        kept: Tensor,
+        lost: Tensor,
+        status: list[Status],
+        reason: list[str],
+        mean: Tensor,
+        covariance: Tensor,
+        value: Tensor,
+        error: Tensor,
+        stats: dict[str, Tensor],
+    ) -> Posterior:
+        """Return the result, NaN for data that are lost; `kept` holds draws and their log density side by side."""
+
+        def blank(t: Tensor, dim: int) -> Tensor:
+            return t.masked_fill(lost.reshape([-1 if i == dim else 1 for i in range(t.dim())]), torch.nan)
+
+        z, lp = kept[..., :-1], kept[..., -1]
+        return Posterior(
+            method=self.name,
+            draws=in_chains(blank(z, 1)),
+            sites={name: in_chains(blank(v, 1)) for name, v in log_joint.constrain(z).items()},
+            status=status,
+            reason=reason,
+            mean=blank(mean, 0),
+            covariance=blank(covariance, 0),
+            evidence=Evidence("estimate", "importance sampling from q*", blank(value, 0), blank(error, 0)),
+            stats={name: blank(v, 0) for name, v in stats.items()},
+            sample_stats={"lp": in_chains(blank(lp, 1))},
+        )
+
+    def _words(self, draws: _Weighted, share: Tensor, unseen: Tensor, modes: Modes) -> tuple[list[Status], list[str]]:
+        """Return the status and its sentence for every datum."""
+        status: list[Status] = []
+        reason: list[str] = []
+        columns = (draws.pareto_k, draws.ess, share, unseen, draws.none)
+        for k, ess, part, missed, none in zip(*(column.tolist() for column in columns), strict=True):
+            certified = False
+            if none:
+                sentence = "log p(x, z) is finite at none of the draws"
+            elif missed:
+                sentence = f"annealed runs from the prior found a mode (mass about {part:.2g}) that the draws hardly reach"
+            elif not k < FINITE_K:
+                sentence = f"k-hat {k:.2f} (must be below {FINITE_K})"
+            elif not ess >= MIN_ESS:
+                sentence = f"the weights are worth {ess:.0f} draws (must be at least {MIN_ESS:,})"
+            else:
+                certified = True
+                sentence = (
+                    f"k-hat {k:.2f}, the weights are worth {ess:.0f} of {self.draws:,} draws; {len(modes.mean)} annealed "
+                    f"runs from the prior found no mode it lacks (a basin of {modes.smallest_basin:.1%} of the prior is missed "
+                    "once in 1,000)"
+                )
+            status.append("certified" if certified else "uncertified")
+            reason.append(f"{self.name}: {sentence}")
+        return status, reason
+
+
+def _unseen(modes: Modes, proposal: Proposal, draws: _Weighted) -> tuple[Tensor, Tensor]:
+    """Return the share of the mass in annealed runs beyond the proposal's reach, (N,), and whether that mode is unseen."""
+    away = proposal.beyond(modes.mean)
+    weight = torch.softmax(modes.log_weight.to(draws.log_w.dtype), 0)
+    share = (weight * away).sum(0)
+    outside = draws.weights * proposal.beyond(draws.z)
+    effective = outside.sum(0).square() / outside.square().sum(0).clamp_min(1e-300)
+    # few effective weights tell little: then the height of log p(x, z) speaks, as if the volumes were equal
+    level = torch.where(draws.log_p.isfinite(), draws.log_p, 0.0)
+    height = torch.where(away, modes.level, -torch.inf).amax(0) - (draws.weights * level).sum(0)
+    reliable = 1 / weight.square().sum(0) > len(weight) / 10
+    matters = (share > NEGLIGIBLE) | (~reliable & (height.exp() > NEGLIGIBLE))
+    seen = (effective >= SAMPLED) & (outside.sum(0) >= share / 4)
+    return share, matters & away.any(0) & ~seen

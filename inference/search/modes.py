@@ -1,0 +1,250 @@
+r"""Mode search: many short runs per datum that start from the prior and are annealed into the posterior.
+
+The path is p(z) p(x|z)^b. Each datum raises b by itself, as far as a conditional effective sample size of its particles allows
+(adaptive tempering: Del Moral, Doucet and Jasra 2012), with one trajectory per temperature; at b = 1 the runs go on for some
+trajectories, whose mean is kept. The increments of log p(x|z) give every run its annealing weight.
+
+A mode is unseen by other chains when a run's mean lies farther from them (in their own covariance) than the means of as many
+of their own consecutive states do in all but one of a hundred cases, and the runs there weigh more than the chains' own visits:
+R-hat does not see what few chains visit rarely or never; this does, whatever the number of long chains.
+Runs start from independent draws of the prior: a basin that holds a share s of the prior is missed by all P runs with
+probability (1 - s)^P; annealing only improves on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elbowroom.inference.mcmc.leapfrog import State, transition
+from elbowroom.inference.mcmc.normals import Normals, safe_cholesky, whiten
+from elbowroom.inference.search.tempered import Bridge
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.stages import stage
+
+RUNS = 256
+TEMPERATURES = 40
+SETTLE, KEPT = 6, 8  # trajectories at b = 1 before the mean is taken, and those that it is taken over
+LEAPFROGS = 3
+MAX_LEAPFROGS = 8
+QUARTER = math.pi / 2
+JITTER = 0.6  # smallest factor on step sizes: no run stays at its own period
+CESS = 0.7  # conditional effective sample size that one rise of b may cost
+ACCEPT, GAIN = 0.75, 0.5  # acceptance aimed at, and how fast step sizes follow
+MISS = 1e-3
+OFTEN = 0.99  # of the chains' segments: what lies beyond was seen rarely, if at all
+SLACK, FACTOR = 4.0, 1.5  # a run is unseen beyond FACTOR x (the far segments) + SLACK, in squared standard deviations
+NEGLIGIBLE = 0.005  # share of the mass of unseen runs that is let pass
+LIGHT = 0.1  # of the average weight, below which a run is no start
+ENOUGH = 5.0  # effective runs, below which their weights tell nothing
+PRIOR_DRAWS = 200
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What the runs found that other chains have not seen, per datum.
+
+    Attributes:
+        share: estimated share of the posterior's mass in the unseen runs, less that of the chains' own rare visits, (N,).
+        matters: whether the share is too large to be ignored, or cannot be told, (N,).
+    """
+
+    share: Tensor
+    matters: Tensor
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Short runs from the prior, P per datum.
+
+    Attributes:
+        mean: mean of each run's last states, (P, N, d).
+        end: each run's last state, (P, N, d).
+        level: mean log joint of each run's last states, (P, N).
+        log_weight: annealing weights, unnormalised, (P, N).
+        ladder: inverse temperatures that each datum went through, (T, N), from 0, ending at 1.
+        length: number of consecutive states whose mean a run's is compared with.
+    """
+
+    mean: Tensor
+    end: Tensor
+    level: Tensor
+    log_weight: Tensor
+    ladder: Tensor
+    length: int
+
+    @property
+    def smallest_basin(self) -> float:
+        """Share of the prior's mass that a basin must hold to be missed with a probability below 1e-3."""
+        return 1 - MISS ** (1 / len(self.mean))
+
+    def rows(self, index: Tensor) -> Modes:
+        """Return those of some of the data."""
+        parts = (self.mean[:, index], self.end[:, index], self.level[:, index], self.log_weight[:, index])
+        return Modes(*parts, self.ladder[:, index], self.length)
+
+    def starts(self, q: Normals, count: int) -> Tensor:
+        """Return ends of `count` runs to start chains from, (count, N, d): the two farthest, then runs as they came.
+
+        Chains that start in every mode that the runs know show by their R-hat whether they mix; chains that start at random
+        mostly start in the same one.
+
+        Args:
+            q: normals that other chains start from.
+            count: number of starts.
+        """
+        u = whiten(q.root, self.mean.to(q.root.dtype) - q.loc)
+        weighty = torch.softmax(self.log_weight.double(), 0) > LIGHT / len(self.mean)
+        nearest = u.square().sum(-1)
+        picked = []
+        for _ in range(min(2, count)):
+            far = torch.where(weighty, nearest, -1.0).argmax(0)
+            place = far[None, :, None].expand(1, *self.end.shape[1:])
+            picked.append(self.end.gather(0, place))
+            nearest = torch.minimum(nearest, (u - u.gather(0, place)).square().sum(-1))
+        return torch.cat([*picked, self.end[: count - len(picked)]])
+
+    def longer(
+        self,
+        log_joint: LogJoint,
+        root: Tensor,
+        step: Tensor,
+        settle: int,
+        generator: torch.Generator,
+        *,
+        kept: int = KEPT,
+        finest: float = JITTER,
+    ) -> Modes:
+        """Return the runs after `settle` further trajectories and those that the mean is taken over.
+
+        A run that a slow start held back joins the others; one in a mode of its own stays.
+
+        Args:
+            log_joint: the same data.
+            root: metric roots, (N, d, d).
+            step: step sizes, (N,).
+            settle: trajectories before the mean is taken.
+            generator: of all randomness.
+            kept: trajectories that the mean is taken over.
+            finest: smallest factor on the step sizes while settling, log-uniform up to 1: no run is held by steps too large for
+                its place. The mean is taken at full steps, like those of the chains that it is compared with.
+        """
+        state, sums, level = State.at(log_joint.grad, self.end), torch.zeros_like(self.end), torch.zeros_like(self.level)
+        for i in range(settle + kept):
+            n_steps = min(max(1, math.ceil(QUARTER / float(step.median()))), MAX_LEAPFROGS)
+            least = finest if i < settle else JITTER
+            factor = least ** float(torch.rand((), generator=generator, device=step.device))
+            move = transition(log_joint.grad, state, root, step * factor, n_steps, generator, log_joint.leap)
+            state = move.state
+            if i < settle:
+                step = _follow(step, move.accept) if least == JITTER else step
+            else:
+                sums, level = sums + state.z, level + state.value
+        return Modes(sums / kept, state.z, level / kept, self.log_weight, self.ladder, self.length)
+
+    def unseen_by(self, draws: Tensor, lp: Tensor, *, hops: bool = False) -> Unseen:
+        """Compare the runs with chains.
+
+        Args:
+            draws: (C, S, N, d).
+            lp: their log joint, (C, S, N).
+            hops: whether consecutive draws jump between modes, as replicas do: then single states are compared, not means.
+        """
+        draws, lp = draws.double(), lp.double()
+        flat = draws.flatten(0, 1)
+        centre = flat.mean(0)
+        centred = flat - centre
+        root = safe_cholesky(torch.einsum("snd,sne->nde", centred, centred) / (len(flat) - 1))
+        length, runs = (1, self.end) if hops else (self.length, self.mean)
+        segments = draws[:, : draws.shape[1] // length * length].unflatten(1, (-1, length)).mean(2)
+        far = whiten(root, segments.flatten(0, 1) - centre).square().sum(-1)
+        reach = far.quantile(OFTEN, 0)
+        distance = whiten(root, runs.double() - centre).square().sum(-1)
+        limit = FACTOR * reach + SLACK
+        unseen = distance > limit
+        weight = torch.softmax(self.log_weight.double(), 0)
+        share = ((weight * unseen).sum(0) - (far > limit).double().mean(0)).clamp_min(0)
+        ess = 1 / weight.square().sum(0)
+        # few effective weights tell little: then the height of log p(x, z) speaks, as if the volumes were equal
+        height = torch.where(unseen, self.level, -torch.inf).amax(0) - lp.flatten(0, 1).mean(0)
+        reliable = ess > ENOUGH
+        matters = torch.where(reliable, share > NEGLIGIBLE, (share > NEGLIGIBLE) | (height.exp() > NEGLIGIBLE))
+        return Unseen(share, matters & unseen.any(0))
+
+
+@stage("modes")
+def search(log_joint: LogJoint, q: Normals, *, runs: int = RUNS, seed: int = 0) -> Modes:
+    """Send short annealed runs from the prior into every posterior.
+
+    Args:
+        log_joint: the model and guide.
+        q: normals near the posteriors, for the metric only.
+        runs: number P of runs per datum.
+        seed: random seed.
+    """
+    generator = torch.Generator(device=log_joint.device).manual_seed(seed + 1)
+    with log_joint.held():
+        metric = Metric.of(log_joint, q, seed + 2)
+        chains = Bridge(log_joint, log_joint.sample_prior(runs, seed).to(log_joint.tested.dtype))
+        b = torch.zeros_like(chains.z[0, :, 0])
+        step = torch.full_like(b, chains.z.shape[-1] ** -0.25)
+        log_weight = torch.zeros_like(chains.z[..., 0])
+        ladder = [b]
+        for t in range(TEMPERATURES):
+            if not bool((b < 1).any()):
+                break
+            raised = _raise(b, chains.likelihood) if t + 1 < TEMPERATURES else torch.ones_like(b)
+            log_weight = log_weight + torch.where(raised > b, (raised - b) * chains.likelihood, 0.0)
+            b = raised
+            ladder.append(b)
+            move = chains.move(b, metric.root(b), step, LEAPFROGS, generator)
+            step = _follow(step, move.accept)
+        found = Modes(chains.z, chains.z, log_weight, log_weight, torch.stack(ladder), KEPT)
+        return found.longer(log_joint, metric.root(b), step, SETTLE, generator)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Roots for the densities between prior and posterior: precision (1 - b) / prior variance + b (covariance of q)^-1.
+
+    Attributes:
+        prior: prior precisions, (N, d).
+        precision: precision of q, (N, d, d).
+    """
+
+    prior: Tensor
+    precision: Tensor
+
+    @classmethod
+    def of(cls, log_joint: LogJoint, q: Normals, seed: int) -> Metric:
+        """Take the prior's scale from quartiles of draws of it: heavy tails have no variance."""
+        draws = log_joint.sample_prior(PRIOR_DRAWS, seed).to(q.loc.dtype)
+        low, high = torch.quantile(draws, torch.tensor([0.16, 0.84], dtype=draws.dtype, device=draws.device), dim=0)
+        scale = ((high - low) / 2).clamp_min(1e-6)
+        return cls(scale.square().reciprocal(), torch.cholesky_inverse(q.root))
+
+    def root(self, b: Tensor) -> Tensor:
+        """Return lower-triangular roots (N, d, d) at the inverse temperatures b (N,), in their precision."""
+        share = b.to(self.prior.dtype)
+        mixed = torch.diag_embed((1 - share).unsqueeze(-1) * self.prior) + share[:, None, None] * self.precision
+        return safe_cholesky(torch.cholesky_inverse(safe_cholesky(mixed))).to(b.dtype)
+
+
+def _follow(step: Tensor, accept: Tensor) -> Tensor:
+    return step * torch.exp(GAIN * (accept.mean(0) - ACCEPT))
+
+
+def _raise(b: Tensor, likelihood: Tensor) -> Tensor:
+    """Return the largest next b, per datum, whose incremental weights keep CESS of the particles, by bisection."""
+    low, high = b, torch.ones_like(b)
+    for _ in range(20):
+        middle = (low + high) / 2
+        weight = torch.softmax((middle - b) * likelihood, 0)
+        enough = 1 / (len(likelihood) * weight.square().sum(0)) >= CESS
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    full = torch.softmax((1 - b) * likelihood, 0)
+    done = 1 / (len(likelihood) * full.square().sum(0)) >= CESS
+    return torch.where(done | ~likelihood.isfinite().any(0), 1.0, low)

@@ -1,0 +1,47 @@
+"""What is learnt of every posterior before a reference runs: q*, the best normal, and a search for modes.
+
+Both are computed once per `LogJoint` and shared by all methods that start from them. They are preconditioners, starting points
+and alarms: no reference's answer depends on them being right.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+
+from elbowroom.inference.search.best_normal import Refit, refit
+from elbowroom.inference.search.modes import RUNS, Modes, search
+from elbowroom.inference.search.single_precision import in_precision
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.stages import stage
+
+SEED = 1_000_003  # of its own, whatever the methods use
+
+_known: weakref.WeakKeyDictionary[LogJoint, Scout] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Scout:
+    """What is known of every posterior.
+
+    Attributes:
+        refit: q*, the best normal with full covariance.
+        modes: short annealed runs from the prior.
+    """
+
+    refit: Refit
+    modes: Modes
+
+
+def scout(log_joint: LogJoint) -> Scout:
+    """Return what is known of the posteriors of a `LogJoint`, computing it the first time."""
+    found = _known.get(log_joint)
+    if found is None:
+        with log_joint.held(), stage("refit"):
+            best = refit(log_joint, family="full", seed=SEED)
+        generator = torch.Generator(device=log_joint.device).manual_seed(SEED + 1)
+        found = Scout(best, search(in_precision(log_joint, best.q, "auto", generator), best.q, runs=RUNS, seed=SEED + 10))
+        _known[log_joint] = found
+    return found

@@ -1,0 +1,50 @@
+"""Single precision where it is enough: half the time of a gradient, for chains whose errors are far larger than its rounding.
+
+It is enough, for a datum's chains, where the rounding of log p(x, z) differs between draws by less than 1e-3 nats, which no
+accept/reject step notices, and where z itself is not so far from zero, in posterior standard deviations, that it is rounded.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from elbowroom.inference.mcmc.normals import Normals
+from elbowroom.inference.target.log_joint import LogJoint
+
+Precision = Literal["auto", "single", "double"]
+
+DRAWS = 16
+NOISE = 1e-3  # nats
+GRAIN = 1e-3  # posterior sd, as a share of the mean
+
+
+def in_precision(log_joint: LogJoint, q: Normals, wanted: Precision, generator: torch.Generator) -> LogJoint:
+    """Return the densities in single precision where that is asked for, or enough for every datum at draws of q.
+
+    Args:
+        log_joint: in double precision.
+        q: normals near the posteriors.
+        wanted: `auto` measures; `single` and `double` do not.
+        generator: of the draws.
+    """
+    if wanted == "double" or log_joint.dtype != torch.float64:
+        return log_joint
+    try:
+        single = log_joint.converted(torch.float32)
+        z = q.sample(DRAWS, generator).to(log_joint.tested.dtype)
+        value, gradient = single.grad(z.float())
+        if value.dtype != torch.float32 or gradient.dtype != torch.float32:
+            raise TypeError("the program itself holds double-precision numbers")
+        noise = value.double() - log_joint(z.float().double())
+    except (RuntimeError, TypeError, ValueError) as error:
+        if wanted == "single":
+            raise
+        log_joint.note(f"chains run in double precision: {str(error).splitlines()[0][:120]}")
+        return log_joint
+    if wanted == "single":
+        return single
+    coarse = (q.root.square().sum(-1).sqrt() < GRAIN * q.loc.abs()).any()
+    quiet = noise.std(0).nan_to_num(nan=torch.inf).le(NOISE).all()
+    return single if bool(quiet & ~coarse) else log_joint

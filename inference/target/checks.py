@@ -1,0 +1,128 @@
+"""What a `LogJoint` is tested for when it is built, on values drawn from guide and prior.
+
+The density must be finite and deterministic, the data must not be coupled, nothing observed outside the plate may depend on a
+latent, and every faster evaluation must equal one draw at a time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from elbowroom.errors import UnsupportedProgram, first_line
+
+if TYPE_CHECKING:
+    from elbowroom.inference.target.log_joint import LogJoint
+
+DRAWS = 4  # from the guide, and as many from the prior
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
+
+
+def probe(joint: LogJoint, dtype: torch.dtype | None) -> Tensor:
+    """Test a new `LogJoint`, set its dtype and mode, and return the values it was tested at, (S, N, d).
+
+    Raises:
+        UnsupportedProgram: naming what is wrong with the pair.
+    """
+    try:
+        from_guide = joint.draw("guide", DRAWS, seed=0)
+        base = joint(from_guide)
+    except FAILURES as error:
+        raise UnsupportedProgram(f"model: it cannot be evaluated at a draw of the guide: {first_line(error)}") from error
+    if not base.isfinite().all():
+        row = int((~base.isfinite()).any(0).nonzero()[0])
+        raise UnsupportedProgram(f"model: log p(x, z) of datum {row} is not finite at a draw of the guide")
+    if not torch.equal(base, joint(from_guide)):
+        raise UnsupportedProgram(
+            "model: its log density changes between two evaluations at the same z; something draws random numbers outside "
+            "a sample site (dropout left on?) or depends on a value that was integrated out"
+        )
+    try:
+        z = torch.cat([from_guide, joint.draw("model", DRAWS, seed=1)])
+        values = joint(z)
+    except FAILURES as error:
+        raise UnsupportedProgram(f"model: it cannot be run forward from its prior: {first_line(error)}") from error
+    if dtype is not None:
+        z, values = _set_dtype(joint, dtype, z, values)
+    _check_local(joint, z, values)
+    _check_outside(joint, z)
+    _set_mode(joint, z, values)
+    return z
+
+
+def _set_dtype(joint: LogJoint, dtype: torch.dtype, z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    own = joint.own_dtype
+    try:
+        joint.take(dtype)
+        joint.promote(dtype)
+        converted = joint(z)
+    except FAILURES as error:
+        raise UnsupportedProgram(
+            f"model: it cannot be evaluated in {dtype}: {first_line(error)}; give all its tensors as arguments, parameters or "
+            "buffers, or make them in that type"
+        ) from error
+    finite = values.isfinite()
+    off = (converted[finite] - values.to(dtype)[finite]).abs()
+    if not bool((off <= 1e-2 + 1e-3 * converted[finite].abs()).all()):
+        joint.note(
+            f"log p(x, z) in {own} is off by up to {off.max().item():.2g} nats, by rounding; all is evaluated in {dtype}"
+        )
+    return z.to(dtype), converted
+
+
+def _close(joint: LogJoint, a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, where b is finite."""
+    tight = 1e-9 if joint.dtype == torch.float64 else 1e-5
+    finite = b.isfinite()
+    return torch.allclose(a[finite], b[finite], rtol=tight, atol=100 * tight)
+
+
+def _check_local(joint: LogJoint, z: Tensor, values: Tensor) -> None:
+    """Mix the rows of two draws: every datum must keep the value of its own draw."""
+    if joint.n_obs < 2 or joint.dim == 0:
+        return
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.rand(joint.n_obs, generator=generator) < 0.5).to(z.device)
+    rows[0], rows[1] = True, False
+    for a, b in ((0, 1), (DRAWS, DRAWS + 1), (0, DRAWS)):
+        mixed = torch.where(rows[:, None], z[a], z[b])
+        expected = torch.where(rows, values[a], values[b])
+        if not _close(joint, joint(mixed[None])[0], expected):
+            raise UnsupportedProgram(
+                "model: moving the latents of some data changes log p of others; the data are coupled (batch normalisation in "
+                "train mode, or a latent shared between data), so no per-datum posterior exists"
+            )
+
+
+def _check_outside(joint: LogJoint, z: Tensor) -> None:
+    """The density of what is observed outside the plate must not change with the latents."""
+    if joint.dim == 0:
+        return
+    with joint.snapshot.scope():
+        outside = torch.stack([torch.as_tensor(joint.run("model", joint.program.assignments[0], z=u).outside) for u in z])
+    if not _close(joint, outside, outside[:1].expand_as(outside)):
+        raise UnsupportedProgram(
+            f"model: an observed site outside plate {joint.plate!r} depends on the local latents, so the data are coupled "
+            "through it; move it inside the plate"
+        )
+
+
+def _set_mode(joint: LogJoint, z: Tensor, values: Tensor) -> None:
+    """Choose the fastest evaluation whose values are right."""
+    for mode in ("vmap", "repeat"):
+        if mode == "repeat" and joint.n_obs == 1:
+            continue  # a branch on the only datum's z is legal, and would see an average over draws
+        joint.mode = mode
+        try:
+            again = joint(z)
+            same = _close(joint, again, values) and bool((again.isfinite() == values.isfinite()).all())
+            right = same and joint.log_guide(z).shape == values.shape
+            if right and (joint.dim == 0 or joint.grad(z[:DRAWS])[1].isfinite().all()):
+                return
+            reason = "its values differ from one draw at a time"
+        except FAILURES as error:
+            reason = first_line(error)
+        joint.note(f"{mode} over draws does not apply: {reason}")
+    joint.mode = "loop"

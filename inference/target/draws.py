@@ -1,0 +1,110 @@
+"""Draws from a program run forward, in unconstrained coordinates: all at once in an outer plate where that is right.
+
+An outer plate shifts dimensions that a program counts from the left (`dim=1`, `z[:, 0]`), so a program can broadcast and yet
+draw from the wrong distribution. The first batch is therefore checked: the density of its draws, as the batched run states it,
+must equal their density in a run of one draw at a time. Where it does not, every draw is a run of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from elbowroom.errors import UnsupportedProgram, first_line
+from elbowroom.inference.program.replay import Feed
+from elbowroom.inference.program.sites import support_of
+
+if TYPE_CHECKING:
+    from elbowroom.inference.target.log_joint import LogJoint
+
+Which = Literal["model", "guide"]
+
+CHECKED = 3  # draws whose density is compared
+
+
+def forward(joint: LogJoint, which: Which, n_draws: int) -> Tensor:
+    """Draw the local latents from a program, in the joint's scope: (S, N, d).
+
+    Args:
+        joint: the seam.
+        which: `model` (the prior) or `guide`.
+        n_draws: S.
+    """
+    if joint.dim == 0:  # every latent is discrete, and summed out
+        return torch.zeros(n_draws, joint.n_obs, 0, dtype=joint.dtype or joint.own_dtype, device=joint.device)
+    if joint.joined[which] is None:
+        joint.joined[which] = _joins(joint, which)
+    if joint.joined[which]:
+        return free(joint, _batched(joint, which, n_draws)[0], which)
+    runs = [joint.run(which, {}).values for _ in range(n_draws)]
+    return free(joint, {name: torch.stack([run[name] for run in runs]) for name in runs[0]}, which)
+
+
+def _batched(joint: LogJoint, which: Which, n_draws: int) -> tuple[dict[str, Tensor], Feed]:
+    """Run once in an outer plate: values by site, (S, batch, event), and the run itself."""
+    program = joint.program
+    dim = -program.nesting - 1
+    with pyro.plate("_draws", n_draws, dim=dim):
+        feed = joint.run(which, {}, draws_dim=dim)
+    values = {}
+    for site in (*program.sites, *program.discrete):
+        if site.name in feed.values:
+            value = feed.values[site.name].movedim(dim - site.event_dim, 0)
+            surplus = value.dim() - site.batch_ndim - site.event_dim
+            values[site.name] = value.flatten(0, surplus - 1) if surplus > 1 else value
+    return values, feed
+
+
+def _joins(joint: LogJoint, which: Which) -> bool:
+    """Find out whether a program may be drawn in an outer plate."""
+    try:
+        values, feed = _batched(joint, which, CHECKED)
+        stated = feed.per_draw
+        for s in range(CHECKED):
+            given = {name: value[s] for name, value in values.items()}
+            discrete = {site.name: given.pop(site.name) for site in joint.program.discrete if site.name in given}
+            alone = joint.run(which, discrete, values=given).log_prior.sum()
+            if not torch.allclose(alone, stated[s], rtol=1e-5, atol=1e-5):
+                raise RuntimeError("an outer plate changes the distribution that is drawn from")
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError) as error:
+        joint.note(f"{which}: drawn one at a time, {first_line(error)}")
+        return False
+    return True
+
+
+def free(joint: LogJoint, values: dict[str, Tensor], which: Which) -> Tensor:
+    """Map constrained values (S, batch, event) of all local sites to unconstrained coordinates (S, N, d).
+
+    Raises:
+        UnsupportedProgram: when the guide drew values outside the prior's support, where the ELBO is minus infinity.
+    """
+    n_draws = len(next(iter(values.values()))) if values else 0
+    program = joint.program
+    if all(site.transform is not None for site in program.sites):
+        parts = []
+        for site in program.sites:
+            if site.transform is None:
+                continue
+            value = values[site.name]
+            if which == "guide" and site.support is not None and not bool(site.support.check(value).all()):
+                raise UnsupportedProgram(
+                    f"site {site.name!r}: the guide drew values outside the prior's support, where log p(x, z) and hence the "
+                    "ELBO is minus infinity; wrap the guide's distribution in a transform onto the prior's support"
+                )
+            u = site.transform.inv(value)
+            parts.append(u.movedim(site.plate_dim - site.free_event_dim, 1).reshape(n_draws, joint.n_obs, -1))
+        return torch.cat(parts, -1)
+    runs = []
+    for s in range(n_draws):
+        given = {name: value[s] for name, value in values.items()}
+        model = joint.run("model", {}, values=given)
+        parts = []
+        for site in program.sites:
+            u = biject_to(support_of(model.distributions[site.name])).inv(model.values[site.name])
+            parts.append(site.gather(u, site.free_event_dim).reshape(joint.n_obs, -1))
+        runs.append(torch.cat(parts, -1))
+    return torch.stack(runs)

@@ -1,0 +1,385 @@
+r"""The densities of a pair of programs as graphs over rows: any number of draws, of any of the data, by one graph.
+
+A graph is traced for ONE datum, with its arguments as inputs, under `vmap` over the data and over draws of each:
+
+    z (S, N, d), x (N, ...)  ->  log p(x_n, z_sn) (S, N), its gradient (S, N, d), or a whole leapfrog of a trajectory
+
+with S and N left open: a subset of the data, a bucket of chains or a block of a million rows need no graph of their own. Every
+graph is compared with plain evaluation of every datum before it is used, and the same graph serves other data of the same
+program (`_shared`), compared again with those. What a program reads beside tensors, such as a number in a global variable, is a
+constant of its graph: where a graph that is shared agrees much worse than it did when it was made, it is made anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from elbowroom.errors import first_line
+from elbowroom.inference.compiled.branches import Branches, levels
+from elbowroom.inference.compiled.graph import (
+    Compile,
+    Function,
+    Graph,
+    Operations,
+    Untraceable,
+    current_policy,
+    data_ahead,
+    evaluations_ahead,
+    log,
+    policy,
+)
+from elbowroom.inference.compiled.vmap_rules import Substitutes
+from elbowroom.inference.mcmc.leapfrog import leap
+from elbowroom.inference.randomness import undisturbed
+
+if TYPE_CHECKING:
+    from elbowroom.inference.target.log_joint import LogJoint
+
+Kind = Literal["joint", "terms", "guide", "grad", "parts", "leap"]
+GRADIENTS = frozenset({"grad", "parts", "leap"})
+EVALUATIONS: dict[Kind, float] = {"joint": 2e4, "terms": 1e4, "guide": 1e4, "grad": 1e4, "parts": 1e5, "leap": 3e4}
+"""Evaluations per datum that an audit makes, roughly, a gradient counted as three."""
+SMALL = 1e4  # numbers put out for one datum, beside products, that go uncounted
+REUSED = 100  # times that a weight is used for one datum, at most: by convolutions
+PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79)
+CHECKED = 2  # draws at which a graph is compared
+FLOPS, ELEMENT = 8e10, 1.3e-9  # of products per second, seconds per number from anything else; double precision, two cores
+TRACE, COMPILE = 5.0, 20.0  # predicted seconds ahead that are worth a trace (about 1 s), and a compilation (2 to 10 s)
+CLOSE = {torch.float64: 1e-7, torch.float32: 1e-3}
+WORSE, ROUNDING = 10, 1e-2  # times the difference of a new graph, and shares of CLOSE, above which a shared one is made anew
+
+
+@dataclass
+class _Entry:
+    """What is known of one kind of graph of one pair of programs, whatever their data.
+
+    Attributes:
+        graphs: the graphs, or why there is none, by what branches come to.
+        differences: from plain evaluation where each was made, as shares of what is tolerated; infinite where it was refused.
+        slow: why graphs are not compiled; "" where nothing speaks against it.
+    """
+
+    graphs: dict[tuple[bool, ...], Graph | str] = field(default_factory=dict)
+    differences: dict[tuple[bool, ...], float] = field(default_factory=dict)
+    slow: str = ""
+
+
+_shared: weakref.WeakKeyDictionary[Any, dict[Any, _Entry]] = weakref.WeakKeyDictionary()
+
+
+class Graphs:
+    """The graphs of one `LogJoint` and of its parts.
+
+    Traces and kernels are shared with other data of the same programs. Which of them is used follows from these data alone.
+
+    Attributes:
+        used: what evaluates each kind; None where Pyro's handlers do.
+        reasons: why they do, by kind.
+    """
+
+    def __init__(self) -> None:
+        self.used: dict[Kind, Function | None] = {}
+        self.reasons: dict[Kind, str] = {}
+        self._decided: dict[tuple[Kind, Compile, int, float], Function | None] = {}
+
+    def ready(self, joint: LogJoint, kind: Kind) -> Function | None:
+        """Return what to evaluate data with; None where plain evaluation is better, or all there is."""
+        wanted, data = current_policy(), data_ahead(joint.root.n_obs)
+        if wanted == "never":
+            return None
+        key = (kind, wanted, data, evaluations_ahead(EVALUATIONS[kind]))
+        if key not in self._decided:
+            self._decided[key] = self.used[kind] = self._decide(joint.root, kind, wanted, data)
+        return self._decided[key]
+
+    def _decide(self, root: LogJoint, kind: Kind, wanted: Compile, data: int) -> Function | None:
+        ahead = work_ahead(root, kind, data)
+        if wanted == "auto" and ahead < TRACE:
+            return None
+        entry = _entries_of(root.model).setdefault((kind, _signature(root)), _Entry())
+        try:
+            graph = self._agreeing(root, kind, entry)
+        except Untraceable as error:
+            if self.reasons.get(kind) != str(error):
+                log.info(f"{WORDS[kind]}: evaluated by Pyro's handlers, not by a graph: {error}")
+            self.reasons[kind] = str(error)
+            return None
+        if wanted == "auto" and ahead < COMPILE:
+            return graph.replay
+        try:
+            if entry.slow:
+                raise Untraceable(entry.slow)
+            if not graph.compiled:
+                seconds = graph.compile()
+                log.info(f"{WORDS[kind]}: compiled in {seconds:.1f} s, for {data:,} data, about {ahead:.0f} s of work without")
+        except Untraceable as error:
+            if not entry.slow:
+                log.info(f"{WORDS[kind]}: traced, not compiled: {error}")
+            entry.slow = str(error)
+            return graph.replay
+        try:
+            _check(root, kind, graph)
+        except Untraceable as error:
+            log.info(f"{WORDS[kind]}: its kernels are not used: {error}")
+            return graph.replay
+        return graph
+
+    def _agreeing(self, root: LogJoint, kind: Kind, entry: _Entry) -> Graph:
+        """Return a graph that agrees with plain evaluation on these data: a shared one, or one that is traced for them.
+
+        Raises:
+            Untraceable: there is none.
+        """
+        graph, outcomes = self._trace(root, kind, entry)
+        if (before := entry.differences.get(outcomes)) is not None:
+            try:
+                if _check(root, kind, graph.replay) <= max(WORSE * before, ROUNDING):
+                    return graph
+            except Untraceable:
+                if math.isinf(before):
+                    raise
+            del entry.graphs[outcomes]
+            graph, outcomes = self._trace(root, kind, entry)
+        entry.differences[outcomes] = math.inf
+        entry.differences[outcomes] = _check(root, kind, graph.replay)
+        return graph
+
+    def _trace(self, root: LogJoint, kind: Kind, entry: _Entry) -> tuple[Graph, tuple[bool, ...]]:
+        """Return the graph for what branches come to on these data, traced anew where there is none, and what they come to."""
+        if root.program.index:
+            raise Untraceable("the plate is sub-sampled")
+        if not root.separable():
+            raise Untraceable("its arguments cannot be taken apart by datum")
+        rows = _Rows(root)
+        with root.held():
+            outcomes = rows.record(kind)
+            if outcomes not in entry.graphs:
+                try:
+                    entry.graphs[outcomes] = rows.graph(kind, outcomes)
+                except Untraceable as error:
+                    entry.graphs[outcomes] = str(error)
+        found = entry.graphs[outcomes]
+        if isinstance(found, str):
+            raise Untraceable(found)
+        return found, outcomes
+
+
+def inputs(joint: LogJoint) -> list[tuple[Tensor, int | None]]:
+    """Return the tensors that a graph takes beside z, for these data, each with the dimension of the data."""
+    found = [(t, dim) for t, dim in zip(joint.leaves(), joint.along, strict=True) if isinstance(t, Tensor)]
+    if joint.program.active is not None:
+        found.append((joint.program.active, 0))
+    return found + [(t, None) for t in joint.program.pinned.values()]
+
+
+def _check(root: LogJoint, kind: Kind, graph: Function) -> float:
+    """Compare a graph with plain evaluation, at tested points of every datum; returns the difference as a share of `CLOSE`.
+
+    Raises:
+        Untraceable: a value differs, or is finite in one alone, or none is finite, so that nothing could be compared.
+    """
+    z = root.tested[:CHECKED]
+    with policy("never"), root.held():
+        plain = _plainly(root, kind, z)
+        try:
+            found = root.by_graph(graph, z, *_beside(kind, z))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise Untraceable(f"the graph fails with other sizes ({first_line(error)})") from error
+    share = 0.0
+    for ours, theirs in zip(found, plain, strict=True):
+        finite = theirs.isfinite()
+        if not finite.any() or not torch.equal(ours.isfinite(), finite):
+            raise Untraceable(f"{WORDS[kind]} by the graph is finite elsewhere than plain evaluation, or nowhere")
+        close = max(CLOSE.get(t.dtype, 1e-3) for t in (z, theirs))  # a double made of singles is rounded as they are
+        difference, expected = (ours[finite] - theirs[finite]).abs(), theirs[finite].abs()
+        share = max(share, float((difference / (close + close * expected)).max()))
+        if not share <= 1:
+            worst = float(difference.max())
+            raise Untraceable(f"{WORDS[kind]} by the graph differs by {worst:.1e} from plain evaluation")
+    return share
+
+
+WORDS: dict[Kind, str] = {
+    "joint": "log p(x, z)",
+    "terms": "log p(z) and log p(x|z)",
+    "guide": "log q(z|x)",
+    "grad": "log p(x, z) and its gradient",
+    "parts": "log p(z), log p(x|z) and their gradients",
+    "leap": "a leapfrog of log p(x, z)",
+}
+
+
+class _Rows:
+    """The programs for one datum, whose arguments are inputs."""
+
+    def __init__(self, root: LogJoint) -> None:
+        self.root = root
+        self.places = [i for i, t in enumerate(root.leaves()) if isinstance(t, Tensor)]
+        self.dims = [dim for _, dim in inputs(root)]
+        self.one = copy.copy(self.root)
+        self.one.n_obs = 1
+
+    def graph(self, kind: Kind, outcomes: tuple[bool, ...]) -> Graph:
+        """Trace one kind with sizes that no other dimension has."""
+        function, root = self._functions()[kind], self.root
+        given = inputs(root)
+        taken = {size for t, _ in given for size in t.shape} | {root.dim}
+        draws, data = [p for p in PRIMES if p not in taken][:2]
+        rows = torch.arange(data, device=root.device) % root.n_obs
+        z = root.tested[0].index_select(0, rows).expand(draws, -1, -1).contiguous()
+        some = [t if dim is None else t.index_select(dim, rows) for t, dim in given]
+        beside = _beside(kind, z)
+
+        def followed(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with Substitutes(), Branches(outcomes=list(outcomes)):
+                return function(*tensors)
+
+        with torch.set_grad_enabled(kind in GRADIENTS):
+            return Graph(followed, [z, *beside, *some], varying=(draws, data))
+
+    def record(self, kind: Kind) -> tuple[bool, ...]:
+        """Return what the branches of a kind come to, on all data."""
+        function = self._functions()["guide" if kind == "guide" else "terms"]
+        given = inputs(self.root)
+        branches = Branches(allowed=lambda tensor: self.level not in levels(tensor))
+        try:
+            with torch.no_grad(), undisturbed(self.root.tested), branches:
+                function(self.root.tested[:1], *[t for t, _ in given])
+        except Untraceable:
+            raise
+        except Exception as error:  # whatever a program raises under vmap
+            raise Untraceable(f"it does not run one datum at a time ({first_line(error)})") from error
+        return tuple(branches.outcomes)
+
+    def _functions(self) -> dict[Kind, Function]:
+        joint = self._over(lambda z: (self.one.density(z),))
+        terms = self._over(self.one.densities)
+        guide = self._over(lambda z: (self.one.guide_density(z),))
+
+        def grad(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            z = z.detach().requires_grad_()
+            (value,) = joint(z, *leaves)
+            return value.detach(), *torch.autograd.grad(value.sum(), z)
+
+        def parts(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            z = z.detach().requires_grad_()
+            prior, likelihood = terms(z, *leaves)
+            (of_prior,) = torch.autograd.grad(prior.sum(), z, retain_graph=True)
+            (of_likelihood,) = torch.autograd.grad(likelihood.sum(), z, allow_unused=True)
+            nothing = torch.zeros_like(of_prior)
+            return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood
+
+        def leapfrog(
+            z: Tensor, momentum: Tensor, size: Tensor, root: Tensor, kick: Tensor, *leaves: Tensor
+        ) -> tuple[Tensor, ...]:
+            def target(u: Tensor) -> tuple[Tensor, Tensor]:
+                value, gradient = grad(u, *leaves)
+                return value, gradient
+
+            return leap(target, z, momentum, size, root[0], kick)
+
+        return {"joint": joint, "terms": terms, "guide": guide, "grad": grad, "parts": parts, "leap": leapfrog}
+
+    def _over(self, density: Callable[[Tensor], tuple[Tensor, ...]]) -> Function:
+        """Return a function of all draws and data, from one of one row z (1, d)."""
+
+        def row(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            self.level = max(levels(z)) - 1 if torch._C._functorch.is_batchedtensor(z) else 0
+            self._put(leaves)
+            return tuple(value[0] for value in density(z[None]))
+
+        inside = torch.func.vmap(row, in_dims=(0, *self.dims), randomness="different")
+        return torch.func.vmap(inside, in_dims=(0, *[None] * len(self.dims)), randomness="different")
+
+    def _put(self, leaves: tuple[Tensor, ...]) -> None:
+        """Give the programs the arguments of one datum."""
+        rows = [t if dim is None else t.unsqueeze(dim) for t, dim in zip(leaves, self.dims, strict=True)]
+        whole = self.root.leaves()
+        for place, value in zip(self.places, rows, strict=False):
+            whole[place] = value
+        self.one.args, self.one.kwargs = self.root.with_leaves(whole)
+        rest = rows[len(self.places) :]
+        program = self.root.program
+        active = rest.pop(0) if program.active is not None else None
+        pinned = dict(zip(program.pinned, rest, strict=True))
+        self.one.program = dataclasses.replace(program, n_obs=1, active=active, pinned=pinned)
+
+
+def _beside(kind: Kind, z: Tensor) -> list[Tensor]:
+    """Return arguments of a leapfrog of which none could be left out or transposed unseen, for tracing and comparing."""
+    if kind != "leap":
+        return []
+    n, d = z.shape[1:]
+    momentum = torch.linspace(-1.0, 1.1, z.numel(), dtype=z.dtype, device=z.device).reshape(z.shape)
+    root = torch.eye(d, dtype=z.dtype, device=z.device) + torch.full((d, d), 0.3, dtype=z.dtype, device=z.device).tril(-1)
+    size, kick = torch.full_like(z[..., :1], 0.05), torch.full((), 0.5, dtype=z.dtype, device=z.device)
+    return [momentum, size.contiguous(), root.expand(1, n, d, d).contiguous(), kick]
+
+
+def _plainly(joint: LogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
+    if kind == "joint":
+        return (joint(z),)
+    if kind == "guide":
+        return (joint.log_guide(z),)
+    if kind == "leap":
+        momentum, size, root, kick = _beside(kind, z)
+        return leap(joint.grad, z, momentum, size, root[0], kick)
+    return {"terms": joint.terms, "grad": joint.grad, "parts": joint.parts}[kind](z)
+
+
+def work_ahead(root: LogJoint, kind: Kind, data: int) -> float:
+    """Predict the seconds of plain evaluation that so many data take here, from the operations of one more draw."""
+    each = data * evaluations_ahead(EVALUATIONS[kind]) / root.n_obs
+    if each * root.n_obs * (2 * REUSED * root.snapshot.size() / FLOPS + SMALL * ELEMENT) < TRACE:  # not worth counting
+        return 0.0
+    evaluate = root.log_guide if kind == "guide" else root
+    with policy("never"), torch.no_grad():
+        with Operations() as one:
+            evaluate(root.tested[:1])
+        with Operations() as two:
+            evaluate(root.tested[:2])
+    return each * ((two.flops - one.flops) / FLOPS + (two.elements - one.elements) * ELEMENT)
+
+
+def _signature(root: LogJoint) -> Any:
+    """Return what a graph depends on beside the values of its inputs."""
+    leaves = [_kind_of(t, dim) for t, dim in zip(root.leaves(), root.along, strict=True)]
+    tables = [(site.name, None if site.values is None else str(site.values.tolist())) for site in root.program.discrete]
+    facts = (*tables, root.dim, root.program.active is None, tuple(root.program.pinned), root.tested.dtype, str(root.device))
+    return tuple(leaves), facts, root.snapshot.identity(), _identity(root.model), _identity(root.guide)
+
+
+def _kind_of(leaf: Any, dim: int | None) -> Any:
+    if isinstance(leaf, Tensor):
+        return dim, leaf.dtype, tuple(size for i, size in enumerate(leaf.shape) if i != dim)
+    return leaf if isinstance(leaf, int | float | str | None) else id(leaf)
+
+
+def _identity(program: Any) -> Any:
+    """Return what tells programs apart, without keeping them alive."""
+    inner = getattr(program, "program", None)  # of a promoted one
+    if inner is not None and not isinstance(program, torch.nn.Module):
+        return type(program), _identity(inner)
+    owner = getattr(program, "__self__", program)
+    try:
+        return weakref.ref(owner), getattr(program, "__func__", None)
+    except TypeError:
+        return id(program)
+
+
+def _entries_of(model: Any) -> dict[Any, _Entry]:
+    """Return the entries that all data of a program share; new ones where it cannot be told from others."""
+    inner = getattr(model, "program", model)
+    try:
+        return _shared.setdefault(getattr(inner, "__self__", inner), {})
+    except TypeError:
+        return {}

@@ -1,0 +1,238 @@
+"""Data simulated from the model: (z, x) from the joint as a seam of its own, and x from p(x|z) at given z.
+
+For simulated data one exact draw of the posterior is known, which makes evidence bounds two-sided without any reference
+(bidirectional Monte Carlo: Grosse, Ancha and Roy 2016, https://arxiv.org/abs/1606.02275) and calibration checkable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.program.masks import kept
+from elbowroom.inference.program.sites import Site, frame_of
+from elbowroom.inference.target.draws import free
+from elbowroom.inference.target.log_joint import LogJoint, seeded
+
+FLOAT = torch.float32  # at least, where there is a NaN
+AGAIN = 86_028_121  # seed of a second run, at other latents
+
+
+def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
+    """Draw (z, x) from the generative program and return the seam of the new x with the z it came from.
+
+    The observed values must be among the arguments, where the simulated ones take their place; everything else (covariates,
+    masks, weights) stays, and what is missing (NaN) in the data, or masked, is missing in the simulated ones too. What stands
+    in the argument there stays where it is one number (NaN, or 0: a mark), else it is simulated too.
+
+    Args:
+        log_joint: the model and guide.
+        seed: random seed.
+
+    Returns:
+        A LogJoint of as many simulated data, and z (N, d) in unconstrained coordinates.
+
+    Raises:
+        UnsupportedProgram: when an observed site's values are not an argument, a plate is sub-sampled, or a mask moves with the
+            latents or with the values of the data.
+    """
+    program = log_joint.program
+    model = _unobserved(log_joint)
+    with seeded(seed), log_joint.snapshot.scope(), torch.no_grad():
+        given = _given(log_joint)
+        with _Values() as drawn:
+            model(*log_joint.args, **log_joint.kwargs)
+        latent = {s.name: drawn.values[s.name][None] for s in (*program.sites, *program.discrete)}
+        nothing = torch.zeros(log_joint.n_obs, 0, dtype=log_joint.dtype or log_joint.own_dtype, device=log_joint.device)
+        z = free(log_joint, latent, "model")[0] if program.sites else nothing
+    observed, replacement = {}, {}
+    for name, one in given.items():
+        observed[name] = _by_datum(log_joint, one.node, one.with_holes(drawn.values[name]))
+        if one.kept is not None and not bool(one.kept.any()):
+            continue
+        leaf = next((t for t in _tensors(log_joint) if _same(t, one)), None)
+        if leaf is None:
+            raise UnsupportedProgram(f"simulate: the values of observed site {name!r} are not an argument of the model")
+        replacement[id(leaf)] = one.in_place_of(leaf, drawn.values[name])
+    other = log_joint.variant()
+    swap = lambda t: replacement.get(id(t), t)
+    other.args, other.kwargs = pytree.tree_map(swap, (log_joint.args, log_joint.kwargs))
+    other.program = dataclasses.replace(program, observed={**program.observed, **observed})
+    if any(one.kept is not None for one in given.values()):
+        with seeded(seed), other.snapshot.scope(), torch.no_grad():
+            _same_masks(given, _given(other), "values of the data")
+    return other, z
+
+
+def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Draw x ~ p(x|z) at given latents: with draws of a posterior, replicated data of the posterior predictive.
+
+    Args:
+        log_joint: the model and guide.
+        sites: constrained values of all latent sites, the discrete ones too, name -> (S, N, *shape): those of a `Posterior`,
+            its chains joined.
+        seed: random seed.
+
+    Returns:
+        Values of the observed sites, name -> (S, N, *event), NaN where the data are missing or masked.
+
+    Raises:
+        UnsupportedProgram: when a latent site has no value, a plate is sub-sampled, or a mask moves with the latents.
+    """
+    program = log_joint.program
+    model, latents = _unobserved(log_joint), (*program.sites, *program.discrete)
+    for site in latents:
+        if site.name not in sites:
+            raise UnsupportedProgram(f"predict: no values of site {site.name!r} are given")
+    dtype = log_joint.dtype or log_joint.own_dtype
+    found: dict[str, list[Tensor]] = {}
+    with seeded(seed), log_joint.snapshot.scope(), torch.no_grad():
+        given = _given(log_joint)
+        for s in range(len(next(iter(sites.values())))):
+            values = {}
+            for site in latents:
+                kind = dtype if site.values is None else site.values.dtype
+                values[site.name] = _in_place(site, sites[site.name][s].to(log_joint.device, kind))
+            with _Values() as drawn:
+                poutine.condition(model, data=values)(*log_joint.args, **log_joint.kwargs)
+            for name, one in given.items():
+                value = _by_datum(log_joint, one.node, one.with_holes(drawn.values[name]))
+                found.setdefault(name, []).append(value)
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+class _Values(Messenger):
+    """Keeps the value of every sample site, and nothing else: a trace would hold on to the run until garbage is collected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.values[msg["name"]] = msg["value"]
+
+
+def _unobserved(log_joint: LogJoint) -> Any:
+    """Return the model with its observed sites drawn, and its global latents where they are pinned."""
+    program = log_joint.program
+    if program.index:
+        raise UnsupportedProgram("simulate: a plate is sub-sampled; give the sub-sample as the data")
+    model: Any = poutine.uncondition(log_joint.model)
+    return poutine.condition(model, data=dict(program.pinned)) if program.pinned else model
+
+
+def _observed(log_joint: LogJoint) -> dict[str, Any]:
+    """Return the nodes of the observed sites inside the data plate, by name."""
+    given = poutine.trace(log_joint.model).get_trace(*log_joint.args, **log_joint.kwargs)
+    inside = lambda node: frame_of(node, log_joint.program.plate) is not None
+    said = lambda node: not (node["infer"].get("_deterministic") or node["infer"].get("is_auxiliary"))
+    return {
+        name: node
+        for name, node in given.nodes.items()
+        if node["type"] == "sample" and node["is_observed"] and inside(node) and said(node)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """An observed site: its node in a trace, and which entries of its value are in the likelihood (None: all)."""
+
+    node: Any
+    kept: Tensor | None
+
+    def with_holes(self, drawn: Tensor) -> Tensor:
+        """Return values with NaN (hence floating point) where the data are missing or masked."""
+        data = self.node["value"]
+        drawn = drawn.to(data.dtype)
+        if data.is_floating_point():
+            drawn = torch.where(data.isnan(), torch.nan, drawn)
+        return (
+            drawn if self.kept is None else torch.where(self.kept, drawn.to(torch.promote_types(drawn.dtype, FLOAT)), torch.nan)
+        )
+
+    def in_place_of(self, leaf: Tensor, drawn: Tensor) -> Tensor:
+        """Return simulated values for the argument that held the data."""
+        data = self.node["value"]
+        new = drawn.to(data.dtype)
+        if data.is_floating_point():
+            new = torch.where(data.isnan(), torch.nan, new)
+        new = new.reshape(leaf.shape)
+        if self.kept is None:
+            return new
+        out = ~self.kept.reshape(leaf.shape)
+        there = leaf[out]
+        mark = bool(there.isnan().all()) or bool((there == there[0]).all())
+        return torch.where(out if mark else out & leaf.isnan(), leaf, new.to(leaf.dtype))
+
+
+def in_likelihood(log_joint: LogJoint) -> dict[str, Tensor]:
+    """Return the data: values of the observed sites, name -> (N, ...), NaN where they are missing or masked.
+
+    Sites of which a mask takes out everything are left out.
+
+    Raises:
+        UnsupportedProgram: where a mask moves with the latents, or takes out no whole entries.
+    """
+    with seeded(0), log_joint.snapshot.scope(), torch.no_grad():
+        given = _given(log_joint)
+    found = {}
+    for name, value in log_joint.program.observed.items():
+        one = given.get(name)
+        if one is None or one.kept is None:
+            found[name] = value
+        elif bool(one.kept.any()):
+            found[name] = _by_datum(log_joint, one.node, one.with_holes(one.node["value"]))
+    return found
+
+
+def _given(log_joint: LogJoint) -> dict[str, _Given]:
+    """Return the observed sites inside the data plate, in the scope; masks must be the same in two runs, at two z."""
+    found = {name: _Given(node, kept(node)) for name, node in _observed(log_joint).items()}
+    if any(one.kept is not None for one in found.values()):
+        with seeded(AGAIN):
+            again = {name: _Given(node, kept(node)) for name, node in _observed(log_joint).items()}
+        _same_masks(found, again, "latents")
+    return found
+
+
+def _same_masks(one: Mapping[str, _Given], other: Mapping[str, _Given], what: str) -> None:
+    for name in one:
+        a, b = one[name].kept, other[name].kept
+        if (a is None) != (b is None) or (a is not None and b is not None and not torch.equal(a, b)):
+            raise UnsupportedProgram(f"which entries of {name!r} a mask takes out of the likelihood depends on the {what}")
+
+
+def _by_datum(log_joint: LogJoint, node: Any, value: Tensor) -> Tensor:
+    """Move the data dimension of an observed site's value to the front."""
+    frame = frame_of(node, log_joint.program.plate)
+    assert frame is not None
+    return value.movedim(frame.dim - node["fn"].event_dim, 0)
+
+
+def _in_place(site: Site, value: Tensor) -> Tensor:
+    """Lay a value (N, *shape) out as the program has it."""
+    return value.movedim(0, site.plate_dim - site.event_dim)
+
+
+def _tensors(log_joint: LogJoint) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves((log_joint.args, log_joint.kwargs)) if isinstance(t, Tensor)]
+
+
+def _same(argument: Tensor, one: _Given) -> bool:
+    """Whether an argument holds the values of a site, where they are in the likelihood."""
+    value, seen = one.node["value"], one.kept
+    if argument.numel() != value.numel():
+        return False
+    mine, theirs = argument.flatten().to(value.dtype).nan_to_num(), value.flatten().nan_to_num()
+    if seen is None:
+        return torch.equal(mine, theirs)
+    # a mask that is an argument too is no data
+    return argument.dtype != torch.bool and torch.equal(mine[seen.flatten()], theirs[seen.flatten()])

@@ -1,0 +1,268 @@
+"""Guides q(z|x): an encoder that gives the parameters and a family that turns them into a distribution.
+
+A guide is a module that returns a distribution: `q = guide(x)`. A family states `param_dim`, the encoder's output width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from elbowroom.errors import UserError
+from elbowroom.models import spaces
+from elbowroom.models.networks.mlp import Network
+from elbowroom.models.spaces import Space
+
+LogDensity = Callable[[Tensor], Tensor]
+"""z (..., N, d) -> (..., N), in nats; each datum's density depends on its own z alone."""
+
+SCALE_FLOOR = 1e-5
+_UNIT = math.log(math.expm1(1.0))  # softplus(_UNIT) = 1: an encoder that outputs 0 gives unit scales
+
+
+def positive_scale(s: Tensor) -> Tensor:
+    """Return softplus(s + c) + 1e-5, 1 at s = 0."""
+    return softplus(s + _UNIT) + SCALE_FLOOR
+
+
+class Family(nn.Module, ABC):
+    """A map from unconstrained parameters (..., param_dim) to a distribution over z with event shape (d,).
+
+    Attributes:
+        latent_dim: width d of z.
+        param_dim: width of the parameters, which is the encoder's output width.
+        space: the set that z lives in.
+        sites: names of the sample sites that `draw` draws.
+        reparametrized: whether draws are differentiable in the parameters (`rsample`).
+    """
+
+    latent_dim: int
+    param_dim: int
+    space: ClassVar[Space] = "real"
+    sites: ClassVar[tuple[str, ...]] = ("z",)
+    reparametrized: ClassVar[bool] = True
+
+    @abstractmethod
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Turn parameters (..., param_dim) into a distribution over z, event shape (d,)."""
+
+    def draw(self, params: Tensor) -> Tensor:
+        """Draw the family's sites inside the caller's plate; return z (..., d)."""
+        return pyro.sample("z", self(params))
+
+    def refined(self, params: Tensor, log_joint: LogDensity) -> Tensor:
+        """Return better parameters than the encoder's, (N, param_dim), where the family looks for them; else the same."""
+        return params
+
+
+class Onto(Family):
+    """A family on R^m carried onto another space by that space's standard map (exp; stick breaking).
+
+    Args:
+        base: the family on R^m.
+        space: where z is to live.
+        latent_dim: width of z there.
+    """
+
+    def __init__(self, base: Family, space: Space, latent_dim: int) -> None:
+        super().__init__()
+        self.base = base
+        self.latent_dim = latent_dim
+        self.param_dim = base.param_dim
+        self.space = space  # type: ignore[misc]
+        self.reparametrized = base.reparametrized  # type: ignore[misc]
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Turn parameters into the carried distribution."""
+        return carried(self.base(params), self.space)
+
+    def refined(self, params: Tensor, log_joint: LogDensity) -> Tensor:
+        """Refine the base's parameters, in its own coordinates."""
+        transform = spaces.onto(self.space)
+
+        def free(u: Tensor) -> Tensor:
+            z = transform(u)
+            return log_joint(z) + transform.log_abs_det_jacobian(u, z)
+
+        return self.base.refined(params, free)
+
+
+def carried(base: TorchDistribution, space: Space) -> TorchDistribution:
+    """Carry a distribution on R^m onto another space.
+
+    The map remembers its latest draw: inverted from z alone, a draw that rounded to the edge of the space has no density.
+    """
+    return dist.TransformedDistribution(base, [spaces.onto(space).with_cache(1)], validate_args=False)
+
+
+class NormalFamily(Family):
+    """A family of normals, whose draws are smooth images of standard normal noise.
+
+    Attributes:
+        noise_dim: width of the noise.
+    """
+
+    noise_dim: int
+
+    @abstractmethod
+    def place(self, params: Tensor, noise: Tensor) -> Tensor:
+        """Return the draws (..., N, d) that noise (..., 1 or N, noise_dim) becomes under parameters (N, param_dim)."""
+
+    @abstractmethod
+    def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
+        """Return the direction P g of steepest ascent in the family's own units, (N, param_dim), for a gradient g.
+
+        P is positive definite, and such that g' P g does not change when z is measured in other units.
+        """
+
+
+class DiagonalNormal(NormalFamily):
+    """q(z|x) = N(mu, diag(sigma^2)), with sigma = softplus(s) + 1e-5."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.param_dim = 2 * latent_dim
+        self.noise_dim = latent_dim
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Turn (..., 2 d) parameters [mu, s] into N(mu, diag(sigma^2))."""
+        mu, s = params.chunk(2, -1)
+        return dist.Normal(mu, positive_scale(s)).to_event(1)
+
+    def place(self, params: Tensor, noise: Tensor) -> Tensor:
+        """Return mu + sigma * noise."""
+        mu, s = params.chunk(2, -1)
+        return mu + positive_scale(s) * noise
+
+    def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient, that of mu times sigma^2."""
+        scale = positive_scale(params.chunk(2, -1)[1])
+        of_mu, of_s = gradient.chunk(2, -1)
+        return torch.cat([scale.square() * of_mu, of_s], -1)
+
+
+class FullRankNormal(NormalFamily):
+    """q(z|x) = N(mu, L L'), L lower triangular with diagonal softplus(s) + 1e-5."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.param_dim = 2 * latent_dim + latent_dim * (latent_dim - 1) // 2
+        self.noise_dim = latent_dim
+        rows, columns = torch.tril_indices(latent_dim, latent_dim, offset=-1)
+        self.rows: Tensor
+        self.columns: Tensor
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Turn (..., 2 d + d (d - 1) / 2) parameters [mu, s, strict lower triangle] into N(mu, L L')."""
+        mu, scale_tril = self.parts(params)
+        return dist.MultivariateNormal(mu, scale_tril=scale_tril, validate_args=False)
+
+    def parts(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mu (..., d) and L (..., d, d)."""
+        d = self.latent_dim
+        mu, s, lower = params.split([d, d, params.shape[-1] - 2 * d], -1)
+        return mu, self._triangle(lower) + torch.diag_embed(positive_scale(s))
+
+    def _triangle(self, lower: Tensor) -> Tensor:
+        # built from one-hot rows and columns, not by index assignment: that keeps it a pure function for vmap
+        eye = torch.eye(self.latent_dim, dtype=lower.dtype, device=lower.device)
+        return torch.einsum("...k,ki,kj->...ij", lower, eye[self.rows], eye[self.columns])
+
+    def place(self, params: Tensor, noise: Tensor) -> Tensor:
+        """Return mu + L noise."""
+        mu, scale_tril = self.parts(params)
+        return mu + (scale_tril @ noise[..., None]).squeeze(-1)
+
+    def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient in units of L: of mu times L L', and of L's strict triangle as that of A in L A."""
+        d = self.latent_dim
+        scale_tril = self.parts(params)[1]
+        of_mu, of_s, of_lower = gradient.split([d, d, gradient.shape[-1] - 2 * d], -1)
+        mu = (scale_tril @ (scale_tril.mT @ of_mu[..., None])).squeeze(-1)
+        lower = scale_tril @ (scale_tril.mT @ self._triangle(of_lower)).tril(-1)
+        return torch.cat([mu, of_s, lower[..., self.rows, self.columns]], -1)
+
+
+class AmortizedGuide(nn.Module):
+    """q(z|x, c) = family(encoder(standardised x, marks of missing entries, covariates)), the amortized guide.
+
+    Columns of a table are standardised one by one, images and sequences (whose entries share a unit) by one number.
+
+    Args:
+        encoder: network from x to `family.param_dim` numbers.
+        family: the distribution family.
+        marks: tell the encoder which entries are missing (NaN); else a missing entry looks like an average one.
+    """
+
+    def __init__(self, encoder: nn.Module, family: Family, *, marks: bool = False) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.family = family
+        self.marks = marks
+        self.loc: Tensor
+        self.scale: Tensor
+        self.register_buffer("loc", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def adapt(self, x: Tensor) -> None:
+        """Centre and scale the encoder's input by the mean and standard deviation of training data (N, *event)."""
+        if not x.is_floating_point():
+            raise UserError("the encoder needs floating-point data")
+        wide = x.double()  # the square of 1e30 is no float32
+        seen = ~wide.isnan()
+        loc = wide.nansum(0) / seen.sum(0).clamp_min(1)
+        centred = torch.where(seen, wide - (loc if x.dim() == 2 else wide.nansum() / seen.sum().clamp_min(1)), 0.0)
+        over = 0 if x.dim() == 2 else tuple(range(x.dim()))
+        scale = (centred.square().sum(over) / (seen.sum(over) - 1).clamp_min(1)).sqrt()
+        varies = scale > 4 * torch.finfo(x.dtype).eps * (loc.abs() if x.dim() == 2 else loc.abs().max())
+        self.loc = loc.to(x.dtype)
+        self.scale = torch.where(varies, scale, 1.0).to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)
+
+    def params(self, x: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """Return the encoder's output, (N, family.param_dim), for x (N, *event), NaN where missing, and c (N, C)."""
+        seen = ~x.isnan() if self.marks else None
+        standard = ((x - self.loc) / self.scale).nan_to_num(nan=0.0)
+        if seen is None and covariates is None:
+            return self.encoder(standard)
+        join = getattr(self.encoder, "join", None) or Network.join.__get__(self.encoder)
+        return self.encoder(join(standard, None if seen is None else seen.to(x.dtype), covariates))
+
+    def forward(self, x: Tensor, covariates: Tensor | None = None, log_joint: LogDensity | None = None) -> TorchDistribution:
+        """Return q(z|x) with batch shape (N,) and event shape (d,) for x of shape (N, *event).
+
+        Args:
+            x: what the encoder sees of the data; NaN where missing.
+            covariates: (N, C), standardised.
+            log_joint: z (..., N, d) -> log p(x_n, z_n), (..., N), for families that refine the encoder's parameters.
+        """
+        return self.family(self._refined(x, covariates, log_joint))
+
+    def draw(self, x: Tensor, covariates: Tensor | None = None, log_joint: LogDensity | None = None) -> Tensor:
+        """Draw the guide's sites inside the caller's plate; arguments as `forward`; return z (N, d)."""
+        return self.family.draw(self._refined(x, covariates, log_joint))
+
+    def variational_parameters(
+        self, x: Tensor, covariates: Tensor | None = None, log_joint: LogDensity | None = None
+    ) -> tuple[Tensor, Family] | None:
+        """Return phi (N, P) of each datum, refined where the family does so, and the family that makes q of it.
+
+        None where q has several sites. Arguments as `forward`.
+        """
+        return (self._refined(x, covariates, log_joint), self.family) if self.family.sites == Family.sites else None
+
+    def _refined(self, x: Tensor, covariates: Tensor | None, log_joint: LogDensity | None) -> Tensor:
+        params = self.params(x, covariates)
+        return params if log_joint is None else self.family.refined(params, log_joint)

@@ -1,0 +1,159 @@
+"""Further guide families: low rank, heavy tails, several modes, positive latents, latents on a simplex."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import pyro.distributions as dist
+import torch
+from annotated_types import Ge, Gt, Le
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from elbowroom.models.guides.base import DiagonalNormal, Family, FullRankNormal, NormalFamily, carried, positive_scale
+from elbowroom.models.guides.mixture import MixtureOfNormals
+from elbowroom.models.spaces import Space
+
+DF_FLOOR, DF_RANGE = 2.0, 100.0
+_DF_ZERO = -2.4423470353692043  # logit(0.08): an encoder that outputs 0 gives 10 degrees of freedom
+
+
+class LowRankNormal(NormalFamily):
+    """q(z|x) = N(mu, S (I + V V') S) with S = diag(sigma) and V of shape (d, rank): a few directions of correlation.
+
+    V counts in units of sigma, so that the matrix to be factorised, I + V' V, does not worsen as the posterior narrows.
+    Its density costs O(d rank^2), that of a full covariance O(d^2), which also needs d (d - 1) / 2 more encoder outputs.
+
+    Args:
+        latent_dim: width of z (a fact).
+        rank: number of directions, at most the width of z.
+    """
+
+    def __init__(self, latent_dim: int, *, rank: Annotated[int, Ge(1)] = 1) -> None:
+        super().__init__()
+        if rank > latent_dim:
+            raise ValueError(f"rank: {rank} directions in {latent_dim} latents; use at most {latent_dim}")
+        self.latent_dim, self.rank = latent_dim, rank
+        self.param_dim = (2 + rank) * latent_dim
+        self.noise_dim = rank + latent_dim
+
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = self.latent_dim
+        mu, s, v = params.split([d, d, self.rank * d], -1)
+        return mu, positive_scale(s), v.unflatten(-1, (d, self.rank))
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Turn (..., (2 + rank) d) parameters [mu, s, V] into N(mu, S (I + V V') S)."""
+        mu, scale, v = self._split(params)
+        return dist.LowRankMultivariateNormal(mu, scale[..., None] * v, scale.square(), validate_args=False)
+
+    def place(self, params: Tensor, noise: Tensor) -> Tensor:
+        """Return mu + sigma * (V noise_1 + noise_2)."""
+        mu, scale, v = self._split(params)
+        along, own = noise.split([self.rank, self.latent_dim], -1)
+        return mu + scale * ((v @ along[..., None]).squeeze(-1) + own)
+
+    def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient, that of mu times the covariance."""
+        _, scale, v = self._split(params)
+        of_mu, rest = gradient.split([self.latent_dim, gradient.shape[-1] - self.latent_dim], -1)
+        whitened = scale * of_mu
+        return torch.cat([scale * (whitened + (v @ (v.mT @ whitened[..., None])).squeeze(-1)), rest], -1)
+
+
+class StudentT(Family):
+    """q(z|x) is a multivariate Student t, z = mu + L y / sqrt(g), y ~ N(0, I), g ~ Gamma(df / 2, df / 2).
+
+    All coordinates share g: the contours are ellipses, and one far out in one direction is likely far out in the others, as
+    in the posterior of a datum that determines z poorly. Independent t's have star-shaped contours, heavy along the axes
+    alone, and no correlation; they are not offered. As df grows it becomes `full_rank_normal`.
+
+    Log density, with r = |L^-1 (z - mu)|:
+    lgamma((df + d) / 2) - lgamma(df / 2) - d/2 log(df pi) - log det L - (df + d)/2 log(1 + r^2 / df).
+
+    Args:
+        latent_dim: width of z (a fact).
+        df: degrees of freedom, more than 2 (finite variance); `learned` gives every datum its own, between 2 and 102.
+    """
+
+    def __init__(self, latent_dim: int, *, df: Annotated[float, Gt(2), Le(1000)] | Literal["learned"] = "learned") -> None:
+        super().__init__()
+        self.latent_dim, self.df = latent_dim, df
+        self.normal = FullRankNormal(latent_dim)
+        self.param_dim = self.normal.param_dim + (df == "learned")
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Turn parameters [mu, s, strict lower triangle, and one for df if it is learned] into the t distribution."""
+        mu, scale_tril = self.normal.parts(params[..., : self.normal.param_dim])
+        if self.df == "learned":  # bounded: the difference of two lgamma of a large number is rounding error
+            df = DF_FLOOR + DF_RANGE * torch.sigmoid(params[..., -1] + _DF_ZERO)
+        else:
+            df = torch.full_like(mu[..., 0], float(self.df))
+        return dist.MultivariateStudentT(df, mu, scale_tril, validate_args=False)
+
+
+class Mixture(Family):
+    """q(z|x) = sum_k w_k N(mu_k, diag(sigma_k^2)), for posteriors with several modes.
+
+    Draws are differentiable in everything, the weights included (`MixtureOfNormals`). The gradient grows noisy when the
+    components lie many standard deviations apart, and `gradient_clip` then helps; at an encoder output of 0 all coincide.
+
+    Args:
+        latent_dim: width of z (a fact).
+        components: number of components.
+    """
+
+    def __init__(self, latent_dim: int, *, components: Annotated[int, Ge(2)] = 4) -> None:
+        super().__init__()
+        self.latent_dim, self.components = latent_dim, components
+        self.param_dim = components * (1 + 2 * latent_dim)
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Turn (..., K (1 + 2 d)) parameters [log weights + const, mu, s] into the mixture."""
+        k, d = self.components, self.latent_dim
+        logits, mu, s = params.split([k, k * d, k * d], -1)
+        return MixtureOfNormals(logits, mu.unflatten(-1, (k, d)), positive_scale(s.unflatten(-1, (k, d))))
+
+
+class LogNormal(Family):
+    """q(z|x) = independent log-normals, log z_j ~ N(mu_j, sigma_j^2), for positive latents.
+
+    The same as `diagonal_normal` carried onto the positive numbers.
+    """
+
+    space: ClassVar[Space] = "positive"
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.param_dim = 2 * latent_dim
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Turn (..., 2 d) parameters [mu, s] into LogNormal(mu, sigma)."""
+        mu, s = params.chunk(2, -1)
+        return dist.LogNormal(mu, positive_scale(s), validate_args=False).to_event(1)
+
+
+class LogisticNormal(Family):
+    """q(z|x) = logistic normal on the simplex: u ~ N(mu, diag(sigma^2)) in d - 1 coordinates, z by stick breaking.
+
+    z_j = v_j prod_{i < j} (1 - v_i), v_j = sigmoid(u_j - log(d - j)), and the last is what is left; u = 0 gives equal parts.
+    The same as `diagonal_normal` carried onto the simplex, and torch's LogisticNormal.
+
+    Args:
+        latent_dim: number d of parts of the simplex (a fact).
+    """
+
+    space: ClassVar[Space] = "simplex"
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        if latent_dim < 2:
+            raise ValueError(f"latent_dim: a simplex needs at least 2 parts, got {latent_dim}")
+        self.latent_dim = latent_dim
+        self.normal = DiagonalNormal(latent_dim - 1)
+        self.param_dim = self.normal.param_dim
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Turn (..., 2 (d - 1)) parameters [mu, s] into the logistic normal."""
+        return carried(self.normal(params), self.space)

@@ -1,0 +1,5 @@
+"""Encoders and decoders; `base` says what a network is."""
+
+from elbowroom.models.networks.mlp import Network
+
+__all__ = ["Network"]

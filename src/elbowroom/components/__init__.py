@@ -1,0 +1,1 @@
+"""The components that a spec can name, and their options."""

@@ -1,0 +1,446 @@
+"""Data sets: where x comes from, what can be wrong with it, and how it is split.
+
+A data set is a component of kind `data`: a class whose `load()` returns a `Dataset`. Everything here is NumPy; tensors
+are made by the experiment, in its own precision.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from annotated_types import Ge, Len
+
+from elbowroom.errors import DataError, SpecError, nearest
+from elbowroom.models.columns import Column, Kind
+from elbowroom.system.archive import check_npz
+from elbowroom.system.files import sha256_of
+
+if TYPE_CHECKING:
+    from elbowroom.data.tables import Layout
+    from elbowroom.models.linear_gaussian import LinearGaussian
+
+CHUNK = 2**22
+"""Entries looked at together, so that a memory-mapped array is never read as a whole."""
+
+BUDGET = 2**30
+"""Bytes of data, as they are or in the precision of the fit, above which they are read as needed and not held in memory."""
+
+DEFAULT_SPLIT = (0.6, 0.2, 0.2)
+
+Names = Annotated[Sequence[str], Len(1)]
+Fraction = Annotated[float, Ge(0)]
+Fractions = Annotated[Sequence[Fraction], Len(3, 3)]
+
+
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """Entries of x that were taken away although they are known: what imputation is judged by.
+
+    Attributes:
+        rows: of x, (M,), counted from 0.
+        columns: of x, (M,).
+        values: what stood there, (M,).
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Observed data.
+
+    Attributes:
+        x: real numbers, (N, *event); perhaps memory-mapped. NaN is missing; so is the padding of sequences.
+        name: what to call it in messages.
+        labels: one label per datum, (N,), whole numbers or text, for colours in figures only.
+        truth: the program that made them, where it is known.
+        columns: the names of the columns of x, where it has any.
+        split: the rows that train, validate and test, where whoever published the data says so.
+        grey: where x is one draw from Bernoulli(grey / 255), the grey values, (N, *event) uint8: training draws anew.
+        covariates: what p(z|c) is conditioned on, (N, C) float64, as they are in the file; text is one-hot.
+        covariate_names: C names; those of text are such as `batch=a`.
+        exposure: what the rate of counts is multiplied by, (N,) float64, positive.
+        kinds: column -> kind, as far as it was declared or seen in the type of the column.
+        categories: column -> the texts that the codes 0, 1, ... of a column of x stand for.
+        layout: which columns of a table became what, so that another table is read the same way.
+        hidden: entries that were taken away, with their true values.
+    """
+
+    x: np.ndarray
+    name: str
+    labels: np.ndarray | None = None
+    truth: LinearGaussian | None = None
+    columns: tuple[str, ...] | None = None
+    split: Split | None = None
+    grey: np.ndarray | None = None
+    covariates: np.ndarray | None = None
+    covariate_names: tuple[str, ...] = ()
+    exposure: np.ndarray | None = None
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    layout: Layout | None = None
+    hidden: Hidden | None = None
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one datum."""
+        return tuple(int(n) for n in self.x.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @cached_property
+    def missing(self) -> bool:
+        """Whether any entry of x is missing."""
+        return self.x.dtype.kind == "f" and any(bool(np.isnan(part).any()) for _, part in rows_of(self.x))
+
+    @cached_property
+    def levels(self) -> int | None:
+        """1 + the largest value where all observed values are whole numbers from 0, else None."""
+        largest = 0
+        for _, part in rows_of(self.x):
+            if part.dtype.kind == "f":
+                part = part[~np.isnan(part)]
+                if (part != np.floor(part)).any():
+                    return None
+            if part.size:
+                if part.min() < 0:
+                    return None
+                largest = max(largest, int(part.max()))
+        return largest + 1
+
+    @cached_property
+    def described(self) -> tuple[Column, ...] | None:
+        """Name, kind and number of levels of every column of a table; None for images and sequences.
+
+        Raises:
+            DataError: the values of a column are not of its declared kind.
+        """
+        if len(self.event_shape) != 1:
+            return None
+        from elbowroom.data.tables import describe_columns
+
+        names = self.columns or tuple(str(i) for i in range(self.event_shape[0]))
+        return describe_columns(self.x, names, self.kinds, self.categories, name=self.name)
+
+    def take(self, index: np.ndarray | slice) -> Dataset:
+        """Return some of the rows, with what stands beside them; a split and hidden entries have no meaning there."""
+        beside = {name: getattr(self, name) for name in ("labels", "grey", "covariates", "exposure")}
+        some: dict[str, Any] = {name: None if value is None else value[index] for name, value in beside.items()}
+        return replace(self, x=self.x[index], split=None, hidden=None, **some)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of shape, type and values of x, and of the values of what stands beside it."""
+
+        def parts() -> Iterator[bytes]:
+            yield f"{self.x.shape} {self.x.dtype.str}".encode()
+            for array in (self.x, self.grey, self.covariates, self.exposure):
+                for _, part in () if array is None else rows_of(array):
+                    yield np.ascontiguousarray(part).tobytes()
+
+        return sha256_of(parts())
+
+    def large(self, itemsize: int) -> bool:
+        """Say whether x takes more than BUDGET bytes at so many bytes per number."""
+        return self.x.size * itemsize > BUDGET
+
+    @property
+    def mapped(self) -> bool:
+        """Whether x is a memory map too large to be read without need."""
+        return isinstance(self.x, np.memmap) and self.large(self.x.itemsize)
+
+    def stamp(self) -> str | None:
+        """Return size and time of change of the file behind a large memory map: while they stay, its content is taken to."""
+        filename = self.x.filename if isinstance(self.x, np.memmap) and self.mapped else None
+        if filename is None:
+            return None
+        stat = Path(filename).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
+    def check(self, *, values: bool = True, whole: bool = True) -> None:
+        """Refuse what no model can use.
+
+        Args:
+            values: look at every number; else at shape and type alone.
+            whole: these are all the data: every column of a table needs an observed value. Else they are some rows, of which
+                nothing need be observed: the answer to them is the prior.
+
+        Raises:
+            DataError: for an array of the wrong kind or shape, for infinities, for a column of which nothing is observed, and
+                for covariates and exposures that are missing; names the first place.
+        """
+        x = self.x
+        if x.dtype.kind not in "buif":
+            raise DataError(f"{self.name}: numbers are needed, this array holds {_kind(x)}; convert it to float first")
+        if x.ndim == 1:
+            raise DataError(f"{self.name}: rows and columns are needed, this array is flat; reshape it to ({len(x)}, 1)")
+        if x.ndim == 0 or x.size == 0:
+            raise DataError(f"{self.name}: empty, shape {tuple(x.shape)}; at least 3 rows of one number are needed")
+        self._check_beside()
+        if not values or x.dtype.kind != "f":
+            return
+        observed = np.zeros(self.event_shape, dtype=bool)
+        for start, part in rows_of(x):
+            finite = np.isfinite(part)
+            observed |= finite.any(0)
+            if not finite.all() and np.isinf(part).any():
+                index = np.argwhere(np.isinf(part))[0]
+                raise DataError(
+                    f"{self.name}: an infinite value at {self.place(start + index[0], index[1:])}; "
+                    "correct it, or make it NaN, which is read as missing"
+                )
+        if whole and not observed.any():
+            raise DataError(f"{self.name}: every value is missing; at least one of each column is needed")
+        if whole and observed.ndim == 1 and not observed.all():
+            column = self.column(int(np.argmin(observed)))
+            cure = "remove the column" if self.columns is None else "leave it out of data.x, or remove it"
+            raise DataError(f"{self.name}: column {column} has no observed value; {cure}")
+
+    def _check_beside(self) -> None:
+        """Check what stands beside x: as many rows, finite, exposures positive."""
+        exposure = None if self.exposure is None else self.exposure[:, None]
+        names = {"covariates": self.covariate_names, "exposure": ((self.layout and self.layout.exposure) or "exposure",)}
+        for kind, values in (("covariates", self.covariates), ("exposure", exposure)):
+            if values is None:
+                continue
+            if len(values) != len(self):
+                raise DataError(f"{self.name}: {len(values)} rows of {kind} for {len(self)} of x; both need the same number")
+            bad = ~np.isfinite(values) if kind == "covariates" else ~((values > 0) & (values < np.inf))
+            if bad.any():
+                row, column = (int(i) for i in np.argwhere(bad)[0])
+                value = values[row, column]
+                what = "missing" if np.isnan(value) else f"{value:g}"
+                needed = "a covariate must be a finite number" if kind == "covariates" else "an exposure must be above 0"
+                cure = "fill it in or remove the row" if np.isnan(value) else "correct it or remove the row"
+                raise DataError(f"{self.name}: {needed}, it is {what} at row {row}, column {names[kind][column]!r}; {cure}")
+
+    def column(self, number: int) -> str:
+        """Name one column of x for people."""
+        return repr(self.columns[number]) if self.columns else str(number)
+
+    def place(self, row: int, index: np.ndarray) -> str:
+        """Name one entry of x for people; rows and columns are counted from 0."""
+        if len(index) != 1:
+            return f"row {row}, position {tuple(int(i) for i in index)}"
+        return f"row {row}, column {self.column(int(index[0]))}"
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Which rows train, which choose the best weights, and which are audited: int64 row numbers, disjoint.
+
+    The test rows are in random order, so that the first k of them are a random sample; the others are sorted.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def split_rows(n: int, fractions: Sequence[float], seed: int, name: str = "data") -> Split:
+    """Split n rows at random; the same n, fractions and seed always give the same split.
+
+    The test rows come first from the permutation: other fractions of training and validation leave them alone.
+
+    Args:
+        n: number of rows.
+        fractions: of train, validation and test; they sum to 1. Each part with a positive fraction gets a row.
+        seed: of the permutation.
+        name: of the data, for messages.
+
+    Raises:
+        SpecError: if the fractions do not sum to 1 or leave nothing to train on or to audit.
+        DataError: if there are too few rows.
+    """
+    if not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
+        raise SpecError(f"data.split: train, validation and test must sum to 1, got {sum(fractions):g}")
+    if fractions[0] <= 0 or fractions[2] <= 0:
+        raise SpecError("data.split: train and test must be positive, such as [0.6, 0.2, 0.2]")
+    parts = sum(f > 0 for f in fractions)
+    if n < max(3, parts):
+        raise DataError(f"{name}: {n} row{'s' * (n != 1)}; at least 3 are needed for train, validation and test")
+    order = np.random.default_rng([seed, n]).permutation(n)
+    n_test = max(1, round(n * fractions[2]))
+    n_validation = max(1, round(n * fractions[1])) if fractions[1] > 0 else 0
+    n_test = min(n_test, n - n_validation - 1)
+    test, validation, train = np.split(order, [n_test, n_test + n_validation])
+    return Split(train=np.sort(train), validation=np.sort(validation), test=test)
+
+
+class Source(ABC):
+    """A data set that a spec can name.
+
+    Attributes:
+        split: fractions of train, validation and test.
+    """
+
+    split: Sequence[float]
+
+    def missing(self) -> str | None:
+        """Say what `load` needs that this machine does not have; None where it can read or make the data."""
+        return None
+
+    @abstractmethod
+    def load(self) -> Dataset:
+        """Read or make the data.
+
+        Raises:
+            DataError: one line that names file, row and column, and the cure.
+        """
+
+
+class File(Source):
+    """Your own data: .npz, .npy (memory-mapped), .csv (with or without a header) or .parquet (extra `parquet`).
+
+    Missing are NaN and, in a table, cells that are empty or say nan, NaN, NA, null or ?. Columns of text become codes.
+
+    Args:
+        folder: the folder that relative paths start from: that of the spec (a fact).
+        path: the file; a relative path starts at the folder of the spec.
+        key: which array of an .npz is x; not needed where there is only one, or one called `x`.
+        x: the columns of a table to model; all that have no other role by default.
+        covariates: columns (arrays of an .npz) to condition on; text, and columns declared categorical, become one-hot.
+        exposure: the column (array of an .npz) of positive numbers that rates of counts are multiplied by.
+        labels: the column (array of an .npz) that colours figures; numbers or text.
+        kinds: what columns hold where their values do not show it: column -> real, positive, proportion, count, binary,
+            ordinal or categorical.
+        split: fractions of train, validation and test.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        path: Path,
+        key: str | None = None,
+        x: Names | None = None,
+        covariates: Names | None = None,
+        exposure: str | None = None,
+        labels: str | None = None,
+        kinds: Mapping[str, Kind] | None = None,
+        split: Fractions = DEFAULT_SPLIT,
+    ) -> None:
+        from elbowroom.data.tables import Layout
+
+        self.path = (Path(folder) / Path(path).expanduser()).resolve()
+        self.label = str(path)
+        self.key = key
+        self.layout = Layout.chosen(x, covariates, exposure, labels, kinds)
+        self.split = split
+
+    def load(self) -> Dataset:
+        """Read the file."""
+        dataset = self.read(self.layout)
+        dataset.check(values=not dataset.mapped)
+        if dataset.kinds and not dataset.mapped:
+            _ = dataset.described
+        return dataset
+
+    def read(self, layout: Layout) -> Dataset:
+        """Read the file as another table was read, without a look at the values.
+
+        Args:
+            layout: which columns are what; `Dataset.layout` of the other one.
+        """
+        from elbowroom.data.frames import read_csv, read_parquet
+
+        path, label = self.path, self.label
+        readers = {
+            ".npz": self._npz,
+            ".npy": self._npy,
+            ".csv": lambda layout: read_csv(path, label, layout),
+            ".parquet": lambda layout: read_parquet(path, label, layout),
+        }
+        if path.suffix.lower() not in readers:
+            allowed = ", ".join(readers)
+            raise DataError(f"{label}: files of type {path.suffix or 'no suffix'!r} are not read; allowed: {allowed}")
+        if self.key is not None and path.suffix.lower() != ".npz":
+            raise SpecError(f"data.key: {label} holds one array only; leave the key out")
+        try:
+            if path.is_dir():
+                raise DataError(f"{label}: this is a folder; name a file")
+            if path.stat().st_size == 0:
+                raise DataError(f"{label}: empty")
+            return readers[path.suffix.lower()](layout)
+        except FileNotFoundError:
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            hint = nearest(path.name, siblings) if siblings else ""
+            hint = hint if hint.startswith("; did") else ""
+            raise DataError(f"{label}: no such file (looked for {path}){hint}") from None
+        except OSError as error:
+            raise DataError(f"{label}: cannot be read: {error.strerror or error}") from None
+
+    def _npy(self, layout: Layout) -> Dataset:
+        try:
+            x = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(f"{self.label}: {_numpy_problem(error)}") from None
+        return layout.unnamed(x, self.label)
+
+    def _npz(self, layout: Layout) -> Dataset:
+        from elbowroom.data.tables import beside
+
+        def read(archive: Any, key: str, option: str) -> np.ndarray:
+            if key not in archive.files:
+                raise DataError(f"{self.label}: {option}: there is no array {key!r}{nearest(key, archive.files)}")
+            check_npz(self.path, key, self.label)
+            return np.asarray(archive[key])
+
+        try:
+            with self.path.open("rb") as handle:
+                archive = np.load(handle, allow_pickle=False)
+                if not isinstance(archive, np.lib.npyio.NpzFile):
+                    raise DataError(f"{self.label}: not an .npz archive; if it is one array, call it .npy")
+                others = [name for _, name in layout.others()]
+                x = read(archive, self._choose([k for k in archive.files if k not in others]), "data.key")
+                found = {name: read(archive, name, option) for option, name in layout.others()}
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+            raise DataError(f"{self.label}: {_numpy_problem(error)}") from None
+        return beside(x, found, layout, self.label if self.key is None else f"{self.label}[{self.key}]")
+
+    def _choose(self, keys: list[str]) -> str:
+        """Name the array of an archive to use."""
+        if self.key is not None:
+            return self.key
+        if len(keys) != 1 and "x" not in keys:
+            raise DataError(f"{self.label}: holds {', '.join(keys) or 'nothing'}; say which with data.key")
+        return "x" if "x" in keys else keys[0]
+
+
+def _numpy_problem(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if any(word in text for word in ("Object arrays", "Python objects", "allow_pickle")):
+        return "holds Python objects, which are never loaded; save numbers: np.save(file, x.astype(float))"
+    return f"damaged or cut short ({text[:80] or type(error).__name__}); write it again"
+
+
+def _kind(x: np.ndarray) -> str:
+    kinds = {"c": "complex numbers", "U": "text", "S": "bytes", "M": "dates", "m": "durations", "O": "Python objects"}
+    return kinds.get(x.dtype.kind, f"values of type {x.dtype}")
+
+
+def rows_of(x: np.ndarray) -> Iterator[tuple[int, Any]]:
+    """Yield (first row, rows) of an array, a few million entries at a time; of a memory map nothing else stays in memory."""
+    rows = max(1, CHUNK // max(1, math.prod(x.shape[1:])))
+    for start in range(0, len(x), rows):
+        yield start, x[start : start + rows]
+        forget(x)
+
+
+def forget(x: np.ndarray) -> None:
+    """Let go of the pages of a memory map that were read; the system may still have them cached."""
+    pages = getattr(x, "_mmap", None)
+    if isinstance(pages, mmap.mmap) and getattr(x, "mode", "") == "r" and hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,297 @@
+"""Tables: frames and arrays from Python, parquet and CSV files, as rows of numbers with the names of their columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elbowroom.data.dataset import DEFAULT_SPLIT, Dataset, File, Fractions, Names, Source
+from elbowroom.data.tables import MISSING, Cells, Layout, assemble
+from elbowroom.errors import DataError
+from elbowroom.models.columns import Kind
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AS_IT_IS = Layout()
+"""All columns are x."""
+
+
+class Memory(Source):
+    """Rows handed over from Python: er.Experiment.load(spec, data=frame_or_array). A spec alone cannot bring them.
+
+    Missing are NaN, None, <NA> and masked entries. Columns of text or categories become codes.
+
+    Args:
+        x: the columns of a frame to model; all that have no other role by default.
+        covariates: columns to condition on; text and categories become one-hot.
+        exposure: the column of positive numbers that rates of counts are multiplied by.
+        labels: the column that colours figures; numbers or text.
+        kinds: what columns hold where their values do not show it: column -> real, positive, proportion, count, binary,
+            ordinal or categorical.
+        split: fractions of train, validation and test.
+    """
+
+    def __init__(
+        self,
+        *,
+        x: Names | None = None,
+        covariates: Names | None = None,
+        exposure: str | None = None,
+        labels: str | None = None,
+        kinds: Mapping[str, Kind] | None = None,
+        split: Fractions = DEFAULT_SPLIT,
+    ) -> None:
+        self.layout = Layout.chosen(x, covariates, exposure, labels, kinds)
+        self.split = split
+
+    def missing(self) -> str | None:
+        """The rows themselves."""
+        return "the rows come from Python"
+
+    def load(self) -> Dataset:
+        """Refuse: there is nothing to read."""
+        raise DataError(
+            "data: these rows came from Python and are in no file; hand them over again: er.Experiment.load(spec, data=...) "
+            "or er.Run.load(run, data=...); from the command line name rows, DATA (and --calibration FILE of score)"
+        )
+
+    def hand_over(self, given: Any) -> Dataset:
+        """Take the rows, columns by the options."""
+        return from_python(given, layout=self.layout)
+
+
+def from_python(given: Any, name: str = "data", *, layout: Layout = AS_IT_IS) -> Dataset:
+    """Take rows from a NumPy array or a pandas DataFrame, without a copy where none is needed.
+
+    Args:
+        given: the array, (N, *event), or the frame.
+        name: what messages call it.
+        layout: which columns are what.
+
+    Raises:
+        DataError: it is neither, or a column holds neither numbers nor text; names the column.
+    """
+    if isinstance(given, np.ma.MaskedArray):
+        mask = np.ma.getmaskarray(given)
+        given = given.data
+        if mask.any() and given.dtype.kind in "buif":  # anything else is refused by its type
+            given = np.where(mask, np.nan, given.astype(given.dtype if given.dtype.kind == "f" else np.float64))
+    if isinstance(given, np.ndarray):
+        return layout.unnamed(given, name)
+    import pandas as pd
+
+    if isinstance(given, pd.DataFrame):
+        return from_frame(given, name, layout)
+    kind = f"{type(given).__module__}.{type(given).__qualname__}".removeprefix("builtins.")
+    raise DataError(f"{name}: must be a NumPy array or a pandas DataFrame, got {kind}; convert it with np.asarray(...)")
+
+
+def read_like(given: Any, layout: Layout | None, folder: Path) -> Dataset:
+    """Read other rows as the data of a fit were read: the same columns in the same roles, text with the same codes.
+
+    Args:
+        given: a path, an array or a frame.
+        layout: `Dataset.layout` of the data of the fit; None where they had no named columns.
+        folder: where relative paths start.
+
+    Raises:
+        DataError: a column of the fit is not there, or holds a text that the fit has not seen.
+    """
+    layout = layout or AS_IT_IS
+    if isinstance(given, str | Path):
+        return File(folder, path=Path(given)).read(layout)
+    return from_python(given, layout=layout)
+
+
+def from_frame(frame: pd.DataFrame, name: str, layout: Layout = AS_IT_IS) -> Dataset:
+    """Take the rows of a frame as numbers; the names of the columns are kept.
+
+    Raises:
+        DataError: a name appears twice, or a column holds neither numbers nor text; names the column.
+    """
+    columns = [str(column) for column in frame.columns]
+    if repeated := [column for column in columns if columns.count(column) > 1]:
+        raise DataError(f"{name}: the column name {repeated[0]!r} appears twice")
+    if frame.shape[1] == 0 or len(frame) == 0:
+        raise DataError(f"{name}: empty, shape {frame.shape}; at least 3 rows of one number are needed")
+    layout.require(columns, name)
+    used = {column for _, column in layout.others()} | set(layout.x or columns) | set(layout.kinds)
+    parts = [(i, column) for i, column in enumerate(columns) if column in used]
+    return assemble([_cells(frame.iloc[:, i], column, name) for i, column in parts], layout, name)
+
+
+def _cells(column: pd.Series[Any], label: str, name: str) -> Cells:
+    """Return one column as numbers or as codes."""
+    import pandas as pd
+
+    dtype = column.dtype
+    if isinstance(dtype, pd.CategoricalDtype):
+        texts = [None if pd.isna(v) else str(v) for v in column]
+        return Cells.of_text(label, texts, map(str, dtype.categories) if dtype.ordered else None)
+    if pd.api.types.is_object_dtype(dtype) or isinstance(dtype, pd.StringDtype):
+        known = [v for v in column if not _is_missing(v)]
+        if known and all(isinstance(v, str) for v in known):
+            return Cells.of_text(label, [None if _is_missing(v) else v.strip() for v in column])
+        if all(isinstance(v, bool | int | float | np.number | np.bool_) for v in known):
+            return Cells(label, np.array([np.nan if _is_missing(v) else float(v) for v in column]))
+    numeric = pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype)
+    if not numeric or pd.api.types.is_complex_dtype(dtype):
+        first = next((v for v in column if not isinstance(v, str) and not _is_missing(v)), column.iloc[0])
+        raise DataError(
+            f"{name}: column {label!r} holds {dtype}, such as {str(first)[:40]!r}, neither numbers nor text; "
+            "remove the column or convert it"
+        )
+    if not isinstance(dtype, np.dtype):
+        if column.isna().any():
+            return Cells(label, column.to_numpy(dtype="float64", na_value=np.nan))
+        kind = "float64" if pd.api.types.is_float_dtype(dtype) else "int64" if not pd.api.types.is_bool_dtype(dtype) else "bool"
+        return Cells(label, column.to_numpy(dtype=kind))
+    return Cells(label, column.to_numpy())
+
+
+def _is_missing(value: Any) -> bool:
+    """Say whether a cell of a frame is None, NaN, <NA> or a text that stands for it."""
+    import pandas as pd
+
+    if isinstance(value, str):
+        return value.strip() in MISSING
+    return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
+
+
+def read_parquet(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
+    """Read a parquet file of numbers and text.
+
+    Args:
+        path: the file.
+        label: its name for messages.
+        layout: which columns are what.
+
+    Raises:
+        DataError: pyarrow is not installed, or the file is damaged or holds other than numbers and text.
+    """
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise DataError(f"{label}: parquet files need pyarrow; install it with: pip install 'elbowroom[parquet]'") from None
+    try:
+        with path.open("rb") as handle:
+            frame = parquet.read_table(handle).to_pandas()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # pyarrow's errors share no base class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:80]
+        raise DataError(f"{label}: damaged or no parquet file ({reason}); write it again") from None
+    return from_frame(frame, label, layout)
+
+
+def read_csv(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
+    """Read cells separated by commas, semicolons or tabs; a first line with text in it is the header.
+
+    Without a header the columns are called 0, 1, ...
+
+    Args:
+        path: the file.
+        label: its name for messages.
+        layout: which columns are what.
+
+    Raises:
+        DataError: names the line (counted from 1) that is ragged, or line and column of text in a column of numbers.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{label}: not a text file in UTF-8 (byte {error.start}); export it as UTF-8") from None
+    if "\x00" in text:
+        raise DataError(f"{label}: not a text file (it holds NUL characters)")
+    first = next((line for line in text.splitlines() if line.strip()), None)
+    if first is None:
+        raise DataError(f"{label}: empty")
+    delimiter = max(",;\t", key=first.count)
+    cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter))]
+    header = any(cell not in MISSING and not _is_number(cell) for cell in cells)
+    if header and (repeated := [name for name in cells if cells.count(name) > 1]):
+        raise DataError(f"{label}: the column name {repeated[0]!r} appears twice in the header")
+    body = text.split(first, 1)[1] if header else text
+    if not body.strip():
+        raise DataError(f"{label}: a header and no rows")
+    columns = tuple(cells) if header else tuple(str(i) for i in range(len(cells)))
+    if layout.fitted and layout.x is not None and not header and len(layout.x) == len(columns):
+        columns = layout.x  # by their places
+    x = _numbers(body, delimiter)
+    if x is not None and x.shape[1] == len(columns):
+        found = [Cells(name, x[:, i]) for i, name in enumerate(columns)]
+    else:
+        found = _mixed(text, label, delimiter, columns, layout.textual, header=header)
+    dataset = assemble(found, layout, label)
+    if header or layout.x is not None:
+        return dataset
+    return replace(dataset, columns=None, layout=replace(dataset.layout or layout, x=None))
+
+
+def _numbers(body: str, delimiter: str) -> np.ndarray | None:
+    """Read a table of numbers alone, fast; None where it holds anything else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return np.loadtxt(io.StringIO(body), delimiter=delimiter, ndmin=2, comments=None, quotechar='"')
+    except (ValueError, UserWarning, OverflowError):
+        return None
+
+
+def _mixed(
+    text: str, label: str, delimiter: str, columns: tuple[str, ...], textual: frozenset[str], *, header: bool
+) -> list[Cells]:
+    """Read a table of numbers, text and empty cells."""
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    try:
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                continue
+            if header and not lines:
+                lines.append(reader.line_num)
+                continue
+            width = len(rows[0]) if rows and not header else len(columns)
+            if len(row) != width:
+                cells = f"{len(row)} cell{'s' * (len(row) != 1)}"
+                raise DataError(
+                    f"{label}: line {reader.line_num} has {cells}, the lines before it have {width}; every line needs the same"
+                )
+            rows.append([cell.strip() for cell in row])
+            lines.append(reader.line_num)
+    except csv.Error as error:
+        raise DataError(f"{label}: not a CSV file: {error}") from None
+    lines = lines[1:] if header else lines
+    return [_column(name, [row[i] for row in rows], label, lines, name in textual) for i, name in enumerate(columns)]
+
+
+def _column(name: str, cells: list[str], label: str, lines: list[int], textual: bool) -> Cells:
+    """Return a column as numbers where all its cells are, else as text where none is or it may be."""
+    known = [cell not in MISSING for cell in cells]
+    numeric = [is_known and _is_number(cell) for cell, is_known in zip(cells, known, strict=True)]
+    if numeric == known:
+        return Cells(name, np.array([float(c) if k else np.nan for c, k in zip(cells, known, strict=True)]))
+    if any(numeric) and not textual:
+        at = next(i for i, cell in enumerate(cells) if known[i] and not numeric[i])
+        raise DataError(
+            f"{label}: line {lines[at]}, column {name!r}: the text {cells[at][:40]!r} is no number, and other cells of the "
+            "column are; correct it, or declare the column categorical in data.kinds"
+        )
+    return Cells.of_text(name, [cell if k else None for cell, k in zip(cells, known, strict=True)])
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return "_" not in cell

@@ -1,0 +1,212 @@
+"""What a question to a fitted model gives: numbers with units, in the kind of array that was asked with, and in files."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+
+from elbowroom.errors import DataError, SpecError, UserError
+from elbowroom.system.files import atomic
+from elbowroom.system.stages import stage
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from elbowroom.analysis.plots.style import Absent, Plot
+
+SUFFIXES = (".nc", ".csv", ".parquet", ".npz")
+
+
+@dataclass(frozen=True)
+class Form:
+    """The kind of array that a question was asked with, so that the answer comes in the same.
+
+    Attributes:
+        kind: `numpy` also for files.
+        index: the rows' labels of a frame.
+        like: a tensor whose device and precision the answer takes.
+    """
+
+    kind: Literal["numpy", "torch", "pandas"] = "numpy"
+    index: Any = None
+    like: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Any) -> tuple[Any, Form]:
+        """Return what was given as a path, an array or a frame, and its form."""
+        if isinstance(given, torch.Tensor):
+            plain = given.detach().cpu()  # numpy has no bfloat16
+            return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy(), cls("torch", like=given)
+        if hasattr(given, "iloc") and hasattr(given, "columns"):
+            return given, cls("pandas", index=given.index)
+        return given, cls()
+
+    def back(self, value: xr.DataArray) -> Any:
+        """Return a variable in this form: an array, a tensor, or a Series or frame over the rows that were given."""
+        if self.kind == "torch" and value.dtype.kind in "fiub":
+            tensor = torch.as_tensor(value.values.copy())
+            if self.like is None:
+                return tensor
+            floating = tensor.is_floating_point() and self.like.is_floating_point()
+            return tensor.to(self.like.device, self.like.dtype if floating else tensor.dtype)
+        if self.kind == "pandas" and value.dims[:1] == ("obs_id",) and value.ndim <= 2:
+            frame = flat(value.to_dataset(name="value"))
+            frame.index = self.index
+            if value.ndim == 1:
+                return frame["value"].rename(str(value.name))
+            return frame.set_axis([str(v) for v in value[value.dims[1]].values], axis=1)
+        return value.values
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """An answer: `answer["mean"]` in the kind of array that was given, `answer.frame()`, `answer.dataset`, `answer.save(path)`.
+
+    Attributes:
+        dataset: every number, over `obs_id` and its own dimensions, with units and a long name; attributes say what it is of.
+        said: what to conclude, in sentences.
+        form: the kind of array that `answer[...]` gives.
+        drawings: what draws its figures, in the order in which they are shown; see `figures`.
+    """
+
+    dataset: xr.Dataset
+    said: Sequence[str] = ()
+    form: Form = field(default_factory=Form, repr=False)
+    drawings: Sequence[Callable[[], Plot | Absent]] = field(default=(), repr=False)
+
+    @cached_property
+    def figures(self) -> Mapping[str, Plot | Absent]:
+        """Figures with their captions, by name, drawn when they are first asked for; `Absent` says why one cannot be."""
+        found = [draw() for draw in self.drawings]
+        return {one.name: one for one in found}
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a variable in the kind of array that was given: numpy, torch or pandas."""
+        if name not in self.dataset:
+            raise UserError(f"answer[{name!r}]: there is {', '.join(map(str, self.dataset.data_vars))}")
+        return self.form.back(self.dataset[name])
+
+    def frame(self) -> pd.DataFrame:
+        """Return one line per row and one column per number, such as `mean[0]`, `quantile[0,0.5]`; covariances are left out.
+
+        An answer that is not about rows has one line per combination of its dimensions.
+        """
+        if "obs_id" not in self.dataset.dims:
+            return self.dataset.to_dataframe().reset_index()
+        frame = flat(self.dataset)
+        if self.form.index is not None and len(frame) == len(self.form.index):
+            frame.index = self.form.index
+        return frame
+
+    @stage("files")
+    def save(self, path: str | Path) -> Path:
+        """Write the answer to one file, whole or not at all.
+
+        Args:
+            path: .nc holds everything; .csv and .parquet hold `frame()` (a column of numbers and texts as text); .npz every
+                array by its name.
+
+        Raises:
+            UserError: the suffix is none of these, or pyarrow is not installed.
+        """
+        path = check_suffix(Path(path))
+        if path.suffix == ".nc":
+            from elbowroom.analysis import idata
+
+            idata.write(self.dataset, path)
+            return path
+        with atomic(path) as temporary:
+            if path.suffix == ".npz":
+                names = [*self.dataset.coords, *self.dataset.data_vars]
+                arrays = {str(name): _plain(self.dataset[name].values) for name in names}
+                np.savez_compressed(temporary, allow_pickle=False, **arrays)
+            elif path.suffix == ".csv":
+                self.frame().to_csv(temporary)
+            else:
+                _one_kind(self.frame()).to_parquet(temporary)
+        return path
+
+    @stage("figures")
+    def save_figures(self, path: str | Path) -> list[Path]:
+        """Write the figures that could be drawn beside `path`: the first to `<stem>.png`, the others to `<stem>-<name>.png`."""
+        if not self.drawings:
+            return []
+        from elbowroom.analysis.plots.style import DPI, Plot
+
+        path, written = Path(path), []
+        for number, one in enumerate(self.figures.values()):
+            if isinstance(one, Plot):
+                target = path.with_name(f"{path.stem}{f'-{one.name}' if number else ''}.png")
+                with atomic(target) as temporary:
+                    one.figure.savefig(temporary, dpi=DPI)
+                written.append(target)
+        return written
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {size}" for name, size in self.dataset.sizes.items())
+        rows = [f"  {name:<22}{v.attrs.get('long_name', '')}{_units(v)}" for name, v in self.dataset.data_vars.items()]
+        return "\n".join([f"{self.dataset.attrs.get('answers', 'answer')} ({sizes})", *rows, *self.said])
+
+
+def check_suffix(path: Path) -> Path:
+    """Check that a file of this name can be written.
+
+    Raises:
+        UserError: one line.
+    """
+    if path.suffix not in SUFFIXES:
+        raise SpecError(f"{path}: cannot write {path.suffix or 'a file without a suffix'}; use {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise SpecError(f"{path}: this is a folder; name a file with --out")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise DataError(f"{path}: parquet files need pyarrow; install it with: pip install 'elbowroom[parquet]'") from None
+    return path
+
+
+def flat(dataset: xr.Dataset) -> pd.DataFrame:
+    """Return the variables over `obs_id` as columns, such as `mean[0]`: one more dimension, or two of which one is short.
+
+    Short are states and quantiles: `probability[0,1]`, `quantile[0,0.5]`.
+    """
+    import pandas as pd
+
+    columns: dict[str, Any] = {}
+    for name, value in dataset.data_vars.items():
+        if value.dims == ("obs_id",):
+            columns[str(name)] = value.values
+        elif value.dims[:1] == ("obs_id",) and (value.ndim == 2 or (value.ndim == 3 and _is_short(value.dims[2]))):
+            labels = itertools.product(*(value[dim].values for dim in value.dims[1:]))
+            cells = value.values.reshape(len(value), -1)
+            columns |= {f"{name}[{','.join(map(str, label))}]": cells[:, i] for i, label in enumerate(labels)}
+    return pd.DataFrame(columns, index=pd.Index(dataset["obs_id"].values, name="obs_id"))
+
+
+def _one_kind(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the frame with its columns of numbers and texts as text: a column of a parquet file has one type."""
+    mixed = [i for i, dtype in enumerate(frame.dtypes) if dtype.kind == "O" and frame.iloc[:, i].map(type).nunique() > 1]
+    text = {frame.columns[i]: frame.iloc[:, i].map(str, na_action="ignore") for i in mixed}
+    return frame.assign(**text)
+
+
+def _is_short(dim: Any) -> bool:
+    return str(dim) == "quantile_at" or str(dim).endswith("_state")
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    return values.astype(str) if values.dtype.kind == "O" else values
+
+
+def _units(value: xr.DataArray) -> str:
+    units = value.attrs.get("units", "")
+    return f" [{units}]" if units not in ("", "1") else ""

@@ -1,0 +1,41 @@
+"""Integrate: how p(x) of one row comes about, by naive Monte Carlo, by the encoder, by a refitted normal, by annealing."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elbowroom.analysis.queries.integration import integrate as compute
+from elbowroom.errors import UserError
+from elbowroom.queries.answer import Answer
+from elbowroom.queries.stream import place_of
+from elbowroom.runs import rows as asked
+from elbowroom.spec.experiment import seam
+
+if TYPE_CHECKING:
+    from elbowroom.analysis.plots.style import Plot
+    from elbowroom.run import Run
+
+
+def integrate(run: Run, data: Any, datum: int | None, *, seed: int | None, device: str | None, **options: Any) -> Answer:
+    """Integrate p(x) of one row of the data; see `Questions.integrate`."""
+    from elbowroom.queries.answer import Form
+
+    given, _ = Form.of(data)
+    rows = asked.rows(run, given)
+    row = int(rows.index[0]) if datum is None else datum
+    if row not in rows.index:
+        whose = "the test split has rows" if data is None else f"{rows.dataset.name} has rows"
+        near = rows.index[np.argmin(np.abs(rows.index - row))]
+        raise UserError(f"datum: there is no row {row}; {whose} {rows.index[0]} to {rows.index[-1]}, the nearest is {near}")
+    place = place_of(run, device)
+    batch = {name: value.to(place) for name, value in rows.experiment.batch(np.array([row])).items()}
+    seed = run.experiment.spec.seed if seed is None else seed
+    found = compute(seam(run.vae.to(place), batch), seed=seed, **options)
+    found = found.assign_attrs({**asked.attributes(run, rows.dataset), "datum": row, "answers": "integrate"})
+    from elbowroom.analysis.plots.queries.integration import caption, integration
+
+    draw: partial[Plot] = partial(integration, found)
+    return Answer(found, [caption(found)], drawings=(draw,))

@@ -1,0 +1,1 @@
+"""Draws, interpolations and reconstructions."""

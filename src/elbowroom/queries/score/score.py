@@ -1,0 +1,336 @@
+r"""Score: log p(x) of each row with its kind and error, and whether the row is like the ones that the model was fitted to.
+
+The rows are compared with calibration rows, by default the run's validation split, that went through the very same estimator;
+see `analysis.screening` for what the comparison promises. The calibration rows' scores, and those of rows that the model made,
+are kept in `RUN/answers/`, under the hash of all that they depend on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from elbowroom.analysis import idata
+from elbowroom.analysis.measures import gaps
+from elbowroom.analysis.measures.table import GOOD_K
+from elbowroom.analysis.queries.best_posterior import read
+from elbowroom.analysis.queries.novelty import enough, judge, outside
+from elbowroom.errors import DataError, RunFolderError, SpecError, UnsupportedProgram, nearest
+from elbowroom.inference.target.simulate import simulate
+from elbowroom.models import measure
+from elbowroom.queries import stream as streaming
+from elbowroom.runs import rows as asked
+from elbowroom.spec import run_folder as folder
+from elbowroom.system.files import sha256
+
+if TYPE_CHECKING:
+    from elbowroom.analysis.plots.style import Absent, Plot
+    from elbowroom.inference.fit.rows import Batch
+    from elbowroom.inference.posterior import Reference
+    from elbowroom.inference.target.log_joint import LogJoint
+    from elbowroom.models.vae import VAE
+    from elbowroom.queries.stream import Chunk, Report
+    from elbowroom.run import Run
+    from elbowroom.runs.rows import Asked
+
+KEEP = 400  # draws per row that references certify themselves by
+CALIBRATION_STEP, SIMULATION_STEP = 49_979_687, 67_867_967  # of the seed: rows that are compared share no noise
+KINDS = {"pattern": "pattern", "count": "observed"}
+WORDS: dict[str, tuple[str, str]] = {
+    "log_evidence": ("nats", "log p(x) of the cells that are there, NaN where only a bound is known"),
+    "log_evidence_se": ("nats", "numerical or standard error of log_evidence"),
+    "log_evidence_lower": ("nats", "lower end of what log p(x) may be"),
+    "log_evidence_upper": ("nats", "upper end, NaN where there is none"),
+    "evidence_method": ("", "which kind of number log_evidence is"),
+    "evidence_reason": ("", "why this kind"),
+    "bits_per_dimension": ("bits", "-log2 p(x) / cells, of discrete data without holes"),
+    "bits_per_dimension_se": ("bits", "numerical or standard error of bits_per_dimension"),
+    "elbo": ("nats", "ELBO of the encoder"),
+    "elbo_se": ("nats", "standard error of elbo over its draws"),
+    "rate": ("nats", "KL(q(z|x) || p(z))"),
+    "distortion": ("nats", "-E_q log p(x|z), the reconstruction error"),
+    "pareto_k": ("1", f"k-hat of the guide's importance weights; above {GOOD_K} they cannot correct it"),
+    "gap_total": ("nats", "log_evidence - elbo"),
+    "gap_total_se": ("nats", "error of gap_total"),
+    "gap_amortization": ("nats", "L[q*] - elbo: what the encoder misses of its own family"),
+    "gap_amortization_se": ("nats", "standard error of gap_amortization"),
+    "observed": ("1", "cells that are there"),
+    "pattern": ("", "the same number for rows with the same holes; 0 without"),
+}
+
+
+def band_of(text: str | Sequence[float], where: str = "band") -> tuple[float, float]:
+    """Return the two percentiles of a text such as `2.5-97.5`.
+
+    Raises:
+        SpecError: one line.
+    """
+    try:
+        ends = [float(part) for part in (text.split("-") if isinstance(text, str) else text)]
+    except ValueError:
+        ends = []
+    if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 100 or ends[1] - ends[0] == 100:
+        raise SpecError(f"{where}: {text} is no band of percentiles; write it as 2.5-97.5")
+    return ends[0], ends[1]
+
+
+def scorer(
+    vae: VAE, methods: Sequence[Reference], *, draws: int, refit: bool = False, simulated: bool = False
+) -> Callable[[Chunk], xr.Dataset]:
+    """Return what scores one chunk of rows.
+
+    Args:
+        vae: the VAE, on the device.
+        methods: references, best first.
+        draws: draws per row of the guide's estimates and importance weights.
+        refit: the guide's family is refitted to every row, for the amortization gap.
+        simulated: rows that the model makes are scored in the place of the chunk's, with the same covariates and holes.
+    """
+    mass = measure.kind(vae) == measure.MASS
+
+    def answer(chunk: Chunk) -> xr.Dataset:
+        log_joint = simulate(chunk.log_joint, chunk.seed + 1)[0] if simulated else chunk.log_joint
+        columns = _scores(log_joint, methods, draws, chunk.seed)
+        if refit:
+            found = gaps.refitted(log_joint)
+            columns |= {f"gap_{name}": found[name].cpu().numpy() for name in ("amortization", "amortization_se")}
+        columns |= _holes(chunk.batch["x"])
+        if mass:
+            cells = int(np.prod(chunk.batch["x"].shape[1:]))
+            whole = np.where(columns["observed"] == cells, cells * np.log(2), np.nan)
+            columns["bits_per_dimension"] = -columns["log_evidence"] / whole
+            columns["bits_per_dimension_se"] = columns["log_evidence_se"] / whole
+        about = {name: {"units": WORDS[name][0], "long_name": WORDS[name][1]} for name in WORDS}
+        return xr.Dataset({name: ("obs_id", columns[name], about[name]) for name in WORDS if name in columns})
+
+    return answer
+
+
+def _scores(log_joint: LogJoint, methods: Sequence[Reference], draws: int, seed: int) -> dict[str, np.ndarray]:
+    """Return what the guide and the evidence say of each row."""
+    found = read(log_joint, methods, draws=draws, keep=KEEP, seed=seed)
+    evidence = found.evidence
+    guide = {
+        name: found.guide.stats[name].double().cpu().numpy() for name in ("elbo", "elbo_se", "rate", "distortion", "pareto_k")
+    }
+    return {
+        "log_evidence": evidence.value,
+        "log_evidence_se": evidence.error,
+        "log_evidence_lower": evidence.lower,
+        "log_evidence_upper": evidence.upper,
+        "evidence_method": _once(evidence.method),
+        "evidence_reason": _once(evidence.reason),
+        **guide,
+        "gap_total": evidence.value - guide["elbo"],
+        "gap_total_se": np.hypot(evidence.error, guide["elbo_se"]),
+    }
+
+
+def unable(vae: VAE, *, refit: bool) -> Callable[[Batch, str], xr.Dataset]:
+    """Return what stands for a row at which the model cannot be evaluated: nothing is known of its log p(x), and why."""
+    left_out = set() if measure.kind(vae) == measure.MASS else {"bits_per_dimension", "bits_per_dimension_se"}
+    left_out |= set() if refit else {"gap_amortization", "gap_amortization_se"}
+
+    def answer(batch: Batch, reason: str) -> xr.Dataset:
+        columns: dict[str, np.ndarray] = {name: np.array([np.nan]) for name in WORDS if name not in left_out}
+        columns |= {"log_evidence_lower": np.array([-np.inf]), **_holes(batch["x"])}
+        columns |= {"evidence_method": np.array(["none"], dtype=object), "evidence_reason": np.array([reason], dtype=object)}
+        return xr.Dataset({name: ("obs_id", value) for name, value in columns.items()})
+
+    return answer
+
+
+def _once(texts: np.ndarray) -> np.ndarray:
+    """Return the same texts, each held in memory once."""
+    different, place = np.unique(texts, return_inverse=True)
+    found: np.ndarray = different.astype(object)[place]
+    return found
+
+
+def _holes(x: Tensor) -> dict[str, np.ndarray]:
+    """Return how many cells of each row are there, and a number for which."""
+    missing = x.isnan().flatten(1).cpu().numpy() if x.is_floating_point() else np.zeros((len(x), x[0].numel()), dtype=bool)
+    number = lambda row: int.from_bytes(bytes.fromhex(sha256(np.packbits(row).tobytes())[:14]), "big") if row.any() else 0
+    pattern = np.array([number(row) for row in missing], dtype=np.int64)
+    return {"observed": (~missing).sum(1).astype(np.int64), "pattern": pattern}
+
+
+def calibration_rows(run: Run, data: Any, most: int) -> Asked:
+    """Return the rows that others are compared with: of the validation split, or of the user's, the first `most`.
+
+    Raises:
+        UserError: they do not fit the model, or there is none.
+    """
+    found = asked.own(run, "validation") if data is None else asked.given(run, data)
+    if not len(found):
+        raise SpecError(
+            f"{run.path}: the run has no validation rows to compare with; fit with a part of data.split for them, or name rows "
+            "that the model has not seen with --calibration"
+        )
+    return replace(found, index=np.sort(found.index[:most]))
+
+
+def check_options(fdr: float, most: int, simulated: int, holes: str) -> None:
+    """Refuse options that mean nothing.
+
+    Raises:
+        SpecError: one line.
+    """
+    if not 0 < fdr < 1:
+        raise SpecError(f"fdr: {fdr:g} is no rate; use one between 0 and 1, such as 0.1")
+    for name, number, least in (("most", most, 1), ("simulated", simulated, 0)):
+        if number < least:
+            raise SpecError(f"{name}: {number} rows; use {least} or more")
+    if holes not in KINDS:
+        raise SpecError(f"holes: unknown {holes!r}{nearest(holes, KINDS)}; one of {', '.join(KINDS)}")
+
+
+def check_enough(rows: Asked, band: tuple[float, float]) -> None:
+    """Refuse a band whose level no p-value can reach.
+
+    Raises:
+        DataError: says what can be reached.
+    """
+    n, level = len(rows), outside(band)
+    if n < enough(level):
+        raise DataError(
+            f"{rows.dataset.name}: {n} calibration rows give two-sided p-values of {2 / (n + 1):.3g} at least, and the band "
+            f"leaves {level:.3g} outside, which needs {enough(level)} rows; use a narrower --band, or more rows (--calibration)"
+        )
+
+
+def kept(
+    run: Run,
+    rows: Asked,
+    compute: Callable[[Chunk], xr.Dataset],
+    *,
+    question: str,
+    options: Mapping[str, Any],
+    seed: int,
+    device: torch.device,
+    report: Report | None,
+) -> xr.Dataset:
+    """Return the scores of rows that others are compared with, from `RUN/answers/` where they are there; else kept there.
+
+    Args:
+        run: the run; where its folder cannot be written to, nothing is kept.
+        rows: the rows.
+        compute: one chunk's scores.
+        question: what they are, the beginning of the file's name.
+        options: all that they depend on beside weights and data.
+        seed: random seed.
+        device: where to compute.
+        report: as in `streaming.stream`.
+    """
+    facts = {name: value for name, value in asked.attributes(run, rows.dataset).items() if name not in ("experiment", "data")}
+    identity = {**facts, **options, "seed": seed, "device": device.type, "torch": metadata.version("torch")}
+    key = sha256(json.dumps([identity, sha256(rows.index.tobytes())], sort_keys=True, default=repr).encode())[:16]
+    path = run.path / folder.ANSWERS / f"{question}-{key}.nc" if os.access(run.path, os.W_OK) else None
+    if path is not None and path.is_file():
+        try:
+            return idata.read_table(path)
+        except RunFolderError:  # damaged: computed again
+            pass
+    found = streaming.stream(
+        run, rows, compute, question=question, options=options, seed=seed, device=device, out=path, resume=True, report=report
+    )
+    if path is not None:
+        idata.write(found, path)
+        streaming.finish(path)
+    return found
+
+
+def screened(
+    run: Run,
+    rows: Asked,
+    methods: Sequence[Reference],
+    *,
+    calibration: Asked,
+    simulated: int,
+    band: tuple[float, float],
+    fdr: float,
+    holes: str,
+    refit: bool,
+    draws: int,
+    seed: int,
+    stream: Mapping[str, Any],
+) -> xr.Dataset:
+    """Score rows, and the rows that they are compared with, all alike; return both, with p-values and decisions.
+
+    Args:
+        run: the run.
+        rows: the rows.
+        methods: references, best first.
+        calibration: the rows to compare with.
+        simulated: rows to simulate, with the covariates and the holes of calibration rows, at most as many.
+        band: percentiles.
+        fdr: false-discovery rate.
+        holes: `pattern` or `count`: rows with the same holes, or with as many, are compared.
+        refit: see `scorer`.
+        draws: see `scorer`.
+        seed: random seed.
+        stream: device, out, resume and report, as in `streaming.stream`.
+    """
+    options = {"references": {method.name: vars(method) for method in methods}, "draws": draws, "keep": KEEP}
+    made = replace(calibration, index=_spread(calibration.index, simulated))
+    total = len(calibration) + len(made) + len(rows)
+    report, place = stream.get("report"), stream["device"]
+    after = lambda before: None if report is None else lambda done, _: report(before + done, total)
+    calibrated = kept(
+        run, calibration, scorer(run.vae, methods, draws=draws),
+        question="calibration", options=options, seed=seed + CALIBRATION_STEP, device=place, report=after(0),
+    )  # fmt: skip
+    simulations, why = None, ""
+    if len(made):
+        try:
+            simulations = kept(
+                run, made, scorer(run.vae, methods, draws=draws, simulated=True),
+                question="simulated", options=options, seed=seed + SIMULATION_STEP, device=place,
+                report=after(len(calibration)),
+            )  # fmt: skip
+        except UnsupportedProgram as error:
+            why = str(error)
+    found = streaming.stream(
+        run, rows, scorer(run.vae, methods, draws=draws, refit=refit), question="score", options={**options, "refit": refit},
+        seed=seed, unable=unable(run.vae, refit=refit), **{**stream, "report": after(len(calibration) + len(made))},
+    )  # fmt: skip
+    judged = judge(found, calibrated, simulations, band=band, fdr=fdr, kind=KINDS[holes])
+    judged["compared_with"].attrs["long_name"] = (
+        f"calibration rows with {'the same holes' if holes == 'pattern' else 'as many cells that are there'}"
+    )
+    joined = found.merge(judged, combine_attrs="override")
+    for name, others in (("calibration", calibrated), ("simulated", simulations)):
+        if others is not None:
+            attrs = {"units": "nats", "long_name": f"log p(x) of the {name} rows"}
+            joined[f"{name}_log_evidence"] = (f"{name}_row", others["log_evidence"].values, attrs)
+    return joined.assign_attrs(
+        answers="score", band=list(band), fdr=fdr, holes=holes,
+        calibration=calibration.dataset.name, calibration_rows=len(calibration),
+        calibration_mixed=int(len(np.unique(calibrated[KINDS[holes]].values)) > 1),
+        not_simulated=why,
+    )  # fmt: skip
+
+
+def _spread(index: np.ndarray, number: int) -> np.ndarray:
+    """Return so many of the rows, evenly spaced, or all."""
+    return index[np.linspace(0, len(index) - 1, min(number, len(index))).round().astype(int)]
+
+
+def drawing(dataset: xr.Dataset) -> Callable[[], Plot | Absent]:
+    """Return what draws the answer's figure."""
+
+    def draw() -> Plot | Absent:
+        from elbowroom.analysis.plots.queries.novelty import screening
+
+        return screening(dataset)
+
+    return draw

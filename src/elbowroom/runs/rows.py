@@ -1,0 +1,117 @@
+"""The rows that a question to a fitted run is about: the run's own, or the user's, read and checked as the fit's were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from elbowroom.spec import run_folder as folder, warm_start as start
+from elbowroom.errors import DataError, SpecError, nearest
+from elbowroom.data.frames import read_like
+from elbowroom.data.tables import Layout
+
+if TYPE_CHECKING:
+    from elbowroom.data.dataset import Dataset
+    from elbowroom.spec.experiment import Experiment
+    from elbowroom.run import Run
+
+Part = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Rows of data that fit a run's model.
+
+    Attributes:
+        dataset: the data.
+        index: numbers of the rows that are meant, (n,).
+        experiment: the run's experiment on these data.
+    """
+
+    dataset: Dataset
+    index: np.ndarray
+    experiment: Experiment
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def own(run: Run, part: str = "test") -> Asked:
+    """Return the rows of the run's own data that it was tested on, or another part of its split.
+
+    They stand in the split's random order: the first of them are a sample.
+
+    Raises:
+        UserError: there is no such part, or the data have changed since the fit.
+    """
+    if part not in get_args(Part):
+        raise SpecError(
+            f"part: unknown part of the data {part!r}{nearest(part, get_args(Part))}; one of {', '.join(get_args(Part))}"
+        )
+    index = getattr(folder.read_split(run.path / folder.SPLIT), part)
+    return Asked(run.data, index, run.experiment)
+
+
+def given(run: Run, data: Any, most: int | None = None, *, label: str | None = None) -> Asked:
+    """Read and check rows that the run was not fitted to; flat rows take the model's shape.
+
+    Args:
+        run: the run.
+        data: a path, an array or a frame.
+        most: at most so many rows, from the first.
+        label: what messages call an array or a frame.
+
+    Raises:
+        DataError: they do not fit the model; names file, row and column.
+    """
+    experiment = run.experiment
+    dataset = read_like(data, layout_of(run), Path.cwd())
+    if label is not None and not isinstance(data, str | Path):
+        dataset = replace(dataset, name=label)
+    dataset.check(values=False)
+    if most is not None:
+        dataset = dataset.take(slice(most))  # of a memory map, the rest is not read
+    dataset.check(whole=False)
+    shape = run.vae.likelihood.event_shape
+    if dataset.event_shape != shape:
+        if int(np.prod(dataset.event_shape)) != int(np.prod(shape)):
+            raise DataError(f"{dataset.name}: each datum has shape {dataset.event_shape}, the model expects {shape}")
+        dataset = replace(dataset, x=dataset.x.reshape(-1, *shape), columns=None)
+    try:
+        experiment.check_support(run.vae, dataset)
+    except DataError as error:
+        raise DataError(str(error).replace(f"{experiment.label}: data", dataset.name, 1)) from None
+    return Asked(dataset, np.arange(len(dataset), dtype=np.int64), experiment.on(dataset))
+
+
+def layout_of(run: Run) -> Layout | None:
+    """Return which columns of a table became what: as the run's folder records it or, just fitted, its data have it."""
+    record = run.experiment.spec.record
+    if record is None:
+        return run.experiment.data.layout
+    return None if record.layout is None else Layout.of(record.layout)
+
+
+def rows(run: Run, data: Any = None, *, part: str = "test") -> Asked:
+    """Return the rows of the user's data, or where there are none those of a part of the run's own."""
+    found = own(run, part) if data is None else given(run, data)
+    return replace(found, index=np.sort(found.index))
+
+
+def attributes(run: Run, dataset: Dataset | None) -> Mapping[str, str]:
+    """Return what files say that they are of: experiment, data (None: those of the fit, unread), weights, versions."""
+    record = run.experiment.spec.record
+    theirs = run.experiment.data_sha256 if record is None else record.data_sha256
+    return {
+        "experiment": run.path.resolve().name,
+        "data": "of the fit" if dataset is None else dataset.name,
+        "data_sha256": theirs if dataset in (None, run.experiment.__dict__.get("data")) else dataset.fingerprint(),
+        "weights_sha256": start.fingerprint(run.vae.state_dict()),
+        "spec_sha256": run.experiment.identity if record is None else record.experiment,
+        "elbowroom": metadata.version("elbowroom"),
+    }

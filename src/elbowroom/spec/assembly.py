@@ -1,0 +1,156 @@
+"""From a spec and the facts of its data to a VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from elbowroom.components import compatibility as pairs
+from elbowroom.components import registry as components
+from elbowroom.models import spaces
+from elbowroom.models.columns import Column
+from elbowroom.models.guides.base import AmortizedGuide, Family, Onto
+from elbowroom.models.networks.mlp import Network
+from elbowroom.models.vae import VAE
+
+if TYPE_CHECKING:
+    from elbowroom.data.dataset import Dataset
+    from elbowroom.spec.spec import Record, Spec
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a VAE must know of its data before it is built. A run folder records it, so that it is built again without them.
+
+    Attributes:
+        event_shape: shape of one datum.
+        levels: 1 + the largest value where all values are whole numbers from 0, else None.
+        columns: of a table, one for each entry of x; None for images and sequences.
+        covariates: names of the covariates.
+        exposure: whether counts have an exposure.
+        missing: whether entries are missing.
+    """
+
+    event_shape: tuple[int, ...]
+    levels: int | None = None
+    columns: tuple[Column, ...] | None = None
+    covariates: tuple[str, ...] = ()
+    exposure: bool = False
+    missing: bool = False
+
+    @classmethod
+    def of(cls, data: Dataset) -> Facts:
+        """Read the facts off data."""
+        return cls(
+            event_shape=data.event_shape,
+            levels=data.levels,
+            columns=data.described,
+            covariates=data.covariate_names,
+            exposure=data.exposure is not None,
+            missing=data.missing,
+        )
+
+    @classmethod
+    def recorded(cls, record: Record) -> Facts:
+        """Read the facts off a run folder's record."""
+        return cls(
+            event_shape=tuple(record.event_shape),
+            levels=record.levels,
+            columns=None if record.columns is None else tuple(Column(*entry) for entry in record.columns),
+            covariates=tuple(record.covariates),
+            exposure=record.exposure,
+            missing=record.missing,
+        )
+
+    def tree(self) -> dict[str, Any]:
+        """Return the facts as a record holds them; what is as usual is left out."""
+        tree: dict[str, Any] = {"event_shape": list(self.event_shape)}
+        if self.levels is not None:
+            tree["levels"] = self.levels
+        if self.columns is not None:
+            tree["columns"] = [[column.name, column.kind, column.levels] for column in self.columns]
+        for name in ("covariates", "exposure", "missing"):
+            if value := getattr(self, name):
+                tree[name] = list(value) if isinstance(value, tuple) else value
+        return tree
+
+
+def assemble(spec: Spec, facts: Facts) -> VAE:
+    """Build the VAE of a spec with fresh weights.
+
+    Raises:
+        SpecError: the options of a component do not go together, or with the data.
+    """
+    model, guide, d = spec.model, spec.guide, spec.model.latent_dim
+    likelihood = components.build(
+        "likelihood",
+        model.likelihood,
+        where="model.likelihood",
+        event_shape=facts.event_shape,
+        levels=facts.levels,
+        columns=facts.columns,
+    )
+    family = _family(model.prior, guide.family, d)
+    whole, rest = divmod(likelihood.param_dim, likelihood.width)
+    decoder = components.build(
+        "network",
+        model.decoder,
+        where="model.decoder",
+        in_shape=(d + len(facts.covariates),),
+        out_dim=likelihood.param_dim,
+        out_shape=(likelihood.param_dim,) if rest else (whole, *facts.event_shape),
+        marks=False,
+    )
+    network = components.component("network", guide.encoder.name).cls
+    joined = getattr(network, "joined_shape", Network.joined_shape)
+    beside = len(facts.covariates) + facts.exposure
+    encoder = components.build(
+        "network",
+        guide.encoder,
+        where="guide.encoder",
+        in_shape=joined(likelihood.feature_shape, marks=facts.missing, covariates=beside),
+        out_dim=family.param_dim,
+        out_shape=(family.param_dim,),
+        marks=facts.missing,
+    )
+    posterior = AmortizedGuide(encoder, family, marks=facts.missing)
+    prior = components.build(
+        "prior",
+        model.prior,
+        where="model.prior",
+        latent_dim=d,
+        covariate_dim=len(facts.covariates),
+        feature_shape=likelihood.feature_shape,
+        guide=posterior,
+    )
+    return VAE(prior, likelihood, decoder, posterior, covariate_dim=len(facts.covariates))
+
+
+def restore(vae: VAE, state: Mapping[str, Tensor]) -> None:
+    """Give a VAE its weights; buffers take the shapes that the training data gave them.
+
+    Raises:
+        RuntimeError, TypeError, AttributeError: the weights are those of another model.
+    """
+    for name, _ in list(vae.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        if name in state:
+            setattr(vae.get_submodule(owner), leaf, state[name].clone())
+    vae.load_state_dict(dict(state))
+
+
+def _family(prior: Any, chosen: Any, latent_dim: int) -> Family:
+    """Build the guide family, carried onto the prior's space where it lives on the real line and the prior does not."""
+    p, q = components.component("prior", prior.name).cls, components.component("guide", chosen.name).cls
+    space, inserted = pairs.space_of(p), pairs.transform_inserted(p, q)
+    family: Family = components.build(
+        "guide",
+        chosen,
+        where="guide.family",
+        latent_dim=spaces.free_dim(space, latent_dim) if inserted else latent_dim,
+        top_dim=getattr(prior, "top_dim", 0),
+    )
+    return Onto(family, space, latent_dim) if inserted else family

@@ -1,0 +1,454 @@
+"""An experiment: a checked spec with its data."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from elbowroom.components import registry as components
+from elbowroom.data.dataset import CHUNK, Dataset, File, Source, Split, forget, rows_of, split_rows
+from elbowroom.data.frames import Memory
+from elbowroom.data.tables import constant
+from elbowroom.errors import DataError, SpecError
+from elbowroom.inference.fit import svi
+from elbowroom.inference.fit.plan import plan
+from elbowroom.inference.fit.rows import Batch, Rows
+from elbowroom.inference.fit.warm_start import Start
+from elbowroom.inference.posterior import Reference
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.models.vae import VAE
+from elbowroom.spec import spec
+from elbowroom.spec import warm_start as starts
+from elbowroom.spec.assembly import Facts, assemble
+from elbowroom.spec.run_folder import SPLIT, read_split
+from elbowroom.system import durations as clock
+from elbowroom.system.archive import SHARE, amount, memory
+from elbowroom.system.files import sha256
+from elbowroom.system.stages import stage
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from elbowroom.analysis.audit.plan import Plan as AuditPlan
+
+MOST_COLUMNS = 100  # whose kinds are recorded where the likelihood does not need them
+PILOT = 64  # data that the cost of an audit is estimated from
+
+VERSIONS_OF = ("torch", "pyro-ppl", "numpy", "xarray", "arviz-base", "scikit-learn")
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """A spec that has been checked, with its data.
+
+    Attributes:
+        loaded: the resolved spec, its file's name, and where relative paths start.
+        given: the data, where they came from Python.
+
+    Example:
+        >>> import elbowroom as er
+        >>> experiment = er.Experiment.load("digits.yaml", set=["model.latent_dim=1"])  # doctest: +SKIP
+    """
+
+    loaded: spec.Loaded
+    given: Dataset | None = None
+
+    @classmethod
+    @stage("spec")
+    def load(
+        cls,
+        path: str | Path,
+        set: Iterable[str] = (),
+        *,
+        data: np.ndarray | pd.DataFrame | None = None,
+        allow_python: bool = False,
+    ) -> Experiment:
+        """Read a spec file and apply changes.
+
+        Args:
+            path: the file.
+            set: changes `a.b=c`, as on the command line.
+            data: rows to use in place of the spec's data: an array (N, *event) or a frame. Of the spec's own `data` the
+                roles of columns and `split` count then.
+            allow_python: execute the files and modules that the spec names as `python:...`; else they are refused.
+
+        Raises:
+            SpecError: one line.
+            DataError: `data` are not rows of numbers.
+        """
+        if data is None:
+            return cls(spec.load(path, set, allow_python=allow_python))
+        return cls._handed(spec.load(path, set, in_memory=True, allow_python=allow_python), data)
+
+    @classmethod
+    def from_dict(
+        cls,
+        tree: Mapping[str, Any],
+        base: str | Path = ".",
+        *,
+        data: np.ndarray | pd.DataFrame | None = None,
+        allow_python: bool = False,
+    ) -> Experiment:
+        """Check a spec given as dictionaries.
+
+        Args:
+            tree: the spec; with `data` it needs no data of its own.
+            base: the folder that relative paths start from.
+            data: as in `load`.
+            allow_python: as in `load`.
+        """
+        folder = Path(base).resolve()
+        if data is None:
+            return cls(spec.validate(tree, folder=folder, allow_python=allow_python))
+        return cls._handed(spec.validate(spec.of_memory(tree), folder=folder, allow_python=allow_python), data)
+
+    @classmethod
+    def _handed(cls, loaded: spec.Loaded, data: Any) -> Experiment:
+        """Take rows from Python, columns by the options of the spec's data."""
+        experiment = cls(loaded)
+        with experiment._labelled():
+            given = cast(Memory, experiment._source).hand_over(data)
+            given.check(values=False)
+            _ = given.described  # a declared kind that does not fit is found now
+        return cls(loaded, given)
+
+    def __repr__(self) -> str:
+        return f"Experiment({self.label!r})"
+
+    @property
+    def spec(self) -> spec.Spec:
+        """The resolved spec."""
+        return self.loaded.spec
+
+    @property
+    def label(self) -> str:
+        """What messages call the spec."""
+        return self.loaded.label
+
+    @functools.cached_property
+    @stage("data")
+    def data(self) -> Dataset:
+        """The data, read once.
+
+        Raises:
+            DataError: they are missing or cannot be used.
+        """
+        with self._labelled():
+            dataset = self._source.load() if self.given is None else self.given
+            dataset.check(values=not dataset.mapped)
+        return dataset
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the user: those of the spec, and of a table's columns that never change."""
+        columns = constant(self.data)
+        if not columns:
+            return self.loaded.notes
+        named = ", ".join(map(repr, columns[:10])) + (f" and {len(columns) - 10} more" if len(columns) > 10 else "")
+        if self.data.event_shape == (len(columns),):
+            return (*self.loaded.notes, f"data: every column of x is constant: {named}; there is nothing to learn")
+        which, it = ("column of x is", "it") if len(columns) == 1 else ("columns of x are", "them")
+        cure = f"there is nothing to learn in {it}, leave {it} out of data.x"
+        return (*self.loaded.notes, f"data: {len(columns)} {which} constant: {named}; {cure}")
+
+    @functools.cached_property
+    @stage("split")
+    def split(self) -> Split:
+        """The rows that train, choose the best weights, and are audited."""
+        if self.data.split is not None:
+            return self.data.split
+        if self.spec.fit.start is not None:  # whatever the seed: what was held out there stays held out
+            return read_split(starts.path_of(self) / SPLIT)
+        with self._labelled():
+            return split_rows(len(self.data), self._source.split, self.spec.seed, self.data.name)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """SHA-256 of everything that the fit depends on: data, model, guide, fit (not its device) and seed."""
+        return identity(self.spec.tree(), self.data_sha256, None if self.start is None else self.start.sha256)
+
+    @functools.cached_property
+    def start(self) -> Start | None:
+        """The weights that the fit starts at; None where it starts anew.
+
+        Raises:
+            SpecError: `fit.start` names no run, or one of other data or another model.
+        """
+        if self.spec.fit.start is None:
+            return None
+        with self._labelled():
+            return starts.read(self)
+
+    @functools.cached_property
+    @stage("hash of the data")
+    def data_sha256(self) -> str:
+        """SHA-256 of the data."""
+        return self.data.fingerprint()
+
+    @functools.cached_property
+    def _source(self) -> Source:
+        return cast(Source, components.build("data", self.spec.data, where="data", folder=self.loaded.folder))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the fit."""
+        return cast(torch.dtype, getattr(torch, self.spec.fit.dtype))
+
+    def rows(self, index: np.ndarray) -> torch.Tensor:
+        """Return data as a tensor in the precision of the fit.
+
+        Args:
+            index: row numbers, (n,).
+
+        Returns:
+            (n, *event).
+
+        Raises:
+            DataError: a number is too large for the precision.
+        """
+        x = torch.empty(len(index), *self.data.event_shape, dtype=self.dtype)
+        step = max(1, CHUNK // max(1, int(np.prod(self.data.event_shape))))
+        for start in range(0, len(index), step):
+            part = np.asarray(self.data.x[index[start : start + step]])
+            forget(self.data.x)
+            rows = x[start : start + step]
+            with np.errstate(over="ignore"):
+                rows.copy_(torch.from_numpy(part.astype(np.float32 if self.dtype is torch.float32 else np.float64)))
+            if bool(rows.isinf().any()):
+                first = rows.isinf().nonzero()[0].numpy()
+                place = self.data.place(int(index[start + first[0]]), first[1:])
+                value = part[tuple(first)]
+                raise DataError(
+                    f"{self.label}: {self.data.name}: {value:g} at {place} is too large for {self.spec.fit.dtype}; "
+                    "rescale the data or use fit.dtype = float64"
+                )
+        return x
+
+    def beside(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return what model and guide take beside x, by name: `covariates` (n, C) and `exposure` (n,), where there are any."""
+        found = {"covariates": self.data.covariates, "exposure": self.data.exposure}
+        return {name: torch.from_numpy(value[index]).to(self.dtype) for name, value in found.items() if value is not None}
+
+    def batch(self, index: np.ndarray) -> Batch:
+        """Return the arguments of model and guide for some rows: x (n, *event), and what stands beside it."""
+        return {"x": self.rows(index), **self.beside(index)}
+
+    def part(self, index: np.ndarray, *, training: bool = False) -> Rows:
+        """Return data for a fit: in memory, or read as they are needed where all data would take more than `data.BUDGET`.
+
+        Args:
+            index: row numbers, (n,).
+            training: these are to be drawn anew in each epoch, where the data are a draw from grey values.
+        """
+        shape, grey = (len(index), *self.data.event_shape), self.data.grey
+        if self.data.large(max(self.dtype.itemsize, self.data.x.itemsize)) and grey is None:
+            read = lambda rows: self.rows(index[rows.numpy()])
+            return Rows(shape, read, beside=self.beside(index), dtype=self.dtype)
+        return Rows.of(self.batch(index), torch.from_numpy(grey[index]) if training and grey is not None else None)
+
+    @functools.cached_property
+    def facts(self) -> Facts:
+        """What the VAE must know of the data: from the data, or from the record of a run folder."""
+        record = self.spec.record
+        if record is not None:
+            return Facts.recorded(record)
+        facts = Facts.of(self.data)
+        wide = facts.columns is not None and len(facts.columns) > MOST_COLUMNS
+        return replace(facts, columns=None) if wide and self.spec.model.likelihood.name != "mixed" else facts
+
+    def build(self) -> VAE:
+        """Build the VAE with fresh weights, which depend on the seed alone."""
+        with self._labelled(), torch.random.fork_rng(devices=[]):
+            build = lambda: assemble(self.spec, self.facts).to(self.dtype)
+            _check_size(build)
+            torch.manual_seed(self.spec.seed)
+            return build()
+
+    def references(self) -> str | list[Reference]:
+        """Return the references that the audit will use, built; `auto` as it is."""
+        chosen = self.spec.audit.references
+        if isinstance(chosen, str):
+            return chosen
+        with self._labelled():
+            return [components.build("reference", r, where=f"audit.references.{i}") for i, r in enumerate(chosen)]
+
+    @stage("checks")
+    def check(self) -> None:
+        """Check everything that can be wrong before a fit: data, split, support, options, references. Writes nothing.
+
+        Raises:
+            UserError: one line.
+        """
+        options, observations = self.spec.fit, self.spec.audit.observations
+        _ = self.start  # before its split is read
+        n_test = len(self.split.test)
+        with self._labelled():
+            if observations != "all" and observations > n_test:
+                raise SpecError(f"audit.observations: the test split has {n_test} rows, not {observations}; use all")
+            svi.resolve_device(options.device)
+            plan(len(self.split.train), **{name: getattr(options, name) for name in type(options).model_fields})
+        vae = self.build()
+        self.check_support(vae, self.data)
+        for start, part in rows_of(self.data.x):  # too large for the precision: found now, not in mid-fit
+            self.rows(np.arange(start, start + len(part)))
+        references = self.references()
+        if not isinstance(references, str):
+            vae.adapt(**self.batch(self.split.train[:100]))
+            log_joint = seam(vae, self.batch(self.split.test[:2]))
+            for reference in references:
+                refusal = reference.refusal(log_joint)
+                if refusal is not None:
+                    raise SpecError(f"{self.label}: audit.references: {refusal}; use auto")
+
+    def plan(self, vae: VAE, data: Dataset, obs_id: np.ndarray, budget: float = math.inf) -> AuditPlan:
+        """Return what an audit would do and how long it would take.
+
+        Args:
+            vae: the fitted VAE, or one with fresh weights for a first idea.
+            data: the data.
+            obs_id: rows of them that are audited.
+            budget: seconds that the audit may take.
+
+        Raises:
+            SpecError: a reference that was asked for cannot be used on this model.
+        """
+        from elbowroom.analysis.audit.auditor import block_size
+        from elbowroom.analysis.audit.plan import choose
+
+        audit, on_data = self.spec.audit, self.on(data)
+        log_joint = seam(vae, on_data.batch(obs_id[:PILOT]))
+        size, n = block_size(log_joint, audit.draws), len(obs_id)
+        references = cast(Any, self.references())
+        return choose(references, log_joint, draws=audit.draws, keep=audit.keep, budget=budget, size=size, n_obs=n)
+
+    def foreseen(self) -> AuditPlan:
+        """Return the plan of the audit before the fit, from fresh weights."""
+        vae, obs_id = self.build(), self.split.test
+        vae.adapt(**self.batch(self.split.train[:100]))
+        if self.spec.audit.observations != "all":
+            obs_id = obs_id[: self.spec.audit.observations]
+        return self.plan(vae.eval(), self.data, np.sort(obs_id), clock.seconds(self.spec.audit.budget))
+
+    def on(self, data: Dataset) -> Experiment:
+        """Return the same experiment with other data of the same kind."""
+        other = Experiment(self.loaded)
+        other.__dict__.update({"data": data, "facts": self.facts})
+        return other
+
+    def check_support(self, vae: VAE, data: Dataset) -> None:
+        """Check all data against the likelihood's support, a few million entries at a time.
+
+        Raises:
+            DataError: names the first place and the remedy.
+        """
+        likelihood = self.spec.model.likelihood.name
+        if data.categories and likelihood not in ("mixed", "categorical"):
+            raise DataError(
+                f"{self.label}: data: column {min(data.categories)!r} holds text, which {likelihood} cannot "
+                "model; use model.likelihood = mixed, or leave it out of data.x"
+            )
+        if data.exposure is not None and not vae.likelihood.takes_exposure:
+            raise SpecError(
+                f"{self.label}: data.exposure: {likelihood} has no rate to multiply; use "
+                "model.likelihood = poisson or negative_binomial, or leave the exposure out"
+            )
+        step = max(1, CHUNK // max(1, int(np.prod(data.event_shape))))
+        for start in range(0, len(data), step):
+            part = data.x[start : start + step]
+            try:
+                vae.likelihood.check(torch.from_numpy(np.array(part, dtype=np.float64)))
+            except DataError as error:
+                raise DataError(f"{self.label}: {_shift_row(str(error), start)}") from None
+            forget(data.x)
+
+    def tree(self) -> dict[str, Any]:
+        """Return the resolved spec as a run folder records it: paths absolute, versions and hashes with it."""
+        tree = self.spec.tree()
+        if isinstance(self._source, File):
+            tree["data"]["path"] = str(self._source.path)
+        if self.start is not None:
+            tree["fit"]["start"]["run"] = str(starts.path_of(self))
+        tree["record"] = {
+            "elbowroom": metadata.version("elbowroom"),
+            "versions": {name: metadata.version(name) for name in VERSIONS_OF},
+            "data_sha256": self.data_sha256,
+            **({} if (stamp := self.data.stamp()) is None else {"data_stamp": stamp}),
+            **self.facts.tree(),
+            **({} if self.data.layout is None else {"layout": self.data.layout.tree()}),
+            **({} if self.start is None else {"start_sha256": self.start.sha256}),
+            "experiment": self.identity,
+        }
+        return tree
+
+    @contextmanager
+    def _labelled(self) -> Iterator[None]:
+        """Put the spec's name before messages that start with a dotted path."""
+        try:
+            yield
+        except (SpecError, DataError) as error:
+            text = str(error)
+            if re.match(r"(data|model|guide|fit|audit|seed)\b[\w.]*:", text):
+                raise type(error)(f"{self.label}: {text}") from error
+            raise
+
+
+def _check_size(assemble: Callable[[], VAE]) -> None:
+    """Refuse networks that cannot be trained on this machine: weights, gradient and Adam's two moments are held at once."""
+    try:
+        with torch.device("meta"):  # shapes only
+            needed = 4.0 * sum(p.numel() * p.element_size() for p in assemble().parameters())
+    except (RuntimeError, OverflowError, TypeError) as error:
+        if not re.search("overflow|too large|too big|invalid combination|out of range", str(error), re.IGNORECASE):
+            return  # not made for this; it will be seen when it is built
+        needed = float("inf")
+    if needed > SHARE * memory():
+        size = f"{amount(needed)} to train" if needed < 1e18 else "more memory than there is"
+        raise SpecError(
+            f"model: these networks need {size}, and this machine has {amount(memory())} of memory; "
+            "choose smaller hidden layers or fewer latents"
+        )
+
+
+def seam(vae: VAE, batch: Batch) -> LogJoint:
+    """Return the seam of a VAE and some data."""
+    beside: dict[str, Any] = {name: value for name, value in batch.items() if name != "x"}
+    return LogJoint(vae.model, vae.guide, batch["x"], **beside)
+
+
+def identity(tree: Mapping[str, Any], data_sha256: str, start_sha256: str | None = None) -> str:
+    """Return the SHA-256 of what a fit depends on: data, model, guide, fit (not its device) and seed of a resolved spec.
+
+    Args:
+        tree: the resolved spec.
+        data_sha256: of the data.
+        start_sha256: of the weights that the fit starts at; where they lie does not matter.
+    """
+    skip = {"data": "path", "fit": "device"}
+    parts = {key: tree.get(key) for key in ("data", "model", "guide", "fit", "seed")}
+    for key, dropped in skip.items():
+        part = parts[key]
+        if isinstance(part, Mapping):
+            parts[key] = {name: value for name, value in part.items() if name != dropped}
+    fitted = parts["fit"]
+    if isinstance(fitted, Mapping) and "start" in fitted:
+        block = fitted["start"]
+        others = {name: value for name, value in fitted.items() if name != "start"}
+        # without one the hash is that of specs which do not know the word
+        parts["fit"] = {**others, "start": {**block, "run": start_sha256}} if isinstance(block, Mapping) else others
+    return sha256(json.dumps([components.portable(parts), data_sha256], sort_keys=True).encode())
+
+
+def _shift_row(message: str, start: int) -> str:
+    """Add the number of rows before a part of the data to the row that a message names."""
+    return re.sub(r"\brow (\d+)", lambda match: f"row {int(match[1]) + start}", message)

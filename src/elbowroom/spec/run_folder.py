@@ -1,0 +1,128 @@
+"""The run folder: what lies in it, when it may be written to, and whose it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from elbowroom.components.schema import short
+from elbowroom.data.dataset import Split
+from elbowroom.errors import RunFolderError
+from elbowroom.spec import document
+from elbowroom.system.archive import read_npz
+from elbowroom.system.files import atomic, is_ours, move_aside, write_text
+
+SPEC, SPLIT, WEIGHTS = "spec.yaml", "split.npz", "weights.pt"
+AUDIT, LATENT, REPORT = "audit.nc", "latent.nc", "report.html"
+POSTERIORS, AUDITS, ANSWERS = "posteriors", "audits", "answers"
+
+Use = Literal["new", "resume", "replace"]
+
+
+def check(path: Path, identity: str, tree: Mapping[str, Any], *, overwrite: bool, resume: bool) -> Use:
+    """Say how a folder may be used for a fit; nothing is written.
+
+    Args:
+        path: the folder, which may not exist yet.
+        identity: hash of all that the fit depends on.
+        tree: the resolved spec, to say in what another experiment differs.
+        overwrite: move a run that is there aside.
+        resume: go on with the run that is there.
+
+    Raises:
+        RunFolderError: it is in the way, is no run folder, belongs to another experiment, or cannot be written to.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path}: this is a file; name a folder with --out")
+    there = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{path}: cannot be written ({there} is not a writable folder); name another with --out")
+    if not path.is_dir() or all(is_ours(entry.name) for entry in path.iterdir()):
+        return "new"
+    if not (path / SPEC).is_file():
+        raise RunFolderError(f"{path}: is not empty and not a run folder (it has no {SPEC}); name another with --out")
+    if overwrite:
+        if path.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise RunFolderError(f"{path}: the working folder cannot be moved aside; go elsewhere, or name another with --out")
+        return "replace"
+    if not resume:
+        raise RunFolderError(
+            f"{path}: holds a run already; use --resume to go on, --overwrite to move it aside, or another --out"
+        )
+    theirs = document.read(path / SPEC)
+    record = theirs.get("record")
+    if not isinstance(record, dict) or record.get("experiment") != identity:
+        raise RunFolderError(
+            f"{path}: belongs to another experiment{_difference(theirs, tree)}; "
+            "use --overwrite to move it aside, or another --out"
+        )
+    return "resume"
+
+
+def claim(path: Path, tree: Mapping[str, Any], use: Use) -> None:
+    """Bring a locked folder to where a fit can start: the old run aside, `spec.yaml` in place.
+
+    Args:
+        path: the folder.
+        tree: the resolved spec.
+        use: what `check` said. On `resume` the record stays; what a fit does not depend on (audit, device) may change.
+    """
+    if use == "replace":
+        move_aside(path)
+    if use == "resume":
+        theirs = document.read(path / SPEC)
+        tree = {**tree, "record": theirs["record"]}
+        if tree == theirs:
+            return
+    write_text(path / SPEC, document.write(tree))
+
+
+def name_for(path: str | Path) -> str:
+    """Return a folder's name for a file: its stem without leading dots, so that no name leads out of a folder."""
+    return Path(path).stem.lstrip(".") or "unnamed"
+
+
+def write_split(path: Path, split: Split) -> None:
+    """Write the row numbers of train, validation and test, int64, to an .npz."""
+    with atomic(path) as temporary:
+        np.savez(temporary, train=split.train, validation=split.validation, test=split.test)
+
+
+def read_split(path: Path) -> Split:
+    """Read `split.npz`.
+
+    Raises:
+        RunFolderError: it is missing or damaged.
+    """
+    try:
+        rows = read_npz(path, ("train", "validation", "test"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{path}: missing; go on with `elbowroom fit SPEC --resume`") from None
+    except Exception as error:
+        raise RunFolderError(f"{path}: damaged ({str(error)[:80]}); fit again with --overwrite") from None
+    if any(part.ndim != 1 or part.dtype.kind not in "iu" for part in rows.values()):
+        raise RunFolderError(f"{path}: damaged (row numbers are whole numbers); fit again with --overwrite")
+    return Split(**{name: part.astype(np.int64) for name, part in rows.items()})
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Name the first setting in which two specs differ, of those that the fit depends on."""
+    parts = ("data", "model", "guide", "fit", "seed")
+    old = dict(_leaves({part: theirs.get(part) for part in parts}))
+    new = dict(_leaves({part: ours.get(part) for part in parts}))
+    for key in [*new, *(key for key in old if key not in new)]:
+        if old.get(key) != new.get(key) and key not in ("fit.device", "data.path"):
+            return f" ({key} is {short(old.get(key))} there, {short(new.get(key))} here)"
+    return " (other data)"
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree

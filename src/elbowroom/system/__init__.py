@@ -1,0 +1,1 @@
+"""Files, archives, memory, times: nothing here knows of models."""
