@@ -325,7 +325,7 @@ def install(here, monkeypatch):
         (site / f"{package}.py").write_text(code)
         (site / f"{package}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
         lines = "".join(f"{name.replace('__', '.')} = {target}\n" for name, target in entries.items())
-        (site / f"{package}-1.0.dist-info" / "entry_points.txt").write_text(f"[elbowroom.components.registry]\n{lines}")
+        (site / f"{package}-1.0.dist-info" / "entry_points.txt").write_text(f"[elbowroom.components]\n{lines}")
         monkeypatch.syspath_prepend(site)
         plugins.forget()
 

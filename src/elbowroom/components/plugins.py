@@ -1,8 +1,8 @@
 """Components that do not come with Elbowroom: those of installed packages, and those in a user's own file.
 
-An installed package offers components as entry points of the group `elbowroom.components.registry`, under `kind.name`:
+An installed package offers components as entry points of the group `elbowroom.components`, under `kind.name`:
 
-    [project.entry-points."elbowroom.components.registry"]
+    [project.entry-points."elbowroom.components"]
     "prior.wide" = "my_package.priors:Wide"
 
 They are listed by their metadata alone; a package is imported when one of its components is asked for, as any installed
