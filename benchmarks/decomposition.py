@@ -22,7 +22,7 @@ import xarray as xr
 import elbowroom as er
 from benchmarks.results import write
 from elbowroom.analysis.measures.table import column
-from elbowroom.analysis.verdict.rules import known, median
+from elbowroom.analysis.verdict.thresholds import known, median
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 NO_OTHERS = "audit.diagnose=false"

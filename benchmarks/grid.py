@@ -20,10 +20,11 @@ from benchmarks import measure
 from benchmarks.results import write
 from elbowroom.inference.references.grid.landmarks import COARSE_BLOCK
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Bernoulli
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.binary import Bernoulli
 from elbowroom.models.networks.mlp import MLP
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 PIXELS, HIDDEN = 784, 200

@@ -32,8 +32,9 @@ from torch import Tensor
 
 import elbowroom as er
 from benchmarks import results
-from elbowroom.analysis.queries.imputation import coded, errors, losses, pieces
-from elbowroom.inference.references.importance.guide import psis
+from elbowroom.analysis.latents.entries import coded, pieces
+from elbowroom.analysis.queries.imputation import errors, losses
+from elbowroom.inference.references.importance.psis import psis
 from elbowroom.models.columns import Column
 from elbowroom.models.likelihoods.categorical import Codes
 

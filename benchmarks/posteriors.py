@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import measure, results
 from benchmarks.problem import DIM, PIXELS, Method, Problem, Run, Settings, fitted
-from elbowroom.inference.compiled.graph import policy
+from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.references.grid.grid import Grid
 from elbowroom.inference.references.hmc.chains import WARMUP, Sampler
 from elbowroom.inference.references.hmc.hmc import HMC

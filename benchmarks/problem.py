@@ -13,12 +13,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from benchmarks.images import magnified
-from elbowroom.inference.fit.svi import Step, batches
+from elbowroom.inference.fit.loop import batches
+from elbowroom.inference.fit.svi import Step
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Bernoulli
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.binary import Bernoulli
 from elbowroom.models.networks.mlp import MLP
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 PIXELS, DIM, EPOCHS = 64, 2, 100

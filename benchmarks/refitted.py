@@ -25,8 +25,8 @@ from benchmarks.decomposition import CASES, EXPERIMENTS
 from benchmarks.results import write
 from elbowroom.inference.references.importance.guide import amortized
 from elbowroom.inference.search.best_normal import refit
+from elbowroom.inference.target.of_vae import seam
 from elbowroom.runs import rows as asked
-from elbowroom.spec.experiment import seam
 
 NAME = "mnist_d50"  # the same fit as the decomposition's
 DRAWS = 2_000

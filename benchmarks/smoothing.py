@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks import measure, results
-from elbowroom.inference.references.importance.guide import psis
+from elbowroom.inference.references.importance.psis import psis
 
 HEADING = "## Pareto k-hat"
 REPEATS = 7

@@ -28,13 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from elbowroom.inference.fit.loop import batches
+from elbowroom.inference.fit.plan import Session
 from elbowroom.inference.fit.step_graph import generators
-from elbowroom.inference.fit.svi import Session, Step, batches, fit
+from elbowroom.inference.fit.svi import Step, fit
 from elbowroom.inference.window import Turn, Window
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal, positive_scale
-from elbowroom.models.likelihoods.base import Bernoulli
+from elbowroom.models.guides.base import AmortizedGuide, positive_scale
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.binary import Bernoulli
 from elbowroom.models.networks.mlp import MLP
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 RATE = 1e-3

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import cores, measure, results, trainers
 from benchmarks.images import images
 from benchmarks.trainers import COMPILED, EAGER, PRODUCTS, PYTHAE, SVI, Fit, Steps
-from elbowroom.inference.fit.svi import evaluate_elbo
+from elbowroom.inference.fit.loop import evaluate_elbo
 from elbowroom.models.vae import VAE
 
 STEP, EPOCH = "## Training step", "## Training epoch"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from elbowroom.inference.program.replay import Which
+from elbowroom.inference.target.discrete import discrete_draws
 from elbowroom.inference.target.log_joint import LogJoint
 
 CHAINS = 4  # independent draws are laid out as this many chains, the layout that ArviZ's summaries expect
@@ -143,3 +146,65 @@ class Reference(ABC):
             until: value of `time.monotonic()` after which a method that runs on stops, and says so for each datum that it
                 could not certify.
         """
+
+
+RISK, GROUPS = 0.025, 16  # probability that a sure bound is none, and the most groups that it is taken from
+
+
+def surely(log_weights: Tensor) -> Tensor:
+    r"""Return a lower bound on log E[w] that holds with a probability of at least 97.5 %, per datum.
+
+    The draws are dealt into K <= 16 groups; L = min_k log mean_{group k} w - b with b = log(40) / K. By Markov's inequality a
+    group's mean exceeds E[w] exp(b) with probability at most exp(-b), and all K, being independent, with exp(-K b) = 1 / 40:
+    no assumption on the weights but that they are not negative.
+
+    Args:
+        log_weights: of independent draws or chains, (S, N), -inf for weight 0.
+
+    Returns:
+        (N,), nats; for reverse chains, whose mean weight is 1 / p(x), minus an upper bound on log p(x).
+    """
+    groups = min(GROUPS, len(log_weights))
+    size = len(log_weights) // groups
+    dealt = log_weights[: groups * size].unflatten(0, (size, groups))
+    return (torch.logsumexp(dealt, 0) - math.log(size)).amin(0) - math.log(1 / RISK) / groups
+
+
+def completed(log_joint: LogJoint, posterior: Posterior, seed: int, *, which: Which = "model") -> Posterior:
+    """Add draws of the discrete sites, given the continuous ones, to a posterior that has none; others are returned as is.
+
+    Args:
+        log_joint: the model and guide.
+        posterior: with draws (chain, draw, N, d) of the continuous sites.
+        seed: random seed, not that of the draws.
+        which: as in `discrete_draws`.
+    """
+    missing = [site.name for site in log_joint.program.discrete if site.name not in posterior.sites]
+    if not missing or log_joint.dim == 0:
+        return posterior
+    chains = posterior.draws.shape[:2]
+    drawn = discrete_draws(log_joint, posterior.draws.flatten(0, 1), seed, which=which)
+    sites = {name: value.unflatten(0, chains) for name, value in drawn.items()}
+    return dataclasses.replace(posterior, sites={**posterior.sites, **sites})
+
+
+def resample(z: Tensor, weights: Tensor, n_draws: int, generator: torch.Generator) -> Tensor:
+    """Draw from weighted particles by systematic resampling, in random order.
+
+    Args:
+        z: particles, (S, N, d).
+        weights: normalised along the particles, (S, N).
+        n_draws: number of draws K per datum; a particle of weight W is drawn floor(K W) or ceil(K W) times.
+        generator: of random numbers.
+
+    Returns:
+        (K, N, d).
+    """
+    n = z.shape[1]
+    offset = torch.rand(n, 1, dtype=z.dtype, device=z.device, generator=generator)
+    place = (torch.arange(n_draws, dtype=z.dtype, device=z.device) + offset) / n_draws
+    cumulative = weights.T.cumsum(1).contiguous()
+    index = torch.searchsorted(cumulative / cumulative[:, -1:], place).clamp_max(len(z) - 1)
+    order = torch.rand(n, n_draws, dtype=z.dtype, device=z.device, generator=generator).argsort(1)
+    index = index.gather(1, order).T
+    return z.gather(0, index[..., None].expand(-1, -1, z.shape[-1]))

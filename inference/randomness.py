@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,4 +47,13 @@ def undisturbed(tree: Any) -> Iterator[None]:
     """Leave torch's random numbers as they were, on the CPU and on the GPUs that hold tensors of a tree."""
     devices = {t.device for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor) and t.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generators for a while, and put their states back."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
         yield

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from elbowroom.errors import first_line
 from elbowroom.inference.compiled.graph import Untraceable
 from elbowroom.inference.fit.mixed_precision import lowered
-from elbowroom.inference.fit.rows import Batch
 from elbowroom.inference.fit.step_graph import GradientGraph, compare, generators, modes, put_back, states
+from elbowroom.models.vae import Batch
 
 WINDOW = {"cpu": 1, "cuda": 64}
 """Most steps between two looks, by kind of device; with 1 each step is looked at, and none is a `WholeStep`."""

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elbowroom.inference.fit.rows import Batch
 from elbowroom.inference.fit.step import Step
 from elbowroom.inference.fit.step_graph import put_back, states
+from elbowroom.models.vae import Batch
 
 
 @dataclass(frozen=True, eq=False)

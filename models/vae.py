@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from elbowroom.errors import UserError
 from elbowroom.models.guides.base import AmortizedGuide, Family, LogDensity
-from elbowroom.models.likelihoods.base import Gaussian, Likelihood
+from elbowroom.models.likelihoods.base import Likelihood
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.linear_gaussian import LinearGaussian
 from elbowroom.models.networks.mlp import Linear
-from elbowroom.models.priors.base import Normal, Prior
+from elbowroom.models.priors.base import Prior
+from elbowroom.models.priors.standard import Normal
 
 PLATE = "data"
 
@@ -241,3 +243,7 @@ def _data_plate(batch: int, size: int | None, like: Tensor | None) -> pyro.plate
 
 def _length(n: int, *given: Tensor | None) -> int:
     return next((len(tensor) for tensor in given if tensor is not None), n)
+
+
+Batch = dict[str, Tensor]
+"""Arguments of model and guide for some data: `x` and, where there are any, `covariates` and `exposure`."""

@@ -19,11 +19,13 @@ from torch import Tensor
 from elbowroom.analysis.audit import auditor as auditing
 from elbowroom.analysis.audit.diagnosis import diagnose
 from elbowroom.analysis.verdict import judgement, rules
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal, Family, FullRankNormal
-from elbowroom.models.likelihoods.base import Bernoulli, Gaussian
+from elbowroom.models.guides.base import AmortizedGuide, Family
+from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal
+from elbowroom.models.likelihoods.binary import Bernoulli
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.linear_gaussian import LinearGaussian
 from elbowroom.models.networks.mlp import MLP, Linear
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 torch.set_num_threads(1)

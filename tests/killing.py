@@ -32,12 +32,12 @@ import yaml
 
 from elbowroom.analysis.verdict import summary as verdict  # noqa: F401 - warmed up for the children
 from elbowroom.cli import app as cli
-from elbowroom.inference.fit import svi
+from elbowroom.inference.fit.plan import Session
 from elbowroom.run import Run  # noqa: F401
 from elbowroom.spec import document
 
 torch.set_num_threads(1)
-svi.Session = functools.partial(svi.Session, checkpoint_seconds=0.0)  # a checkpoint after every epoch
+Session = functools.partial(Session, checkpoint_seconds=0.0)  # a checkpoint after every epoch
 
 SPEC = {
     "data": {"name": "file", "path": "x.npy"},

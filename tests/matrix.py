@@ -25,7 +25,7 @@ from covering import EVENT, FACTORS, Combination, array, refused_pairs
 
 import elbowroom as er
 from elbowroom.analysis.measures import table as reading
-from elbowroom.inference.references.importance.guide import psis
+from elbowroom.inference.references.importance.psis import psis
 from elbowroom.models.vae import PLATE
 
 N, AUDITED, DRAWS = 60, 3, 10_000

@@ -10,15 +10,19 @@ import pyro
 import torch
 from torch import Tensor
 
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal, Family, Onto
-from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.guides.base import AmortizedGuide, Family, Onto
+from elbowroom.models.guides.discrete import BernoulliFamily, CategoricalFamily
+from elbowroom.models.guides.hierarchical import HierarchicalFamily
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.networks.mlp import MLP
-from elbowroom.models.priors.base import Laplace, Normal, Prior, StudentT
+from elbowroom.models.priors.base import Prior
 from elbowroom.models.priors.constrained import Dirichlet, Gamma, LogisticNormal, LogNormal
-from elbowroom.models.priors.discrete import Bernoulli, BernoulliFamily, Categorical, CategoricalFamily
+from elbowroom.models.priors.discrete import Bernoulli, Categorical
 from elbowroom.models.priors.flow import Flow
-from elbowroom.models.priors.hierarchical import Hierarchical, HierarchicalFamily
+from elbowroom.models.priors.hierarchical import Hierarchical
 from elbowroom.models.priors.mixtures import GaussianMixture, Vamp
+from elbowroom.models.priors.standard import Laplace, Normal, StudentT
 from elbowroom.models.vae import VAE
 
 WIDTH = 4

@@ -18,12 +18,12 @@ from conftest import linear_vae
 from torch import Tensor
 
 from elbowroom.inference.bidirectional import bdmc
-from elbowroom.inference.mcmc.normals import Normals
+from elbowroom.inference.mcmc.normals import Normals, StudentT
+from elbowroom.inference.posterior import resample
 from elbowroom.inference.references.ais import ais, annealing
 from elbowroom.inference.references.ais.ais import Annealed
 from elbowroom.inference.references.ais.annealing import Plan, lower, schedule, summarise, tune, upper
-from elbowroom.inference.references.ais.paths import Metric, PriorPath, RefitPath, StudentT
-from elbowroom.inference.resampling import resample
+from elbowroom.inference.references.ais.paths import Metric, PriorPath, RefitPath
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.linear_gaussian import LinearGaussian
 

@@ -24,7 +24,7 @@ from elbowroom.analysis.verdict.summary import sentences
 from elbowroom.errors import RunFolderError, UserError
 from elbowroom.inference.references.grid.grid import Grid
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import FullRankNormal
+from elbowroom.models.guides.normal import FullRankNormal
 
 F64 = torch.float64
 

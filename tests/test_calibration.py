@@ -21,7 +21,7 @@ from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.references.closed_form import ClosedForm
 from elbowroom.inference.references.enumeration import Enumeration
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import FullRankNormal
+from elbowroom.models.guides.normal import FullRankNormal
 
 F64 = torch.float64
 

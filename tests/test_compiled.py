@@ -17,17 +17,19 @@ from torch import Tensor
 from elbowroom.inference import products
 from elbowroom.inference.compiled import graph as compiled
 from elbowroom.inference.compiled.branches import Branches
-from elbowroom.inference.compiled.graph import Graph, Untraceable, at_most, expecting, policy
+from elbowroom.inference.compiled.graph import Graph, Untraceable
+from elbowroom.inference.compiled.policies import at_most, expecting, policy
 from elbowroom.inference.compiled.vmap_rules import Substitutes
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.program.promotion import mixed
 from elbowroom.inference.references.hmc.hmc import HMC
 from elbowroom.inference.target import graphs as traced
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Bernoulli
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.binary import Bernoulli
 from elbowroom.models.networks.convolution import Conv
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 KINDS = ("joint", "terms", "guide", "grad", "parts", "leap")

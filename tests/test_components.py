@@ -10,11 +10,12 @@ from annotated_types import Gt
 from torch import Tensor
 
 from elbowroom.components import registry as components
+from elbowroom.components.slots import build as slots_build
 from elbowroom.conformance.conformance import problems_of
 from elbowroom.errors import SpecError
-from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.networks.mlp import MLP
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.spec import spec
 
 ALL = [(kind, name) for kind in components.kinds() for name in components.names(kind)]
@@ -139,7 +140,7 @@ def test_a_plug_in_is_known_to_specs_at_once(plug_in):
         spec.validate({**DIGITS, "model": {**DIGITS["model"], "prior": "shifted"}})
     plug_in("prior", "shifted", Shifted)
     loaded = spec.validate({**DIGITS, "model": {**DIGITS["model"], "prior": {"name": "shifted", "shift": 2}}})
-    prior = components.build("prior", loaded.spec.model.prior, latent_dim=3, event_shape=(4,))
+    prior = slots_build("prior", loaded.spec.model.prior, latent_dim=3, event_shape=(4,))
     assert isinstance(prior, Shifted)
     assert (prior.latent_dim, prior.shift) == (3, 2.0)
     assert problems_of("prior", "shifted") == []

@@ -19,7 +19,7 @@ from torch import Tensor
 from elbowroom.analysis.checks import criticism
 from elbowroom.analysis.checks.criticism import criticise
 from elbowroom.analysis.checks.statistics import correlations, judge, kind_of, suited
-from elbowroom.analysis.verdict import rules
+from elbowroom.analysis.verdict.thresholds import EFFECTS
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.references.closed_form import ClosedForm
 from elbowroom.inference.references.enumeration import Enumeration
@@ -359,4 +359,4 @@ def test_each_statistic_has_a_limit_in_its_own_unit(name, shape, kind, small, la
         x[0, 0] = 1.5 * np.abs(np.stack(null)).max(axis=(1, 2)).mean()
         assert effect(x) == pytest.approx(0.5, abs=0.06)  # its logarithm would be 0.41
         return
-    assert 0.05 < effect(shape(generator, small)) < rules.EFFECTS[kind] < effect(shape(generator, large))
+    assert 0.05 < effect(shape(generator, small)) < EFFECTS[kind] < effect(shape(generator, large))

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from elbowroom.components import registry as components
+from elbowroom.components.slots import build
 from elbowroom.data import dataset as data
 from elbowroom.data.builtin import Digits, LinearGaussianData
-from elbowroom.data.dataset import DataError, Dataset, File, split_rows
+from elbowroom.data.dataset import DataError, Dataset, split_rows
+from elbowroom.data.file import File
 from elbowroom.errors import SpecError, UserError
 
 
 def load(folder: Path, **options) -> Dataset:
     chosen = components.options_model("data", "file").model_validate({"name": "file", **options})
-    return components.build("data", chosen, folder=folder).load()
+    return build("data", chosen, folder=folder).load()
 
 
 def problem(call, *arguments, **options) -> str:

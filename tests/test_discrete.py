@@ -14,7 +14,8 @@ from torch import Tensor
 
 from elbowroom.inference.references.enumeration import Enumeration
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.priors.discrete import Bernoulli, BernoulliFamily, Binary, Categorical, CategoricalFamily
+from elbowroom.models.guides.discrete import BernoulliFamily, CategoricalFamily
+from elbowroom.models.priors.discrete import Bernoulli, Binary, Categorical
 
 
 def all_values(vae) -> Tensor:

@@ -26,7 +26,7 @@ from elbowroom.inference.references.closed_form import ClosedForm
 from elbowroom.inference.references.importance.guide import amortized
 from elbowroom.inference.references.importance.importance import ImportanceSampling
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import FullRankNormal
+from elbowroom.models.guides.normal import FullRankNormal
 
 N = 4
 

@@ -15,11 +15,13 @@ from prior_cases import unchecked
 from elbowroom.inference.fit.svi import Step
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.guides.base import AmortizedGuide
-from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.guides.flow import FlowFamily
+from elbowroom.models.guides.hierarchical import HierarchicalFamily
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.networks.mlp import MLP
-from elbowroom.models.priors.base import Normal
-from elbowroom.models.priors.flow import Flow, FlowFamily
-from elbowroom.models.priors.hierarchical import Ancestral, Hierarchical, HierarchicalFamily
+from elbowroom.models.priors.flow import Flow
+from elbowroom.models.priors.hierarchical import Ancestral, Hierarchical
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 KINDS = ["nsf", "maf", "realnvp"]

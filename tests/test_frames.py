@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 import elbowroom as er
-from elbowroom.data.dataset import Dataset, File
+from elbowroom.data.dataset import Dataset
+from elbowroom.data.file import File
 from elbowroom.data.frames import Memory, from_python
 from elbowroom.errors import DataError, RunFolderError, UserError
 

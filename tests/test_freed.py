@@ -31,9 +31,10 @@ from elbowroom.inference.search import best_of_family as module
 from elbowroom.inference.search.best_of_family import freed, offered
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models import spaces
-from elbowroom.models.guides.base import Family, FullRankNormal
-from elbowroom.models.guides.families import LowRankNormal, Mixture, StudentT
-from elbowroom.models.priors.flow import FlowFamily
+from elbowroom.models.guides.base import Family
+from elbowroom.models.guides.families import Mixture, StudentT
+from elbowroom.models.guides.flow import FlowFamily
+from elbowroom.models.guides.normal import FullRankNormal, LowRankNormal
 
 F64 = torch.float64
 SIGMAS = 4.5

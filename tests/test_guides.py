@@ -20,21 +20,15 @@ from elbowroom.errors import SpecError
 from elbowroom.inference.fit.svi import Step
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models import spaces
-from elbowroom.models.guides.base import (
-    AmortizedGuide,
-    DiagonalNormal,
-    Family,
-    FullRankNormal,
-    NormalFamily,
-    Onto,
-    positive_scale,
-)
-from elbowroom.models.guides.families import LogisticNormal, LogNormal, LowRankNormal, Mixture, StudentT
+from elbowroom.models.guides.base import AmortizedGuide, Family, Onto, positive_scale
+from elbowroom.models.guides.families import LogisticNormal, LogNormal, Mixture, StudentT
 from elbowroom.models.guides.mixture import MixtureOfNormals
+from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal, LowRankNormal, NormalFamily
 from elbowroom.models.guides.semi_amortized import SemiAmortized
-from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.networks.mlp import MLP, Linear
-from elbowroom.models.priors.base import Normal, Prior
+from elbowroom.models.priors.base import Prior
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.spaces import Space
 from elbowroom.models.vae import VAE
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from problems import PROBLEMS, UNIMODAL
 
-from elbowroom.inference.references.ais.annealing import surely
-from elbowroom.inference.references.importance.guide import evidence, good_k, halves, psis
+from elbowroom.inference.posterior import surely
+from elbowroom.inference.references.importance.guide import evidence, halves
 from elbowroom.inference.references.importance.importance import ImportanceSampling, Proposal
+from elbowroom.inference.references.importance.psis import good_k, psis
 from elbowroom.inference.search.scout import scout
 
 F64 = torch.float64

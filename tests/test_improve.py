@@ -15,8 +15,8 @@ import xarray as xr
 
 from elbowroom.cli import app as cli
 from elbowroom.errors import DataError, RunFolderError, SpecError
+from elbowroom.inference.fit.plan import Session
 from elbowroom.inference.fit.rows import Rows
-from elbowroom.inference.fit.svi import Session
 from elbowroom.inference.fit.svi import fit as svi_fit
 from elbowroom.inference.fit.warm_start import MODEL, Start
 from elbowroom.run import Run, fit
@@ -178,7 +178,7 @@ def test_the_run_it_starts_at_is_not_written_over(home: Path) -> None:
 
 
 def test_a_spec_without_a_start_is_the_fit_it_was() -> None:
-    from elbowroom.spec.experiment import identity
+    from elbowroom.spec.identity import identity
 
     tree = {"data": {"name": "digits"}, "fit": {"epochs": 3}, "seed": 0}
     assert identity(tree, "x") == identity({**tree, "fit": {"epochs": 3, "start": None}}, "x")

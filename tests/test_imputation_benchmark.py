@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from elbowroom.analysis.queries.imputation import errors, losses
 from elbowroom.models.columns import Column
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.likelihoods.mixed import Mixed
 from elbowroom.models.networks.mlp import MLP, Linear
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 COLUMNS = (

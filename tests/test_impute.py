@@ -20,8 +20,7 @@ from elbowroom.analysis.plots.style import Absent, Plot
 from elbowroom.analysis.queries.imputation import predict_cells, share, worth
 from elbowroom.cli.app import main
 from elbowroom.errors import UserError
-from elbowroom.inference.posterior import Posterior
-from elbowroom.inference.resampling import resample
+from elbowroom.inference.posterior import Posterior, resample
 from elbowroom.models.likelihoods.categorical import Codes
 from elbowroom.queries.impute.answer import Imputed
 from elbowroom.queries.impute.cells import holes

@@ -13,7 +13,7 @@ from conftest import linear_vae, set_guide
 from elbowroom.analysis.latents.aggregate import energy_test
 from elbowroom.analysis.latents.information import information
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import FullRankNormal
+from elbowroom.models.guides.normal import FullRankNormal
 from elbowroom.models.linear_gaussian import LinearGaussian
 
 F64 = torch.float64

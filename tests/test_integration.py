@@ -16,7 +16,7 @@ from elbowroom.analysis.queries.integration import CLOSE, integrate
 from elbowroom.cli import app as cli
 from elbowroom.errors import UserError
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import FullRankNormal
+from elbowroom.models.guides.normal import FullRankNormal
 
 
 def one(seed=0, *, family=FullRankNormal, noise=0.2, row=0):

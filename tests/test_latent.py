@@ -13,7 +13,7 @@ from elbowroom.analysis.audit.auditor import audit_log_joint
 from elbowroom.analysis.latents.summary import describe, spread
 from elbowroom.analysis.plots.report import latent as plots_latent
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import FullRankNormal
+from elbowroom.models.guides.normal import FullRankNormal
 
 
 def audited(vae, x, **options):

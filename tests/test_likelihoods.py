@@ -20,10 +20,12 @@ from elbowroom.inference.program.bilinear import Bilinear
 from elbowroom.inference.program.factorised import shared_log_prob
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.columns import Column
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Bernoulli, ContinuousBernoulli, Gaussian, Likelihood
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.base import Likelihood
+from elbowroom.models.likelihoods.binary import Bernoulli, ContinuousBernoulli
 from elbowroom.models.likelihoods.categorical import Categorical, DiscretizedLogistic, Ordinal
-from elbowroom.models.likelihoods.continuous import Beta, Gamma, Laplace, LogNormal, StudentT
+from elbowroom.models.likelihoods.continuous import Beta, Gamma, Gaussian, Laplace, LogNormal, StudentT
 from elbowroom.models.likelihoods.counts import (
     Binomial,
     NegativeBinomial,
@@ -35,7 +37,7 @@ from elbowroom.models.likelihoods.missing import Incomplete
 from elbowroom.models.likelihoods.mixed import Columns, Mixed
 from elbowroom.models.likelihoods.multinomial import Composition, Multinomial
 from elbowroom.models.networks.mlp import Linear
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 F64 = torch.float64

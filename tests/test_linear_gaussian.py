@@ -13,7 +13,7 @@ from elbowroom.inference.references.closed_form import ClosedForm
 from elbowroom.inference.references.grid.grid import Grid
 from elbowroom.inference.references.importance.guide import amortized
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import DiagonalNormal, FullRankNormal
+from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal
 from elbowroom.models.linear_gaussian import LinearGaussian
 
 

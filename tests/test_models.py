@@ -12,8 +12,10 @@ from pyro import poutine
 from pyro.infer import MCMC, NUTS, Importance, Predictive, Trace_ELBO
 
 from elbowroom.errors import DataError, UserError
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal, FullRankNormal
-from elbowroom.models.likelihoods.base import Bernoulli, ContinuousBernoulli, Gaussian
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal
+from elbowroom.models.likelihoods.binary import Bernoulli, ContinuousBernoulli
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.networks.mlp import MLP
 
 F64 = torch.float64

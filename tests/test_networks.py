@@ -12,12 +12,14 @@ from torch import nn
 
 from elbowroom.inference.fit.svi import Step
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Bernoulli
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.binary import Bernoulli
+from elbowroom.models.networks.base import Network
 from elbowroom.models.networks.convolution import Conv
-from elbowroom.models.networks.mlp import MLP, BatchNorm, Linear, Network, Residual
+from elbowroom.models.networks.mlp import MLP, BatchNorm, Linear, Residual
 from elbowroom.models.networks.recurrent import GRU, Cell
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 

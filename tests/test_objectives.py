@@ -14,17 +14,21 @@ from conftest import linear_vae, set_guide
 from torch import Tensor
 
 from elbowroom.components import registry as components
+from elbowroom.components.slots import build
 from elbowroom.errors import RunFolderError, SpecError
-from elbowroom.inference.fit.svi import Session, Step, fit
+from elbowroom.inference.fit.plan import Session
+from elbowroom.inference.fit.svi import Step, fit
 from elbowroom.inference.objectives.bounds import IWAE, Beta, DReG, Renyi, StickingTheLanding
 from elbowroom.inference.objectives.elbo import ELBO, MeanFieldELBO, NonFiniteSite
 from elbowroom.inference.objectives.enumerated import TraceEnum
 from elbowroom.inference.objectives.wake_sleep import WakeSleep
-from elbowroom.models.guides.base import AmortizedGuide, FullRankNormal
-from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.discrete import CategoricalFamily
+from elbowroom.models.guides.normal import FullRankNormal
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.linear_gaussian import LinearGaussian
 from elbowroom.models.networks.mlp import Linear
-from elbowroom.models.priors.discrete import Categorical, CategoricalFamily
+from elbowroom.models.priors.discrete import Categorical
 from elbowroom.models.vae import VAE
 from elbowroom.spec import spec
 
@@ -674,7 +678,7 @@ BASE = {"data": "digits", "model": {"latent_dim": 2, "likelihood": "bernoulli"}}
 def test_the_spec_names_an_objective():
     for given, text in (("elbo", "elbo"), ("iwae", "iwae(particles=10)"), ({"name": "renyi", "alpha": 0}, None)):
         loaded = spec.validate({**BASE, "fit": {"objective": given}}).spec
-        built = components.build("objective", loaded.fit.objective, where="fit.objective")
+        built = build("objective", loaded.fit.objective, where="fit.objective")
         assert repr(built) == (text or "renyi(alpha=0.0, particles=10)")
     assert spec.validate(BASE).spec.tree()["fit"]["objective"] == {"name": "elbo"}
     assert set(components.names("objective")) >= {type(o).name for o in [*ALL, TraceEnum()]}

@@ -14,7 +14,6 @@ from matplotlib import pyplot
 from test_report import INJECTION, Page, write_run
 
 import elbowroom as er
-from elbowroom.analysis import plots_predictive
 from elbowroom.analysis.checks.uniformity import holm, uniformity
 from elbowroom.analysis.latents.information import VARIABLES as OF_INFORMATION
 from elbowroom.analysis.measures.tabulate import VARIABLES
@@ -22,12 +21,15 @@ from elbowroom.analysis.plots.report import calibration as plots_calibration
 from elbowroom.analysis.plots.report import criticism as plots_checks
 from elbowroom.analysis.plots.report import gaps as plots_gaps
 from elbowroom.analysis.plots.report import information as plots_information
+from elbowroom.analysis.plots.report import predictive as plots_predictive
 from elbowroom.analysis.plots.style import Absent, Plot
 from elbowroom.analysis.report import diagnosis as judged
 from elbowroom.analysis.report import report
 from elbowroom.analysis.report.report import Files, draw, write_report
 from elbowroom.analysis.verdict import judgement, rules
 from elbowroom.analysis.verdict.summary import sentences, summary
+from elbowroom.analysis.verdict.thresholds import MISFIT as thresholds_MISFIT
+from elbowroom.analysis.verdict.thresholds import MODE_MISSED
 
 SPLITS = ("test", "train", "validation", "simulated")
 
@@ -197,10 +199,17 @@ def verdicts(*found: judgement.Judgement) -> xr.Dataset:
 
 
 MISFIT = judgement.Judgement(
-    rules.MISFIT, 0.3, np.nan, np.nan, "effect", f"1 of 3 checks fails {INJECTION}", "p at most 0.01", "Try another likelihood."
+    thresholds_MISFIT,
+    0.3,
+    np.nan,
+    np.nan,
+    "effect",
+    f"1 of 3 checks fails {INJECTION}",
+    "p at most 0.01",
+    "Try another likelihood.",
 )
 MISSED = judgement.Judgement(
-    rules.MODE_MISSED, 0.25, 0.2, 0.3, "share of the data", "the guide misses a mode", "modes are missed", "Use a mixture."
+    MODE_MISSED, 0.25, 0.2, 0.3, "share of the data", "the guide misses a mode", "modes are missed", "Use a mixture."
 )
 
 
@@ -423,7 +432,7 @@ def test_checks_fail_by_the_rule_of_the_verdict():
     points = {label: c for c in plot.figure.axes[0].collections if (label := c.get_label()).startswith("fails")}
     (failed,) = points.values()
     np.testing.assert_allclose(failed.get_offsets(), [[9.0, 1.0]], rtol=1e-6)
-    (misfit,) = [one for one in rules.judge(gaps(), {"checks": found}) if one.verdict == rules.MISFIT]
+    (misfit,) = [one for one in rules.judge(gaps(), {"checks": found}) if one.verdict == thresholds_MISFIT]
     assert "1 of 4 checks fail" in misfit.rests_on
 
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from elbowroom.inference.fit.svi import Session, fit
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.inference.fit.plan import Session
+from elbowroom.inference.fit.svi import fit
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.linear_gaussian import LinearGaussian
 from elbowroom.models.networks.mlp import Linear
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 F64 = torch.float64

@@ -28,12 +28,13 @@ from torch import Tensor
 from elbowroom.inference.fit.svi import Step
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models import spaces
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.hierarchical import HierarchicalFamily
+from elbowroom.models.guides.normal import DiagonalNormal
 from elbowroom.models.networks.mlp import MLP
-from elbowroom.models.priors.base import Laplace, Normal, StudentT
 from elbowroom.models.priors.constrained import Dirichlet, Gamma, LogisticNormal, LogNormal
-from elbowroom.models.priors.hierarchical import HierarchicalFamily
 from elbowroom.models.priors.mixtures import GaussianMixture, Vamp
+from elbowroom.models.priors.standard import Laplace, Normal, StudentT
 
 C = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
 

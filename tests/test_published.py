@@ -17,6 +17,7 @@ import pytest
 
 import elbowroom as er
 from elbowroom.components import registry as components
+from elbowroom.components.slots import build
 from elbowroom.data import published
 from elbowroom.data.dataset import Dataset
 from elbowroom.data.published import MNIST, BinarizedMNIST
@@ -240,7 +241,7 @@ real = pytest.mark.skipif(published.VARIABLE not in os.environ, reason=f"{publis
 @pytest.mark.parametrize("name", ["binarized_mnist", "mnist"])
 def test_the_published_files(name: str) -> None:
     chosen = components.options_model("data", name).model_validate({"name": name})
-    dataset: Dataset = components.build("data", chosen).load()
+    dataset: Dataset = build("data", chosen).load()
     dataset.check()
     assert dataset.x.shape == (70_000, 28, 28)
     assert [len(part) for part in (dataset.split.train, dataset.split.validation, dataset.split.test)] == [

@@ -13,10 +13,11 @@ from conftest import linear_vae, mlp_vae
 from problems import PROBLEMS
 from torch import Tensor
 
-from elbowroom.inference.mcmc.normals import Normals
+from elbowroom.inference.mcmc.normals import Normals, Refit
 from elbowroom.inference.references.grid.grid import Grid
 from elbowroom.inference.search import best_normal as module
-from elbowroom.inference.search.best_normal import Refit, matched_noise, refit
+from elbowroom.inference.search.best_normal import refit
+from elbowroom.inference.search.noise import matched_noise
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.linear_gaussian import LinearGaussian
 from elbowroom.models.vae import VAE

@@ -20,13 +20,15 @@ from matplotlib import pyplot
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from elbowroom.analysis import plots_forest
+from elbowroom.analysis.latents.decoding import image_shape
 from elbowroom.analysis.plots import events as plots
 from elbowroom.analysis.plots import style as canvas
 from elbowroom.analysis.plots.report import audit as plots_audit
+from elbowroom.analysis.plots.report import forest as plots_forest
 from elbowroom.analysis.plots.report import latent as plots_latent
 from elbowroom.analysis.plots.report import posterior as plots_posterior
 from elbowroom.analysis.plots.report import training as plots_training
+from elbowroom.analysis.plots.report.model import prior_samples, reconstructions
 from elbowroom.analysis.report import key_figures as findings
 from elbowroom.analysis.report.report import Files, write_picture, write_report
 from elbowroom.analysis.verdict import summary as verdict
@@ -615,10 +617,10 @@ def sequences(features: int, d: int = 2) -> tuple[xr.DataTree, np.ndarray]:
 def test_sequences_are_drawn_by_feature_against_step(d):
     """A line for each feature, in the order of the steps, as far as there are data."""
     tree, x = sequences(2, d)
-    for plot in (plots.prior_samples(tree, x), plots.prior_samples(tree, None)):
+    for plot in (prior_samples(tree, x), prior_samples(tree, None)):
         assert [axes.get_title(loc="left") for axes in plot.figure.axes] == ["feature 0", "feature 1"]
         np.testing.assert_allclose(plot.figure.axes[1].lines[0].get_ydata()[:4], x[:, :4, 1].mean(0))
-    plot = plots.reconstructions(tree)
+    plot = reconstructions(tree)
     shown = {tuple(line.get_ydata()) for axes in plot.figure.axes for line in axes.lines}
     assert shown == {tuple(x[n, :4, f]) for n in (0, 2, 5, 7) for f in (0, 1)}
     plot = plots_latent.plane(tree)
@@ -632,12 +634,12 @@ def test_sequences_of_many_features_are_heat_maps_and_no_images():
     """(T, F) with F >= 4 could be an image: that it is not is said by the description."""
     tree, x = sequences(7)
     assert plots.event_image(tree) is None
-    pictures = [axes.images[0].get_array() for axes in plots.reconstructions(tree).figure.axes if axes.images]
+    pictures = [axes.images[0].get_array() for axes in reconstructions(tree).figure.axes if axes.images]
     assert [picture.shape for picture in pictures] == 8 * [(7, 4)]
     np.testing.assert_array_equal(pictures[0], x[0, :4].T)
     for plot, panels in (
-        (plots.prior_samples(tree, x), 4),
-        (plots.prior_samples(tree, None), 2),
+        (prior_samples(tree, x), 4),
+        (prior_samples(tree, None), 2),
         (plots_latent.plane(tree), 6),
     ):
         assert [axes.images[0].get_array().shape for axes in plot.figure.axes if axes.images] == panels * [(7, 6)]
@@ -693,7 +695,7 @@ def test_region_levels_of_a_normal():
     ],
 )
 def test_image_shape(event, declared, shape):
-    assert canvas.image_shape(event, declared) == shape
+    assert image_shape(event, declared) == shape
 
 
 def test_tiles_stand_where_their_labels_are():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from elbowroom.components import registry as components
+from elbowroom.components.slots import build
 from elbowroom.data import published
 from elbowroom.data.repositories import ADULT, Adult, JSBChorales
 from elbowroom.errors import DataError
@@ -137,7 +138,7 @@ real = pytest.mark.skipif(published.VARIABLE not in os.environ, reason=f"{publis
 @real
 def test_the_published_files() -> None:
     chosen = components.options_model("data", "adult").model_validate({"name": "adult", "missing": "20%"})
-    dataset = components.build("data", chosen).load()
+    dataset = build("data", chosen).load()
     dataset.check()
     assert dataset.x.shape == (32_561, 12)
     assert len(dataset.hidden.rows) == 77_647

@@ -15,16 +15,19 @@ from torch import Tensor
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.inference.fit import mixed_precision as rounding
 from elbowroom.inference.fit import step as training_step
+from elbowroom.inference.fit.loop import evaluate_elbo
 from elbowroom.inference.fit.mixed_precision import effect, lowered
+from elbowroom.inference.fit.plan import Session
 from elbowroom.inference.fit.record import Effect
 from elbowroom.inference.fit.rows import Rows
 from elbowroom.inference.fit.step import Step
-from elbowroom.inference.fit.svi import Session, evaluate_elbo, fit
+from elbowroom.inference.fit.svi import fit
 from elbowroom.inference.objectives.elbo import ELBO
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.networks.mlp import MLP
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 D, K = 6, 2

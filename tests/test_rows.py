@@ -15,8 +15,9 @@ from elbowroom.data import dataset as data
 from elbowroom.data.dataset import Dataset
 from elbowroom.errors import DataError, RunFolderError
 from elbowroom.inference.fit import rows, svi
+from elbowroom.inference.fit.plan import Session
 from elbowroom.inference.fit.rows import Rows
-from elbowroom.inference.fit.svi import Session, fit
+from elbowroom.inference.fit.svi import fit
 
 TREE = {
     "data": {"name": "file", "path": "x.npy"},

@@ -14,7 +14,8 @@ from elbowroom.analysis.verdict import judgement, rules
 from elbowroom.analysis.verdict import remedies as cures
 from elbowroom.analysis.verdict import summary as verdict
 from elbowroom.analysis.verdict.judgement import from_dataset
-from elbowroom.analysis.verdict.rules import judge, median, per_datum
+from elbowroom.analysis.verdict.rules import judge, per_datum
+from elbowroom.analysis.verdict.thresholds import EFFECTS, MEASURED, SOUND, median
 
 N = 40
 UNKNOWN = {"gap_amortization": np.nan, "gap_covariance": np.nan, "gap_shape": np.nan}
@@ -50,7 +51,7 @@ def words(*args: Any) -> list[str]:
 
 def test_every_verdict_stands_in_the_table_of_the_text_in_its_order() -> None:
     named = re.findall(r"^\| `(.*?)`", rules.__doc__ or "", flags=re.M)
-    assert named == [*rules.RULES, rules.SOUND]
+    assert named == [*rules.RULES, SOUND]
 
 
 def test_no_gap_is_sound() -> None:
@@ -129,14 +130,14 @@ def test_collapse_and_misfit_are_read_off_their_datasets() -> None:
     assert found.rule.endswith("an effect above 10% in size (relative to the model's)")
 
 
-@pytest.mark.parametrize(("kind", "limit"), rules.EFFECTS.items())
+@pytest.mark.parametrize(("kind", "limit"), EFFECTS.items())
 def test_every_kind_of_effect_has_its_own_limit_and_words(kind: str, limit: float) -> None:
     for effect, expected in ((0.9 * limit, "sound"), (-1.1 * limit, "model misfit")):
         columns = {"p_adjusted": [0.001], "effect": [effect], "words": ["a statistic"], "effect_kind": [kind]}
         checks = xr.Dataset({name: ("statistic", values) for name, values in columns.items()})
         assert words(table(), {"checks": checks}) == [expected]
     assert f"`{kind}`" in (Path(__file__).parents[1] / "docs" / "numbers.md").read_text()
-    assert rules.MEASURED[kind]
+    assert MEASURED[kind]
 
 
 def test_advice_names_the_family_and_its_gain() -> None:
@@ -173,10 +174,10 @@ def test_only_the_advice_of_a_run_points_to_its_spec_and_commands() -> None:
         ]
         for a, b in zip(plain, of_run, strict=True):
             assert not spec.search(a.advice), a.advice
-            assert b.verdict == rules.SOUND or spec.search(b.advice), b.advice
+            assert b.verdict == SOUND or spec.search(b.advice), b.advice
             assert not re.search(r"[{}]", a.advice)
         seen |= {a.verdict for a in plain}
-    assert seen == {*rules.RULES, rules.SOUND}
+    assert seen == {*rules.RULES, SOUND}
 
 
 def test_sound_says_how_far_means_and_sds_are_off() -> None:

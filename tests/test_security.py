@@ -13,6 +13,7 @@ from elbowroom.analysis.audit.auditor import Audit
 from elbowroom.analysis.report.report import write_report
 from elbowroom.cli.app import main
 from elbowroom.components import registry as components
+from elbowroom.components.table import PLACES
 from elbowroom.errors import DataError, SpecError
 from elbowroom.run import Run, default_folder, fit
 from elbowroom.spec import document
@@ -146,7 +147,7 @@ class Own(Normal):
 
 
 @pytest.mark.parametrize("name", ["python:own.py:Own", "python:../b/own.py:Own", "python:own:Own", "python:own.sub:Own"])
-@pytest.mark.parametrize("where", sorted(components.PLACES))
+@pytest.mark.parametrize("where", sorted(PLACES))
 def test_a_spec_executes_nothing_without_the_flag(name, where, here, monkeypatch, capsys):
     monkeypatch.syspath_prepend(here)
     Path("own.py").write_text(OWN)
@@ -166,7 +167,7 @@ def test_a_spec_executes_nothing_without_the_flag(name, where, here, monkeypatch
         main(["fit", "s.yaml", "--set", f"{where}={name}"])
     assert stop.value.code == 2
     with pytest.raises(SystemExit):
-        main(["components", components.PLACES[where], name, "--check"])
+        main(["components", PLACES[where], name, "--check"])
     assert not Path("owned").exists()
     assert "own" not in sys.modules
 

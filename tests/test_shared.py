@@ -16,10 +16,11 @@ from elbowroom.inference.program.bilinear import Bilinear, Factor, Kept
 from elbowroom.inference.program.factorised import shared_log_prob
 from elbowroom.inference.target import shared_points as shared
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Bernoulli
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.binary import Bernoulli
 from elbowroom.models.networks.mlp import Linear
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 F64 = torch.float64

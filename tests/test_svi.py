@@ -17,15 +17,18 @@ from pyro.infer import SVI, Trace_ELBO
 from rich.console import Console
 from torch import Tensor, nn
 
+from elbowroom.cli.progress import progress_bar
 from elbowroom.errors import DataError, NonFiniteLoss, RunFolderError, SpecError
-from elbowroom.inference.fit.plan import plan
-from elbowroom.inference.fit.svi import Session, Step, batches, evaluate_elbo, fit, resolve_device, shuffler
+from elbowroom.inference.fit.loop import batches, evaluate_elbo, shuffler
+from elbowroom.inference.fit.plan import Session, plan, resolve_device
+from elbowroom.inference.fit.svi import Step, fit
 from elbowroom.inference.objectives.elbo import ELBO, KLWeight, NonFiniteSite
-from elbowroom.inference.progress import progress_bar
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Bernoulli, Gaussian
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.binary import Bernoulli
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.networks.mlp import MLP, Linear
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 D, K = 6, 2
@@ -322,7 +325,7 @@ def test_patience_stops_early_and_keeps_the_best():
 
 def test_an_epoch_within_the_warmup_is_never_the_best(monkeypatch):
     elbos = iter([9.0, 8.0, 7.0, 1.0, 2.0, 0.0, 0.0, 3.0])  # the first three epochs have a KL weight below 1
-    monkeypatch.setattr("elbowroom.inference.fit.svi.evaluate_elbo", lambda *_, **__: next(elbos))
+    monkeypatch.setattr("elbowroom.inference.fit.loop.evaluate_elbo", lambda *_, **__: next(elbos))
     history = fit(make(), data(20), data(5), epochs=8, batch_size=10, kl_warmup=3, patience=2)
     assert [row.kl_weight for row in history.rows[2:4]] == [5 / 6, 1.0]
     assert history.best_epoch == 5

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import elbowroom as er
 from elbowroom.cli.app import app
 from elbowroom.errors import UserError
-from elbowroom.spec.experiment import seam
+from elbowroom.inference.target.of_vae import seam
 
 QUICK = {"epochs": 3, "batch_size": 16, "learning_rate": 1e-2, "device": "cpu"}
 NET = {"name": "mlp", "hidden": [8]}

@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 
 from elbowroom.components import registry as components
+from elbowroom.components.slots import build
+from elbowroom.data.columns import Layout, describe_columns
 from elbowroom.data.dataset import Dataset
-from elbowroom.data.frames import Memory, from_python, read_like
-from elbowroom.data.tables import Layout, describe_columns
+from elbowroom.data.file import read_like
+from elbowroom.data.frames import Memory, from_python
 from elbowroom.errors import UserError
 from elbowroom.models.columns import Column
 from elbowroom.spec.experiment import Experiment
@@ -27,7 +29,7 @@ ROLES = {"covariates": ["dose", "batch"], "exposure": "depth", "labels": "who", 
 def load(folder: Path, text: str = TABLE, **options: object) -> Dataset:
     (folder / "x.csv").write_text(text)
     chosen = components.options_model("data", "file").model_validate({"name": "file", "path": "x.csv", **options})
-    return components.build("data", chosen, folder=folder, where="data").load()
+    return build("data", chosen, folder=folder, where="data").load()
 
 
 def problem(call, *arguments, **options) -> str:
@@ -215,7 +217,7 @@ def test_kinds_of_columns() -> None:
 
 @pytest.mark.parametrize("chunk", [7, 2**22])
 def test_the_place_of_a_wrong_kind_is_found_in_any_part(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elbowroom.data.dataset.CHUNK", chunk)
+    monkeypatch.setattr("elbowroom.data.chunks.CHUNK", chunk)
     x = np.ones((6, 2))
     x[4, 1] = -1
     assert problem(describe_columns, x, ("a", "b"), {"b": "positive"}) == (

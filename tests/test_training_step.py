@@ -18,17 +18,20 @@ from elbowroom.conformance import properties as promises
 from elbowroom.errors import NonFiniteLoss
 from elbowroom.inference.adam import Adam
 from elbowroom.inference.fit import step as training_step
+from elbowroom.inference.fit.plan import Session
 from elbowroom.inference.fit.step import Step
-from elbowroom.inference.fit.svi import Session, fit
+from elbowroom.inference.fit.svi import fit
 from elbowroom.inference.objectives.bounds import IWAE, Beta, DReG, Renyi, StickingTheLanding
 from elbowroom.inference.objectives.elbo import ELBO, MeanFieldELBO, NonFiniteSite
 from elbowroom.inference.objectives.enumerated import TraceEnum
 from elbowroom.inference.objectives.wake_sleep import WakeSleep
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Bernoulli, Gaussian
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.binary import Bernoulli
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.likelihoods.counts import Poisson
 from elbowroom.models.networks.mlp import MLP
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
 D, K, B, N = 6, 2, 8, 20

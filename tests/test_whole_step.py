@@ -17,10 +17,11 @@ from elbowroom.errors import NonFiniteLoss
 from elbowroom.inference import whole_step
 from elbowroom.inference.compiled.graph import Untraceable
 from elbowroom.inference.fit import step as training_step
+from elbowroom.inference.fit.plan import Session
 from elbowroom.inference.fit.rows import Rows
 from elbowroom.inference.fit.step import Step
 from elbowroom.inference.fit.step_graph import generators
-from elbowroom.inference.fit.svi import Session, fit
+from elbowroom.inference.fit.svi import fit
 from elbowroom.inference.whole_step import WholeStep
 from elbowroom.inference.window import Turn, Window
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from elbowroom.errors import NonFiniteLoss
 from elbowroom.inference import whole_step
 from elbowroom.inference.fit import step as training_step
+from elbowroom.inference.fit.plan import Session
 from elbowroom.inference.fit.rows import Rows
-from elbowroom.inference.fit.svi import Session, fit
+from elbowroom.inference.fit.svi import fit
 from elbowroom.inference.fit.warm_start import Start
 from elbowroom.inference.whole_step import WholeStep
 from elbowroom.models.networks.mlp import MLP

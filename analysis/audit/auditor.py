@@ -21,7 +21,7 @@ import xarray as xr
 from annotated_types import Ge
 
 from elbowroom.analysis import idata
-from elbowroom.analysis.audit.budget import Pace, Step
+from elbowroom.analysis.audit.budget import PLANNED, Pace, Step
 from elbowroom.analysis.audit.diagnosis import diagnose as find_out
 from elbowroom.analysis.audit.parts import Store
 from elbowroom.analysis.audit.plan import Plan, choose
@@ -34,9 +34,8 @@ from elbowroom.analysis.verdict import judgement
 from elbowroom.analysis.verdict.judgement import Judgement, from_dataset
 from elbowroom.analysis.verdict.rules import judge, per_datum
 from elbowroom.analysis.verdict.summary import sentences, summary
-from elbowroom.cli.progress import PLANNED
 from elbowroom.errors import RunFolderError, UnsupportedProgram, UserError
-from elbowroom.inference.compiled.graph import Compile, policy
+from elbowroom.inference.compiled.policies import Compile, policy
 from elbowroom.inference.posterior import CHAINS, Reference
 from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint

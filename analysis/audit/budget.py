@@ -137,3 +137,7 @@ class Pace:
 
     def _left(self) -> float:
         return sum(self._estimate(name) * piece.factor for name, piece in self.pieces.items())
+
+
+PLANNED = "plan"
+"""The first step of an audit."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.analysis.measures.distances import Comparison
-from elbowroom.inference import checkpoint
+from elbowroom.inference.fit import checkpoint
 from elbowroom.inference.posterior import Evidence, Posterior, Reference
 from elbowroom.system.archive import check_stored
 from elbowroom.system.files import sha256

@@ -17,10 +17,9 @@ from elbowroom.analysis.measures.distances import Comparison, compare
 from elbowroom.analysis.measures.evidence import sandwich
 from elbowroom.analysis.measures.gaps import refitted, unknown
 from elbowroom.analysis.measures.missed_modes import missed_mass
-from elbowroom.inference.posterior import Posterior, concatenate
+from elbowroom.inference.posterior import Posterior, completed, concatenate
 from elbowroom.inference.references.importance.guide import amortized
 from elbowroom.inference.search.scout import scout
-from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system import durations as clock
 from elbowroom.system.stages import stage
@@ -77,7 +76,7 @@ class Work:
         self.say(Step.of(f"guide{label}", self.pace))
         began = time.monotonic()
         guide = amortized(part, draws=self.draws, keep=self.keep, seed=start)
-        guide = discrete.completed(part, guide, start + DISCRETE_STEP, which="guide")
+        guide = completed(part, guide, start + DISCRETE_STEP, which="guide")
         found[0] = self._keep(keys[0], guide, None)
         self.pace.finished("", time.monotonic() - began, whole=True)
         for k, method in enumerate(plan.references, start=1):
@@ -90,7 +89,7 @@ class Work:
             # a seed of its own: draws that shared the guide's random numbers would lie closer to it than chance
             with stage(method.name):
                 drawn = method(part, keep=self.keep, seed=start + SEED_STEP * k, until=until)
-                drawn = discrete.completed(part, drawn, start + SEED_STEP * k + DISCRETE_STEP)
+                drawn = completed(part, drawn, start + SEED_STEP * k + DISCRETE_STEP)
             drawn.stats["missed_mass"] = missed_mass(part, guide, drawn)
             whole = not any(map(ENDED.search, drawn.reason))
             # what the budget cut short is not kept: an audit that goes on has time again

@@ -26,12 +26,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from elbowroom.analysis.checks.datasets import NATS, dataset, pit, sentence, statistics
 from elbowroom.analysis.checks.residuals import KINDS, WORDS, Residuals, replicated, residuals
 from elbowroom.analysis.checks.statistics import EffectKind, Judged, Statistic, judge, suited
-from elbowroom.analysis.criticism_layout import NATS, dataset, pit, sentence, statistics
 from elbowroom.errors import UnsupportedProgram, first_line
-from elbowroom.inference.compiled.graph import policy
-from elbowroom.inference.posterior import Posterior
+from elbowroom.inference.compiled.policies import policy
+from elbowroom.inference.posterior import Posterior, completed
 from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.simulate import in_likelihood, predict, simulate
@@ -101,7 +101,7 @@ def criticise(
     z: Tensor | None = None
     sites: dict[str, Tensor] = {}
     if len(rows):
-        reference = discrete.completed(log_joint, reference, seed + 1)
+        reference = completed(log_joint, reference, seed + 1)
         z, sites = _one_draw(reference, rows, generator)
     try:
         joint, prior = _joint(log_joint, z, rows, shown, replicates, seed + 2)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elbowroom.inference.compiled.graph import at_most
+from elbowroom.inference.compiled.policies import at_most
+from elbowroom.inference.program.replay import Which
 from elbowroom.inference.target import discrete
-from elbowroom.inference.target.draws import Which
 from elbowroom.inference.target.log_joint import LogJoint
 
 MOST = 10  # entries of discrete sites looked at

@@ -41,15 +41,15 @@ from elbowroom.analysis.latents.decoding import (
     quantiles,
     rates,
 )
+from elbowroom.analysis.latents.entries import EntryKind, pieces
 from elbowroom.analysis.latents.summary import MOST_STATES
-from elbowroom.analysis.queries.imputation import EntryKind, pieces
 from elbowroom.errors import UserError
-from elbowroom.inference.fit.rows import Batch
+from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.discrete import table as table_of
-from elbowroom.inference.target.log_joint import LogJoint, seeded
+from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.likelihoods.categorical import Codes
 from elbowroom.models.spaces import DISCRETE
-from elbowroom.models.vae import VAE
+from elbowroom.models.vae import VAE, Batch
 from elbowroom.system.stages import stage
 
 BAND = (0.05, 0.95)
@@ -291,6 +291,6 @@ def _states(
 
 def curved(event: Sequence[int]) -> bool:
     """Say whether effect curves of the entries of a datum can be read: a table, or a short vector that is no image."""
-    from elbowroom.analysis.plots.style import image_shape
+    from elbowroom.analysis.latents.decoding import image_shape
 
     return len(event) == 1 and image_shape(event) is None and event[0] <= MOST_ENTRIES

@@ -21,11 +21,11 @@ from torch import Tensor
 from elbowroom.analysis.latents.aggregate import energy_test, mutual_information, mutual_information_of_table
 from elbowroom.analysis.measures.gaps import guide_normals
 from elbowroom.errors import UnsupportedProgram, first_line
-from elbowroom.inference.compiled.graph import policy
+from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.mcmc.normals import HALF_LOG_2PI
 from elbowroom.inference.posterior import Posterior
+from elbowroom.inference.program.replay import Which
 from elbowroom.inference.target import discrete
-from elbowroom.inference.target.draws import Which
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.simulate import simulate
 

@@ -29,11 +29,10 @@ from elbowroom.analysis.latents.decoding import (
     repeated,
     take,
 )
-from elbowroom.inference.fit.rows import Batch
 from elbowroom.inference.program.sites import is_real
 from elbowroom.inference.target.discrete import table as table_of
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.vae import VAE
+from elbowroom.models.vae import VAE, Batch
 
 MOST_STATES = 64
 CASES = ("best", "typical", "worst")

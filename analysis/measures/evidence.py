@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from elbowroom.analysis.measures.table import MISSED, Z95
-from elbowroom.inference.posterior import Posterior, Reference
+from elbowroom.inference.posterior import Posterior, Reference, surely
 from elbowroom.inference.references.ais.ais import Annealed
-from elbowroom.inference.references.ais.annealing import surely, tune, upper
+from elbowroom.inference.references.ais.annealing import tune, upper
 from elbowroom.inference.references.ais.paths import PriorPath, RefitPath
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.target.log_joint import LogJoint

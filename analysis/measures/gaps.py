@@ -29,9 +29,10 @@ import torch
 from pyro.distributions import MultivariateNormal
 from torch import Tensor
 
-from elbowroom.inference.mcmc.normals import HALF_LOG_2PI, Normals
-from elbowroom.inference.search.best_normal import Refit, antithetic_noise, matched, refit
+from elbowroom.inference.mcmc.normals import HALF_LOG_2PI, Normals, Refit
+from elbowroom.inference.search.best_normal import refit
 from elbowroom.inference.search.best_of_family import Freed, Offer, freed, offered
+from elbowroom.inference.search.noise import antithetic_noise, matched
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
 

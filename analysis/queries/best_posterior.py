@@ -27,14 +27,13 @@ from torch import Tensor
 from elbowroom.analysis.audit.plan import choose
 from elbowroom.analysis.measures.evidence import Ladder, climb
 from elbowroom.analysis.measures.missed_modes import missed_mass
-from elbowroom.inference.posterior import Posterior, Reference, in_chains
+from elbowroom.inference.posterior import Posterior, Reference, completed, in_chains, resample
 from elbowroom.inference.references.closed_form import ClosedForm
 from elbowroom.inference.references.enumeration import Enumeration
 from elbowroom.inference.references.grid.grid import MAX_DIM, Grid
-from elbowroom.inference.references.importance.guide import amortized, good_k, psis
+from elbowroom.inference.references.importance.guide import amortized
 from elbowroom.inference.references.importance.importance import ImportanceSampling
-from elbowroom.inference.resampling import resample
-from elbowroom.inference.target import discrete
+from elbowroom.inference.references.importance.psis import good_k, psis
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
 
@@ -102,7 +101,7 @@ def read(
         until: value of `time.monotonic()` after which references stop.
     """
     guide = amortized(log_joint, draws=draws, keep=draws, seed=seed)
-    guide = discrete.completed(log_joint, guide, seed + DISCRETE_STEP, which="guide")
+    guide = completed(log_joint, guide, seed + DISCRETE_STEP, which="guide")
     references: list[Posterior] = []
     for number, method in enumerate(methods, start=1):
         if references and bool(torch.stack([p.trusted for p in references]).any(0).all()):
@@ -110,7 +109,7 @@ def read(
         start = seed + SEED_STEP * number
         with stage(method.name):
             found = method(log_joint, keep=keep, seed=start, until=until)
-            found = discrete.completed(log_joint, found, start + DISCRETE_STEP)
+            found = completed(log_joint, found, start + DISCRETE_STEP)
         found.stats["missed_mass"] = missed_mass(log_joint, guide, found)
         references.append(found)
     posterior, source = _best(log_joint, guide, references, keep, seed + RESAMPLE_STEP)
@@ -172,7 +171,7 @@ def _resampled(log_joint: LogJoint, guide: Posterior, keep: int, seed: int) -> P
         status=["uncertified" if ok else "amortized" for ok in good],
         reason=reason,
     )
-    return discrete.completed(log_joint, found, seed + DISCRETE_STEP)
+    return completed(log_joint, found, seed + DISCRETE_STEP)
 
 
 def _chosen(sources: Sequence[Posterior], place: Tensor, keep: int) -> Posterior:

@@ -18,25 +18,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
-from pyro.distributions import Independent, TorchDistribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from elbowroom.analysis.latents.entries import EntryKind, coded, pieces
 from elbowroom.inference.posterior import Posterior
-from elbowroom.inference.target.log_joint import seeded
+from elbowroom.inference.randomness import seeded
 from elbowroom.models.columns import Column
 from elbowroom.models.likelihoods.categorical import Codes
 from elbowroom.models.likelihoods.missing import entrywise
-from elbowroom.models.likelihoods.mixed import Columns
 from elbowroom.system.stages import stage
 
 BLOCK = 2**22  # entries of x decoded at once, over draws and rows
 RANK = 2**22  # draws of entries sorted at once
-
-EntryKind = Literal["number", "count", "binary", "ordinal", "categorical"]
 
 
 @dataclass(frozen=True)
@@ -88,42 +85,6 @@ class Predicted:
 
 
 # -- kinds of entries -------------------------------------------------------------------------------------------------------
-
-
-def pieces(p: TorchDistribution) -> list[tuple[Tensor, TorchDistribution]]:
-    """Return which entries (of x laid flat) each scalar distribution of p(x|z) is of, and that distribution.
-
-    Their batch shape is (*batch of p, *event), or (*batch of p, columns) of a group of columns of a table.
-    """
-    parts = p.parts if isinstance(p, Columns) else [(torch.arange(math.prod(p.event_shape)), p)]
-    return [(index, part.base_dist if isinstance(part, Independent) else part) for index, part in parts]
-
-
-def coded(column: Column) -> bool:
-    """Say whether the values of a column are codes."""
-    return column.kind in ("binary", "ordinal", "categorical")
-
-
-def entry_kinds(p: TorchDistribution, columns: Sequence[Column] | None, *, ordered: bool) -> list[EntryKind]:
-    """Say what the values of each entry of x are, by its distribution.
-
-    Args:
-        p: p(x|z) at any z.
-        columns: what is known of the columns of a table.
-        ordered: whether the codes of an array without columns have an order.
-    """
-    kinds: list[EntryKind] = ["number"] * math.prod(p.event_shape)
-    for index, part in pieces(p):
-        for j in index.tolist():
-            if isinstance(part, Codes):
-                known = None if columns is None else columns[j].kind
-                sorted_codes = ordered if known is None else known != "categorical"
-                kinds[j] = "ordinal" if sorted_codes else "categorical"
-            elif isinstance(part, torch.distributions.Bernoulli):
-                kinds[j] = "binary"
-            elif part.support.is_discrete:
-                kinds[j] = "count"
-    return kinds
 
 
 # -- the predictive distribution --------------------------------------------------------------------------------------------

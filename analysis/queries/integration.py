@@ -29,8 +29,8 @@ from elbowroom.analysis.queries.best_posterior import Methods, methods_for, read
 from elbowroom.errors import UserError
 from elbowroom.inference.references.ais.annealing import lower, tune
 from elbowroom.inference.references.ais.paths import PriorPath
-from elbowroom.inference.references.importance.guide import psis
 from elbowroom.inference.references.importance.importance import Proposal
+from elbowroom.inference.references.importance.psis import psis
 from elbowroom.inference.search.best_normal import refit
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage

@@ -10,8 +10,9 @@ import xarray as xr
 from elbowroom.analysis.measures.table import GOOD_K, MISSED, best_reference, column, trusted
 from elbowroom.analysis.plots.style import count, percent, say
 from elbowroom.analysis.report import key_figures as findings
-from elbowroom.analysis.verdict import rules
 from elbowroom.analysis.verdict.remedies import Cures
+from elbowroom.analysis.verdict.thresholds import known as thresholds_known
+from elbowroom.analysis.verdict.thresholds import median as thresholds_median
 
 
 def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
@@ -23,7 +24,7 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
     sure = trusted(table, reference)
     may, may_not = [], []
     if known.size:
-        median, low, high = (say(value) for value in rules.median(known))
+        median, low, high = (say(value) for value in thresholds_median(known))
         may.append(
             f"log p(x) is {_how(kind)} for {known.size:,} of {count(n)}; the ELBO lies {median} nats [{low}, {high}] below it "
             "at the median (in brackets, here and below, its 95% interval). That much this guide loses, with this decoder held "
@@ -91,10 +92,10 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
 def _blame(table: xr.Dataset) -> str:
     """Say how much of the gap is the encoder's and how much the family's; empty where they are not told apart."""
     encoder, family = column(table, "gap_amortization"), column(table, "gap_approximation")
-    rows = rules.known(table) & np.isfinite(encoder) & np.isfinite(family)
+    rows = thresholds_known(table) & np.isfinite(encoder) & np.isfinite(family)
     if not rows.any():
         return ""
-    parts = [rules.median(values[rows]) for values in (encoder, family)]
+    parts = [thresholds_median(values[rows]) for values in (encoder, family)]
     said = [f"{say(middle)} nats [{say(low)}, {say(high)}]" for middle, low, high in parts]
     return (
         f"What makes the gap, over {count(int(rows.sum()))}: at the median the encoder misses {said[0]} of what its own family "

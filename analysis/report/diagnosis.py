@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import xarray as xr
 
-from elbowroom.analysis import plots_predictive
 from elbowroom.analysis.plots.report import calibration as plots_calibration
 from elbowroom.analysis.plots.report import criticism as plots_checks
 from elbowroom.analysis.plots.report import gaps as plots_gaps
 from elbowroom.analysis.plots.report import information as plots_information
+from elbowroom.analysis.plots.report import predictive as plots_predictive
 from elbowroom.analysis.plots.style import Absent, Plot, percent, say
 from elbowroom.analysis.verdict import judgement, rules
+from elbowroom.analysis.verdict.thresholds import EFFECT, SOUND, effect_in_words
 from elbowroom.system.stages import stage
 
 NO_DIAGNOSIS = "the run folder has no diagnosis.nc; `elbowroom audit` with audit.diagnose=true writes it"
@@ -62,7 +63,7 @@ def lines(table: xr.Dataset, tree: xr.DataTree | None) -> list[Line]:
     stored = part(tree, "verdicts")
     verdicts = rules.judge(table) if stored is None else judgement.from_dataset(stored)
     return [
-        Line(one.verdict, number(one), _sentence(one.rests_on), _sentence(one.rule), one.advice, one.verdict == rules.SOUND)
+        Line(one.verdict, number(one), _sentence(one.rests_on), _sentence(one.rule), one.advice, one.verdict == SOUND)
         for one in verdicts
     ]
 
@@ -82,7 +83,7 @@ def number(one: judgement.Judgement) -> str:
     if one.units == "latents" and one.number == 1:
         units = "latent"
     if one.units.startswith("effect"):
-        return f"effect {rules.effect_in_words(one.number, one.units.removeprefix(rules.EFFECT))}"
+        return f"effect {effect_in_words(one.number, one.units.removeprefix(EFFECT))}"
     return f"{write(one.number)}{interval} {units}".strip()
 
 

@@ -18,12 +18,14 @@ import pandas as pd
 import xarray as xr
 import yaml
 
-from elbowroom.analysis import idata, plots_forest
+from elbowroom.analysis import idata
 from elbowroom.analysis.plots import events as plots
 from elbowroom.analysis.plots.report import audit as plots_audit
+from elbowroom.analysis.plots.report import forest as plots_forest
 from elbowroom.analysis.plots.report import latent as plots_latent
 from elbowroom.analysis.plots.report import posterior as plots_posterior
 from elbowroom.analysis.plots.report import training as plots_training
+from elbowroom.analysis.plots.report.model import prior_samples, reconstructions
 from elbowroom.analysis.plots.style import DPI, Absent, Plot, thumbnail, tone
 from elbowroom.analysis.report import conclusions
 from elbowroom.analysis.report import diagnosis as judged
@@ -201,8 +203,8 @@ def draw(files: Files) -> dict[str, Plot | Absent]:
         partial(plots_audit.comparison, files.audit),
         partial(plots_latent.latent_space, files.latent),
         partial(plots_latent.plane, files.latent),
-        partial(plots.prior_samples, files.latent, files.observed),
-        partial(plots.reconstructions, files.latent),
+        partial(prior_samples, files.latent, files.observed),
+        partial(reconstructions, files.latent),
         partial(plots_training.training, files.history),
     )
     drawn: list[Plot | Absent] = []

@@ -32,7 +32,6 @@ from elbowroom.analysis.measures.table import (
     LEVEL,
     MISSED,
     SMALL_GAP,
-    TRUSTED,
     Z95,
     best_reference,
     column,
@@ -40,43 +39,26 @@ from elbowroom.analysis.measures.table import (
 )
 from elbowroom.analysis.verdict.judgement import Judgement
 from elbowroom.analysis.verdict.remedies import Cures
-
-HALF = 0.5
-CAUSE = 1 / 3  # share of the gap from which on a part is named as a cause
-EFFECTS = {"difference": 0.05, "sd": 0.1, "skewness": 0.5, "kurtosis": 1.0, "relative": 0.1, "largest": 0.25, "nats": 1.0}
-"""What matters, by the kind of a check's effect, each in its own unit:
-
-| kind         | of                                                                | matters above                            |
-|--------------|-------------------------------------------------------------------|------------------------------------------|
-| `difference` | probabilities (PIT values from uniform), correlations             | 0.05                                     |
-| `sd`         | means of columns, in standard deviations of the column            | 0.1 sd                                   |
-| `skewness`   | mean skewness of columns                                          | 0.5 (of a normal: 0, a gamma(16): 0.5)   |
-| `kurtosis`   | mean kurtosis of columns                                          | 1 (of a normal: 3, Student's t of 10: 4) |
-| `relative`   | shares, variances, standard deviations, relative to the model's   | 10%                                      |
-| `largest`    | the largest value, relative to the geometric mean of the model's  | 25%                                      |
-| `nats`       | log densities per datum                                           | 1 nat                                    |
-"""
-MEASURED = {
-    "difference": "of probabilities or correlations",
-    "sd": "of means of columns",
-    "skewness": "of skewness",
-    "kurtosis": "of kurtosis",
-    "relative": "relative to the model's",
-    "largest": "of the largest value, relative to the model's",
-    "nats": "of log densities per datum",
-}
-ERRORS = 5.0  # standard errors by which log p(x) may lie below the ELBO
-
-EFFECT = "effect: "  # begins the units of an effect, which are its kind
-SOUND = "sound"
-UNTRUSTED = "reference not trustworthy"
-MODE_MISSED = "mode missed"
-COLLAPSED = "latents collapsed"
-MISFIT = "model misfit"
-OVERFITS = "encoder overfits"
-ENCODER = "encoder falls short"
-FAMILY = "family too small"
-GUIDE = "guide falls short"
+from elbowroom.analysis.verdict.thresholds import (
+    CAUSE,
+    COLLAPSED,
+    EFFECT,
+    EFFECTS,
+    ENCODER,
+    ERRORS,
+    FAMILY,
+    GUIDE,
+    HALF,
+    MEASURED,
+    MISFIT,
+    MODE_MISSED,
+    OVERFITS,
+    SOUND,
+    UNTRUSTED,
+    effect_in_words,
+    known,
+    median,
+)
 
 
 class Facts:
@@ -106,24 +88,6 @@ class Facts:
         return bool(np.median(self.low) <= SMALL_GAP and np.mean(self.low > LARGE_GAP) < FEW)
 
 
-def known(table: xr.Dataset) -> np.ndarray:
-    """Return which data have a value of log p(x) (exact or a trusted estimate) and a certified posterior, (N,)."""
-    finite = np.isfinite(column(table, "log_evidence")) & ~np.isnan(column(table, "gap_total"))
-    if not table.sizes.get("reference"):
-        return finite
-    return finite & np.isin(table["status"].values.astype(str), TRUSTED).any(1)
-
-
-def median(values: np.ndarray) -> tuple[float, float, float]:
-    """Return the median and its distribution-free 95 % interval by order statistics; of few values, from least to largest."""
-    values = np.sort(values[~np.isnan(values)])
-    n = values.size
-    if not n:
-        return math.nan, math.nan, math.nan
-    below = max(0, math.floor(n / 2 - Z95 * math.sqrt(n) / 2))
-    return float(np.median(values)), float(values[below]), float(values[n - 1 - below])
-
-
 def judge(table: xr.Dataset, beside: Mapping[str, xr.Dataset] | None = None) -> list[Judgement]:
     """Return the verdicts, the most consequential first; `sound` alone where no other holds.
 
@@ -151,16 +115,6 @@ def per_datum(table: xr.Dataset) -> np.ndarray:
     verdict = np.where(wide, cause, verdict)
     verdict = np.where(column(table, "missed_mass") > MISSED, MODE_MISSED, verdict)
     return np.where(~known(table) | _contradicts(table), UNTRUSTED, verdict).astype(str)
-
-
-def effect_in_words(effect: float, kind: str) -> str:
-    """Write a check's effect with its sign and unit."""
-    if not math.isfinite(effect):
-        return "not known"
-    if kind in ("relative", "largest"):
-        return f"{effect:+.0%}" if abs(effect) >= 0.1 else f"{effect:+.1%}"
-    units = {"sd": " sd", "nats": " nat" if abs(effect) == 1 else " nats"}
-    return f"{effect:+.2g}{units.get(kind, '')}"
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,16 @@ with a weight below 1 is no bound on the evidence.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import torch
+
 from elbowroom.errors import DataError, SpecError
+from elbowroom.inference.fit.record import Row
+from elbowroom.inference.fit.warm_start import Start
 
 Schedule = Literal["constant", "cosine"]
 
@@ -136,3 +142,52 @@ def plan(
         asked_warmup=asked,
         patience=patience,
     )
+
+
+CHECKPOINT, WEIGHTS, HISTORY, EFFECT = "checkpoint.pt", "weights.pt", "history.csv", "precision.json"
+
+
+@dataclass(frozen=True)
+class Session:
+    """The circumstances of a fit: facts that the caller supplies and that are not options of the fit.
+
+    Attributes:
+        folder: where `checkpoint.pt`, `weights.pt` and `history.csv` go; None writes no files.
+        resume: go on from the folder's checkpoint, if it has one.
+        seed: of all random numbers. The caller's generators are left as they were.
+        fingerprint: anything that tells runs apart beyond what `fit` sees itself (data, options, seed, module), such
+            as a hash of the spec. A checkpoint with another fingerprint is refused.
+        report: called as report(plan, row) after each epoch, when its files are written.
+        checkpoint_seconds: least time between checkpoints; one is written after the first epoch and at the end anyway.
+        start: weights that the fit starts at, and whether the model is trained further; None starts at the VAE's own.
+    """
+
+    folder: Path | None = None
+    resume: bool = False
+    seed: int = 0
+    fingerprint: str = ""
+    report: Callable[[Plan, Row], None] | None = None
+    checkpoint_seconds: float = 10.0
+    start: Start | None = None
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:1` into a device that exists.
+
+    Raises:
+        SpecError: there is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise SpecError(f"fit.device: must be auto, cpu, cuda or cuda:NUMBER, got {device!r}")
+    if place.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (place.index or 0) >= count:
+        raise SpecError(f"fit.device: {device!r} was asked for, but torch sees {count} CUDA devices; use auto or cpu")
+    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)

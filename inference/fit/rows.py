@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from elbowroom.models.vae import Batch
+
 SAMPLE = 2**28
 """Bytes of training data that means and scales are taken from (evenly spaced rows), whether or not the rest is in memory."""
 CHUNK = 2**22  # entries read together
 WHITE = 255.0
-
-Batch = dict[str, Tensor]
-"""Arguments of model and guide for some data: `x` and, where there are any, `covariates` and `exposure`."""
 
 
 @dataclass(frozen=True, eq=False)

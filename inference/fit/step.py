@@ -18,13 +18,13 @@ from operator import is_
 from torch import Tensor, nn
 
 from elbowroom.inference.adam import Adam
-from elbowroom.inference.compiled.graph import Compile, Untraceable
+from elbowroom.inference.compiled.graph import Untraceable
+from elbowroom.inference.compiled.policies import Compile
 from elbowroom.inference.fit.mixed_precision import Precision, lowered
-from elbowroom.inference.fit.rows import Batch
 from elbowroom.inference.fit.step_graph import GradientGraph, evaluate, modules
 from elbowroom.inference.objectives.elbo import ELBO, Objective
 from elbowroom.inference.whole_step import WINDOW, WholeStep
-from elbowroom.models.vae import VAE
+from elbowroom.models.vae import VAE, Batch
 
 log = logging.getLogger("elbowroom.compiled")
 

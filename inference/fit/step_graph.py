@@ -24,9 +24,8 @@ from elbowroom.inference.compiled.branches import Branches
 from elbowroom.inference.compiled.graph import Graph, Operations, Untraceable
 from elbowroom.inference.compiled.side_effects import left_alone
 from elbowroom.inference.fit.mixed_precision import Precision
-from elbowroom.inference.fit.rows import Batch
 from elbowroom.inference.objectives.elbo import Estimate, Objective, unchecked
-from elbowroom.models.vae import VAE
+from elbowroom.models.vae import VAE, Batch
 from elbowroom.system.stages import stage
 
 # how far a graph may be from the eager run, as a share of the largest entry; rounding is less

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.errors import SpecError
-from elbowroom.inference.fit.rows import Batch
-from elbowroom.models.vae import VAE
+from elbowroom.models.vae import VAE, Batch
 
 MODEL = ("prior", "likelihood", "decoder")
 GUIDE = "posterior."

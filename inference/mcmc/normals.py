@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -101,3 +103,91 @@ class Normals:
     def rows(self, index: Tensor) -> Normals:
         """Return those of some of the data."""
         return Normals(self.loc[index], self.root[index])
+
+
+@dataclass(frozen=True)
+class StudentT:
+    """A multivariate Student-t per datum: tails that are heavier than those of any posterior with a normal prior.
+
+        z = loc + root e sqrt(nu / c),   e ~ N(0, I),   c ~ chi^2_nu
+
+    Attributes:
+        loc: centres, (N, d).
+        root: lower-triangular roots of the scale matrices, (N, d, d).
+        df: degrees of freedom nu.
+    """
+
+    loc: Tensor
+    root: Tensor
+    df: int = 5
+
+    def sample(self, n_draws: int, generator: torch.Generator) -> Tensor:
+        """Draw z (S, N, d)."""
+        noise = torch.randn(n_draws, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device, generator=generator)
+        shape = (self.df, n_draws, len(self.loc))
+        normals = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device, generator=generator)
+        chi2 = normals.square().sum(0)
+        return self.loc + apply(self.root, noise) * (self.df / chi2).sqrt()[..., None]
+
+    def log_prob_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log density at z (S, N, d), (S, N), and its gradient (S, N, d)."""
+        d, nu = z.shape[-1], float(self.df)
+        u = whiten(self.root, z - self.loc)
+        squared = u.square().sum(-1)
+        constant = math.lgamma((nu + d) / 2) - math.lgamma(nu / 2) - d / 2 * math.log(nu * math.pi)
+        log_det = self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        value = constant - log_det - (nu + d) / 2 * torch.log1p(squared / nu)
+        pull = torch.linalg.solve_triangular(self.root.mT, u.permute(1, 2, 0), upper=True).permute(2, 0, 1)
+        return value, -((nu + d) / (nu + squared))[..., None] * pull
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return the log density at z (S, N, d), (S, N), in nats."""
+        return self.log_prob_grad(z)[0]
+
+    def rows(self, index: Tensor) -> StudentT:
+        """Return those of some of the data."""
+        return StudentT(self.loc[index], self.root[index], self.df)
+
+
+Family = Literal["diagonal", "full"]
+
+
+@dataclass(frozen=True)
+class Refit:
+    """The best normal of a family for every datum, and how far from it the search ended.
+
+    Attributes:
+        family: `diagonal` or `full`.
+        q: q*, in unconstrained coordinates; `q.root` is diagonal for the diagonal family.
+        elbo: L[q*] on draws that nothing was chosen by, (N,), in nats; -inf where log p is not finite at one of them.
+        elbo_se: its standard error over antithetic pairs, (N,).
+        shortfall: estimated remaining gain of the family near q*, (N,), nats, >= 0: twice the decrement on noise that q* has
+            not seen, which includes what the finite noise of the search cost. Local: another mode may hold a better normal.
+            inf where it is unknown.
+        converged: (N,) True where the shortfall is at most the tolerance asked for and the score is finite.
+        start: (N,) which start won: 0 the encoder, 1.. the prior draws, then those given in `also`.
+        iterations: evaluations of the objective, the longest climb of each stage added up.
+    """
+
+    family: Family
+    q: Normals
+    elbo: Tensor
+    elbo_se: Tensor
+    shortfall: Tensor
+    converged: Tensor
+    start: Tensor
+    iterations: int
+
+
+def _joined(parts: Sequence[Refit]) -> Refit:
+    """Join the refits of different data."""
+    q = Normals(torch.cat([p.q.loc for p in parts]), torch.cat([p.q.root for p in parts]))
+    columns = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("elbo", "elbo_se", "shortfall")}
+    return Refit(
+        family=parts[0].family,
+        q=q,
+        converged=torch.cat([p.converged for p in parts]),
+        start=torch.cat([p.start for p in parts]),
+        iterations=max(p.iterations for p in parts),
+        **columns,
+    )

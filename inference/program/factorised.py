@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from elbowroom.inference.program.bilinear import Bilinear, Factor
-from elbowroom.models.likelihoods.base import Grey
+from elbowroom.models.likelihoods.binary import Grey
 from elbowroom.models.likelihoods.categorical import Codes
 from elbowroom.models.likelihoods.continuous import OpenBeta
 from elbowroom.models.likelihoods.missing import Incomplete

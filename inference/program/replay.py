@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
@@ -146,3 +146,6 @@ class Feed(Messenger):
             self.log_prior = self.log_prior + self._reduce(log_prob, frame.dim)
         else:
             self.log_likelihood = self.log_likelihood + self._reduce(log_prob, frame.dim)
+
+
+Which = Literal["model", "guide"]

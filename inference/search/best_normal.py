@@ -28,15 +28,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from elbowroom.inference.mcmc.normals import Normals
+from elbowroom.inference.mcmc.normals import Family, Normals, Refit, _joined
+from elbowroom.inference.search.noise import _matrix, default_draws, matched_noise
 from elbowroom.inference.target.log_joint import LogJoint
 
-Family = Literal["diagonal", "full"]
 Target = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 ENTRIES = 2**24  # numbers held at once in one array
@@ -50,33 +49,6 @@ TIE = 1e-3  # nats within which the earlier start wins
 GROWTH, ROUNDS = 4, 2  # more noise for data whose shortfall the noise itself causes
 HALVINGS = 30
 SAFETY = 2.0  # the quadratic model of a posterior that is not normal understates what is left: 1.4-fold for one datum in ten
-
-
-@dataclass(frozen=True)
-class Refit:
-    """The best normal of a family for every datum, and how far from it the search ended.
-
-    Attributes:
-        family: `diagonal` or `full`.
-        q: q*, in unconstrained coordinates; `q.root` is diagonal for the diagonal family.
-        elbo: L[q*] on draws that nothing was chosen by, (N,), in nats; -inf where log p is not finite at one of them.
-        elbo_se: its standard error over antithetic pairs, (N,).
-        shortfall: estimated remaining gain of the family near q*, (N,), nats, >= 0: twice the decrement on noise that q* has
-            not seen, which includes what the finite noise of the search cost. Local: another mode may hold a better normal.
-            inf where it is unknown.
-        converged: (N,) True where the shortfall is at most the tolerance asked for and the score is finite.
-        start: (N,) which start won: 0 the encoder, 1.. the prior draws, then those given in `also`.
-        iterations: evaluations of the objective, the longest climb of each stage added up.
-    """
-
-    family: Family
-    q: Normals
-    elbo: Tensor
-    elbo_se: Tensor
-    shortfall: Tensor
-    converged: Tensor
-    start: Tensor
-    iterations: int
 
 
 def refit(
@@ -127,54 +99,6 @@ def refit(
         return _Search(log_joint, family, draws or default_draws(d), max_iterations, seed).run(
             starts, also, score_draws, tolerance
         )
-
-
-def default_draws(dim: int) -> int:
-    """Return how many noise draws fit a normal of d dimensions: the full family has d (d + 3) / 2 parameters."""
-    return max(64, 10 * dim)
-
-
-def matched_noise(n_draws: int, dim: int, generator: torch.Generator) -> Tensor:
-    """Return standard normal noise (S, d) in antithetic pairs with mean exactly 0 and second moments exactly I; S >= 2 d.
-
-    The half that is not mirrored is a scrambled Sobol sequence: two batches with different scrambles are independent, and each
-    integrates a smooth function far better than independent draws would.
-
-    Args:
-        n_draws: S, even.
-        dim: d.
-        generator: source of randomness.
-    """
-    return matched(antithetic_noise(n_draws, dim, generator))
-
-
-def matched(noise: Tensor) -> Tensor:
-    """Return antithetic noise (S, d) mapped so that its second moments are I exactly.
-
-    That makes expectations of quadratics exact, and takes from fourth moments by O(d / S).
-    """
-    half = noise.chunk(2)[0]
-    values, vectors = torch.linalg.eigh(half.mT @ half / len(half))
-    half = half @ (vectors * values.rsqrt()) @ vectors.mT
-    return torch.cat([half, -half])
-
-
-def antithetic_noise(n_draws: int, dim: int, generator: torch.Generator) -> Tensor:
-    """Draw standard normal noise (S, d) in antithetic pairs: a scrambled Sobol sequence, then its mirror image.
-
-    Args:
-        n_draws: S, even.
-        dim: d.
-        generator: source of randomness.
-    """
-    seed = int(torch.randint(2**31, (), device=generator.device, generator=generator))
-    uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(n_draws // 2, dtype=torch.float64)
-    half = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).to(generator.device)
-    return torch.cat([half, -half])
-
-
-def _matrix(values: Tensor, vectors: Tensor) -> Tensor:
-    return (vectors * values[..., None, :]) @ vectors.mT
 
 
 @dataclass
@@ -442,17 +366,3 @@ class _Search:
         value = torch.where(value.isfinite(), value, -torch.inf)
         elbo = value.mean(0) + Normals(point.loc, point.root).entropy
         return elbo, (value.std(0) / math.sqrt(len(value))).nan_to_num(torch.inf, torch.inf)
-
-
-def _joined(parts: Sequence[Refit]) -> Refit:
-    """Join the refits of different data."""
-    q = Normals(torch.cat([p.q.loc for p in parts]), torch.cat([p.q.root for p in parts]))
-    columns = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("elbo", "elbo_se", "shortfall")}
-    return Refit(
-        family=parts[0].family,
-        q=q,
-        converged=torch.cat([p.converged for p in parts]),
-        start=torch.cat([p.start for p in parts]),
-        iterations=max(p.iterations for p in parts),
-        **columns,
-    )

@@ -41,7 +41,8 @@ from torch import Tensor
 
 from elbowroom.errors import first_line
 from elbowroom.inference.mcmc.normals import Normals, apply
-from elbowroom.inference.target.log_joint import LogJoint, seeded
+from elbowroom.inference.randomness import seeded
+from elbowroom.inference.target.log_joint import LogJoint
 
 Family = Callable[[Tensor], TorchDistribution]
 Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from elbowroom.inference.search.best_normal import Refit, refit
+from elbowroom.inference.mcmc.normals import Refit
+from elbowroom.inference.search.best_normal import refit
 from elbowroom.inference.search.modes import RUNS, Modes, search
 from elbowroom.inference.search.single_precision import in_precision
 from elbowroom.inference.target.log_joint import LogJoint

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.errors import UnsupportedProgram, first_line
-from elbowroom.inference.posterior import Posterior
-from elbowroom.inference.target.draws import Which
+from elbowroom.inference.program.replay import Which
 from elbowroom.inference.target.log_joint import LogJoint
 
 BLOCK = 2**22  # assignments x draws x data held at once
@@ -229,21 +228,3 @@ def discrete_draws(log_joint: LogJoint, z: Tensor, seed: int, *, which: Which = 
             log_p = torch.stack([one.log_guide(some) if of_guide else one(some) for one in held])
             found.append(sample(log_p.double(), u[None])[0])
     return at(log_joint, torch.cat(found))
-
-
-def completed(log_joint: LogJoint, posterior: Posterior, seed: int, *, which: Which = "model") -> Posterior:
-    """Add draws of the discrete sites, given the continuous ones, to a posterior that has none; others are returned as is.
-
-    Args:
-        log_joint: the model and guide.
-        posterior: with draws (chain, draw, N, d) of the continuous sites.
-        seed: random seed, not that of the draws.
-        which: as in `discrete_draws`.
-    """
-    missing = [site.name for site in log_joint.program.discrete if site.name not in posterior.sites]
-    if not missing or log_joint.dim == 0:
-        return posterior
-    chains = posterior.draws.shape[:2]
-    drawn = discrete_draws(log_joint, posterior.draws.flatten(0, 1), seed, which=which)
-    sites = {name: value.unflatten(0, chains) for name, value in drawn.items()}
-    return dataclasses.replace(posterior, sites={**posterior.sites, **sites})

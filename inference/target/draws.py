@@ -7,7 +7,7 @@ must equal their density in a run of one draw at a time. Where it does not, ever
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import pyro
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from elbowroom.errors import UnsupportedProgram, first_line
-from elbowroom.inference.program.replay import Feed
+from elbowroom.inference.program.replay import Feed, Which
 from elbowroom.inference.program.sites import support_of
 
 if TYPE_CHECKING:
     from elbowroom.inference.target.log_joint import LogJoint
 
-Which = Literal["model", "guide"]
 
 CHECKED = 3  # draws whose density is compared
 

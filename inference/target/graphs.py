@@ -25,18 +25,8 @@ from torch import Tensor
 
 from elbowroom.errors import first_line
 from elbowroom.inference.compiled.branches import Branches, levels
-from elbowroom.inference.compiled.graph import (
-    Compile,
-    Function,
-    Graph,
-    Operations,
-    Untraceable,
-    current_policy,
-    data_ahead,
-    evaluations_ahead,
-    log,
-    policy,
-)
+from elbowroom.inference.compiled.graph import Function, Graph, Operations, Untraceable, log
+from elbowroom.inference.compiled.policies import Compile, current_policy, data_ahead, evaluations_ahead, policy
 from elbowroom.inference.compiled.vmap_rules import Substitutes
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.randomness import undisturbed

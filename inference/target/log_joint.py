@@ -28,17 +28,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.compiled.graph import Function, policy
+from elbowroom.inference.compiled.graph import Function
+from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.program.bilinear import Kept
 from elbowroom.inference.program.inspection import inspect
 from elbowroom.inference.program.promotion import Promoted, mixed, mixes
-from elbowroom.inference.program.replay import Feed
+from elbowroom.inference.program.replay import Feed, Which
 from elbowroom.inference.program.sites import Program, is_real, per_datum
 from elbowroom.inference.program.snapshot import Snapshot
+from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target import shared_points as shared
 from elbowroom.inference.target.checks import probe
-from elbowroom.inference.target.draws import Which, forward
+from elbowroom.inference.target.draws import forward
 from elbowroom.inference.target.graphs import Graphs, Kind, inputs
 from elbowroom.system.stages import stage
 
@@ -636,12 +638,3 @@ def _in(dtype: torch.dtype, program: Program) -> Program:
         for site, table in zip(program.discrete, tables, strict=True)
     )
     return dataclasses.replace(program, pinned=pinned, discrete=discrete)
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generators for a while, and put their states back."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

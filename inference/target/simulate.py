@@ -19,8 +19,9 @@ from torch.utils import _pytree as pytree
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.program.masks import kept
 from elbowroom.inference.program.sites import Site, frame_of
+from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.draws import free
-from elbowroom.inference.target.log_joint import LogJoint, seeded
+from elbowroom.inference.target.log_joint import LogJoint
 
 FLOAT = torch.float32  # at least, where there is a NaN
 AGAIN = 86_028_121  # seed of a second run, at other latents

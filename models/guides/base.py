@@ -19,7 +19,7 @@ from torch.nn.functional import softplus
 
 from elbowroom.errors import UserError
 from elbowroom.models import spaces
-from elbowroom.models.networks.mlp import Network
+from elbowroom.models.networks.base import Network
 from elbowroom.models.spaces import Space
 
 LogDensity = Callable[[Tensor], Tensor]
@@ -102,98 +102,6 @@ def carried(base: TorchDistribution, space: Space) -> TorchDistribution:
     The map remembers its latest draw: inverted from z alone, a draw that rounded to the edge of the space has no density.
     """
     return dist.TransformedDistribution(base, [spaces.onto(space).with_cache(1)], validate_args=False)
-
-
-class NormalFamily(Family):
-    """A family of normals, whose draws are smooth images of standard normal noise.
-
-    Attributes:
-        noise_dim: width of the noise.
-    """
-
-    noise_dim: int
-
-    @abstractmethod
-    def place(self, params: Tensor, noise: Tensor) -> Tensor:
-        """Return the draws (..., N, d) that noise (..., 1 or N, noise_dim) becomes under parameters (N, param_dim)."""
-
-    @abstractmethod
-    def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
-        """Return the direction P g of steepest ascent in the family's own units, (N, param_dim), for a gradient g.
-
-        P is positive definite, and such that g' P g does not change when z is measured in other units.
-        """
-
-
-class DiagonalNormal(NormalFamily):
-    """q(z|x) = N(mu, diag(sigma^2)), with sigma = softplus(s) + 1e-5."""
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__()
-        self.latent_dim = latent_dim
-        self.param_dim = 2 * latent_dim
-        self.noise_dim = latent_dim
-
-    def forward(self, params: Tensor) -> TorchDistribution:
-        """Turn (..., 2 d) parameters [mu, s] into N(mu, diag(sigma^2))."""
-        mu, s = params.chunk(2, -1)
-        return dist.Normal(mu, positive_scale(s)).to_event(1)
-
-    def place(self, params: Tensor, noise: Tensor) -> Tensor:
-        """Return mu + sigma * noise."""
-        mu, s = params.chunk(2, -1)
-        return mu + positive_scale(s) * noise
-
-    def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient, that of mu times sigma^2."""
-        scale = positive_scale(params.chunk(2, -1)[1])
-        of_mu, of_s = gradient.chunk(2, -1)
-        return torch.cat([scale.square() * of_mu, of_s], -1)
-
-
-class FullRankNormal(NormalFamily):
-    """q(z|x) = N(mu, L L'), L lower triangular with diagonal softplus(s) + 1e-5."""
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__()
-        self.latent_dim = latent_dim
-        self.param_dim = 2 * latent_dim + latent_dim * (latent_dim - 1) // 2
-        self.noise_dim = latent_dim
-        rows, columns = torch.tril_indices(latent_dim, latent_dim, offset=-1)
-        self.rows: Tensor
-        self.columns: Tensor
-        self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("columns", columns, persistent=False)
-
-    def forward(self, params: Tensor) -> TorchDistribution:
-        """Turn (..., 2 d + d (d - 1) / 2) parameters [mu, s, strict lower triangle] into N(mu, L L')."""
-        mu, scale_tril = self.parts(params)
-        return dist.MultivariateNormal(mu, scale_tril=scale_tril, validate_args=False)
-
-    def parts(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mu (..., d) and L (..., d, d)."""
-        d = self.latent_dim
-        mu, s, lower = params.split([d, d, params.shape[-1] - 2 * d], -1)
-        return mu, self._triangle(lower) + torch.diag_embed(positive_scale(s))
-
-    def _triangle(self, lower: Tensor) -> Tensor:
-        # built from one-hot rows and columns, not by index assignment: that keeps it a pure function for vmap
-        eye = torch.eye(self.latent_dim, dtype=lower.dtype, device=lower.device)
-        return torch.einsum("...k,ki,kj->...ij", lower, eye[self.rows], eye[self.columns])
-
-    def place(self, params: Tensor, noise: Tensor) -> Tensor:
-        """Return mu + L noise."""
-        mu, scale_tril = self.parts(params)
-        return mu + (scale_tril @ noise[..., None]).squeeze(-1)
-
-    def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient in units of L: of mu times L L', and of L's strict triangle as that of A in L A."""
-        d = self.latent_dim
-        scale_tril = self.parts(params)[1]
-        of_mu, of_s, of_lower = gradient.split([d, d, gradient.shape[-1] - 2 * d], -1)
-        mu = (scale_tril @ (scale_tril.mT @ of_mu[..., None])).squeeze(-1)
-        lower = scale_tril @ (scale_tril.mT @ self._triangle(of_lower)).tril(-1)
-        return torch.cat([mu, of_s, lower[..., self.rows, self.columns]], -1)
 
 
 class AmortizedGuide(nn.Module):

@@ -10,55 +10,13 @@ from annotated_types import Ge, Gt, Le
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from elbowroom.models.guides.base import DiagonalNormal, Family, FullRankNormal, NormalFamily, carried, positive_scale
+from elbowroom.models.guides.base import Family, carried, positive_scale
 from elbowroom.models.guides.mixture import MixtureOfNormals
+from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal
 from elbowroom.models.spaces import Space
 
 DF_FLOOR, DF_RANGE = 2.0, 100.0
 _DF_ZERO = -2.4423470353692043  # logit(0.08): an encoder that outputs 0 gives 10 degrees of freedom
-
-
-class LowRankNormal(NormalFamily):
-    """q(z|x) = N(mu, S (I + V V') S) with S = diag(sigma) and V of shape (d, rank): a few directions of correlation.
-
-    V counts in units of sigma, so that the matrix to be factorised, I + V' V, does not worsen as the posterior narrows.
-    Its density costs O(d rank^2), that of a full covariance O(d^2), which also needs d (d - 1) / 2 more encoder outputs.
-
-    Args:
-        latent_dim: width of z (a fact).
-        rank: number of directions, at most the width of z.
-    """
-
-    def __init__(self, latent_dim: int, *, rank: Annotated[int, Ge(1)] = 1) -> None:
-        super().__init__()
-        if rank > latent_dim:
-            raise ValueError(f"rank: {rank} directions in {latent_dim} latents; use at most {latent_dim}")
-        self.latent_dim, self.rank = latent_dim, rank
-        self.param_dim = (2 + rank) * latent_dim
-        self.noise_dim = rank + latent_dim
-
-    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d = self.latent_dim
-        mu, s, v = params.split([d, d, self.rank * d], -1)
-        return mu, positive_scale(s), v.unflatten(-1, (d, self.rank))
-
-    def forward(self, params: Tensor) -> TorchDistribution:
-        """Turn (..., (2 + rank) d) parameters [mu, s, V] into N(mu, S (I + V V') S)."""
-        mu, scale, v = self._split(params)
-        return dist.LowRankMultivariateNormal(mu, scale[..., None] * v, scale.square(), validate_args=False)
-
-    def place(self, params: Tensor, noise: Tensor) -> Tensor:
-        """Return mu + sigma * (V noise_1 + noise_2)."""
-        mu, scale, v = self._split(params)
-        along, own = noise.split([self.rank, self.latent_dim], -1)
-        return mu + scale * ((v @ along[..., None]).squeeze(-1) + own)
-
-    def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient, that of mu times the covariance."""
-        _, scale, v = self._split(params)
-        of_mu, rest = gradient.split([self.latent_dim, gradient.shape[-1] - self.latent_dim], -1)
-        whitened = scale * of_mu
-        return torch.cat([scale * (whitened + (v @ (v.mT @ whitened[..., None])).squeeze(-1)), rest], -1)
 
 
 class StudentT(Family):

@@ -25,8 +25,8 @@ from annotated_types import Ge, Gt, Le
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from elbowroom.models.guides.base import DiagonalNormal, Family, FullRankNormal, LogDensity, NormalFamily
-from elbowroom.models.guides.families import LowRankNormal
+from elbowroom.models.guides.base import Family, LogDensity
+from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal, LowRankNormal, NormalFamily
 
 GROW, SHRINK = 1.5, 0.3  # of a datum's step size after a step that raised its ELBO, and after one that did not
 

@@ -272,3 +272,67 @@ class Beta(Likelihood):
     def problem(self, x: Tensor) -> str | None:
         """Entries must lie strictly between 0 and 1."""
         return refusal("beta", "values strictly between 0 and 1", x, (x <= 0) | (x >= 1))
+
+
+class Gaussian(Likelihood):
+    """Independent normal entries, x_i ~ N(m_i(z), s_i^2).
+
+    The decoder works in standard units: m = loc + unit * output, where loc and unit are the mean and standard deviation of
+    each column of the training data. Learned scales are unit * (softplus(raw) + floor).
+
+    Args:
+        event_shape: shape of one datum (a fact).
+        scale: a number (fixed, in the data's own units), `shared` (one learned scale), `per_dimension` (one learned scale
+            per entry), or `decoder` (from z, by the decoder).
+        floor: smallest learned scale, as a fraction of the data's standard deviation.
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        *,
+        scale: Annotated[float, Gt(0)] | Literal["shared", "per_dimension", "decoder"] = "shared",
+        floor: Annotated[float, Gt(0)] = 1e-3,
+    ) -> None:
+        super().__init__(event_shape)
+        self.scale = scale
+        self.floor = floor
+        self.param_dim = self.width * (2 if scale == "decoder" else 1)
+        self.loc: Tensor
+        self.unit: Tensor
+        self.register_buffer("loc", torch.zeros(self.event_shape))
+        self.register_buffer("unit", torch.ones(self.event_shape))
+        if scale == "shared":
+            self.raw_scale = nn.Parameter(torch.zeros(()))
+        elif scale == "per_dimension":
+            self.raw_scale = nn.Parameter(torch.zeros(self.event_shape))
+
+    def adapt(self, x: Tensor) -> None:
+        """Take the location and unit of each column from training data; a constant column takes the overall unit."""
+        if len(x) < 2:
+            return
+        loc, unit = standard_units(x)
+        self.loc, self.unit = loc.to(x.dtype), unit.to(x.dtype)
+
+    def noise_scale(self, raw: Tensor | None = None) -> Tensor:
+        """Return s in the data's units, broadcastable to the event shape; `raw` is the decoder's half if it gives s."""
+        if isinstance(self.scale, int | float):
+            return torch.full_like(self.loc, float(self.scale))
+        if self.scale == "shared":
+            largest = self.unit.max()  # the square of 1e30 is no float32
+            return largest * (self.unit / largest).square().mean().sqrt() * (softplus(self.raw_scale) + self.floor)
+        return self.unit * (softplus(self.raw_scale if raw is None else raw) + self.floor)
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Return N(loc + unit * output, s^2)."""
+        if self.scale == "decoder":
+            output, raw = params.chunk(2, -1)
+            noise = self.noise_scale(self._shaped(raw))
+        else:
+            output, noise = params, self.noise_scale()
+        mean = self.loc + self.unit * self._shaped(output)
+        return dist.Normal(mean, noise, validate_args=False).to_event(len(self.event_shape))
+
+    def problem(self, x: Tensor) -> str | None:
+        """Every real number is allowed."""
+        return None

@@ -226,7 +226,7 @@ def _needs_levels(name: str) -> bool:
 def _one_column(name: str, n: int, levels: int, first: str) -> Likelihood:
     """Build the likelihood of a group of n columns, the first of which is named `first`."""
     if name == "gaussian":
-        from elbowroom.models.likelihoods.base import Gaussian
+        from elbowroom.models.likelihoods.continuous import Gaussian
 
         return Gaussian((n,), scale="per_dimension")
     if not _needs_levels(name):

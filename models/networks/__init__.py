@@ -1,5 +1,5 @@
 """Encoders and decoders; `base` says what a network is."""
 
-from elbowroom.models.networks.mlp import Network
+from elbowroom.models.networks.base import Network
 
 __all__ = ["Network"]

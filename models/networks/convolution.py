@@ -16,7 +16,8 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from elbowroom.models.networks.mlp import ACTIVATIONS, Activation, Network
+from elbowroom.models.networks.base import Network
+from elbowroom.models.networks.mlp import ACTIVATIONS, Activation
 
 
 class ImageEncoder(nn.Module):

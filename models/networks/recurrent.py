@@ -20,7 +20,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from elbowroom.models.networks.mlp import Network
+from elbowroom.models.networks.base import Network
 
 
 class Cell(nn.Module):

@@ -17,7 +17,6 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from elbowroom.models.guides.base import Family
 from elbowroom.models.priors.base import Prior
 from elbowroom.models.spaces import Space
 
@@ -140,40 +139,6 @@ class Bernoulli(Prior):
     def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
         """Return the joint distribution of the entries."""
         return Binary(self.logits, validate_args=False)
-
-
-class CategoricalFamily(Family):
-    """q(z|x) over d categories: one-hot z with probabilities softmax(params). For the categorical prior."""
-
-    space: ClassVar[Space] = "one_hot"
-    reparametrized: ClassVar[bool] = False
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__()
-        _check_categories(latent_dim)
-        self.latent_dim = latent_dim
-        self.param_dim = latent_dim
-
-    def forward(self, params: Tensor) -> TorchDistribution:
-        """Turn (..., d) logits into a distribution over one-hot z."""
-        return dist.OneHotCategorical(logits=params, validate_args=False)
-
-
-class BernoulliFamily(Family):
-    """q(z|x) over d independent binary entries with probabilities sigmoid(params). For the bernoulli prior."""
-
-    space: ClassVar[Space] = "binary"
-    reparametrized: ClassVar[bool] = False
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__()
-        _check_bits(latent_dim)
-        self.latent_dim = latent_dim
-        self.param_dim = latent_dim
-
-    def forward(self, params: Tensor) -> TorchDistribution:
-        """Turn (..., d) logits into a joint distribution over {0, 1}^d."""
-        return Binary(params, validate_args=False)
 
 
 def _set_logits(prior: nn.Module, logits: Tensor, learned: bool) -> None:

@@ -17,7 +17,6 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from elbowroom.models.guides.base import Family
 from elbowroom.models.priors.base import Prior
 
 _checks = torch.distributions.Distribution._validate_args
@@ -92,41 +91,6 @@ class Flow(Prior):
     def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
         """Return the flow's distribution."""
         return FlowDistribution(self.flow())
-
-
-class FlowFamily(Family):
-    """q(z|x), a normalizing flow that reads a vector h(x) from the encoder: a guide of nearly any shape.
-
-    Its transformations share their weights over the data, and it starts close to N(0, I) for every x.
-
-    Args:
-        latent_dim: width d of z (a fact).
-        kind: `nsf` (autoregressive splines), `maf` (autoregressive affine maps) or `realnvp` (fast to draw; d >= 2).
-        transforms: number of transformations.
-        hidden: widths of the hidden layers of each transformation's network.
-        context: width of h(x), the encoder's output.
-
-    Raises:
-        ValueError: the kind does not go with the number of latents.
-    """
-
-    def __init__(
-        self,
-        latent_dim: int,
-        *,
-        kind: Kind = "nsf",
-        transforms: Annotated[int, Ge(1)] = 3,
-        hidden: Sequence[Annotated[int, Ge(1)]] = (64, 64),
-        context: Annotated[int, Ge(1)] = 32,
-    ) -> None:
-        super().__init__()
-        self.latent_dim = latent_dim
-        self.param_dim = context
-        self.flow = _flow(kind, latent_dim, context, transforms, hidden)
-
-    def forward(self, params: Tensor) -> TorchDistribution:
-        """Turn (..., context) numbers into the flow's distribution given them."""
-        return FlowDistribution(self.flow(params))
 
 
 def _flow(kind: Kind, features: int, context: int, transforms: int, hidden: Sequence[int]) -> nn.Module:

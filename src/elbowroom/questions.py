@@ -28,7 +28,7 @@ def as_specified(method: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(method)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        from elbowroom.inference.compiled.graph import policy
+        from elbowroom.inference.compiled.policies import policy
 
         run = cast("Run", args[0])
         with policy(run.experiment.spec.audit.compile):

@@ -19,16 +19,16 @@ from elbowroom.analysis.audit.budget import Step
 from elbowroom.analysis.audit.diagnosis import SIMULATED
 from elbowroom.analysis.audit.parts import Store
 from elbowroom.analysis.audit.plan import Plan as AuditPlan
-from elbowroom.components import registry as components
+from elbowroom.components.slots import build
+from elbowroom.data.columns import Layout
 from elbowroom.data.dataset import Dataset
-from elbowroom.data.frames import read_like
-from elbowroom.data.tables import Layout
+from elbowroom.data.file import read_like
 from elbowroom.errors import RunFolderError, SpecError
-from elbowroom.inference import checkpoint
-from elbowroom.inference.fit import svi
-from elbowroom.inference.fit.plan import Plan
+from elbowroom.inference.fit import checkpoint, svi
+from elbowroom.inference.fit.plan import CHECKPOINT, Plan, Session, resolve_device
 from elbowroom.inference.fit.record import Row
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.of_vae import seam
 from elbowroom.models import measure
 from elbowroom.models.vae import VAE
 from elbowroom.questions import Questions, as_specified
@@ -37,7 +37,8 @@ from elbowroom.spec import document, spec
 from elbowroom.spec import run_folder as folder
 from elbowroom.spec import warm_start as start
 from elbowroom.spec.assembly import restore
-from elbowroom.spec.experiment import Experiment, identity, seam
+from elbowroom.spec.experiment import Experiment
+from elbowroom.spec.identity import identity
 from elbowroom.system import durations as clock
 from elbowroom.system.archive import check_stored
 from elbowroom.system.files import locked, sha256
@@ -84,7 +85,7 @@ def fit(
     tree = experiment.tree()
     vae = experiment.build()
     options = {name: getattr(experiment.spec.fit, name) for name in type(experiment.spec.fit).model_fields}
-    options["objective"] = components.build("objective", options["objective"], where="fit.objective")
+    options["objective"] = build("objective", options["objective"], where="fit.objective")
     del options["start"]
     with locked(path):  # look again: another process may have been here first
         use = folder.check(path, experiment.identity, tree, overwrite=overwrite, resume=resume)
@@ -92,7 +93,7 @@ def fit(
         into(path)
         if use != "resume" or not (path / folder.SPLIT).exists():
             folder.write_split(path / folder.SPLIT, experiment.split)
-        session = svi.Session(
+        session = Session(
             folder=path,
             resume=use == "resume",
             seed=experiment.spec.seed,
@@ -128,8 +129,8 @@ def ready(
         recorded = theirs["record"]
         if identity(theirs, recorded.get("data_sha256", ""), recorded.get("start_sha256")) != experiment.identity:
             raise RunFolderError(f"{path / folder.SPEC}: was changed after the fit; fit again with --overwrite")
-        if (path / svi.CHECKPOINT).exists():
-            checkpoint.read(path / svi.CHECKPOINT)
+        if (path / CHECKPOINT).exists():
+            checkpoint.read(path / CHECKPOINT)
     return path, use
 
 
@@ -254,7 +255,7 @@ class Run(Questions):
         """
         if budget is not None:
             return self._with_budget(budget).audit(data, out=out, device=device, progress=progress, resume=resume)
-        audit_spec, place = self.experiment.spec.audit, svi.resolve_device(device or self.experiment.spec.fit.device)
+        audit_spec, place = self.experiment.spec.audit, resolve_device(device or self.experiment.spec.fit.device)
         target = self.audit_folder(data, out)
         dataset, obs_id = self._audited(data)
         with self._claimed(target, data is not None):

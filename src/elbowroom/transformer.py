@@ -121,7 +121,7 @@ class VAETransformer(TransformerMixin, BaseEstimator):
         if self.posterior == "corrected":
             return self._corrected(X)["mean"].values.astype(float)
         from elbowroom.analysis.latents.decoding import moments
-        from elbowroom.inference.target.log_joint import seeded
+        from elbowroom.inference.randomness import seeded
         from elbowroom.runs import rows as asked
 
         run = self._fitted()

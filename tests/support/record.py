@@ -286,7 +286,9 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     maker = actions.add_parser("make")
     maker.add_argument("folder", type=Path)
-    maker.add_argument("--repo", type=Path, default=Path(__file__).parents[2], help="the checkout whose tests and specs count")
+    maker.add_argument(
+        "--repo", type=Path, default=Path(__file__).resolve().parents[2], help="the checkout whose tests and specs count"
+    )
     comparer = actions.add_parser("compare")
     comparer.add_argument("before", type=Path)
     comparer.add_argument("after", type=Path)

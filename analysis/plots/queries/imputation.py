@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.image import AxesImage
 
+from elbowroom.analysis.latents.decoding import image_shape
 from elbowroom.analysis.plots.style import (
     EXACT,
     GUIDE,
@@ -19,7 +20,6 @@ from elbowroom.analysis.plots.style import (
     Plot,
     canvas,
     count,
-    image_shape,
     percent,
     say,
     show_tiles,

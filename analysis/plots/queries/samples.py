@@ -11,6 +11,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from elbowroom.analysis.latents.decoding import image_shape
 from elbowroom.analysis.plots import sequence as plots_sequence
 from elbowroom.analysis.plots.style import (
     EXACT,
@@ -22,7 +23,6 @@ from elbowroom.analysis.plots.style import (
     Absent,
     Plot,
     canvas,
-    image_shape,
     percent,
     say,
     show_tiles,

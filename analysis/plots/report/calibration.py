@@ -30,7 +30,7 @@ from elbowroom.analysis.plots.style import (
     say,
     styled,
 )
-from elbowroom.analysis.verdict.rules import EFFECTS
+from elbowroom.analysis.verdict.thresholds import EFFECTS
 
 LEVEL = 0.05  # familywise
 NAMED = 6  # quantities with a colour of their own, and coordinates drawn

@@ -30,7 +30,7 @@ from elbowroom.analysis.plots.style import (
     say,
     styled,
 )
-from elbowroom.analysis.verdict.rules import EFFECTS, MEASURED, effect_in_words
+from elbowroom.analysis.verdict.thresholds import EFFECTS, MEASURED, effect_in_words
 
 FAR = 6.0  # null sd, from which on the axis is logarithmic
 SITES = 3  # observed sites with a row of their own

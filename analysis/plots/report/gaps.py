@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 
 from elbowroom.analysis.measures.table import SMALL_GAP, column
 from elbowroom.analysis.plots.style import EXACT, INK, MUTED, PAPER, WIDE, Absent, Plot, canvas, count, say, styled
-from elbowroom.analysis.verdict import rules
+from elbowroom.analysis.verdict.thresholds import CAUSE, median
+from elbowroom.analysis.verdict.thresholds import known as thresholds_known
 
 PARTS = {
     "gap_amortization": ("amortization", "what the encoder misses of its family"),
@@ -34,7 +35,7 @@ def parts(tables: Mapping[str, xr.Dataset]) -> Plot | Absent:
         tables: audits by the name of their data, the audited ones first, such as `test`, `train`, `validation`, `simulated`.
     """
     name = "parts"
-    known = {split: rules.known(table) for split, table in tables.items()}
+    known = {split: thresholds_known(table) for split, table in tables.items()}
     shown = {split: table for split, table in tables.items() if known[split].sum() >= ENOUGH}
     if not shown:
         return Absent(name, "No parts of the gap: log p(x) has a value beside a certified posterior for none of the data.")
@@ -83,7 +84,7 @@ def _limits(values: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[float, floa
     for found in values.values():
         for part in found.values():
             if part.size >= ENOUGH:
-                ends += [*np.quantile(part, [0.25, 0.75]), *rules.median(part)[1:]]
+                ends += [*np.quantile(part, [0.25, 0.75]), *median(part)[1:]]
     span = max(max(ends) - min(ends), 1e-3)
     return min(ends) - 0.05 * span, max(ends) + 0.12 * span
 
@@ -92,7 +93,7 @@ def _row(axes: Axes, row: int, values: np.ndarray) -> None:
     if values.size < ENOUGH:
         axes.annotate("not known", (0.03, row), xycoords=axes.get_yaxis_transform(), fontsize=8, color=MUTED, va="center")
         return
-    middle, low, high = rules.median(values)
+    middle, low, high = median(values)
     axes.hlines(row, *np.quantile(values, [0.25, 0.75]), color=MUTED, linewidth=1.0)
     axes.hlines(row, low, high, color=EXACT, linewidth=4.5, alpha=0.45)
     axes.plot(middle, row, "o", color=EXACT, markersize=6)
@@ -102,7 +103,7 @@ def _row(axes: Axes, row: int, values: np.ndarray) -> None:
 
 
 def _interval(values: np.ndarray) -> str:
-    middle, low, high = (say(value, 2) for value in rules.median(values))
+    middle, low, high = (say(value, 2) for value in median(values))
     return f"{middle} nats [{low}, {high}]"
 
 
@@ -120,9 +121,7 @@ def _caption(
     for split, found in values.items():
         if split != first and found["gap_total"].size >= ENOUGH and total.size >= ENOUGH:
             text += _against(first, split, values)
-    below = [
-        PARTS[part][0] for part in PARTS if any(part in found and rules.median(found[part])[2] < 0 for found in values.values())
-    ]
+    below = [PARTS[part][0] for part in PARTS if any(part in found and median(found[part])[2] < 0 for found in values.values())]
     if below:
         text += (
             f" The negative {' and '.join(below)} is error: no part can be negative, and the noise that the refits "
@@ -153,7 +152,7 @@ def _cause(found: Mapping[str, np.ndarray]) -> str:
     encoder = medians.pop("gap_amortization")
     family = sum(medians.values())
     share = encoder / (encoder + family) if encoder + family > 0 else 0.0
-    if share > 1 - rules.CAUSE:
+    if share > 1 - CAUSE:
         return "most of it is amortization: the encoder is to be mended, not the family."
     largest = max(medians, key=lambda part: medians[part])
     words = {
@@ -161,14 +160,14 @@ def _cause(found: Mapping[str, np.ndarray]) -> str:
         "gap_covariance": "covariance: a family with full covariance would gain most",
         "gap_shape": "shape: no normal reaches it, a flow or a mixture may",
     }
-    if share >= rules.CAUSE:
+    if share >= CAUSE:
         return f"encoder and family both count. Amortization asks for a better encoder, and {words[largest]}."
     return f"most of it is {words[largest]}."
 
 
 def _against(first: str, split: str, values: Mapping[str, Mapping[str, np.ndarray]]) -> str:
     """Say how a split's median gap differs from that of the audited data, or its amortization where only that does."""
-    medians = {part: [rules.median(values[which].get(part, _finite([]))) for which in (first, split)] for part in PARTS}
+    medians = {part: [median(values[which].get(part, _finite([]))) for which in (first, split)] for part in PARTS}
     apart = lambda here, there: here[2] < there[1] or there[2] < here[1]
     part = next((name for name in ("gap_total", "gap_amortization") if apart(*medians[name])), None)
     if part is None:

@@ -22,10 +22,9 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from elbowroom.inference.mcmc.normals import Normals, whiten
-from elbowroom.inference.posterior import Evidence, Posterior, Reference, in_chains
-from elbowroom.inference.references.ais.annealing import Bound, block_size, lower, surely, tune
+from elbowroom.inference.posterior import Evidence, Posterior, Reference, in_chains, resample, surely
+from elbowroom.inference.references.ais.annealing import Bound, block_size, lower, tune
 from elbowroom.inference.references.ais.paths import Path, PriorPath, RefitPath
-from elbowroom.inference.resampling import resample
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.target.log_joint import LogJoint
 

@@ -36,7 +36,6 @@ JITTER = 0.3  # of the step, each trajectory of each chain: no orbit stays perio
 BINS, TRIALS, FIRST_TRIALS = 12, 4, 12  # of the pilot: trajectories per bin, and in the first one
 PILOT_CHAINS = 8
 GAIN = 1.0
-RISK, GROUPS = 0.025, 16  # probability that a sure bound is none, and the most groups that it is taken from
 ROWS = {"cpu": 2**13, "cuda": 2**17}  # chains x data moved together
 ENTRIES = 2**22  # of the states and metrics held at once
 
@@ -286,22 +285,3 @@ def summarise(z: Tensor, log_weights: Tensor, failed: Tensor) -> Bound:
     ess = (2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0)).exp().nan_to_num(nan=0.0)
     error = torch.where(ess > 0, (1 / ess - 1 / chains).clamp_min(0).sqrt(), torch.inf)
     return Bound(value, error, ess, z, log_weights, failed.to(value.dtype))
-
-
-def surely(log_weights: Tensor) -> Tensor:
-    r"""Return a lower bound on log E[w] that holds with a probability of at least 97.5 %, per datum.
-
-    The draws are dealt into K <= 16 groups; L = min_k log mean_{group k} w - b with b = log(40) / K. By Markov's inequality a
-    group's mean exceeds E[w] exp(b) with probability at most exp(-b), and all K, being independent, with exp(-K b) = 1 / 40:
-    no assumption on the weights but that they are not negative.
-
-    Args:
-        log_weights: of independent draws or chains, (S, N), -inf for weight 0.
-
-    Returns:
-        (N,), nats; for reverse chains, whose mean weight is 1 / p(x), minus an upper bound on log p(x).
-    """
-    groups = min(GROUPS, len(log_weights))
-    size = len(log_weights) // groups
-    dealt = log_weights[: groups * size].unflatten(0, (size, groups))
-    return (torch.logsumexp(dealt, 0) - math.log(size)).amin(0) - math.log(1 / RISK) / groups

@@ -11,7 +11,6 @@ a linear-Gaussian model. It is only a preconditioner. All densities in nats, in 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from elbowroom.inference.mcmc.normals import Normals, apply, whiten
+from elbowroom.inference.mcmc.normals import Normals, StudentT
 from elbowroom.inference.target.log_joint import LogJoint
 
 PRIOR_DRAWS, FEWEST = 256, 32  # for the scale of the prior, fewer where there are many data
@@ -38,50 +37,6 @@ class Start(Protocol):
     def log_prob_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density at z (S, N, d), (S, N), and its gradient (S, N, d)."""
         ...
-
-
-@dataclass(frozen=True)
-class StudentT:
-    """A multivariate Student-t per datum: tails that are heavier than those of any posterior with a normal prior.
-
-        z = loc + root e sqrt(nu / c),   e ~ N(0, I),   c ~ chi^2_nu
-
-    Attributes:
-        loc: centres, (N, d).
-        root: lower-triangular roots of the scale matrices, (N, d, d).
-        df: degrees of freedom nu.
-    """
-
-    loc: Tensor
-    root: Tensor
-    df: int = 5
-
-    def sample(self, n_draws: int, generator: torch.Generator) -> Tensor:
-        """Draw z (S, N, d)."""
-        noise = torch.randn(n_draws, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device, generator=generator)
-        shape = (self.df, n_draws, len(self.loc))
-        normals = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device, generator=generator)
-        chi2 = normals.square().sum(0)
-        return self.loc + apply(self.root, noise) * (self.df / chi2).sqrt()[..., None]
-
-    def log_prob_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log density at z (S, N, d), (S, N), and its gradient (S, N, d)."""
-        d, nu = z.shape[-1], float(self.df)
-        u = whiten(self.root, z - self.loc)
-        squared = u.square().sum(-1)
-        constant = math.lgamma((nu + d) / 2) - math.lgamma(nu / 2) - d / 2 * math.log(nu * math.pi)
-        log_det = self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        value = constant - log_det - (nu + d) / 2 * torch.log1p(squared / nu)
-        pull = torch.linalg.solve_triangular(self.root.mT, u.permute(1, 2, 0), upper=True).permute(2, 0, 1)
-        return value, -((nu + d) / (nu + squared))[..., None] * pull
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Return the log density at z (S, N, d), (S, N), in nats."""
-        return self.log_prob_grad(z)[0]
-
-    def rows(self, index: Tensor) -> StudentT:
-        """Return those of some of the data."""
-        return StudentT(self.loc[index], self.root[index], self.df)
 
 
 @dataclass(frozen=True)

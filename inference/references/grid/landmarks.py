@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from elbowroom.inference.ascent import climb
-from elbowroom.inference.references.grid.lattice import Box, border, floor_nan, lattice, root_of
-from elbowroom.inference.target.draws import Which
+from elbowroom.inference.program.replay import Which
+from elbowroom.inference.references.grid.lattice import Box, border, lattice, root_of
+from elbowroom.inference.search.modes import climb, floor_nan
 from elbowroom.inference.target.log_joint import LogJoint
 
 COARSE = {1: 2001, 2: 161, 3: 41}

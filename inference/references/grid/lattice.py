@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elbowroom.inference.search.modes import floor_nan
 from elbowroom.inference.target.log_joint import LogJoint
 
 DEPTH = 26.0  # log density below the peak at which a box may end
@@ -130,11 +131,6 @@ def quadrature(log_joint: LogJoint, box: Box, n_points: int, shift: Sequence[flo
     log_weight = torch.where(total.isfinite(), log_p - total, torch.full_like(log_p, -math.log(len(log_p))))
     mass = torch.logsumexp(log_weight[border(n_points, dim, z.device)], 0).exp()
     return Quadrature(z, log_p, log_weight, total + volume, mass, width / n_points, shift, n_points)
-
-
-def floor_nan(log_p: Tensor) -> Tensor:
-    """Read NaN as no density."""
-    return torch.where(log_p.isnan(), torch.full_like(log_p, -torch.inf), log_p)
 
 
 def whitened(found: Quadrature) -> tuple[Box, Tensor]:

@@ -23,12 +23,11 @@ import torch
 from annotated_types import Ge, MultipleOf
 from torch import Tensor
 
-from elbowroom.inference.ascent import climb
 from elbowroom.inference.posterior import Posterior, Reference, Status, concatenate
 from elbowroom.inference.references.hmc.certificate import Certificate, Chains, certify
 from elbowroom.inference.references.hmc.chains import Sampler
 from elbowroom.inference.references.hmc.tempering import Tempering
-from elbowroom.inference.search.modes import Modes
+from elbowroom.inference.search.modes import Modes, climb
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.search.single_precision import Precision, in_precision
 from elbowroom.inference.target.log_joint import LogJoint

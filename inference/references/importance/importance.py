@@ -20,11 +20,10 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from elbowroom.inference.mcmc.normals import Normals, whiten
-from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status, concatenate, in_chains
-from elbowroom.inference.references.ais.paths import StudentT
-from elbowroom.inference.references.importance.guide import FINITE_K, evidence, halves, psis
-from elbowroom.inference.resampling import resample
+from elbowroom.inference.mcmc.normals import Normals, StudentT, whiten
+from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status, concatenate, in_chains, resample
+from elbowroom.inference.references.importance.guide import FINITE_K, evidence, halves
+from elbowroom.inference.references.importance.psis import psis
 from elbowroom.inference.search.modes import FACTOR, SLACK, Modes
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.target.log_joint import LogJoint

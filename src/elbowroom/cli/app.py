@@ -383,7 +383,7 @@ def _bar(as_json: bool) -> Iterator[Callable[..., None] | None]:
     if as_json:
         yield None
         return
-    from elbowroom.inference.progress import progress_bar
+    from elbowroom.cli.progress import progress_bar
 
     with progress_bar(screen(stderr=True)) as report:
         yield report

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from elbowroom.analysis.audit.budget import Step
-
-PLANNED = "plan"
-"""The first step of an audit."""
+from elbowroom.analysis.audit.budget import PLANNED, Step
+from elbowroom.inference.fit.plan import Plan
+from elbowroom.inference.fit.record import Row
 
 
 @contextmanager
@@ -50,3 +49,59 @@ def audit_bar(console: Console, plan: Callable[[str], None]) -> Iterator[Callabl
         bar.update(task, completed=1.0, description="", left="")
     finally:
         bar.stop()
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[Plan, Row], None]]:
+    """Show a bar on `console` while the context is open; yield the function to give to `Session(report=...)`.
+
+    It shows the epoch, the training ELBO and the validation ELBO (nats per datum) and the time left.
+    """
+    columns = (
+        TextColumn("fit"),
+        BarColumn(bar_width=12),
+        TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+        TextColumn("ELBO {task.fields[train]}, validation {task.fields[validation]}", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with _shown(columns, console) as bar:
+        task = bar.add_task("fit", total=None, train="-", validation="-")
+
+        def report(plan: Plan, row: Row) -> None:
+            train, validation = f"{row.train_elbo:.2f}", f"{row.validation_elbo:.2f}"
+            if math.isnan(row.validation_elbo):
+                validation = "-"
+            bar.start()
+            bar.update(task, total=plan.epochs, completed=row.epoch, train=train, validation=validation)
+
+        yield report
+
+
+@contextmanager
+def rows_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on `console` while the context is open; yield report(rows done, rows in all)."""
+    columns = (
+        TextColumn(name),
+        BarColumn(bar_width=12),
+        TextColumn("{task.completed:,} of {task.total:,} rows", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with _shown(columns, console) as bar:
+        task = bar.add_task(name, total=0)
+
+        def report(done: int, total: int) -> None:
+            bar.start()
+            bar.update(task, total=total, completed=done)
+
+        yield report
+
+
+@contextmanager
+def _shown(columns: Sequence[ProgressColumn], console: Console) -> Iterator[Progress]:
+    """Yield a bar that begins with the first report: what fails before leaves one line, the reason."""
+    bar = Progress(*columns, console=console)
+    try:
+        yield bar
+    finally:
+        if bar.live.is_started:
+            bar.stop()

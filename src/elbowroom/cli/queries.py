@@ -323,7 +323,7 @@ def answering(
     if as_json:
         yield target, None
         return
-    from elbowroom.inference.progress import rows_bar
+    from elbowroom.cli.progress import rows_bar
 
     with rows_bar(screen(stderr=True), question) as report:
         yield target, report

@@ -10,139 +10,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError
 
 from elbowroom.components import plugins, schema
 from elbowroom.components.schema import Block, Option
+from elbowroom.components.table import _BASES, FACTS, PLACES, _table
 from elbowroom.errors import SpecError, nearest
-
-FACTS: dict[str, frozenset[str]] = {
-    "data": frozenset({"folder"}),
-    "prior": frozenset({"latent_dim", "covariate_dim", "feature_shape", "guide"}),
-    "likelihood": frozenset({"event_shape", "levels", "columns"}),
-    "network": frozenset({"in_shape", "out_dim", "out_shape", "marks"}),
-    "guide": frozenset({"latent_dim", "top_dim"}),
-    "objective": frozenset(),
-    "reference": frozenset(),
-}
-"""kind -> the positional arguments that a constructor of this kind may ask for."""
-
-_table: dict[str, dict[str, str | type]] = {
-    "data": {
-        "adult": "elbowroom.data.repositories:Adult",
-        "binarized_mnist": "elbowroom.data.published:BinarizedMNIST",
-        "digits": "elbowroom.data.builtin:Digits",
-        "file": "elbowroom.data.dataset:File",
-        "jsb_chorales": "elbowroom.data.repositories:JSBChorales",
-        "linear_gaussian": "elbowroom.data.builtin:LinearGaussianData",
-        "memory": "elbowroom.data.frames:Memory",
-        "mnist": "elbowroom.data.published:MNIST",
-    },
-    "prior": {
-        "bernoulli": "elbowroom.models.priors.discrete:Bernoulli",
-        "categorical": "elbowroom.models.priors.discrete:Categorical",
-        "dirichlet": "elbowroom.models.priors.constrained:Dirichlet",
-        "flow": "elbowroom.models.priors.flow:Flow",
-        "gamma": "elbowroom.models.priors.constrained:Gamma",
-        "gaussian_mixture": "elbowroom.models.priors.mixtures:GaussianMixture",
-        "hierarchical": "elbowroom.models.priors.hierarchical:Hierarchical",
-        "laplace": "elbowroom.models.priors.base:Laplace",
-        "log_normal": "elbowroom.models.priors.constrained:LogNormal",
-        "logistic_normal": "elbowroom.models.priors.constrained:LogisticNormal",
-        "normal": "elbowroom.models.priors.base:Normal",
-        "student_t": "elbowroom.models.priors.base:StudentT",
-        "vamp": "elbowroom.models.priors.mixtures:Vamp",
-    },
-    "likelihood": {
-        "bernoulli": "elbowroom.models.likelihoods.base:Bernoulli",
-        "beta": "elbowroom.models.likelihoods.continuous:Beta",
-        "binomial": "elbowroom.models.likelihoods.counts:Binomial",
-        "categorical": "elbowroom.models.likelihoods.categorical:Categorical",
-        "continuous_bernoulli": "elbowroom.models.likelihoods.base:ContinuousBernoulli",
-        "discretized_logistic": "elbowroom.models.likelihoods.categorical:DiscretizedLogistic",
-        "gamma": "elbowroom.models.likelihoods.continuous:Gamma",
-        "gaussian": "elbowroom.models.likelihoods.base:Gaussian",
-        "laplace": "elbowroom.models.likelihoods.continuous:Laplace",
-        "log_normal": "elbowroom.models.likelihoods.continuous:LogNormal",
-        "mixed": "elbowroom.models.likelihoods.mixed:Mixed",
-        "multinomial": "elbowroom.models.likelihoods.multinomial:Multinomial",
-        "negative_binomial": "elbowroom.models.likelihoods.counts:NegativeBinomial",
-        "ordinal": "elbowroom.models.likelihoods.categorical:Ordinal",
-        "poisson": "elbowroom.models.likelihoods.counts:Poisson",
-        "student_t": "elbowroom.models.likelihoods.continuous:StudentT",
-        "zero_inflated_negative_binomial": "elbowroom.models.likelihoods.counts:ZeroInflatedNegativeBinomial",
-        "zero_inflated_poisson": "elbowroom.models.likelihoods.counts:ZeroInflatedPoisson",
-    },
-    "network": {
-        "conv": "elbowroom.models.networks.convolution:Conv",
-        "gru": "elbowroom.models.networks.recurrent:GRU",
-        "linear": "elbowroom.models.networks.mlp:Linear",
-        "mlp": "elbowroom.models.networks.mlp:MLP",
-    },
-    "guide": {
-        "bernoulli": "elbowroom.models.priors.discrete:BernoulliFamily",
-        "categorical": "elbowroom.models.priors.discrete:CategoricalFamily",
-        "diagonal_normal": "elbowroom.models.guides.base:DiagonalNormal",
-        "flow": "elbowroom.models.priors.flow:FlowFamily",
-        "full_rank_normal": "elbowroom.models.guides.base:FullRankNormal",
-        "hierarchical": "elbowroom.models.priors.hierarchical:HierarchicalFamily",
-        "log_normal": "elbowroom.models.guides.families:LogNormal",
-        "logistic_normal": "elbowroom.models.guides.families:LogisticNormal",
-        "low_rank_normal": "elbowroom.models.guides.families:LowRankNormal",
-        "mixture": "elbowroom.models.guides.families:Mixture",
-        "semi_amortized": "elbowroom.models.guides.semi_amortized:SemiAmortized",
-        "student_t": "elbowroom.models.guides.families:StudentT",
-    },
-    "objective": {
-        "beta": "elbowroom.inference.objectives.bounds:Beta",
-        "dreg": "elbowroom.inference.objectives.bounds:DReG",
-        "elbo": "elbowroom.inference.objectives.elbo:ELBO",
-        "iwae": "elbowroom.inference.objectives.bounds:IWAE",
-        "mean_field_elbo": "elbowroom.inference.objectives.elbo:MeanFieldELBO",
-        "renyi": "elbowroom.inference.objectives.bounds:Renyi",
-        "sticking_the_landing": "elbowroom.inference.objectives.bounds:StickingTheLanding",
-        "trace_enum": "elbowroom.inference.objectives.enumerated:TraceEnum",
-        "wake_sleep": "elbowroom.inference.objectives.wake_sleep:WakeSleep",
-    },
-    "reference": {
-        "ais": "elbowroom.inference.references.ais.ais:Annealed",
-        "closed_form": "elbowroom.inference.references.closed_form:ClosedForm",
-        "enumeration": "elbowroom.inference.references.enumeration:Enumeration",
-        "grid": "elbowroom.inference.references.grid.grid:Grid",
-        "hmc": "elbowroom.inference.references.hmc.hmc:HMC",
-        "importance": "elbowroom.inference.references.importance.importance:ImportanceSampling",
-    },
-}
-
-PLACES: dict[str, str] = {
-    "data": "data",
-    "model.prior": "prior",
-    "model.likelihood": "likelihood",
-    "model.decoder": "network",
-    "guide.family": "guide",
-    "guide.encoder": "network",
-    "fit.objective": "objective",
-    "audit.references": "reference",
-}
-"""Where a spec names a component -> its kind."""
-
-_BASES = {
-    "data": "elbowroom.data.dataset:Source",
-    "prior": "elbowroom.models.priors.base:Prior",
-    "likelihood": "elbowroom.models.likelihoods.base:Likelihood",
-    "network": "torch.nn:Module",
-    "guide": "elbowroom.models.guides.base:Family",
-    "objective": "elbowroom.inference.objectives.elbo:Objective",
-    "reference": "elbowroom.inference.posterior:Reference",
-}
 
 _own = {kind: frozenset(table) for kind, table in _table.items()}
 _python: dict[str, dict[str, tuple[type, str]]] = {kind: {} for kind in _table}
@@ -351,64 +230,6 @@ def options_model(kind: str, name: str) -> type[Block]:
     if found.sha256:
         extra["sha256"] = (Literal[found.sha256], Field(found.sha256, description="hash of the file, as it was executed"))
     return schema.block(f"{kind}_{name}", found.options, extra)
-
-
-def slot(kind: str) -> Any:
-    """Return the annotation of a spec field that names a component; a bare string is short for `{name: ...}`."""
-    known = sorted({*_kind(kind), *_in_use[kind], *_python[kind]})
-    models = [options_model(kind, name) for name in known]
-    union: Any = models[0] if len(models) == 1 else Annotated[Union[tuple(models)], Field(discriminator="name")]  # noqa: UP007
-    bare = Literal[tuple(n for n in known if not any(o.required for o in component(kind, n).options))]  # type: ignore[valid-type]
-    own: Any = Annotated[str, Field(pattern=f"^{plugins.PREFIX}")] | _Own
-
-    def expand(given: Any) -> Any:
-        if isinstance(given, str):
-            given = {"name": given}
-        if isinstance(given, Block):
-            return given
-        if not isinstance(given, Mapping):
-            raise PydanticCustomError("no_component", "must be a name, or a block with a name")
-        if "name" not in given:
-            if any(":" in str(key) for key in given):  # YAML takes {name:gamma} for one key without a value
-                spaced = ", ".join(
-                    re.sub(r":\s*", ": ", str(k), count=1) + ("" if v is None else f": {v}") for k, v in given.items()
-                )
-                raise PydanticCustomError("no_name", f"needs a name; put a space after the colon: {{{spaced}}}")
-            raise PydanticCustomError("no_name", f"needs a name, one of {', '.join(names(kind))}")
-        if given["name"] not in known:
-            context = {"kind": kind, "tag": str(given["name"]), "allowed": names(kind)}
-            raise PydanticCustomError("unknown_component", "unknown", context)
-        return given
-
-    return Annotated[union, BeforeValidator(expand, json_schema_input_type=union | bare | own)]
-
-
-class _Own(BaseModel):
-    """A class of one's own, for editors: what options it has is known only when it is executed."""
-
-    model_config = ConfigDict(extra="allow", title="python")
-
-    name: Annotated[str, Field(pattern=f"^{plugins.PREFIX}", description="python:file.py:Class or python:module:Class")]
-
-
-def build(kind: str, chosen: Block, *, where: str = "", **facts: Any) -> Any:
-    """Construct a component from its validated options and the facts it asks for.
-
-    Args:
-        kind: the kind.
-        chosen: an instance of `options_model(kind, name)`.
-        where: the dotted path in the spec, for messages.
-        facts: everything known of `FACTS[kind]`; only what the constructor asks for is passed.
-
-    Raises:
-        SpecError: if the constructor refuses a combination of options (ValueError).
-    """
-    found = component(kind, chosen.name)  # type: ignore[attr-defined]
-    given = {option.name: getattr(chosen, option.name) for option in found.options}
-    try:
-        return found.cls(*(facts[name] for name in found.facts), **given)
-    except ValueError as error:
-        raise SpecError(f"{where or found.name}: {error}") from error
 
 
 def on_change(clear: Callable[[], None]) -> None:

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from elbowroom.components import registry as components
+from elbowroom.components.slots import build
 from elbowroom.conformance import properties as promises
 from elbowroom.errors import SpecError
-from elbowroom.models.guides.base import AmortizedGuide, DiagonalNormal
-from elbowroom.models.likelihoods.base import Gaussian
+from elbowroom.models.guides.base import AmortizedGuide
+from elbowroom.models.guides.normal import DiagonalNormal
+from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.networks.mlp import Linear
-from elbowroom.models.priors.base import Normal
+from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 from elbowroom.spec import document
 
@@ -64,7 +66,7 @@ def problems_of(kind: str, name: str, **options: Any) -> list[str]:
                 _network(chosen, expect)
             else:
                 check = {"data": _data, "reference": _reference, "objective": _objective}[kind]
-                check(components.build(kind, chosen, folder=Path(folder)), expect)
+                check(build(kind, chosen, folder=Path(folder)), expect)
             expect(bool(cls.__doc__), "has a docstring")
         except Exception as error:  # whatever a component raises is its failure
             problems.append(f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -87,7 +89,7 @@ def _prior(kind: str, name: str, options: dict[str, Any], expect: Expect) -> Non
     family = DiagonalNormal(DIM)
     guide = AmortizedGuide(Linear((WIDTH,), family.param_dim), family)
     facts: dict[str, Any] = {"latent_dim": DIM, "covariate_dim": 0, "feature_shape": (WIDTH,), "guide": guide}
-    prior = components.build(kind, chosen, **facts)
+    prior = build(kind, chosen, **facts)
     with pyro.plate("data", N):
         z = prior()
     expect(tuple(z.shape) == (N, DIM), f"returns z of shape (N, latent_dim), got {tuple(z.shape)}")
@@ -120,7 +122,7 @@ def _network(chosen: Any, expect: Expect) -> None:
                 "marks": False,
             }
             try:
-                network = components.build("network", chosen, **facts)
+                network = build("network", chosen, **facts)
             except SpecError:
                 continue
             roles += 1

@@ -1,5 +1,5 @@
 """Data sets: built in, published, or the user's own files and frames."""
 
-from elbowroom.data.dataset import DEFAULT_SPLIT, Dataset, File, Fractions, Source
+from elbowroom.data.dataset import DEFAULT_SPLIT, Dataset, Fractions, Source
 
-__all__ = ["DEFAULT_SPLIT", "Dataset", "File", "Fractions", "Source"]
+__all__ = ["DEFAULT_SPLIT", "Dataset", "Fractions", "Source"]

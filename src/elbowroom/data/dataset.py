@@ -7,9 +7,6 @@ are made by the experiment, in its own precision.
 from __future__ import annotations
 
 import math
-import mmap
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,20 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from annotated_types import Ge, Len
 
-from elbowroom.errors import DataError, SpecError, nearest
+from elbowroom.data.chunks import BUDGET, rows_of
+from elbowroom.data.columns import Layout, describe_columns
+from elbowroom.errors import DataError, SpecError
 from elbowroom.models.columns import Column, Kind
-from elbowroom.system.archive import check_npz
 from elbowroom.system.files import sha256_of
 
 if TYPE_CHECKING:
-    from elbowroom.data.tables import Layout
     from elbowroom.models.linear_gaussian import LinearGaussian
 
-CHUNK = 2**22
-"""Entries looked at together, so that a memory-mapped array is never read as a whole."""
-
-BUDGET = 2**30
-"""Bytes of data, as they are or in the precision of the fit, above which they are read as needed and not held in memory."""
 
 DEFAULT_SPLIT = (0.6, 0.2, 0.2)
 
@@ -130,8 +122,6 @@ class Dataset:
         """
         if len(self.event_shape) != 1:
             return None
-        from elbowroom.data.tables import describe_columns
-
         names = self.columns or tuple(str(i) for i in range(self.event_shape[0]))
         return describe_columns(self.x, names, self.kinds, self.categories, name=self.name)
 
@@ -301,146 +291,6 @@ class Source(ABC):
         """
 
 
-class File(Source):
-    """Your own data: .npz, .npy (memory-mapped), .csv (with or without a header) or .parquet (extra `parquet`).
-
-    Missing are NaN and, in a table, cells that are empty or say nan, NaN, NA, null or ?. Columns of text become codes.
-
-    Args:
-        folder: the folder that relative paths start from: that of the spec (a fact).
-        path: the file; a relative path starts at the folder of the spec.
-        key: which array of an .npz is x; not needed where there is only one, or one called `x`.
-        x: the columns of a table to model; all that have no other role by default.
-        covariates: columns (arrays of an .npz) to condition on; text, and columns declared categorical, become one-hot.
-        exposure: the column (array of an .npz) of positive numbers that rates of counts are multiplied by.
-        labels: the column (array of an .npz) that colours figures; numbers or text.
-        kinds: what columns hold where their values do not show it: column -> real, positive, proportion, count, binary,
-            ordinal or categorical.
-        split: fractions of train, validation and test.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        path: Path,
-        key: str | None = None,
-        x: Names | None = None,
-        covariates: Names | None = None,
-        exposure: str | None = None,
-        labels: str | None = None,
-        kinds: Mapping[str, Kind] | None = None,
-        split: Fractions = DEFAULT_SPLIT,
-    ) -> None:
-        from elbowroom.data.tables import Layout
-
-        self.path = (Path(folder) / Path(path).expanduser()).resolve()
-        self.label = str(path)
-        self.key = key
-        self.layout = Layout.chosen(x, covariates, exposure, labels, kinds)
-        self.split = split
-
-    def load(self) -> Dataset:
-        """Read the file."""
-        dataset = self.read(self.layout)
-        dataset.check(values=not dataset.mapped)
-        if dataset.kinds and not dataset.mapped:
-            _ = dataset.described
-        return dataset
-
-    def read(self, layout: Layout) -> Dataset:
-        """Read the file as another table was read, without a look at the values.
-
-        Args:
-            layout: which columns are what; `Dataset.layout` of the other one.
-        """
-        from elbowroom.data.frames import read_csv, read_parquet
-
-        path, label = self.path, self.label
-        readers = {
-            ".npz": self._npz,
-            ".npy": self._npy,
-            ".csv": lambda layout: read_csv(path, label, layout),
-            ".parquet": lambda layout: read_parquet(path, label, layout),
-        }
-        if path.suffix.lower() not in readers:
-            allowed = ", ".join(readers)
-            raise DataError(f"{label}: files of type {path.suffix or 'no suffix'!r} are not read; allowed: {allowed}")
-        if self.key is not None and path.suffix.lower() != ".npz":
-            raise SpecError(f"data.key: {label} holds one array only; leave the key out")
-        try:
-            if path.is_dir():
-                raise DataError(f"{label}: this is a folder; name a file")
-            if path.stat().st_size == 0:
-                raise DataError(f"{label}: empty")
-            return readers[path.suffix.lower()](layout)
-        except FileNotFoundError:
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            hint = nearest(path.name, siblings) if siblings else ""
-            hint = hint if hint.startswith("; did") else ""
-            raise DataError(f"{label}: no such file (looked for {path}){hint}") from None
-        except OSError as error:
-            raise DataError(f"{label}: cannot be read: {error.strerror or error}") from None
-
-    def _npy(self, layout: Layout) -> Dataset:
-        try:
-            x = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise DataError(f"{self.label}: {_numpy_problem(error)}") from None
-        return layout.unnamed(x, self.label)
-
-    def _npz(self, layout: Layout) -> Dataset:
-        from elbowroom.data.tables import beside
-
-        def read(archive: Any, key: str, option: str) -> np.ndarray:
-            if key not in archive.files:
-                raise DataError(f"{self.label}: {option}: there is no array {key!r}{nearest(key, archive.files)}")
-            check_npz(self.path, key, self.label)
-            return np.asarray(archive[key])
-
-        try:
-            with self.path.open("rb") as handle:
-                archive = np.load(handle, allow_pickle=False)
-                if not isinstance(archive, np.lib.npyio.NpzFile):
-                    raise DataError(f"{self.label}: not an .npz archive; if it is one array, call it .npy")
-                others = [name for _, name in layout.others()]
-                x = read(archive, self._choose([k for k in archive.files if k not in others]), "data.key")
-                found = {name: read(archive, name, option) for option, name in layout.others()}
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-            raise DataError(f"{self.label}: {_numpy_problem(error)}") from None
-        return beside(x, found, layout, self.label if self.key is None else f"{self.label}[{self.key}]")
-
-    def _choose(self, keys: list[str]) -> str:
-        """Name the array of an archive to use."""
-        if self.key is not None:
-            return self.key
-        if len(keys) != 1 and "x" not in keys:
-            raise DataError(f"{self.label}: holds {', '.join(keys) or 'nothing'}; say which with data.key")
-        return "x" if "x" in keys else keys[0]
-
-
-def _numpy_problem(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if any(word in text for word in ("Object arrays", "Python objects", "allow_pickle")):
-        return "holds Python objects, which are never loaded; save numbers: np.save(file, x.astype(float))"
-    return f"damaged or cut short ({text[:80] or type(error).__name__}); write it again"
-
-
 def _kind(x: np.ndarray) -> str:
     kinds = {"c": "complex numbers", "U": "text", "S": "bytes", "M": "dates", "m": "durations", "O": "Python objects"}
     return kinds.get(x.dtype.kind, f"values of type {x.dtype}")
-
-
-def rows_of(x: np.ndarray) -> Iterator[tuple[int, Any]]:
-    """Yield (first row, rows) of an array, a few million entries at a time; of a memory map nothing else stays in memory."""
-    rows = max(1, CHUNK // max(1, math.prod(x.shape[1:])))
-    for start in range(0, len(x), rows):
-        yield start, x[start : start + rows]
-        forget(x)
-
-
-def forget(x: np.ndarray) -> None:
-    """Let go of the pages of a memory map that were read; the system may still have them cached."""
-    pages = getattr(x, "_mmap", None)
-    if isinstance(pages, mmap.mmap) and getattr(x, "mode", "") == "r" and hasattr(mmap, "MADV_DONTNEED"):
-        pages.madvise(mmap.MADV_DONTNEED)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elbowroom.data.dataset import DEFAULT_SPLIT, Dataset, File, Fractions, Names, Source
-from elbowroom.data.tables import MISSING, Cells, Layout, assemble
+from elbowroom.data.columns import MISSING, Cells, Layout
+from elbowroom.data.dataset import DEFAULT_SPLIT, Dataset, Fractions, Names, Source
+from elbowroom.data.tables import assemble, unnamed
 from elbowroom.errors import DataError
 from elbowroom.models.columns import Kind
 
@@ -85,30 +86,13 @@ def from_python(given: Any, name: str = "data", *, layout: Layout = AS_IT_IS) ->
         if mask.any() and given.dtype.kind in "buif":  # anything else is refused by its type
             given = np.where(mask, np.nan, given.astype(given.dtype if given.dtype.kind == "f" else np.float64))
     if isinstance(given, np.ndarray):
-        return layout.unnamed(given, name)
+        return unnamed(given, layout, name)
     import pandas as pd
 
     if isinstance(given, pd.DataFrame):
         return from_frame(given, name, layout)
     kind = f"{type(given).__module__}.{type(given).__qualname__}".removeprefix("builtins.")
     raise DataError(f"{name}: must be a NumPy array or a pandas DataFrame, got {kind}; convert it with np.asarray(...)")
-
-
-def read_like(given: Any, layout: Layout | None, folder: Path) -> Dataset:
-    """Read other rows as the data of a fit were read: the same columns in the same roles, text with the same codes.
-
-    Args:
-        given: a path, an array or a frame.
-        layout: `Dataset.layout` of the data of the fit; None where they had no named columns.
-        folder: where relative paths start.
-
-    Raises:
-        DataError: a column of the fit is not there, or holds a text that the fit has not seen.
-    """
-    layout = layout or AS_IT_IS
-    if isinstance(given, str | Path):
-        return File(folder, path=Path(given)).read(layout)
-    return from_python(given, layout=layout)
 
 
 def from_frame(frame: pd.DataFrame, name: str, layout: Layout = AS_IT_IS) -> Dataset:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import Ge
 
+from elbowroom.data.columns import Layout
 from elbowroom.data.dataset import DEFAULT_SPLIT, Dataset, Fractions, Hidden
 from elbowroom.data.published import FILES, PublishedSource, content, published_split
-from elbowroom.data.tables import Layout
 from elbowroom.errors import DataError
 from elbowroom.models.columns import Kind
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elbowroom.data.frames import read_like
-from elbowroom.data.tables import Layout
+from elbowroom.data.columns import Layout
+from elbowroom.data.file import read_like
 from elbowroom.errors import DataError, SpecError, nearest
 from elbowroom.runs import rows as asked
 

@@ -12,10 +12,11 @@ import xarray as xr
 
 from elbowroom.analysis.latents.effects import Cells, curved
 from elbowroom.analysis.latents.effects import explain as compute
+from elbowroom.analysis.latents.entries import entry_kinds
 from elbowroom.analysis.latents.information import information
 from elbowroom.analysis.queries.best_posterior import Methods
-from elbowroom.analysis.queries.imputation import entry_kinds
 from elbowroom.errors import SpecError, nearest
+from elbowroom.inference.target.of_vae import seam
 from elbowroom.models.likelihoods.categorical import Ordinal
 from elbowroom.models.likelihoods.mixed import Mixed
 from elbowroom.models.spaces import DISCRETE
@@ -25,12 +26,11 @@ from elbowroom.queries.sample.answer import Samples
 from elbowroom.queries.sample.sample import SOURCES, check_row, posterior_means, rows_of, tensors
 from elbowroom.queries.stream import place_of
 from elbowroom.runs import rows as asked
-from elbowroom.spec.experiment import seam
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from elbowroom.inference.fit.rows import Batch
+    from elbowroom.models.vae import Batch
     from elbowroom.run import Run
     from elbowroom.runs.rows import Asked
 

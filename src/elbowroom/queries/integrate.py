@@ -9,10 +9,10 @@ import numpy as np
 
 from elbowroom.analysis.queries.integration import integrate as compute
 from elbowroom.errors import UserError
+from elbowroom.inference.target.of_vae import seam
 from elbowroom.queries.answer import Answer
 from elbowroom.queries.stream import place_of
 from elbowroom.runs import rows as asked
-from elbowroom.spec.experiment import seam
 
 if TYPE_CHECKING:
     from elbowroom.analysis.plots.style import Plot

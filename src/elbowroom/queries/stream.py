@@ -23,19 +23,18 @@ import xarray as xr
 from elbowroom.analysis import idata
 from elbowroom.analysis.queries.best_posterior import Methods, methods_for
 from elbowroom.errors import RunFolderError, UnsupportedProgram
-from elbowroom.inference.compiled.graph import expecting
-from elbowroom.inference.fit import svi
+from elbowroom.inference.compiled.policies import expecting
+from elbowroom.inference.fit.plan import resolve_device
+from elbowroom.inference.target.of_vae import seam
 from elbowroom.runs import rows as asked
-from elbowroom.spec.experiment import seam
 from elbowroom.system import memory as heap
 from elbowroom.system.files import locked, sha256
 from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
-    from elbowroom.inference.fit.rows import Batch
     from elbowroom.inference.posterior import Reference
     from elbowroom.inference.target.log_joint import LogJoint
-    from elbowroom.models.vae import VAE
+    from elbowroom.models.vae import VAE, Batch
     from elbowroom.run import Run
     from elbowroom.runs.rows import Asked
 
@@ -164,7 +163,7 @@ def place_of(run: Run, device: str | None) -> torch.device:
     Raises:
         UserError: there is no such device.
     """
-    return svi.resolve_device(device or run.experiment.spec.fit.device)
+    return resolve_device(device or run.experiment.spec.fit.device)
 
 
 def references_for(run: Run, rows: Asked, references: Methods, device: torch.device) -> list[Reference]:

@@ -29,7 +29,7 @@ from elbowroom.system import durations as clock
 from elbowroom.components import registry as components, compatibility as pairs
 from elbowroom.spec import document, spec
 from elbowroom.analysis.idata import read_table
-from elbowroom.analysis.verdict.rules import CAUSE, known, median
+from elbowroom.analysis.verdict.thresholds import CAUSE, known, median
 from elbowroom.analysis.measures.table import FEW, MISSED, SMALL_GAP, column
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.spec.experiment import Experiment

@@ -29,7 +29,7 @@ import xarray as xr
 
 from elbowroom.models import measure
 from elbowroom.runs.advice import audited
-from elbowroom.analysis.verdict.rules import known, median
+from elbowroom.analysis.verdict.thresholds import known, median
 from elbowroom.analysis.measures.table import GOOD_K, column
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.system.files import atomic

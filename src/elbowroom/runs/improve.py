@@ -24,7 +24,7 @@ import xarray as xr
 
 from elbowroom.runs.advice import Proposal, audited, propose
 from elbowroom.analysis.audit.auditor import Audit
-from elbowroom.analysis.verdict.rules import known, median
+from elbowroom.analysis.verdict.thresholds import known, median
 from elbowroom.analysis.measures.table import GOOD_K, column
 from elbowroom.errors import RunFolderError
 from elbowroom.inference.fit.warm_start import GUIDE

@@ -12,8 +12,8 @@ import numpy as np
 
 from elbowroom.spec import run_folder as folder, warm_start as start
 from elbowroom.errors import DataError, SpecError, nearest
-from elbowroom.data.frames import read_like
-from elbowroom.data.tables import Layout
+from elbowroom.data.file import read_like
+from elbowroom.data.columns import Layout
 
 if TYPE_CHECKING:
     from elbowroom.data.dataset import Dataset

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from elbowroom.components import compatibility as pairs
 from elbowroom.components import registry as components
+from elbowroom.components.slots import build
 from elbowroom.models import spaces
 from elbowroom.models.columns import Column
 from elbowroom.models.guides.base import AmortizedGuide, Family, Onto
-from elbowroom.models.networks.mlp import Network
+from elbowroom.models.networks.base import Network
 from elbowroom.models.vae import VAE
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def assemble(spec: Spec, facts: Facts) -> VAE:
         SpecError: the options of a component do not go together, or with the data.
     """
     model, guide, d = spec.model, spec.guide, spec.model.latent_dim
-    likelihood = components.build(
+    likelihood = build(
         "likelihood",
         model.likelihood,
         where="model.likelihood",
@@ -95,7 +96,7 @@ def assemble(spec: Spec, facts: Facts) -> VAE:
     )
     family = _family(model.prior, guide.family, d)
     whole, rest = divmod(likelihood.param_dim, likelihood.width)
-    decoder = components.build(
+    decoder = build(
         "network",
         model.decoder,
         where="model.decoder",
@@ -107,7 +108,7 @@ def assemble(spec: Spec, facts: Facts) -> VAE:
     network = components.component("network", guide.encoder.name).cls
     joined = getattr(network, "joined_shape", Network.joined_shape)
     beside = len(facts.covariates) + facts.exposure
-    encoder = components.build(
+    encoder = build(
         "network",
         guide.encoder,
         where="guide.encoder",
@@ -117,7 +118,7 @@ def assemble(spec: Spec, facts: Facts) -> VAE:
         marks=facts.missing,
     )
     posterior = AmortizedGuide(encoder, family, marks=facts.missing)
-    prior = components.build(
+    prior = build(
         "prior",
         model.prior,
         where="model.prior",
@@ -146,7 +147,7 @@ def _family(prior: Any, chosen: Any, latent_dim: int) -> Family:
     """Build the guide family, carried onto the prior's space where it lives on the real line and the prior does not."""
     p, q = components.component("prior", prior.name).cls, components.component("guide", chosen.name).cls
     space, inserted = pairs.space_of(p), pairs.transform_inserted(p, q)
-    family: Family = components.build(
+    family: Family = build(
         "guide",
         chosen,
         where="guide.family",

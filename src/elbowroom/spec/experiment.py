@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,25 +15,26 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from elbowroom.components import registry as components
-from elbowroom.data.dataset import CHUNK, Dataset, File, Source, Split, forget, rows_of, split_rows
+from elbowroom.components.slots import build as slots_build
+from elbowroom.data.chunks import CHUNK, forget, rows_of
+from elbowroom.data.dataset import Dataset, Source, Split, split_rows
+from elbowroom.data.file import File
 from elbowroom.data.frames import Memory
 from elbowroom.data.tables import constant
 from elbowroom.errors import DataError, SpecError
-from elbowroom.inference.fit import svi
-from elbowroom.inference.fit.plan import plan
-from elbowroom.inference.fit.rows import Batch, Rows
+from elbowroom.inference.fit.plan import plan, resolve_device
+from elbowroom.inference.fit.rows import Rows
 from elbowroom.inference.fit.warm_start import Start
 from elbowroom.inference.posterior import Reference
-from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.vae import VAE
+from elbowroom.inference.target.of_vae import seam
+from elbowroom.models.vae import VAE, Batch
 from elbowroom.spec import spec
 from elbowroom.spec import warm_start as starts
 from elbowroom.spec.assembly import Facts, assemble
+from elbowroom.spec.identity import identity
 from elbowroom.spec.run_folder import SPLIT, read_split
 from elbowroom.system import durations as clock
 from elbowroom.system.archive import SHARE, amount, memory
-from elbowroom.system.files import sha256
 from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class Experiment:
 
     @functools.cached_property
     def _source(self) -> Source:
-        return cast(Source, components.build("data", self.spec.data, where="data", folder=self.loaded.folder))
+        return cast(Source, slots_build("data", self.spec.data, where="data", folder=self.loaded.folder))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -281,7 +281,7 @@ class Experiment:
         if isinstance(chosen, str):
             return chosen
         with self._labelled():
-            return [components.build("reference", r, where=f"audit.references.{i}") for i, r in enumerate(chosen)]
+            return [slots_build("reference", r, where=f"audit.references.{i}") for i, r in enumerate(chosen)]
 
     @stage("checks")
     def check(self) -> None:
@@ -296,7 +296,7 @@ class Experiment:
         with self._labelled():
             if observations != "all" and observations > n_test:
                 raise SpecError(f"audit.observations: the test split has {n_test} rows, not {observations}; use all")
-            svi.resolve_device(options.device)
+            resolve_device(options.device)
             plan(len(self.split.train), **{name: getattr(options, name) for name in type(options).model_fields})
         vae = self.build()
         self.check_support(vae, self.data)
@@ -418,35 +418,6 @@ def _check_size(assemble: Callable[[], VAE]) -> None:
             f"model: these networks need {size}, and this machine has {amount(memory())} of memory; "
             "choose smaller hidden layers or fewer latents"
         )
-
-
-def seam(vae: VAE, batch: Batch) -> LogJoint:
-    """Return the seam of a VAE and some data."""
-    beside: dict[str, Any] = {name: value for name, value in batch.items() if name != "x"}
-    return LogJoint(vae.model, vae.guide, batch["x"], **beside)
-
-
-def identity(tree: Mapping[str, Any], data_sha256: str, start_sha256: str | None = None) -> str:
-    """Return the SHA-256 of what a fit depends on: data, model, guide, fit (not its device) and seed of a resolved spec.
-
-    Args:
-        tree: the resolved spec.
-        data_sha256: of the data.
-        start_sha256: of the weights that the fit starts at; where they lie does not matter.
-    """
-    skip = {"data": "path", "fit": "device"}
-    parts = {key: tree.get(key) for key in ("data", "model", "guide", "fit", "seed")}
-    for key, dropped in skip.items():
-        part = parts[key]
-        if isinstance(part, Mapping):
-            parts[key] = {name: value for name, value in part.items() if name != dropped}
-    fitted = parts["fit"]
-    if isinstance(fitted, Mapping) and "start" in fitted:
-        block = fitted["start"]
-        others = {name: value for name, value in fitted.items() if name != "start"}
-        # without one the hash is that of specs which do not know the word
-        parts["fit"] = {**others, "start": {**block, "run": start_sha256}} if isinstance(block, Mapping) else others
-    return sha256(json.dumps([components.portable(parts), data_sha256], sort_keys=True).encode())
 
 
 def _shift_row(message: str, start: int) -> str:

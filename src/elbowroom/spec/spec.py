@@ -22,6 +22,7 @@ from elbowroom.components import compatibility as pairs
 from elbowroom.components import registry as components
 from elbowroom.components import schema
 from elbowroom.components.schema import Block, dotted
+from elbowroom.components.slots import slot as slots_slot
 from elbowroom.errors import SpecError, nearest
 from elbowroom.spec import document
 from elbowroom.system import durations as clock
@@ -142,7 +143,7 @@ def spec_model() -> type[Spec]:
     """Return the model of specs over the components that are registered now."""
     from elbowroom.inference.fit import svi
 
-    slot = components.slot
+    slot = slots_slot
     trained = [option for option in schema.options(svi.fit) if option.name != "objective"]
     objective = (slot("objective"), Field("elbo", description="what is maximised"))
     start = (Start, Field(None, description="the run whose weights the fit starts at; null starts anew"))

@@ -74,7 +74,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 def _spec(path: Path) -> dict[str, Any]:
     """Read the spec of a run folder."""
-    from elbowroom.spec.experiment import identity
+    from elbowroom.spec.identity import identity
 
     if not (path / folder.SPEC).is_file():
         what = "is not a run folder" if path.is_dir() else "no such run folder"

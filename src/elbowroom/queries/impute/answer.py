@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from elbowroom.analysis.latents.entries import coded
 from elbowroom.analysis.measures.table import GOOD_K, TRUSTED
-from elbowroom.analysis.queries.imputation import coded, errors, losses, share
+from elbowroom.analysis.queries.imputation import errors, losses, share
 from elbowroom.errors import UserError
 from elbowroom.models.columns import Column
 from elbowroom.queries.answer import Answer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from elbowroom.runs import rows as asked
 if TYPE_CHECKING:
     import pandas as pd
 
-    from elbowroom.queries.sample.sample import Compared
+    pass
     from elbowroom.run import Run
 
 CLEAR = 2.0  # standard errors
@@ -166,3 +166,16 @@ def conclude(dataset: xr.Dataset, status: str) -> list[str]:
         f"{steps} points on the line between the posterior means ({status}). E[x|z] {how}. The points between are the "
         "decoder's guess: no datum vouches for them."
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """The two-sample tests, and rows for their figure.
+
+    Attributes:
+        table: auc, auc_se, p_value (source); auc_difference with its error; rows.
+        shown: `data` and each source -> x, (n, *event).
+    """
+
+    table: xr.Dataset
+    shown: Mapping[str, np.ndarray]

@@ -25,19 +25,19 @@ from elbowroom.analysis.checks.two_sample import LEAST, Told, difference, tell_a
 from elbowroom.analysis.latents.decoding import draw_prior, event_dims
 from elbowroom.analysis.queries.best_posterior import Methods, read
 from elbowroom.errors import DataError, SpecError, UserError, nearest
-from elbowroom.inference.target.log_joint import seeded
+from elbowroom.inference.randomness import seeded
+from elbowroom.inference.target.of_vae import seam
 from elbowroom.models.spaces import DISCRETE
 from elbowroom.queries import covariates as conditions
 from elbowroom.queries.answer import Form
-from elbowroom.queries.sample.answer import Samples, conclude, conclude_test
+from elbowroom.queries.sample.answer import Compared, Samples, conclude, conclude_test
 from elbowroom.queries.stream import place_of, references_for
 from elbowroom.runs import rows as asked
 from elbowroom.runs.rows import Asked, Part
-from elbowroom.spec.experiment import seam
 from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
-    from elbowroom.inference.fit.rows import Batch
+    from elbowroom.models.vae import Batch
     from elbowroom.queries.answer import Answer
     from elbowroom.queries.stream import Report
     from elbowroom.run import Run
@@ -235,19 +235,6 @@ def _what(run: Run, source: str, n: int) -> str:
 
 
 # -- the test ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Compared:
-    """The two-sample tests, and rows for their figure.
-
-    Attributes:
-        table: auc, auc_se, p_value (source); auc_difference with its error; rows.
-        shown: `data` and each source -> x, (n, *event).
-    """
-
-    table: xr.Dataset
-    shown: Mapping[str, np.ndarray]
 
 
 def compare(run: Run, *, seed: int, place: torch.device, most: int = TESTED) -> Compared | str:

@@ -34,10 +34,9 @@ from elbowroom.system.files import sha256
 
 if TYPE_CHECKING:
     from elbowroom.analysis.plots.style import Absent, Plot
-    from elbowroom.inference.fit.rows import Batch
     from elbowroom.inference.posterior import Reference
     from elbowroom.inference.target.log_joint import LogJoint
-    from elbowroom.models.vae import VAE
+    from elbowroom.models.vae import VAE, Batch
     from elbowroom.queries.stream import Chunk, Report
     from elbowroom.run import Run
     from elbowroom.runs.rows import Asked

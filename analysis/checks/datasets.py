@@ -11,7 +11,7 @@ from torch import Tensor
 from elbowroom.analysis.checks.residuals import Residuals
 from elbowroom.analysis.checks.statistics import EffectKind, Judged
 from elbowroom.analysis.measures.table import LEVEL
-from elbowroom.analysis.verdict import rules
+from elbowroom.analysis.verdict.thresholds import effect_in_words
 
 NATS = ("log_likelihood", "log_prior")  # statistics whose differences are in nats
 
@@ -89,5 +89,5 @@ def sentence(found: xr.Dataset, attrs: Mapping[str, str]) -> str:
     odd = found.isel(statistic=(found["p_adjusted"].values <= LEVEL))
     said = []
     for name, effect, kind in zip(odd["statistic"].values, odd["effect"].values, odd["effect_kind"].values, strict=True):
-        said.append(f"{name} ({rules.effect_in_words(float(effect), str(kind))})")
+        said.append(f"{name} ({effect_in_words(float(effect), str(kind))})")
     return f"the data differ from those of the model in {', '.join(said)} (adjusted p-values at most {LEVEL})"

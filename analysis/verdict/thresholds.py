@@ -1,0 +1,74 @@
+"""The thresholds of the rules, the names of the verdicts, and what the rules count."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import xarray as xr
+
+from elbowroom.analysis.measures.table import TRUSTED, Z95, column
+
+HALF = 0.5
+CAUSE = 1 / 3  # share of the gap from which on a part is named as a cause
+EFFECTS = {"difference": 0.05, "sd": 0.1, "skewness": 0.5, "kurtosis": 1.0, "relative": 0.1, "largest": 0.25, "nats": 1.0}
+"""What matters, by the kind of a check's effect, each in its own unit:
+
+| kind         | of                                                                | matters above                            |
+|--------------|-------------------------------------------------------------------|------------------------------------------|
+| `difference` | probabilities (PIT values from uniform), correlations             | 0.05                                     |
+| `sd`         | means of columns, in standard deviations of the column            | 0.1 sd                                   |
+| `skewness`   | mean skewness of columns                                          | 0.5 (of a normal: 0, a gamma(16): 0.5)   |
+| `kurtosis`   | mean kurtosis of columns                                          | 1 (of a normal: 3, Student's t of 10: 4) |
+| `relative`   | shares, variances, standard deviations, relative to the model's   | 10%                                      |
+| `largest`    | the largest value, relative to the geometric mean of the model's  | 25%                                      |
+| `nats`       | log densities per datum                                           | 1 nat                                    |
+"""
+MEASURED = {
+    "difference": "of probabilities or correlations",
+    "sd": "of means of columns",
+    "skewness": "of skewness",
+    "kurtosis": "of kurtosis",
+    "relative": "relative to the model's",
+    "largest": "of the largest value, relative to the model's",
+    "nats": "of log densities per datum",
+}
+ERRORS = 5.0  # standard errors by which log p(x) may lie below the ELBO
+EFFECT = "effect: "  # begins the units of an effect, which are its kind
+SOUND = "sound"
+UNTRUSTED = "reference not trustworthy"
+MODE_MISSED = "mode missed"
+COLLAPSED = "latents collapsed"
+MISFIT = "model misfit"
+OVERFITS = "encoder overfits"
+ENCODER = "encoder falls short"
+FAMILY = "family too small"
+GUIDE = "guide falls short"
+
+
+def known(table: xr.Dataset) -> np.ndarray:
+    """Return which data have a value of log p(x) (exact or a trusted estimate) and a certified posterior, (N,)."""
+    finite = np.isfinite(column(table, "log_evidence")) & ~np.isnan(column(table, "gap_total"))
+    if not table.sizes.get("reference"):
+        return finite
+    return finite & np.isin(table["status"].values.astype(str), TRUSTED).any(1)
+
+
+def median(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the median and its distribution-free 95 % interval by order statistics; of few values, from least to largest."""
+    values = np.sort(values[~np.isnan(values)])
+    n = values.size
+    if not n:
+        return math.nan, math.nan, math.nan
+    below = max(0, math.floor(n / 2 - Z95 * math.sqrt(n) / 2))
+    return float(np.median(values)), float(values[below]), float(values[n - 1 - below])
+
+
+def effect_in_words(effect: float, kind: str) -> str:
+    """Write a check's effect with its sign and unit."""
+    if not math.isfinite(effect):
+        return "not known"
+    if kind in ("relative", "largest"):
+        return f"{effect:+.0%}" if abs(effect) >= 0.1 else f"{effect:+.1%}"
+    units = {"sd": " sd", "nats": " nat" if abs(effect) == 1 else " nats"}
+    return f"{effect:+.2g}{units.get(kind, '')}"

@@ -1,0 +1,170 @@
+"""The latent sites of a program: where their plate lies, which values they take, and how they lie in one vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import biject_to
+
+from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.program.sites import Site, frame_of, support_of
+
+MAX_ASSIGNMENTS = 4096
+
+
+def _frame_dim(node: Mapping[str, Any], plate: str) -> int:
+    frame = frame_of(node, plate)
+    if frame is None:  # pragma: no cover - callers pass local sites only
+        raise KeyError(plate)
+    return int(frame.dim)
+
+
+def _check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], plate: str) -> None:
+    name = node["name"]
+    if frame_of(guide_node, plate) is None:
+        raise UnsupportedProgram(f"guide site {name!r} lies outside plate {plate!r}: open the same plate in the guide")
+    base = guide_node["fn"]
+    while isinstance(base, dist.Independent):
+        base = base.base_dist
+    if isinstance(base, dist.Delta):
+        raise UnsupportedProgram(
+            f"guide site {name!r} is a point mass (Delta): it has no density, so there is no ELBO and no gap to measure"
+        )
+    prior, posterior = support_of(node["fn"]), support_of(guide_node["fn"])
+    value = guide_node["value"]
+    if not bool(prior.check(value).all()):
+        raise UnsupportedProgram(
+            f"site {name!r}: the guide drew values outside the prior's support (guide support {posterior}, prior support "
+            f"{prior}); wrap the guide's distribution in a transform onto the prior's support"
+        )
+    if _kind(prior) != _kind(posterior):
+        raise UnsupportedProgram(
+            f"site {name!r}: guide support {_kind(posterior)}, prior support {_kind(prior)}; wrap the guide's distribution in "
+            "a transform onto the prior's support, so that both densities live on the same set"
+        )
+
+
+def _kind(constraint: Any) -> str:
+    base = constraint
+    while hasattr(base, "base_constraint"):
+        base = base.base_constraint
+    name = type(base).__name__.lstrip("_")
+    # spellings of one and the same set
+    if name in ("GreaterThan", "GreaterThanEq") and getattr(base, "lower_bound", None) == 0:
+        return "Positive"
+    if name in ("RealVector", "Real"):
+        return "Real"
+    return {"HalfOpenInterval": "Interval", "GreaterThanEq": "GreaterThan"}.get(name, name)
+
+
+def _layout(node: Mapping[str, Any], plate: str) -> tuple[int, int, Tensor]:
+    """Return the data dimension, the number of batch dimensions, and the value expanded to the full batch shape."""
+    fn = node["fn"]
+    value = node["value"].expand(*fn.batch_shape, *node["value"].shape[node["value"].dim() - fn.event_dim :])
+    return _frame_dim(node, plate), len(fn.batch_shape), value
+
+
+def _continuous_site(node: Mapping[str, Any], plate: str, offset: int) -> Site:
+    fn = node["fn"]
+    dim, batch_ndim, value = _layout(node, plate)
+    support = support_of(fn)
+    try:
+        transform = biject_to(support)
+    except NotImplementedError:
+        raise UnsupportedProgram(
+            f"site {node['name']!r}: no transform onto the support of {type(fn).__name__} ({support}) is known"
+        ) from None
+    free = transform.inv(value)
+    free_event_dim = free.dim() - batch_ndim
+    shape = tuple(value.movedim(dim - fn.event_dim, 0).shape[1:])
+    free_shape = tuple(free.movedim(dim - free_event_dim, 0).shape[1:])
+    return Site(
+        name=node["name"],
+        plate_dim=dim,
+        event_dim=fn.event_dim,
+        batch_ndim=batch_ndim,
+        shape=shape,
+        free_shape=free_shape,
+        free_event_dim=free_event_dim,
+        columns=slice(offset, offset + math.prod(free_shape)),
+        support=support if _is_static(support) else None,
+        transform=transform if _is_static(support) else None,
+    )
+
+
+def _is_static(constraint: Any) -> bool:
+    """Whether a support holds no tensor, so that it cannot depend on another site."""
+    parts = vars(constraint).values()
+    return not any(isinstance(part, Tensor) or (hasattr(part, "check") and not _is_static(part)) for part in parts)
+
+
+def _discrete_site(node: Mapping[str, Any], plate: str) -> Site:
+    name, fn = node["name"], node["fn"]
+    dim, batch_ndim, value = _layout(node, plate)
+    if value.movedim(dim - fn.event_dim, 0).shape[1 : 1 + batch_ndim - 1].numel() > 1:
+        raise UnsupportedProgram(
+            f"discrete site {name!r} lies inside a plate within plate {plate!r}: its values multiply and would need variable "
+            "elimination, which is not done here"
+        )
+    mask = node["mask"]
+    if mask is False or (isinstance(mask, Tensor) and not bool(mask.all())):
+        raise UnsupportedProgram(
+            f"discrete site {name!r} is masked out of some data: each of its values would count as having probability one; "
+            "observe it, or leave those data out"
+        )
+    return Site(
+        name=name,
+        plate_dim=dim,
+        event_dim=fn.event_dim,
+        batch_ndim=batch_ndim,
+        shape=tuple(value.movedim(dim - fn.event_dim, 0).shape[1:]),
+        free_shape=(),
+        free_event_dim=0,
+        columns=slice(0, 0),
+        values=_values(name, fn),
+    )
+
+
+def _values(name: str, fn: TorchDistribution) -> Tensor:
+    """List the values of a finite discrete distribution, (K, *event)."""
+    base, factors = fn, 1
+    while isinstance(base, dist.Independent):
+        base = base.base_dist
+    try:
+        table = base.enumerate_support(expand=False)
+    except NotImplementedError:
+        raise UnsupportedProgram(
+            f"discrete site {name!r} ({type(base).__name__}) has no finite list of values to sum over"
+        ) from None
+    table = table.reshape(len(table), *base.event_shape)
+    factors = math.prod(fn.event_shape[: fn.event_dim - base.event_dim])
+    if factors == 1:
+        return table.reshape(len(table), *fn.event_shape)
+    if len(table) ** factors > MAX_ASSIGNMENTS:
+        raise UnsupportedProgram(
+            f"discrete site {name!r} has {len(table)}^{factors} values, too many to enumerate (at most {MAX_ASSIGNMENTS})"
+        )
+    combos = torch.cartesian_prod(*[torch.arange(len(table), device=table.device)] * factors)
+    return table[combos].reshape(len(combos), *fn.event_shape)
+
+
+def _active(nodes: list[Any], sites: list[Site], n_obs: int, dim: int) -> Tensor | None:
+    """Find the latent coordinates that a mask removes for some datum."""
+    active: Tensor | None = None
+    for node, site in zip(nodes, sites, strict=True):
+        mask = node["mask"]
+        if mask is None or mask is True:
+            continue
+        mask = torch.as_tensor(mask)
+        batch = mask.expand(node["fn"].batch_shape).movedim(site.plate_dim, 0).reshape(n_obs, -1)
+        repeats = (site.columns.stop - site.columns.start) // batch.shape[1]
+        if active is None:
+            active = torch.ones(n_obs, dim, dtype=torch.bool, device=mask.device)
+        active[:, site.columns] = batch.repeat_interleave(repeats, dim=1)
+    return active if active is not None and not active.all() else None

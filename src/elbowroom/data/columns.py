@@ -1,0 +1,250 @@
+"""The columns of a table: their cells, the layout that a spec declares, and their kinds."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+
+from elbowroom.data.chunks import rows_of
+from elbowroom.errors import DataError, nearest
+from elbowroom.models.columns import Column, Kind
+
+MISSING = frozenset({"", "nan", "NaN", "NAN", "NA", "<NA>", "N/A", "null", "NULL", "?"})
+"""Cells of a CSV file that say that a value is missing."""
+MOST_LEVELS = 1000
+FEW_LEVELS = 50
+"""So many different texts are never taken for a name that hardly ever repeats."""
+CODED = ("categorical", "ordinal")
+_DATE = re.compile(
+    r"(\d{4}[-/.]\d{1,2}([-/.]\d{1,2})?|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
+    r"([T ]\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?\s*(Z|[+-]\d{2}:?\d{2})?)?"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """One column as it was read.
+
+    Attributes:
+        name: of the column.
+        values: numbers, (N,), NaN where missing; of text the codes.
+        levels: the texts that codes 0, 1, ... stand for; None for numbers.
+        ordered: the levels have an order of their own.
+    """
+
+    name: str
+    values: np.ndarray
+    levels: tuple[str, ...] | None = None
+    ordered: bool = False
+
+    @classmethod
+    def of_text(cls, name: str, texts: Sequence[str | None], levels: Iterable[str] | None = None) -> Cells:
+        """Take texts, None for missing; levels are sorted, numbers by size, unless they are given in order."""
+        known = tuple(sorted({t for t in texts if t is not None}, key=_by_size) if levels is None else levels)
+        codes = {level: float(i) for i, level in enumerate(known)}
+        values = np.array([np.nan if t is None else codes[t] for t in texts])
+        return cls(name, whole(values), known, levels is not None)
+
+    def texts(self) -> list[str | None]:
+        """Return the cells as text, None for missing."""
+        levels, values = self.levels, self.values
+        if levels is not None:
+            return [None if np.isnan(v) else levels[int(v)] for v in values]
+        return [None if np.isnan(v) else str(int(v)) if float(v).is_integer() else repr(float(v)) for v in values]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns of a table are what.
+
+    Attributes:
+        x: columns to model; None for all that have no other role.
+        covariates: columns to condition on.
+        exposure: the column of exposures.
+        labels: the column of labels.
+        kinds: column -> kind.
+        levels: column -> the texts behind its codes, of the columns that are coded.
+        fitted: it comes from data that were read: other rows must have the same columns, but for the labels.
+    """
+
+    x: tuple[str, ...] | None = None
+    covariates: tuple[str, ...] = ()
+    exposure: str | None = None
+    labels: str | None = None
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fitted: bool = False
+
+    @classmethod
+    def chosen(
+        cls,
+        x: Sequence[str] | None,
+        covariates: Sequence[str] | None,
+        exposure: str | None,
+        labels: str | None,
+        kinds: Mapping[str, Kind] | None,
+    ) -> Layout:
+        """Take the user's choice, as the options of a data set have it.
+
+        Raises:
+            ValueError: a column is named twice or has two roles.
+        """
+        found = cls(None if x is None else tuple(x), tuple(covariates or ()), exposure, labels, dict(kinds or {}))
+        for option, names in (("x", found.x or ()), ("covariates", found.covariates)):
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{option}: column {repeated[0]!r} is named twice")
+        for first, second in itertools.combinations(("x", "covariates", "exposure"), 2):
+            both = set(found._names(first)) & set(found._names(second))
+            if both:
+                raise ValueError(f"{first}: column {min(both)!r} is named by {second} too; give it one role")
+        return found
+
+    def _names(self, option: str) -> tuple[str, ...]:
+        given = getattr(self, option)
+        return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+    def others(self) -> list[tuple[str, str]]:
+        """Return (option, column) of everything beside x."""
+        return [(f"data.{option}", name) for option in ("covariates", "exposure", "labels") for name in self._names(option)]
+
+    @property
+    def textual(self) -> frozenset[str]:
+        """The columns in which numbers and text may stand together."""
+        coded = [name for name, kind in self.kinds.items() if kind in CODED]
+        return frozenset([*coded, *self.levels, *self._names("labels")])
+
+    def require(self, names: Sequence[str], label: str) -> None:
+        """Refuse a table that lacks a column; of other rows than those of a fit, labels may be left out.
+
+        Raises:
+            DataError: names the column.
+        """
+        wanted = [("data.x", name) for name in self.x or ()] + self.others() + [("data.kinds", name) for name in self.kinds]
+        for option, name in wanted:
+            if name not in names and not (self.fitted and option in ("data.labels", "data.kinds")):
+                where = "" if self.fitted else f" {option}:"
+                raise DataError(f"{label}:{where} there is no column {name!r}{nearest(name, names)}")
+
+    def tree(self) -> dict[str, Any]:
+        """Return it as a record can hold it: lists and texts; what is empty is left out."""
+        plain: dict[str, Any] = {
+            "x": None if self.x is None else list(self.x),
+            "covariates": list(self.covariates),
+            "exposure": self.exposure,
+            "labels": self.labels,
+            "kinds": dict(self.kinds),
+            "levels": {name: list(levels) for name, levels in self.levels.items()},
+        }
+        return {key: value for key, value in plain.items() if value}
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> Layout:
+        """Read it from a record."""
+        levels = {name: tuple(found) for name, found in tree.get("levels", {}).items()}
+        x = None if tree.get("x") is None else tuple(tree["x"])
+        covariates, kinds = tuple(tree.get("covariates", ())), dict(tree.get("kinds", {}))
+        return cls(x, covariates, tree.get("exposure"), tree.get("labels"), kinds, levels, fitted=True)
+
+
+def of_array(name: str, values: np.ndarray, label: str) -> Cells:
+    """Take one column of numbers or text from an array.
+
+    Raises:
+        DataError: it holds neither.
+    """
+    if values.dtype.kind == "U":
+        return Cells.of_text(name, [None if t.strip() in MISSING else t.strip() for t in values.tolist()])
+    if values.dtype.kind not in "buif":
+        raise DataError(f"{label}: {name!r} holds {values.dtype}, neither numbers nor text; convert it")
+    return Cells(name, values)
+
+
+def describe_columns(
+    x: np.ndarray,
+    names: Sequence[str],
+    kinds: Mapping[str, Kind] = {},
+    categories: Mapping[str, Sequence[str]] = {},
+    *,
+    name: str = "data",
+) -> tuple[Column, ...]:
+    """Say what kind of values each column of a table holds.
+
+    A declared kind is checked. Else only 0 and 1 are binary, other whole numbers from 0 a count, other numbers above 0
+    positive, and the rest real. Proportions, ordinal and categorical numbers look like these, so they must be declared.
+
+    Args:
+        x: (N, D), NaN where missing.
+        names: D names.
+        kinds: column -> declared kind.
+        categories: column -> the texts behind its codes.
+        name: what messages call the table.
+
+    Raises:
+        DataError: values are not of the declared kind; names the first place.
+    """
+    for column in kinds:
+        if column not in names:
+            raise DataError(f"{name}: data.kinds: there is no column {column!r}{nearest(column, names)}")
+    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+    integral = np.ones(len(names), dtype=bool)
+    for start, part in rows_of(x):
+        missing = np.isnan(part) if part.dtype.kind == "f" else np.zeros(part.shape, dtype=bool)
+        low = np.minimum(low, np.where(missing, np.inf, part).min(0))
+        high = np.maximum(high, np.where(missing, -np.inf, part).max(0))
+        integral &= (missing | (part == np.floor(part))).all(0)
+        for j, column in enumerate(names):
+            if column in kinds:
+                bad = ~missing[:, j] & ~_allowed(part[:, j], kinds[column])
+                if bad.any():
+                    row = int(bad.argmax())
+                    raise DataError(
+                        f"{name}: column {column!r} is declared {kinds[column]}, found {part[row, j]:g} at row {start + row}; "
+                        "correct it, or declare another kind in data.kinds"
+                    )
+    found = []
+    for j, column in enumerate(names):
+        guessed: Kind = "real"
+        if high[j] >= low[j]:
+            if integral[j] and low[j] >= 0:
+                guessed = "binary" if high[j] <= 1 else "count"
+            elif low[j] > 0:
+                guessed = "positive"
+        kind = kinds.get(column, guessed)
+        levels = 0
+        if kind == "binary":
+            levels = 2
+        elif kind in CODED:
+            levels = len(categories.get(column, ())) or int(max(high[j], 0)) + 1
+        found.append(Column(column, kind, levels))
+    return tuple(found)
+
+
+def _allowed(values: np.ndarray, kind: Kind) -> np.ndarray:
+    """Say which values a column of a kind may hold."""
+    if kind == "real":
+        return np.ones(len(values), dtype=bool)
+    if kind == "positive":
+        return cast(np.ndarray, values > 0)
+    if kind == "proportion":
+        return (values > 0) & (values < 1)
+    if kind == "binary":
+        return (values == 0) | (values == 1)
+    return (values >= 0) & (values == np.floor(values))
+
+
+def whole(values: np.ndarray) -> np.ndarray:
+    """Return codes as int64 where none is missing, else as they are."""
+    return values if np.isnan(values).any() else values.astype(np.int64)
+
+
+def _by_size(text: str) -> tuple[int, float, str]:
+    """Order numbers by size, before all other texts, which are in alphabetical order."""
+    try:
+        return 0, float(text), text
+    except ValueError:
+        return 1, 0.0, text
