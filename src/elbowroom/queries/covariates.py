@@ -15,19 +15,19 @@ from elbowroom.errors import DataError, SpecError, nearest
 from elbowroom.runs import rows as asked
 
 if TYPE_CHECKING:
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
 
 TRAINING = "training"
 Beside = dict[str, np.ndarray]
 
 
-def conditional(run: Run) -> bool:
+def conditional(run: FittedModel) -> bool:
     """Say whether the model takes covariates or an exposure."""
     facts = run.experiment.facts
     return bool(facts.covariates) or facts.exposure
 
 
-def needed(run: Run) -> list[str]:
+def needed(run: FittedModel) -> list[str]:
     """Return the names of what must be given, as the user's data have them: covariates first, then the exposure."""
     facts, layout = run.experiment.facts, asked.layout_of(run)
     if layout is None or layout.x is None:
@@ -36,7 +36,7 @@ def needed(run: Run) -> list[str]:
     return [*layout.covariates, *([layout.exposure] if layout.exposure is not None else [])]
 
 
-def read(run: Run, covariates: Any = None, given: Mapping[str, Any] | None = None, *, seed: int = 0) -> Beside | None:
+def read(run: FittedModel, covariates: Any = None, given: Mapping[str, Any] | None = None, *, seed: int = 0) -> Beside | None:
     """Return covariates (m, C) and exposure (m,), in their own units; None for a model that has none.
 
     Args:
@@ -73,7 +73,7 @@ def read(run: Run, covariates: Any = None, given: Mapping[str, Any] | None = Non
     return _checked(run, _arrays(run, covariates, values, names), "covariates")
 
 
-def _arrays(run: Run, covariates: Any, values: Mapping[str, Any], names: list[str]) -> Beside:
+def _arrays(run: FittedModel, covariates: Any, values: Mapping[str, Any], names: list[str]) -> Beside:
     facts, layout = run.experiment.facts, asked.layout_of(run)
     if isinstance(covariates, np.ndarray):
         c = covariates.astype(np.float64).reshape(len(covariates), -1)
@@ -146,7 +146,7 @@ def _one_hot(codes: np.ndarray, levels: tuple[str, ...] | None) -> np.ndarray:
     return codes[:, None] if levels is None else (codes[:, None] == np.arange(len(levels))).astype(np.float64)
 
 
-def _checked(run: Run, found: Beside, label: str) -> Beside:
+def _checked(run: FittedModel, found: Beside, label: str) -> Beside:
     """Refuse covariates that are no numbers, and exposures that are not positive."""
     for name, values in found.items():
         bad = ~np.isfinite(values) if name == "covariates" else ~((values > 0) & np.isfinite(values))

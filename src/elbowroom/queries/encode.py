@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,13 +23,17 @@ from elbowroom.analysis.queries.best_posterior import Reading, read
 from elbowroom.analysis.queries.imputation import central_interval
 from elbowroom.inference.program.sites import Site, is_real
 from elbowroom.inference.target import discrete
+from elbowroom.queries.answer import Answer, Form
+from elbowroom.queries.stream import place_of, references_for, stream
+from elbowroom.runs import rows as asked
 
 if TYPE_CHECKING:
     from elbowroom.analysis.plots.style import Absent, Plot
     from elbowroom.inference.posterior import Reference
     from elbowroom.inference.target.discrete import Table
     from elbowroom.models.vae import VAE
-    from elbowroom.queries.stream import Chunk
+    from elbowroom.queries.stream import Chunk, Report
+    from elbowroom.runs.fitted import FittedModel
 
 QUANTILES = (0.05, 0.5, 0.95)
 WORDS: dict[str, tuple[str, str]] = {
@@ -49,6 +55,34 @@ WORDS: dict[str, tuple[str, str]] = {
     "status": ("", "exact, certified, uncertified, or amortized: the guide as it is"),
     "reason": ("", "why"),
 }
+
+
+def ask(
+    run: FittedModel,
+    data: Any,
+    *,
+    references: Literal["auto"] | Sequence[str | Reference],
+    samples: int,
+    draws: int,
+    keep: int,
+    seed: int | None,
+    device: str | None,
+    report: Report | None,
+    out: Path | None,
+    resume: bool,
+) -> Answer:
+    """Encode rows; arguments and errors as `Run.encode`, which is this."""
+    given, form = Form.of(data)
+    rows, place = asked.rows(run, given), place_of(run, device)
+    methods = references_for(run, rows, references, place)
+    options = {"references": {m.name: vars(m) for m in methods}, "samples": samples, "draws": draws, "keep": keep}
+    found = stream(
+        run, rows, encoder(run.vae, methods, draws=max(draws, samples), keep=max(keep, samples), samples=samples),
+        question="encode", options=options, seed=run.experiment.spec.seed if seed is None else seed, device=place,
+        out=out, resume=resume, report=report,
+    )  # fmt: skip
+    found = found.assign_attrs(answers="encode")
+    return Answer(found, conclude(found), form, (partial(draw, found),))
 
 
 def encoder(

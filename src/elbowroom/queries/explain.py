@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from elbowroom.models.vae import Batch
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
     from elbowroom.runs.rows import Asked
 
 MOST = 1_000  # rows behind rates and the aggregate posterior
@@ -57,7 +57,7 @@ class Explained(Answer):
 
 
 def explain(
-    run: Run,
+    run: FittedModel,
     data: Any,
     *,
     datum: int | None,
@@ -107,7 +107,7 @@ def explain(
     return Explained(found, conclude(found), drawings=_drawings(run, found, carried, batch))
 
 
-def _cells(run: Run, rows: Asked, place: torch.device) -> Cells | None:
+def _cells(run: FittedModel, rows: Asked, place: torch.device) -> Cells | None:
     """Name what effect curves are of."""
     vae, layout = run.vae, asked.layout_of(run)
     few = {name: value[:1].to(place) for name, value in rows.experiment.batch(rows.index[:1]).items() if name != "x"}
@@ -166,7 +166,7 @@ def _strongest(found: xr.Dataset) -> str:
     return f"Of the variance of E[x|z], the others drawn from the {where}, latent {k} alone has {', '.join(parts)}."
 
 
-def _drawings(run: Run, found: xr.Dataset, carried: xr.Dataset, batch: Batch) -> list[Any]:
+def _drawings(run: FittedModel, found: xr.Dataset, carried: xr.Dataset, batch: Batch) -> list[Any]:
     """Return what draws the figures: effects of a table, states, traversals, the plane, what latents carry."""
     x = batch["x"].double().cpu().numpy()
     sequence = any(getattr(network, "sequences", False) for network in (run.vae.decoder, run.vae.posterior.encoder))
@@ -193,7 +193,7 @@ def _drawings(run: Run, found: xr.Dataset, carried: xr.Dataset, batch: Batch) ->
     return [drawing(name) for name in names]
 
 
-def _standard(run: Run) -> bool:
+def _standard(run: FittedModel) -> bool:
     from elbowroom.analysis.latents.decoding import is_standard
 
     return is_standard(run.vae)

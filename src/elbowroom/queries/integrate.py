@@ -16,10 +16,12 @@ from elbowroom.runs import rows as asked
 
 if TYPE_CHECKING:
     from elbowroom.analysis.plots.style import Plot
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
 
 
-def integrate(run: Run, data: Any, datum: int | None, *, seed: int | None, device: str | None, **options: Any) -> Answer:
+def integrate(
+    run: FittedModel, data: Any, datum: int | None, *, seed: int | None, device: str | None, **options: Any
+) -> Answer:
     """Integrate p(x) of one row of the data; see `Questions.integrate`."""
     from elbowroom.queries.answer import Form
 

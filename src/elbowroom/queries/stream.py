@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from elbowroom.inference.posterior import Reference
     from elbowroom.inference.target.log_joint import LogJoint
     from elbowroom.models.vae import VAE, Batch
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
     from elbowroom.runs.rows import Asked
 
 SIZE = 500  # rows
@@ -62,7 +62,7 @@ class Chunk:
 
 
 def stream(
-    run: Run,
+    run: FittedModel,
     rows: Asked,
     compute: Callable[[Chunk], xr.Dataset],
     *,
@@ -157,7 +157,7 @@ def _computed(
     return _joined([_computed(vae, left, some[others.numpy()], seed, compute, unable), instead])
 
 
-def place_of(run: Run, device: str | None) -> torch.device:
+def place_of(run: FittedModel, device: str | None) -> torch.device:
     """Return the device that is asked for, by default that of the spec.
 
     Raises:
@@ -166,7 +166,7 @@ def place_of(run: Run, device: str | None) -> torch.device:
     return resolve_device(device or run.experiment.spec.fit.device)
 
 
-def references_for(run: Run, rows: Asked, references: Methods, device: torch.device) -> list[Reference]:
+def references_for(run: FittedModel, rows: Asked, references: Methods, device: torch.device) -> list[Reference]:
     """Return the references to read posteriors off, chosen by a look at a few rows.
 
     Raises:

@@ -25,18 +25,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import xarray as xr
 
-from elbowroom.system import durations as clock
-from elbowroom.components import registry as components, compatibility as pairs
-from elbowroom.spec import document, spec
 from elbowroom.analysis.idata import read_table
-from elbowroom.analysis.verdict.thresholds import CAUSE, known, median
 from elbowroom.analysis.measures.table import FEW, MISSED, SMALL_GAP, column
+from elbowroom.analysis.verdict.thresholds import CAUSE, known, median
+from elbowroom.components import compatibility as pairs
+from elbowroom.components import registry as components
 from elbowroom.errors import RunFolderError, SpecError
+from elbowroom.spec import document, spec
 from elbowroom.spec.experiment import Experiment
 from elbowroom.spec.run_folder import AUDIT, SPLIT, read_split
+from elbowroom.system import durations as clock
 
 if TYPE_CHECKING:
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
 
 EPOCHS = 3  # times as many
 SMALLER = 2  # by which batches are divided: more steps, for the data that the model draws are endless
@@ -81,7 +82,7 @@ class Proposal:
 
 
 def propose(
-    run: Run,
+    run: FittedModel,
     *,
     retrain: bool = False,
     out: str | Path | None = None,
@@ -236,14 +237,14 @@ def _at(tree: Any, path: Iterable[str]) -> Any:
 # -- reading ----------------------------------------------------------------------------------------------------------------
 
 
-def audited(run: Run) -> xr.Dataset:
+def audited(run: FittedModel) -> xr.Dataset:
     """Return the table of the run's audit of its own test data."""
     if not (run.path / AUDIT).is_file():
         raise RunFolderError(f"{run.path}: is not audited; run `elbowroom audit {run.path}` first")
     return read_table(run.path / AUDIT)
 
 
-def _test_rows(one: Run | Experiment) -> np.ndarray:
+def _test_rows(one: FittedModel | Experiment) -> np.ndarray:
     if isinstance(one, Experiment):
         return np.sort(one.split.test)
     return np.sort(read_split(one.path / SPLIT).test)

@@ -27,15 +27,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from elbowroom.analysis.measures.table import GOOD_K, column
+from elbowroom.analysis.verdict.thresholds import known, median
+from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.models import measure
 from elbowroom.runs.advice import audited
-from elbowroom.analysis.verdict.thresholds import known, median
-from elbowroom.analysis.measures.table import GOOD_K, column
-from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.system.files import atomic
 
 if TYPE_CHECKING:
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
 
 PER_DATUM = (
     "log_evidence",
@@ -182,7 +182,7 @@ class Versus:
         return "\n".join([f"{self.table.sizes['obs_id']} held-out data", *text, *self.verdict()])
 
 
-def compare(runs: Iterable[str | Path | Run], *, allow_python: bool = False) -> Versus:
+def compare(runs: Iterable[str | Path | FittedModel], *, allow_python: bool = False) -> Versus:
     """Compare audited runs by their held-out log p(x), paired on the same data.
 
     Args:
@@ -200,12 +200,12 @@ def compare(runs: Iterable[str | Path | Run], *, allow_python: bool = False) -> 
         >>> import elbowroom as er
         >>> er.compare(["runs/digits", "runs/digits-retrained"])  # doctest: +SKIP
     """
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
 
     given = list(runs)
     if len(given) < 2:
         raise SpecError("compare: needs at least two runs")
-    loaded = [run if isinstance(run, Run) else Run.load(run, allow_python=allow_python) for run in given]
+    loaded = [run if isinstance(run, FittedModel) else FittedModel.load(run, allow_python=allow_python) for run in given]
     places = [run.path.resolve() for run in loaded]
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
@@ -300,7 +300,7 @@ def _mean(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
 
 
-def _table(run: Run) -> xr.Dataset:
+def _table(run: FittedModel) -> xr.Dataset:
     """Return the audit of a run's own test data, if it is of the weights that are there."""
     from elbowroom.spec.warm_start import fingerprint
 
@@ -310,7 +310,7 @@ def _table(run: Run) -> xr.Dataset:
     return table
 
 
-def _check(first: Run, a: xr.Dataset, other: Run, b: xr.Dataset) -> None:
+def _check(first: FittedModel, a: xr.Dataset, other: FittedModel, b: xr.Dataset) -> None:
     """Refuse audits of different data."""
     if a.attrs.get("data_sha256") != b.attrs.get("data_sha256"):
         raise RunFolderError(f"{other.path}: was fitted to other data than {first.path}; only runs on the same data compare")
@@ -323,13 +323,13 @@ def _check(first: Run, a: xr.Dataset, other: Run, b: xr.Dataset) -> None:
         )
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
+def _names(runs: Sequence[FittedModel]) -> list[str]:
     """Return the folders' names where they tell the runs apart, else their paths."""
     names = [run.path.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
+def _notes(runs: Sequence[FittedModel]) -> list[str]:
     """Warn of masses that are compared with densities."""
     kinds = {str(run.path): measure.kind(run.vae) for run in runs}
     if len(set(kinds.values())) < 2:

@@ -22,24 +22,25 @@ import numpy as np
 import torch
 import xarray as xr
 
-from elbowroom.runs.advice import Proposal, audited, propose
-from elbowroom.analysis.audit.auditor import Audit
-from elbowroom.analysis.verdict.thresholds import known, median
 from elbowroom.analysis.measures.table import GOOD_K, column
+from elbowroom.analysis.verdict.thresholds import known, median
 from elbowroom.errors import RunFolderError
 from elbowroom.inference.fit.warm_start import GUIDE
+from elbowroom.runs import auditing, fitting
+from elbowroom.runs.advice import Proposal, audited, propose
+from elbowroom.system.files import locked
 
 if TYPE_CHECKING:
     from elbowroom.analysis.audit.budget import Step
-    from elbowroom.inference.fit.record import Row
     from elbowroom.inference.fit.plan import Plan
-    from elbowroom.run import Run
+    from elbowroom.inference.fit.record import Row
+    from elbowroom.runs.fitted import FittedModel
 
 ERRORS, ROUNDING = 4.5, 1e-3  # standard errors, nats: what log p(x) of one and the same model may differ by
 
 
 def improve(
-    run: Run,
+    run: FittedModel,
     *,
     retrain: bool = False,
     out: str | Path | None = None,
@@ -73,7 +74,7 @@ def improve(
 
 
 def carry_out(
-    run: Run,
+    run: FittedModel,
     proposal: Proposal,
     *,
     overwrite: bool = False,
@@ -82,33 +83,28 @@ def carry_out(
     progress: Callable[[Step], None] | None = None,
 ) -> Improvement:
     """Fit and audit a proposal, write its report, and compare it with the run it comes from; arguments as `improve`."""
-    from elbowroom.system.files import locked
-    from elbowroom.run import fit
-
     check(run, proposal, overwrite=overwrite, resume=resume)
     before, path = audited(run), proposal.out
     with locked(path):
-        fitted = fit(proposal.experiment, path, overwrite=overwrite, resume=resume, report=report)
-        after: Audit = fitted.audit(progress=progress, resume=resume)
-        fitted.report()
+        fitted = fitting.fit(proposal.experiment, path, overwrite=overwrite, resume=resume, report=report)
+        after = auditing.audit(fitted, progress=progress, resume=resume)
+        auditing.report(fitted)
     return Improvement(run, fitted, before, after.table, proposal)
 
 
-def check(run: Run, proposal: Proposal, *, overwrite: bool = False, resume: bool = False) -> None:
+def check(run: FittedModel, proposal: Proposal, *, overwrite: bool = False, resume: bool = False) -> None:
     """Check all that carrying out a proposal needs, and write nothing.
 
     Raises:
         UserError: the folder or the experiment cannot be used.
     """
-    from elbowroom.run import ready
-
     new, old = proposal.out.resolve(), run.path.resolve()
     where = "is" if new == old else "lies in" if new.is_relative_to(old) else "holds" if old.is_relative_to(new) else None
     if where is not None:
         raise RunFolderError(
             f"{proposal.out}: {where} the run that is to be improved, {run.path}, which is kept; name another with --out"
         )
-    ready(proposal.experiment, proposal.out, overwrite=overwrite, resume=resume)
+    fitting.ready(proposal.experiment, proposal.out, overwrite=overwrite, resume=resume)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +119,8 @@ class Improvement:
         proposal: what was changed and why.
     """
 
-    old: Run
-    run: Run
+    old: FittedModel
+    run: FittedModel
     before: xr.Dataset
     after: xr.Dataset
     proposal: Proposal

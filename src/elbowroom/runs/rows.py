@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from elbowroom.spec import run_folder as folder, warm_start as start
-from elbowroom.errors import DataError, SpecError, nearest
-from elbowroom.data.file import read_like
 from elbowroom.data.columns import Layout
+from elbowroom.data.file import read_like
+from elbowroom.errors import DataError, SpecError, nearest
+from elbowroom.spec import run_folder as folder
+from elbowroom.spec import warm_start as start
+from elbowroom.spec.support import check_support
 
 if TYPE_CHECKING:
     from elbowroom.data.dataset import Dataset
+    from elbowroom.runs.fitted import FittedModel
     from elbowroom.spec.experiment import Experiment
-    from elbowroom.run import Run
 
 Part = Literal["train", "validation", "test"]
 
@@ -41,7 +43,7 @@ class Asked:
         return len(self.index)
 
 
-def own(run: Run, part: str = "test") -> Asked:
+def own(run: FittedModel, part: str = "test") -> Asked:
     """Return the rows of the run's own data that it was tested on, or another part of its split.
 
     They stand in the split's random order: the first of them are a sample.
@@ -57,7 +59,7 @@ def own(run: Run, part: str = "test") -> Asked:
     return Asked(run.data, index, run.experiment)
 
 
-def given(run: Run, data: Any, most: int | None = None, *, label: str | None = None) -> Asked:
+def given(run: FittedModel, data: Any, most: int | None = None, *, label: str | None = None) -> Asked:
     """Read and check rows that the run was not fitted to; flat rows take the model's shape.
 
     Args:
@@ -83,13 +85,13 @@ def given(run: Run, data: Any, most: int | None = None, *, label: str | None = N
             raise DataError(f"{dataset.name}: each datum has shape {dataset.event_shape}, the model expects {shape}")
         dataset = replace(dataset, x=dataset.x.reshape(-1, *shape), columns=None)
     try:
-        experiment.check_support(run.vae, dataset)
+        check_support(run.vae, dataset, likelihood=experiment.spec.model.likelihood.name, label=experiment.label)
     except DataError as error:
         raise DataError(str(error).replace(f"{experiment.label}: data", dataset.name, 1)) from None
     return Asked(dataset, np.arange(len(dataset), dtype=np.int64), experiment.on(dataset))
 
 
-def layout_of(run: Run) -> Layout | None:
+def layout_of(run: FittedModel) -> Layout | None:
     """Return which columns of a table became what: as the run's folder records it or, just fitted, its data have it."""
     record = run.experiment.spec.record
     if record is None:
@@ -97,13 +99,13 @@ def layout_of(run: Run) -> Layout | None:
     return None if record.layout is None else Layout.of(record.layout)
 
 
-def rows(run: Run, data: Any = None, *, part: str = "test") -> Asked:
+def rows(run: FittedModel, data: Any = None, *, part: str = "test") -> Asked:
     """Return the rows of the user's data, or where there are none those of a part of the run's own."""
     found = own(run, part) if data is None else given(run, data)
     return replace(found, index=np.sort(found.index))
 
 
-def attributes(run: Run, dataset: Dataset | None) -> Mapping[str, str]:
+def attributes(run: FittedModel, dataset: Dataset | None) -> Mapping[str, str]:
     """Return what files say that they are of: experiment, data (None: those of the fit, unread), weights, versions."""
     record = run.experiment.spec.record
     theirs = run.experiment.data_sha256 if record is None else record.data_sha256

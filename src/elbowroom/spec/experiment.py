@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from elbowroom.components.slots import build as slots_build
+from elbowroom.components import slots
 from elbowroom.data.chunks import CHUNK, forget, rows_of
 from elbowroom.data.dataset import Dataset, Source, Split, split_rows
 from elbowroom.data.file import File
@@ -28,13 +28,12 @@ from elbowroom.inference.fit.warm_start import Start
 from elbowroom.inference.posterior import Reference
 from elbowroom.inference.target.of_vae import seam
 from elbowroom.models.vae import VAE, Batch
-from elbowroom.spec import spec
-from elbowroom.spec import warm_start as starts
+from elbowroom.spec import spec, warm_start
 from elbowroom.spec.assembly import Facts, assemble
 from elbowroom.spec.identity import identity
 from elbowroom.spec.run_folder import SPLIT, read_split
+from elbowroom.spec.support import check_size, check_support
 from elbowroom.system import durations as clock
-from elbowroom.system.archive import SHARE, amount, memory
 from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
@@ -169,7 +168,7 @@ class Experiment:
         if self.data.split is not None:
             return self.data.split
         if self.spec.fit.start is not None:  # whatever the seed: what was held out there stays held out
-            return read_split(starts.path_of(self) / SPLIT)
+            return read_split(warm_start.path_of(self.loaded) / SPLIT)
         with self._labelled():
             return split_rows(len(self.data), self._source.split, self.spec.seed, self.data.name)
 
@@ -188,7 +187,7 @@ class Experiment:
         if self.spec.fit.start is None:
             return None
         with self._labelled():
-            return starts.read(self)
+            return warm_start.read(self.loaded, lambda: self.data_sha256, self.build)
 
     @functools.cached_property
     @stage("hash of the data")
@@ -198,7 +197,7 @@ class Experiment:
 
     @functools.cached_property
     def _source(self) -> Source:
-        return cast(Source, slots_build("data", self.spec.data, where="data", folder=self.loaded.folder))
+        return cast(Source, slots.build("data", self.spec.data, where="data", folder=self.loaded.folder))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -271,7 +270,7 @@ class Experiment:
         """Build the VAE with fresh weights, which depend on the seed alone."""
         with self._labelled(), torch.random.fork_rng(devices=[]):
             build = lambda: assemble(self.spec, self.facts).to(self.dtype)
-            _check_size(build)
+            check_size(build)
             torch.manual_seed(self.spec.seed)
             return build()
 
@@ -281,7 +280,7 @@ class Experiment:
         if isinstance(chosen, str):
             return chosen
         with self._labelled():
-            return [slots_build("reference", r, where=f"audit.references.{i}") for i, r in enumerate(chosen)]
+            return [slots.build("reference", r, where=f"audit.references.{i}") for i, r in enumerate(chosen)]
 
     @stage("checks")
     def check(self) -> None:
@@ -299,7 +298,7 @@ class Experiment:
             resolve_device(options.device)
             plan(len(self.split.train), **{name: getattr(options, name) for name in type(options).model_fields})
         vae = self.build()
-        self.check_support(vae, self.data)
+        check_support(vae, self.data, likelihood=self.spec.model.likelihood.name, label=self.label)
         for start, part in rows_of(self.data.x):  # too large for the precision: found now, not in mid-fit
             self.rows(np.arange(start, start + len(part)))
         references = self.references()
@@ -346,39 +345,13 @@ class Experiment:
         other.__dict__.update({"data": data, "facts": self.facts})
         return other
 
-    def check_support(self, vae: VAE, data: Dataset) -> None:
-        """Check all data against the likelihood's support, a few million entries at a time.
-
-        Raises:
-            DataError: names the first place and the remedy.
-        """
-        likelihood = self.spec.model.likelihood.name
-        if data.categories and likelihood not in ("mixed", "categorical"):
-            raise DataError(
-                f"{self.label}: data: column {min(data.categories)!r} holds text, which {likelihood} cannot "
-                "model; use model.likelihood = mixed, or leave it out of data.x"
-            )
-        if data.exposure is not None and not vae.likelihood.takes_exposure:
-            raise SpecError(
-                f"{self.label}: data.exposure: {likelihood} has no rate to multiply; use "
-                "model.likelihood = poisson or negative_binomial, or leave the exposure out"
-            )
-        step = max(1, CHUNK // max(1, int(np.prod(data.event_shape))))
-        for start in range(0, len(data), step):
-            part = data.x[start : start + step]
-            try:
-                vae.likelihood.check(torch.from_numpy(np.array(part, dtype=np.float64)))
-            except DataError as error:
-                raise DataError(f"{self.label}: {_shift_row(str(error), start)}") from None
-            forget(data.x)
-
     def tree(self) -> dict[str, Any]:
         """Return the resolved spec as a run folder records it: paths absolute, versions and hashes with it."""
         tree = self.spec.tree()
         if isinstance(self._source, File):
             tree["data"]["path"] = str(self._source.path)
         if self.start is not None:
-            tree["fit"]["start"]["run"] = str(starts.path_of(self))
+            tree["fit"]["start"]["run"] = str(warm_start.path_of(self.loaded))
         tree["record"] = {
             "elbowroom": metadata.version("elbowroom"),
             "versions": {name: metadata.version(name) for name in VERSIONS_OF},
@@ -401,25 +374,3 @@ class Experiment:
             if re.match(r"(data|model|guide|fit|audit|seed)\b[\w.]*:", text):
                 raise type(error)(f"{self.label}: {text}") from error
             raise
-
-
-def _check_size(assemble: Callable[[], VAE]) -> None:
-    """Refuse networks that cannot be trained on this machine: weights, gradient and Adam's two moments are held at once."""
-    try:
-        with torch.device("meta"):  # shapes only
-            needed = 4.0 * sum(p.numel() * p.element_size() for p in assemble().parameters())
-    except (RuntimeError, OverflowError, TypeError) as error:
-        if not re.search("overflow|too large|too big|invalid combination|out of range", str(error), re.IGNORECASE):
-            return  # not made for this; it will be seen when it is built
-        needed = float("inf")
-    if needed > SHARE * memory():
-        size = f"{amount(needed)} to train" if needed < 1e18 else "more memory than there is"
-        raise SpecError(
-            f"model: these networks need {size}, and this machine has {amount(memory())} of memory; "
-            "choose smaller hidden layers or fewer latents"
-        )
-
-
-def _shift_row(message: str, start: int) -> str:
-    """Add the number of rows before a part of the data to the row that a message names."""
-    return re.sub(r"\brow (\d+)", lambda match: f"row {int(match[1]) + start}", message)

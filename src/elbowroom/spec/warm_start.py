@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,42 +14,46 @@ from elbowroom.components import registry as components
 from elbowroom.components.schema import short
 from elbowroom.errors import SpecError
 from elbowroom.inference.fit.warm_start import GUIDE, Start
-from elbowroom.spec import document
+from elbowroom.models.vae import VAE
+from elbowroom.spec import document, spec
 from elbowroom.spec import run_folder as folder
+from elbowroom.spec.identity import identity
 from elbowroom.system.archive import check_stored
 from elbowroom.system.files import sha256
-
-if TYPE_CHECKING:
-    from elbowroom.spec.experiment import Experiment
 
 WHERE = "fit.start.run"
 MODEL = ("latent_dim", "prior", "decoder", "likelihood")
 
 
-def path_of(experiment: Experiment) -> Path:
-    """Return the folder of the run that an experiment starts at; a relative path counts from the spec's folder."""
-    given = Path(experiment.spec.fit.start.run)
+def path_of(loaded: spec.Loaded) -> Path:
+    """Return the folder of the run that a fit starts at; a relative path counts from the spec's folder."""
+    given = Path(loaded.spec.fit.start.run)
     with suppress(RuntimeError):  # a user without a home: the name is taken as it is
         given = given.expanduser()
-    path: Path = experiment.loaded.folder / given
+    path: Path = loaded.folder / given
     return path.absolute()
 
 
-def read(experiment: Experiment) -> Start:
-    """Read the weights that an experiment starts at.
+def read(loaded: spec.Loaded, data_sha256: Callable[[], str], build: Callable[[], VAE]) -> Start:
+    """Read the weights that a fit starts at.
+
+    Args:
+        loaded: the spec of the new fit.
+        data_sha256: gives the hash of its data.
+        build: makes its VAE, with fresh weights.
 
     Raises:
         SpecError: there is no such run, or its data or its model are others; it says which.
     """
-    chosen, path = experiment.spec.fit.start, path_of(experiment)
+    chosen, path = loaded.spec.fit.start, path_of(loaded)
     theirs = _spec(path)
-    ours = experiment.spec.tree()
+    ours = loaded.spec.tree()
     for part, keys in (("data", [key for key in ours["data"] if key != "path"]), ("model", MODEL)):
         old, new = ({key: tree[part].get(key) for key in keys} for tree in (theirs, ours))
         if (found := _apart(old, new, part)) is not None:
             name, there, here = found
             raise SpecError(f"{WHERE}: {path}: {name} is {short(there)} there, {short(here)} here; it must be the same")
-    if theirs["record"].get("data_sha256") != experiment.data_sha256:
+    if theirs["record"].get("data_sha256") != data_sha256():
         raise SpecError(f"{WHERE}: {path}: was fitted to other data; they must be the same")
     weights = _weights(path / folder.WEIGHTS)
     if _apart(theirs["guide"], ours["guide"], "guide") is not None:
@@ -57,7 +61,7 @@ def read(experiment: Experiment) -> Start:
     else:
         kept = dict(weights)
     start = Start(kept, fingerprint(weights), chosen.freeze, chosen.simulated)
-    vae = experiment.build()
+    vae = build()
     parameters = {name: value.shape for name, value in vae.named_parameters() if not name.startswith(GUIDE)}
     if any(name not in weights or weights[name].shape != shape for name, shape in parameters.items()):
         raise SpecError(f"{WHERE}: {path}: its weights do not fit the model")
@@ -74,8 +78,6 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 def _spec(path: Path) -> dict[str, Any]:
     """Read the spec of a run folder."""
-    from elbowroom.spec.identity import identity
-
     if not (path / folder.SPEC).is_file():
         what = "is not a run folder" if path.is_dir() else "no such run folder"
         raise SpecError(f"{WHERE}: {path}: {what} (no {folder.SPEC})")

@@ -19,7 +19,7 @@ from elbowroom.runs.rows import Asked
 
 if TYPE_CHECKING:
     from elbowroom.data.dataset import Dataset
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
 
 MOST_LEVELS = 5_000  # labels of levels that probabilities are kept of
 HALVES = ("left", "right", "top", "bottom")
@@ -46,7 +46,7 @@ class Entries:
     table: bool
 
     @classmethod
-    def of(cls, run: Run, rows: Asked) -> Entries:
+    def of(cls, run: FittedModel, rows: Asked) -> Entries:
         """Find out about the entries of a run's model.
 
         Raises:
@@ -108,7 +108,7 @@ class Entries:
         return dict(zip(self.coded, ends, strict=False))
 
 
-def sequential(run: Run) -> bool:
+def sequential(run: FittedModel) -> bool:
     """Say whether a datum is a sequence, whose end may be padding."""
     return any(getattr(network, "sequences", False) for network in (run.vae.decoder, run.vae.posterior.encoder))
 
@@ -187,7 +187,7 @@ def _named(word: str, entries: Entries, shape: tuple[int, ...], seed: int) -> np
 
 
 def asked_holes(
-    rows: Asked, run: Run, hidden: Any, wanted: np.ndarray | None, seed: int, entries: Entries
+    rows: Asked, run: FittedModel, hidden: Any, wanted: np.ndarray | None, seed: int, entries: Entries
 ) -> tuple[Asked, np.ndarray | None, np.ndarray]:
     """Return the rows with something to impute, the hidden values among them, and their numbers in the data.
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from elbowroom.analysis.plots.style import Absent, Plot
     from elbowroom.inference.posterior import Reference
     from elbowroom.queries.stream import Chunk, Report
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
 
 CELLS = 2**23  # draws of missing cells held at once
 SEED_STEP = 49_979_687  # between draws of z and of x
@@ -67,7 +67,7 @@ SCORED = ("rank", "log_density")
 
 
 def imputer(
-    run: Run,
+    run: FittedModel,
     entries: Entries,
     methods: Sequence[Reference],
     *,
@@ -229,7 +229,7 @@ def _by_guide(about: Mapping[str, str]) -> dict[str, str]:
 
 
 def ask(
-    run: Run,
+    run: FittedModel,
     data: Any,
     *,
     hidden: Any = None,
@@ -285,7 +285,7 @@ def check_level(level: float, keep: int) -> None:
         raise SpecError(f"keep: intervals of {level:g} need {least:,} draws at least, got {keep:,}")
 
 
-def condition(run: Run, known: Mapping[str, Any], of: Sequence[str] | None = None, **options: Any) -> Imputed:
+def condition(run: FittedModel, known: Mapping[str, Any], of: Sequence[str] | None = None, **options: Any) -> Imputed:
     """Impute one row of which only some columns are known; arguments and errors as `Run.condition`."""
     import pandas as pd
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     pass
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
 
 CLEAR = 2.0  # standard errors
 LEVEL = 0.05
@@ -38,7 +38,7 @@ class Samples(Answer):
     told: tuple[str, ...] = field(default=(), kw_only=True, repr=False)
 
     @staticmethod
-    def columns_of(run: Run) -> tuple[str, ...]:
+    def columns_of(run: FittedModel) -> tuple[str, ...]:
         """Return the names of the columns of x, none where it is no table with names."""
         layout = asked.layout_of(run)
         names = () if layout is None or layout.x is None else tuple(layout.x)
@@ -47,7 +47,7 @@ class Samples(Answer):
     @classmethod
     def of(
         cls,
-        run: Run,
+        run: FittedModel,
         dataset: xr.Dataset,
         said: Sequence[str],
         compared: Compared | None = None,

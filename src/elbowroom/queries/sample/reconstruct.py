@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from elbowroom.analysis.plots.style import Absent, Plot
     from elbowroom.queries.stream import Report
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
 
 
 SAID = {  # in place of what `impute` says of its numbers
@@ -49,7 +49,7 @@ SAID = {  # in place of what `impute` says of its numbers
 
 
 def reconstruct(
-    run: Run,
+    run: FittedModel,
     rows: Asked,
     asked_with: tuple[Any, Form],
     *,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from elbowroom.models.vae import Batch
     from elbowroom.queries.answer import Answer
     from elbowroom.queries.stream import Report
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
 
 SOURCES = ("prior", "aggregate")
 DEFAULT = 100  # draws
@@ -59,7 +59,7 @@ WORDS: dict[str, tuple[str, str]] = {
 
 
 def ask(
-    run: Run,
+    run: FittedModel,
     n: int | None,
     *,
     source: str,
@@ -105,7 +105,7 @@ def ask(
     return generate(run, n, source, covariates, given, test=test, seed=seed, place=place_of(run, device))
 
 
-def rows_of(run: Run, data: Any) -> Asked:
+def rows_of(run: FittedModel, data: Any) -> Asked:
     """Return the user's rows, or those of a part of the run's own: `train`, `validation` or `test`."""
     if data is None or (isinstance(data, str | Path) and str(data) in get_args(Part) and not Path(data).exists()):
         return asked.rows(run, part="test" if data is None else str(data))
@@ -124,7 +124,7 @@ class _Drawn:
 
 
 def generate(
-    run: Run,
+    run: FittedModel,
     n: int | None,
     source: str,
     covariates: Any,
@@ -167,7 +167,7 @@ def generate(
 
 
 @stage("draws")
-def _draw(run: Run, source: str, n: int, beside: Batch | None, seed: int, place: torch.device) -> _Drawn:
+def _draw(run: FittedModel, source: str, n: int, beside: Batch | None, seed: int, place: torch.device) -> _Drawn:
     """Draw z from the prior or the aggregate posterior and x from p(x|z), a block at a time."""
     rows = None
     if source == "aggregate":
@@ -199,12 +199,12 @@ def _cycled(beside: Batch, turn: np.ndarray) -> Batch:
     return {name: value[torch.as_tensor(turn % len(value), device=value.device)] for name, value in beside.items()}
 
 
-def tensors(run: Run, beside: Mapping[str, np.ndarray], place: torch.device) -> Batch:
+def tensors(run: FittedModel, beside: Mapping[str, np.ndarray], place: torch.device) -> Batch:
     """Return what draws are told as tensors."""
     return {name: torch.from_numpy(value).to(place, run.experiment.dtype) for name, value in beside.items()}
 
 
-def _told(run: Run, beside: Mapping[str, np.ndarray], n: int) -> dict[str, Any]:
+def _told(run: FittedModel, beside: Mapping[str, np.ndarray], n: int) -> dict[str, Any]:
     """Return what the draws were told, as variables."""
     turn = np.arange(n)
     found: dict[str, Any] = {}
@@ -215,11 +215,11 @@ def _told(run: Run, beside: Mapping[str, np.ndarray], n: int) -> dict[str, Any]:
     return found
 
 
-def _event(run: Run) -> tuple[str, ...]:
+def _event(run: FittedModel) -> tuple[str, ...]:
     return ("column",) if Samples.columns_of(run) else event_dims(run.vae)
 
 
-def _names(run: Run) -> dict[str, Any]:
+def _names(run: FittedModel) -> dict[str, Any]:
     columns, covariates = Samples.columns_of(run), run.experiment.facts.covariates
     return ({"column": list(columns)} if columns else {}) | ({"covariate": list(covariates)} if covariates else {})
 
@@ -229,7 +229,7 @@ def _about(name: str) -> dict[str, str]:
     return {"units": units, "long_name": words}
 
 
-def _what(run: Run, source: str, n: int) -> str:
+def _what(run: FittedModel, source: str, n: int) -> str:
     where = "the prior p(z)" if source == "prior" else "the aggregate posterior: q(z|x) at random training rows"
     return f"{n:,} draws of (z, x): z from {where}, x from p(x|z). `mean` is E[x|z]: smoother than any datum, and no draw."
 
@@ -237,7 +237,7 @@ def _what(run: Run, source: str, n: int) -> str:
 # -- the test ---------------------------------------------------------------------------------------------------------------
 
 
-def compare(run: Run, *, seed: int, place: torch.device, most: int = TESTED) -> Compared | str:
+def compare(run: FittedModel, *, seed: int, place: torch.device, most: int = TESTED) -> Compared | str:
     """Test draws from the prior and from the aggregate posterior against held-out data.
 
     Draws have the covariates and the holes of held-out rows; where there are any these are other rows than the data that they
@@ -287,7 +287,7 @@ def _features(x: Tensor, batch: Batch) -> np.ndarray:
 
 
 def interpolation(
-    run: Run, rows: Asked, ends: Sequence[int], *, steps: int, references: Methods, seed: int, place: torch.device
+    run: FittedModel, rows: Asked, ends: Sequence[int], *, steps: int, references: Methods, seed: int, place: torch.device
 ) -> Samples:
     """Decode points on the line between the posterior means of two rows."""
     if len(ends) != 2:
@@ -323,7 +323,7 @@ def interpolation(
 
 
 def posterior_means(
-    run: Run, rows: Asked, which: Sequence[int], references: Methods, seed: int, place: torch.device
+    run: FittedModel, rows: Asked, which: Sequence[int], references: Methods, seed: int, place: torch.device
 ) -> tuple[Batch, Tensor, list[str]]:
     """Return rows as a batch, their means (n, d) under the best posterior of each, and where these come from."""
     vae, dtype = run.vae.to(place), run.experiment.dtype

@@ -12,7 +12,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from elbowroom.errors import DataError, RunFolderError, SpecError, UnsupportedPr
 from elbowroom.inference.target.simulate import simulate
 from elbowroom.models import measure
 from elbowroom.queries import stream as streaming
+from elbowroom.queries.answer import Answer, Form
+from elbowroom.queries.score.conclusions import conclude
 from elbowroom.runs import rows as asked
 from elbowroom.spec import run_folder as folder
 from elbowroom.system.files import sha256
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     from elbowroom.inference.target.log_joint import LogJoint
     from elbowroom.models.vae import VAE, Batch
     from elbowroom.queries.stream import Chunk, Report
-    from elbowroom.run import Run
+    from elbowroom.runs.fitted import FittedModel
     from elbowroom.runs.rows import Asked
 
 KEEP = 400  # draws per row that references certify themselves by
@@ -65,6 +68,40 @@ WORDS: dict[str, tuple[str, str]] = {
     "observed": ("1", "cells that are there"),
     "pattern": ("", "the same number for rows with the same holes; 0 without"),
 }
+
+
+def ask(
+    run: FittedModel,
+    data: Any,
+    *,
+    references: Literal["auto"] | Sequence[str | Reference],
+    band: str | Sequence[float],
+    fdr: float,
+    calibration: Any,
+    most: int,
+    simulated: int,
+    holes: Literal["pattern", "count"],
+    gaps: bool,
+    draws: int,
+    seed: int | None,
+    device: str | None,
+    report: Report | None,
+    out: Path | None,
+    resume: bool,
+) -> Answer:
+    """Score rows; arguments and errors as `Run.score`, which is this."""
+    given, form = Form.of(data)
+    ends = band_of(band)
+    check_options(fdr, most, simulated, holes)
+    valid = calibration_rows(run, Form.of(calibration)[0], most)
+    check_enough(valid, ends)
+    rows, place = asked.rows(run, given), streaming.place_of(run, device)
+    found = screened(
+        run, rows, streaming.references_for(run, rows, references, place), calibration=valid, simulated=simulated, band=ends,
+        fdr=fdr, holes=holes, refit=gaps, draws=draws, seed=run.experiment.spec.seed if seed is None else seed,
+        stream={"device": place, "out": out, "resume": resume, "report": report},
+    )  # fmt: skip
+    return Answer(found, conclude(found), form, [drawing(found)])
 
 
 def band_of(text: str | Sequence[float], where: str = "band") -> tuple[float, float]:
@@ -163,7 +200,7 @@ def _holes(x: Tensor) -> dict[str, np.ndarray]:
     return {"observed": (~missing).sum(1).astype(np.int64), "pattern": pattern}
 
 
-def calibration_rows(run: Run, data: Any, most: int) -> Asked:
+def calibration_rows(run: FittedModel, data: Any, most: int) -> Asked:
     """Return the rows that others are compared with: of the validation split, or of the user's, the first `most`.
 
     Raises:
@@ -208,7 +245,7 @@ def check_enough(rows: Asked, band: tuple[float, float]) -> None:
 
 
 def kept(
-    run: Run,
+    run: FittedModel,
     rows: Asked,
     compute: Callable[[Chunk], xr.Dataset],
     *,
@@ -249,7 +286,7 @@ def kept(
 
 
 def screened(
-    run: Run,
+    run: FittedModel,
     rows: Asked,
     methods: Sequence[Reference],
     *,

@@ -5,40 +5,22 @@ Each returns an `Answer`, and writes nothing; `Answer.save` does. `elbowroom enc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-from elbowroom.queries.answer import Answer, Form
+from elbowroom.runs.fitted import FittedModel, as_specified
 from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
     from elbowroom.inference.posterior import Reference
+    from elbowroom.queries.answer import Answer
     from elbowroom.queries.impute.answer import Imputed
     from elbowroom.queries.stream import Report
-    from elbowroom.run import Run
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
-def as_specified(method: Callable[P, R]) -> Callable[P, R]:
-    """Compile programs inside a method of a run where its spec's `audit.compile` says so."""
-
-    @wraps(method)
-    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        from elbowroom.inference.compiled.policies import policy
-
-        run = cast("Run", args[0])
-        with policy(run.experiment.spec.audit.compile):
-            return method(*args, **kwargs)
-
-    return inside
-
-
-class Questions:
-    """The questions."""
+class Questions(FittedModel):
+    """The questions: methods of every `Run`."""
 
     @as_specified
     def encode(
@@ -84,20 +66,11 @@ class Questions:
         """
         with stage("imports"):
             from elbowroom.queries import encode
-            from elbowroom.queries.stream import place_of, references_for, stream
-            from elbowroom.runs import rows as asked
 
-        run, (given, form) = cast("Run", self), Form.of(data)
-        rows, place = asked.rows(run, given), place_of(run, device)
-        methods = references_for(run, rows, references, place)
-        options = {"references": {m.name: vars(m) for m in methods}, "samples": samples, "draws": draws, "keep": keep}
-        found = stream(
-            run, rows, encode.encoder(run.vae, methods, draws=max(draws, samples), keep=max(keep, samples), samples=samples),
-            question="encode", options=options, seed=run.experiment.spec.seed if seed is None else seed, device=place,
-            out=None if out is None else Path(out), resume=resume, report=report,
+        return encode.ask(
+            self, data, references=references, samples=samples, draws=draws, keep=keep, seed=seed, device=device, report=report,
+            out=None if out is None else Path(out), resume=resume,
         )  # fmt: skip
-        found = found.assign_attrs(answers="encode")
-        return Answer(found, encode.conclude(found), form, (partial(encode.draw, found),))
 
     @as_specified
     def score(
@@ -154,23 +127,13 @@ class Questions:
             >>> answer["log_evidence"], answer["p_conformal"], answer["decision"]  # doctest: +SKIP
         """
         with stage("imports"):
-            from elbowroom.queries.score import conclusions as scored
             from elbowroom.queries.score import score
-            from elbowroom.queries.stream import place_of, references_for
-            from elbowroom.runs import rows as asked
 
-        run, (given, form) = cast("Run", self), Form.of(data)
-        ends = score.band_of(band)
-        score.check_options(fdr, most, simulated, holes)
-        valid = score.calibration_rows(run, Form.of(calibration)[0], most)
-        score.check_enough(valid, ends)
-        rows, place = asked.rows(run, given), place_of(run, device)
-        found = score.screened(
-            run, rows, references_for(run, rows, references, place), calibration=valid, simulated=simulated, band=ends, fdr=fdr,
-            holes=holes, refit=gaps, draws=draws, seed=run.experiment.spec.seed if seed is None else seed,
-            stream={"device": place, "out": None if out is None else Path(out), "resume": resume, "report": report},
+        return score.ask(
+            self, data, references=references, band=band, fdr=fdr, calibration=calibration, most=most, simulated=simulated,
+            holes=holes, gaps=gaps, draws=draws, seed=seed, device=device, report=report,
+            out=None if out is None else Path(out), resume=resume,
         )  # fmt: skip
-        return Answer(found, scored.conclude(found), form, [score.drawing(found)])
 
     @as_specified
     def impute(
@@ -228,7 +191,7 @@ class Questions:
             from elbowroom.queries.impute import impute
 
         return impute.ask(
-            cast("Run", self), data, hidden=hide, of=of, references=references, level=level, samples=samples, draws=draws,
+            self, data, hidden=hide, of=of, references=references, level=level, samples=samples, draws=draws,
             keep=keep, seed=seed, device=device, report=report, out=None if out is None else Path(out), resume=resume,
         )  # fmt: skip
 
@@ -249,7 +212,7 @@ class Questions:
         with stage("imports"):
             from elbowroom.queries.impute import impute
 
-        return impute.condition(cast("Run", self), known, of, **options)
+        return impute.condition(self, known, of, **options)
 
     @as_specified
     def sample(
@@ -311,7 +274,7 @@ class Questions:
             from elbowroom.queries.sample import sample
 
         return sample.ask(
-            cast("Run", self), n, source=source, interpolate=interpolate, steps=steps, data=data, covariates=covariates,
+            self, n, source=source, interpolate=interpolate, steps=steps, data=data, covariates=covariates,
             given=given, test=test, level=level, samples=samples, references=references, draws=draws, keep=keep, seed=seed,
             device=device, report=report, out=None if out is None else Path(out), resume=resume,
         )  # fmt: skip
@@ -362,7 +325,7 @@ class Questions:
             from elbowroom.queries.explain import explain
 
         return explain(
-            cast("Run", self), data, datum=datum, latents=latents, others=others, given=given, points=points, steps=steps,
+            self, data, datum=datum, latents=latents, others=others, given=given, points=points, steps=steps,
             draws=draws, references=references, seed=seed, device=device,
         )  # fmt: skip
 
@@ -405,4 +368,4 @@ class Questions:
 
         options: dict[str, Any] = {"samples": samples, "repeats": repeats, "temperatures": temperatures}
         options |= {"methods": tuple(methods), "references": references}
-        return integrate(cast("Run", self), data, datum, seed=seed, device=device, **options)
+        return integrate(self, data, datum, seed=seed, device=device, **options)

@@ -1,0 +1,1 @@
+"""What is done to a run: fit, audit, advice, comparison, improvement."""

@@ -1,0 +1,70 @@
+"""Can the likelihood have produced the data, and do the networks fit into memory? Asked before a fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from elbowroom.data.chunks import CHUNK, forget
+from elbowroom.data.dataset import Dataset
+from elbowroom.errors import DataError, SpecError
+from elbowroom.models.vae import VAE
+from elbowroom.system.archive import SHARE, amount, memory
+
+
+def check_support(vae: VAE, data: Dataset, *, likelihood: str, label: str) -> None:
+    """Check all data against the likelihood's support, a few million entries at a time.
+
+    Args:
+        vae: whose likelihood it is.
+        data: all of them.
+        likelihood: its name in the spec.
+        label: what messages call the spec.
+
+    Raises:
+        DataError: names the first place and the remedy.
+        SpecError: there are exposures, and the likelihood has no rate.
+    """
+    if data.categories and likelihood not in ("mixed", "categorical"):
+        raise DataError(
+            f"{label}: data: column {min(data.categories)!r} holds text, which {likelihood} cannot "
+            "model; use model.likelihood = mixed, or leave it out of data.x"
+        )
+    if data.exposure is not None and not vae.likelihood.takes_exposure:
+        raise SpecError(
+            f"{label}: data.exposure: {likelihood} has no rate to multiply; use "
+            "model.likelihood = poisson or negative_binomial, or leave the exposure out"
+        )
+    step = max(1, CHUNK // max(1, int(np.prod(data.event_shape))))
+    for start in range(0, len(data), step):
+        part = data.x[start : start + step]
+        try:
+            vae.likelihood.check(torch.from_numpy(np.array(part, dtype=np.float64)))
+        except DataError as error:
+            raise DataError(f"{label}: {_shift_row(str(error), start)}") from None
+        forget(data.x)
+
+
+def check_size(assemble: Callable[[], VAE]) -> None:
+    """Refuse networks that cannot be trained on this machine: weights, gradient and Adam's two moments are held at once."""
+    try:
+        with torch.device("meta"):  # shapes only
+            needed = 4.0 * sum(p.numel() * p.element_size() for p in assemble().parameters())
+    except (RuntimeError, OverflowError, TypeError) as error:
+        if not re.search("overflow|too large|too big|invalid combination|out of range", str(error), re.IGNORECASE):
+            return  # not made for this; it will be seen when it is built
+        needed = float("inf")
+    if needed > SHARE * memory():
+        size = f"{amount(needed)} to train" if needed < 1e18 else "more memory than there is"
+        raise SpecError(
+            f"model: these networks need {size}, and this machine has {amount(memory())} of memory; "
+            "choose smaller hidden layers or fewer latents"
+        )
+
+
+def _shift_row(message: str, start: int) -> str:
+    """Add the number of rows before a part of the data to the row that a message names."""
+    return re.sub(r"\brow (\d+)", lambda match: f"row {int(match[1]) + start}", message)
