@@ -25,6 +25,7 @@ from elbowroom.inference.program.promotion import mixed
 from elbowroom.inference.references.hmc.hmc import HMC
 from elbowroom.inference.target import graphs as traced
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.tracing import _beside
 from elbowroom.models.guides.base import AmortizedGuide
 from elbowroom.models.guides.normal import DiagonalNormal
 from elbowroom.models.likelihoods.binary import Bernoulli
@@ -464,7 +465,7 @@ def test_the_comparison_of_a_leapfrog_sees_every_part_of_it(monkeypatch, planted
     joint = PROBLEMS["correlated"](3, 2).log_joint
 
     def plainly(joint, kind, z):
-        momentum, size, root, kick = traced._beside(kind, z)
+        momentum, size, root, kick = _beside(kind, z)
         return leap(joint.grad, z, momentum, size, root[0], kick)
 
     monkeypatch.setattr(traced, "_plainly", plainly)

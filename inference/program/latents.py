@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -168,3 +168,18 @@ def _active(nodes: list[Any], sites: list[Site], n_obs: int, dim: int) -> Tensor
             active = torch.ones(n_obs, dim, dtype=torch.bool, device=mask.device)
         active[:, site.columns] = batch.repeat_interleave(repeats, dim=1)
     return active if active is not None and not active.all() else None
+
+
+def log_sum(parts: Sequence[Tensor]) -> Tensor:
+    """Return the log of the sum of exponentials over a list of tensors."""
+    return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(list(parts)), 0)
+
+
+def summed_out(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Sum discrete assignments out of pairs log p(z, c), log p(x|z, c): log p(z) and log p(x|z)."""
+    if len(pairs) == 1:
+        return pairs[0]
+    priors = torch.stack([prior for prior, _ in pairs])
+    joints = torch.stack([prior + likelihood for prior, likelihood in pairs])
+    prior = torch.logsumexp(priors, 0)
+    return prior, torch.logsumexp(joints, 0) - prior

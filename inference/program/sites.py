@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,3 +165,37 @@ def per_datum(log_prob: Tensor, dim: int, n_obs: int) -> Tensor:
     if log_prob.shape[0] != n_obs:
         log_prob = log_prob.expand(n_obs, *log_prob.shape[1:])
     return log_prob.flatten(1).sum(1) if log_prob.dim() > 1 else log_prob
+
+
+def constrained(sites: Sequence[Site], z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Constrain z (N, d) where no support depends on a value: values by site, and the log Jacobian (N,)."""
+    values, log_det = {}, z.new_zeros(len(z))
+    for site in sites:
+        transform = site.transform
+        if transform is None:
+            raise ValueError(f"site {site.name!r} has a support that depends on other sites")
+        u = site.split(z)
+        values[site.name] = transform(u)
+        det = transform.log_abs_det_jacobian(u, values[site.name])
+        batch_ndim = u.dim() - site.free_event_dim
+        det = det.flatten(batch_ndim).sum(-1) if det.dim() > batch_ndim else det
+        log_det = log_det + per_datum(det, site.plate_dim, len(z))
+    return values, log_det
+
+
+def saturated(sites: Sequence[Site], z: Tensor) -> Tensor:
+    """Return (S, N) True where a constrained value has rounded to its support's edge, so that z cannot be had back."""
+
+    def lost(u: Tensor) -> Tensor:
+        bad = torch.zeros(len(u), dtype=torch.bool, device=u.device)
+        for site in sites:
+            if site.transform is not None and site.columns.stop > site.columns.start:
+                part = site.split(u)
+                off = (site.transform.inv(site.transform(part)) - part).abs()
+                off = site.gather(off, site.free_event_dim).reshape(len(u), -1)
+                bad = bad | ~(off <= 1e-3 * (1 + part.abs().max())).all(-1)
+        return bad
+
+    if all(is_real(site.support) for site in sites):
+        return torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
+    return torch.stack([lost(u) for u in z])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import types
@@ -19,6 +20,8 @@ import pyro
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from elbowroom.inference.program.sites import Program
 
 STORE = ("_params", "_param_to_name", "_constraints")  # the mappings of Pyro's parameter store
 
@@ -191,3 +194,14 @@ def _names(code: types.CodeType) -> set[str]:
 def _is_users(item: Any) -> bool:
     module = getattr(item, "__module__", None) or getattr(type(item), "__module__", None) or ""
     return module.split(".")[0] not in {"torch", "pyro", "numpy", "builtins", "math", "functools"}
+
+
+def program_in(dtype: torch.dtype, program: Program) -> Program:
+    """Return a program whose pinned values and tables of discrete values are in `dtype`, where they are floating point."""
+    pinned = {name: Snapshot.convert(value, dtype) for name, value in program.pinned.items()}
+    tables = [site.values for site in program.discrete]
+    discrete = tuple(
+        site if table is None else dataclasses.replace(site, values=Snapshot.convert(table, dtype))
+        for site, table in zip(program.discrete, tables, strict=True)
+    )
+    return dataclasses.replace(program, pinned=pinned, discrete=discrete)

@@ -6,28 +6,27 @@ latent, and every faster evaluation must equal one draw at a time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from elbowroom.errors import UnsupportedProgram, first_line
-
-if TYPE_CHECKING:
-    from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.program.replay import Which
+from elbowroom.inference.target.plain import PlainLogJoint
 
 DRAWS = 4  # from the guide, and as many from the prior
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
 
 
-def probe(joint: LogJoint, dtype: torch.dtype | None) -> Tensor:
+def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype: torch.dtype | None) -> Tensor:
     """Test a new `LogJoint`, set its dtype and mode, and return the values it was tested at, (S, N, d).
 
     Raises:
         UnsupportedProgram: naming what is wrong with the pair.
     """
     try:
-        from_guide = joint.draw("guide", DRAWS, seed=0)
+        from_guide = draw("guide", DRAWS, 0)
         base = joint(from_guide)
     except FAILURES as error:
         raise UnsupportedProgram(f"model: it cannot be evaluated at a draw of the guide: {first_line(error)}") from error
@@ -40,7 +39,7 @@ def probe(joint: LogJoint, dtype: torch.dtype | None) -> Tensor:
             "a sample site (dropout left on?) or depends on a value that was integrated out"
         )
     try:
-        z = torch.cat([from_guide, joint.draw("model", DRAWS, seed=1)])
+        z = torch.cat([from_guide, draw("model", DRAWS, 1)])
         values = joint(z)
     except FAILURES as error:
         raise UnsupportedProgram(f"model: it cannot be run forward from its prior: {first_line(error)}") from error
@@ -52,7 +51,7 @@ def probe(joint: LogJoint, dtype: torch.dtype | None) -> Tensor:
     return z
 
 
-def _set_dtype(joint: LogJoint, dtype: torch.dtype, z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _set_dtype(joint: PlainLogJoint, dtype: torch.dtype, z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     own = joint.own_dtype
     try:
         joint.take(dtype)
@@ -72,14 +71,14 @@ def _set_dtype(joint: LogJoint, dtype: torch.dtype, z: Tensor, values: Tensor) -
     return z.to(dtype), converted
 
 
-def _close(joint: LogJoint, a: Tensor, b: Tensor) -> bool:
+def _close(joint: PlainLogJoint, a: Tensor, b: Tensor) -> bool:
     """Equal up to rounding, where b is finite."""
     tight = 1e-9 if joint.dtype == torch.float64 else 1e-5
     finite = b.isfinite()
     return torch.allclose(a[finite], b[finite], rtol=tight, atol=100 * tight)
 
 
-def _check_local(joint: LogJoint, z: Tensor, values: Tensor) -> None:
+def _check_local(joint: PlainLogJoint, z: Tensor, values: Tensor) -> None:
     """Mix the rows of two draws: every datum must keep the value of its own draw."""
     if joint.n_obs < 2 or joint.dim == 0:
         return
@@ -96,7 +95,7 @@ def _check_local(joint: LogJoint, z: Tensor, values: Tensor) -> None:
             )
 
 
-def _check_outside(joint: LogJoint, z: Tensor) -> None:
+def _check_outside(joint: PlainLogJoint, z: Tensor) -> None:
     """The density of what is observed outside the plate must not change with the latents."""
     if joint.dim == 0:
         return
@@ -109,7 +108,7 @@ def _check_outside(joint: LogJoint, z: Tensor) -> None:
         )
 
 
-def _set_mode(joint: LogJoint, z: Tensor, values: Tensor) -> None:
+def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor) -> None:
     """Choose the fastest evaluation whose values are right."""
     for mode in ("vmap", "repeat"):
         if mode == "repeat" and joint.n_obs == 1:

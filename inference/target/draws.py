@@ -7,8 +7,6 @@ must equal their density in a run of one draw at a time. Where it does not, ever
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pyro
 import torch
 from torch import Tensor
@@ -17,15 +15,12 @@ from torch.distributions import biject_to
 from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.program.replay import Feed, Which
 from elbowroom.inference.program.sites import support_of
-
-if TYPE_CHECKING:
-    from elbowroom.inference.target.log_joint import LogJoint
-
+from elbowroom.inference.target.plain import PlainLogJoint
 
 CHECKED = 3  # draws whose density is compared
 
 
-def forward(joint: LogJoint, which: Which, n_draws: int) -> Tensor:
+def forward(joint: PlainLogJoint, which: Which, n_draws: int) -> Tensor:
     """Draw the local latents from a program, in the joint's scope: (S, N, d).
 
     Args:
@@ -43,7 +38,7 @@ def forward(joint: LogJoint, which: Which, n_draws: int) -> Tensor:
     return free(joint, {name: torch.stack([run[name] for run in runs]) for name in runs[0]}, which)
 
 
-def _batched(joint: LogJoint, which: Which, n_draws: int) -> tuple[dict[str, Tensor], Feed]:
+def _batched(joint: PlainLogJoint, which: Which, n_draws: int) -> tuple[dict[str, Tensor], Feed]:
     """Run once in an outer plate: values by site, (S, batch, event), and the run itself."""
     program = joint.program
     dim = -program.nesting - 1
@@ -58,7 +53,7 @@ def _batched(joint: LogJoint, which: Which, n_draws: int) -> tuple[dict[str, Ten
     return values, feed
 
 
-def _joins(joint: LogJoint, which: Which) -> bool:
+def _joins(joint: PlainLogJoint, which: Which) -> bool:
     """Find out whether a program may be drawn in an outer plate."""
     try:
         values, feed = _batched(joint, which, CHECKED)
@@ -75,7 +70,7 @@ def _joins(joint: LogJoint, which: Which) -> bool:
     return True
 
 
-def free(joint: LogJoint, values: dict[str, Tensor], which: Which) -> Tensor:
+def free(joint: PlainLogJoint, values: dict[str, Tensor], which: Which) -> Tensor:
     """Map constrained values (S, batch, event) of all local sites to unconstrained coordinates (S, N, d).
 
     Raises:

@@ -12,35 +12,26 @@ constant of its graph: where a graph that is shared agrees much worse than it di
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from elbowroom.errors import first_line
-from elbowroom.inference.compiled.branches import Branches, levels
 from elbowroom.inference.compiled.graph import Function, Graph, Operations, Untraceable, log
-from elbowroom.inference.compiled.policies import Compile, current_policy, data_ahead, evaluations_ahead, policy
-from elbowroom.inference.compiled.vmap_rules import Substitutes
+from elbowroom.inference.compiled.policies import Compile, current_policy, data_ahead, evaluations_ahead
 from elbowroom.inference.mcmc.leapfrog import leap
-from elbowroom.inference.randomness import undisturbed
+from elbowroom.inference.target.plain import PlainLogJoint
+from elbowroom.inference.target.tracing import Kind, _beside, _Rows, by_graph
 
-if TYPE_CHECKING:
-    from elbowroom.inference.target.log_joint import LogJoint
-
-Kind = Literal["joint", "terms", "guide", "grad", "parts", "leap"]
-GRADIENTS = frozenset({"grad", "parts", "leap"})
 EVALUATIONS: dict[Kind, float] = {"joint": 2e4, "terms": 1e4, "guide": 1e4, "grad": 1e4, "parts": 1e5, "leap": 3e4}
 """Evaluations per datum that an audit makes, roughly, a gradient counted as three."""
 SMALL = 1e4  # numbers put out for one datum, beside products, that go uncounted
 REUSED = 100  # times that a weight is used for one datum, at most: by convolutions
-PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79)
 CHECKED = 2  # draws at which a graph is compared
 FLOPS, ELEMENT = 8e10, 1.3e-9  # of products per second, seconds per number from anything else; double precision, two cores
 TRACE, COMPILE = 5.0, 20.0  # predicted seconds ahead that are worth a trace (about 1 s), and a compilation (2 to 10 s)
@@ -81,7 +72,7 @@ class Graphs:
         self.reasons: dict[Kind, str] = {}
         self._decided: dict[tuple[Kind, Compile, int, float], Function | None] = {}
 
-    def ready(self, joint: LogJoint, kind: Kind) -> Function | None:
+    def ready(self, joint: PlainLogJoint, kind: Kind) -> Function | None:
         """Return what to evaluate data with; None where plain evaluation is better, or all there is."""
         wanted, data = current_policy(), data_ahead(joint.root.n_obs)
         if wanted == "never":
@@ -91,7 +82,7 @@ class Graphs:
             self._decided[key] = self.used[kind] = self._decide(joint.root, kind, wanted, data)
         return self._decided[key]
 
-    def _decide(self, root: LogJoint, kind: Kind, wanted: Compile, data: int) -> Function | None:
+    def _decide(self, root: PlainLogJoint, kind: Kind, wanted: Compile, data: int) -> Function | None:
         ahead = work_ahead(root, kind, data)
         if wanted == "auto" and ahead < TRACE:
             return None
@@ -123,7 +114,7 @@ class Graphs:
             return graph.replay
         return graph
 
-    def _agreeing(self, root: LogJoint, kind: Kind, entry: _Entry) -> Graph:
+    def _agreeing(self, root: PlainLogJoint, kind: Kind, entry: _Entry) -> Graph:
         """Return a graph that agrees with plain evaluation on these data: a shared one, or one that is traced for them.
 
         Raises:
@@ -143,7 +134,7 @@ class Graphs:
         entry.differences[outcomes] = _check(root, kind, graph.replay)
         return graph
 
-    def _trace(self, root: LogJoint, kind: Kind, entry: _Entry) -> tuple[Graph, tuple[bool, ...]]:
+    def _trace(self, root: PlainLogJoint, kind: Kind, entry: _Entry) -> tuple[Graph, tuple[bool, ...]]:
         """Return the graph for what branches come to on these data, traced anew where there is none, and what they come to."""
         if root.program.index:
             raise Untraceable("the plate is sub-sampled")
@@ -163,25 +154,17 @@ class Graphs:
         return found, outcomes
 
 
-def inputs(joint: LogJoint) -> list[tuple[Tensor, int | None]]:
-    """Return the tensors that a graph takes beside z, for these data, each with the dimension of the data."""
-    found = [(t, dim) for t, dim in zip(joint.leaves(), joint.along, strict=True) if isinstance(t, Tensor)]
-    if joint.program.active is not None:
-        found.append((joint.program.active, 0))
-    return found + [(t, None) for t in joint.program.pinned.values()]
-
-
-def _check(root: LogJoint, kind: Kind, graph: Function) -> float:
+def _check(root: PlainLogJoint, kind: Kind, graph: Function) -> float:
     """Compare a graph with plain evaluation, at tested points of every datum; returns the difference as a share of `CLOSE`.
 
     Raises:
         Untraceable: a value differs, or is finite in one alone, or none is finite, so that nothing could be compared.
     """
     z = root.tested[:CHECKED]
-    with policy("never"), root.held():
+    with root.held():
         plain = _plainly(root, kind, z)
         try:
-            found = root.by_graph(graph, z, *_beside(kind, z))
+            found = by_graph(root, graph, z, *_beside(kind, z))
         except (RuntimeError, ValueError, IndexError) as error:
             raise Untraceable(f"the graph fails with other sizes ({first_line(error)})") from error
     share = 0.0
@@ -208,139 +191,35 @@ WORDS: dict[Kind, str] = {
 }
 
 
-class _Rows:
-    """The programs for one datum, whose arguments are inputs."""
-
-    def __init__(self, root: LogJoint) -> None:
-        self.root = root
-        self.places = [i for i, t in enumerate(root.leaves()) if isinstance(t, Tensor)]
-        self.dims = [dim for _, dim in inputs(root)]
-        self.one = copy.copy(self.root)
-        self.one.n_obs = 1
-
-    def graph(self, kind: Kind, outcomes: tuple[bool, ...]) -> Graph:
-        """Trace one kind with sizes that no other dimension has."""
-        function, root = self._functions()[kind], self.root
-        given = inputs(root)
-        taken = {size for t, _ in given for size in t.shape} | {root.dim}
-        draws, data = [p for p in PRIMES if p not in taken][:2]
-        rows = torch.arange(data, device=root.device) % root.n_obs
-        z = root.tested[0].index_select(0, rows).expand(draws, -1, -1).contiguous()
-        some = [t if dim is None else t.index_select(dim, rows) for t, dim in given]
-        beside = _beside(kind, z)
-
-        def followed(*tensors: Tensor) -> tuple[Tensor, ...]:
-            with Substitutes(), Branches(outcomes=list(outcomes)):
-                return function(*tensors)
-
-        with torch.set_grad_enabled(kind in GRADIENTS):
-            return Graph(followed, [z, *beside, *some], varying=(draws, data))
-
-    def record(self, kind: Kind) -> tuple[bool, ...]:
-        """Return what the branches of a kind come to, on all data."""
-        function = self._functions()["guide" if kind == "guide" else "terms"]
-        given = inputs(self.root)
-        branches = Branches(allowed=lambda tensor: self.level not in levels(tensor))
-        try:
-            with torch.no_grad(), undisturbed(self.root.tested), branches:
-                function(self.root.tested[:1], *[t for t, _ in given])
-        except Untraceable:
-            raise
-        except Exception as error:  # whatever a program raises under vmap
-            raise Untraceable(f"it does not run one datum at a time ({first_line(error)})") from error
-        return tuple(branches.outcomes)
-
-    def _functions(self) -> dict[Kind, Function]:
-        joint = self._over(lambda z: (self.one.density(z),))
-        terms = self._over(self.one.densities)
-        guide = self._over(lambda z: (self.one.guide_density(z),))
-
-        def grad(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-            z = z.detach().requires_grad_()
-            (value,) = joint(z, *leaves)
-            return value.detach(), *torch.autograd.grad(value.sum(), z)
-
-        def parts(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-            z = z.detach().requires_grad_()
-            prior, likelihood = terms(z, *leaves)
-            (of_prior,) = torch.autograd.grad(prior.sum(), z, retain_graph=True)
-            (of_likelihood,) = torch.autograd.grad(likelihood.sum(), z, allow_unused=True)
-            nothing = torch.zeros_like(of_prior)
-            return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood
-
-        def leapfrog(
-            z: Tensor, momentum: Tensor, size: Tensor, root: Tensor, kick: Tensor, *leaves: Tensor
-        ) -> tuple[Tensor, ...]:
-            def target(u: Tensor) -> tuple[Tensor, Tensor]:
-                value, gradient = grad(u, *leaves)
-                return value, gradient
-
-            return leap(target, z, momentum, size, root[0], kick)
-
-        return {"joint": joint, "terms": terms, "guide": guide, "grad": grad, "parts": parts, "leap": leapfrog}
-
-    def _over(self, density: Callable[[Tensor], tuple[Tensor, ...]]) -> Function:
-        """Return a function of all draws and data, from one of one row z (1, d)."""
-
-        def row(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-            self.level = max(levels(z)) - 1 if torch._C._functorch.is_batchedtensor(z) else 0
-            self._put(leaves)
-            return tuple(value[0] for value in density(z[None]))
-
-        inside = torch.func.vmap(row, in_dims=(0, *self.dims), randomness="different")
-        return torch.func.vmap(inside, in_dims=(0, *[None] * len(self.dims)), randomness="different")
-
-    def _put(self, leaves: tuple[Tensor, ...]) -> None:
-        """Give the programs the arguments of one datum."""
-        rows = [t if dim is None else t.unsqueeze(dim) for t, dim in zip(leaves, self.dims, strict=True)]
-        whole = self.root.leaves()
-        for place, value in zip(self.places, rows, strict=False):
-            whole[place] = value
-        self.one.args, self.one.kwargs = self.root.with_leaves(whole)
-        rest = rows[len(self.places) :]
-        program = self.root.program
-        active = rest.pop(0) if program.active is not None else None
-        pinned = dict(zip(program.pinned, rest, strict=True))
-        self.one.program = dataclasses.replace(program, n_obs=1, active=active, pinned=pinned)
-
-
-def _beside(kind: Kind, z: Tensor) -> list[Tensor]:
-    """Return arguments of a leapfrog of which none could be left out or transposed unseen, for tracing and comparing."""
-    if kind != "leap":
-        return []
-    n, d = z.shape[1:]
-    momentum = torch.linspace(-1.0, 1.1, z.numel(), dtype=z.dtype, device=z.device).reshape(z.shape)
-    root = torch.eye(d, dtype=z.dtype, device=z.device) + torch.full((d, d), 0.3, dtype=z.dtype, device=z.device).tril(-1)
-    size, kick = torch.full_like(z[..., :1], 0.05), torch.full((), 0.5, dtype=z.dtype, device=z.device)
-    return [momentum, size.contiguous(), root.expand(1, n, d, d).contiguous(), kick]
-
-
-def _plainly(joint: LogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
+def _plainly(joint: PlainLogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
+    """Evaluate by Pyro's handlers, whatever graphs there are."""
     if kind == "joint":
-        return (joint(z),)
+        return (PlainLogJoint.__call__(joint, z),)
     if kind == "guide":
-        return (joint.log_guide(z),)
+        return (PlainLogJoint.log_guide(joint, z),)
     if kind == "leap":
         momentum, size, root, kick = _beside(kind, z)
-        return leap(joint.grad, z, momentum, size, root[0], kick)
-    return {"terms": joint.terms, "grad": joint.grad, "parts": joint.parts}[kind](z)
+        return leap(partial(PlainLogJoint.grad, joint), z, momentum, size, root[0], kick)
+    if kind == "grad":
+        return PlainLogJoint.grad(joint, z)
+    return PlainLogJoint.terms(joint, z) if kind == "terms" else PlainLogJoint.parts(joint, z)
 
 
-def work_ahead(root: LogJoint, kind: Kind, data: int) -> float:
+def work_ahead(root: PlainLogJoint, kind: Kind, data: int) -> float:
     """Predict the seconds of plain evaluation that so many data take here, from the operations of one more draw."""
     each = data * evaluations_ahead(EVALUATIONS[kind]) / root.n_obs
     if each * root.n_obs * (2 * REUSED * root.snapshot.size() / FLOPS + SMALL * ELEMENT) < TRACE:  # not worth counting
         return 0.0
-    evaluate = root.log_guide if kind == "guide" else root
-    with policy("never"), torch.no_grad():
+    evaluate = PlainLogJoint.log_guide if kind == "guide" else PlainLogJoint.__call__
+    with torch.no_grad():
         with Operations() as one:
-            evaluate(root.tested[:1])
+            evaluate(root, root.tested[:1])
         with Operations() as two:
-            evaluate(root.tested[:2])
+            evaluate(root, root.tested[:2])
     return each * ((two.flops - one.flops) / FLOPS + (two.elements - one.elements) * ELEMENT)
 
 
-def _signature(root: LogJoint) -> Any:
+def _signature(root: PlainLogJoint) -> Any:
     """Return what a graph depends on beside the values of its inputs."""
     leaves = [_kind_of(t, dim) for t, dim in zip(root.leaves(), root.along, strict=True)]
     tables = [(site.name, None if site.values is None else str(site.values.tolist())) for site in root.program.discrete]

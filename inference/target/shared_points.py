@@ -6,17 +6,14 @@ not (`sharing`); where all of it does, the sum over prior, sites, normalizers an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from elbowroom.errors import first_line
 from elbowroom.inference.program.bilinear import Bilinear, Kept
-
-if TYPE_CHECKING:
-    from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.plain import PlainLogJoint
 
 DECODED = 4  # times the rows of a plain evaluation: decoded points need not stay in the caches
 MOST = 2**15  # points decoded at once
@@ -25,35 +22,35 @@ DENSE = 2**18  # points x data evaluated at once where the likelihood does not f
 HELD = 2**26  # numbers that both sides of the product may hold while blocks of data pass by
 
 
-def settle(joint: LogJoint) -> bool:
-    """Try whether the program broadcasts over points, with a note where it does not, and whether its density factorises."""
+def settle(joint: PlainLogJoint) -> tuple[bool, bool]:
+    """Return whether the program broadcasts over points, with a note where it does not, and whether its density factorises."""
     if any(site.plate_dim != -1 or site.batch_ndim != 1 for site in joint.sites) or joint.program.active is not None:
-        return False
+        return False, False
     points = 3 if joint.n_obs != 3 else 4  # as many as data would hide a mistaken broadcast
     some = joint.tested.flatten(0, 1)
     some = some[torch.linspace(0, len(some) - 1, points, device=some.device).long()]
     try:
         with joint.snapshot.scope(), torch.no_grad():
-            joint.factorises = all(total.rest is None for total in _totals(joint, some.to(joint.dtype or joint.own_dtype)))
-        fast = evaluate(joint, some, Kept())
+            factorises = all(total.rest is None for total in _totals(joint, some.to(joint.dtype or joint.own_dtype)))
+        fast = evaluate(joint, some, Kept(), factorises=factorises)
     except (RuntimeError, ValueError, IndexError) as error:
         joint.note(f"shared grid: the program does not broadcast over draws ({first_line(error)}); evaluated per datum")
-        return False
+        return False, False
     slow = joint(some[:, None].expand(-1, joint.n_obs, -1))
     finite = slow.isfinite()
     agree = fast.shape == slow.shape and torch.allclose(fast[finite], slow[finite], rtol=1e-5, atol=1e-5)
     if not agree:
         joint.note("shared grid: broadcasting the program over draws changed its values; evaluated per datum")
-    return agree
+    return agree, factorises
 
 
-def evaluate(joint: LogJoint, z: Tensor, kept: Kept) -> Tensor:
+def evaluate(joint: PlainLogJoint, z: Tensor, kept: Kept, *, factorises: bool) -> Tensor:
     """Return log p(x_n, z_g), (G, N), without gradient; `kept` holds the data's side of the product between calls."""
     with joint.snapshot.scope(), torch.no_grad():
         z = z.to(joint.dtype or joint.own_dtype)
         out: Tensor | None = None
         start = 0
-        for u in z.split(_rows(joint)):
+        for u in z.split(_rows(joint, factorises)):
             totals = _totals(joint, u)
             if out is None:
                 out = z.new_empty(len(z), joint.n_obs, dtype=totals[0].dtype)
@@ -63,30 +60,12 @@ def evaluate(joint: LogJoint, z: Tensor, kept: Kept) -> Tensor:
         return out
 
 
-def over(joint: LogJoint, z: Tensor, blocks: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield log p(x_n, z_g), (G, len(rows)), of the data `rows` of each block, without gradient.
-
-    Where the density factorises, z is decoded once for all blocks; else each block is evaluated as data of its own.
-    """
-    shares = joint.can_share()
-    held = _columns(joint, z) if shares and joint.factorises and len(blocks) > 1 else None
-    for rows in blocks:
-        if held is not None:
-            lefts, right = held
-            yield _product(lefts, right[rows])
-            continue
-        part = joint if len(rows) == joint.n_obs else joint.subset(rows)
-        whole = part or joint
-        log_p = evaluate(whole, z, Kept()) if shares else whole.shared(z)
-        yield log_p if part is not None else log_p[:, rows]
-
-
-def _rows(joint: LogJoint) -> int:
+def _rows(joint: PlainLogJoint, factorises: bool) -> int:
     """Return how many points to run the program at together."""
-    return min(DECODED * joint._rows, MOST) if joint.factorises else max(1, min(DENSE // joint.n_obs, joint._rows))
+    return min(DECODED * joint._rows, MOST) if factorises else max(1, min(DENSE // joint.n_obs, joint._rows))
 
 
-def _totals(joint: LogJoint, z: Tensor) -> list[Bilinear]:
+def _totals(joint: PlainLogJoint, z: Tensor) -> list[Bilinear]:
     """Return the joint log density at z (G, d) for every assignment of the discrete sites, not multiplied out."""
     feeds = [joint.run("model", a, z=z[:, None], shared=True) for a in joint.program.assignments]
     return [feed.log_prior + feed.log_likelihood + feed.log_det for feed in feeds]
@@ -107,12 +86,12 @@ def _write(totals: Sequence[Bilinear], out: Tensor, kept: Kept) -> None:
             torch.logsumexp(torch.stack(parts), 0, out=out[block])
 
 
-def _columns(joint: LogJoint, z: Tensor) -> tuple[list[Tensor], Tensor] | None:
+def columns(joint: PlainLogJoint, z: Tensor) -> tuple[list[Tensor], Tensor] | None:
     """Return the points' columns of every assignment, (G, K), and the data's, (N, K); None where they are too many."""
     kept = Kept()
     found: list[list[tuple[Tensor, Tensor]]] = []
     with joint.snapshot.scope(), torch.no_grad():
-        for u in z.to(joint.dtype or joint.own_dtype).split(_rows(joint)):
+        for u in z.to(joint.dtype or joint.own_dtype).split(_rows(joint, True)):
             totals = _totals(joint, u)
             found.append([total.columns(len(u), joint.n_obs, kept) for total in totals])
             width = found[0][0][0].shape[1]
@@ -124,7 +103,7 @@ def _columns(joint: LogJoint, z: Tensor) -> tuple[list[Tensor], Tensor] | None:
     return [torch.cat([left for left, _ in of_assignment]) for of_assignment in zip(*found, strict=True)], right
 
 
-def _product(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
+def product(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
     """Return the log of the sum over assignments of exp(left right'), (G, N)."""
     parts = [left @ right.T for left in lefts]
     return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), 0)

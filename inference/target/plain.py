@@ -1,0 +1,378 @@
+"""The log joint by Pyro's handlers: log p(x_n, z) of any (model, guide) pair, one evaluation after the other.
+
+`PlainLogJoint` holds all that runs the two programs. `LogJoint` (log_joint.py) is the same with compiled graphs, shared points
+and draws on top; what it returns is compared with the evaluations here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Self
+
+import pyro
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.program.inspection import inspect
+from elbowroom.inference.program.latents import log_sum, summed_out
+from elbowroom.inference.program.promotion import Promoted, mixed, mixes
+from elbowroom.inference.program.replay import Feed, Which
+from elbowroom.inference.program.sites import constrained
+from elbowroom.inference.program.snapshot import Snapshot, program_in
+from elbowroom.inference.randomness import seeded
+
+log = logging.getLogger("elbowroom")
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+ROWS = 2**15  # decoder rows (draws x data) evaluated at once
+ENTRIES = 2**20  # rows x width of a datum evaluated at once on a CPU: what its caches hold
+
+
+class PlainLogJoint:
+    """log p(x_n, z) and log q(z|x_n) per datum in unconstrained coordinates, by running the programs.
+
+    See `LogJoint` for the meaning of arguments and attributes.
+
+    Raises:
+        UnsupportedProgram: naming site or plate and the reason.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    _index: dict[str, Tensor]
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        plate: str | None = None,
+        dtype: torch.dtype | None = torch.float64,
+        **kwargs: Any,
+    ) -> None:
+        self.model, self.guide = model, guide
+        self.snapshot = Snapshot((model, guide), args, kwargs)
+        try:
+            self._build(args, kwargs, plate, dtype)
+        except (RuntimeError, UnsupportedProgram) as error:  # e.g. a prior, never drawn from in training, or data from NumPy
+            if dtype is None or not (mixed(error) or mixed(error.__cause__)):
+                raise
+            self.model, self.guide = Promoted(model, dtype), Promoted(guide, dtype)
+            self._build(args, kwargs, plate, dtype)
+            self.note(f"the program mixes precisions and does not run as it is; all is computed in {dtype}")
+
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str | None, dtype: torch.dtype | None) -> None:
+        with self.snapshot.eval_mode(), seeded(0), torch.no_grad(), pyro.validation_enabled(True):
+            try:
+                self.program = inspect(self.model, self.guide, args, kwargs, plate)
+            except ZeroDivisionError as error:  # Pyro's word for a plate without entries
+                raise UnsupportedProgram("model: a plate is empty; is there no row of data?") from error
+        self.n_obs, self.dim, self.sites = self.program.n_obs, self.program.dim, self.program.sites
+        self.plate = self.program.plate
+        self.notes = self.program.notes
+        self.device = next((t.device for t in self.snapshot.leaves() if isinstance(t, Tensor)), torch.device("cpu"))
+        self.take(None)
+        self._rows = self._rows_at_once()
+        self.mode = "loop"
+        self.joined: dict[Which, bool | None] = {"model": None, "guide": None}
+        self.separates: list[bool] = []
+        self.along = self._data_dimensions()
+        self.tested = torch.empty(0, self.n_obs, self.dim)  # until the probe
+        self._whole: Self | None = None
+
+    # -- log densities of draws of all data, (S, N, d) -> (S, N) -----------------------------------------------------------
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return log p(x_n, z_sn) with the Jacobian, (S, N), for z of shape (S, N, d)."""
+        return self._map(self.density, z)
+
+    def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(z) with the Jacobian and log p(x_n|z), each (S, N).
+
+        Where discrete sites are summed out, log p(z) is the marginal of the continuous ones, and log p(x_n|z) likewise.
+        """
+        prior, likelihood = self._map(lambda u: torch.stack(self.densities(u), -1), z).unbind(-1)
+        return prior, likelihood
+
+    def grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(x_n, z_sn), (S, N), and its gradient in z, (S, N, d)."""
+
+        def evaluate(u: Tensor) -> tuple[Tensor, ...]:
+            value = self._map(self.density, u)
+            return value.detach(), *torch.autograd.grad(value.sum(), u)
+
+        value, gradient = self._backward(z, evaluate)
+        return value, gradient
+
+    def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return log p(z) and log p(x_n|z) as `terms`, (S, N) each, and the gradient of each in z, (S, N, d)."""
+
+        def evaluate(u: Tensor) -> tuple[Tensor, ...]:
+            prior, likelihood = self._map_chunk(self.densities, u)
+            (of_prior,) = torch.autograd.grad(prior.sum(), u, retain_graph=True)
+            (of_likelihood,) = torch.autograd.grad(likelihood.sum(), u, allow_unused=True)
+            nothing = torch.zeros_like(of_prior)
+            return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood
+
+        prior, likelihood, of_prior, of_likelihood = self._backward(z, evaluate)
+        return prior, likelihood, of_prior, of_likelihood
+
+    def log_guide(self, z: Tensor) -> Tensor:
+        """Return log q(z_sn | x_n) in unconstrained coordinates, (S, N), for z of shape (S, N, d)."""
+        return self._map(self.guide_density, z)
+
+    # -- the densities of one draw of all data, (N, d) -> (N,) -------------------------------------------------------------
+
+    def density(self, z: Tensor) -> Tensor:
+        """Return log p(x_n, z_n) with the Jacobian, (N,), for z of shape (N, d)."""
+        return log_sum([self._joint(z, a) for a in self.program.assignments])
+
+    def densities(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(z_n) with the Jacobian and log p(x_n|z_n), (N,) each, for z of shape (N, d)."""
+        return summed_out([self._pair(z, a) for a in self.program.assignments])
+
+    def guide_density(self, z: Tensor) -> Tensor:
+        """Return log q(z_n|x_n), (N,), for z of shape (N, d)."""
+        return log_sum([self._guide_density(z, a) for a in self._guide_assignments()])
+
+    def _joint(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
+        feed = self.run("model", assignment, z=z)
+        return feed.log_prior + feed.log_likelihood + feed.log_det + self._padding(z)
+
+    def _pair(self, z: Tensor, assignment: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return log p(z) and log p(x_n|z) of one assignment, (N,) each."""
+        feed = self.run("model", assignment, z=z)
+        prior = feed.log_prior + feed.log_det + self._padding(z)
+        likelihood = torch.as_tensor(feed.log_likelihood, dtype=z.dtype, device=z.device).expand_as(prior)
+        return prior, likelihood
+
+    def _guide_density(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
+        if self.program.active is None and all(site.transform is not None for site in self.sites):
+            values, log_det = constrained(self.sites, z)
+        else:  # a support depends on an earlier site, or a mask on the site: the model says how
+            model = self.run("model", assignment or self.program.assignments[0], z=z)
+            values, log_det = model.values, model.log_det
+        feed = self.run("guide", assignment, values=values)
+        return feed.log_prior + log_det + self._padding(z)
+
+    def _guide_assignments(self) -> list[dict[str, Tensor]]:
+        """The discrete values to sum over in q: those of the sites that the guide draws."""
+        if any(site.name in self.program.guide_sites for site in self.program.discrete):
+            names = {s.name for s in self.program.discrete} - self.program.guide_sites
+            if names:
+                raise UnsupportedProgram(
+                    f"guide: it draws some discrete sites but not {sorted(names)[0]!r}: draw all of them or none"
+                )
+            return self.program.assignments
+        return [{}]
+
+    def _padding(self, z: Tensor) -> Tensor | float:
+        """Return the N(0, 1) log density of the coordinates that a mask removed."""
+        active = self.program.active
+        if active is None:
+            return 0.0
+        if len(active) != len(z):
+            active = active.repeat(len(z) // len(active), 1)
+        return (torch.where(active, 0.0, 1.0) * (-0.5 * z.square() - HALF_LOG_2PI)).sum(-1)
+
+    # -- running the programs ----------------------------------------------------------------------------------------------
+
+    def run(self, which: Which, assignment: dict[str, Tensor], **options: Any) -> Feed:
+        """Run one of the two programs once, inside the snapshot's scope, and return what was read off."""
+        with Feed(self.program, assignment, index=self._index, **options) as feed:
+            (self.model if which == "model" else self.guide)(*self.args, **self.kwargs)
+        return feed
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keep the weights swapped in around many evaluations."""
+        return self.snapshot.scope()
+
+    def _map(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        """Apply a function of (N, d) to every draw of (S, N, d), a bounded number of rows at a time."""
+        if z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim):
+            raise ValueError(f"z has shape {tuple(z.shape)}; expected (draws, {self.n_obs}, {self.dim})")
+        with self.snapshot.scope():
+            z = z.to(self.dtype or self.own_dtype)
+            chunk = max(1, self._rows // self.n_obs)
+            parts = z.split(chunk)
+            first = self._map_chunk(function, parts[0])
+            if len(parts) == 1 or first.requires_grad:
+                return torch.cat([first, *(self._map_chunk(function, part) for part in parts[1:])])
+            out = first.new_empty(len(z), *first.shape[1:])  # small results between large ones would tear the heap apart
+            out[:chunk] = first
+            for i, part in enumerate(parts[1:], 1):
+                out[i * chunk : (i + 1) * chunk] = self._map_chunk(function, part)
+            return out
+
+    def _map_chunk(self, function: Callable[[Tensor], Any], z: Tensor) -> Any:
+        """Apply a function of (N, d) to every draw of (S, N, d); it returns a tensor (N, ...) or a tuple of them."""
+        if self.mode == "vmap":
+            return torch.func.vmap(function, randomness="different")(z)
+        if self.mode == "repeat" and len(z) > 1:
+            with self._repeated(len(z)):
+                return pytree.tree_map(lambda t: t.unflatten(0, z.shape[:2]), function(z.flatten(0, 1)))
+        return pytree.tree_map(lambda *t: torch.stack(t), *[function(u) for u in z])
+
+    def _backward(self, z: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Evaluate with gradients, keeping the graph of few rows at a time."""
+        if z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim):
+            raise ValueError(f"z has shape {tuple(z.shape)}; expected (draws, {self.n_obs}, {self.dim})")
+        z = z.to(self.dtype or self.own_dtype)
+        # the backward pass reads the weights too: both happen in one scope
+        with self.snapshot.scope(), torch.enable_grad():
+            parts = [evaluate(u.detach().requires_grad_()) for u in z.split(max(1, self._rows // max(1, self.n_obs)))]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    @contextlib.contextmanager
+    def _repeated(self, times: int) -> Iterator[None]:
+        """Repeat the arguments along the data plate, draw by draw."""
+        args, kwargs, index = self.args, self.kwargs, self._index
+        if index:
+            self._index = {name: value.repeat(times) for name, value in index.items()}
+        else:
+
+            def repeat(t: Any, dim: int | None) -> Any:
+                return t if dim is None else t.repeat(*[times if i == dim else 1 for i in range(t.dim())])
+
+            leaves = [repeat(t, dim) for t, dim in zip(self.leaves(), self.along, strict=True)]
+            self.args, self.kwargs = self.with_leaves(leaves)
+        try:
+            yield
+        finally:
+            self.args, self.kwargs, self._index = args, kwargs, index
+
+    # -- some of the data --------------------------------------------------------------------------------------------------
+
+    def subset(self, rows: Tensor) -> Self | None:
+        """Return the same object for some of the data, (len(rows),) indices; None where the arguments cannot be taken apart.
+
+        The tensors among the arguments are indexed along the dimension that has N entries; the first time, the result for
+        most data in another order is compared with the full evaluation before this is trusted.
+        """
+        if self.program.index:
+            return None
+        return self._subset(rows) if self.separable() else None
+
+    def _subset(self, rows: Tensor) -> Self:
+        def take(t: Any, dim: int | None) -> Any:
+            return t if dim is None else t.index_select(dim, rows)
+
+        part = copy.copy(self)
+        part.args, part.kwargs = self.with_leaves([take(t, dim) for t, dim in zip(self.leaves(), self.along, strict=True)])
+        active = None if self.program.active is None else self.program.active[rows]
+        part.program = dataclasses.replace(self.program, n_obs=len(rows), active=active)
+        part.n_obs, part._whole = len(rows), self.root
+        part.joined = dict(self.joined)
+        part.tested = self.tested[:, rows]
+        return part
+
+    def separable(self) -> bool:
+        """Whether the arguments can be taken apart by datum; found out the first time."""
+        if not self.separates:
+            self.separates.append(self._separable())
+        return self.separates[0]
+
+    def _separable(self) -> bool:
+        """Compare most of the data, in reverse, and the last one alone with the full evaluation."""
+        whole = self._map(self.density, self.tested)
+        close = 1e-6 if whole.dtype == torch.float64 else 1e-4
+        last = self.n_obs - 1
+        try:
+            for rows in (torch.arange(max(1, last), device=self.device).flip(0), torch.tensor([last], device=self.device)):
+                part = self._subset(rows)
+                mine, full = part._map(part.density, part.tested), whole[:, rows]
+                finite = full.isfinite()
+                if not torch.allclose(mine[finite], full[finite], rtol=close, atol=close):
+                    return False
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        return True
+
+    def leaves(self) -> list[Any]:
+        """Return the leaves of the arguments."""
+        return pytree.tree_leaves((self.args, self.kwargs))
+
+    def with_leaves(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments of the same structure with other leaves."""
+        args, kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure((self.args, self.kwargs)))
+        return args, kwargs
+
+    @property
+    def root(self) -> Self:
+        """The object of all data, of which this is a part."""
+        return self._whole or self
+
+    def _data_dimensions(self) -> list[int | None]:
+        """Return the dimension with N entries of each leaf of the arguments, the first where there are several."""
+        leaves, n = self.leaves(), self.n_obs
+        return [list(t.shape).index(n) if isinstance(t, Tensor) and n in t.shape else None for t in leaves]
+
+    def variant(self) -> Self:
+        """Return a copy whose arguments or program may be replaced."""
+        other = copy.copy(self)
+        other._whole, other.joined = None, dict(self.joined)
+        return other
+
+    # -- precision ---------------------------------------------------------------------------------------------------------
+
+    def take(self, dtype: torch.dtype | None) -> None:
+        """Copy weights, arguments and pinned values in `dtype`."""
+        self.snapshot.take(dtype)
+        self.args, self.kwargs = self.snapshot.args, self.snapshot.kwargs
+        self._index = dict(self.program.index)
+        self.program = program_in(dtype or self.own_dtype, self.program)
+
+    def promote(self, dtype: torch.dtype) -> None:
+        """Compute both programs in `dtype` throughout, where one of them holds or makes numbers of another precision."""
+        if isinstance(self.model, Promoted):
+            return
+        with seeded(0), self.snapshot.scope(), torch.no_grad():
+            if any(mixes(partial(self.run, which, {}), dtype) for which in ("model", "guide")):
+                self.model, self.guide = Promoted(self.model, dtype), Promoted(self.guide, dtype)
+
+    def converted(self, dtype: torch.dtype) -> Self:
+        """Return the same densities, of the same weights and arguments, evaluated in another precision."""
+        other = self.variant()
+        other.snapshot = self.snapshot.converted(dtype)
+
+        def convert(t: Any) -> Any:
+            return Snapshot.convert(t, dtype) if isinstance(t, Tensor) else t
+
+        other.args, other.kwargs = pytree.tree_map(convert, (self.args, self.kwargs))
+        other.program = program_in(dtype, self.program)
+        if isinstance(self.model, Promoted) and isinstance(self.guide, Promoted):
+            other.model, other.guide = Promoted(self.model.program, dtype), Promoted(self.guide.program, dtype)
+        other.tested = self.tested.to(dtype)
+        return other
+
+    def _rows_at_once(self) -> int:
+        """Return how many rows (draws x data) to evaluate together: wide data in small parts, which stay in the caches."""
+        if self.device.type != "cpu":
+            return ROWS
+        leaves = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and self.n_obs in t.shape]
+        width = max((t.numel() // self.n_obs for t in leaves), default=1)
+        return max(64, min(ROWS, ENTRIES // max(1, width)))
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The floating-point type of all computations; None for the program's own."""
+        return self.snapshot.dtype
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """The floating-point type that the programs themselves compute in."""
+        floating = (t.dtype for t in self.snapshot.leaves() if t.is_floating_point())
+        return next(floating, torch.get_default_dtype())
+
+    def note(self, sentence: str) -> None:
+        """Record and log one sentence."""
+        self.notes.append(sentence)
+        log.info(sentence)

@@ -1,0 +1,172 @@
+"""Functions of all draws and data, from programs for one datum: what graphs are traced from, and how one is evaluated."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from elbowroom.errors import first_line
+from elbowroom.inference.compiled.branches import Branches, levels
+from elbowroom.inference.compiled.graph import Function, Graph, Untraceable
+from elbowroom.inference.compiled.vmap_rules import Substitutes
+from elbowroom.inference.mcmc.leapfrog import leap
+from elbowroom.inference.randomness import undisturbed
+from elbowroom.inference.target.plain import PlainLogJoint
+
+Kind = Literal["joint", "terms", "guide", "grad", "parts", "leap"]
+GRADIENTS = frozenset({"grad", "parts", "leap"})
+PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79)
+FINER = 4  # graphs have no handlers to wait for: smaller parts still, which stay in the nearer caches
+
+
+def inputs(joint: PlainLogJoint) -> list[tuple[Tensor, int | None]]:
+    """Return the tensors that a graph takes beside z, for these data, each with the dimension of the data."""
+    found = [(t, dim) for t, dim in zip(joint.leaves(), joint.along, strict=True) if isinstance(t, Tensor)]
+    if joint.program.active is not None:
+        found.append((joint.program.active, 0))
+    return found + [(t, None) for t in joint.program.pinned.values()]
+
+
+def by_graph(joint: PlainLogJoint, graph: Function, z: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+    """Evaluate a graph of this module at z (S, N, d), in parts that stay in the caches.
+
+    Args:
+        joint: the log joint of these data.
+        graph: with outputs (S, N, ...).
+        z: (S, N, d).
+        *beside: what it takes beside z and the data: (S or 1, N, ...) or numbers.
+    """
+    n, draws = joint.n_obs, len(z)
+    given_data = inputs(joint)
+    rows = max(64, joint._rows // FINER) if joint.device.type == "cpu" else joint._rows
+    several = -(-n // rows)  # blocks of equal size, of about so many data
+    block = -(-n // several)
+    chunk = max(1, rows // block)
+    out: list[Tensor] = []
+    with joint.snapshot.scope():
+        z = z.to(joint.dtype or joint.own_dtype)
+        for data in range(0, n, block):
+            some = slice(data, min(data + block, n))
+            leaves = [t if dim is None else t.narrow(dim, data, some.stop - data) for t, dim in given_data]
+            for start in range(0, draws, chunk):
+                here = slice(start, start + chunk)
+                given = [t if t.dim() == 0 else t[here if len(t) > 1 else slice(1), some] for t in beside]
+                found = graph(z[here, some], *given, *leaves)
+                if block >= n and chunk >= draws:
+                    return found
+                out = out or [t.new_empty(draws, n, *t.shape[2:]) for t in found]
+                for whole, part in zip(out, found, strict=True):
+                    whole[here, some] = part
+    return tuple(out)
+
+
+class _Rows:
+    """The programs for one datum, whose arguments are inputs."""
+
+    def __init__(self, root: PlainLogJoint) -> None:
+        self.root = root
+        self.places = [i for i, t in enumerate(root.leaves()) if isinstance(t, Tensor)]
+        self.dims = [dim for _, dim in inputs(root)]
+        self.one = copy.copy(self.root)
+        self.one.n_obs = 1
+
+    def graph(self, kind: Kind, outcomes: tuple[bool, ...]) -> Graph:
+        """Trace one kind with sizes that no other dimension has."""
+        function, root = self._functions()[kind], self.root
+        given = inputs(root)
+        taken = {size for t, _ in given for size in t.shape} | {root.dim}
+        draws, data = [p for p in PRIMES if p not in taken][:2]
+        rows = torch.arange(data, device=root.device) % root.n_obs
+        z = root.tested[0].index_select(0, rows).expand(draws, -1, -1).contiguous()
+        some = [t if dim is None else t.index_select(dim, rows) for t, dim in given]
+        beside = _beside(kind, z)
+
+        def followed(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with Substitutes(), Branches(outcomes=list(outcomes)):
+                return function(*tensors)
+
+        with torch.set_grad_enabled(kind in GRADIENTS):
+            return Graph(followed, [z, *beside, *some], varying=(draws, data))
+
+    def record(self, kind: Kind) -> tuple[bool, ...]:
+        """Return what the branches of a kind come to, on all data."""
+        function = self._functions()["guide" if kind == "guide" else "terms"]
+        given = inputs(self.root)
+        branches = Branches(allowed=lambda tensor: self.level not in levels(tensor))
+        try:
+            with torch.no_grad(), undisturbed(self.root.tested), branches:
+                function(self.root.tested[:1], *[t for t, _ in given])
+        except Untraceable:
+            raise
+        except Exception as error:  # whatever a program raises under vmap
+            raise Untraceable(f"it does not run one datum at a time ({first_line(error)})") from error
+        return tuple(branches.outcomes)
+
+    def _functions(self) -> dict[Kind, Function]:
+        joint = self._over(lambda z: (self.one.density(z),))
+        terms = self._over(self.one.densities)
+        guide = self._over(lambda z: (self.one.guide_density(z),))
+
+        def grad(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            z = z.detach().requires_grad_()
+            (value,) = joint(z, *leaves)
+            return value.detach(), *torch.autograd.grad(value.sum(), z)
+
+        def parts(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            z = z.detach().requires_grad_()
+            prior, likelihood = terms(z, *leaves)
+            (of_prior,) = torch.autograd.grad(prior.sum(), z, retain_graph=True)
+            (of_likelihood,) = torch.autograd.grad(likelihood.sum(), z, allow_unused=True)
+            nothing = torch.zeros_like(of_prior)
+            return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood
+
+        def leapfrog(
+            z: Tensor, momentum: Tensor, size: Tensor, root: Tensor, kick: Tensor, *leaves: Tensor
+        ) -> tuple[Tensor, ...]:
+            def target(u: Tensor) -> tuple[Tensor, Tensor]:
+                value, gradient = grad(u, *leaves)
+                return value, gradient
+
+            return leap(target, z, momentum, size, root[0], kick)
+
+        return {"joint": joint, "terms": terms, "guide": guide, "grad": grad, "parts": parts, "leap": leapfrog}
+
+    def _over(self, density: Callable[[Tensor], tuple[Tensor, ...]]) -> Function:
+        """Return a function of all draws and data, from one of one row z (1, d)."""
+
+        def row(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            self.level = max(levels(z)) - 1 if torch._C._functorch.is_batchedtensor(z) else 0
+            self._put(leaves)
+            return tuple(value[0] for value in density(z[None]))
+
+        inside = torch.func.vmap(row, in_dims=(0, *self.dims), randomness="different")
+        return torch.func.vmap(inside, in_dims=(0, *[None] * len(self.dims)), randomness="different")
+
+    def _put(self, leaves: tuple[Tensor, ...]) -> None:
+        """Give the programs the arguments of one datum."""
+        rows = [t if dim is None else t.unsqueeze(dim) for t, dim in zip(leaves, self.dims, strict=True)]
+        whole = self.root.leaves()
+        for place, value in zip(self.places, rows, strict=False):
+            whole[place] = value
+        self.one.args, self.one.kwargs = self.root.with_leaves(whole)
+        rest = rows[len(self.places) :]
+        program = self.root.program
+        active = rest.pop(0) if program.active is not None else None
+        pinned = dict(zip(program.pinned, rest, strict=True))
+        self.one.program = dataclasses.replace(program, n_obs=1, active=active, pinned=pinned)
+
+
+def _beside(kind: Kind, z: Tensor) -> list[Tensor]:
+    """Return arguments of a leapfrog of which none could be left out or transposed unseen, for tracing and comparing."""
+    if kind != "leap":
+        return []
+    n, d = z.shape[1:]
+    momentum = torch.linspace(-1.0, 1.1, z.numel(), dtype=z.dtype, device=z.device).reshape(z.shape)
+    root = torch.eye(d, dtype=z.dtype, device=z.device) + torch.full((d, d), 0.3, dtype=z.dtype, device=z.device).tril(-1)
+    size, kick = torch.full_like(z[..., :1], 0.05), torch.full((), 0.5, dtype=z.dtype, device=z.device)
+    return [momentum, size.contiguous(), root.expand(1, n, d, d).contiguous(), kick]
