@@ -74,7 +74,7 @@ class Problem:
         self.log_joint = self.fresh()
 
     def fresh(self) -> LogJoint:
-        """Return a new seam, of which nothing is known yet."""
+        """Return a new log joint, of which nothing is known yet."""
         return LogJoint(self.vae.model, self.vae.guide, self.x)
 
     def starts(self, chains: int, seed: int) -> Tensor:

@@ -25,8 +25,8 @@ from benchmarks.decomposition import CASES, EXPERIMENTS
 from benchmarks.results import write
 from elbowroom.inference.references.importance.guide import amortized
 from elbowroom.inference.search.best_normal import refit
-from elbowroom.inference.target.of_vae import seam
-from elbowroom.runs import rows as asked
+from elbowroom.inference.target.of_vae import log_joint_of
+from elbowroom.runs.rows import own_rows
 
 NAME = "mnist_d50"  # the same fit as the decomposition's
 DRAWS = 2_000
@@ -46,8 +46,8 @@ ELBO is a lower bound on log p(x) too, and short of the best by the shortfall at
 def line(run: er.Run, part: str, count: int) -> str:
     """Return the row of the first images of a part of the data."""
     start = time.perf_counter()
-    index = np.sort(asked.own(run, part).index)[:count]
-    log_joint = seam(run.vae, run.experiment.batch(index))
+    index = np.sort(own_rows(run, part).index)[:count]
+    log_joint = log_joint_of(run.vae, run.experiment.batch(index))
     with torch.no_grad():
         before = amortized(log_joint, draws=DRAWS, keep=100, seed=1).stats["elbo"].double()
     found = refit(log_joint, family="diagonal", starts=1, score_draws=DRAWS, seed=2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from elbowroom.inference.mcmc.normals import Normals
-from elbowroom.inference.references.ais.annealing import Bound, lower, tune, upper
+from elbowroom.inference.references.ais.annealing import AnnealedBound, lower, tune, upper
 from elbowroom.inference.references.ais.paths import Path, PriorPath, RefitPath
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.simulate import simulate
@@ -25,8 +25,8 @@ class Sandwich:
     """
 
     log_joint: LogJoint
-    lower: dict[str, Bound]
-    upper: dict[str, Bound]
+    lower: dict[str, AnnealedBound]
+    upper: dict[str, AnnealedBound]
 
     @property
     def width(self) -> dict[str, Tensor]:

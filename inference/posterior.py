@@ -151,7 +151,7 @@ class Reference(ABC):
 RISK, GROUPS = 0.025, 16  # probability that a sure bound is none, and the most groups that it is taken from
 
 
-def surely(log_weights: Tensor) -> Tensor:
+def sure_bound(log_weights: Tensor) -> Tensor:
     r"""Return a lower bound on log E[w] that holds with a probability of at least 97.5 %, per datum.
 
     The draws are dealt into K <= 16 groups; L = min_k log mean_{group k} w - b with b = log(40) / K. By Markov's inequality a

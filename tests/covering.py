@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from elbowroom.components import compatibility as pairs
-from elbowroom.components import registry as components
+from elbowroom.components import compatibility, registry
 
 KINDS = {"prior": "prior", "likelihood": "likelihood", "guide": "guide", "network": "network", "objective": "objective"}
-WORDS: dict[str, list[str]] = {factor: components.names(kind) for factor, kind in KINDS.items()}
+WORDS: dict[str, list[str]] = {factor: registry.names(kind) for factor, kind in KINDS.items()}
 WORDS |= {"covariates": ["none", "given", "conditional"], "exposure": ["none", "given"], "holes": ["none", "some"]}
 FACTORS = tuple(WORDS)
 ISSUE = tuple(KINDS)
@@ -45,8 +44,8 @@ class Combination(NamedTuple):
 @functools.cache
 def clash(prior: str, guide: str, objective: str) -> str | None:
     """Return the reason for which the three do not go together."""
-    block = lambda kind, name: components.options_model(kind, name)(name=name)
-    return pairs.clash(block("prior", prior), block("guide", guide), block("objective", objective))
+    block = lambda kind, name: registry.options_model(kind, name)(name=name)
+    return compatibility.clash(block("prior", prior), block("guide", guide), block("objective", objective))
 
 
 def _fits(first: str, second: str, a: str, b: str) -> bool:
@@ -54,9 +53,9 @@ def _fits(first: str, second: str, a: str, b: str) -> bool:
     if (first, second) == ("likelihood", "network"):
         return not (a in TABLES and b in EVENT)
     if (first, second) == ("prior", "covariates"):
-        return b != "conditional" or any(o.name == "covariates" for o in components.component("prior", a).options)
+        return b != "conditional" or any(o.name == "covariates" for o in registry.component("prior", a).options)
     if (first, second) == ("likelihood", "exposure"):
-        cls: Any = components.component("likelihood", a).cls
+        cls: Any = registry.component("likelihood", a).cls
         return b == "none" or cls.takes_exposure
     return True
 

@@ -1,6 +1,6 @@
 r"""Posteriors whose answer is known, over which every method is tested. All values in nats and unconstrained coordinates.
 
-A builder draws n data from its own model (another seed is another set of posteriors) and returns the seam's `LogJoint`, with a
+A builder draws n data from its own model (another seed is another set of posteriors) and returns the `LogJoint`, with a
 guide that is amortized and imperfect, next to the truth. The truth is a closed form, or trapezoid sums over a fixed box of a
 density that is written out here a second time, by hand, and never asks `LogJoint`.
 """

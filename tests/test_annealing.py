@@ -22,7 +22,7 @@ from elbowroom.inference.mcmc.normals import Normals, StudentT
 from elbowroom.inference.posterior import resample
 from elbowroom.inference.references.ais import ais, annealing
 from elbowroom.inference.references.ais.ais import Annealed
-from elbowroom.inference.references.ais.annealing import Plan, lower, schedule, summarise, tune, upper
+from elbowroom.inference.references.ais.annealing import Ladder, lower, schedule, summarise, tune, upper
 from elbowroom.inference.references.ais.paths import Metric, PriorPath, RefitPath
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.linear_gaussian import LinearGaussian
@@ -183,7 +183,7 @@ def test_reverse_chains_from_exact_draws_are_above() -> None:
     for start in (draws, draws[:1].expand(16, -1, -1)):
         mean, error = mean_and_error(upper(path, plan, start, seed=3).value - truth)
         assert -4.5 * error < mean < 0.6
-    one = Plan([0.0, 1.0], plan.steps, [0, 0], 4)  # no trajectory: -log mean of 1 / p(x|z)
+    one = Ladder([0.0, 1.0], plan.steps, [0, 0], 4)  # no trajectory: -log mean of 1 / p(x|z)
     found = upper(path, one, draws, seed=3)
     torch.testing.assert_close(found.value, math.log(16) - torch.logsumexp(-log_joint.terms(draws)[1], 0))
 
@@ -330,7 +330,7 @@ def test_a_density_that_is_not_finite_costs_its_chain_only() -> None:
     runs = []
     for broken in (False, True):
         path = PriorPath(build(broken))
-        plan = Plan(schedule(20).tolist(), torch.full((1, 40), 0.4, dtype=F64), [0] * 21, 3)
+        plan = Ladder(schedule(20).tolist(), torch.full((1, 40), 0.4, dtype=F64), [0] * 21, 3)
         runs.append(lower(path, plan, chains=64, seed=2))
     whole, holed = runs
     torch.testing.assert_close(holed.value[20:], whole.value[20:])

@@ -27,7 +27,7 @@ F64 = torch.float64
 
 
 def exact(n: int = 60, seed: int = 0, dim: int = 2) -> tuple[LogJoint, Tensor, Tensor, Tensor]:
-    """A linear-Gaussian model whose full-rank guide is the posterior: the seam, x, posterior means and covariance."""
+    """A linear-Gaussian model whose full-rank guide is the posterior: the log joint, x, posterior means and covariance."""
     vae, x, oracle = linear_vae(dim, 5, family=FullRankNormal, n=n, seed=seed)
     set_guide(vae, oracle)
     return LogJoint(vae.model, vae.guide, x), x, *oracle.posterior(x)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from elbowroom.cli.app import main
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.conformance import catalogue
 
 ROOT = Path(__file__).parents[1]
-ALL = [(kind, name) for kind in components.kinds() for name in components.own_names(kind)]
+ALL = [(kind, name) for kind in registry.kinds() for name in registry.own_names(kind)]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_the_page_holds_every_component_and_option():
     page = catalogue.markdown()
     for kind, name in ALL:
         section = page.split(f"### {kind}: {name}\n")[1].split("\n##")[0]
-        for option in components.component(kind, name).options:
+        for option in registry.component(kind, name).options:
             assert f"| `{option.name}` | " in section
     for line in page.splitlines():
         if line.startswith("|"):
@@ -82,7 +82,7 @@ def test_json_says_the_same(printed):
     }
 
 
-@pytest.mark.parametrize(("kind", "example"), [(kind, catalogue._example(kind)) for kind in components.kinds()])
+@pytest.mark.parametrize(("kind", "example"), [(kind, catalogue._example(kind)) for kind in registry.kinds()])
 def test_the_examples_are_valid(kind, example):
     from elbowroom.spec import document, spec
 

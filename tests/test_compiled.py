@@ -19,13 +19,13 @@ from elbowroom.inference.compiled import graph as compiled
 from elbowroom.inference.compiled.branches import Branches
 from elbowroom.inference.compiled.graph import Graph, Untraceable
 from elbowroom.inference.compiled.policies import at_most, expecting, policy
-from elbowroom.inference.compiled.vmap_rules import Substitutes
+from elbowroom.inference.compiled.vmap_rules import VmapRules
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.program.promotion import mixed
 from elbowroom.inference.references.hmc.hmc import HMC
 from elbowroom.inference.target import graphs as traced
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.inference.target.tracing import _beside
+from elbowroom.inference.target.tracing import leapfrog_arguments
 from elbowroom.models.guides.base import AmortizedGuide
 from elbowroom.models.guides.normal import DiagonalNormal
 from elbowroom.models.likelihoods.binary import Bernoulli
@@ -80,7 +80,7 @@ def runs(joint: LogJoint) -> bool:
     """Say whether a program runs in this precision: not where it closes over tensors of another."""
     try:
         with policy("never"):
-            joint(joint.tested[:1])
+            joint(joint.probe_points[:1])
     except RuntimeError as error:
         if not mixed(error):
             raise
@@ -234,7 +234,7 @@ def test_convolutions_of_rows_under_vmap(d, transposed):
 
     def function(z: Tensor) -> tuple[Tensor, Tensor]:
         z = z.detach().requires_grad_()
-        with Substitutes():
+        with VmapRules():
             value = torch.func.vmap(torch.func.vmap(row))(z)
         return value.detach(), *torch.autograd.grad(value.sum(), z)
 
@@ -465,7 +465,7 @@ def test_the_comparison_of_a_leapfrog_sees_every_part_of_it(monkeypatch, planted
     joint = PROBLEMS["correlated"](3, 2).log_joint
 
     def plainly(joint, kind, z):
-        momentum, size, root, kick = _beside(kind, z)
+        momentum, size, root, kick = leapfrog_arguments(kind, z)
         return leap(joint.grad, z, momentum, size, root[0], kick)
 
     monkeypatch.setattr(traced, "_plainly", plainly)

@@ -9,7 +9,7 @@ import pytest
 from annotated_types import Gt
 from torch import Tensor
 
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.components.slots import build as slots_build
 from elbowroom.conformance.conformance import problems_of
 from elbowroom.errors import SpecError
@@ -18,7 +18,7 @@ from elbowroom.models.networks.mlp import MLP
 from elbowroom.models.priors.standard import Normal
 from elbowroom.spec import spec
 
-ALL = [(kind, name) for kind in components.kinds() for name in components.names(kind)]
+ALL = [(kind, name) for kind in registry.kinds() for name in registry.names(kind)]
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def plug_in():
     added: list[tuple[str, str]] = []
 
     def register(kind: str, name: str, cls: type) -> None:
-        components.register(kind, name, cls)
+        registry.register(kind, name, cls)
         added.append((kind, name))
 
     yield register
     for kind, name in added:
-        components.unregister(kind, name)
+        registry.unregister(kind, name)
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
@@ -46,13 +46,13 @@ def test_every_noise_scale_keeps_the_protocol(scale):
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_every_component_and_option_is_documented(kind, name):
-    found = components.component(kind, name)
+    found = registry.component(kind, name)
     assert found.summary.endswith((".", ")")), found.summary
     assert [o.name for o in found.options if not o.doc] == []
 
 
 def test_options_are_the_keyword_only_parameters():
-    mlp = components.component("network", "mlp")
+    mlp = registry.component("network", "mlp")
     assert mlp.facts == ("in_shape", "out_dim")
     assert [(o.name, o.type_text, o.default) for o in mlp.options] == [
         ("hidden", "list of whole numbers >= 1", (128, 128)),
@@ -83,7 +83,7 @@ def test_options_are_the_keyword_only_parameters():
 )
 def test_python_users_are_checked_too(build, message):
     for kind, name in ALL:
-        components.component(kind, name)
+        registry.component(kind, name)
     with pytest.raises(SpecError) as error:
         build()
     assert str(error.value) == message
@@ -168,7 +168,7 @@ def test_a_plug_in_is_known_to_specs_at_once(plug_in):
 )
 def test_register_refuses(kind, name, cls, message):
     with pytest.raises(SpecError) as error:
-        components.register(kind, name, cls)
+        registry.register(kind, name, cls)
     assert str(error.value) == message
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.components.slots import build
 from elbowroom.data import dataset as data
 from elbowroom.data.builtin import Digits, LinearGaussianData
@@ -19,7 +19,7 @@ from elbowroom.errors import SpecError, UserError
 
 
 def load(folder: Path, **options) -> Dataset:
-    chosen = components.options_model("data", "file").model_validate({"name": "file", **options})
+    chosen = registry.options_model("data", "file").model_validate({"name": "file", **options})
     return build("data", chosen, folder=folder).load()
 
 

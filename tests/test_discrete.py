@@ -1,4 +1,4 @@
-"""Discrete latents: their values are all listed, summed over by the seam and by Pyro, and the evidence is the sum by hand."""
+"""Discrete latents: their values are all listed, summed over here and by Pyro, and the evidence is the sum by hand."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import xarray as xr
 import elbowroom as er
 from elbowroom.cli import app as cli
 from elbowroom.errors import UserError
-from elbowroom.queries import stream as streaming
+from elbowroom.queries import stream
 
 TREE = {
     "schema": 1,
@@ -99,7 +99,7 @@ def test_what_comes_in_goes_out(run):
 def test_a_killed_answer_goes_on_and_says_the_same(run, tmp_path, monkeypatch):
     x, done = rows(50, seed=6), []
     np.save(tmp_path / "x.npy", x)
-    monkeypatch.setattr(streaming.stream, "__kwdefaults__", {**streaming.stream.__kwdefaults__, "size": 10})
+    monkeypatch.setattr(stream.stream, "__kwdefaults__", {**stream.stream.__kwdefaults__, "size": 10})
     whole = run.encode(tmp_path / "x.npy", samples=3)
 
     def stop(rows_done, total):
@@ -123,7 +123,7 @@ def test_a_killed_answer_goes_on_and_says_the_same(run, tmp_path, monkeypatch):
     assert not np.array_equal(other["draws"], whole["draws"])
     run.encode(tmp_path / "x.npy", out=out)  # without resume what is there is removed
     assert len(list((tmp_path / "x.nc.parts").glob("*.nc"))) == 5
-    streaming.finish(out)
+    stream.finish(out)
     assert not (tmp_path / "x.nc.parts").exists()
 
 

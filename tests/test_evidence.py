@@ -16,7 +16,7 @@ from problems import F64, PROBLEMS
 
 from elbowroom.analysis.audit.auditor import audit_log_joint
 from elbowroom.analysis.measures import gaps
-from elbowroom.analysis.measures.evidence import AIS_BOUND, LOWER_BOUND, REFIT_BOUND, TWO_SIDED, climb, sandwich
+from elbowroom.analysis.measures.evidence import AIS_BOUND, LOWER_BOUND, REFIT_BOUND, TWO_SIDED, evidence_of, sandwich
 from elbowroom.analysis.measures.gaps import guide_normals, refitted
 from elbowroom.analysis.measures.tabulate import VARIABLES
 from elbowroom.analysis.verdict.summary import sentences, summary
@@ -72,7 +72,7 @@ def annealed(value: float, upper: float | None = None) -> Posterior:
 
 
 def test_an_exact_value_comes_first() -> None:
-    found = climb(guide(), [weights(-9.0, "certified"), grid(-9.5, "exact")])
+    found = evidence_of(guide(), [weights(-9.0, "certified"), grid(-9.5, "exact")])
     assert set(found.method) == {"grid"}
     assert found.is_exact.all()
     np.testing.assert_allclose(found.value, -9.5)
@@ -80,10 +80,10 @@ def test_an_exact_value_comes_first() -> None:
 
 
 def test_the_refits_weights_come_before_the_guides() -> None:
-    found = climb(guide(), [weights(-10.01, "certified")])
+    found = evidence_of(guide(), [weights(-10.01, "certified")])
     assert set(found.method) == {"importance sampling from q* estimate"}
     np.testing.assert_allclose(found.upper - found.value, 1.96 * 0.01, rtol=1e-4)
-    found = climb(guide(), [weights(-10.01, "uncertified")])
+    found = evidence_of(guide(), [weights(-10.01, "uncertified")])
     assert set(found.method) == {"importance sampling estimate"}
 
 
@@ -97,7 +97,7 @@ def test_the_refits_weights_come_before_the_guides() -> None:
     ],
 )
 def test_what_contradicts_an_estimate_leaves_bounds(references: list[Posterior], why: str) -> None:
-    found = climb(guide(), references)
+    found = evidence_of(guide(), references)
     assert np.isnan(found.value).all()
     assert np.isnan(found.error).all()
     assert all("bound" in method for method in found.method)
@@ -106,19 +106,19 @@ def test_what_contradicts_an_estimate_leaves_bounds(references: list[Posterior],
 
 
 def test_an_estimate_that_annealing_agrees_with_stays() -> None:
-    assert np.isfinite(climb(guide(), [annealed(-9.95)]).value).all()
-    assert np.isfinite(climb(guide(), [annealed(-30.0)]).value).all()
+    assert np.isfinite(evidence_of(guide(), [annealed(-9.95)]).value).all()
+    assert np.isfinite(evidence_of(guide(), [annealed(-30.0)]).value).all()
 
 
 def test_the_bound_that_was_largest_on_other_draws_is_taken() -> None:
     bad = guide(trusted=0.0)
-    assert set(climb(bad, []).method) == {LOWER_BOUND}
-    np.testing.assert_allclose(climb(bad, []).lower, -10.4)
-    found = climb(bad, [weights(-9.0, "uncertified", first=-20.0), annealed(-9.7)])
+    assert set(evidence_of(bad, []).method) == {LOWER_BOUND}
+    np.testing.assert_allclose(evidence_of(bad, []).lower, -10.4)
+    found = evidence_of(bad, [weights(-9.0, "uncertified", first=-20.0), annealed(-9.7)])
     assert set(found.method) == {AIS_BOUND}  # q*'s second half was the larger, its first half was not
     np.testing.assert_allclose(found.lower, -10.0)
     assert np.isnan(found.upper).all()
-    found = climb(bad, [weights(-9.0, "uncertified", first=-9.2), annealed(-9.7, upper=-8.0)])
+    found = evidence_of(bad, [weights(-9.0, "uncertified", first=-9.2), annealed(-9.7, upper=-8.0)])
     assert set(found.method) == {REFIT_BOUND + TWO_SIDED}
     np.testing.assert_allclose(found.upper, -8.0)
     assert all("conditional on the certified draws" in reason for reason in found.reason)

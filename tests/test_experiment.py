@@ -13,8 +13,7 @@ import yaml
 import elbowroom as er
 from elbowroom.errors import DataError, RunFolderError, SpecError, UserError
 from elbowroom.run import Run, fit, ready
-from elbowroom.spec import document
-from elbowroom.spec import run_folder as folder
+from elbowroom.spec import document, run_folder
 from elbowroom.spec.experiment import Experiment
 from elbowroom.spec.spec import shipped_text
 
@@ -239,9 +238,9 @@ def test_broken_run_folders(how, fitted, tmp_path):
 def test_a_damaged_split_is_named(fitted, tmp_path):
     (tmp_path / "split.npz").write_bytes(b"no")
     with pytest.raises(RunFolderError, match=r"split\.npz: damaged"):
-        folder.read_split(tmp_path / "split.npz")
+        run_folder.read_split(tmp_path / "split.npz")
     with pytest.raises(RunFolderError, match=r"nowhere\.npz: missing"):
-        folder.read_split(tmp_path / "nowhere.npz")
+        run_folder.read_split(tmp_path / "nowhere.npz")
 
 
 def test_only_the_audit_of_a_run_can_be_set(fitted):

@@ -1,4 +1,4 @@
-"""The seam and the audit on Pyro programs that know nothing of Elbowroom, against independent grids written out by hand."""
+"""The log joint and the audit on Pyro programs that know nothing of Elbowroom, against grids written out by hand."""
 
 from __future__ import annotations
 

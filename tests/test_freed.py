@@ -23,12 +23,12 @@ from elbowroom.analysis.audit.auditor import audit_log_joint
 from elbowroom.analysis.measures.gaps import refitted
 from elbowroom.analysis.plots.report.gaps import parts
 from elbowroom.analysis.verdict import rules
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.conformance.properties import vae_with
 from elbowroom.inference.references.closed_form import ClosedForm
 from elbowroom.inference.references.grid.grid import Grid
 from elbowroom.inference.search import best_of_family as module
-from elbowroom.inference.search.best_of_family import freed, offered
+from elbowroom.inference.search.best_of_family import offered, refit_family
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models import spaces
 from elbowroom.models.guides.base import Family
@@ -73,10 +73,10 @@ def square(x: Tensor, z: Tensor) -> Tensor:
     return noise - 0.5 * z.square() - math.log(2 * math.pi)
 
 
-def scores(joint: LogJoint, **options: Any) -> module.Freed:
+def scores(joint: LogJoint, **options: Any) -> module.FamilyRefit:
     offer = offered(joint)
     assert offer is not None, joint.notes
-    found = freed(offer, seed=1, **options)
+    found = refit_family(offer, seed=1, **options)
     assert found is not None
     assert (found.gain >= -SIGMAS * found.gain_se - 1e-9).all()
     return found
@@ -251,7 +251,7 @@ def test_a_wrong_encoder_is_set_right_whatever_units_the_latents_have() -> None:
     assert (oracle.log_evidence(x) - found.elbo < 0.02 + found.shortfall).all()
 
 
-@pytest.mark.parametrize("name", components.names("guide"))
+@pytest.mark.parametrize("name", registry.names("guide"))
 def test_every_guide_family_offers_its_parameters_or_says_none(name: str) -> None:
     """What is offered has the guide's own density, with the Jacobian: `offered` checks it."""
     vae = vae_with("guide", name, {}).double()

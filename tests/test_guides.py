@@ -15,7 +15,7 @@ from pyro.distributions import TorchDistribution
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.errors import SpecError
 from elbowroom.inference.fit.svi import Step
 from elbowroom.inference.target.log_joint import LogJoint
@@ -651,4 +651,4 @@ def test_options_that_do_not_fit_are_refused(cls, options, says):
 )
 def test_options_out_of_range_are_refused(name, options):
     with pytest.raises(SpecError):
-        components.component("guide", name).cls(3, **options)
+        registry.component("guide", name).cls(3, **options)

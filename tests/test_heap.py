@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elbowroom.system import memory as heap
+from elbowroom.system import memory
 
 # what is freed lies between what is kept
 GAPS = """
@@ -35,7 +35,7 @@ def resident(trimmed: str) -> float:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024
 
 
-@pytest.mark.skipif(heap._trim() is None or not Path("/proc/self/status").exists(), reason="the C library cannot")
+@pytest.mark.skipif(memory._trim() is None or not Path("/proc/self/status").exists(), reason="the C library cannot")
 def test_gaps_are_given_back():
     held, given = resident("not"), resident("trim")
     assert held > 200  # or this shows nothing
@@ -43,5 +43,5 @@ def test_gaps_are_given_back():
 
 
 def test_without_such_a_c_library_nothing_happens(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(heap, "_trim", lambda: None)
-    heap.trim()
+    monkeypatch.setattr(memory, "_trim", lambda: None)
+    memory.trim()

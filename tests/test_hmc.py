@@ -178,7 +178,7 @@ def test_single_precision_only_where_its_rounding_is_small(options: dict[str, An
     y = options.get("shift", 0.0) + options.get("slope", 1.0) * torch.linspace(-2, 2, 5, dtype=F64)
     log_joint = conjugate(y, **options)
     chosen = in_precision(log_joint, scout(log_joint).refit.q, "auto", torch.Generator().manual_seed(9))
-    assert (chosen.tested.dtype == torch.float32) == single
+    assert (chosen.probe_points.dtype == torch.float32) == single
     found = QUICK(log_joint, keep=KEEP, seed=9)
     assert found.draws.dtype == F64
     error = diagnostics.mcse_mean(found.draws)[:, 0]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from problems import PROBLEMS, UNIMODAL
 
-from elbowroom.inference.posterior import surely
-from elbowroom.inference.references.importance.guide import evidence, halves
+from elbowroom.inference.posterior import sure_bound
+from elbowroom.inference.references.importance.guide import evidence, split_bounds
 from elbowroom.inference.references.importance.importance import ImportanceSampling, Proposal
 from elbowroom.inference.references.importance.psis import good_k, psis
 from elbowroom.inference.search.scout import scout
@@ -93,11 +93,11 @@ def test_sure_bounds_fail_at_most_once_in_forty(sd: float) -> None:
     """Log-normal weights of mean 1: the log of their mean lies above 0 far too often to be a bound, the sure one does not."""
     n = 20_000
     log_w = sd * torch.randn(32, n, dtype=F64, generator=torch.Generator().manual_seed(6)) - sd**2 / 2
-    failed = (surely(log_w) > 0).double().mean().item()
+    failed = (sure_bound(log_w) > 0).double().mean().item()
     assert failed <= 0.025 + 4.5 * (0.025 / n) ** 0.5
     plain = torch.logsumexp(log_w, 0) - math.log(32)
     assert (plain > 0).double().mean() > 0.15
-    assert (plain - surely(log_w)).median() < 0.3 + 2.5 * sd
+    assert (plain - sure_bound(log_w)).median() < 0.3 + 2.5 * sd
 
 
 def test_the_sure_bound_is_nearly_attained_by_the_worst_weights() -> None:
@@ -105,13 +105,13 @@ def test_the_sure_bound_is_nearly_attained_by_the_worst_weights() -> None:
     b = math.log(40) / 16
     heavy = torch.rand(16, 200_000, dtype=F64, generator=torch.Generator().manual_seed(7)) < math.exp(-b)
     log_w = torch.where(heavy, torch.tensor(b + 1e-9, dtype=F64), -torch.inf)
-    failed = (surely(log_w) > 0).double().mean().item()
+    failed = (sure_bound(log_w) > 0).double().mean().item()
     assert abs(failed - 0.025) < 4.5 * (0.025 / 200_000) ** 0.5
 
 
 def test_halves_are_of_different_draws() -> None:
     log_w = torch.cat([torch.full((50, 2), 3.0, dtype=F64), torch.full((50, 2), 1.0, dtype=F64)])
-    found = halves(log_w)
+    found = split_bounds(log_w)
     torch.testing.assert_close(found["bound_first"], torch.full((2,), 3.0, dtype=F64))
     torch.testing.assert_close(found["bound_sure"], torch.full((2,), 1 - math.log(40) / 16, dtype=F64))
 

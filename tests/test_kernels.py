@@ -27,7 +27,7 @@ from elbowroom.inference.mcmc.normals import Normals
 from elbowroom.inference.references.hmc import tempering
 from elbowroom.inference.references.hmc.chains import Sampler
 from elbowroom.inference.search.modes import Modes
-from elbowroom.inference.search.tempered import Bridge
+from elbowroom.inference.search.tempered import TemperedChains
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.simulate import simulate
 
@@ -100,7 +100,7 @@ def hamiltonian(
 
     def kernel(log_joint: LogJoint, start: Tensor, root: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         f, accept = target(log_joint), []
-        with log_joint.held():
+        with log_joint.frozen_weights():
             state = State.at(f, start[None])
             for _ in range(moves):
                 move = transition(f, state, root, step, 3, generator)
@@ -124,10 +124,10 @@ def trajectories(log_joint: LogJoint, start: Tensor, root: Tensor, generator: to
 
 def bridge(log_joint: LogJoint, start: Tensor, root: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Chains between prior and posterior, at b = 1."""
-    chains = Bridge(log_joint, start[None])
+    chains = TemperedChains(log_joint, start[None])
     one = torch.ones(log_joint.n_obs, dtype=F64)
     accept = []
-    with log_joint.held():
+    with log_joint.frozen_weights():
         for _ in range(20):
             accept.append(chains.move(one, root, 0.5 * one, 3, generator).accept)
     return chains.z[0], torch.stack(accept)

@@ -46,7 +46,7 @@ def posterior(x: Tensor, seen: Tensor, seed: int) -> Posterior:
 
 
 def joint(observe: Callable[[Tensor, Any, Tensor], Any], *args: Tensor) -> LogJoint:
-    """Build the seam from how x is observed: observe(mean, x, seen)."""
+    """Build the log joint from how x is observed: observe(mean, x, seen)."""
 
     def model(x: Tensor, seen: Tensor | None = None) -> None:
         with pyro.plate("rows", len(x)):

@@ -356,7 +356,7 @@ def by_hand(vae, x, z, c=None):
 
 
 def agree(vae, x, **beside):
-    """Check the seam's log p(x, z) against the formula by hand; it finds the VAE in train mode and leaves it so."""
+    """Check log p(x, z) against the formula by hand; it finds the VAE in train mode and leaves it so."""
     vae.train()
     state = copy.deepcopy(vae.state_dict())
     log_joint = LogJoint(vae.model, vae.guide, x, **beside)

@@ -13,7 +13,7 @@ import torch
 from conftest import linear_vae, set_guide
 from torch import Tensor
 
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.components.slots import build
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.inference.fit.plan import Session
@@ -681,7 +681,7 @@ def test_the_spec_names_an_objective():
         built = build("objective", loaded.fit.objective, where="fit.objective")
         assert repr(built) == (text or "renyi(alpha=0.0, particles=10)")
     assert spec.validate(BASE).spec.tree()["fit"]["objective"] == {"name": "elbo"}
-    assert set(components.names("objective")) >= {type(o).name for o in [*ALL, TraceEnum()]}
+    assert set(registry.names("objective")) >= {type(o).name for o in [*ALL, TraceEnum()]}
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ import pytest
 
 import elbowroom as er
 from elbowroom.cli.app import main
-from elbowroom.components import plugins
-from elbowroom.components import registry as components
+from elbowroom.components import plugins, registry
 from elbowroom.conformance.conformance import problems_of
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.spec import document, spec
@@ -44,9 +43,9 @@ WIDE = "python:wide.py:Wide"
 def forget():
     """Take what a test made known out of the registry."""
     yield
-    for kind in components.kinds():
-        components._in_use[kind].clear()
-    components.forget_python()
+    for kind in registry.kinds():
+        registry.in_use[kind].clear()
+    registry.forget_python()
 
 
 @pytest.fixture
@@ -85,13 +84,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_there_is_an_example_of_every_kind():
     assert set(EXAMPLES) == set(USES)
-    assert {kind for kind, _, _ in USES.values()} == set(components.kinds())
+    assert {kind for kind, _, _ in USES.values()} == set(registry.kinds())
 
 
 @pytest.mark.parametrize("file", USES)
 def test_an_example_keeps_the_protocol(file, here):
     kind, cls, _ = USES[file]
-    name = components.python(kind, f"python:{file}:{cls}", folder=here)
+    name = registry.python(kind, f"python:{file}:{cls}", folder=here)
     assert name == f"python:{here / file}:{cls}"
     assert problems_of(kind, name) == []
 
@@ -127,7 +126,7 @@ def test_options_are_checked_like_those_of_our_own(here, capsys):
     told = refused(capsys, "fit", "s.yaml", "--allow-python", "--set", "model.prior.scael=3")
     assert told == f"--set model.prior.scael: unknown option of {full}; did you mean 'scale'?"
     with pytest.raises(SpecError, match="scale: must be a number, got 'x'"):
-        components.component("prior", full).cls(2, scale="x")
+        registry.component("prior", full).cls(2, scale="x")
 
 
 def test_what_python_code_loads_needs_consent_too(here):
@@ -335,7 +334,7 @@ def install(here, monkeypatch):
 def test_an_installed_package_offers_a_prior(install, capsys):
     install("wide_pack", EXAMPLES["wide.py"], prior__wide="wide_pack:Wide")
     write({"name": "wide", "scale": 3})
-    assert "wide" in components.names("prior")
+    assert "wide" in registry.names("prior")
     spec.validate(DIGITS)
     assert "wide_pack" not in sys.modules  # listed by its metadata alone
     assert er.Experiment.load("s.yaml").build().prior.scale == 3.0

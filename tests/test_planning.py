@@ -17,7 +17,7 @@ from elbowroom.analysis.audit import auditor as audit_module
 from elbowroom.analysis.audit import cost as pilot
 from elbowroom.analysis.audit import plan as planning
 from elbowroom.analysis.audit.auditor import Audit, audit, audit_log_joint
-from elbowroom.analysis.audit.budget import Pace, Step
+from elbowroom.analysis.audit.budget import Clock, Progress
 from elbowroom.analysis.audit.cost import Cost
 from elbowroom.analysis.audit.plan import Plan, choose
 from elbowroom.analysis.audit.work import thinned
@@ -25,7 +25,7 @@ from elbowroom.errors import UserError
 from elbowroom.inference.posterior import Posterior, Reference
 from elbowroom.inference.references.grid.grid import Grid
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.system import durations as clock
+from elbowroom.system import durations
 
 
 def curved(y: Tensor, d: int = 2) -> LogJoint:
@@ -47,7 +47,7 @@ def curved(y: Tensor, d: int = 2) -> LogJoint:
     ("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("7", 7), (".5m", 30), (12, 12), (None, math.inf)]
 )
 def test_a_time_in_words(text, seconds) -> None:
-    assert clock.seconds(text) == seconds
+    assert durations.seconds(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_time_in_words(text, seconds) -> None:
 )
 def test_what_is_no_time_is_refused(text) -> None:
     with pytest.raises(UserError, match=r"^--budget: must be a time above 0, such as 90s, 10m or 1h, got "):
-        clock.seconds(text, "--budget")
+        durations.seconds(text, "--budget")
 
 
 def test_auto_goes_by_kind_and_dimension() -> None:
@@ -77,7 +77,7 @@ def test_auto_goes_by_kind_and_dimension() -> None:
 
 
 def test_a_grid_that_cannot_be_afforded_is_left_to_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pilot.LATTICE, 2, pilot.Work(calls=40, points=1e12))
+    monkeypatch.setitem(pilot.LATTICE, 2, pilot.Workload(calls=40, points=1e12))
     plan = choose("auto", curved(torch.ones(6, 2)))
     assert plan.names == ["hmc", "importance"]
     assert plan.reasons[0].startswith("a grid would take ")
@@ -179,7 +179,7 @@ def simulate(
     costs = [Cost(0.0, each / 10, least) for each in seconds.values()]
     plan = Plan(methods, [""] * len(methods), Cost(0.0, 0.01), costs, 10 * blocks, 10, budget)
     watch, ran = Time(), {name: [] for name in seconds}
-    pace = Pace(plan, [10] * blocks, budget, watch)
+    pace = Clock(plan, [10] * blocks, budget, watch)
     for block in range(blocks):
         watch.now += 0.1
         pace.finished("", 0.1, whole=True)
@@ -223,7 +223,7 @@ def test_without_a_budget_nothing_is_left_out_and_the_time_left_is_counted() -> 
 
 def test_progress_knows_the_plan_and_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_module, "BLOCK", 200 * 4)
-    steps: list[Step] = []
+    steps: list[Progress] = []
     audit_log_joint(curved(torch.ones(12, 2)), references=["grid"], draws=200, keep=100, progress=steps.append)
     assert steps[:3] == ["plan", "guide for data 0..3 of 12", "grid for data 0..3 of 12"]
     done = [step.done for step in steps]

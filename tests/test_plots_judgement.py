@@ -23,8 +23,7 @@ from elbowroom.analysis.plots.report import gaps as plots_gaps
 from elbowroom.analysis.plots.report import information as plots_information
 from elbowroom.analysis.plots.report import predictive as plots_predictive
 from elbowroom.analysis.plots.style import Absent, Plot
-from elbowroom.analysis.report import diagnosis as judged
-from elbowroom.analysis.report import report
+from elbowroom.analysis.report import diagnosis, report
 from elbowroom.analysis.report.report import Files, draw, write_report
 from elbowroom.analysis.verdict import judgement, rules
 from elbowroom.analysis.verdict.summary import sentences, summary
@@ -295,7 +294,7 @@ def test_many_faults_and_many_latents_are_counted():
 def test_no_figure_mixes_the_regimes():
     """Among all figures of a report the ECDFs of a regime are drawn in its own one alone; a swap is refused."""
     tree = whole()
-    plots = [item for item in judged.draw(gaps(), tree, audited="test") if isinstance(item, Plot)]
+    plots = [item for item in diagnosis.draw(gaps(), tree, audited="test") if isinstance(item, Plot)]
     for group, name in (("prior_sbc", "calibration_simulated"), ("posterior_sbc", "calibration_observed")):
         found = tree[group].to_dataset()
         for ecdf in found["ecdf"].values:
@@ -475,10 +474,10 @@ def test_predictive_distributions_beside_the_data(options):
 
 
 def test_numbers_of_verdicts_have_interval_and_units():
-    assert judged.number(MISSED) == "25% [20%, 30%] of the data"
-    assert judged.number(MISFIT) == "effect +0.3"
-    assert judged.number(judgement.Judgement("", 0.158, 0.1154, 0.1844, "nats", "", "", "")) == "0.158 [0.115, 0.184] nats"
-    assert judged.number(judgement.Judgement("", 1.0, np.nan, np.nan, "latents", "", "", "")) == "1 latent"
+    assert diagnosis.number(MISSED) == "25% [20%, 30%] of the data"
+    assert diagnosis.number(MISFIT) == "effect +0.3"
+    assert diagnosis.number(judgement.Judgement("", 0.158, 0.1154, 0.1844, "nats", "", "", "")) == "0.158 [0.115, 0.184] nats"
+    assert diagnosis.number(judgement.Judgement("", 1.0, np.nan, np.nan, "latents", "", "", "")) == "1 latent"
 
 
 def test_the_verdicts_stand_first_and_everything_is_escaped(tmp_path):
@@ -499,8 +498,8 @@ def test_the_verdicts_stand_first_and_everything_is_escaped(tmp_path):
 
 def test_absent_groups_and_an_absent_diagnosis_cost_a_sentence(tmp_path):
     folder = write_run(tmp_path / "run", n=12, event=(6,), labels=False)
-    assert judged.missing(None)[0].startswith("Judged by the gaps alone")
-    parts, *others = judged.draw(gaps(), None, audited="test")
+    assert diagnosis.missing(None)[0].startswith("Judged by the gaps alone")
+    parts, *others = diagnosis.draw(gaps(), None, audited="test")
     assert isinstance(parts, Plot)
     assert [isinstance(item, Absent) and "the run folder has no diagnosis.nc" in item.reason for item in others] == 6 * [True]
     left_out = ("prior_sbc", "checks", "pit", "predictive", "information")

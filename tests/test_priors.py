@@ -1,4 +1,4 @@
-"""Every prior, by one list: normalised, drawn from its own density, differentiable, saved and loaded, and right in the seam."""
+"""Every prior, by one list: normalised, drawn from its own density, differentiable, saved, loaded, right in the log joint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The catalogue itself: the seam and the truth are one model, and the truth is true."""
+"""The catalogue itself: the log joint and the truth are one model, and the truth is true."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_truth_against_another_lattice(name: str) -> None:
 
 @pytest.mark.parametrize("name", UNIMODAL)
 def test_importance_sampling_around_the_truth_agrees(name: str) -> None:
-    """Student-t proposals with the true moments: every dimension, the seam's own density, standard errors."""
+    """Student-t proposals with the true moments: every dimension, the log joint's own density, standard errors."""
     problem = built(name)
     log_joint, d, S = problem.log_joint, problem.log_joint.dim, 20_000
     g = torch.Generator().manual_seed(13)

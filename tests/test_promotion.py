@@ -79,7 +79,7 @@ def test_every_form_gives_the_numbers_of_the_float64_program(form: str) -> None:
     assert isinstance(joint.model, Promoted)
     assert not isinstance(expected.model, Promoted)
     assert joint.dtype == F64
-    z = expected.tested
+    z = expected.probe_points
     for mine, right in zip((*joint.grad(z), joint.log_guide(z)), (*expected.grad(z), expected.log_guide(z)), strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
     assert joint.draw("model", 5, 0).dtype == joint.draw("guide", 5, 0).dtype == F64
@@ -126,15 +126,15 @@ def test_a_pair_that_does_not_run_as_it_is_runs_in_float64_and_says_so(case: str
     assert "mixes precisions and does not run as it is; all is computed in torch.float64" in joint.notes[-1]
     assert len(joint.notes) == 1
     expected = LogJoint(*sound(W.double()), X.double())
-    torch.testing.assert_close(joint(expected.tested), expected(expected.tested))
+    torch.testing.assert_close(joint(expected.probe_points), expected(expected.probe_points))
 
 
 def test_single_precision_is_single_throughout() -> None:
     joint = LogJoint(*FORMS["named dtype"], X)
     single = joint.converted(F32)
-    value, gradient = single.grad(joint.tested.float())
+    value, gradient = single.grad(joint.probe_points.float())
     assert value.dtype == gradient.dtype == F32
-    torch.testing.assert_close(value.double(), joint(joint.tested), rtol=0, atol=1e-4)
+    torch.testing.assert_close(value.double(), joint(joint.probe_points), rtol=0, atol=1e-4)
 
 
 def test_what_cannot_be_converted_is_refused_in_one_line() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import elbowroom as er
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.components.slots import build
 from elbowroom.data import published
 from elbowroom.data.dataset import Dataset
@@ -81,7 +81,7 @@ def test_mnist(files: dict[str, np.ndarray]) -> None:
     binary = MNIST(binarize=128).load()
     assert binary.x.dtype == np.uint8
     np.testing.assert_array_equal(binary.x, grey >= 128)
-    components.component("data", "mnist")  # from here on the constructor is checked
+    registry.component("data", "mnist")  # from here on the constructor is checked
     with pytest.raises(SpecError, match=r"mnist: binarize: "):
         MNIST(binarize=256)
 
@@ -240,7 +240,7 @@ real = pytest.mark.skipif(published.VARIABLE not in os.environ, reason=f"{publis
 @real
 @pytest.mark.parametrize("name", ["binarized_mnist", "mnist"])
 def test_the_published_files(name: str) -> None:
-    chosen = components.options_model("data", name).model_validate({"name": name})
+    chosen = registry.options_model("data", name).model_validate({"name": name})
     dataset: Dataset = build("data", chosen).load()
     dataset.check()
     assert dataset.x.shape == (70_000, 28, 28)

@@ -29,7 +29,7 @@ from elbowroom.analysis.plots.report import latent as plots_latent
 from elbowroom.analysis.plots.report import posterior as plots_posterior
 from elbowroom.analysis.plots.report import training as plots_training
 from elbowroom.analysis.plots.report.model import prior_samples, reconstructions
-from elbowroom.analysis.report import key_figures as findings
+from elbowroom.analysis.report import key_figures
 from elbowroom.analysis.report.report import Files, write_picture, write_report
 from elbowroom.analysis.verdict import summary as verdict
 from elbowroom.errors import RunFolderError
@@ -251,7 +251,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.images, self.links, self.words, self.tags = [], [], [], [], set()
-        self.feed(text)
+        self.replay(text)
         self.close()
         self.text = " ".join(" ".join(self.words).split())
 
@@ -398,7 +398,7 @@ def test_data_without_evidence_are_counted_and_enter_no_mean(tmp_path):
     folder = write_run(tmp_path / "run", n=30, known=24)
     files = Files.read(folder)
     log_p = files.audit["log_evidence"].values[:24]
-    facts = {fact.label: fact for fact in findings.key_figures(files.audit, None, held_out=True)}
+    facts = {fact.label: fact for fact in key_figures.key_figures(files.audit, None, held_out=True)}
     evidence = facts["log p(x), held out"]
     assert evidence.value == f"{log_p.mean():.1f} ± {log_p.std(ddof=1) / np.sqrt(24):.1f}".replace("-", "−")
     assert "exact for 24, unknown for 6, which are not in this mean of 30 data (by grid)" in evidence.note
@@ -421,7 +421,7 @@ def test_bits_are_said_of_discrete_data_only(tmp_path, reported):
     files = Files.read(folder)
     assert files.entries == 64
     bits = -files.audit["log_evidence"].values / (64 * np.log(2))
-    note = findings.key_figures(files.audit, 64, held_out=True)[0].note
+    note = key_figures.key_figures(files.audit, 64, held_out=True)[0].note
     written = re.search(r"([0-9.]+) ± ([0-9.]+) bits per dimension\.", note)
     assert written is not None
     error = bits.std(ddof=1) / 12**0.5
@@ -431,11 +431,11 @@ def test_bits_are_said_of_discrete_data_only(tmp_path, reported):
 def test_the_worst_rows_are_the_worst(reported):
     files = Files.read(reported[0])
     gap = files.audit["gap_total"].values
-    rows = findings.worst_rows(files.audit)
+    rows = key_figures.worst_rows(files.audit)
     assert [row.obs_id for row in rows] == files.audit["obs_id"].values[np.argsort(-gap)][:10].tolist()
     assert rows[0].cells[2].startswith(canvas.say(gap.max()))
     bounded = write_run(reported[0].parent / "bounded", n=12, known=8)
-    cells = [row.cells for row in findings.worst_rows(Files.read(bounded).audit, 12)]
+    cells = [row.cells for row in key_figures.worst_rows(Files.read(bounded).audit, 12)]
     assert [("(bound)" in c[1], "≥" in c[1]) for c in cells] == [(False, False)] * 8 + [(True, True)] * 4
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.components.slots import build
 from elbowroom.data import published
 from elbowroom.data.repositories import ADULT, Adult, JSBChorales
@@ -137,7 +137,7 @@ real = pytest.mark.skipif(published.VARIABLE not in os.environ, reason=f"{publis
 @pytest.mark.slow
 @real
 def test_the_published_files() -> None:
-    chosen = components.options_model("data", "adult").model_validate({"name": "adult", "missing": "20%"})
+    chosen = registry.options_model("data", "adult").model_validate({"name": "adult", "missing": "20%"})
     dataset = build("data", chosen).load()
     dataset.check()
     assert dataset.x.shape == (32_561, 12)

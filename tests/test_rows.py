@@ -160,14 +160,14 @@ def test_covariates_and_exposure_stay_beside_their_rows() -> None:
 
 def test_training_batches_are_fresh_draws_of_the_grey_values() -> None:
     generator = torch.Generator().manual_seed(0)
-    feed = dynamic()
+    replay = dynamic()
     index = torch.arange(40)
-    drawn = torch.stack([feed.batch(index, generator)["x"] for _ in range(2000)])
+    drawn = torch.stack([replay.batch(index, generator)["x"] for _ in range(2000)])
     assert set(drawn.unique().tolist()) == {0.0, 1.0}
     p = grey().double() / 255
     assert ((drawn.mean(0) - p).abs() <= 5 * (p * (1 - p) / 2000).sqrt() + 1e-9).all()
-    assert torch.equal(feed.take(index)["x"], (grey() > 127).double())
-    assert torch.equal(next(feed.split(40))["x"], (grey() > 127).double())
+    assert torch.equal(replay.take(index)["x"], (grey() > 127).double())
+    assert torch.equal(next(replay.split(40))["x"], (grey() > 127).double())
 
 
 def test_a_dynamic_fit_is_resumed_bit_for_bit(tmp_path: Path) -> None:

@@ -12,12 +12,11 @@ import pytest
 from elbowroom.analysis.audit.auditor import Audit
 from elbowroom.analysis.report.report import write_report
 from elbowroom.cli.app import main
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.components.table import PLACES
 from elbowroom.errors import DataError, SpecError
 from elbowroom.run import Run, default_folder, fit
-from elbowroom.spec import document
-from elbowroom.spec import run_folder as folder
+from elbowroom.spec import document, run_folder
 from elbowroom.spec.experiment import Experiment
 from elbowroom.system import archive
 
@@ -106,7 +105,7 @@ def test_no_name_of_data_leads_out_of_a_run(here):
     before = {p for p in here.parents[1].rglob("*") if run.path.resolve() not in p.resolve().parents}
     for name in ("...npy", "..npy"):
         target = run.audit_folder(name)
-        assert target.parent == run.path / folder.AUDITS
+        assert target.parent == run.path / run_folder.AUDITS
     Path("...npy").write_bytes(Path("x.npy").read_bytes())
     Run.load("run").audit("...npy")
     after = {p for p in here.parents[1].rglob("*") if run.path.resolve() not in p.resolve().parents}
@@ -177,7 +176,7 @@ def test_a_run_folder_from_elsewhere_executes_nothing_without_the_flag(here, cap
     run = fit(Experiment.load("s.yaml", ["model.prior=python:own.py:Own"], allow_python=True), out="run")
     run.audit()
     Path("owned").unlink()
-    components.forget_python()  # as in another process
+    registry.forget_python()  # as in another process
     for command in (["audit", "run"], ["audit", "run", "--dry-run"], ["fit", "run/spec.yaml", "--out", "run", "--resume"]):
         with pytest.raises(SystemExit) as stop:
             main(command)

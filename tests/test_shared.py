@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elbowroom.inference.program.bilinear import Bilinear, Factor, Kept
 from elbowroom.inference.program.factorised import shared_log_prob
-from elbowroom.inference.target import shared_points as shared
+from elbowroom.inference.target import shared_points
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.guides.base import AmortizedGuide
 from elbowroom.models.guides.normal import DiagonalNormal
@@ -194,14 +194,14 @@ def test_points_together_in_parts_and_in_blocks_of_data_equal_plain_evaluation(
     assert joint.factorises == (name in FACTORISING)
     assert not joint.shared(z.clone().requires_grad_()).requires_grad
     blocks = torch.randperm(joint.n_obs)[:-1].split(3)
-    for size in (shared.HELD, 0):  # decoded once, or for every block
-        monkeypatch.setattr(shared, "HELD", size)
+    for size in (shared_points.HELD, 0):  # decoded once, or for every block
+        monkeypatch.setattr(shared_points, "HELD", size)
         for rows, log_p in zip(blocks, joint.shared_over(z, blocks), strict=True):
             torch.testing.assert_close(log_p, plain[:, rows], **close)
-    monkeypatch.setattr(shared, "_rows", lambda joint: 8)  # chunks that do not divide the points, and one of few
-    monkeypatch.setattr(shared, "ASSIGNED", 100)
+    monkeypatch.setattr(shared_points, "_rows", lambda joint: 8)  # chunks that do not divide the points, and one of few
+    monkeypatch.setattr(shared_points, "ASSIGNED", 100)
     torch.testing.assert_close(torch.cat([joint.shared(part) for part in z.split(17)]), plain, **close)
-    monkeypatch.setattr(shared, "HELD", 2**26)
+    monkeypatch.setattr(shared_points, "HELD", 2**26)
     torch.testing.assert_close(torch.cat(list(joint.shared_over(z, blocks)), 1), plain[:, torch.cat(blocks)], **close)
     (whole,) = joint.shared_over(z, [torch.arange(joint.n_obs)])
     torch.testing.assert_close(whole, plain, **close)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import elbowroom as er
 from elbowroom.cli.app import app
 from elbowroom.errors import UserError
-from elbowroom.inference.target.of_vae import seam
+from elbowroom.inference.target.of_vae import log_joint_of
 
 QUICK = {"epochs": 3, "batch_size": 16, "learning_rate": 1e-2, "device": "cpu"}
 NET = {"name": "mlp", "hidden": [8]}
@@ -136,10 +136,10 @@ def test_a_frame_with_holes_in_mixed_columns_under_a_discrete_prior(tmp_path):
     assert set(audit.table["status"].values.ravel()) == {"exact"}
     assert set(audit.table["evidence_method"].values) == {"enumeration"}
     # the sum over both states, by hand
-    log_joint = seam(run.vae, run.experiment.batch(audit.table["obs_id"].values))
-    with log_joint.held():
-        feeds = [log_joint.run("model", a) for a in log_joint.program.assignments]
-    both = torch.stack([feed.log_likelihood + feed.log_prior for feed in feeds])
+    log_joint = log_joint_of(run.vae, run.experiment.batch(audit.table["obs_id"].values))
+    with log_joint.frozen_weights():
+        replays = [log_joint.run("model", a) for a in log_joint.program.assignments]
+    both = torch.stack([replay.log_likelihood + replay.log_prior for replay in replays])
     np.testing.assert_allclose(audit.table["log_evidence"], torch.logsumexp(both, 0).detach(), atol=1e-3)
     assert "total variation" in run.report().read_text(encoding="utf-8")
 

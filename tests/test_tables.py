@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.components.slots import build
 from elbowroom.data.columns import Layout, describe_columns
 from elbowroom.data.dataset import Dataset
@@ -28,7 +28,7 @@ ROLES = {"covariates": ["dose", "batch"], "exposure": "depth", "labels": "who", 
 
 def load(folder: Path, text: str = TABLE, **options: object) -> Dataset:
     (folder / "x.csv").write_text(text)
-    chosen = components.options_model("data", "file").model_validate({"name": "file", "path": "x.csv", **options})
+    chosen = registry.options_model("data", "file").model_validate({"name": "file", "path": "x.csv", **options})
     return build("data", chosen, folder=folder, where="data").load()
 
 

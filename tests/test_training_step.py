@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elbowroom.components import registry as components
-from elbowroom.conformance import properties as promises
+from elbowroom.components import registry
+from elbowroom.conformance import properties
 from elbowroom.errors import NonFiniteLoss
 from elbowroom.inference.adam import Adam
 from elbowroom.inference.fit import step as training_step
@@ -37,7 +37,7 @@ from elbowroom.models.vae import VAE
 D, K, B, N = 6, 2, 8, 20
 OBJECTIVES = [MeanFieldELBO(), DReG(), Beta(free_bits=0.05), WakeSleep(particles=3)]
 MORE = [pytest.param(objective, marks=pytest.mark.slow) for objective in (IWAE(), Renyi(), StickingTheLanding())]
-PARTS = [(kind, name) for kind in ("likelihood", "guide", "prior") for name in components.names(kind)]
+PARTS = [(kind, name) for kind in ("likelihood", "guide", "prior") for name in registry.names(kind)]
 QUICK = [("likelihood", "mixed"), ("guide", "low_rank_normal"), ("guide", "categorical"), ("prior", "vamp")]
 
 
@@ -99,8 +99,8 @@ def equal(one: Step, other: Step) -> bool:
 
 
 def replays(kind: str, name: str, objective=None, *, graph: bool = True) -> None:
-    vae = promises.vae_with(kind, name, {}, latent_dim=3)
-    batch = promises.simulated(vae)
+    vae = properties.vae_with(kind, name, {}, latent_dim=3)
+    batch = properties.simulated(vae)
     vae.adapt(**batch)
     eager, ours = new(vae, "never", objective=objective), new(vae, "auto", objective=copy.deepcopy(objective))
     assert torch.equal(walk(eager, [batch]), walk(ours, [batch]))
@@ -143,8 +143,8 @@ COMPILED = [
     ("kind", "name"), [COMPILED[0], *(pytest.param(*part, marks=pytest.mark.slow) for part in (*COMPILED[1:], *QUICK))]
 )
 def test_a_compiled_step_has_the_same_draws_and_agrees_to_rounding(kind, name, said):
-    vae = promises.vae_with(kind, name, {}, latent_dim=3)
-    batch = promises.simulated(vae)
+    vae = properties.vae_with(kind, name, {}, latent_dim=3)
+    batch = properties.simulated(vae)
     vae.adapt(**batch)
     eager, ours = new(vae, "never", gradient_clip=0.5), new(vae, "always", gradient_clip=0.5)
     assert torch.allclose(walk(eager, [batch]), walk(ours, [batch]), rtol=1e-9)

@@ -2,7 +2,7 @@ r"""The audit: how far is q(z|x) from p(z|x), for this model and for each datum?
 
     log p(x) = ELBO + KL(q(z|x) || p(z|x)),   gap = log p(x) - ELBO
 
-`audit(model, guide, *args)` works for any Pyro pair; `audit_log_joint` is the same on a seam that is already built.
+`audit(model, guide, *args)` works for any Pyro pair; `audit_log_joint` is the same on a log joint that is already built.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import xarray as xr
 from annotated_types import Ge
 
 from elbowroom.analysis import idata
-from elbowroom.analysis.audit.budget import PLANNED, Pace, Step
+from elbowroom.analysis.audit.budget import PLANNED, Clock, Progress
 from elbowroom.analysis.audit.diagnosis import diagnose as find_out
 from elbowroom.analysis.audit.parts import Store
 from elbowroom.analysis.audit.plan import Plan, choose
 from elbowroom.analysis.audit.work import Work, unreached
-from elbowroom.analysis.measures.evidence import climb
+from elbowroom.analysis.measures.evidence import evidence_of
 from elbowroom.analysis.measures.expectations import expectations
 from elbowroom.analysis.measures.table import best_reference, trusted
 from elbowroom.analysis.measures.tabulate import tabulate
@@ -39,8 +39,7 @@ from elbowroom.inference.compiled.policies import Compile, policy
 from elbowroom.inference.posterior import CHAINS, Reference
 from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.system import durations as clock
-from elbowroom.system import memory as heap
+from elbowroom.system import durations, memory
 from elbowroom.system.files import atomic
 from elbowroom.system.stages import stage
 
@@ -167,7 +166,7 @@ def audit(
     budget: float | str | None = None,
     diagnose: bool = True,
     compile: Compile = "auto",
-    progress: Callable[[Step], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
     **kwargs: Any,
 ) -> Audit:
     """Audit the guide of any Pyro (model, guide) pair against references.
@@ -196,7 +195,7 @@ def audit(
         UnsupportedProgram: when per-datum inference does not apply to the pair; it names the site or plate and the reason.
         UserError: when a reference that was asked for cannot be used on this model.
     """
-    clock.seconds(budget)
+    durations.seconds(budget)
     with policy(compile):
         log_joint = LogJoint(model, guide, *args, plate=plate, **kwargs)
         beside: dict[str, LogJoint] | None = {} if diagnose else None
@@ -212,13 +211,13 @@ def audit_log_joint(
     seed: int = 0,
     obs_id: Sequence[int] | None = None,
     attrs: Mapping[str, str] | None = None,
-    progress: Callable[[Step], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
     budget: float | str | None = None,
     store: Store | None = None,
     beside: Mapping[str, LogJoint] | None = None,
     entries: int | None = None,
 ) -> Audit:
-    """Audit a guide through the seam, block by block of data; each block's draws are thinned before the next one.
+    """Audit a guide through the log joint, block by block of data; each block's draws are thinned before the next one.
 
     Args:
         log_joint: the model and guide.
@@ -228,30 +227,30 @@ def audit_log_joint(
         seed: random seed.
         obs_id: labels of the data; default 0 .. N-1.
         attrs: further attributes of the files, such as the spec's hash.
-        progress: called before each piece of work with a `Step`: a short sentence that also knows the share that is done, the
+        progress: called before each piece of work with a `Progress`: a sentence that also knows the share that is done, the
             seconds left and the plan.
         budget: seconds for the whole audit, or a text such as `10m`. It is shared out over references and blocks; data that are
             not reached are `uncertified`, with the reason. The guide's own pass is always made, and references have at least
             half of the budget beside it.
         store: where finished parts are kept and looked up.
-        beside: seams of other data of the same pair (such as `train`), whose gaps are found out too, with all else that the
+        beside: log joints of other data of the same pair (such as `train`), whose gaps are found too, with all else that the
             verdicts rest on; an empty mapping where there are none. None leaves all of it out.
         entries: entries of one datum, where the data are discrete: for these, bits per dimension are given too.
 
     Raises:
         UserError: when a reference that was asked for cannot be used on this model, or the budget is no time.
     """
-    started, limit = time.monotonic(), clock.seconds(budget)
+    started, limit = time.monotonic(), durations.seconds(budget)
     keep = min(keep, draws) // CHAINS * CHAINS
     with stage("plan"):
         plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=block_size(log_joint, draws))
     if store is not None:
         plan = _continued(plan, references, log_joint, store)
     sizes = _sizes(log_joint, plan.size)
-    pace = Pace(plan, sizes, started + plan.limit)
+    pace = Clock(plan, sizes, started + plan.limit)
     log.info("%s", plan)
     say = progress or (lambda step: None)
-    say(Step.of(PLANNED, pace))
+    say(Progress.of(PLANNED, pace))
     kept, moments = _kept(log_joint, keep, len(plan.references))
     work = Work(pace, say, keep=keep, kept=kept, moments=moments, draws=draws, seed=seed, store=store)
     found = [work.block(part, number, label) for number, (part, label) in enumerate(_blocks(log_joint, sizes))]
@@ -269,7 +268,7 @@ def audit_log_joint(
         facts["notes"] = "\n".join(notes)
     facts |= dict(attrs or {}) | ({} if entries is None else {"entries": str(entries)})
     with stage("table"):
-        table = tabulate(guide, posteriors, comparisons, climb(guide, posteriors), labels, facts)
+        table = tabulate(guide, posteriors, comparisons, evidence_of(guide, posteriors), labels, facts)
     diagnosis = None
     if beside is not None:
 
@@ -282,7 +281,7 @@ def audit_log_joint(
 
         diagnosis = find_out(
             log_joint, table, posteriors, beside, gaps,
-            seed=seed, entries=entries, until=pace.deadline, say=lambda sentence: say(Step.of(sentence, pace)),
+            seed=seed, entries=entries, until=pace.deadline, say=lambda sentence: say(Progress.of(sentence, pace)),
         )  # fmt: skip
     verdicts = judge(table) if diagnosis is None else from_dataset(diagnosis["verdicts"].to_dataset())
     table["verdict"] = ("obs_id", per_datum(table), {"long_name": "what can be said of this datum by its own numbers"})
@@ -344,4 +343,4 @@ def _blocks(log_joint: LogJoint, sizes: Sequence[int]) -> Iterator[tuple[LogJoin
         if part is None:
             raise UnsupportedProgram(f"data {int(rows[0])}..{int(rows[-1])} cannot be taken out of the arguments")
         yield part, f" for data {int(rows[0])}..{int(rows[-1])} of {n}"
-        heap.trim()
+        memory.trim()

@@ -12,7 +12,7 @@ from elbowroom.analysis.audit.plan import Plan
 TOLERANCE = 0.8  # of an estimate: with less time than this, work that cannot be cut short is not begun
 
 
-class Step(str):
+class Progress(str):
     """What is being done now, in a few words, as `progress` is called with: a string that also knows the time.
 
     Attributes:
@@ -26,7 +26,7 @@ class Step(str):
     plan: Plan
 
     @classmethod
-    def of(cls, text: str, pace: Pace) -> Step:
+    def of(cls, text: str, pace: Clock) -> Progress:
         """Return a step at the present moment."""
         step = cls(text)
         step.done, step.seconds_left, step.plan = pace.done, pace.seconds_left, pace.plan
@@ -47,7 +47,7 @@ class _Piece:
         return self.took / self.estimated if self.estimated > 0 else 1.0
 
 
-class Pace:
+class Clock:
     """Shares a budget out over blocks and methods, so that no block eats another's part.
 
     Time is given to each method as credit: its part of what is left, block after block. A block in which it could not even

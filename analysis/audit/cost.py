@@ -31,7 +31,7 @@ SEED = 777  # of its own: the pilot's random numbers are nobody else's
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a method asks of a model.
 
     Attributes:
@@ -65,16 +65,16 @@ class Cost:
 
 UNKNOWN = Cost(1.0, 0.0)
 
-SCOUT = Work(calls=130, points=3_500)
+SCOUT = Workload(calls=130, points=3_500)
 """Gradients of q* and the mode search, which the methods of `SCOUTED` share."""
 SCOUTED = ("hmc", "importance", "ais")
 WORK = {
-    "hmc": Work(calls=1_000, points=4_500, least=0.4),
-    "ais": Work(calls=3_200, points=45_000),  # with the reverse chains of the upper bounds
-    "importance": Work(calls=60, points=14_000),
+    "hmc": Workload(calls=1_000, points=4_500, least=0.4),
+    "ais": Workload(calls=3_200, points=45_000),  # with the reverse chains of the upper bounds
+    "importance": Workload(calls=60, points=14_000),
 }
 """Gradients of each method alone."""
-LATTICE = {1: Work(calls=40, points=2_500), 2: Work(calls=40, points=14_000), 3: Work(calls=60, points=130_000)}
+LATTICE = {1: Workload(calls=40, points=2_500), 2: Workload(calls=40, points=14_000), 3: Workload(calls=60, points=130_000)}
 """Densities, of a grid in 1, 2 or 3 dimensions."""
 GUIDE = 1.5  # densities that a draw of the guide costs, its own and the weights' diagnostics included
 
@@ -95,7 +95,7 @@ class Pilot:
 
     def guide(self) -> Cost:
         """Return the cost of the guide's own pass."""
-        return self._model(Work(calls=10, points=GUIDE * self.draws), self.density)
+        return self._model(Workload(calls=10, points=GUIDE * self.draws), self.density)
 
     def reference(self, method: Reference, before: Sequence[str]) -> Cost:
         """Return the cost of a method that runs after others on the same data.
@@ -111,7 +111,7 @@ class Pilot:
         if isinstance(method, Grid):
             return self._model(LATTICE[self.log_joint.dim], self.density)
         if isinstance(method, ClosedForm | Enumeration):
-            return self._model(Work(calls=10, points=2 * self.keep), self.density)
+            return self._model(Workload(calls=10, points=2 * self.keep), self.density)
         return self._timed(method)
 
     @property
@@ -129,7 +129,7 @@ class Pilot:
         return self._density
 
     @staticmethod
-    def _model(work: Work, call: Cost) -> Cost:
+    def _model(work: Workload, call: Cost) -> Cost:
         return Cost(call.fixed * work.calls, call.each * work.points, work.least)
 
     def _part(self, n: int) -> LogJoint:
@@ -143,7 +143,7 @@ class Pilot:
         part = self._part(ROWS)
         found = []
         for draws in DRAWS:
-            z = part.tested[:1].expand(draws, -1, -1).contiguous()
+            z = part.probe_points[:1].expand(draws, -1, -1).contiguous()
             with torch.no_grad():
                 call(part, z)  # the first call of a shape is slower
                 found.append((draws * part.n_obs, min(self._seconds(lambda z=z: call(part, z)) for _ in range(3))))  # type: ignore[misc]

@@ -55,8 +55,8 @@ def diagnose(
         log_joint: the model and guide of the audited data.
         table: their audit.
         posteriors: their references.
-        beside: seams of other data of the same model and guide, by name.
-        audit: audits a seam with the same references, given a seed, and returns its table.
+        beside: log joints of other data of the same model and guide, by name.
+        audit: audits a log joint with the same references, given a seed, and returns its table.
         seed: random seed.
         entries: entries of one datum, where the data are discrete.
         until: value of `time.monotonic()` after which no part is begun.
@@ -116,7 +116,7 @@ WORDS = {
 
 
 def _some(log_joint: LogJoint) -> LogJoint:
-    """Return the seam of at most `SIMULATED` of the data, evenly spread; all where they cannot be taken apart."""
+    """Return the log joint of at most `SIMULATED` of the data, evenly spread; all where they cannot be taken apart."""
     if log_joint.n_obs <= SIMULATED:
         return log_joint
     rows = np.linspace(0, log_joint.n_obs - 1, SIMULATED).round().astype(int)

@@ -18,7 +18,7 @@ from elbowroom.inference.references.grid.grid import MAX_DIM, Grid
 from elbowroom.inference.references.hmc.hmc import HMC
 from elbowroom.inference.references.importance.importance import ImportanceSampling
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.system import durations as clock
+from elbowroom.system import durations
 
 AFFORDABLE = 3600.0  # seconds of a grid that are spent without a budget, where sampling would take less
 PARTS = 10  # blocks that a budget which is too small is shared out over, at least
@@ -84,16 +84,17 @@ class Plan:
         return whole * cost.of(self.size) + (cost.of(rest) if rest else 0.0)
 
     def __str__(self) -> str:
-        lines = [f"plan for {self.n_obs} data, about {clock.words(min(self.total, self.budget))}:"]
+        lines = [f"plan for {self.n_obs} data, about {durations.words(min(self.total, self.budget))}:"]
         rows = [("guide", self._of(self.guide), "its ELBO and importance weights")]
         rows += list(zip(self.names, self.seconds, self.reasons, strict=True))
         width = max(len(name) for name, _, _ in rows)
-        lines += [f"  {name:<{width}}  about {clock.words(time)}: {why}" for name, time, why in rows]
+        lines += [f"  {name:<{width}}  about {durations.words(time)}: {why}" for name, time, why in rows]
         if not self.references:
             lines.append("  no reference applies to this model")
         if self.total > self.budget:
             lines.append(
-                f"  the budget of {clock.words(self.budget)} is less than the {clock.words(self.total)} that all of it would "
+                f"  the budget of {durations.words(self.budget)} is less than the {durations.words(self.total)} "
+                "that all of it would "
                 "take: it is shared out, and data that are not reached stay uncertified"
             )
         return "\n".join(lines)
@@ -171,7 +172,7 @@ def _auto(log_joint: LogJoint, pilot: Pilot, n: int, budget: float) -> tuple[lis
         takes, instead = (pilot.reference(method, []).of(n) for method in (grid, hmc))
         if takes <= max(min(budget, AFFORDABLE), instead):
             return [grid], [REASONS["grid"]]
-        names, why = ["hmc", "importance"], f"a grid would take {clock.words(takes)}; "
+        names, why = ["hmc", "importance"], f"a grid would take {durations.words(takes)}; "
     return [_build(name) for name in names], [why * (k == 0) + REASONS[name] for k, name in enumerate(names)]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from elbowroom.analysis.audit.budget import Pace, Step
+from elbowroom.analysis.audit.budget import Clock, Progress
 from elbowroom.analysis.audit.parts import Part, Store, described
 from elbowroom.analysis.measures.distances import Comparison, compare
 from elbowroom.analysis.measures.evidence import sandwich
@@ -21,7 +21,7 @@ from elbowroom.inference.posterior import Posterior, completed, concatenate
 from elbowroom.inference.references.importance.guide import amortized
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.system import durations as clock
+from elbowroom.system import durations
 from elbowroom.system.stages import stage
 
 SEED_STEP = 7919  # between the guide and each reference
@@ -48,8 +48,8 @@ class Work:
 
     def __init__(
         self,
-        pace: Pace,
-        say: Callable[[Step], None],
+        pace: Clock,
+        say: Callable[[Progress], None],
         *,
         keep: int,
         kept: int,
@@ -71,9 +71,9 @@ class Work:
         if all(piece is not None for piece in found):
             for name in ("", *plan.names):
                 self.pace.finished(name, 0.0, whole=False)
-            self.say(Step.of(f"found{label}", self.pace))
+            self.say(Progress.of(f"found{label}", self.pace))
             return self._closed(part, keys, found, start)
-        self.say(Step.of(f"guide{label}", self.pace))
+        self.say(Progress.of(f"guide{label}", self.pace))
         began = time.monotonic()
         guide = amortized(part, draws=self.draws, keep=self.keep, seed=start)
         guide = completed(part, guide, start + DISCRETE_STEP, which="guide")
@@ -84,7 +84,7 @@ class Work:
             if found[k] is not None or until is None:
                 self.pace.finished(method.name, 0.0, whole=False)
                 continue
-            self.say(Step.of(f"{method.name}{label}", self.pace))
+            self.say(Progress.of(f"{method.name}{label}", self.pace))
             began = time.monotonic()
             # a seed of its own: draws that shared the guide's random numbers would lie closer to it than chance
             with stage(method.name):
@@ -137,7 +137,7 @@ class Work:
         for k, name in enumerate(self.pace.plan.names, start=1):
             mine = [parts[k] for parts in found]
             like = next((part.posterior for part in mine if part is not None), None)
-            reason = f"{name}: the budget of {clock.words(self.pace.plan.budget)} ended before this datum was reached"
+            reason = f"{name}: the budget of {durations.words(self.pace.plan.budget)} ended before this datum was reached"
             whole = [
                 Part(_blank(name, guide, like, reason), _nothing(len(guide.status))) if part is None else part
                 for part, guide in zip(mine, guides, strict=True)
@@ -162,7 +162,7 @@ def unreached(posteriors: Sequence[Posterior], limit: float) -> list[str]:
     """Say in a sentence, if it is so, which references a budget kept from how many data."""
     counts = {p.method: sum(ENDED.search(reason) is not None for reason in p.reason) for p in posteriors}
     cut = [f"{method} at {count} of {len(posteriors[0].reason)} data" for method, count in counts.items() if count]
-    return [f"The budget of {clock.words(limit)} ended before all was done: {', '.join(cut)}."] if cut else []
+    return [f"The budget of {durations.words(limit)} ended before all was done: {', '.join(cut)}."] if cut else []
 
 
 def thinned(posterior: Posterior, kept: int, *, moments: bool = True) -> Posterior:

@@ -137,7 +137,7 @@ def criticise(
 
 
 def _some(log_joint: LogJoint, reference: Posterior, seed: int) -> tuple[LogJoint, Posterior, np.ndarray]:
-    """Return seam and posterior of as many data, taken at random, as are replicated in seconds, and which they are."""
+    """Return log joint and posterior of as many data, taken at random, as are replicated in seconds, and which they are."""
     n = log_joint.n_obs
     width = sum(value[0].numel() for value in log_joint.program.observed.values())
     most = max(LEAST, LARGE // max(1, width))
@@ -158,7 +158,7 @@ def _some(log_joint: LogJoint, reference: Posterior, seed: int) -> tuple[LogJoin
 
 
 def _unmasked(log_joint: LogJoint) -> LogJoint:
-    """Return the seam with NaN for what a mask takes out of the likelihood: it is no data, here and in replicates."""
+    """Return the log joint with NaN for what a mask takes out of the likelihood: it is no data, here and in replicates."""
     given = in_likelihood(log_joint)
     if not given:
         raise UnsupportedProgram("a mask takes all entries out of the likelihood")
@@ -241,7 +241,7 @@ def _joint(
 def _replicates(
     log_joint: LogJoint, number: int, seed: int
 ) -> Iterator[tuple[Mapping[str, Tensor], LogJoint | None, Tensor | None]]:
-    """Yield simulated data, with their seam and z where there are continuous latents."""
+    """Yield simulated data, with their log joint and z where there are continuous latents."""
     if log_joint.dim:
         for r in range(number):
             other, z = simulate(log_joint, seed + r)
@@ -264,7 +264,7 @@ def _residuals(
 
 
 def _among(log_joint: LogJoint, rows: Tensor) -> tuple[LogJoint, Tensor]:
-    """Return the seam of these data alone and where they are in it; the whole seam where it cannot be taken apart."""
+    """Return the log joint of these data alone and where they are in it; the whole log joint where it cannot be taken apart."""
     part = log_joint.subset(rows) if len(rows) < log_joint.n_obs else None
     if part is None:
         return log_joint, rows

@@ -35,7 +35,7 @@ LEAST = 20  # rows of each sample
 
 
 @dataclass(frozen=True)
-class Told:
+class TwoSample:
     """How well a sample can be told from data.
 
     Attributes:
@@ -54,7 +54,7 @@ class Told:
 
 
 @stage("two-sample test")
-def tell_apart(data: np.ndarray, samples: np.ndarray, *, seed: int = 0) -> Told:
+def tell_apart(data: np.ndarray, samples: np.ndarray, *, seed: int = 0) -> TwoSample:
     """Test whether samples and data come from one distribution, by a classifier.
 
     Args:
@@ -82,10 +82,10 @@ def tell_apart(data: np.ndarray, samples: np.ndarray, *, seed: int = 0) -> Told:
         placement[test] = wins.mean(1)
         variance += (len(test) / n) ** 2 * float(wins.mean(0).var(ddof=1)) / len(test)
     se = math.sqrt(_within(placement, halves) + variance)
-    return Told(float(placement.mean()), min(1.0, 2 * min(ps)), se, placement, variance)
+    return TwoSample(float(placement.mean()), min(1.0, 2 * min(ps)), se, placement, variance)
 
 
-def difference(one: Told, other: Told) -> tuple[float, float]:
+def difference(one: TwoSample, other: TwoSample) -> tuple[float, float]:
     """Return AUC(one) - AUC(other) and its standard error, where both were told from the same data in the same halves."""
     off = one.placement - other.placement
     se = math.sqrt(float(off.var(ddof=1)) / len(off) + one.variance_samples + other.variance_samples)

@@ -1,6 +1,6 @@
 r"""Distances between the guide and a reference posterior, per datum, always beside their noise floor.
 
-All are computed in the seam's unconstrained coordinates and in units of the reference's standard deviation; the total
+All are computed in the log joint's unconstrained coordinates and in units of the reference's standard deviation; the total
 variation of discrete sites is computed from their exact probabilities, so that it has no noise.
 """
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.analysis.measures.table import MISSED, Z95
-from elbowroom.inference.posterior import Posterior, Reference, surely
+from elbowroom.inference.posterior import Posterior, Reference, sure_bound
 from elbowroom.inference.references.ais.ais import Annealed
 from elbowroom.inference.references.ais.annealing import tune, upper
 from elbowroom.inference.references.ais.paths import PriorPath, RefitPath
@@ -46,7 +46,7 @@ CONDITIONAL = (
 
 
 @dataclass(frozen=True)
-class Ladder:
+class EvidenceTable:
     """The evidence per datum, (N,) each, in nats.
 
     Attributes:
@@ -78,7 +78,7 @@ class _Candidate:
     fresh: np.ndarray
 
 
-def climb(guide: Posterior, references: Sequence[Posterior]) -> Ladder:
+def evidence_of(guide: Posterior, references: Sequence[Posterior]) -> EvidenceTable:
     """Take, for each datum, the first rung that holds.
 
     Args:
@@ -119,7 +119,7 @@ def climb(guide: Posterior, references: Sequence[Posterior]) -> Ladder:
         method[open_] = np.where(two_sided, best + TWO_SIDED, best)[open_]
         text = np.array([f"no value: {w}" if w else "no value" for w in why_not], dtype=object)
         reason[open_] = np.where(two_sided, text + CONDITIONAL, text)[open_]
-    return Ladder(value, error, lower, upper_, method.astype(str), reason.astype(str), is_exact)
+    return EvidenceTable(value, error, lower, upper_, method.astype(str), reason.astype(str), is_exact)
 
 
 def _numpy(t: Tensor) -> np.ndarray:
@@ -266,5 +266,5 @@ def _reverse(
     start = draws[:, used].nan_to_num()
     with torch.no_grad():
         plan = tune(path, temperatures=method.temperatures, leapfrogs=method.leapfrogs, seed=seeds[0], until=until)
-        value = -surely(upper(path, plan, start, seed=seeds[1], until=until).log_weights)
+        value = -sure_bound(upper(path, plan, start, seed=seeds[1], until=until).log_weights)
     return (value if len(used) == len(rows) else value[rows]).to(home)

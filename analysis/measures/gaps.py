@@ -31,7 +31,7 @@ from torch import Tensor
 
 from elbowroom.inference.mcmc.normals import HALF_LOG_2PI, Normals, Refit
 from elbowroom.inference.search.best_normal import refit
-from elbowroom.inference.search.best_of_family import Freed, Offer, freed, offered
+from elbowroom.inference.search.best_of_family import FamilyRefit, OfferedFamily, offered, refit_family
 from elbowroom.inference.search.noise import antithetic_noise, matched
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
@@ -85,7 +85,7 @@ def refitted(log_joint: LogJoint, full: Refit | None = None, until: float = math
     elif full is None or diagonal is not None:
         full = _fullest(log_joint, [found.q for found in (diagonal, full) if found is not None])
     assert full is not None
-    own = freed(offer, near=full.q, seed=SEED + 3, until=until) if offer is not None and family is None else None
+    own = refit_family(offer, near=full.q, seed=SEED + 3, until=until) if offer is not None and family is None else None
     best = None
     if own is not None and offer is not None and q is not None:
         best, shortfall = _as_normals(offer, own), own.shortfall
@@ -117,7 +117,7 @@ def _fullest(log_joint: LogJoint, also: Sequence[Normals]) -> Refit:
     return refit(log_joint, family="full", also=also, seed=SEED + 1)
 
 
-def _all_of(family: Which, offer: Offer | None) -> Which:
+def _all_of(family: Which, offer: OfferedFamily | None) -> Which:
     """Return the normals of which the guide can be every one, by the number of its parameters: diagonal, full, or neither."""
     if family is None or offer is None:
         return family
@@ -130,13 +130,13 @@ def _all_of(family: Which, offer: Offer | None) -> Which:
     return "diagonal" if family == "diagonal" and width == 2 * d else None
 
 
-def _as_normals(offer: Offer, own: Freed) -> Normals | None:
+def _as_normals(offer: OfferedFamily, own: FamilyRefit) -> Normals | None:
     """Return q* as the normals that it is."""
     draws = offer.sample(own.params, 64, SEED)
     return _normals(draws, offer.log_prob(draws, own.params), lambda u: offer.log_prob(u, own.params))[1]
 
 
-def _own(own: Freed) -> dict[str, Tensor]:
+def _own(own: FamilyRefit) -> dict[str, Tensor]:
     """Return the columns of a q* that is no normal."""
     lost = ~(own.elbo.isfinite() & own.gain.isfinite())
     wrong = lost | (own.gain < -APART * own.gain_se - EXACT)

@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 
 from elbowroom.analysis.measures.distances import Comparison
-from elbowroom.analysis.measures.evidence import Ladder
+from elbowroom.analysis.measures.evidence import EvidenceTable
 from elbowroom.analysis.measures.gaps import NAMES as PARTS
 from elbowroom.analysis.measures.table import Z95
 from elbowroom.inference.posterior import Posterior
@@ -116,7 +116,7 @@ def _first(references: Sequence[Posterior], name: str, n: int) -> np.ndarray:
     return value
 
 
-def _gaps(guide: Posterior, ladder: Ladder, elbo: np.ndarray, elbo_se: np.ndarray) -> dict[str, np.ndarray]:
+def _gaps(guide: Posterior, ladder: EvidenceTable, elbo: np.ndarray, elbo_se: np.ndarray) -> dict[str, np.ndarray]:
     """Return the gap and its two parts, with intervals; all from the same data."""
     gap = ladder.value - elbo
     spread = Z95 * np.hypot(elbo_se, _one_error(ladder))
@@ -146,7 +146,7 @@ def _gaps(guide: Posterior, ladder: Ladder, elbo: np.ndarray, elbo_se: np.ndarra
     }
 
 
-def _one_error(ladder: Ladder) -> np.ndarray:
+def _one_error(ladder: EvidenceTable) -> np.ndarray:
     """Return the error of log p(x) as one standard error: a numerical one is an end of an interval."""
     return np.where(ladder.is_exact, ladder.error / Z95, ladder.error)
 
@@ -155,7 +155,7 @@ def tabulate(
     guide: Posterior,
     references: Sequence[Posterior],
     comparisons: Sequence[Comparison],
-    ladder: Ladder,
+    ladder: EvidenceTable,
     labels: np.ndarray,
     attrs: Mapping[str, str],
 ) -> xr.Dataset:

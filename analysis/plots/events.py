@@ -37,14 +37,14 @@ def event_sequence(latent: xr.DataTree | None) -> tuple[int, int] | None:
     return (event[0], event[1]) if len(event) == 2 else None
 
 
-def _mean(x: np.ndarray, axis: int) -> np.ndarray:
+def mean_over(x: np.ndarray, axis: int) -> np.ndarray:
     """Return the mean over what is there; NaN where nothing is."""
     seen = np.isfinite(x)
     with np.errstate(invalid="ignore"):
         return np.where(seen, x, 0.0).sum(axis) / seen.sum(axis)
 
 
-def _in_units(latent: xr.DataTree | None, x: np.ndarray) -> np.ndarray:
+def in_units(latent: xr.DataTree | None, x: np.ndarray) -> np.ndarray:
     """Return entries (N, entry) in standard deviations of the audited data where x is a table, whose columns differ in unit."""
     data = group(latent, "reconstruction")
     if latent is None or data is None or "columns" not in latent.attrs:
@@ -63,7 +63,7 @@ def units_of_rows(latent: xr.DataTree | None) -> str:
     return f"{text}: so few that they are uncertain themselves." if n < FEW_ROWS else f"{text}."
 
 
-def _name_entries(axes: Axes, latent: xr.DataTree | None) -> None:
+def name_entries(axes: Axes, latent: xr.DataTree | None) -> None:
     """Label the entries of x: by the names of a table's columns, where they fit."""
     names = [] if latent is None else [str(name) for name in np.atleast_1d(latent.attrs.get("columns", []))]
     axes.set(xlabel="entry of x", ylabel="x (sd of the data)" if names else "x (data units)")

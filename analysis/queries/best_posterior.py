@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.analysis.audit.plan import choose
-from elbowroom.analysis.measures.evidence import Ladder, climb
+from elbowroom.analysis.measures.evidence import EvidenceTable, evidence_of
 from elbowroom.analysis.measures.missed_modes import missed_mass
 from elbowroom.inference.posterior import Posterior, Reference, completed, in_chains, resample
 from elbowroom.inference.references.closed_form import ClosedForm
@@ -57,7 +57,7 @@ class Reading:
     guide: Posterior
     posterior: Posterior
     source: list[str]
-    evidence: Ladder
+    evidence: EvidenceTable
     references: list[Posterior]
 
 
@@ -113,7 +113,7 @@ def read(
         found.stats["missed_mass"] = missed_mass(log_joint, guide, found)
         references.append(found)
     posterior, source = _best(log_joint, guide, references, keep, seed + RESAMPLE_STEP)
-    return Reading(guide, posterior, source, climb(guide, references), references)
+    return Reading(guide, posterior, source, evidence_of(guide, references), references)
 
 
 def _best(

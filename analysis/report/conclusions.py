@@ -9,15 +9,15 @@ import xarray as xr
 
 from elbowroom.analysis.measures.table import GOOD_K, MISSED, best_reference, column, trusted
 from elbowroom.analysis.plots.style import count, percent, say
-from elbowroom.analysis.report import key_figures as findings
-from elbowroom.analysis.verdict.remedies import Cures
+from elbowroom.analysis.report import key_figures
+from elbowroom.analysis.verdict.remedies import Remedies
 from elbowroom.analysis.verdict.thresholds import known as thresholds_known
 from elbowroom.analysis.verdict.thresholds import median as thresholds_median
 
 
 def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
     """Return what the reader may conclude from this audit, and what not, one sentence each."""
-    n, kind, cures = table.sizes["obs_id"], findings.kinds(table), Cures.of(table)
+    n, kind, cures = table.sizes["obs_id"], key_figures.kinds(table), Remedies.of(table)
     gap, k = column(table, "gap_total"), column(table, "pareto_k")
     known = gap[np.isfinite(gap)]
     reference = best_reference(table)

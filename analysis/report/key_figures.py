@@ -29,7 +29,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Row:
+class WorstRow:
     """One line of the table of the worst data; every field is ready to print."""
 
     obs_id: int
@@ -153,7 +153,7 @@ def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> li
     return figures
 
 
-def worst_rows(table: xr.Dataset, size: int = 10) -> list[Row]:
+def worst_rows(table: xr.Dataset, size: int = 10) -> list[WorstRow]:
     """Return the data with the largest gaps, then, where gaps are few, those without a known one."""
     gap = column(table, "gap_total")
     order = np.argsort(np.where(np.isfinite(gap), -gap, np.inf), kind="stable")[:size]
@@ -183,7 +183,7 @@ def worst_rows(table: xr.Dataset, size: int = 10) -> list[Row]:
             cells += [_short(part[name].values[n]) for name in ("mean_error", "sd_ratio")]
             cells.append(f"{str(reference).replace('_', ' ')}: {part['status'].values[n]}")
             reason = str(part["reason"].values[n]).removeprefix(f"{reference}: ") if "reason" in part else ""
-        rows.append(Row(int(table["obs_id"].values[n]), tuple(cells), reason))
+        rows.append(WorstRow(int(table["obs_id"].values[n]), tuple(cells), reason))
     return rows
 
 

@@ -27,9 +27,8 @@ from elbowroom.analysis.plots.report import posterior as plots_posterior
 from elbowroom.analysis.plots.report import training as plots_training
 from elbowroom.analysis.plots.report.model import prior_samples, reconstructions
 from elbowroom.analysis.plots.style import DPI, Absent, Plot, thumbnail, tone
-from elbowroom.analysis.report import conclusions
+from elbowroom.analysis.report import conclusions, key_figures
 from elbowroom.analysis.report import diagnosis as judged
-from elbowroom.analysis.report import key_figures as findings
 from elbowroom.analysis.verdict import judgement
 from elbowroom.errors import RunFolderError
 from elbowroom.inference.fit.record import Row
@@ -150,21 +149,21 @@ def write_report(folder: str | Path) -> Path:
     said = [line for line in str(files.audit.attrs.get("verdict", "")).splitlines() if line.strip()]
     verdict = [line for line in said if not line.startswith("Verdict: ")]  # which the table says
     split = None if files.split is None else {name: len(rows) for name, rows in files.split.items()}
-    rows = findings.worst_rows(files.audit)
+    rows = key_figures.worst_rows(files.audit)
     html = environment.get_template("report.html.j2").render(
         name=files.name,
         verdicts=judged.lines(files.audit, files.diagnosis),
         missing=judged.missing(files.diagnosis),
         verdict=verdict or ["The audit says nothing more."],
-        facts=findings.key_figures(files.audit, files.entries, held_out=files.held_out),
+        facts=key_figures.key_figures(files.audit, files.entries, held_out=files.held_out),
         n=files.audit.sizes["obs_id"],
         figures=shown,
         worst=rows,
         thumbnails=_thumbnails(files, [row.obs_id for row in rows]),
-        columns=findings.WORST_COLUMNS,
+        columns=key_figures.WORST_COLUMNS,
         may=may,
         may_not=may_not,
-        declared=findings.declared(files.spec, split, files.audit),
+        declared=key_figures.declared(files.spec, split, files.audit),
         has_spec=files.spec is not None,
         version=str(files.audit.attrs.get("elbowroom", "")),
     )

@@ -10,7 +10,7 @@ FITTED = "spec_sha256"  # attribute of the audits of runs
 
 
 @dataclass(frozen=True)
-class Cures:
+class Remedies:
     """Cures in the words of those who can carry them out; each is a part of a sentence.
 
     Attributes:
@@ -44,12 +44,12 @@ class Cures:
     draws: str
 
     @classmethod
-    def of(cls, table: xr.Dataset) -> Cures:
+    def of(cls, table: xr.Dataset) -> Remedies:
         """Return those for an audit: of a run, whose spec can be changed, or of a Pyro program."""
         return RUN if FITTED in table.attrs else PROGRAM
 
 
-RUN = Cures(
+RUN = Remedies(
     references="more time (--budget), another reference (audit.references), or fewer latents",
     modes="guide.family=mixture, or flow",
     covariance="guide.family=full_rank_normal",
@@ -64,7 +64,7 @@ RUN = Cures(
     likelihoods="elbowroom components likelihood",
     draws="posteriors/{reference}.nc",
 )
-PROGRAM = Cures(
+PROGRAM = Remedies(
     references="more time (budget=), another one (references=), or fewer latents",
     modes="a mixture of normals, or a flow",
     covariance="a guide with a full covariance (MultivariateNormal, its scale_tril from the encoder)",

@@ -38,7 +38,7 @@ from elbowroom.analysis.measures.table import (
     trusted,
 )
 from elbowroom.analysis.verdict.judgement import Judgement
-from elbowroom.analysis.verdict.remedies import Cures
+from elbowroom.analysis.verdict.remedies import Remedies
 from elbowroom.analysis.verdict.thresholds import (
     CAUSE,
     COLLAPSED,
@@ -70,7 +70,7 @@ class Facts:
     """
 
     def __init__(self, table: xr.Dataset, beside: Mapping[str, xr.Dataset]) -> None:
-        self.table, self.beside, self.cures = table, beside, Cures.of(table)
+        self.table, self.beside, self.cures = table, beside, Remedies.of(table)
         self.n = table.sizes["obs_id"]
         self.known = known(table)
         self.gap = column(table, "gap_total")[self.known]

@@ -31,7 +31,7 @@ DEEP = 6  # containers and objects within each other
 Kept = tuple[str, Any, Callable[[], Any], Callable[[Any], None]]
 
 
-class HiddenState:
+class SideEffects:
     """Copies of what modules hold beside parameters and buffers.
 
     Args:
@@ -121,9 +121,9 @@ class HiddenState:
 
 
 @contextmanager
-def left_alone(*modules: nn.Module) -> Iterator[HiddenState]:
+def left_alone(*modules: nn.Module) -> Iterator[SideEffects]:
     """Put back afterwards what a program changes beside parameters and buffers."""
-    state = HiddenState(*modules)
+    state = SideEffects(*modules)
     try:
         yield state
     finally:

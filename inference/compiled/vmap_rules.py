@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
-class Substitutes(TorchFunctionMode):
+class VmapRules(TorchFunctionMode):
     """Replaces them while a function is traced; what cannot be replaced is left as it is."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from elbowroom.errors import NonFiniteLoss, SpecError, first_line
 from elbowroom.inference.fit.checkpoint import identity, load, save
 from elbowroom.inference.fit.mixed_precision import effect, lowered
-from elbowroom.inference.fit.plan import CHECKPOINT, EFFECT, HISTORY, WEIGHTS, Plan, Session
+from elbowroom.inference.fit.plan import CHECKPOINT, EFFECT, HISTORY, WEIGHTS, Schedule, Session
 from elbowroom.inference.fit.record import History, Row
 from elbowroom.inference.fit.rows import Rows
 from elbowroom.inference.fit.step import Step
@@ -70,7 +70,7 @@ def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, 
     return total / len(data)
 
 
-class _Run:
+class Loop:
     """A fit on its way: what the next epoch needs, and the files that keep it."""
 
     def __init__(
@@ -79,7 +79,7 @@ class _Run:
         train: Rows,
         validation: Rows,
         session: Session,
-        planned: Plan,
+        planned: Schedule,
         step: Step,
         options: dict[str, Any],
     ) -> None:

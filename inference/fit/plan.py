@@ -21,11 +21,11 @@ from elbowroom.errors import DataError, SpecError
 from elbowroom.inference.fit.record import Row
 from elbowroom.inference.fit.warm_start import Start
 
-Schedule = Literal["constant", "cosine"]
+Decay = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """What a fit will do, in steps. `str(plan)` is the sentence for people.
 
     Attributes:
@@ -43,7 +43,7 @@ class Plan:
     epochs: int
     batch_size: int
     learning_rate: float
-    schedule: Schedule
+    schedule: Decay
     warmup: int
     asked_warmup: int
     patience: int | None
@@ -96,11 +96,11 @@ def plan(
     epochs: int = 100,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
-    schedule: Schedule = "cosine",
+    schedule: Decay = "cosine",
     kl_warmup: int = 0,
     patience: int | None = None,
     **_: object,
-) -> Plan:
+) -> Schedule:
     """Plan a fit of `size` training data.
 
     Args:
@@ -132,7 +132,7 @@ def plan(
     batches = math.ceil(size / min(batch_size, size))
     asked = kl_warmup * batches
     longest = (epochs - 1) * batches if epochs > 1 else batches - 1
-    return Plan(
+    return Schedule(
         size=size,
         epochs=epochs,
         batch_size=min(batch_size, size),
@@ -166,7 +166,7 @@ class Session:
     resume: bool = False
     seed: int = 0
     fingerprint: str = ""
-    report: Callable[[Plan, Row], None] | None = None
+    report: Callable[[Schedule, Row], None] | None = None
     checkpoint_seconds: float = 10.0
     start: Start | None = None
 

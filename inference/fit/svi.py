@@ -19,9 +19,9 @@ from torch import Tensor
 
 from elbowroom.errors import SpecError
 from elbowroom.inference.compiled.policies import Compile
-from elbowroom.inference.fit.loop import _Run
+from elbowroom.inference.fit.loop import Loop
 from elbowroom.inference.fit.mixed_precision import Precision, check
-from elbowroom.inference.fit.plan import Schedule, Session, plan, resolve_device
+from elbowroom.inference.fit.plan import Decay, Session, plan, resolve_device
 from elbowroom.inference.fit.record import History
 from elbowroom.inference.fit.rows import Rows
 from elbowroom.inference.fit.step import Step
@@ -40,7 +40,7 @@ def fit(
     epochs: Annotated[int, Ge(1)] = 100,
     batch_size: Annotated[int, Ge(1)] = 128,
     learning_rate: Annotated[float, Gt(0)] = 1e-3,
-    schedule: Schedule = "cosine",
+    schedule: Decay = "cosine",
     kl_warmup: Annotated[int, Ge(0)] = 0,
     patience: Annotated[int, Ge(1)] | None = None,
     gradient_clip: Annotated[float, Gt(0)] | None = None,
@@ -129,7 +129,7 @@ def fit(
             steps=planned.steps,
             precision=precision,
         )
-        run = _Run(vae, train, validation, session, planned, step, options)
+        run = Loop(vae, train, validation, session, planned, step, options)
         if session.resume:
             run.resume()
         run.train_epochs()

@@ -179,7 +179,7 @@ class Refit:
     iterations: int
 
 
-def _joined(parts: Sequence[Refit]) -> Refit:
+def joined_refits(parts: Sequence[Refit]) -> Refit:
     """Join the refits of different data."""
     q = Normals(torch.cat([p.q.loc for p in parts]), torch.cat([p.q.root for p in parts]))
     columns = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("elbo", "elbo_se", "shortfall")}

@@ -40,7 +40,7 @@ Terms = tuple[Tensor, Tensor, Statistics]  # eta (G, k), A (G, D), and the funct
 
 
 @dataclass(frozen=True)
-class Family:
+class ExponentialFamily:
     """An exponential family, in the parameters of its distribution.
 
     Attributes:
@@ -144,18 +144,18 @@ def _composition(some: Tensor, logits: Tensor) -> Terms:
     return logits.log_softmax(-1), torch.zeros_like(logits), statistics
 
 
-FAMILIES: dict[type, Family] = {
-    dist.Bernoulli: Family(_bernoulli, ("logits",)),
-    Grey: Family(_continuous_bernoulli, ("logits",)),
-    dist.Normal: Family(_normal, ("loc", "scale")),
-    dist.LogNormal: Family(_log_normal, ("loc", "scale")),
-    dist.Gamma: Family(_gamma, ("concentration", "rate")),
-    OpenBeta: Family(_beta, ("concentration1", "concentration0")),
-    dist.Poisson: Family(_poisson, ("rate",)),
-    dist.Binomial: Family(_binomial, ("total_count", "logits"), fixed=("total_count",)),
-    dist.NegativeBinomial: Family(_negative_binomial, ("total_count", "logits"), fixed=("total_count",)),
-    Codes: Family(_codes, ("logits",), trailing=1),
-    Composition: Family(_composition, ("logits",)),
+FAMILIES: dict[type, ExponentialFamily] = {
+    dist.Bernoulli: ExponentialFamily(_bernoulli, ("logits",)),
+    Grey: ExponentialFamily(_continuous_bernoulli, ("logits",)),
+    dist.Normal: ExponentialFamily(_normal, ("loc", "scale")),
+    dist.LogNormal: ExponentialFamily(_log_normal, ("loc", "scale")),
+    dist.Gamma: ExponentialFamily(_gamma, ("concentration", "rate")),
+    OpenBeta: ExponentialFamily(_beta, ("concentration1", "concentration0")),
+    dist.Poisson: ExponentialFamily(_poisson, ("rate",)),
+    dist.Binomial: ExponentialFamily(_binomial, ("total_count", "logits"), fixed=("total_count",)),
+    dist.NegativeBinomial: ExponentialFamily(_negative_binomial, ("total_count", "logits"), fixed=("total_count",)),
+    Codes: ExponentialFamily(_codes, ("logits",), trailing=1),
+    Composition: ExponentialFamily(_composition, ("logits",)),
 }
 
 
@@ -212,7 +212,7 @@ def _shared(
 
 
 def _product(
-    family: Family,
+    family: ExponentialFamily,
     value: Tensor,
     missing: Tensor | None,
     parameters: list[Tensor],

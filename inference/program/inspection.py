@@ -24,11 +24,11 @@ from torch.distributions import biject_to
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.program.latents import (
     MAX_ASSIGNMENTS,
-    _active,
-    _check_guide_site,
-    _continuous_site,
-    _discrete_site,
-    _frame_dim,
+    active_coordinates,
+    check_guide_site,
+    continuous_site,
+    discrete_site,
+    frame_dim,
 )
 from elbowroom.inference.program.sites import Program, Site, frame_of, support_of
 
@@ -86,7 +86,7 @@ def inspect(
     notes += _subsample_notes(model_trace, name)
 
     first = model_trace.nodes[next(iter(local))]
-    n_obs = first["fn"].batch_shape[_frame_dim(first, name)]
+    n_obs = first["fn"].batch_shape[frame_dim(first, name)]
     sites: list[Site] = []
     discrete: list[Site] = []
     offset = 0
@@ -94,13 +94,13 @@ def inspect(
         node = model_trace.nodes[site_name]
         guide_node = guide_trace.nodes.get(site_name)
         if _is_discrete(node):
-            discrete.append(_discrete_site(node, name))
+            discrete.append(discrete_site(node, name))
             continue
         if guide_node is None:
             raise UnsupportedProgram(f"guide: it has no site {site_name!r}, a latent of the model inside plate {name!r}")
-        _check_guide_site(node, guide_node, name)
+        check_guide_site(node, guide_node, name)
         _check_masks(node, guide_node)
-        site = _continuous_site(node, name, offset)
+        site = continuous_site(node, name, offset)
         offset = site.columns.stop
         sites.append(site)
     moving = next((site for site in sites if site.transform is None), None)
@@ -113,7 +113,7 @@ def inspect(
     if count > MAX_ASSIGNMENTS:
         names = ", ".join(repr(site.name) for site in discrete)
         raise UnsupportedProgram(f"sites {names}: {count} joint values are too many to enumerate (at most {MAX_ASSIGNMENTS})")
-    active = _active([model_trace.nodes[s.name] for s in sites], sites, n_obs, offset)
+    active = active_coordinates([model_trace.nodes[s.name] for s in sites], sites, n_obs, offset)
     if active is not None:
         notes.append(f"{int((~active).sum())} of {active.numel()} latent coordinates are masked: removed for their datum")
     return Program(

@@ -18,14 +18,20 @@ from elbowroom.inference.program.sites import Site, frame_of, support_of
 MAX_ASSIGNMENTS = 4096
 
 
-def _frame_dim(node: Mapping[str, Any], plate: str) -> int:
+def frame_dim(node: Mapping[str, Any], plate: str) -> int:
+    """Return the batch dimension of the data plate at a site that lies inside it."""
     frame = frame_of(node, plate)
     if frame is None:  # pragma: no cover - callers pass local sites only
         raise KeyError(plate)
     return int(frame.dim)
 
 
-def _check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], plate: str) -> None:
+def check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], plate: str) -> None:
+    """Refuse a guide site that is not local where the model's is, or whose shape differs.
+
+    Raises:
+        UnsupportedProgram: names the site.
+    """
     name = node["name"]
     if frame_of(guide_node, plate) is None:
         raise UnsupportedProgram(f"guide site {name!r} lies outside plate {plate!r}: open the same plate in the guide")
@@ -67,10 +73,11 @@ def _layout(node: Mapping[str, Any], plate: str) -> tuple[int, int, Tensor]:
     """Return the data dimension, the number of batch dimensions, and the value expanded to the full batch shape."""
     fn = node["fn"]
     value = node["value"].expand(*fn.batch_shape, *node["value"].shape[node["value"].dim() - fn.event_dim :])
-    return _frame_dim(node, plate), len(fn.batch_shape), value
+    return frame_dim(node, plate), len(fn.batch_shape), value
 
 
-def _continuous_site(node: Mapping[str, Any], plate: str, offset: int) -> Site:
+def continuous_site(node: Mapping[str, Any], plate: str, offset: int) -> Site:
+    """Describe a continuous latent site, whose columns of z begin at `offset`."""
     fn = node["fn"]
     dim, batch_ndim, value = _layout(node, plate)
     support = support_of(fn)
@@ -104,7 +111,8 @@ def _is_static(constraint: Any) -> bool:
     return not any(isinstance(part, Tensor) or (hasattr(part, "check") and not _is_static(part)) for part in parts)
 
 
-def _discrete_site(node: Mapping[str, Any], plate: str) -> Site:
+def discrete_site(node: Mapping[str, Any], plate: str) -> Site:
+    """Describe a discrete latent site, with the table of its values."""
     name, fn = node["name"], node["fn"]
     dim, batch_ndim, value = _layout(node, plate)
     if value.movedim(dim - fn.event_dim, 0).shape[1 : 1 + batch_ndim - 1].numel() > 1:
@@ -154,7 +162,7 @@ def _values(name: str, fn: TorchDistribution) -> Tensor:
     return table[combos].reshape(len(combos), *fn.event_shape)
 
 
-def _active(nodes: list[Any], sites: list[Site], n_obs: int, dim: int) -> Tensor | None:
+def active_coordinates(nodes: list[Any], sites: list[Site], n_obs: int, dim: int) -> Tensor | None:
     """Find the latent coordinates that a mask removes for some datum."""
     active: Tensor | None = None
     for node, site in zip(nodes, sites, strict=True):

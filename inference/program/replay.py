@@ -1,4 +1,4 @@
-"""The Pyro handler that feeds latent values into a program and reads its log densities off, per datum."""
+"""The Pyro handler that replays latent values into a program and reads its log densities off, per datum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from elbowroom.inference.program.factorised import shared_log_prob
 from elbowroom.inference.program.sites import Program, Site, frame_of, per_datum, support_of
 
 
-class Feed(Messenger):
+class Replay(Messenger):
     """Feed values into a program's sites in program order and collect log densities per datum.
 
     Args:

@@ -2,7 +2,7 @@ r"""The exact posterior of models whose latents are all discrete, by enumeration
 
     log p(x_n) = log sum_c p(x_n, c),   p(c | x_n) = p(x_n, c) / p(x_n),   c = 1 .. A
 
-Beside continuous latents the discrete ones are summed out by the seam, so that a grid integrates over the continuous ones
+Beside continuous latents the discrete ones are summed out by the log joint, so that a grid integrates over the continuous ones
 alone; `discrete.discrete_draws` then draws them given each draw of the continuous ones.
 """
 

@@ -32,8 +32,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from elbowroom.inference.mcmc.normals import Family, Normals, Refit, _joined
-from elbowroom.inference.search.noise import _matrix, default_draws, matched_noise
+from elbowroom.inference.mcmc.normals import Family, Normals, Refit, joined_refits
+from elbowroom.inference.search.noise import default_draws, from_eigen, matched_noise
 from elbowroom.inference.target.log_joint import LogJoint
 
 Target = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -94,7 +94,7 @@ def refit(
             some = partial(refit, family=family, starts=starts, draws=draws, score_draws=score_draws, tolerance=tolerance)
             some = partial(some, max_iterations=max_iterations, seed=seed)
             found = [some(part, also=[q.rows(r) for q in also]) for part, r in zip(parts, rows, strict=True) if part]
-            return _joined(found)
+            return joined_refits(found)
     with torch.no_grad():
         return _Search(log_joint, family, draws or default_draws(d), max_iterations, seed).run(
             starts, also, score_draws, tolerance
@@ -206,7 +206,7 @@ class _Search:
         times = int(turn.max()) + 1
 
         def spread(z: Tensor) -> tuple[Tensor, Tensor]:
-            full = self.joint.tested[0].to(z.dtype).expand(len(z), times, -1, -1).clone()
+            full = self.joint.probe_points[0].to(z.dtype).expand(len(z), times, -1, -1).clone()
             full[:, turn, owner] = z
             value, gradient = self.joint.grad(full.flatten(0, 1))
             return value.unflatten(0, (len(z), times))[:, turn, owner], gradient.unflatten(0, (len(z), times))[:, turn, owner]
@@ -273,7 +273,7 @@ class _Search:
         convex = (info > 0) | ~factor.isfinite().all(-1).all(-1)
         if bool(convex.any()):
             values, vectors = torch.linalg.eigh(curvature[convex].nan_to_num(0.0, 1e100, -1e100))
-            factor[convex] = torch.linalg.cholesky(_matrix(values.abs().clamp_min(CONCAVE), vectors))
+            factor[convex] = torch.linalg.cholesky(from_eigen(values.abs().clamp_min(CONCAVE), vectors))
         move = torch.cholesky_solve(at.slope[..., None], factor)
         loc = at.loc + size[:, None] * (at.root @ move)[..., 0]
         if self.family == "diagonal":
@@ -283,7 +283,7 @@ class _Search:
         if bool(flat.any()):
             values, vectors = torch.linalg.eigh(curvature[flat].nan_to_num(0.0, 1e100, -1e100))
             curvature = curvature.clone()
-            curvature[flat] = _matrix(values.clamp_min(CURVATURE_FLOOR), vectors)
+            curvature[flat] = from_eigen(values.clamp_min(CURVATURE_FLOOR), vectors)
         precision = (1 - share) * eye + share * curvature
         # root of the inverse: with J reversing the order, J chol(J P J)^-T J is lower triangular
         reverse = torch.linalg.cholesky_ex(precision.flip(-1, -2))[0]

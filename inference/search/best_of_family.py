@@ -70,13 +70,13 @@ TIMED = 5  # steps after which it is known how long all will take
 
 
 @dataclass(frozen=True)
-class Offer:
+class OfferedFamily:
     """What a guide says of itself: the parameters of each datum, and the family that makes q of them.
 
     Attributes:
         params: phi, (N, P), the encoder's output.
         family: phi (..., N, P) -> distribution of the one latent site, batch shape (..., N).
-        log_joint: the seam, whose site it is.
+        log_joint: the log joint, whose site it is.
     """
 
     params: Tensor
@@ -99,13 +99,13 @@ class Offer:
 
     def log_prob(self, u: Tensor, params: Tensor) -> Tensor:
         """Return log q(u; phi) in unconstrained coordinates, (S, N), for u (S, N, d) and phi (N, P)."""
-        with self.log_joint.held(), torch.no_grad():
+        with self.log_joint.frozen_weights(), torch.no_grad():
             value = self.constrained(u)
             return self.family(params).log_prob(value) + self.free(value)[1]
 
     def sample(self, params: Tensor, n_draws: int, seed: int) -> Tensor:
         """Draw u ~ q(u; phi) in unconstrained coordinates, (S, N, d)."""
-        with self.log_joint.held(), torch.no_grad(), seeded(seed):
+        with self.log_joint.frozen_weights(), torch.no_grad(), seeded(seed):
             return self.free(self.family(params).sample(torch.Size((n_draws,))))[0]
 
     def log_ratio(self, params: Tensor, value: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Offer:
     def log_weights(self, params: Tensor, n_draws: int, seed: int) -> Tensor:
         """Return log p(x_n, z) - log q(z; phi) at draws of q, (S, N), whose noise is that of the seed."""
         size = max(1, ENTRIES // (64 * len(params) * self.log_joint.dim))
-        with self.log_joint.held(), torch.no_grad(), seeded(seed):
+        with self.log_joint.frozen_weights(), torch.no_grad(), seeded(seed):
             q = self.family(params)
             found = [self.log_ratio(params, q.sample(torch.Size((count,)))) for count in _sizes(n_draws, size)]
         ratio = torch.cat(found)
@@ -125,7 +125,7 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Freed:
+class FamilyRefit:
     """The best member of the guide's own family for every datum, beside the encoder's.
 
     Attributes:
@@ -149,7 +149,7 @@ class TooSlow(Exception):
     """The search would not end in time."""
 
 
-def offered(log_joint: LogJoint) -> Offer | None:
+def offered(log_joint: LogJoint) -> OfferedFamily | None:
     """Return the parameters and the family that the guide offers, where they are its density indeed; else None.
 
     A guide offers them by a method or attribute `variational_parameters`, of its own or of the object whose bound method it
@@ -165,7 +165,7 @@ def offered(log_joint: LogJoint) -> Offer | None:
     if program.active is not None or site.transform is None or site.batch_ndim != 1:
         return None
     try:
-        with log_joint.held(), torch.no_grad(), seeded(0):
+        with log_joint.frozen_weights(), torch.no_grad(), seeded(0):
             answer = offer(*log_joint.args, **log_joint.kwargs)
             if answer is None:
                 return None
@@ -176,7 +176,7 @@ def offered(log_joint: LogJoint) -> Offer | None:
             shape = tuple(family(params.expand(2, -1, -1)).batch_shape)
             if shape != (2, log_joint.n_obs):
                 raise ValueError(f"{OFFER} gave a family of batch shape {shape}, not {(2, log_joint.n_obs)}")
-        found = Offer(params, family, log_joint)
+        found = OfferedFamily(params, family, log_joint)
         draws, log_q = log_joint.sample_guide(TESTED, 0)
         stated = found.log_prob(draws, params)
         if not bool(((stated - log_q).abs() <= EXACT * (1 + log_q.abs())).all()):
@@ -187,7 +187,9 @@ def offered(log_joint: LogJoint) -> Offer | None:
     return found
 
 
-def freed(offer: Offer, *, near: Normals | None = None, seed: int, until: float = math.inf) -> Freed | None:
+def refit_family(
+    offer: OfferedFamily, *, near: Normals | None = None, seed: int, until: float = math.inf
+) -> FamilyRefit | None:
     """Find the best member of the guide's own family for every datum; None, with a note, where there is no time for it.
 
     Args:
@@ -206,24 +208,24 @@ def freed(offer: Offer, *, near: Normals | None = None, seed: int, until: float 
     try:
         for k, (block, some) in enumerate(zip(blocks, rows, strict=True)):
             share = (until - time.monotonic()) / (len(blocks) - k)
-            part = Offer(offer.params[some], offer.family, block)
-            with block.held():
+            part = OfferedFamily(offer.params[some], offer.family, block)
+            with block.frozen_weights():
                 found.append(_Search(part, near and near.rows(some), seed, time.monotonic() + share).run())
     except TooSlow as error:
         log_joint.note(f"guide: its family is not refitted, {error}")
         return None
-    return Freed(**{name: torch.cat([getattr(one, name) for one in found]) for name in vars(found[0])})
+    return FamilyRefit(**{name: torch.cat([getattr(one, name) for one in found]) for name in vars(found[0])})
 
 
 class _Search:
-    def __init__(self, offer: Offer, near: Normals | None, seed: int, until: float) -> None:
+    def __init__(self, offer: OfferedFamily, near: Normals | None, seed: int, until: float) -> None:
         self.offer, self.near, self.seed, self.until = offer, near, seed, until
         self.joint, self.family = offer.log_joint, offer.family
         self.began, self.steps = time.monotonic(), 0
         scale = 1 + offer.params.abs()
         self.floor = FLOOR / scale.square()
 
-    def run(self) -> Freed:
+    def run(self) -> FamilyRefit:
         encoder = self.offer.params
         with seeded(self.seed):
             shaken = [phi + SHAKEN * torch.randn_like(encoder) for phi in (encoder, encoder.mean(0))]
@@ -251,7 +253,7 @@ class _Search:
         gain, error = _mean(after - before)
         kept = ~(gain >= -error)  # the encoder's own, where they are clearly better
         best, after = torch.where(kept[:, None], encoder, best), torch.where(kept, before, after)
-        return Freed(best, *_mean(after), *_mean(after - before), shortfall)
+        return FamilyRefit(best, *_mean(after), *_mean(after - before), shortfall)
 
     def _of(self, rows: Tensor) -> tuple[_Search, Tensor]:
         """Return the search of some of the data, where they can be taken apart, else of all; and which they are."""
@@ -260,7 +262,7 @@ class _Search:
         if part is None:
             return self, everyone
         some = copy.copy(self)
-        some.offer, some.joint = Offer(self.offer.params[rows], self.family, part), part
+        some.offer, some.joint = OfferedFamily(self.offer.params[rows], self.family, part), part
         some.floor = self.floor[rows]
         return some, rows
 

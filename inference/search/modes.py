@@ -21,7 +21,7 @@ from torch import Tensor
 
 from elbowroom.inference.mcmc.leapfrog import State, transition
 from elbowroom.inference.mcmc.normals import Normals, safe_cholesky, whiten
-from elbowroom.inference.search.tempered import Bridge
+from elbowroom.inference.search.tempered import TemperedChains
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
 
@@ -186,9 +186,9 @@ def search(log_joint: LogJoint, q: Normals, *, runs: int = RUNS, seed: int = 0) 
         seed: random seed.
     """
     generator = torch.Generator(device=log_joint.device).manual_seed(seed + 1)
-    with log_joint.held():
+    with log_joint.frozen_weights():
         metric = Metric.of(log_joint, q, seed + 2)
-        chains = Bridge(log_joint, log_joint.sample_prior(runs, seed).to(log_joint.tested.dtype))
+        chains = TemperedChains(log_joint, log_joint.sample_prior(runs, seed).to(log_joint.probe_points.dtype))
         b = torch.zeros_like(chains.z[0, :, 0])
         step = torch.full_like(b, chains.z.shape[-1] ** -0.25)
         log_weight = torch.zeros_like(chains.z[..., 0])

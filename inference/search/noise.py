@@ -50,5 +50,6 @@ def antithetic_noise(n_draws: int, dim: int, generator: torch.Generator) -> Tens
     return torch.cat([half, -half])
 
 
-def _matrix(values: Tensor, vectors: Tensor) -> Tensor:
+def from_eigen(values: Tensor, vectors: Tensor) -> Tensor:
+    """Return V diag(values) V', from eigenvalues (..., d) and eigenvectors V (..., d, d)."""
     return (vectors * values[..., None, :]) @ vectors.mT

@@ -40,7 +40,7 @@ def scout(log_joint: LogJoint) -> Scout:
     """Return what is known of the posteriors of a `LogJoint`, computing it the first time."""
     found = _known.get(log_joint)
     if found is None:
-        with log_joint.held(), stage("refit"):
+        with log_joint.frozen_weights(), stage("refit"):
             best = refit(log_joint, family="full", seed=SEED)
         generator = torch.Generator(device=log_joint.device).manual_seed(SEED + 1)
         found = Scout(best, search(in_precision(log_joint, best.q, "auto", generator), best.q, runs=RUNS, seed=SEED + 10))

@@ -33,7 +33,7 @@ def in_precision(log_joint: LogJoint, q: Normals, wanted: Precision, generator: 
         return log_joint
     try:
         single = log_joint.converted(torch.float32)
-        z = q.sample(DRAWS, generator).to(log_joint.tested.dtype)
+        z = q.sample(DRAWS, generator).to(log_joint.probe_points.dtype)
         value, gradient = single.grad(z.float())
         if value.dtype != torch.float32 or gradient.dtype != torch.float32:
             raise TypeError("the program itself holds double-precision numbers")

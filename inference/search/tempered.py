@@ -13,7 +13,7 @@ from elbowroom.inference.mcmc.leapfrog import Move, State, transition
 from elbowroom.inference.target.log_joint import LogJoint
 
 
-class Bridge:
+class TemperedChains:
     """Chains z (S, *batch, N, d); each place in the batch, such as a temperature, has steps and metrics of its own.
 
     Args:

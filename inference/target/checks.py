@@ -54,7 +54,7 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
 def _set_dtype(joint: PlainLogJoint, dtype: torch.dtype, z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     own = joint.own_dtype
     try:
-        joint.take(dtype)
+        joint.set_dtype(dtype)
         joint.promote(dtype)
         converted = joint(z)
     except FAILURES as error:

@@ -62,7 +62,7 @@ def given(log_joint: LogJoint, assignment: dict[str, Tensor]) -> LogJoint:
         log_joint: the model and guide.
         assignment: one of `log_joint.program.assignments`.
     """
-    held = log_joint.variant()
+    held = log_joint.copy()
     sites = tuple(dataclasses.replace(site, values=assignment[site.name][None]) for site in log_joint.program.discrete)
     held.program = dataclasses.replace(log_joint.program, discrete=sites)
     return held
@@ -128,12 +128,12 @@ def _check_local(log_joint: LogJoint, log_p: Tensor, z: Tensor) -> None:
         inner = (1,) * (-site.plate_dim - 1)
         mixed[site.name] = value.reshape(n, *inner, *site.shape[len(site.shape) - site.event_dim :])
     with torch.no_grad(), log_joint.snapshot.scope():
-        feed = log_joint.run("model", mixed, z=z)
+        replay = log_joint.run("model", mixed, z=z)
         other = log_joint.run("model", log_joint.program.assignments[0], z=z)
     tight = 1e-9 if log_p.dtype == torch.float64 else 1e-5
     alone = log_p.gather(0, index[None])[0]
-    pairs = [((feed.log_prior + feed.log_likelihood).expand(n), alone)]
-    pairs.append((torch.as_tensor(feed.outside), torch.as_tensor(other.outside)))
+    pairs = [((replay.log_prior + replay.log_likelihood).expand(n), alone)]
+    pairs.append((torch.as_tensor(replay.outside), torch.as_tensor(other.outside)))
     for together, expected in pairs:
         finite = expected.isfinite()
         if not torch.allclose(together[finite], expected[finite], rtol=tight, atol=100 * tight):

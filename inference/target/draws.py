@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from elbowroom.errors import UnsupportedProgram, first_line
-from elbowroom.inference.program.replay import Feed, Which
+from elbowroom.inference.program.replay import Replay, Which
 from elbowroom.inference.program.sites import support_of
 from elbowroom.inference.target.plain import PlainLogJoint
 
@@ -24,40 +24,40 @@ def forward(joint: PlainLogJoint, which: Which, n_draws: int) -> Tensor:
     """Draw the local latents from a program, in the joint's scope: (S, N, d).
 
     Args:
-        joint: the seam.
+        joint: the log joint.
         which: `model` (the prior) or `guide`.
         n_draws: S.
     """
     if joint.dim == 0:  # every latent is discrete, and summed out
         return torch.zeros(n_draws, joint.n_obs, 0, dtype=joint.dtype or joint.own_dtype, device=joint.device)
-    if joint.joined[which] is None:
-        joint.joined[which] = _joins(joint, which)
-    if joint.joined[which]:
+    if joint.batched_draws[which] is None:
+        joint.batched_draws[which] = _batches(joint, which)
+    if joint.batched_draws[which]:
         return free(joint, _batched(joint, which, n_draws)[0], which)
     runs = [joint.run(which, {}).values for _ in range(n_draws)]
     return free(joint, {name: torch.stack([run[name] for run in runs]) for name in runs[0]}, which)
 
 
-def _batched(joint: PlainLogJoint, which: Which, n_draws: int) -> tuple[dict[str, Tensor], Feed]:
+def _batched(joint: PlainLogJoint, which: Which, n_draws: int) -> tuple[dict[str, Tensor], Replay]:
     """Run once in an outer plate: values by site, (S, batch, event), and the run itself."""
     program = joint.program
     dim = -program.nesting - 1
     with pyro.plate("_draws", n_draws, dim=dim):
-        feed = joint.run(which, {}, draws_dim=dim)
+        replay = joint.run(which, {}, draws_dim=dim)
     values = {}
     for site in (*program.sites, *program.discrete):
-        if site.name in feed.values:
-            value = feed.values[site.name].movedim(dim - site.event_dim, 0)
+        if site.name in replay.values:
+            value = replay.values[site.name].movedim(dim - site.event_dim, 0)
             surplus = value.dim() - site.batch_ndim - site.event_dim
             values[site.name] = value.flatten(0, surplus - 1) if surplus > 1 else value
-    return values, feed
+    return values, replay
 
 
-def _joins(joint: PlainLogJoint, which: Which) -> bool:
+def _batches(joint: PlainLogJoint, which: Which) -> bool:
     """Find out whether a program may be drawn in an outer plate."""
     try:
-        values, feed = _batched(joint, which, CHECKED)
-        stated = feed.per_draw
+        values, replay = _batched(joint, which, CHECKED)
+        stated = replay.per_draw
         for s in range(CHECKED):
             given = {name: value[s] for name, value in values.items()}
             discrete = {site.name: given.pop(site.name) for site in joint.program.discrete if site.name in given}

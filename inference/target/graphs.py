@@ -26,7 +26,7 @@ from elbowroom.inference.compiled.graph import Function, Graph, Operations, Untr
 from elbowroom.inference.compiled.policies import Compile, current_policy, data_ahead, evaluations_ahead
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.target.plain import PlainLogJoint
-from elbowroom.inference.target.tracing import Kind, _beside, _Rows, by_graph
+from elbowroom.inference.target.tracing import Kind, OneDatum, by_graph, leapfrog_arguments
 
 EVALUATIONS: dict[Kind, float] = {"joint": 2e4, "terms": 1e4, "guide": 1e4, "grad": 1e4, "parts": 1e5, "leap": 3e4}
 """Evaluations per datum that an audit makes, roughly, a gradient counted as three."""
@@ -140,8 +140,8 @@ class Graphs:
             raise Untraceable("the plate is sub-sampled")
         if not root.separable():
             raise Untraceable("its arguments cannot be taken apart by datum")
-        rows = _Rows(root)
-        with root.held():
+        rows = OneDatum(root)
+        with root.frozen_weights():
             outcomes = rows.record(kind)
             if outcomes not in entry.graphs:
                 try:
@@ -160,11 +160,11 @@ def _check(root: PlainLogJoint, kind: Kind, graph: Function) -> float:
     Raises:
         Untraceable: a value differs, or is finite in one alone, or none is finite, so that nothing could be compared.
     """
-    z = root.tested[:CHECKED]
-    with root.held():
+    z = root.probe_points[:CHECKED]
+    with root.frozen_weights():
         plain = _plainly(root, kind, z)
         try:
-            found = by_graph(root, graph, z, *_beside(kind, z))
+            found = by_graph(root, graph, z, *leapfrog_arguments(kind, z))
         except (RuntimeError, ValueError, IndexError) as error:
             raise Untraceable(f"the graph fails with other sizes ({first_line(error)})") from error
     share = 0.0
@@ -198,7 +198,7 @@ def _plainly(joint: PlainLogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
     if kind == "guide":
         return (PlainLogJoint.log_guide(joint, z),)
     if kind == "leap":
-        momentum, size, root, kick = _beside(kind, z)
+        momentum, size, root, kick = leapfrog_arguments(kind, z)
         return leap(partial(PlainLogJoint.grad, joint), z, momentum, size, root[0], kick)
     if kind == "grad":
         return PlainLogJoint.grad(joint, z)
@@ -213,17 +213,24 @@ def work_ahead(root: PlainLogJoint, kind: Kind, data: int) -> float:
     evaluate = PlainLogJoint.log_guide if kind == "guide" else PlainLogJoint.__call__
     with torch.no_grad():
         with Operations() as one:
-            evaluate(root, root.tested[:1])
+            evaluate(root, root.probe_points[:1])
         with Operations() as two:
-            evaluate(root, root.tested[:2])
+            evaluate(root, root.probe_points[:2])
     return each * ((two.flops - one.flops) / FLOPS + (two.elements - one.elements) * ELEMENT)
 
 
 def _signature(root: PlainLogJoint) -> Any:
     """Return what a graph depends on beside the values of its inputs."""
-    leaves = [_kind_of(t, dim) for t, dim in zip(root.leaves(), root.along, strict=True)]
+    leaves = [_kind_of(t, dim) for t, dim in zip(root.leaves(), root.data_dims, strict=True)]
     tables = [(site.name, None if site.values is None else str(site.values.tolist())) for site in root.program.discrete]
-    facts = (*tables, root.dim, root.program.active is None, tuple(root.program.pinned), root.tested.dtype, str(root.device))
+    facts = (
+        *tables,
+        root.dim,
+        root.program.active is None,
+        tuple(root.program.pinned),
+        root.probe_points.dtype,
+        str(root.device),
+    )
     return tuple(leaves), facts, root.snapshot.identity(), _identity(root.model), _identity(root.guide)
 
 

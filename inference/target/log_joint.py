@@ -1,4 +1,4 @@
-"""The seam: one object that everything below training consumes.
+"""The log joint: one object that everything below training consumes.
 
 A `LogJoint` is built from any Pyro `(model, guide, *args, **kwargs)` by running the pair. It offers, for all data n at once
 and in unconstrained coordinates z (N, d):
@@ -29,7 +29,7 @@ from elbowroom.inference.program.bilinear import Kept
 from elbowroom.inference.program.replay import Which
 from elbowroom.inference.program.sites import saturated
 from elbowroom.inference.randomness import seeded
-from elbowroom.inference.target import shared_points as shared
+from elbowroom.inference.target import shared_points
 from elbowroom.inference.target.checks import probe
 from elbowroom.inference.target.draws import forward
 from elbowroom.inference.target.graphs import Graphs
@@ -65,12 +65,12 @@ class LogJoint(PlainLogJoint):
         kwargs: likewise.
         sites: the continuous local sites, in program order.
         mode: how draws are evaluated together: `vmap`, `repeat` or `loop`.
-        joined: whether model and guide may be drawn from in an outer plate of draws; None until the first draw.
+        batched_draws: whether model and guide may be drawn from in an outer plate of draws; None until the first draw.
         shares: whether one grid can be evaluated for all data at once; None until it was tried.
         factorises: whether it is then a matrix product and nothing else.
         separates: whether the arguments can be taken apart by datum; empty until it was tried.
-        along: dimension of the data in each argument, leaf by leaf; None where it has none.
-        tested: (S, N, d), draws of guide and prior that the construction was tested at.
+        data_dims: dimension of the data in each argument, leaf by leaf; None where it has none.
+        probe_points: (S, N, d), draws of guide and prior that the construction was tested at.
         notes: sentences about what was pinned, dropped, ignored or slowed down, and why.
 
     Raises:
@@ -84,7 +84,7 @@ class LogJoint(PlainLogJoint):
         self._kept = Kept()
         self.graphs = Graphs()
         with policy("never"):
-            self.tested = probe(self, self.draw, dtype)
+            self.probe_points = probe(self, self.draw, dtype)
 
     # -- densities: by a graph where there is one --------------------------------------------------------------------------
 
@@ -232,26 +232,26 @@ class LogJoint(PlainLogJoint):
         gradient. The data's side of the product is kept for the next call.
         """
         if self.can_share():
-            return shared.evaluate(self, z, self._kept, factorises=self.factorises)
+            return shared_points.evaluate(self, z, self._kept, factorises=self.factorises)
         return self(z[:, None].expand(-1, self.n_obs, -1))
 
     def shared_over(self, z: Tensor, blocks: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield `shared` of the data `rows` of each block in turn, (G, len(rows)), decoding z once where that is possible."""
-        held = shared.columns(self, z) if self.can_share() and self.factorises and len(blocks) > 1 else None
+        held = shared_points.columns(self, z) if self.can_share() and self.factorises and len(blocks) > 1 else None
         for rows in blocks:
             if held is not None:
                 lefts, right = held
-                yield shared.product(lefts, right[rows])
+                yield shared_points.product(lefts, right[rows])
                 continue
             part = self if len(rows) == self.n_obs else self.subset(rows)
             whole = part or self
-            log_p = shared.evaluate(whole, z, Kept(), factorises=self.factorises) if self.shares else whole.shared(z)
+            log_p = shared_points.evaluate(whole, z, Kept(), factorises=self.factorises) if self.shares else whole.shared(z)
             yield log_p if part is not None else log_p[:, rows]
 
     def can_share(self) -> bool:
         """Whether one grid can be evaluated for all data at once; tried once."""
         if self.shares is None:
-            self.shares, self.factorises = shared.settle(self)
+            self.shares, self.factorises = shared_points.settle(self)
         return self.shares
 
     def blocks(self, size: int) -> list[Self]:
@@ -266,8 +266,8 @@ class LogJoint(PlainLogJoint):
             parts.append(part)
         return parts
 
-    def variant(self) -> Self:
+    def copy(self) -> Self:
         """Return a copy whose arguments or program may be replaced."""
-        other = super().variant()
+        other = super().copy()
         other.graphs = Graphs()
         return other

@@ -24,7 +24,7 @@ from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.program.inspection import inspect
 from elbowroom.inference.program.latents import log_sum, summed_out
 from elbowroom.inference.program.promotion import Promoted, mixed, mixes
-from elbowroom.inference.program.replay import Feed, Which
+from elbowroom.inference.program.replay import Replay, Which
 from elbowroom.inference.program.sites import constrained
 from elbowroom.inference.program.snapshot import Snapshot, program_in
 from elbowroom.inference.randomness import seeded
@@ -79,13 +79,13 @@ class PlainLogJoint:
         self.plate = self.program.plate
         self.notes = self.program.notes
         self.device = next((t.device for t in self.snapshot.leaves() if isinstance(t, Tensor)), torch.device("cpu"))
-        self.take(None)
+        self.set_dtype(None)
         self._rows = self._rows_at_once()
         self.mode = "loop"
-        self.joined: dict[Which, bool | None] = {"model": None, "guide": None}
+        self.batched_draws: dict[Which, bool | None] = {"model": None, "guide": None}
         self.separates: list[bool] = []
-        self.along = self._data_dimensions()
-        self.tested = torch.empty(0, self.n_obs, self.dim)  # until the probe
+        self.data_dims = self._data_dimensions()
+        self.probe_points = torch.empty(0, self.n_obs, self.dim)  # until the probe
         self._whole: Self | None = None
 
     # -- log densities of draws of all data, (S, N, d) -> (S, N) -----------------------------------------------------------
@@ -144,14 +144,14 @@ class PlainLogJoint:
         return log_sum([self._guide_density(z, a) for a in self._guide_assignments()])
 
     def _joint(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
-        feed = self.run("model", assignment, z=z)
-        return feed.log_prior + feed.log_likelihood + feed.log_det + self._padding(z)
+        replay = self.run("model", assignment, z=z)
+        return replay.log_prior + replay.log_likelihood + replay.log_det + self._padding(z)
 
     def _pair(self, z: Tensor, assignment: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return log p(z) and log p(x_n|z) of one assignment, (N,) each."""
-        feed = self.run("model", assignment, z=z)
-        prior = feed.log_prior + feed.log_det + self._padding(z)
-        likelihood = torch.as_tensor(feed.log_likelihood, dtype=z.dtype, device=z.device).expand_as(prior)
+        replay = self.run("model", assignment, z=z)
+        prior = replay.log_prior + replay.log_det + self._padding(z)
+        likelihood = torch.as_tensor(replay.log_likelihood, dtype=z.dtype, device=z.device).expand_as(prior)
         return prior, likelihood
 
     def _guide_density(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
@@ -160,8 +160,8 @@ class PlainLogJoint:
         else:  # a support depends on an earlier site, or a mask on the site: the model says how
             model = self.run("model", assignment or self.program.assignments[0], z=z)
             values, log_det = model.values, model.log_det
-        feed = self.run("guide", assignment, values=values)
-        return feed.log_prior + log_det + self._padding(z)
+        replay = self.run("guide", assignment, values=values)
+        return replay.log_prior + log_det + self._padding(z)
 
     def _guide_assignments(self) -> list[dict[str, Tensor]]:
         """The discrete values to sum over in q: those of the sites that the guide draws."""
@@ -185,13 +185,13 @@ class PlainLogJoint:
 
     # -- running the programs ----------------------------------------------------------------------------------------------
 
-    def run(self, which: Which, assignment: dict[str, Tensor], **options: Any) -> Feed:
+    def run(self, which: Which, assignment: dict[str, Tensor], **options: Any) -> Replay:
         """Run one of the two programs once, inside the snapshot's scope, and return what was read off."""
-        with Feed(self.program, assignment, index=self._index, **options) as feed:
+        with Replay(self.program, assignment, index=self._index, **options) as replay:
             (self.model if which == "model" else self.guide)(*self.args, **self.kwargs)
-        return feed
+        return replay
 
-    def held(self) -> contextlib.AbstractContextManager[None]:
+    def frozen_weights(self) -> contextlib.AbstractContextManager[None]:
         """Keep the weights swapped in around many evaluations."""
         return self.snapshot.scope()
 
@@ -242,7 +242,7 @@ class PlainLogJoint:
             def repeat(t: Any, dim: int | None) -> Any:
                 return t if dim is None else t.repeat(*[times if i == dim else 1 for i in range(t.dim())])
 
-            leaves = [repeat(t, dim) for t, dim in zip(self.leaves(), self.along, strict=True)]
+            leaves = [repeat(t, dim) for t, dim in zip(self.leaves(), self.data_dims, strict=True)]
             self.args, self.kwargs = self.with_leaves(leaves)
         try:
             yield
@@ -266,12 +266,12 @@ class PlainLogJoint:
             return t if dim is None else t.index_select(dim, rows)
 
         part = copy.copy(self)
-        part.args, part.kwargs = self.with_leaves([take(t, dim) for t, dim in zip(self.leaves(), self.along, strict=True)])
+        part.args, part.kwargs = self.with_leaves([take(t, dim) for t, dim in zip(self.leaves(), self.data_dims, strict=True)])
         active = None if self.program.active is None else self.program.active[rows]
         part.program = dataclasses.replace(self.program, n_obs=len(rows), active=active)
         part.n_obs, part._whole = len(rows), self.root
-        part.joined = dict(self.joined)
-        part.tested = self.tested[:, rows]
+        part.batched_draws = dict(self.batched_draws)
+        part.probe_points = self.probe_points[:, rows]
         return part
 
     def separable(self) -> bool:
@@ -282,13 +282,13 @@ class PlainLogJoint:
 
     def _separable(self) -> bool:
         """Compare most of the data, in reverse, and the last one alone with the full evaluation."""
-        whole = self._map(self.density, self.tested)
+        whole = self._map(self.density, self.probe_points)
         close = 1e-6 if whole.dtype == torch.float64 else 1e-4
         last = self.n_obs - 1
         try:
             for rows in (torch.arange(max(1, last), device=self.device).flip(0), torch.tensor([last], device=self.device)):
                 part = self._subset(rows)
-                mine, full = part._map(part.density, part.tested), whole[:, rows]
+                mine, full = part._map(part.density, part.probe_points), whole[:, rows]
                 finite = full.isfinite()
                 if not torch.allclose(mine[finite], full[finite], rtol=close, atol=close):
                     return False
@@ -315,15 +315,15 @@ class PlainLogJoint:
         leaves, n = self.leaves(), self.n_obs
         return [list(t.shape).index(n) if isinstance(t, Tensor) and n in t.shape else None for t in leaves]
 
-    def variant(self) -> Self:
+    def copy(self) -> Self:
         """Return a copy whose arguments or program may be replaced."""
         other = copy.copy(self)
-        other._whole, other.joined = None, dict(self.joined)
+        other._whole, other.batched_draws = None, dict(self.batched_draws)
         return other
 
     # -- precision ---------------------------------------------------------------------------------------------------------
 
-    def take(self, dtype: torch.dtype | None) -> None:
+    def set_dtype(self, dtype: torch.dtype | None) -> None:
         """Copy weights, arguments and pinned values in `dtype`."""
         self.snapshot.take(dtype)
         self.args, self.kwargs = self.snapshot.args, self.snapshot.kwargs
@@ -340,7 +340,7 @@ class PlainLogJoint:
 
     def converted(self, dtype: torch.dtype) -> Self:
         """Return the same densities, of the same weights and arguments, evaluated in another precision."""
-        other = self.variant()
+        other = self.copy()
         other.snapshot = self.snapshot.converted(dtype)
 
         def convert(t: Any) -> Any:
@@ -350,7 +350,7 @@ class PlainLogJoint:
         other.program = program_in(dtype, self.program)
         if isinstance(self.model, Promoted) and isinstance(self.guide, Promoted):
             other.model, other.guide = Promoted(self.model.program, dtype), Promoted(self.guide.program, dtype)
-        other.tested = self.tested.to(dtype)
+        other.probe_points = self.probe_points.to(dtype)
         return other
 
     def _rows_at_once(self) -> int:

@@ -27,7 +27,7 @@ def settle(joint: PlainLogJoint) -> tuple[bool, bool]:
     if any(site.plate_dim != -1 or site.batch_ndim != 1 for site in joint.sites) or joint.program.active is not None:
         return False, False
     points = 3 if joint.n_obs != 3 else 4  # as many as data would hide a mistaken broadcast
-    some = joint.tested.flatten(0, 1)
+    some = joint.probe_points.flatten(0, 1)
     some = some[torch.linspace(0, len(some) - 1, points, device=some.device).long()]
     try:
         with joint.snapshot.scope(), torch.no_grad():
@@ -67,8 +67,8 @@ def _rows(joint: PlainLogJoint, factorises: bool) -> int:
 
 def _totals(joint: PlainLogJoint, z: Tensor) -> list[Bilinear]:
     """Return the joint log density at z (G, d) for every assignment of the discrete sites, not multiplied out."""
-    feeds = [joint.run("model", a, z=z[:, None], shared=True) for a in joint.program.assignments]
-    return [feed.log_prior + feed.log_likelihood + feed.log_det for feed in feeds]
+    replays = [joint.run("model", a, z=z[:, None], shared=True) for a in joint.program.assignments]
+    return [replay.log_prior + replay.log_likelihood + replay.log_det for replay in replays]
 
 
 def _write(totals: Sequence[Bilinear], out: Tensor, kept: Kept) -> None:

@@ -1,4 +1,4 @@
-"""Data simulated from the model: (z, x) from the joint as a seam of its own, and x from p(x|z) at given z.
+"""Data simulated from the model: (z, x) from the joint as a log joint of its own, and x from p(x|z) at given z.
 
 For simulated data one exact draw of the posterior is known, which makes evidence bounds two-sided without any reference
 (bidirectional Monte Carlo: Grosse, Ancha and Roy 2016, https://arxiv.org/abs/1606.02275) and calibration checkable.
@@ -28,7 +28,7 @@ AGAIN = 86_028_121  # seed of a second run, at other latents
 
 
 def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
-    """Draw (z, x) from the generative program and return the seam of the new x with the z it came from.
+    """Draw (z, x) from the generative program and return the log joint of the new x with the z it came from.
 
     The observed values must be among the arguments, where the simulated ones take their place; everything else (covariates,
     masks, weights) stays, and what is missing (NaN) in the data, or masked, is missing in the simulated ones too. What stands
@@ -63,7 +63,7 @@ def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
         if leaf is None:
             raise UnsupportedProgram(f"simulate: the values of observed site {name!r} are not an argument of the model")
         replacement[id(leaf)] = one.in_place_of(leaf, drawn.values[name])
-    other = log_joint.variant()
+    other = log_joint.copy()
     swap = lambda t: replacement.get(id(t), t)
     other.args, other.kwargs = pytree.tree_map(swap, (log_joint.args, log_joint.kwargs))
     other.program = dataclasses.replace(program, observed={**program.observed, **observed})

@@ -13,7 +13,7 @@ from torch import Tensor
 from elbowroom.errors import first_line
 from elbowroom.inference.compiled.branches import Branches, levels
 from elbowroom.inference.compiled.graph import Function, Graph, Untraceable
-from elbowroom.inference.compiled.vmap_rules import Substitutes
+from elbowroom.inference.compiled.vmap_rules import VmapRules
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.randomness import undisturbed
 from elbowroom.inference.target.plain import PlainLogJoint
@@ -26,7 +26,7 @@ FINER = 4  # graphs have no handlers to wait for: smaller parts still, which sta
 
 def inputs(joint: PlainLogJoint) -> list[tuple[Tensor, int | None]]:
     """Return the tensors that a graph takes beside z, for these data, each with the dimension of the data."""
-    found = [(t, dim) for t, dim in zip(joint.leaves(), joint.along, strict=True) if isinstance(t, Tensor)]
+    found = [(t, dim) for t, dim in zip(joint.leaves(), joint.data_dims, strict=True) if isinstance(t, Tensor)]
     if joint.program.active is not None:
         found.append((joint.program.active, 0))
     return found + [(t, None) for t in joint.program.pinned.values()]
@@ -65,7 +65,7 @@ def by_graph(joint: PlainLogJoint, graph: Function, z: Tensor, *beside: Tensor) 
     return tuple(out)
 
 
-class _Rows:
+class OneDatum:
     """The programs for one datum, whose arguments are inputs."""
 
     def __init__(self, root: PlainLogJoint) -> None:
@@ -82,12 +82,12 @@ class _Rows:
         taken = {size for t, _ in given for size in t.shape} | {root.dim}
         draws, data = [p for p in PRIMES if p not in taken][:2]
         rows = torch.arange(data, device=root.device) % root.n_obs
-        z = root.tested[0].index_select(0, rows).expand(draws, -1, -1).contiguous()
+        z = root.probe_points[0].index_select(0, rows).expand(draws, -1, -1).contiguous()
         some = [t if dim is None else t.index_select(dim, rows) for t, dim in given]
-        beside = _beside(kind, z)
+        beside = leapfrog_arguments(kind, z)
 
         def followed(*tensors: Tensor) -> tuple[Tensor, ...]:
-            with Substitutes(), Branches(outcomes=list(outcomes)):
+            with VmapRules(), Branches(outcomes=list(outcomes)):
                 return function(*tensors)
 
         with torch.set_grad_enabled(kind in GRADIENTS):
@@ -99,8 +99,8 @@ class _Rows:
         given = inputs(self.root)
         branches = Branches(allowed=lambda tensor: self.level not in levels(tensor))
         try:
-            with torch.no_grad(), undisturbed(self.root.tested), branches:
-                function(self.root.tested[:1], *[t for t, _ in given])
+            with torch.no_grad(), undisturbed(self.root.probe_points), branches:
+                function(self.root.probe_points[:1], *[t for t, _ in given])
         except Untraceable:
             raise
         except Exception as error:  # whatever a program raises under vmap
@@ -161,7 +161,7 @@ class _Rows:
         self.one.program = dataclasses.replace(program, n_obs=1, active=active, pinned=pinned)
 
 
-def _beside(kind: Kind, z: Tensor) -> list[Tensor]:
+def leapfrog_arguments(kind: Kind, z: Tensor) -> list[Tensor]:
     """Return arguments of a leapfrog of which none could be left out or transposed unseen, for tracing and comparing."""
     if kind != "leap":
         return []

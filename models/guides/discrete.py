@@ -9,7 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from elbowroom.models.guides.base import Family
-from elbowroom.models.priors.discrete import Binary, _check_bits, _check_categories
+from elbowroom.models.priors.discrete import Binary, check_bits, check_categories
 from elbowroom.models.spaces import Space
 
 
@@ -21,7 +21,7 @@ class CategoricalFamily(Family):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        _check_categories(latent_dim)
+        check_categories(latent_dim)
         self.latent_dim = latent_dim
         self.param_dim = latent_dim
 
@@ -38,7 +38,7 @@ class BernoulliFamily(Family):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        _check_bits(latent_dim)
+        check_bits(latent_dim)
         self.latent_dim = latent_dim
         self.param_dim = latent_dim
 

@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from elbowroom.models.guides.base import Family
-from elbowroom.models.priors.flow import FlowDistribution, Kind, _flow
+from elbowroom.models.priors.flow import FlowDistribution, Kind, build_flow
 
 
 class FlowFamily(Family):
@@ -41,7 +41,7 @@ class FlowFamily(Family):
         super().__init__()
         self.latent_dim = latent_dim
         self.param_dim = context
-        self.flow = _flow(kind, latent_dim, context, transforms, hidden)
+        self.flow = build_flow(kind, latent_dim, context, transforms, hidden)
 
     def forward(self, params: Tensor) -> TorchDistribution:
         """Turn (..., context) numbers into the flow's distribution given them."""

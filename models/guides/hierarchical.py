@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elbowroom.models.guides.base import Family
 from elbowroom.models.networks.mlp import MLP
-from elbowroom.models.priors.hierarchical import SITES, Ancestral, _normal
+from elbowroom.models.priors.hierarchical import SITES, Ancestral, conditional_normal
 
 
 class HierarchicalFamily(Family):
@@ -43,14 +43,14 @@ class HierarchicalFamily(Family):
 
     def top(self, params: Tensor) -> TorchDistribution:
         """Return q(z_top|x)."""
-        return _normal(params[..., : 2 * self.top_dim])
+        return conditional_normal(params[..., : 2 * self.top_dim])
 
     def given(self, params: Tensor, z_top: Tensor) -> TorchDistribution:
         """Return q(z|x, z_top)."""
         guess = params[..., 2 * self.top_dim :]
         batch = torch.broadcast_shapes(guess.shape[:-1], z_top.shape[:-1])
         both = torch.cat([z_top.expand(*batch, -1), guess.expand(*batch, -1)], -1)
-        return _normal(guess + self.correction(both))
+        return conditional_normal(guess + self.correction(both))
 
     def forward(self, params: Tensor) -> TorchDistribution:
         """Return the marginal q(z|x), which can be drawn from and has no density in closed form."""

@@ -18,7 +18,7 @@ from elbowroom.errors import DataError
 from elbowroom.models.likelihoods.missing import Incomplete
 
 
-def _first_bad(x: Tensor, bad: Tensor) -> str:
+def first_bad(x: Tensor, bad: Tensor) -> str:
     """Describe the first offending entry: value, row and column, counted from 0."""
     index = bad.nonzero()[0].tolist()
     place = f"row {index[0]}" + (f", column {index[1] if len(index) == 2 else tuple(index[1:])}" if index[1:] else "")
@@ -38,7 +38,7 @@ def refusal(name: str, needs: str, x: Tensor, bad: Tensor, cure: str = "") -> st
     """Say that `name` needs other values than the bad ones of x, and which likelihood would take them; None without any."""
     if not bool(bad.any()):
         return None
-    return f"{name} needs {needs}, found {_first_bad(x, bad)}: {cure}use model.likelihood = {suited(x)}"
+    return f"{name} needs {needs}, found {first_bad(x, bad)}: {cure}use model.likelihood = {suited(x)}"
 
 
 class Likelihood(nn.Module, ABC):
@@ -85,7 +85,7 @@ class Likelihood(nn.Module, ABC):
         if x.ndim == 0 or tuple(x.shape[1:]) != self.event_shape:
             raise DataError(f"data: each datum has shape {tuple(x.shape[1:])}, the model expects {self.event_shape}")
         if x.isinf().any():
-            raise DataError(f"data: {_first_bad(x, x.isinf())}: remove it, or make it NaN to treat it as missing")
+            raise DataError(f"data: {first_bad(x, x.isinf())}: remove it, or make it NaN to treat it as missing")
         missing = x.isnan()
         whole = (
             torch.where(missing, torch.as_tensor(self.inside, dtype=x.dtype, device=x.device), x) if bool(missing.any()) else x

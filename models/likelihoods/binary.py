@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from elbowroom.models.likelihoods.base import Likelihood, _first_bad
+from elbowroom.models.likelihoods.base import Likelihood, first_bad
 
 
 class Bernoulli(Likelihood):
@@ -25,7 +25,7 @@ class Bernoulli(Likelihood):
         if not bad.any():
             return None
         return (
-            f"bernoulli needs 0 or 1, found {_first_bad(x, bad)}: binarize the data "
+            f"bernoulli needs 0 or 1, found {first_bad(x, bad)}: binarize the data "
             "(data.binarize = a threshold), or use model.likelihood = continuous_bernoulli for values in [0, 1]"
         )
 
@@ -84,6 +84,6 @@ class ContinuousBernoulli(Likelihood):
         if not bad.any():
             return None
         return (
-            f"continuous_bernoulli needs values in [0, 1], found {_first_bad(x, bad)}: divide the data by their largest "
+            f"continuous_bernoulli needs values in [0, 1], found {first_bad(x, bad)}: divide the data by their largest "
             "possible value (data.scale), or use model.likelihood = gaussian"
         )

@@ -1,6 +1,6 @@
 """Discrete latents: one of d categories, or d binary entries; priors, and the guide families of the same space.
 
-Their values can be listed, so that inference sums over them: the seam for exact posteriors, Pyro's TraceEnum_ELBO for a
+Their values can be listed, so that inference sums over them: the log joint for exact posteriors, Pyro's TraceEnum_ELBO for a
 loss without the noise of draws. Draws are not differentiable in the parameters.
 """
 
@@ -106,7 +106,7 @@ class Categorical(Prior):
 
     def __init__(self, latent_dim: int, *, learned: bool = True) -> None:
         super().__init__()
-        _check_categories(latent_dim)
+        check_categories(latent_dim)
         self.latent_dim = latent_dim
         _set_logits(self, torch.zeros(latent_dim), learned)
 
@@ -132,7 +132,7 @@ class Bernoulli(Prior):
 
     def __init__(self, latent_dim: int, *, probability: Annotated[float, Gt(0), Lt(1)] = 0.5, learned: bool = False) -> None:
         super().__init__()
-        _check_bits(latent_dim)
+        check_bits(latent_dim)
         self.latent_dim = latent_dim
         _set_logits(self, torch.full((latent_dim,), math.log(probability / (1 - probability))), learned)
 
@@ -148,12 +148,14 @@ def _set_logits(prior: nn.Module, logits: Tensor, learned: bool) -> None:
         prior.register_buffer("logits", logits, persistent=False)
 
 
-def _check_categories(latent_dim: int) -> None:
+def check_categories(latent_dim: int) -> None:
+    """Refuse fewer than two categories."""
     if latent_dim < 2:
         raise ValueError(f"latent_dim: there must be at least 2 categories, got {latent_dim}; use 2 or more")
 
 
-def _check_bits(latent_dim: int) -> None:
+def check_bits(latent_dim: int) -> None:
+    """Refuse more bits than can be summed over."""
     if latent_dim > MAX_BITS:
         raise ValueError(
             f"latent_dim: {latent_dim} binary latents have 2^{latent_dim} joint values, too many to sum over; "

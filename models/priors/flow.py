@@ -86,14 +86,14 @@ class Flow(Prior):
     ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
-        self.flow = _flow(kind, latent_dim, 0, transforms, hidden)
+        self.flow = build_flow(kind, latent_dim, 0, transforms, hidden)
 
     def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
         """Return the flow's distribution."""
         return FlowDistribution(self.flow())
 
 
-def _flow(kind: Kind, features: int, context: int, transforms: int, hidden: Sequence[int]) -> nn.Module:
+def build_flow(kind: Kind, features: int, context: int, transforms: int, hidden: Sequence[int]) -> nn.Module:
     """Build a zuko flow close to the identity."""
     if kind == "realnvp" and features < 2:
         raise ValueError("kind: realnvp maps one half of the latents given the other, and needs latent_dim >= 2; use nsf")

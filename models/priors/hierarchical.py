@@ -94,7 +94,7 @@ class Hierarchical(Prior):
 
     def given(self, z_top: Tensor) -> TorchDistribution:
         """Return p(z|z_top) for z_top (..., t)."""
-        return _normal(self.below(z_top))
+        return conditional_normal(self.below(z_top))
 
     def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
         """Return the marginal p(z), which can be drawn from and has no density in closed form."""
@@ -105,7 +105,7 @@ class Hierarchical(Prior):
         return pyro.sample("z", self.given(pyro.sample("z_top", self.top())))
 
 
-def _normal(params: Tensor) -> TorchDistribution:
+def conditional_normal(params: Tensor) -> TorchDistribution:
     """Turn (..., 2 d) parameters [mu, s] into N(mu, diag(sigma^2)), unit scales at s = 0."""
     mu, s = params.chunk(2, -1)
     return dist.Normal(mu, softplus(s + _UNIT) + SCALE_FLOOR).to_event(1)

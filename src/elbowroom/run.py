@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elbowroom.analysis.audit.auditor import Audit
-from elbowroom.analysis.audit.budget import Step
+from elbowroom.analysis.audit.budget import Progress
 from elbowroom.analysis.audit.plan import Plan as AuditPlan
-from elbowroom.inference.fit.plan import Plan
+from elbowroom.inference.fit.plan import Schedule
 from elbowroom.inference.fit.record import Row
 from elbowroom.queries.questions import Questions
 from elbowroom.runs import auditing, fitting
@@ -31,7 +31,7 @@ def fit(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    report: Callable[[Plan, Row], None] | None = None,
+    report: Callable[[Schedule, Row], None] | None = None,
     allow_python: bool = False,
 ) -> Run:
     """Fit an experiment into a run folder.
@@ -82,7 +82,7 @@ class Run(Questions):
         *,
         out: str | Path | None = None,
         device: str | None = None,
-        progress: Callable[[Step], None] | None = None,
+        progress: Callable[[Progress], None] | None = None,
         budget: float | str | None = None,
         resume: bool = False,
     ) -> Audit:
@@ -94,7 +94,7 @@ class Run(Questions):
             data: a file, an array (N, *event) or a frame to audit; by default the test split of the run.
             out: where the files go; by default the run folder, for other data `audits/<name>` in it.
             device: where to compute: auto, cpu, cuda; by default where the spec says.
-            progress: called before each piece of work with a `Step`: a sentence that also knows the seconds left and the plan.
+            progress: called before each piece of work with a `Progress`: a sentence that knows the time left and the plan too.
             budget: seconds that the audit may take, or a text such as `10m`; by default the spec's `audit.budget`.
             resume: return the audit that is there, if it is whole and the same; else go on from the parts of one that was
                 killed, with the same result bit for bit where there is no budget.

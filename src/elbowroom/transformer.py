@@ -122,10 +122,10 @@ class VAETransformer(TransformerMixin, BaseEstimator):
             return self._corrected(X)["mean"].values.astype(float)
         from elbowroom.analysis.latents.decoding import moments
         from elbowroom.inference.randomness import seeded
-        from elbowroom.runs import rows as asked
+        from elbowroom.runs.rows import given_rows
 
         run = self._fitted()
-        rows = asked.given(run, self._rows(X), label="X")
+        rows = given_rows(run, self._rows(X), label="X")
         vae, found = copy.deepcopy(run.vae).double(), []  # double: a row's latents do not depend on the rows beside it
         with torch.no_grad(), seeded(run.experiment.spec.seed):
             for index in np.array_split(rows.index, max(1, -(-len(rows) // BLOCK))):

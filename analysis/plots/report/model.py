@@ -13,12 +13,12 @@ from elbowroom.analysis.measures.table import SMALL_GAP
 from elbowroom.analysis.plots import sequence as plots_sequence
 from elbowroom.analysis.plots.events import (
     NO_LATENT,
-    _in_units,
-    _mean,
-    _name_entries,
     event_image,
     event_sequence,
     group,
+    in_units,
+    mean_over,
+    name_entries,
     units_of_rows,
 )
 from elbowroom.analysis.plots.style import EXACT, GUIDE, INK, WIDE, Absent, Plot, canvas, say, show_tiles, styled, tone
@@ -51,7 +51,7 @@ def prior_samples(latent: xr.DataTree | None, observed: np.ndarray | None) -> Pl
         figure = canvas(WIDE, 3.0, "Draws from the model")
         axes = figure.subplots()
         sets = {"model (prior draws)": x.reshape(len(x), -1)} | ({} if real is None else {"data": real})
-        _spread_by_entry(axes, latent, {name: _in_units(latent, values) for name, values in sets.items()})
+        _spread_by_entry(axes, latent, {name: in_units(latent, values) for name, values in sets.items()})
     text = _prior_caption(latent, x.reshape(len(x), -1), real)
     alt = "Draws from the prior through the decoder" + ("." if real is None else ", with real data for comparison.")
     return Plot("prior_samples", figure, alt, text + units_of_rows(latent), wide=True)
@@ -62,26 +62,26 @@ def _spread_by_entry(axes: Axes, latent: xr.DataTree | None, sets: Mapping[str, 
         entry = np.arange(values.shape[1]) + shift
         axes.errorbar(
             entry,
-            _mean(values, 0),
-            np.sqrt(_mean(np.square(values - _mean(values, 0)), 0)),
+            mean_over(values, 0),
+            np.sqrt(mean_over(np.square(values - mean_over(values, 0)), 0)),
             fmt="o",
             color=colour,
             markersize=3.5,
             linewidth=1,
             label=f"{name}: mean ± sd",
         )
-    _name_entries(axes, latent)
+    name_entries(axes, latent)
     axes.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 1), borderaxespad=0.2)
 
 
 def _prior_caption(latent: xr.DataTree | None, x: np.ndarray, real: np.ndarray | None) -> str:
-    x, real = _in_units(latent, x), None if real is None else _in_units(latent, real)
-    totals = _mean(x, 1)
+    x, real = in_units(latent, x), None if real is None else in_units(latent, real)
+    totals = mean_over(x, 1)
     error = float(totals.std() / math.sqrt(len(x)))
     text = f"{len(x)} draws have a mean entry of {say(float(totals.mean()))} ± {say(error)} (SE)"
     if real is None:
         return f"{text}. The run folder keeps no data to compare them with."
-    other = _mean(real[np.isfinite(real).any(1)], 1)
+    other = mean_over(real[np.isfinite(real).any(1)], 1)
     its = float(other.std()) / math.sqrt(len(real))
     se = math.hypot(error, its)
     far = abs(float(totals.mean() - other.mean())) / max(se, 1e-12)
@@ -122,16 +122,16 @@ def reconstructions(latent: xr.DataTree | None) -> Plot | Absent:
         figure = canvas(WIDE, 2.9, "Reconstructions, by the room between ELBO and log p(x)")
         for axes, n in zip(np.atleast_1d(figure.subplots(1, len(keep), sharey=True)), keep, strict=True):
             entry = np.arange(x[n].size)
-            shown, wanted = (_in_units(latent, values[n].reshape(1, -1))[0] for values in (x, expected))
+            shown, wanted = (in_units(latent, values[n].reshape(1, -1))[0] for values in (x, expected))
             axes.plot(entry, shown, "o", color=INK, markersize=3.5, label="x")
             axes.plot(entry, wanted, color=GUIDE, label="E[x|q]")
-            _name_entries(axes, latent)
+            name_entries(axes, latent)
             axes.set_title(f"#{obs_id[n]}, gap {names[n]} nats")
         for axes in figure.axes[1:]:
             axes.set_ylabel("")
         figure.axes[0].legend()
-    off = _in_units(latent, x.reshape(len(x), -1)) - _in_units(latent, expected.reshape(len(x), -1))
-    error = np.sqrt(_mean(np.square(off), 1))
+    off = in_units(latent, x.reshape(len(x), -1)) - in_units(latent, expected.reshape(len(x), -1))
+    error = np.sqrt(mean_over(np.square(off), 1))
     unit = "sd of the data" if latent is not None and "columns" in latent.attrs else "data units"
     return Plot(
         "reconstructions",

@@ -17,7 +17,7 @@ DIFFERENT = 0.1  # of the observed sd: a shift of the mean, a relative change of
 LINES = {"posterior_predictive": (EXACT, "-", "posterior predictive"), "prior_predictive": (GUIDE, "--", "prior predictive")}
 
 
-class Site(NamedTuple):
+class Panel(NamedTuple):
     """An observed site and its replicates, an entry of x a column: observed (n, D), replicates (s, n, D) by group."""
 
     observed: np.ndarray
@@ -66,7 +66,7 @@ def predictive(tree: xr.DataTree | None) -> Plot | Absent:
     return Plot("predictive", figure, alt, text, wide=True)
 
 
-def _sites(tree: xr.DataTree) -> dict[str, Site]:
+def _sites(tree: xr.DataTree) -> dict[str, Panel]:
     sites = {}
     for name, values in tree["observed_data"].data_vars.items():
         x = values.transpose("obs_id", ...).values.astype(float)
@@ -76,7 +76,7 @@ def _sites(tree: xr.DataTree) -> dict[str, Site]:
                 y = tree[group][str(name)].transpose("chain", "draw", "obs_id", ...).values.astype(float)
                 replicates[group] = y.reshape(y.shape[0] * y.shape[1], y.shape[2], -1)
         if replicates and x.size:
-            sites[str(name)] = Site(x.reshape(len(x), -1), replicates)
+            sites[str(name)] = Panel(x.reshape(len(x), -1), replicates)
     return sites
 
 
@@ -103,7 +103,7 @@ def _bins(values: np.ndarray, whole: bool) -> np.ndarray:
     return np.linspace(low, max(high, low + 1e-9), 31)
 
 
-def _distribution(axes: Axes, site: Site) -> str:
+def _distribution(axes: Axes, site: Panel) -> str:
     """Draw the statistic's distribution over data and return what it is."""
     observed, label = _statistic(site.observed, site.observed)
     every = {group: _statistic(y, site.observed)[0].ravel() for group, y in site.replicates.items()}
@@ -129,7 +129,7 @@ def _mean(x: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
         return np.asarray(np.where(known, x, 0.0).sum(axis) / known.sum(axis))
 
 
-def _means(axes: Axes, site: Site) -> None:
+def _means(axes: Axes, site: Panel) -> None:
     observed = _mean(site.observed, 0)
     ends = [observed]
     for (group, y), marker in zip(site.replicates.items(), "o^", strict=False):
@@ -144,7 +144,7 @@ def _means(axes: Axes, site: Site) -> None:
     axes.legend(loc="best", handletextpad=0.2)
 
 
-def _words(name: str, site: Site, label: str) -> str:
+def _words(name: str, site: Panel, label: str) -> str:
     observed, _ = _statistic(site.observed, site.observed)
     here = observed[np.isfinite(observed)]
     mean, sd = float(here.mean()), float(here.std())

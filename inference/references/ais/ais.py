@@ -22,8 +22,8 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from elbowroom.inference.mcmc.normals import Normals, whiten
-from elbowroom.inference.posterior import Evidence, Posterior, Reference, in_chains, resample, surely
-from elbowroom.inference.references.ais.annealing import Bound, block_size, lower, tune
+from elbowroom.inference.posterior import Evidence, Posterior, Reference, in_chains, resample, sure_bound
+from elbowroom.inference.references.ais.annealing import AnnealedBound, block_size, lower, tune
 from elbowroom.inference.references.ais.paths import Path, PriorPath, RefitPath
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.target.log_joint import LogJoint
@@ -215,11 +215,11 @@ class _Found:
             value, error, q_star, nan(n), nan(n), nan(n), nan(n), nan(n), nan(n, d), nan(n, d, d), nan(keep, n, d), nan(n)
         )
 
-    def take(self, rows: Tensor, first: Bound, again: Bound, name: str, seed: int) -> None:
+    def take(self, rows: Tensor, first: AnnealedBound, again: AnnealedBound, name: str, seed: int) -> None:
         """Take the winner's second run as the bound, and the chains of both as particles."""
         self.bound[rows], self.bound_error[rows] = again.value, again.error
         self.ess[rows], self.failed[rows] = again.ess, again.failed
-        self.sure[rows] = surely(again.log_weights)
+        self.sure[rows] = sure_bound(again.log_weights)
         z = torch.cat([first.z, again.z])
         log_w = torch.cat([first.log_weights, again.log_weights])
         some = log_w.isfinite().any(0)
@@ -235,7 +235,7 @@ class _Found:
         self.draws[:, rows] = resample(z, weights, len(self.draws), generator).masked_fill(lost, torch.nan)
 
 
-def unseen(prior: Bound, refit: Bound, q_star: Normals) -> Tensor:
+def unseen(prior: AnnealedBound, refit: AnnealedBound, q_star: Normals) -> Tensor:
     """Return the estimated share of p(x) that chains from the prior found where no chain from q* went, (N,).
 
     A chain lies outside where its squared Mahalanobis distance from q* exceeds 1.5 times that of the farthest chain from q*,

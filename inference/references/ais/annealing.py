@@ -47,7 +47,7 @@ def schedule(temperatures: int, radius: float = RADIUS) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Ladder:
     """Everything about a run that is fixed before it starts.
 
     Attributes:
@@ -62,13 +62,13 @@ class Plan:
     bins: Sequence[int]
     leapfrogs: int
 
-    def rows(self, index: Tensor) -> Plan:
+    def rows(self, index: Tensor) -> Ladder:
         """Return the plan of some of the data."""
-        return Plan(self.b, self.steps[:, index], self.bins, self.leapfrogs)
+        return Ladder(self.b, self.steps[:, index], self.bins, self.leapfrogs)
 
 
 @dataclass(frozen=True)
-class Bound:
+class AnnealedBound:
     """A bound on log p(x) per datum, in nats, and the chains that it comes from.
 
     Attributes:
@@ -88,9 +88,9 @@ class Bound:
     log_weights: Tensor
     failed: Tensor
 
-    def rows(self, index: Tensor) -> Bound:
+    def rows(self, index: Tensor) -> AnnealedBound:
         """Return the bounds of some of the data."""
-        return Bound(
+        return AnnealedBound(
             self.value[index],
             self.error[index],
             self.ess[index],
@@ -143,7 +143,7 @@ def _blocks(path: Path, chains: int, seed: int, until: float) -> Iterator[tuple[
 
 
 @stage("pilot")
-def tune(path: Path, *, temperatures: int, leapfrogs: int, seed: int, until: float = math.inf) -> Plan:
+def tune(path: Path, *, temperatures: int, leapfrogs: int, seed: int, until: float = math.inf) -> Ladder:
     """Tune step sizes in a pilot run that is thrown away.
 
     A few chains climb the path, making several trajectories in the middle of each bin of temperatures; after each one the step
@@ -166,7 +166,7 @@ def tune(path: Path, *, temperatures: int, leapfrogs: int, seed: int, until: flo
         at = [b[round(t)] for t in middle]
         for rows, part, generator in _blocks(path, PILOT_CHAINS, seed, until):
             steps[:, rows] = _pilot(part, at, leapfrogs, generator)
-    return Plan(b, steps, bins, leapfrogs)
+    return Ladder(b, steps, bins, leapfrogs)
 
 
 def _pilot(path: Path, at: Sequence[float], leapfrogs: int, generator: torch.Generator) -> Tensor:
@@ -195,7 +195,7 @@ def _pilot(path: Path, at: Sequence[float], leapfrogs: int, generator: torch.Gen
 
 
 @stage("forward")
-def lower(path: Path, plan: Plan, *, chains: int, seed: int, until: float = math.inf) -> Bound:
+def lower(path: Path, plan: Ladder, *, chains: int, seed: int, until: float = math.inf) -> AnnealedBound:
     """Return a probabilistic lower bound on log p(x) per datum: log mean_s w_s of forward chains.
 
     With a plan whose temperatures end at b < 1 the value is one of log Z_b instead.
@@ -214,7 +214,7 @@ def lower(path: Path, plan: Plan, *, chains: int, seed: int, until: float = math
 
 
 @stage("reverse")
-def upper(path: Path, plan: Plan, draws: Tensor, *, seed: int, until: float = math.inf) -> Bound:
+def upper(path: Path, plan: Ladder, draws: Tensor, *, seed: int, until: float = math.inf) -> AnnealedBound:
     """Return a probabilistic upper bound on log p(x) per datum: -log mean_s 1/w_s of reverse chains.
 
     It is one only as far as the draws are of the posterior. Chains that begin at the same draw share its error: their mean
@@ -233,12 +233,12 @@ def upper(path: Path, plan: Plan, draws: Tensor, *, seed: int, until: float = ma
 
 
 def _over_blocks(
-    path: Path, chains: int, until: float, run: Callable[[Path, Tensor, torch.Generator], Bound], seed: int
-) -> Bound:
+    path: Path, chains: int, until: float, run: Callable[[Path, Tensor, torch.Generator], AnnealedBound], seed: int
+) -> AnnealedBound:
     first = path.metric.first
     n, d = first.shape
     nan = lambda *shape: torch.full(shape, torch.nan, dtype=first.dtype, device=first.device)
-    out = Bound(nan(n), nan(n), nan(n), nan(chains, n, d), nan(chains, n), nan(n))
+    out = AnnealedBound(nan(n), nan(n), nan(n), nan(chains, n, d), nan(chains, n), nan(n))
     for rows, part, generator in _blocks(path, chains, seed, until):
         found = run(part, rows, generator)
         out.value[rows], out.error[rows], out.ess[rows] = found.value, found.error, found.ess
@@ -246,21 +246,21 @@ def _over_blocks(
     return out
 
 
-def _forward(path: Path, plan: Plan, chains: int, generator: torch.Generator) -> Bound:
+def _forward(path: Path, plan: Ladder, chains: int, generator: torch.Generator) -> AnnealedBound:
     last = len(plan.b) - 1
     z, log_w, bad = _walk(path, plan, path.sample(chains, generator), range(1, last + 1), +1, generator)
     return summarise(z, log_w.masked_fill(bad, -torch.inf), bad.sum(0))
 
 
-def _reverse(path: Path, plan: Plan, draws: Tensor, generator: torch.Generator) -> Bound:
+def _reverse(path: Path, plan: Ladder, draws: Tensor, generator: torch.Generator) -> AnnealedBound:
     last = len(plan.b) - 1
     z, log_w, bad = _walk(path, plan, draws, range(last - 1, -1, -1), -1, generator)
     found = summarise(z, log_w.masked_fill(bad, -torch.inf), bad.sum(0))
-    return Bound(-found.value, found.error, found.ess, z, found.log_weights, found.failed)
+    return AnnealedBound(-found.value, found.error, found.ess, z, found.log_weights, found.failed)
 
 
 def _walk(
-    path: Path, plan: Plan, z: Tensor, rungs: range, sign: int, generator: torch.Generator
+    path: Path, plan: Ladder, z: Tensor, rungs: range, sign: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Move chains along the rungs; return where they ended, the log weights gathered and who met a non-finite density."""
     log_w = torch.zeros(z.shape[:2], dtype=z.dtype, device=z.device)
@@ -278,10 +278,10 @@ def _walk(
     return z, log_w, bad
 
 
-def summarise(z: Tensor, log_weights: Tensor, failed: Tensor) -> Bound:
+def summarise(z: Tensor, log_weights: Tensor, failed: Tensor) -> AnnealedBound:
     """Return log mean_s exp(log_weights) with its delta-method error, from log weights (S, N)."""
     chains = len(log_weights)
     value = torch.logsumexp(log_weights, 0) - math.log(chains)
     ess = (2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0)).exp().nan_to_num(nan=0.0)
     error = torch.where(ess > 0, (1 / ess - 1 / chains).clamp_min(0).sqrt(), torch.inf)
-    return Bound(value, error, ess, z, log_weights, failed.to(value.dtype))
+    return AnnealedBound(value, error, ess, z, log_weights, failed.to(value.dtype))

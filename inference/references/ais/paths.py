@@ -83,7 +83,7 @@ class Path(ABC):
     """A path of densities for every datum of a LogJoint.
 
     Attributes:
-        log_joint: the seam.
+        log_joint: the log joint.
         metric: of each density.
         name: `prior` or `refit`.
     """
@@ -102,14 +102,14 @@ class Path(ABC):
 
     @abstractmethod
     def rows(self, index: Tensor) -> Path | None:
-        """Return the path of some of the data, or None where the seam cannot be taken apart."""
+        """Return the path of some of the data, or None where the log joint cannot be taken apart."""
 
 
 class PriorPath(Path):
     """From the prior to the posterior: p(z) p(x|z)^b.
 
     Args:
-        log_joint: the seam.
+        log_joint: the log joint.
         q_star: a normal near each posterior, for the metric; None keeps the prior's scale.
         seed: of the draws that measure the prior's scale.
         metric: instead of measuring it.
@@ -141,7 +141,7 @@ class PriorPath(Path):
         return self.log_joint.tempered(z, b)
 
     def rows(self, index: Tensor) -> PriorPath | None:
-        """Return the path of some of the data, or None where the seam cannot be taken apart."""
+        """Return the path of some of the data, or None where the log joint cannot be taken apart."""
         part = self.log_joint.subset(index)
         return None if part is None else PriorPath(part, metric=self.metric.rows(index))
 
@@ -150,7 +150,7 @@ class RefitPath(Path):
     """From an inflated q* to the posterior: q0(z)^(1 - b) p(x, z)^b.
 
     Args:
-        log_joint: the seam.
+        log_joint: the log joint.
         q_star: a normal near each posterior.
         inflation: factor of its standard deviations in q0.
         df: degrees of freedom of a Student-t in place of the normal; None for the normal.
@@ -176,7 +176,7 @@ class RefitPath(Path):
         return base, value - base, (1 - b) * base_gradient + b * gradient
 
     def rows(self, index: Tensor) -> RefitPath | None:
-        """Return the path of some of the data, or None where the seam cannot be taken apart."""
+        """Return the path of some of the data, or None where the log joint cannot be taken apart."""
         part = self.log_joint.subset(index)
         if part is None:
             return None

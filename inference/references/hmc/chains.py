@@ -50,12 +50,12 @@ class Sampler:
     @classmethod
     def warmed_up(cls, log_joint: LogJoint, known: Scout, chains: int, generator: torch.Generator) -> Sampler:
         """Start half of the chains from q* and half from annealed draws of the prior, and adapt metric and step sizes."""
-        half, dtype = chains // 2, log_joint.tested.dtype
+        half, dtype = chains // 2, log_joint.probe_points.dtype
         ends = known.modes.starts(known.refit.q, half)
         start = torch.cat([known.refit.q.sample(chains - half, generator), ends.to(known.refit.q.loc.dtype)]).to(dtype)
         root = known.refit.q.root.to(dtype)
         first = torch.full_like(root[:, 0, 0], root.shape[-1] ** -0.25)
-        with log_joint.held():
+        with log_joint.frozen_weights():
             state = State.at(log_joint.grad, start)
             state, step, draws = _adapt(log_joint, state, root, first, WARMUP[0], generator)
             root = _reestimated(root, draws[WARMUP[0] // 3 :])
@@ -73,7 +73,7 @@ class Sampler:
         return out.rows(rows)
 
     def _run_bucket(self, part: LogJoint, bucket: Tensor, out: Chains, energy: Tensor) -> None:
-        with part.held():
+        with part.frozen_weights():
             state, root, step = self.state.rows(bucket), self.root[bucket], self.step[bucket]
             least = float(step.min())
             for i in range(out.length):
@@ -97,7 +97,7 @@ class Sampler:
         self.step[rows] /= 2
 
     def _buckets(self, rows: Tensor) -> list[tuple[Tensor, LogJoint]]:
-        """Group data by step size, with their seams; all data in one group where the arguments cannot be taken apart."""
+        """Group data by step size, with their log joints; all data in one group where the arguments cannot be taken apart."""
         steps, order = self.step[rows].sort()
         groups = [group.sort().values for group in rows[order].tensor_split(cuts(steps.tolist(), len(self.state.z)))]
         if len(groups[0]) == self.log_joint.n_obs:

@@ -167,7 +167,7 @@ class HMC(Reference):
             return certificate
         root, step = engine.metric(rows[some])
         held = modes.rows(some)
-        with part.held():  # a run that is held by a steep place, not by a mode, climbs out of it
+        with part.frozen_weights():  # a run that is held by a steep place, not by a mode, climbs out of it
             scale = root.square().sum(-1).sqrt()
             held = replace(held, end=climb(part, held.end.to(root.dtype), scale, CLIMB)[0])
             longer = held.longer(part, root, step, CONFIRM, engine.generator, kept=4 * held.length, finest=FINEST)

@@ -23,7 +23,7 @@ from elbowroom.inference.mcmc.leapfrog import DualAveraging, Move
 from elbowroom.inference.mcmc.normals import Normals
 from elbowroom.inference.references.hmc.certificate import Chains
 from elbowroom.inference.search.modes import Metric, Modes
-from elbowroom.inference.search.tempered import Bridge
+from elbowroom.inference.search.tempered import TemperedChains
 from elbowroom.inference.target.log_joint import LogJoint
 
 REPLICAS = 14  # temperatures at most
@@ -55,18 +55,18 @@ class Tempering:
     ) -> None:
         self.log_joint, self.chains, self.generator, self.seed = log_joint, chains, generator, seed
         metric = Metric.of(log_joint, q, seed)
-        self.b = _ladder(modes.ladder.double()).to(log_joint.tested.dtype)  # (K, N)
+        self.b = _ladder(modes.ladder.double()).to(log_joint.probe_points.dtype)  # (K, N)
         k, n = self.b.shape
         d = log_joint.dim
         self.root = torch.stack([metric.root(b) for b in self.b]).flatten(0, 1)  # (K N, d, d)
         # whole ensembles start in one place, half from q*, half from the runs: a population of replicas that forgets its start
         # slowly shows in R-hat
         ends = modes.starts(q, chains // 2).to(q.loc.dtype)
-        start = torch.cat([q.sample(chains - len(ends), generator), ends]).to(log_joint.tested.dtype)
+        start = torch.cat([q.sample(chains - len(ends), generator), ends]).to(log_joint.probe_points.dtype)
         self.z = start.unsqueeze(1).expand(chains, k, n, d).clone()
         self.step = torch.full((k * n,), d**-0.25, dtype=start.dtype, device=start.device)
-        with log_joint.held():
-            everyone = _Replicas(Bridge(log_joint, self.z), self.b, self.root, self.step)
+        with log_joint.frozen_weights():
+            everyone = _Replicas(TemperedChains(log_joint, self.z), self.b, self.root, self.step)
             adaptation = DualAveraging(self.step)
             for _ in range(WARMUP):
                 everyone.step = adaptation.step
@@ -85,8 +85,8 @@ class Tempering:
         else:
             kept = torch.arange(len(rows), device=rows.device)
         draws, lp, accept, divergent = [], [], [], []
-        with part.held():
-            some = _Replicas(Bridge(part, self.z[:, :, rows]), self.b[:, rows], *self._of(rows))
+        with part.frozen_weights():
+            some = _Replicas(TemperedChains(part, self.z[:, :, rows]), self.b[:, rows], *self._of(rows))
             for _ in range(length):
                 move = self._sweep(some)
                 cold = slice((k - 1) * len(rows), None)
@@ -141,7 +141,7 @@ class Tempering:
 class _Replicas:
     """Replicas of some of the data: chains (C, K, N, d), temperatures (K, N), roots (K N, d, d), step sizes (K N,)."""
 
-    bridge: Bridge
+    bridge: TemperedChains
     b: Tensor
     root: Tensor
     step: Tensor

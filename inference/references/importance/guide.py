@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from elbowroom.inference.posterior import Evidence, Posterior, in_chains, surely
+from elbowroom.inference.posterior import Evidence, Posterior, in_chains, sure_bound
 from elbowroom.inference.references.importance.psis import good_k, psis
 from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
@@ -48,7 +48,7 @@ def evidence(log_weights: Tensor, pareto_k: Tensor, ess_fraction: Tensor) -> tup
     return Evidence("estimate", "importance sampling", value, error), trusted
 
 
-def halves(log_weights: Tensor) -> dict[str, Tensor]:
+def split_bounds(log_weights: Tensor) -> dict[str, Tensor]:
     """Return log mean w of the first half of the draws, by which a bound may be chosen, and the bound by the second half.
 
     The largest of several noisy bounds is none; the one that was largest on other draws is.
@@ -57,14 +57,14 @@ def halves(log_weights: Tensor) -> dict[str, Tensor]:
         log_weights: (S, N), raw.
 
     Returns:
-        bound_first, bound_sure (see `surely`), and bound_all, sure too and by all draws: for where there is nothing to choose;
+        bound_first, bound_sure (see `sure_bound`), and bound_all, sure too and by all draws, where there is nothing to choose;
         (N,) each, in nats.
     """
     first, fresh = log_weights.tensor_split(2)
     return {
         "bound_first": torch.logsumexp(first, 0) - math.log(len(first)),
-        "bound_sure": surely(fresh),
-        "bound_all": surely(log_weights),
+        "bound_sure": sure_bound(fresh),
+        "bound_all": sure_bound(log_weights),
     }
 
 
@@ -110,7 +110,7 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         "pareto_k": smoothed.pareto_k,
         "ess_fraction": smoothed.ess_fraction,
         "importance_trusted": trusted.to(log_weights.dtype),
-        **halves(log_weights),
+        **split_bounds(log_weights),
         "rate": rate,
         "distortion": distortion,
         "log_joint_max": log_p.max(0).values,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from elbowroom.inference.mcmc.normals import Normals, StudentT, whiten
 from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status, concatenate, in_chains, resample
-from elbowroom.inference.references.importance.guide import FINITE_K, evidence, halves
+from elbowroom.inference.references.importance.guide import FINITE_K, evidence, split_bounds
 from elbowroom.inference.references.importance.psis import psis
 from elbowroom.inference.search.modes import FACTOR, SLACK, Modes
 from elbowroom.inference.search.scout import scout
@@ -176,7 +176,7 @@ class ImportanceSampling(Reference):
             "weights_ess": draws.ess,
             "unseen_share": share,
             "mode_unseen": unseen.to(share.dtype),
-            **halves(draws.log_w),
+            **split_bounds(draws.log_w),
         }
         status, reason = self._words(draws, share, unseen, modes)
         return self._posterior(log_joint, kept, draws.none, status, reason, mean, covariance, value.value, value.error, stats)
@@ -184,7 +184,7 @@ class ImportanceSampling(Reference):
     def _late(self, log_joint: LogJoint, keep: int) -> Posterior:
         n, d = log_joint.n_obs, log_joint.dim
         zeros = lambda *shape: torch.zeros(*shape, dtype=log_joint.dtype or log_joint.own_dtype, device=log_joint.device)
-        names = ("weights_pareto_k", "weights_ess", "unseen_share", "mode_unseen", *halves(zeros(2, n)))
+        names = ("weights_pareto_k", "weights_ess", "unseen_share", "mode_unseen", *split_bounds(zeros(2, n)))
         lost = torch.ones(n, dtype=torch.bool, device=log_joint.device)
         reason = [f"{self.name}: the budget ended before this datum was reached"] * n
         status: list[Status] = ["uncertified"] * n

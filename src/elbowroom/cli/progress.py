@@ -1,4 +1,4 @@
-"""A progress bar for an audit, with what is being done and the time left."""
+"""Progress bars: of a fit, of an audit, of rows; what is being done, and the time left."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Column
 
-from elbowroom.analysis.audit.budget import PLANNED, Step
-from elbowroom.inference.fit.plan import Plan
+from elbowroom.analysis.audit.budget import PLANNED, Progress
+from elbowroom.inference.fit.plan import Schedule
 from elbowroom.inference.fit.record import Row
 
 
 @contextmanager
-def audit_bar(console: Console, plan: Callable[[str], None]) -> Iterator[Callable[[Step], None]]:
+def audit_bar(console: Console, plan: Callable[[str], None]) -> Iterator[Callable[[Progress], None]]:
     """Show a bar on a terminal while the context is open; yield the function to give to `audit(progress=...)`.
 
     The bar shows what is being done, the share of the estimated time that is behind it and the estimated time left.
@@ -33,10 +34,10 @@ def audit_bar(console: Console, plan: Callable[[str], None]) -> Iterator[Callabl
         TextColumn("{task.description}"),
         TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
     )
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    bar = Bar(*columns, console=console, disable=not console.is_terminal)
     task = bar.add_task("", total=1.0, left="")
 
-    def report(step: Step) -> None:
+    def report(step: Progress) -> None:
         if step == PLANNED:
             plan(str(step.plan))
             bar.start()
@@ -52,7 +53,7 @@ def audit_bar(console: Console, plan: Callable[[str], None]) -> Iterator[Callabl
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Callable[[Plan, Row], None]]:
+def progress_bar(console: Console) -> Iterator[Callable[[Schedule, Row], None]]:
     """Show a bar on `console` while the context is open; yield the function to give to `Session(report=...)`.
 
     It shows the epoch, the training ELBO and the validation ELBO (nats per datum) and the time left.
@@ -67,7 +68,7 @@ def progress_bar(console: Console) -> Iterator[Callable[[Plan, Row], None]]:
     with _shown(columns, console) as bar:
         task = bar.add_task("fit", total=None, train="-", validation="-")
 
-        def report(plan: Plan, row: Row) -> None:
+        def report(plan: Schedule, row: Row) -> None:
             train, validation = f"{row.train_elbo:.2f}", f"{row.validation_elbo:.2f}"
             if math.isnan(row.validation_elbo):
                 validation = "-"
@@ -97,9 +98,9 @@ def rows_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]
 
 
 @contextmanager
-def _shown(columns: Sequence[ProgressColumn], console: Console) -> Iterator[Progress]:
+def _shown(columns: Sequence[ProgressColumn], console: Console) -> Iterator[Bar]:
     """Yield a bar that begins with the first report: what fails before leaves one line, the reason."""
-    bar = Progress(*columns, console=console)
+    bar = Bar(*columns, console=console)
     try:
         yield bar
     finally:

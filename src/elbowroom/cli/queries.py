@@ -301,10 +301,10 @@ def _references(given: str | None) -> Any:
 def target_of(run: Run, question: str, data: Path | None, out: Path | None, suffix: str = ".nc") -> Path:
     """Return the file that an answer goes to: `RUN/answers/<question>-<data>.nc`, or what the user named."""
     from elbowroom.queries.answer import check_suffix
-    from elbowroom.spec import run_folder as folder
+    from elbowroom.spec import run_folder
 
-    name = question if data is None else f"{question}-{folder.name_for(data)}"
-    return check_suffix(out) if out is not None else run.path / folder.ANSWERS / f"{name}{suffix}"
+    name = question if data is None else f"{question}-{run_folder.name_for(data)}"
+    return check_suffix(out) if out is not None else run.path / run_folder.ANSWERS / f"{name}{suffix}"
 
 
 @contextmanager
@@ -331,13 +331,13 @@ def answering(
 
 def done(answer: Answer, target: Path, out: Path | None, as_json: bool, *, also: Sequence[Path] = (), **more: Any) -> None:
     """Write an answer, and say where (`also` is written already) and what to conclude; `more` goes into the JSON."""
-    from elbowroom.queries import stream as streaming
+    from elbowroom.queries import stream
 
     written = [answer.save(target)]
     if out is None:
         written.append(answer.save(target.with_suffix(".csv")))
     written += [*answer.save_figures(target), *also]
-    streaming.finish(target)
+    stream.finish(target)
     if not as_json:
         for sentence in answer.said:
             screen().print(sentence, highlight=False, markup=False)

@@ -66,9 +66,9 @@ def budgeted(budget: str | None) -> list[str]:
     """Return the change of the spec that `--budget` stands for."""
     if budget is None:
         return []
-    from elbowroom.system import durations as clock
+    from elbowroom.system import durations
 
-    clock.seconds(budget, "--budget")
+    durations.seconds(budget, "--budget")
     return [f"audit.budget={budget.strip()}"]
 
 

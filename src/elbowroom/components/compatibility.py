@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from elbowroom.components import plugins
-from elbowroom.components import registry as components
+from elbowroom.components import plugins, registry
 from elbowroom.models import spaces
 from elbowroom.models.guides.base import Family
 
@@ -48,7 +47,7 @@ def refines(family: type) -> bool:
 
 def free_dim(prior: Any, latent_dim: int) -> int:
     """Return the number of unconstrained continuous coordinates of all sites of a chosen prior."""
-    p = components.component("prior", prior.name).cls
+    p = registry.component("prior", prior.name).cls
     return spaces.free_dim(space_of(p), latent_dim) + (getattr(prior, "top_dim", 0) or 0)
 
 
@@ -60,8 +59,8 @@ def clash(prior: Any, family: Any, objective: Any) -> str | None:
         family: likewise.
         objective: likewise.
     """
-    p = components.component("prior", prior.name).cls
-    q = components.component("guide", family.name).cls
+    p = registry.component("prior", prior.name).cls
+    q = registry.component("guide", family.name).cls
     mine, theirs = getattr(p, "sites", ("z",)), getattr(q, "sites", ("z",))
     p_name, q_name = plugins.short(prior.name), plugins.short(family.name)
     if mine != theirs:
@@ -77,19 +76,19 @@ def clash(prior: Any, family: Any, objective: Any) -> str | None:
             f"use {NATURAL[space_of(p)]}"
         )
     if objective.name == "wake_sleep":
-        tied = "guide" in components.component("prior", prior.name).facts or refines(q)
+        tied = "guide" in registry.component("prior", prior.name).facts or refines(q)
         if tied:
             which = f"prior {prior.name} is made of the guide" if not refines(q) else f"guide {family.name} reads the model"
             return f"fit.objective: wake_sleep trains model and guide apart, and {which}; use elbo"
-    chosen: Any = components.component("objective", objective.name).cls
+    chosen: Any = registry.component("objective", objective.name).cls
     why = chosen.refuses(space_of(p) in spaces.DISCRETE, getattr(q, "reparametrized", True))
     return f"fit.objective: {plugins.short(objective.name)} {why}" if why else None
 
 
 def notes(prior: Any, family: Any, objective: Any) -> list[str]:
     """Return sentences about what was done for a combination that the user did not ask for word by word."""
-    p = components.component("prior", prior.name).cls
-    q = components.component("guide", family.name).cls
+    p = registry.component("prior", prior.name).cls
+    q = registry.component("guide", family.name).cls
     said = []
     if transform_inserted(p, q):
         how = {"positive": "exp", "simplex": "stick breaking"}[space_of(p)]

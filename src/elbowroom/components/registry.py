@@ -20,12 +20,12 @@ from pydantic import Field, ValidationError
 
 from elbowroom.components import plugins, schema
 from elbowroom.components.schema import Block, Option
-from elbowroom.components.table import _BASES, FACTS, PLACES, _table
+from elbowroom.components.table import BASES, FACTS, PLACES, TABLE
 from elbowroom.errors import SpecError, nearest
 
-_own = {kind: frozenset(table) for kind, table in _table.items()}
-_python: dict[str, dict[str, tuple[type, str]]] = {kind: {} for kind in _table}
-_in_use: dict[str, set[str]] = {kind: set() for kind in _table}
+_own = {kind: frozenset(table) for kind, table in TABLE.items()}
+python_classes: dict[str, dict[str, tuple[type, str]]] = {kind: {} for kind in TABLE}
+in_use: dict[str, set[str]] = {kind: set() for kind in TABLE}
 _on_change: list[Callable[[], None]] = []
 
 
@@ -56,17 +56,17 @@ class Component:
 
 def kinds() -> list[str]:
     """Return the kinds of component."""
-    return list(_table)
+    return list(TABLE)
 
 
 def names(kind: str) -> list[str]:
     """Return the names that a spec can use for a kind, sorted: our own, registered, or offered by installed packages."""
-    return sorted({*_kind(kind), *_offered(kind)})
+    return sorted({*table_of(kind), *_offered(kind)})
 
 
 def own_names(kind: str) -> list[str]:
     """Return the names that come with Elbowroom, sorted."""
-    _kind(kind)
+    table_of(kind)
     return sorted(_own[kind])
 
 
@@ -82,9 +82,9 @@ def component(kind: str, name: str) -> Component:
     Raises:
         SpecError: for an unknown kind or name, with the nearest one.
     """
-    entry, origin, digest = _kind(kind).get(name), "", ""
-    if name in _python[kind]:
-        entry, digest = _python[kind][name]
+    entry, origin, digest = table_of(kind).get(name), "", ""
+    if name in python_classes[kind]:
+        entry, digest = python_classes[kind][name]
     elif entry is None and name in _offered(kind):
         offer = _offered(kind)[name]
         entry, origin = offer.load(), offer.package
@@ -121,7 +121,7 @@ def register(kind: str, name: str, cls: type) -> None:
         ...     "A normal prior under another name."
         >>> er.register("prior", "wide", Wide)
     """
-    table = _kind(kind)
+    table = table_of(kind)
     if name in table and table[name] is not cls:
         raise SpecError(f"register: there is a {kind} {name!r} already; choose another name")
     if not name.isidentifier():
@@ -181,13 +181,13 @@ def python(kind: str, name: str, *, folder: Path, sha256: Any = None) -> str:
     Raises:
         SpecError: there is no such class, it cannot be executed, or it is no component of this kind.
     """
-    _kind(kind)
+    table_of(kind)
     where = plugins.place(name, folder)
     found = plugins.execute(where, sha256, folder)
-    if _python[kind].get(where.name) != found:
+    if python_classes[kind].get(where.name) != found:
         cls, said = found[0], plugins.short(name)
         _foreign(kind, said, cls)
-        _python[kind][where.name] = found
+        python_classes[kind][where.name] = found
         _changed()
         _check_constructor(kind, said, cls)
     return where.name
@@ -202,13 +202,13 @@ def portable(tree: Any) -> Any:
 
 def unregister(kind: str, name: str) -> None:
     """Take a component out of the registry."""
-    if _kind(kind).pop(name, None) is not None:
+    if table_of(kind).pop(name, None) is not None:
         _changed()
 
 
 def forget_python() -> None:
     """Take the user's own files out of the registry; they are executed anew when they are asked for."""
-    for known in _python.values():
+    for known in python_classes.values():
         known.clear()
     plugins.forget()
     _changed()
@@ -244,10 +244,11 @@ def _changed() -> None:
         clear()
 
 
-def _kind(kind: str) -> dict[str, str | type]:
-    if kind not in _table:
-        raise SpecError(f"unknown kind of component {kind!r}{nearest(kind, _table)}")
-    return _table[kind]
+def table_of(kind: str) -> dict[str, str | type]:
+    """Return the components of a kind, by name."""
+    if kind not in TABLE:
+        raise SpecError(f"unknown kind of component {kind!r}{nearest(kind, TABLE)}")
+    return TABLE[kind]
 
 
 def _offered(kind: str) -> dict[str, plugins.Offer]:
@@ -265,9 +266,9 @@ def _known(kind: str, given: Any, folder: Path, allow_python: bool) -> Any:
             raise SpecError(f"{name} {plugins.place(name, folder).asks}")
         name = python(kind, name, folder=folder, sha256=given.get("sha256") if isinstance(given, Mapping) else None)
         return {**given, "name": name} if isinstance(given, Mapping) else name
-    if name not in _table[kind] and name not in _in_use[kind] and name in _offered(kind):
+    if name not in TABLE[kind] and name not in in_use[kind] and name in _offered(kind):
         component(kind, name)
-        _in_use[kind].add(name)
+        in_use[kind].add(name)
         _changed()
     return given
 
@@ -281,8 +282,8 @@ def _named(target: str) -> type:
 
 def _foreign(kind: str, name: str, cls: type) -> None:
     """Refuse a class of another kind, or one whose options no schema can be made of: it would spoil those of the others."""
-    if not issubclass(cls, _named(_BASES[kind])):
-        module, _, base = _BASES[kind].partition(":")
+    if not issubclass(cls, _named(BASES[kind])):
+        module, _, base = BASES[kind].partition(":")
         raise SpecError(f"{kind} {name}: {cls.__name__} is no {kind}; derive it from {module}.{base}")
     _protocol(kind, name, cls)
     for option in schema.options(cls):

@@ -10,14 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from elbowroom.components import plugins
-from elbowroom.components.registry import _in_use, _kind, _python, component, names, options_model
+from elbowroom.components.registry import component, in_use, names, options_model, python_classes, table_of
 from elbowroom.components.schema import Block
 from elbowroom.errors import SpecError
 
 
 def slot(kind: str) -> Any:
     """Return the annotation of a spec field that names a component; a bare string is short for `{name: ...}`."""
-    known = sorted({*_kind(kind), *_in_use[kind], *_python[kind]})
+    known = sorted({*table_of(kind), *in_use[kind], *python_classes[kind]})
     models = [options_model(kind, name) for name in known]
     union: Any = models[0] if len(models) == 1 else Annotated[Union[tuple(models)], Field(discriminator="name")]  # noqa: UP007
     bare = Literal[tuple(n for n in known if not any(o.required for o in component(kind, n).options))]  # type: ignore[valid-type]

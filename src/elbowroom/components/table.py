@@ -12,7 +12,7 @@ FACTS: dict[str, frozenset[str]] = {
     "reference": frozenset(),
 }
 """kind -> the positional arguments that a constructor of this kind may ask for."""
-_table: dict[str, dict[str, str | type]] = {
+TABLE: dict[str, dict[str, str | type]] = {
     "data": {
         "adult": "elbowroom.data.repositories:Adult",
         "binarized_mnist": "elbowroom.data.published:BinarizedMNIST",
@@ -109,7 +109,7 @@ PLACES: dict[str, str] = {
     "audit.references": "reference",
 }
 """Where a spec names a component -> its kind."""
-_BASES = {
+BASES = {
     "data": "elbowroom.data.dataset:Source",
     "prior": "elbowroom.models.priors.base:Prior",
     "likelihood": "elbowroom.models.likelihoods.base:Likelihood",

@@ -10,9 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from elbowroom.components import compatibility as pairs
-from elbowroom.components import plugins
-from elbowroom.components import registry as components
+from elbowroom.components import compatibility, plugins, registry
 from elbowroom.components.registry import Component
 from elbowroom.components.schema import Option
 from elbowroom.errors import SpecError
@@ -55,18 +53,18 @@ def collect(kind: str | None, name: str | None, *, allow_python: bool = False) -
         if name.startswith(plugins.PREFIX):
             if not allow_python:
                 raise SpecError(f"{name} {plugins.place(name, Path.cwd()).asks}")
-            name = components.python(kind, name, folder=Path.cwd())
-        return [components.component(kind, name)], []
+            name = registry.python(kind, name, folder=Path.cwd())
+        return [registry.component(kind, name)], []
     found: list[Component] = []
     broken: list[Broken] = []
-    for each in components.kinds() if kind is None else [kind]:
-        for one in components.names(each):
+    for each in registry.kinds() if kind is None else [kind]:
+        for one in registry.names(each):
             try:
-                found.append(components.component(each, one))
+                found.append(registry.component(each, one))
             except SpecError as error:
                 broken.append((each, one, str(error)))
     known = {(each, one) for each, one, _ in broken}
-    for offer in components.broken():
+    for offer in registry.broken():
         if (offer.kind, offer.name) not in known and kind in (None, offer.kind):
             broken.append((offer.kind, offer.name, offer.problem))
     return found, broken
@@ -187,15 +185,15 @@ def markdown() -> str:
         "How to write one of your own: [CONTRIBUTING.md](../CONTRIBUTING.md).",
         "",
     ]
-    for kind in components.kinds():
-        lines.append(f"* [{kind}](#{kind}): " + ", ".join(f"`{name}`" for name in components.own_names(kind)))
-    for kind in components.kinds():
+    for kind in registry.kinds():
+        lines.append(f"* [{kind}](#{kind}): " + ", ".join(f"`{name}`" for name in registry.own_names(kind)))
+    for kind in registry.kinds():
         where, what = HEADINGS[kind]
         lines += ["", f"## {kind}", "", f"{_capital(what)}. In a spec: `{'`, `'.join(where.split(', '))}`."]
         if example := _example(kind):
             lines[-1] = lines[-1][:-1] + f", e.g. `{example}`."
-        for name in components.own_names(kind):
-            lines += _section(components.component(kind, name))
+        for name in registry.own_names(kind):
+            lines += _section(registry.component(kind, name))
     return "\n".join(lines) + "\n"
 
 
@@ -219,13 +217,13 @@ def _together(c: Component) -> dict[str, str | list[str]]:
     """Return what can be said of a component's partners, from the rules that a spec is checked by."""
     if c.kind == "prior":
         return {
-            "z_lives_on": pairs.WORDS.get(pairs.space_of(c.cls), pairs.space_of(c.cls)),
-            "guides": [name for name in components.own_names("guide") if _suit(c.name, name)],
+            "z_lives_on": compatibility.WORDS.get(compatibility.space_of(c.cls), compatibility.space_of(c.cls)),
+            "guides": [name for name in registry.own_names("guide") if _suit(c.name, name)],
         }
     if c.kind == "guide":
         return {
-            "z_lives_on": pairs.WORDS.get(pairs.space_of(c.cls), pairs.space_of(c.cls)),
-            "priors": [name for name in components.own_names("prior") if _suit(name, c.name)],
+            "z_lives_on": compatibility.WORDS.get(compatibility.space_of(c.cls), compatibility.space_of(c.cls)),
+            "priors": [name for name in registry.own_names("prior") if _suit(name, c.name)],
         }
     if c.kind == "objective":
         cls: Any = c.cls
@@ -239,7 +237,7 @@ def _together(c: Component) -> dict[str, str | list[str]]:
 
 def _suit(prior: str, guide: str) -> bool:
     """Say whether a spec can name both; elbo takes any pair that fits."""
-    return pairs.clash(*(SimpleNamespace(name=name) for name in (prior, guide, "elbo"))) is None
+    return compatibility.clash(*(SimpleNamespace(name=name) for name in (prior, guide, "elbo"))) is None
 
 
 def _body(cls: type) -> list[str]:

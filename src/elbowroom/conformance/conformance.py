@@ -18,9 +18,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.components.slots import build
-from elbowroom.conformance import properties as promises
+from elbowroom.conformance import properties
 from elbowroom.errors import SpecError
 from elbowroom.models.guides.base import AmortizedGuide
 from elbowroom.models.guides.normal import DiagonalNormal
@@ -53,15 +53,15 @@ def problems_of(kind: str, name: str, **options: Any) -> list[str]:
             np.save(Path(folder) / "x.npy", np.arange(12.0).reshape(4, 3))
             options = {"path": "x.npy"}
         try:
-            cls = components.component(kind, name).cls
-            chosen = components.options_model(kind, name).model_validate({"name": name, **options})
+            cls = registry.component(kind, name).cls
+            chosen = registry.options_model(kind, name).model_validate({"name": name, **options})
             _round_trip(kind, name, chosen, expect)
             if kind == "prior":
                 _prior(kind, name, options, expect)
             elif kind == "guide":
-                promises.check_latents(kind, name, options, expect)
+                properties.check_latents(kind, name, options, expect)
             elif kind == "likelihood":
-                promises.check_likelihood(name, options, expect)
+                properties.check_likelihood(name, options, expect)
             elif kind == "network":
                 _network(chosen, expect)
             else:
@@ -79,13 +79,13 @@ Expect = Callable[[bool, str], None]
 def _round_trip(kind: str, name: str, chosen: Any, expect: Expect) -> None:
     """What a resolved spec says of the component builds it again, also after YAML."""
     written = document.write(chosen.model_dump(mode="json"))
-    again = components.options_model(kind, name).model_validate(document.parse(written, name))
+    again = registry.options_model(kind, name).model_validate(document.parse(written, name))
     expect(again == chosen, "its options come back from a spec as they were")
 
 
 def _prior(kind: str, name: str, options: dict[str, Any], expect: Expect) -> None:
     """Test the shape of z first: a wrong one breaks everything after it."""
-    chosen = components.options_model(kind, name).model_validate({"name": name, **options})
+    chosen = registry.options_model(kind, name).model_validate({"name": name, **options})
     family = DiagonalNormal(DIM)
     guide = AmortizedGuide(Linear((WIDTH,), family.param_dim), family)
     facts: dict[str, Any] = {"latent_dim": DIM, "covariate_dim": 0, "feature_shape": (WIDTH,), "guide": guide}
@@ -94,7 +94,7 @@ def _prior(kind: str, name: str, options: dict[str, Any], expect: Expect) -> Non
         z = prior()
     expect(tuple(z.shape) == (N, DIM), f"returns z of shape (N, latent_dim), got {tuple(z.shape)}")
     if tuple(z.shape) == (N, DIM):
-        promises.check_latents(kind, name, options, expect)
+        properties.check_latents(kind, name, options, expect)
 
 
 def _data(source: Any, expect: Expect) -> None:
@@ -152,8 +152,8 @@ def _maps(network: nn.Module, in_shape: tuple[int, ...], out_dim: int, expect: E
 def _objective(objective: Any, expect: Expect) -> None:
     """Test an objective: finite, a gradient for every parameter, and the estimate for N data N / B times the batch's."""
     discrete = not objective.continuous
-    vae = promises.vae_with("prior", "categorical" if discrete else "normal", {}, facts=promises.TABLE)
-    batch = promises.simulated(vae)
+    vae = properties.vae_with("prior", "categorical" if discrete else "normal", {}, facts=properties.TABLE)
+    batch = properties.simulated(vae)
     vae.adapt(**batch)
 
     def estimate(size: int) -> Any:

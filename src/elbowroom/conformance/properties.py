@@ -1,6 +1,6 @@
 """What priors, likelihoods and guide families promise, each tested inside a small VAE that is assembled as a user's would be.
 
-Densities integrate (or sum) to one, draws have the moments of the density, NaN leaves out just its own factor, the seam's log
+Densities integrate (or sum) to one, draws have the moments of the density, NaN leaves out just its own factor, the log
 joint equals the trace's, single precision agrees with double, weights come back from a state dict, and a gradient reaches every
 parameter. Nothing here knows a component by name: a user's own are tested alike.
 """
@@ -17,11 +17,11 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
-from elbowroom.components import compatibility as pairs
-from elbowroom.components import registry as components
+from elbowroom.components import compatibility, registry
 from elbowroom.inference.objectives.elbo import ELBO
 from elbowroom.inference.target.discrete import table
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.models.columns import Column
 from elbowroom.models.likelihoods.base import Likelihood
 from elbowroom.models.vae import VAE
@@ -50,14 +50,17 @@ def vae_with(
     Raises:
         SpecError: the component does not take these options or facts.
     """
-    cls = components.component(kind, name).cls
+    cls = registry.component(kind, name).cls
     chosen: dict[str, Any] = {"name": name, **options}
     prior: dict[str, Any] = {"name": "normal"}
     family: dict[str, Any] = {"name": "diagonal_normal"}
     if kind == "prior":
-        prior, family = chosen, {"name": "hierarchical" if len(_sites(cls)) > 1 else pairs.NATURAL[pairs.space_of(cls)]}
+        prior, family = (
+            chosen,
+            {"name": "hierarchical" if len(_sites(cls)) > 1 else compatibility.NATURAL[compatibility.space_of(cls)]},
+        )
     if kind == "guide":
-        family, prior = chosen, {"name": "hierarchical" if len(_sites(cls)) > 1 else PRIORS[pairs.space_of(cls)]}
+        family, prior = chosen, {"name": "hierarchical" if len(_sites(cls)) > 1 else PRIORS[compatibility.space_of(cls)]}
     for block in (prior, family):  # one unconstrained dimension for each level: the smallest plane there is
         if block["name"] == "hierarchical" and latent_dim == 1 and "top_dim" not in block:
             block["top_dim"] = 1
@@ -92,28 +95,22 @@ def simulated(vae: VAE, facts: Facts = TABLE, n: int = N) -> dict[str, Tensor]:
         return {"x": vae.model(**beside, n=n).double(), **beside}
 
 
-def seam(vae: VAE, batch: Mapping[str, Tensor], **options: Any) -> LogJoint:
-    """Return the seam of a VAE and a batch."""
-    beside: dict[str, Any] = {name: value for name, value in batch.items() if name != "x"}
-    return LogJoint(vae.model, vae.guide, batch["x"], **beside, **options)
-
-
 # -- priors and guides ----------------------------------------------------------------------------------------------------
 
 
 def check_latents(kind: str, name: str, options: Mapping[str, Any], expect: Expect) -> None:
     """Test a prior or a guide family."""
-    least = 2 if pairs.space_of(components.component(kind, name).cls) in ("simplex", "one_hot") else 1
+    least = 2 if compatibility.space_of(registry.component(kind, name).cls) in ("simplex", "one_hot") else 1
     small = vae_with(kind, name, options, latent_dim=least)
     batch = simulated(small, n=2)
     small.adapt(**batch)
-    joint = seam(small.eval(), batch)
+    joint = log_joint_of(small.eval(), batch)
     if joint.dim == 0:
         found = table(joint)
         mass = (found.log_prior if kind == "prior" else found.log_guide).exp().sum(0)
         expect(bool(((mass - 1).abs() < 1e-6).all()), f"probabilities sum to 1, got {mass.tolist()}")
     else:
-        _normalised(joint, kind, expect, real=pairs.space_of(components.component(kind, name).cls) == "real")
+        _normalised(joint, kind, expect, real=compatibility.space_of(registry.component(kind, name).cls) == "real")
     vae = vae_with(kind, name, options, latent_dim=3)
     batch = simulated(vae)
     vae.adapt(**batch)
@@ -243,7 +240,7 @@ def _one_entry(name: str, options: Mapping[str, Any], expect: Expect) -> None:
 
 
 def check_program(vae: VAE, batch: Mapping[str, Tensor], part: nn.Module, expect: Expect, *, gradient: str) -> None:
-    """Test a component where it is used: in the VAE's programs, through the seam.
+    """Test a component where it is used: in the VAE's programs, through the log joint.
 
     Args:
         vae: in double precision.
@@ -253,11 +250,11 @@ def check_program(vae: VAE, batch: Mapping[str, Tensor], part: nn.Module, expect
         gradient: kind of the component whose parameters a gradient must reach; "" for none.
     """
     batch = {key: value.float().double() for key, value in batch.items()}  # the same numbers in either precision
-    joint = seam(vae.eval(), batch)
-    z = joint.tested
+    joint = log_joint_of(vae.eval(), batch)
+    z = joint.probe_points
     values = joint(z)
     _same_as_trace(vae, batch, joint, z[0], values[0], expect)
-    single = seam(copy.deepcopy(vae).float(), {name: value.float() for name, value in batch.items()}, dtype=None)
+    single = log_joint_of(copy.deepcopy(vae).float(), {name: value.float() for name, value in batch.items()}, dtype=None)
     close = torch.allclose(single(z.float()).double(), values, rtol=1e-3, atol=2e-2)
     expect(close, "single precision agrees with double")
     other = copy.deepcopy(vae)
@@ -265,7 +262,7 @@ def check_program(vae: VAE, batch: Mapping[str, Tensor], part: nn.Module, expect
         for parameter in other.parameters():
             parameter.add_(1.0)
     restore(other, {name: value.clone() for name, value in vae.state_dict().items()})
-    again = seam(other.eval(), batch)
+    again = log_joint_of(other.eval(), batch)
     same = torch.equal(again(z), values) and torch.equal(again.log_guide(z), joint.log_guide(z))
     expect(same, "its state dict brings back the same densities")
     expect(type(part).__name__ in repr(part), "its text names it")
@@ -274,7 +271,7 @@ def check_program(vae: VAE, batch: Mapping[str, Tensor], part: nn.Module, expect
 
 
 def _same_as_trace(vae: VAE, batch: Mapping[str, Tensor], joint: LogJoint, z: Tensor, value: Tensor, expect: Expect) -> None:
-    """The seam's log joint, summed over data, is Pyro's log probability of the trace, with the Jacobian."""
+    """The log joint, summed over data, is Pyro's log probability of the trace, with the Jacobian."""
     beside: dict[str, Any] = dict(batch)
     jacobian = torch.zeros((), dtype=torch.float64)
     sites: dict[str, Tensor] = {}
@@ -294,7 +291,7 @@ def _same_as_trace(vae: VAE, batch: Mapping[str, Tensor], joint: LogJoint, z: Te
             nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
             totals.append(sum(node["log_prob"] for node in nodes if node["log_prob"].shape == (joint.n_obs,)))
     summed = torch.logsumexp(torch.stack([torch.as_tensor(t) for t in totals]), 0).sum() + jacobian
-    expect(bool(torch.allclose(summed, value.sum(), rtol=1e-8, atol=1e-7)), "the seam's log joint equals the trace's")
+    expect(bool(torch.allclose(summed, value.sum(), rtol=1e-8, atol=1e-7)), "the log joint equals the trace's")
 
 
 def _gradient(vae: VAE, batch: Mapping[str, Tensor], part: nn.Module, expect: Expect) -> None:

@@ -20,7 +20,7 @@ MOST_LEVELS = 1000
 FEW_LEVELS = 50
 """So many different texts are never taken for a name that hardly ever repeats."""
 CODED = ("categorical", "ordinal")
-_DATE = re.compile(
+DATE = re.compile(
     r"(\d{4}[-/.]\d{1,2}([-/.]\d{1,2})?|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
     r"([T ]\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?\s*(Z|[+-]\d{2}:?\d{2})?)?"
 )

@@ -13,13 +13,13 @@ from dataclasses import replace
 import numpy as np
 
 from elbowroom.data.chunks import rows_of
-from elbowroom.data.columns import _DATE, CODED, FEW_LEVELS, MOST_LEVELS, Cells, Layout, of_array
+from elbowroom.data.columns import CODED, DATE, FEW_LEVELS, MOST_LEVELS, Cells, Layout, of_array
 from elbowroom.data.dataset import Dataset
 from elbowroom.errors import DataError
 
 _COMMA = re.compile(r"[+-]?(\d+|\d{1,3}([., ']\d{3})+),\d+([eE][+-]?\d+)?|[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 _MISREAD = (
-    (_DATE, "dates", "convert them to numbers, such as days since the first one"),
+    (DATE, "dates", "convert them to numbers, such as days since the first one"),
     (_COMMA, "numbers with commas", "write them with a decimal point and without thousands separators"),
 )
 """Text that is no category by nature: what it looks like, and the cure."""

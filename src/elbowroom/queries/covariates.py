@@ -12,7 +12,7 @@ import numpy as np
 from elbowroom.data.columns import Layout
 from elbowroom.data.file import read_like
 from elbowroom.errors import DataError, SpecError, nearest
-from elbowroom.runs import rows as asked
+from elbowroom.runs.rows import layout_of, own_rows
 
 if TYPE_CHECKING:
     from elbowroom.runs.fitted import FittedModel
@@ -29,7 +29,7 @@ def conditional(run: FittedModel) -> bool:
 
 def needed(run: FittedModel) -> list[str]:
     """Return the names of what must be given, as the user's data have them: covariates first, then the exposure."""
-    facts, layout = run.experiment.facts, asked.layout_of(run)
+    facts, layout = run.experiment.facts, layout_of(run)
     if layout is None or layout.x is None:
         exposure = (layout.exposure if layout is not None else None) or "exposure"
         return [*facts.covariates, *([exposure] if facts.exposure else [])]
@@ -61,7 +61,7 @@ def read(run: FittedModel, covariates: Any = None, given: Mapping[str, Any] | No
     if isinstance(covariates, str) and covariates == TRAINING:
         if values:
             raise SpecError(f"given: {min(values)!r} is given twice, covariates: {TRAINING} has all of them")
-        rows = asked.own(run, "train")
+        rows = own_rows(run, "train")
         index = np.random.default_rng(seed).permutation(rows.index)
         return {name: value.numpy() for name, value in rows.experiment.beside(index).items()}
     if covariates is None and len(values) < len(names):
@@ -74,7 +74,7 @@ def read(run: FittedModel, covariates: Any = None, given: Mapping[str, Any] | No
 
 
 def _arrays(run: FittedModel, covariates: Any, values: Mapping[str, Any], names: list[str]) -> Beside:
-    facts, layout = run.experiment.facts, asked.layout_of(run)
+    facts, layout = run.experiment.facts, layout_of(run)
     if isinstance(covariates, np.ndarray):
         c = covariates.astype(np.float64).reshape(len(covariates), -1)
         width = len(facts.covariates)

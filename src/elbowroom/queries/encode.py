@@ -25,7 +25,7 @@ from elbowroom.inference.program.sites import Site, is_real
 from elbowroom.inference.target import discrete
 from elbowroom.queries.answer import Answer, Form
 from elbowroom.queries.stream import place_of, references_for, stream
-from elbowroom.runs import rows as asked
+from elbowroom.runs.rows import query_rows
 
 if TYPE_CHECKING:
     from elbowroom.analysis.plots.style import Absent, Plot
@@ -73,7 +73,7 @@ def ask(
 ) -> Answer:
     """Encode rows; arguments and errors as `Run.encode`, which is this."""
     given, form = Form.of(data)
-    rows, place = asked.rows(run, given), place_of(run, device)
+    rows, place = query_rows(run, given), place_of(run, device)
     methods = references_for(run, rows, references, place)
     options = {"references": {m.name: vars(m) for m in methods}, "samples": samples, "draws": draws, "keep": keep}
     found = stream(

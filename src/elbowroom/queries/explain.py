@@ -16,23 +16,23 @@ from elbowroom.analysis.latents.entries import entry_kinds
 from elbowroom.analysis.latents.information import information
 from elbowroom.analysis.queries.best_posterior import Methods
 from elbowroom.errors import SpecError, nearest
-from elbowroom.inference.target.of_vae import seam
+from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.models.likelihoods.categorical import Ordinal
 from elbowroom.models.likelihoods.mixed import Mixed
 from elbowroom.models.spaces import DISCRETE
-from elbowroom.queries import covariates as conditions
+from elbowroom.queries import covariates
 from elbowroom.queries.answer import Answer
 from elbowroom.queries.sample.answer import Samples
 from elbowroom.queries.sample.sample import SOURCES, check_row, posterior_means, rows_of, tensors
 from elbowroom.queries.stream import place_of
-from elbowroom.runs import rows as asked
+from elbowroom.runs.rows import layout_of, provenance
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from elbowroom.models.vae import Batch
     from elbowroom.runs.fitted import FittedModel
-    from elbowroom.runs.rows import Asked
+    from elbowroom.runs.rows import QueryRows
 
 MOST = 1_000  # rows behind rates and the aggregate posterior
 NAMED = 8  # latents that sentences name
@@ -81,7 +81,7 @@ def explain(
     rows, place = rows_of(run, data), place_of(run, device)
     if datum is not None:
         check_row(datum, rows, "datum")
-    told = None if not given else conditions.read(run, None, given)
+    told = None if not given else covariates.read(run, None, given)
     vae = run.vae.to(place)
     some = rows.index[np.unique(np.linspace(0, len(rows) - 1, min(MOST, len(rows))).round().astype(int))]
     batch = {name: value.to(place) for name, value in rows.experiment.batch(some).items()}
@@ -98,18 +98,18 @@ def explain(
         vae, batch, latents=latents, base=base, told=beside, cells=cells, others=others, points=points, steps=steps,
         draws=draws, seed=seed,
     )  # fmt: skip
-    carried = information(seam(vae, batch), seed=seed)
+    carried = information(log_joint_of(vae, batch), seed=seed)
     kept = [name for name in carried.data_vars if "obs_id" not in carried[name].dims and name not in found]
     found = found.merge(carried[kept].drop_vars("obs_id", errors="ignore"), combine_attrs="override")
-    found = found.assign_attrs({**asked.attributes(run, rows.dataset), "answers": "explain", "seed": seed, "rows": len(some)})
+    found = found.assign_attrs({**provenance(run, rows.dataset), "answers": "explain", "seed": seed, "rows": len(some)})
     if datum is not None:
         found = found.assign_attrs(datum=datum, datum_posterior=status)
     return Explained(found, conclude(found), drawings=_drawings(run, found, carried, batch))
 
 
-def _cells(run: FittedModel, rows: Asked, place: torch.device) -> Cells | None:
+def _cells(run: FittedModel, rows: QueryRows, place: torch.device) -> Cells | None:
     """Name what effect curves are of."""
-    vae, layout = run.vae, asked.layout_of(run)
+    vae, layout = run.vae, layout_of(run)
     few = {name: value[:1].to(place) for name, value in rows.experiment.batch(rows.index[:1]).items() if name != "x"}
     columns = run.experiment.facts.columns if isinstance(vae.likelihood, Mixed) else None
     with torch.no_grad():

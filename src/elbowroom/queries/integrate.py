@@ -9,10 +9,10 @@ import numpy as np
 
 from elbowroom.analysis.queries.integration import integrate as compute
 from elbowroom.errors import UserError
-from elbowroom.inference.target.of_vae import seam
+from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.queries.answer import Answer
 from elbowroom.queries.stream import place_of
-from elbowroom.runs import rows as asked
+from elbowroom.runs.rows import provenance, query_rows
 
 if TYPE_CHECKING:
     from elbowroom.analysis.plots.style import Plot
@@ -26,7 +26,7 @@ def integrate(
     from elbowroom.queries.answer import Form
 
     given, _ = Form.of(data)
-    rows = asked.rows(run, given)
+    rows = query_rows(run, given)
     row = int(rows.index[0]) if datum is None else datum
     if row not in rows.index:
         whose = "the test split has rows" if data is None else f"{rows.dataset.name} has rows"
@@ -35,8 +35,8 @@ def integrate(
     place = place_of(run, device)
     batch = {name: value.to(place) for name, value in rows.experiment.batch(np.array([row])).items()}
     seed = run.experiment.spec.seed if seed is None else seed
-    found = compute(seam(run.vae.to(place), batch), seed=seed, **options)
-    found = found.assign_attrs({**asked.attributes(run, rows.dataset), "datum": row, "answers": "integrate"})
+    found = compute(log_joint_of(run.vae.to(place), batch), seed=seed, **options)
+    found = found.assign_attrs({**provenance(run, rows.dataset), "datum": row, "answers": "integrate"})
     from elbowroom.analysis.plots.queries.integration import caption, integration
 
     draw: partial[Plot] = partial(integration, found)

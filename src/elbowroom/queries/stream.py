@@ -25,9 +25,9 @@ from elbowroom.analysis.queries.best_posterior import Methods, methods_for
 from elbowroom.errors import RunFolderError, UnsupportedProgram
 from elbowroom.inference.compiled.policies import expecting
 from elbowroom.inference.fit.plan import resolve_device
-from elbowroom.inference.target.of_vae import seam
-from elbowroom.runs import rows as asked
-from elbowroom.system import memory as heap
+from elbowroom.inference.target.of_vae import log_joint_of
+from elbowroom.runs.rows import provenance
+from elbowroom.system import memory
 from elbowroom.system.files import locked, sha256
 from elbowroom.system.stages import stage
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from elbowroom.inference.target.log_joint import LogJoint
     from elbowroom.models.vae import VAE, Batch
     from elbowroom.runs.fitted import FittedModel
-    from elbowroom.runs.rows import Asked
+    from elbowroom.runs.rows import QueryRows
 
 SIZE = 500  # rows
 DATUM = re.compile(r"\bdatum (\d+)\b")
@@ -49,7 +49,7 @@ class Chunk:
     """Some rows, on the device.
 
     Attributes:
-        log_joint: the seam of model, guide and these rows.
+        log_joint: the log joint of model, guide and these rows.
         batch: the arguments of model and guide: `x` (n, *event), NaN where missing, and `covariates`, `exposure`.
         rows: their numbers in the data, (n,).
         seed: random seed, this chunk's own.
@@ -63,7 +63,7 @@ class Chunk:
 
 def stream(
     run: FittedModel,
-    rows: Asked,
+    rows: QueryRows,
     compute: Callable[[Chunk], xr.Dataset],
     *,
     question: str,
@@ -100,7 +100,7 @@ def stream(
         RunFolderError: another process is at it.
         UnsupportedProgram: the model cannot be evaluated at a row, which is named.
     """
-    attributes = asked.attributes(run, rows.dataset)
+    attributes = provenance(run, rows.dataset)
     identity = {**attributes, **options, "seed": seed, "size": size, "device": device.type, "torch": metadata.version("torch")}
     key = sha256(json.dumps([question, identity, sha256(rows.index.tobytes())], sort_keys=True, default=repr).encode())[:16]
     say, total, found = report or (lambda done, total: None), len(rows.index), []
@@ -124,7 +124,7 @@ def stream(
                     with stage("parts kept"):
                         idata.write(part, path)
             found.append(part)
-            heap.trim()
+            memory.trim()
             say(start + len(some), total)
     joined = _joined(found)
     return joined.assign_attrs({**attributes, "question": question, "options": json.dumps(dict(options), default=str)})
@@ -141,7 +141,7 @@ def _computed(
     """Compute one chunk; a row at which the model cannot be evaluated is left out of it where something stands for it."""
     try:
         with stage("rows"):
-            return compute(Chunk(seam(vae, batch), batch, some, seed)).assign_coords(obs_id=some)
+            return compute(Chunk(log_joint_of(vae, batch), batch, some, seed)).assign_coords(obs_id=some)
     except UnsupportedProgram as error:  # which counts the data of the chunk
         found = DATUM.search(str(error))
         reason = DATUM.sub(lambda match: f"row {some[int(match[1])]}", str(error))
@@ -166,14 +166,14 @@ def place_of(run: FittedModel, device: str | None) -> torch.device:
     return resolve_device(device or run.experiment.spec.fit.device)
 
 
-def references_for(run: FittedModel, rows: Asked, references: Methods, device: torch.device) -> list[Reference]:
+def references_for(run: FittedModel, rows: QueryRows, references: Methods, device: torch.device) -> list[Reference]:
     """Return the references to read posteriors off, chosen by a look at a few rows.
 
     Raises:
         UserError: an unknown name, or one that cannot be used on this model.
     """
     few = {name: value.to(device) for name, value in rows.experiment.batch(rows.index[:2]).items()}
-    return methods_for(seam(run.vae.to(device), few), references)
+    return methods_for(log_joint_of(run.vae.to(device), few), references)
 
 
 def finish(out: Path) -> None:

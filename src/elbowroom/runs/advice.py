@@ -28,13 +28,12 @@ import xarray as xr
 from elbowroom.analysis.idata import read_table
 from elbowroom.analysis.measures.table import FEW, MISSED, SMALL_GAP, column
 from elbowroom.analysis.verdict.thresholds import CAUSE, known, median
-from elbowroom.components import compatibility as pairs
-from elbowroom.components import registry as components
+from elbowroom.components import compatibility, registry
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.spec import document, spec
 from elbowroom.spec.experiment import Experiment
 from elbowroom.spec.run_folder import AUDIT, SPLIT, read_split
-from elbowroom.system import durations as clock
+from elbowroom.system import durations
 
 if TYPE_CHECKING:
     from elbowroom.runs.fitted import FittedModel
@@ -61,7 +60,7 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Proposal:
+class Changes:
     """The experiment that carries out an audit's advice.
 
     Attributes:
@@ -89,7 +88,7 @@ def propose(
     set: Iterable[str] = (),
     budget: float | str | None = None,
     allow_python: bool = False,
-) -> Proposal:
+) -> Changes:
     """Choose what to change by the audit of a run; nothing is written.
 
     Args:
@@ -112,7 +111,7 @@ def propose(
     tree.pop("record", None)
     tree["audit"] = json.loads(table.attrs["audit"])
     if budget is not None:
-        tree["audit"]["budget"] = budget if isinstance(budget, str) else f"{clock.seconds(budget):g}s"
+        tree["audit"]["budget"] = budget if isinstance(budget, str) else f"{durations.seconds(budget):g}s"
     changes = _advised(tree, table, retrain)
     changes = [change for change in changes if not any(_covers(key, change.path) for key in given)]
     for change in changes:
@@ -137,7 +136,7 @@ def propose(
         raise SpecError("--set seed: it also splits the data, so the retrained run would be tested on other rows")
     ending = "retrained" if retrain else "improved"
     place = Path(out) if out is not None else run.path.with_name(f"{run.path.resolve().name}-{ending}")
-    return Proposal(experiment, place, tuple(changes), retrain)
+    return Changes(experiment, place, tuple(changes), retrain)
 
 
 # -- what to change ---------------------------------------------------------------------------------------------------------
@@ -199,7 +198,7 @@ def _goes(tree: Mapping[str, Any], family: str) -> bool:
         name: str
 
     blocks = (tree["model"]["prior"]["name"], family, tree["fit"]["objective"]["name"])
-    return family in components.names("guide") and pairs.clash(*map(Named, blocks)) is None
+    return family in registry.names("guide") and compatibility.clash(*map(Named, blocks)) is None
 
 
 def _permit(key: tuple[str, ...], retrain: bool) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from elbowroom.analysis.audit.auditor import DIAGNOSIS, Audit, audit_log_joint
-from elbowroom.analysis.audit.budget import Step
+from elbowroom.analysis.audit.budget import Progress
 from elbowroom.analysis.audit.diagnosis import SIMULATED
 from elbowroom.analysis.audit.parts import Store
 from elbowroom.analysis.audit.plan import Plan as AuditPlan
@@ -22,12 +22,12 @@ from elbowroom.data.dataset import Dataset
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.inference.fit.plan import resolve_device
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.inference.target.of_vae import seam
+from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.models import measure
-from elbowroom.runs import rows as asked
 from elbowroom.runs.fitted import FittedModel, as_specified
-from elbowroom.spec import run_folder as folder
-from elbowroom.system import durations as clock
+from elbowroom.runs.rows import given_rows, own_rows, provenance
+from elbowroom.spec import run_folder
+from elbowroom.system import durations
 from elbowroom.system.files import locked, sha256
 from elbowroom.system.stages import into, stage
 
@@ -43,7 +43,7 @@ def audit(
     *,
     out: str | Path | None = None,
     device: str | None = None,
-    progress: Callable[[Step], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
     budget: float | str | None = None,
     resume: bool = False,
 ) -> Audit:
@@ -61,7 +61,7 @@ def audit(
             store.clear()
             return there
         batch = {name: value.to(place) for name, value in run.experiment.on(dataset).batch(obs_id).items()}
-        log_joint = seam(run.vae.to(place), batch)
+        log_joint = log_joint_of(run.vae.to(place), batch)
         result = audit_log_joint(
             log_joint,
             references=cast(Any, run.experiment.references()),
@@ -77,19 +77,19 @@ def audit(
             entries=measure.entries(run.vae, batch["x"]),
         )
         from elbowroom.analysis import idata
-        from elbowroom.analysis.latents import summary as latent
+        from elbowroom.analysis.latents import summary
 
         labels = None if dataset.labels is None else dataset.labels[obs_id]
         columns = [column.name for column in run.experiment.facts.columns or ()]
         seed = run.experiment.spec.seed
         with stage("latent space"):
-            described = latent.describe(run.vae, batch, result.table, labels, columns=columns, seed=seed)
-        (target / folder.AUDIT).unlink(missing_ok=True)  # it is written last: where it is, the others belong to it
-        for stale in (target / folder.POSTERIORS).glob("*.nc"):
+            described = summary.describe(run.vae, batch, result.table, labels, columns=columns, seed=seed)
+        (target / run_folder.AUDIT).unlink(missing_ok=True)  # it is written last: where it is, the others belong to it
+        for stale in (target / run_folder.POSTERIORS).glob("*.nc"):
             if stale.stem not in result.posteriors:
                 stale.unlink()
         with stage("files"):
-            idata.write(described, target / folder.LATENT)
+            idata.write(described, target / run_folder.LATENT)
             result.save(target)
         store.clear()
     return result
@@ -100,7 +100,7 @@ def plan(
 ) -> AuditPlan:
     """Plan an audit; arguments and errors as `Run.plan`, which is this."""
     dataset, obs_id = _audited(run, data)
-    budget = clock.seconds(run.experiment.spec.audit.budget if budget is None else budget)
+    budget = durations.seconds(run.experiment.spec.audit.budget if budget is None else budget)
     return run.experiment.plan(run.vae, dataset, obs_id, budget)
 
 
@@ -109,7 +109,7 @@ def audited(
 ) -> Audit | None:
     """Return the audit that is there, if it is whole and the one that `audit` would make; else None."""
     target = audit_folder(run, data, out)
-    if not (target / folder.AUDIT).is_file() or not (target / folder.LATENT).is_file():
+    if not (target / run_folder.AUDIT).is_file() or not (target / run_folder.LATENT).is_file():
         return None
     dataset, obs_id = _audited(run, data)
     try:
@@ -131,7 +131,7 @@ def audit_folder(
         return Path(out)
     if data is None:
         return run.path
-    return run.path / folder.AUDITS / (folder.name_for(data) if isinstance(data, str | Path) else "array")
+    return run.path / run_folder.AUDITS / (run_folder.name_for(data) if isinstance(data, str | Path) else "array")
 
 
 def report(run: FittedModel) -> Path:
@@ -146,7 +146,7 @@ def _audited(run: FittedModel, data: str | Path | np.ndarray | pd.DataFrame | No
     """Return the data to audit and the rows of them, sorted."""
     observations = run.experiment.spec.audit.observations
     most = None if observations == "all" else observations
-    found = asked.own(run) if data is None else asked.given(run, data, most)
+    found = own_rows(run) if data is None else given_rows(run, data, most)
     dataset, obs_id = found.dataset, found.index
     if observations != "all":
         if observations > len(obs_id):
@@ -158,7 +158,7 @@ def _audited(run: FittedModel, data: str | Path | np.ndarray | pd.DataFrame | No
 @contextmanager
 def _claimed(run: FittedModel, target: Path, foreign: bool) -> Iterator[None]:
     """Lock the folder that an audit goes to, and the run's own unless it cannot be written to."""
-    if target.resolve() != run.path.resolve() and (target / folder.SPEC).exists():
+    if target.resolve() != run.path.resolve() and (target / run_folder.SPEC).exists():
         raise RunFolderError(f"{target}: is another run's folder; name another with --out")
     if target.exists() and not target.is_dir():
         raise RunFolderError(f"{target}: this is a file; name a folder with --out")
@@ -172,16 +172,16 @@ def _claimed(run: FittedModel, target: Path, foreign: bool) -> Iterator[None]:
 
 
 def _beside(run: FittedModel, place: torch.device, own: bool) -> dict[str, LogJoint]:
-    """Return seams of some training and validation data, whose gaps stand beside those of the test data."""
+    """Return log joints of some training and validation data, whose gaps stand beside those of the test data."""
     if not own:
         return {}
-    split, found = folder.read_split(run.path / folder.SPLIT), {}
+    split, found = run_folder.read_split(run.path / run_folder.SPLIT), {}
     for name in ("train", "validation"):
         rows = getattr(split, name)
         if len(rows):
             some = rows[np.linspace(0, len(rows) - 1, min(len(rows), SIMULATED)).round().astype(int)]
             batch = {key: value.to(place) for key, value in run.experiment.batch(np.sort(some)).items()}
-            found[name] = seam(run.vae.to(place), batch)
+            found[name] = log_joint_of(run.vae.to(place), batch)
     return found
 
 
@@ -193,4 +193,4 @@ def _identity(attributes: Mapping[str, str], obs_id: np.ndarray, place: torch.de
 
 
 def _attributes(run: FittedModel, dataset: Dataset) -> dict[str, str]:
-    return {**asked.attributes(run, dataset), "audit": json.dumps(run.experiment.spec.tree()["audit"])}
+    return {**provenance(run, dataset), "audit": json.dumps(run.experiment.spec.tree()["audit"])}

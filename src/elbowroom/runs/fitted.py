@@ -18,12 +18,11 @@ from elbowroom.data.file import read_like
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.inference.compiled.policies import policy
 from elbowroom.models.vae import VAE
-from elbowroom.spec import document, spec
-from elbowroom.spec import run_folder as folder
+from elbowroom.spec import document, run_folder, spec
 from elbowroom.spec.assembly import restore
 from elbowroom.spec.experiment import Experiment
 from elbowroom.spec.identity import identity
-from elbowroom.system import durations as clock
+from elbowroom.system import durations
 from elbowroom.system.archive import check_stored
 from elbowroom.system.stages import stage
 
@@ -76,16 +75,16 @@ class FittedModel:
             RunFolderError: it is missing, no run folder, not finished, or its files do not belong together.
         """
         path = Path(path)
-        if not (path / folder.SPEC).is_file():
+        if not (path / run_folder.SPEC).is_file():
             what = "is not a run folder" if path.is_dir() else "no such run folder"
-            raise RunFolderError(f"{path}: {what} (no {folder.SPEC}); make one with `elbowroom fit SPEC`")
-        tree = document.read(path / folder.SPEC)
+            raise RunFolderError(f"{path}: {what} (no {run_folder.SPEC}); make one with `elbowroom fit SPEC`")
+        tree = document.read(path / run_folder.SPEC)
         changes = document.assignments(set)
         for key in changes:
             if key[0] != "audit":
                 raise SpecError(f"--set {'.'.join(key)}: the run is fitted; only audit.* can be set for it")
         tree, _ = document.assign(tree, changes)
-        label = str(path / folder.SPEC)
+        label = str(path / run_folder.SPEC)
         _known(tree.get("record"), label)
         loaded = spec.validate(tree, label=label, folder=path.resolve(), assigned=changes, allow_python=allow_python)
         record = loaded.spec.record
@@ -96,7 +95,7 @@ class FittedModel:
         layout = None if record.layout is None else Layout.of(record.layout)
         experiment = Experiment(loaded, None if data is None else read_like(data, layout, path))
         vae = experiment.build()
-        _load_weights(vae, path / folder.WEIGHTS)
+        _load_weights(vae, path / run_folder.WEIGHTS)
         return cls(path, experiment, vae.eval())
 
     @property
@@ -114,7 +113,7 @@ class FittedModel:
 
     def with_budget(self, budget: float | str) -> Self:
         """Return the same run with another `audit.budget`."""
-        seconds = clock.seconds(budget)
+        seconds = durations.seconds(budget)
         tree = self.experiment.spec.model_copy(
             update={
                 "audit": self.experiment.spec.audit.model_copy(

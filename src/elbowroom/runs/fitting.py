@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 from elbowroom.components.slots import build
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.inference.fit import checkpoint, svi
-from elbowroom.inference.fit.plan import CHECKPOINT, Plan, Session
+from elbowroom.inference.fit.plan import CHECKPOINT, Schedule, Session
 from elbowroom.inference.fit.record import Row
 from elbowroom.runs.fitted import FittedModel
-from elbowroom.spec import document
-from elbowroom.spec import run_folder as folder
-from elbowroom.spec import warm_start as start
+from elbowroom.spec import document, run_folder, warm_start
 from elbowroom.spec.experiment import Experiment
 from elbowroom.spec.identity import identity
 from elbowroom.system.files import locked
@@ -31,7 +29,7 @@ def fit(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    report: Callable[[Plan, Row], None] | None = None,
+    report: Callable[[Schedule, Row], None] | None = None,
     allow_python: bool = False,
 ) -> FittedModel:
     """Fit an experiment into a run folder; arguments and errors as `elbowroom.fit`, which is this."""
@@ -45,11 +43,11 @@ def fit(
     options["objective"] = build("objective", options["objective"], where="fit.objective")
     del options["start"]
     with locked(path):  # look again: another process may have been here first
-        use = folder.check(path, experiment.identity, tree, overwrite=overwrite, resume=resume)
-        folder.claim(path, tree, use)
+        use = run_folder.check(path, experiment.identity, tree, overwrite=overwrite, resume=resume)
+        run_folder.claim(path, tree, use)
         into(path)
-        if use != "resume" or not (path / folder.SPLIT).exists():
-            folder.write_split(path / folder.SPLIT, experiment.split)
+        if use != "resume" or not (path / run_folder.SPLIT).exists():
+            run_folder.write_split(path / run_folder.SPLIT, experiment.split)
         session = Session(
             folder=path,
             resume=use == "resume",
@@ -65,7 +63,7 @@ def fit(
 
 def ready(
     experiment: Experiment, out: str | Path | None = None, *, overwrite: bool = False, resume: bool = False
-) -> tuple[Path, folder.Use]:
+) -> tuple[Path, run_folder.Use]:
     """Check all that `fit` needs, the folder too, and write nothing (`--dry-run`).
 
     Returns:
@@ -78,14 +76,16 @@ def ready(
     if overwrite and resume:  # told first, before the data are read
         raise SpecError("--overwrite and --resume contradict each other: one starts anew, the other goes on")
     experiment.check()
-    if experiment.start is not None and start.path_of(experiment.loaded).resolve() == path.resolve():
-        raise SpecError(f"{experiment.label}: {start.WHERE}: is the folder that the new run goes to; name another with --out")
-    use = folder.check(path, experiment.identity, experiment.tree(), overwrite=overwrite, resume=resume)
+    if experiment.start is not None and warm_start.path_of(experiment.loaded).resolve() == path.resolve():
+        raise SpecError(
+            f"{experiment.label}: {warm_start.WHERE}: is the folder that the new run goes to; name another with --out"
+        )
+    use = run_folder.check(path, experiment.identity, experiment.tree(), overwrite=overwrite, resume=resume)
     if use == "resume":
-        theirs = document.read(path / folder.SPEC)
+        theirs = document.read(path / run_folder.SPEC)
         recorded = theirs["record"]
         if identity(theirs, recorded.get("data_sha256", ""), recorded.get("start_sha256")) != experiment.identity:
-            raise RunFolderError(f"{path / folder.SPEC}: was changed after the fit; fit again with --overwrite")
+            raise RunFolderError(f"{path / run_folder.SPEC}: was changed after the fit; fit again with --overwrite")
         if (path / CHECKPOINT).exists():
             checkpoint.read(path / CHECKPOINT)
     return path, use
@@ -94,4 +94,4 @@ def ready(
 def default_folder(experiment: Experiment) -> Path:
     """Return `runs/<the spec's stem>`; for the spec of a run folder, that folder's name."""
     label = Path(experiment.label)
-    return Path("runs") / folder.name_for(experiment.loaded.folder.name if label.name == folder.SPEC else label)
+    return Path("runs") / run_folder.name_for(experiment.loaded.folder.name if label.name == run_folder.SPEC else label)

@@ -27,12 +27,12 @@ from elbowroom.analysis.verdict.thresholds import known, median
 from elbowroom.errors import RunFolderError
 from elbowroom.inference.fit.warm_start import GUIDE
 from elbowroom.runs import auditing, fitting
-from elbowroom.runs.advice import Proposal, audited, propose
+from elbowroom.runs.advice import Changes, audited, propose
 from elbowroom.system.files import locked
 
 if TYPE_CHECKING:
-    from elbowroom.analysis.audit.budget import Step
-    from elbowroom.inference.fit.plan import Plan
+    from elbowroom.analysis.audit.budget import Progress
+    from elbowroom.inference.fit.plan import Schedule
     from elbowroom.inference.fit.record import Row
     from elbowroom.runs.fitted import FittedModel
 
@@ -48,8 +48,8 @@ def improve(
     overwrite: bool = False,
     resume: bool = False,
     budget: float | str | None = None,
-    report: Callable[[Plan, Row], None] | None = None,
-    progress: Callable[[Step], None] | None = None,
+    report: Callable[[Schedule, Row], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
     allow_python: bool = False,
 ) -> Improvement:
     """Carry out an audit's advice in a new run folder, audit the same data, and compare; the old run is not touched.
@@ -75,12 +75,12 @@ def improve(
 
 def carry_out(
     run: FittedModel,
-    proposal: Proposal,
+    proposal: Changes,
     *,
     overwrite: bool = False,
     resume: bool = False,
-    report: Callable[[Plan, Row], None] | None = None,
-    progress: Callable[[Step], None] | None = None,
+    report: Callable[[Schedule, Row], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Improvement:
     """Fit and audit a proposal, write its report, and compare it with the run it comes from; arguments as `improve`."""
     check(run, proposal, overwrite=overwrite, resume=resume)
@@ -92,7 +92,7 @@ def carry_out(
     return Improvement(run, fitted, before, after.table, proposal)
 
 
-def check(run: FittedModel, proposal: Proposal, *, overwrite: bool = False, resume: bool = False) -> None:
+def check(run: FittedModel, proposal: Changes, *, overwrite: bool = False, resume: bool = False) -> None:
     """Check all that carrying out a proposal needs, and write nothing.
 
     Raises:
@@ -123,7 +123,7 @@ class Improvement:
     run: FittedModel
     before: xr.Dataset
     after: xr.Dataset
-    proposal: Proposal
+    proposal: Changes
 
     @property
     def same_model(self) -> bool:

@@ -13,8 +13,7 @@ import numpy as np
 from elbowroom.data.columns import Layout
 from elbowroom.data.file import read_like
 from elbowroom.errors import DataError, SpecError, nearest
-from elbowroom.spec import run_folder as folder
-from elbowroom.spec import warm_start as start
+from elbowroom.spec import run_folder, warm_start
 from elbowroom.spec.support import check_support
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ Part = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class QueryRows:
     """Rows of data that fit a run's model.
 
     Attributes:
@@ -43,7 +42,7 @@ class Asked:
         return len(self.index)
 
 
-def own(run: FittedModel, part: str = "test") -> Asked:
+def own_rows(run: FittedModel, part: str = "test") -> QueryRows:
     """Return the rows of the run's own data that it was tested on, or another part of its split.
 
     They stand in the split's random order: the first of them are a sample.
@@ -55,11 +54,11 @@ def own(run: FittedModel, part: str = "test") -> Asked:
         raise SpecError(
             f"part: unknown part of the data {part!r}{nearest(part, get_args(Part))}; one of {', '.join(get_args(Part))}"
         )
-    index = getattr(folder.read_split(run.path / folder.SPLIT), part)
-    return Asked(run.data, index, run.experiment)
+    index = getattr(run_folder.read_split(run.path / run_folder.SPLIT), part)
+    return QueryRows(run.data, index, run.experiment)
 
 
-def given(run: FittedModel, data: Any, most: int | None = None, *, label: str | None = None) -> Asked:
+def given_rows(run: FittedModel, data: Any, most: int | None = None, *, label: str | None = None) -> QueryRows:
     """Read and check rows that the run was not fitted to; flat rows take the model's shape.
 
     Args:
@@ -88,7 +87,7 @@ def given(run: FittedModel, data: Any, most: int | None = None, *, label: str | 
         check_support(run.vae, dataset, likelihood=experiment.spec.model.likelihood.name, label=experiment.label)
     except DataError as error:
         raise DataError(str(error).replace(f"{experiment.label}: data", dataset.name, 1)) from None
-    return Asked(dataset, np.arange(len(dataset), dtype=np.int64), experiment.on(dataset))
+    return QueryRows(dataset, np.arange(len(dataset), dtype=np.int64), experiment.on(dataset))
 
 
 def layout_of(run: FittedModel) -> Layout | None:
@@ -99,13 +98,13 @@ def layout_of(run: FittedModel) -> Layout | None:
     return None if record.layout is None else Layout.of(record.layout)
 
 
-def rows(run: FittedModel, data: Any = None, *, part: str = "test") -> Asked:
+def query_rows(run: FittedModel, data: Any = None, *, part: str = "test") -> QueryRows:
     """Return the rows of the user's data, or where there are none those of a part of the run's own."""
-    found = own(run, part) if data is None else given(run, data)
+    found = own_rows(run, part) if data is None else given_rows(run, data)
     return replace(found, index=np.sort(found.index))
 
 
-def attributes(run: FittedModel, dataset: Dataset | None) -> Mapping[str, str]:
+def provenance(run: FittedModel, dataset: Dataset | None) -> Mapping[str, str]:
     """Return what files say that they are of: experiment, data (None: those of the fit, unread), weights, versions."""
     record = run.experiment.spec.record
     theirs = run.experiment.data_sha256 if record is None else record.data_sha256
@@ -113,7 +112,7 @@ def attributes(run: FittedModel, dataset: Dataset | None) -> Mapping[str, str]:
         "experiment": run.path.resolve().name,
         "data": "of the fit" if dataset is None else dataset.name,
         "data_sha256": theirs if dataset in (None, run.experiment.__dict__.get("data")) else dataset.fingerprint(),
-        "weights_sha256": start.fingerprint(run.vae.state_dict()),
+        "weights_sha256": warm_start.fingerprint(run.vae.state_dict()),
         "spec_sha256": run.experiment.identity if record is None else record.experiment,
         "elbowroom": metadata.version("elbowroom"),
     }

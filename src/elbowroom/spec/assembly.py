@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from elbowroom.components import compatibility as pairs
-from elbowroom.components import registry as components
+from elbowroom.components import compatibility, registry
 from elbowroom.components.slots import build
 from elbowroom.models import spaces
 from elbowroom.models.columns import Column
@@ -105,7 +104,7 @@ def assemble(spec: Spec, facts: Facts) -> VAE:
         out_shape=(likelihood.param_dim,) if rest else (whole, *facts.event_shape),
         marks=False,
     )
-    network = components.component("network", guide.encoder.name).cls
+    network = registry.component("network", guide.encoder.name).cls
     joined = getattr(network, "joined_shape", Network.joined_shape)
     beside = len(facts.covariates) + facts.exposure
     encoder = build(
@@ -145,8 +144,8 @@ def restore(vae: VAE, state: Mapping[str, Tensor]) -> None:
 
 def _family(prior: Any, chosen: Any, latent_dim: int) -> Family:
     """Build the guide family, carried onto the prior's space where it lives on the real line and the prior does not."""
-    p, q = components.component("prior", prior.name).cls, components.component("guide", chosen.name).cls
-    space, inserted = pairs.space_of(p), pairs.transform_inserted(p, q)
+    p, q = registry.component("prior", prior.name).cls, registry.component("guide", chosen.name).cls
+    space, inserted = compatibility.space_of(p), compatibility.transform_inserted(p, q)
     family: Family = build(
         "guide",
         chosen,

@@ -26,14 +26,14 @@ from elbowroom.inference.fit.plan import plan, resolve_device
 from elbowroom.inference.fit.rows import Rows
 from elbowroom.inference.fit.warm_start import Start
 from elbowroom.inference.posterior import Reference
-from elbowroom.inference.target.of_vae import seam
+from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.models.vae import VAE, Batch
 from elbowroom.spec import spec, warm_start
 from elbowroom.spec.assembly import Facts, assemble
 from elbowroom.spec.identity import identity
 from elbowroom.spec.run_folder import SPLIT, read_split
 from elbowroom.spec.support import check_size, check_support
-from elbowroom.system import durations as clock
+from elbowroom.system import durations
 from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ class Experiment:
         references = self.references()
         if not isinstance(references, str):
             vae.adapt(**self.batch(self.split.train[:100]))
-            log_joint = seam(vae, self.batch(self.split.test[:2]))
+            log_joint = log_joint_of(vae, self.batch(self.split.test[:2]))
             for reference in references:
                 refusal = reference.refusal(log_joint)
                 if refusal is not None:
@@ -326,7 +326,7 @@ class Experiment:
         from elbowroom.analysis.audit.plan import choose
 
         audit, on_data = self.spec.audit, self.on(data)
-        log_joint = seam(vae, on_data.batch(obs_id[:PILOT]))
+        log_joint = log_joint_of(vae, on_data.batch(obs_id[:PILOT]))
         size, n = block_size(log_joint, audit.draws), len(obs_id)
         references = cast(Any, self.references())
         return choose(references, log_joint, draws=audit.draws, keep=audit.keep, budget=budget, size=size, n_obs=n)
@@ -337,7 +337,7 @@ class Experiment:
         vae.adapt(**self.batch(self.split.train[:100]))
         if self.spec.audit.observations != "all":
             obs_id = obs_id[: self.spec.audit.observations]
-        return self.plan(vae.eval(), self.data, np.sort(obs_id), clock.seconds(self.spec.audit.budget))
+        return self.plan(vae.eval(), self.data, np.sort(obs_id), durations.seconds(self.spec.audit.budget))
 
     def on(self, data: Dataset) -> Experiment:
         """Return the same experiment with other data of the same kind."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.system.files import sha256
 
 
@@ -30,4 +30,4 @@ def identity(tree: Mapping[str, Any], data_sha256: str, start_sha256: str | None
         others = {name: value for name, value in fitted.items() if name != "start"}
         # without one the hash is that of specs which do not know the word
         parts["fit"] = {**others, "start": {**block, "run": start_sha256}} if isinstance(block, Mapping) else others
-    return sha256(json.dumps([components.portable(parts), data_sha256], sort_keys=True).encode())
+    return sha256(json.dumps([registry.portable(parts), data_sha256], sort_keys=True).encode())

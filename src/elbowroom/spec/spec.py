@@ -18,14 +18,12 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import BeforeValidator, Field, Strict, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 
-from elbowroom.components import compatibility as pairs
-from elbowroom.components import registry as components
-from elbowroom.components import schema
+from elbowroom.components import compatibility, registry, schema
 from elbowroom.components.schema import Block, dotted
 from elbowroom.components.slots import slot as slots_slot
 from elbowroom.errors import SpecError, nearest
 from elbowroom.spec import document
-from elbowroom.system import durations as clock
+from elbowroom.system import durations
 
 VERSION = 1
 Count = Annotated[int, Strict(), Ge(1)]
@@ -37,9 +35,9 @@ def _budget(given: Any) -> Any:
     if given is None:
         return None
     try:
-        seconds = clock.seconds(given if isinstance(given, str | int | float) else repr(given))
+        seconds = durations.seconds(given if isinstance(given, str | int | float) else repr(given))
     except SpecError:
-        raise PydanticCustomError("no_time", clock.WANTED) from None
+        raise PydanticCustomError("no_time", durations.WANTED) from None
     return given if isinstance(given, str) else f"{seconds:g}s"
 
 
@@ -184,7 +182,7 @@ def spec_model() -> type[Spec]:
     )
 
 
-components.on_change(spec_model.cache_clear)
+registry.on_change(spec_model.cache_clear)
 
 
 def _listed(given: Any) -> Any:
@@ -235,7 +233,7 @@ def load(path: str | Path, changes: Iterable[str] = (), *, in_memory: bool = Fal
 def of_memory(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a spec whose data come from Python, with the roles of columns and the split as it says."""
     own = tree.get("data")
-    options = {option.name for option in components.component("data", "memory").options}
+    options = {option.name for option in registry.component("data", "memory").options}
     kept = {key: own[key] for key in own if key in options} if isinstance(own, Mapping) else {}
     return {**tree, "data": {"name": "memory", **kept}}
 
@@ -266,7 +264,7 @@ def validate(
     if version > VERSION:
         raise SpecError(f"{label}: schema: {version} is newer than this elbowroom, which reads {VERSION}; upgrade elbowroom")
     folder = Path.cwd() if folder is None else folder
-    tree = components.prepare(tree, folder=folder, allow_python=allow_python, label=label)
+    tree = registry.prepare(tree, folder=folder, allow_python=allow_python, label=label)
     try:
         spec = spec_model().model_validate(dict(tree))
     except ValidationError as error:
@@ -278,7 +276,7 @@ def validate(
     clash = contradiction(spec)
     if clash is not None:
         raise SpecError(f"{label}: {clash}")
-    notes = pairs.notes(spec.model.prior, spec.guide.family, spec.fit.objective)
+    notes = compatibility.notes(spec.model.prior, spec.guide.family, spec.fit.objective)
     return Loaded(spec, label, folder, tuple(notes))
 
 
@@ -287,12 +285,12 @@ def contradiction(spec: Spec) -> str | None:
     from elbowroom.inference.references.grid.grid import MAX_DIM
 
     model, audit = spec.model, spec.audit
-    if (clash := pairs.clash(model.prior, spec.guide.family, spec.fit.objective)) is not None:
+    if (clash := compatibility.clash(model.prior, spec.guide.family, spec.fit.objective)) is not None:
         return clash
     if (start := spec.fit.start) is not None:
         if start.simulated and not start.freeze:
             return "fit.start.simulated: a model that is still trained must not learn from its own draws; set freeze: true"
-        if start.freeze and "guide" in components.component("prior", model.prior.name).facts:
+        if start.freeze and "guide" in registry.component("prior", model.prior.name).facts:
             return (
                 f"fit.start.freeze: prior {model.prior.name} is made of the guide, so that training the guide changes the "
                 "model; set freeze: false"
@@ -301,7 +299,7 @@ def contradiction(spec: Spec) -> str | None:
     for name in chosen:
         if chosen.count(name) > 1:
             return f"audit.references: {name} is given twice"
-    dims = pairs.free_dim(model.prior, model.latent_dim)
+    dims = compatibility.free_dim(model.prior, model.latent_dim)
     if "grid" in chosen and not 1 <= dims <= MAX_DIM:
         least = "" if dims else "continuous latents, "
         which = f"model.latent_dim is {model.latent_dim}" if dims == model.latent_dim else f"this prior has {dims}"
@@ -347,6 +345,6 @@ def shipped_text(name: str) -> str:
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of specs, for editors."""
-    components.use_all()
+    registry.use_all()
     tree: dict[str, Any] = spec_model().model_json_schema(by_alias=True)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elbowroom.components import registry as components
+from elbowroom.components import registry
 from elbowroom.components.schema import short
 from elbowroom.errors import SpecError
 from elbowroom.inference.fit.warm_start import GUIDE, Start
 from elbowroom.models.vae import VAE
-from elbowroom.spec import document, spec
-from elbowroom.spec import run_folder as folder
+from elbowroom.spec import document, run_folder, spec
 from elbowroom.spec.identity import identity
 from elbowroom.system.archive import check_stored
 from elbowroom.system.files import sha256
@@ -55,7 +54,7 @@ def read(loaded: spec.Loaded, data_sha256: Callable[[], str], build: Callable[[]
             raise SpecError(f"{WHERE}: {path}: {name} is {short(there)} there, {short(here)} here; it must be the same")
     if theirs["record"].get("data_sha256") != data_sha256():
         raise SpecError(f"{WHERE}: {path}: was fitted to other data; they must be the same")
-    weights = _weights(path / folder.WEIGHTS)
+    weights = _weights(path / run_folder.WEIGHTS)
     if _apart(theirs["guide"], ours["guide"], "guide") is not None:
         kept = {name: value for name, value in weights.items() if not name.startswith(GUIDE)}
     else:
@@ -78,10 +77,10 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 def _spec(path: Path) -> dict[str, Any]:
     """Read the spec of a run folder."""
-    if not (path / folder.SPEC).is_file():
+    if not (path / run_folder.SPEC).is_file():
         what = "is not a run folder" if path.is_dir() else "no such run folder"
-        raise SpecError(f"{WHERE}: {path}: {what} (no {folder.SPEC})")
-    tree = document.read(path / folder.SPEC)
+        raise SpecError(f"{WHERE}: {path}: {what} (no {run_folder.SPEC})")
+    tree = document.read(path / run_folder.SPEC)
     record = tree.get("record")
     if not isinstance(record, dict) or not all(isinstance(tree.get(key), dict) for key in ("data", "model", "guide", "fit")):
         raise SpecError(f"{WHERE}: {path}: has no record of a run; fit it first")
@@ -90,7 +89,7 @@ def _spec(path: Path) -> dict[str, Any]:
     except (TypeError, ValueError):  # such as a date, which no run folder holds
         same = False
     if not same:
-        raise SpecError(f"{WHERE}: {path}: its {folder.SPEC} was changed after the fit")
+        raise SpecError(f"{WHERE}: {path}: its {run_folder.SPEC} was changed after the fit")
     return tree
 
 
@@ -112,10 +111,10 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 def _apart(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | None:
     """Return the first setting in which two blocks differ, with both values; options that an older run does not know agree."""
-    known = dict(_leaves(components.portable(old), name))
-    for key, value in _leaves(components.portable(new), name):
+    known = dict(_leaves(registry.portable(old), name))
+    for key, value in _leaves(registry.portable(new), name):
         if key in known and known.pop(key) != value:
-            return key, dict(_leaves(components.portable(old), name))[key], value
+            return key, dict(_leaves(registry.portable(old), name))[key], value
         known.pop(key, None)
     return next(((key, value, None) for key, value in known.items()), None)
 

@@ -15,7 +15,7 @@ from elbowroom.errors import DataError, SpecError, UserError, nearest
 from elbowroom.models.likelihoods.categorical import Ordinal
 from elbowroom.models.likelihoods.mixed import Mixed
 from elbowroom.models.likelihoods.multinomial import Multinomial
-from elbowroom.runs.rows import Asked
+from elbowroom.runs.rows import QueryRows
 
 if TYPE_CHECKING:
     from elbowroom.data.dataset import Dataset
@@ -46,7 +46,7 @@ class Entries:
     table: bool
 
     @classmethod
-    def of(cls, run: FittedModel, rows: Asked) -> Entries:
+    def of(cls, run: FittedModel, rows: QueryRows) -> Entries:
         """Find out about the entries of a run's model.
 
         Raises:
@@ -127,7 +127,7 @@ def holes(x: Any, *, padded: bool) -> Any:
     return missing if given else missing.numpy()
 
 
-def hide(what: Any, rows: Asked, entries: Entries, seed: int) -> np.ndarray:
+def hide(what: Any, rows: QueryRows, entries: Entries, seed: int) -> np.ndarray:
     """Return which observed cells of the asked rows (n, *event) are to be hidden.
 
     Args:
@@ -187,8 +187,8 @@ def _named(word: str, entries: Entries, shape: tuple[int, ...], seed: int) -> np
 
 
 def asked_holes(
-    rows: Asked, run: FittedModel, hidden: Any, wanted: np.ndarray | None, seed: int, entries: Entries
-) -> tuple[Asked, np.ndarray | None, np.ndarray]:
+    rows: QueryRows, run: FittedModel, hidden: Any, wanted: np.ndarray | None, seed: int, entries: Entries
+) -> tuple[QueryRows, np.ndarray | None, np.ndarray]:
     """Return the rows with something to impute, the hidden values among them, and their numbers in the data.
 
     Args:
@@ -221,7 +221,7 @@ def asked_holes(
     x = np.asarray(taken.x, dtype=np.float64)
     dataset: Dataset = replace(taken, x=np.where(mask, np.nan, x), name=f"{taken.name} with hidden cells")
     some = (mask & among).reshape(len(mask), -1).any(1)
-    holed = Asked(dataset, np.flatnonzero(some), rows.experiment.on(dataset))
+    holed = QueryRows(dataset, np.flatnonzero(some), rows.experiment.on(dataset))
     return holed, np.where(mask & among, x, np.nan), rows.index[some]
 
 

@@ -25,7 +25,7 @@ from elbowroom.queries.answer import Form
 from elbowroom.queries.impute.answer import Imputed, conclude
 from elbowroom.queries.impute.cells import Entries, asked_holes, holes, named_entries, sequential
 from elbowroom.queries.stream import place_of, references_for, stream
-from elbowroom.runs import rows as asked
+from elbowroom.runs.rows import layout_of, query_rows
 from elbowroom.system.files import sha256
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def ask(
     """Impute; arguments and errors as `Run.impute`, which is this."""
     check_level(level, keep)
     plain, form = Form.of(data)
-    rows, place = asked.rows(run, plain), place_of(run, device)
+    rows, place = query_rows(run, plain), place_of(run, device)
     seed = run.experiment.spec.seed if seed is None else seed
     entries, padded = Entries.of(run, rows), sequential(run)
     wanted = None if of is None else named_entries(of, entries)
@@ -289,7 +289,7 @@ def condition(run: FittedModel, known: Mapping[str, Any], of: Sequence[str] | No
     """Impute one row of which only some columns are known; arguments and errors as `Run.condition`."""
     import pandas as pd
 
-    layout = asked.layout_of(run)
+    layout = layout_of(run)
     given = {str(name): value for name, value in known.items()}
     if layout is None or layout.x is None:
         width = run.vae.likelihood.width

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.queries.answer import Answer
-from elbowroom.runs import rows as asked
+from elbowroom.runs.rows import layout_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +40,7 @@ class Samples(Answer):
     @staticmethod
     def columns_of(run: FittedModel) -> tuple[str, ...]:
         """Return the names of the columns of x, none where it is no table with names."""
-        layout = asked.layout_of(run)
+        layout = layout_of(run)
         names = () if layout is None or layout.x is None else tuple(layout.x)
         return names if run.vae.likelihood.event_shape == (len(names),) else ()
 
@@ -54,7 +54,7 @@ class Samples(Answer):
         ends: np.ndarray | None = None,
     ) -> Samples:
         """Make the answer, with the figure of what it is."""
-        layout, columns = asked.layout_of(run), cls.columns_of(run)
+        layout, columns = layout_of(run), cls.columns_of(run)
         told = () if layout is None or layout.x is None else tuple(layout.covariates)
         levels = {} if layout is None else layout.levels
         texts = {name: tuple(levels[name]) for name in (*columns, *told) if name in levels}

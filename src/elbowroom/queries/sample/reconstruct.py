@@ -26,7 +26,7 @@ from elbowroom.queries.impute.answer import Imputed
 from elbowroom.queries.impute.cells import Entries, sequential
 from elbowroom.queries.impute.impute import check_level, imputer
 from elbowroom.queries.stream import references_for, stream
-from elbowroom.runs.rows import Asked
+from elbowroom.runs.rows import QueryRows
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ SAID = {  # in place of what `impute` says of its numbers
 
 def reconstruct(
     run: FittedModel,
-    rows: Asked,
+    rows: QueryRows,
     asked_with: tuple[Any, Form],
     *,
     level: float,

@@ -21,19 +21,18 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from elbowroom.analysis.checks.two_sample import LEAST, Told, difference, tell_apart
+from elbowroom.analysis.checks.two_sample import LEAST, TwoSample, difference, tell_apart
 from elbowroom.analysis.latents.decoding import draw_prior, event_dims
 from elbowroom.analysis.queries.best_posterior import Methods, read
 from elbowroom.errors import DataError, SpecError, UserError, nearest
 from elbowroom.inference.randomness import seeded
-from elbowroom.inference.target.of_vae import seam
+from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.models.spaces import DISCRETE
 from elbowroom.queries import covariates as conditions
 from elbowroom.queries.answer import Form
 from elbowroom.queries.sample.answer import Compared, Samples, conclude, conclude_test
 from elbowroom.queries.stream import place_of, references_for
-from elbowroom.runs import rows as asked
-from elbowroom.runs.rows import Asked, Part
+from elbowroom.runs.rows import Part, QueryRows, own_rows, provenance, query_rows
 from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
@@ -105,11 +104,11 @@ def ask(
     return generate(run, n, source, covariates, given, test=test, seed=seed, place=place_of(run, device))
 
 
-def rows_of(run: FittedModel, data: Any) -> Asked:
+def rows_of(run: FittedModel, data: Any) -> QueryRows:
     """Return the user's rows, or those of a part of the run's own: `train`, `validation` or `test`."""
     if data is None or (isinstance(data, str | Path) and str(data) in get_args(Part) and not Path(data).exists()):
-        return asked.rows(run, part="test" if data is None else str(data))
-    return asked.rows(run, Form.of(data)[0])
+        return query_rows(run, part="test" if data is None else str(data))
+    return query_rows(run, Form.of(data)[0])
 
 
 # -- draws ------------------------------------------------------------------------------------------------------------------
@@ -162,7 +161,7 @@ def generate(
         else:
             compared, dataset = result, dataset.merge(result.table)
             said += conclude_test(result.table)
-    dataset = dataset.assign_attrs({**asked.attributes(run, None), "answers": "sample", "source": source, "seed": seed})
+    dataset = dataset.assign_attrs({**provenance(run, None), "answers": "sample", "source": source, "seed": seed})
     return Samples.of(run, dataset, said, compared)
 
 
@@ -171,7 +170,7 @@ def _draw(run: FittedModel, source: str, n: int, beside: Batch | None, seed: int
     """Draw z from the prior or the aggregate posterior and x from p(x|z), a block at a time."""
     rows = None
     if source == "aggregate":
-        index = asked.own(run, "train").index
+        index = own_rows(run, "train").index
         generator = np.random.default_rng(seed)
         turns = [generator.permutation(index) for _ in range(-(-n // len(index)))]
         rows = np.concatenate(turns)[:n]
@@ -247,7 +246,7 @@ def compare(run: FittedModel, *, seed: int, place: torch.device, most: int = TES
         The tests; or a sentence, why there are none.
     """
     try:
-        held = asked.own(run, "test")
+        held = own_rows(run, "test")
     except UserError as refused:  # draws of the prior need no data
         return f"No two-sample test: {refused}"
     batch = {name: value.to(place) for name, value in held.experiment.batch(held.index[: 2 * most]).items()}
@@ -258,7 +257,7 @@ def compare(run: FittedModel, *, seed: int, place: torch.device, most: int = TES
     data = {name: value[:count] for name, value in batch.items()}
     like = {name: value[count : 2 * count] if paired else value[:count] for name, value in batch.items()}
     told = {name: value for name, value in like.items() if name != "x"}
-    seen, found = {"data": data["x"].cpu().numpy()}, dict[str, Told]()
+    seen, found = {"data": data["x"].cpu().numpy()}, dict[str, TwoSample]()
     for number, source in enumerate(SOURCES):
         x = _draw(run, source, count, told or None, seed + number, place).x
         x = torch.where(like["x"].isnan(), torch.nan, x.to(like["x"].dtype))
@@ -287,7 +286,7 @@ def _features(x: Tensor, batch: Batch) -> np.ndarray:
 
 
 def interpolation(
-    run: FittedModel, rows: Asked, ends: Sequence[int], *, steps: int, references: Methods, seed: int, place: torch.device
+    run: FittedModel, rows: QueryRows, ends: Sequence[int], *, steps: int, references: Methods, seed: int, place: torch.device
 ) -> Samples:
     """Decode points on the line between the posterior means of two rows."""
     if len(ends) != 2:
@@ -318,17 +317,17 @@ def interpolation(
     dataset["t"].attrs = {"units": "1", "long_name": f"place between row {ends[0]} (0) and row {ends[1]} (1)"}
     status = ", ".join(f"row {row}: {words}" for row, words in zip(ends, each, strict=True))
     about = {"answers": "sample", "source": "interpolation", "seed": seed, "rows": list(ends)}
-    dataset = dataset.assign_attrs({**asked.attributes(run, rows.dataset), **about})
+    dataset = dataset.assign_attrs({**provenance(run, rows.dataset), **about})
     return Samples.of(run, dataset, conclude(dataset, status), ends=numpy(batch["x"]))
 
 
 def posterior_means(
-    run: FittedModel, rows: Asked, which: Sequence[int], references: Methods, seed: int, place: torch.device
+    run: FittedModel, rows: QueryRows, which: Sequence[int], references: Methods, seed: int, place: torch.device
 ) -> tuple[Batch, Tensor, list[str]]:
     """Return rows as a batch, their means (n, d) under the best posterior of each, and where these come from."""
     vae, dtype = run.vae.to(place), run.experiment.dtype
     batch = {name: value.to(place) for name, value in rows.experiment.batch(np.array(which)).items()}
-    found = read(seam(vae, batch), references_for(run, rows, references, place), keep=1_000, seed=seed)
+    found = read(log_joint_of(vae, batch), references_for(run, rows, references, place), keep=1_000, seed=seed)
     means = found.posterior.sites["z"].flatten(0, 1).to(place, dtype).mean(0)
     best = found.posterior.mean
     if vae.prior.space == "real" and vae.prior.sites == ("z",) and best is not None and best.shape == means.shape:
@@ -337,7 +336,7 @@ def posterior_means(
     return batch, means, each
 
 
-def check_row(row: int, rows: Asked, what: str) -> None:
+def check_row(row: int, rows: QueryRows, what: str) -> None:
     """Refuse a row that is not among those that are asked about.
 
     Raises:

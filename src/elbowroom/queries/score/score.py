@@ -31,8 +31,8 @@ from elbowroom.models import measure
 from elbowroom.queries import stream as streaming
 from elbowroom.queries.answer import Answer, Form
 from elbowroom.queries.score.conclusions import conclude
-from elbowroom.runs import rows as asked
-from elbowroom.spec import run_folder as folder
+from elbowroom.runs.rows import given_rows, own_rows, provenance, query_rows
+from elbowroom.spec import run_folder
 from elbowroom.system.files import sha256
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from elbowroom.models.vae import VAE, Batch
     from elbowroom.queries.stream import Chunk, Report
     from elbowroom.runs.fitted import FittedModel
-    from elbowroom.runs.rows import Asked
+    from elbowroom.runs.rows import QueryRows
 
 KEEP = 400  # draws per row that references certify themselves by
 CALIBRATION_STEP, SIMULATION_STEP = 49_979_687, 67_867_967  # of the seed: rows that are compared share no noise
@@ -95,7 +95,7 @@ def ask(
     check_options(fdr, most, simulated, holes)
     valid = calibration_rows(run, Form.of(calibration)[0], most)
     check_enough(valid, ends)
-    rows, place = asked.rows(run, given), streaming.place_of(run, device)
+    rows, place = query_rows(run, given), streaming.place_of(run, device)
     found = screened(
         run, rows, streaming.references_for(run, rows, references, place), calibration=valid, simulated=simulated, band=ends,
         fdr=fdr, holes=holes, refit=gaps, draws=draws, seed=run.experiment.spec.seed if seed is None else seed,
@@ -200,13 +200,13 @@ def _holes(x: Tensor) -> dict[str, np.ndarray]:
     return {"observed": (~missing).sum(1).astype(np.int64), "pattern": pattern}
 
 
-def calibration_rows(run: FittedModel, data: Any, most: int) -> Asked:
+def calibration_rows(run: FittedModel, data: Any, most: int) -> QueryRows:
     """Return the rows that others are compared with: of the validation split, or of the user's, the first `most`.
 
     Raises:
         UserError: they do not fit the model, or there is none.
     """
-    found = asked.own(run, "validation") if data is None else asked.given(run, data)
+    found = own_rows(run, "validation") if data is None else given_rows(run, data)
     if not len(found):
         raise SpecError(
             f"{run.path}: the run has no validation rows to compare with; fit with a part of data.split for them, or name rows "
@@ -230,7 +230,7 @@ def check_options(fdr: float, most: int, simulated: int, holes: str) -> None:
         raise SpecError(f"holes: unknown {holes!r}{nearest(holes, KINDS)}; one of {', '.join(KINDS)}")
 
 
-def check_enough(rows: Asked, band: tuple[float, float]) -> None:
+def check_enough(rows: QueryRows, band: tuple[float, float]) -> None:
     """Refuse a band whose level no p-value can reach.
 
     Raises:
@@ -246,7 +246,7 @@ def check_enough(rows: Asked, band: tuple[float, float]) -> None:
 
 def kept(
     run: FittedModel,
-    rows: Asked,
+    rows: QueryRows,
     compute: Callable[[Chunk], xr.Dataset],
     *,
     question: str,
@@ -267,10 +267,10 @@ def kept(
         device: where to compute.
         report: as in `streaming.stream`.
     """
-    facts = {name: value for name, value in asked.attributes(run, rows.dataset).items() if name not in ("experiment", "data")}
+    facts = {name: value for name, value in provenance(run, rows.dataset).items() if name not in ("experiment", "data")}
     identity = {**facts, **options, "seed": seed, "device": device.type, "torch": metadata.version("torch")}
     key = sha256(json.dumps([identity, sha256(rows.index.tobytes())], sort_keys=True, default=repr).encode())[:16]
-    path = run.path / folder.ANSWERS / f"{question}-{key}.nc" if os.access(run.path, os.W_OK) else None
+    path = run.path / run_folder.ANSWERS / f"{question}-{key}.nc" if os.access(run.path, os.W_OK) else None
     if path is not None and path.is_file():
         try:
             return idata.read_table(path)
@@ -287,10 +287,10 @@ def kept(
 
 def screened(
     run: FittedModel,
-    rows: Asked,
+    rows: QueryRows,
     methods: Sequence[Reference],
     *,
-    calibration: Asked,
+    calibration: QueryRows,
     simulated: int,
     band: tuple[float, float],
     fdr: float,
