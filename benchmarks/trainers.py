@@ -30,9 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from elbowroom.inference.fit.loop import batches
 from elbowroom.inference.fit.plan import Session
-from elbowroom.inference.fit.step_graph import generators
 from elbowroom.inference.fit.svi import Step, fit
-from elbowroom.inference.window import Turn, Window
 from elbowroom.models.guides.base import AmortizedGuide, positive_scale
 from elbowroom.models.guides.normal import DiagonalNormal
 from elbowroom.models.likelihoods.binary import Bernoulli
@@ -197,10 +195,9 @@ def ours(vae: VAE, size: int, compile: str) -> Steps:
 
     def steps(x: Tensor, count: int) -> float:
         step.prepare({"x": x})
-        index, value = torch.arange(len(x), device=x.device), math.nan
-        turns = [Turn(number, index, RATE, 1.0) for number in range(count)]
-        for _, (loss, _) in Window(step, generators(x.device))(turns, lambda _: {"x": x}, lambda _: step(x)):
-            value = loss
+        value = math.nan
+        for _ in range(count):
+            value, _ = step(x)
         return value
 
     return steps

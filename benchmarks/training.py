@@ -15,7 +15,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from benchmarks import cores, measure, results, trainers
+from benchmarks import measure, results, trainers
 from benchmarks.images import images
 from benchmarks.trainers import COMPILED, EAGER, PRODUCTS, PYTHAE, SVI, Fit, Steps
 from elbowroom.inference.fit.loop import evaluate_elbo
@@ -128,7 +128,6 @@ class Epochs:
         seconds: of each epoch but the first of each fit.
         first: seconds of the first epoch of each fit, with whatever was compiled in it.
         elbo: of held-out data after the last epoch, of each fit, nats per datum.
-        apart: nanoseconds from core to core before and after each round of epochs, the same for all; NaN on a GPU.
     """
 
     name: str
@@ -136,12 +135,6 @@ class Epochs:
     seconds: list[float]
     first: list[float]
     elbo: list[float]
-    apart: list[tuple[float, float]]
-
-    def over(self, base: Epochs, wanted: Callable[[float], bool]) -> str:
-        """Return the ratio of the epochs in whose rounds the cores were as wanted, before and after; "" where none was."""
-        rounds = [i for i, both in enumerate(self.apart) if all(map(wanted, both))]
-        return measure.ratio([self.seconds[i] for i in rounds], [base.seconds[i] for i in rounds]) if rounds else ""
 
 
 def fitters(*, peers: bool) -> dict[str, Fit]:
@@ -156,8 +149,7 @@ def fitters(*, peers: bool) -> dict[str, Fit]:
 def epochs(device: torch.device, batch: int, args: argparse.Namespace) -> list[Epochs]:
     """Time everyone's fits, each in a process of its own, one epoch of everyone after the other."""
     size = size_of(args)
-    apart: list[tuple[float, float]] = []
-    found = [Epochs(name, batch, [], [], [], apart) for name in fitters(peers=not args.ours)]
+    found = [Epochs(name, batch, [], [], []) for name in fitters(peers=not args.ours)]
     options = ["--threads", args.threads, *(["--quick"] if args.quick else [])]
     for number in range(size.fits):
         with contextlib.ExitStack() as stack:
@@ -166,20 +158,13 @@ def epochs(device: torch.device, batch: int, args: argparse.Namespace) -> list[E
                 for one in found
             ]
             for epoch in range(size.epochs):
-                before = _apart(device)
                 for one, worker in zip(found, workers, strict=True):
                     (one.seconds if epoch else one.first).append(float(worker.turn()))
-                if epoch:
-                    apart.append((before, _apart(device)))
             for one, worker in zip(found, workers, strict=True):
                 one.elbo.append(float(worker.turn()))
                 mine = statistics.median(one.seconds)
                 print(f"{one.name}: {mine:.3f} s an epoch, held-out ELBO {one.elbo[-1]:.2f}", flush=True)
     return found
-
-
-def _apart(device: torch.device) -> float:
-    return cores.latency() if device.type == "cpu" else math.nan
 
 
 def alone(name: str, device: torch.device, batch: int, seed: int, size: Size) -> None:
@@ -194,40 +179,17 @@ def alone(name: str, device: torch.device, batch: int, seed: int, size: Size) ->
     measure.end_turn(evaluate_elbo(fitted, held_out))
 
 
-def _near(nanoseconds: float) -> bool:
-    return nanoseconds < cores.APART
-
-
-def _far(nanoseconds: float) -> bool:
-    return nanoseconds >= cores.APART
-
-
 def epoch_table(found: Sequence[Epochs]) -> list[str]:
     """Return the table: seconds per epoch, and their ratio to the best of ours at the same batch."""
     rows = []
     for one in found:
         mine = [other for other in found if other.batch == one.batch and other.name.startswith(trainers.OURS)]
         best = min(mine, key=lambda other: statistics.median(other.seconds))
-        over = ["1"] * 3
-        if one is not best:
-            placed = (one.over(best, _near), one.over(best, _far))
-            over = [measure.ratio(one.seconds, best.seconds), *placed]
+        over = "1" if one is best else measure.ratio(one.seconds, best.seconds)
         elbo = measure.span(one.elbo, ".2f")
-        rows.append([f"{one.batch:,}", one.name, f"{max(one.first):.2f}", measure.span(one.seconds), *over, elbo])
-    over_ours = ["over the faster of ours", "cores near", "cores far"]
-    return measure.table(["batch", "who", "first epoch, slowest [s]", "epoch [s]", *over_ours, "held-out ELBO [nats]"], rows)
-
-
-def placement(found: Sequence[Epochs]) -> str:
-    """Say how far apart the two cores were in the rounds of epochs."""
-    near, far = ([max(both) for both in found[0].apart if all(map(wanted, both))] for wanted in (_near, _far))
-    total = len(found[0].apart)
-    said = [
-        f"{measure.span(values, '.0f')} ns in {len(values)} of {total} rounds, {what}"
-        for values, what in ((near, "near, as within one L3 cache"), (far, "far, as between two"))
-        if values
-    ]
-    return f"From core to core a word took {'; '.join(said)}." if said else ""
+        rows.append([f"{one.batch:,}", one.name, f"{max(one.first):.2f}", measure.span(one.seconds), over, elbo])
+    head = ["batch", "who", "first epoch, slowest [s]", "epoch [s]", "over the faster of ours", "held-out ELBO [nats]"]
+    return measure.table(head, rows)
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------------
@@ -292,8 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
         tables = []
         for device, latent_dim, _, batches in places:
             found = [one for batch in batches for one in epochs(device, batch, args)]
-            said = placement(found)
-            tables.append((device, latent_dim, [*epoch_table(found), *(["", *measure.paragraph(said)] if said else [])]))
+            tables.append((device, latent_dim, epoch_table(found)))
         _write(epoch_section(tables, what, size, args), args)
 
 
@@ -352,9 +313,7 @@ def epoch_section(tables: Tables, what: str, size: Size, args: argparse.Namespac
             "come (its loader, no worker, closed-form KL, best training loss kept), the same layers. Everyone in a process "
             f"of its own, one epoch of everyone after the other, the others waiting; {size.fits} fits of {size.epochs} "
             "epochs: median (and range) over all epochs but the first of a fit, of times and of ratios. Held-out ELBO: of "
-            f"{size.held_out:,} other images, by one function for all, after the last epoch (higher is better). A host moves "
-            "the cores of a virtual machine about: ratios also of the rounds alone in which they were near before and after, "
-            f"or far (a word took {cores.APART:.0f} ns or longer)."
+            f"{size.held_out:,} other images, by one function for all, after the last epoch (higher is better)."
         ),
         *_bodies(tables, 784),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,10 +49,20 @@ def undisturbed(tree: Any) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's generators for a while, and put their states back."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def validation_kept() -> Iterator[None]:
+    """Leave distributions' own checks on or off as they were: the first `torch.compile` of a process switches them off."""
+    before = torch.distributions.Distribution._validate_args
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)

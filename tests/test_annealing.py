@@ -15,9 +15,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import linear_vae
+from support.bidirectional import bdmc
 from torch import Tensor
 
-from elbowroom.inference.bidirectional import bdmc
 from elbowroom.inference.mcmc.normals import Normals, StudentT
 from elbowroom.inference.posterior import resample
 from elbowroom.inference.references.ais import ais, annealing

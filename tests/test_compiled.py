@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -14,7 +15,6 @@ from prior_cases import CASES, by_name, data_of, vae_of
 from problems import PROBLEMS
 from torch import Tensor
 
-from elbowroom.inference import products
 from elbowroom.inference.compiled import graph as compiled
 from elbowroom.inference.compiled.branches import Branches
 from elbowroom.inference.compiled.graph import Graph, Untraceable
@@ -24,7 +24,9 @@ from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.program.promotion import mixed
 from elbowroom.inference.references.hmc.hmc import HMC
 from elbowroom.inference.target import graphs as traced
+from elbowroom.inference.target import tracing
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.plain import PlainLogJoint
 from elbowroom.inference.target.tracing import leapfrog_arguments
 from elbowroom.models.guides.base import AmortizedGuide
 from elbowroom.models.guides.normal import DiagonalNormal
@@ -124,79 +126,6 @@ def test_noise_is_fresh_and_that_of_the_seed(kernels):
     assert not torch.equal(first, second)
     torch.manual_seed(1)
     assert torch.equal(function(x)[0], first)
-
-
-def test_large_products_of_whatever_layout_are_those_of_torch(monkeypatch):
-    """By oneDNN where that is faster, which is told by the size alone: X W, X W^T, with a bias, strided, and X^T X."""
-    x, w, v, b = torch.randn(64, 300), torch.randn(800, 300), torch.randn(300, 900)[:, 50:850], torch.randn(800)
-
-    def function(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        part = x[:, :150]  # rows that are apart in memory
-        large = (x @ w.T, x @ v, torch.addmm(b, x, w.T), torch.addmm(b, x, v, beta=0.5), w @ w.T, x.T @ x, part @ v[:150])
-        return *large, (x @ w[:10].T), large[0].T.contiguous().T @ w
-
-    found: list[int] = []
-    by_onednn = products.by_onednn
-    monkeypatch.setattr(compiled, "by_onednn", lambda graph: found.append(by_onednn(graph)))
-    for kind, close in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
-        given = [t.to(kind) for t in (x, w, v, b)]
-        graph = Graph(function, given)
-        graph.compile()
-        for ours, theirs in zip(graph(*given), function(*given), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=close, atol=close * float(theirs.abs().max()))
-    many = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    assert found == [4 if many else 0, 0]
-
-
-def test_products_by_halves_of_weights_are_those_of_torch(monkeypatch):
-    """X W^T, X W and what looks alike; of weights that are updated, with an even number of rows, by not too many rows of X."""
-    x, w, v, odd, b = (
-        torch.randn(64, 300),
-        torch.randn(800, 300),
-        torch.randn(300, 800),
-        torch.randn(801, 300),
-        torch.randn(1600),
-    )
-    many = torch.randn(products.ROWS + 1, 300)
-
-    def function(x: Tensor, w: Tensor, v: Tensor, odd: Tensor, b: Tensor, many: Tensor) -> tuple[Tensor, ...]:
-        by_halves = x @ w.T, torch.addmm(b[::2], x, w.T), torch.addmm(b[:1], x, v), x @ v.T.T, v.T.contiguous() @ v @ w
-        by_halves += torch.addmm(b[:800], many[:64], v), (x @ w.T).T.contiguous().T @ w
-        return (
-            *by_halves,
-            x @ odd.T,
-            many @ w.T,
-            x @ v[:, 1:],
-            x @ (w + 1).T,
-            x @ w[:10].T,
-            w.T @ v.T,
-            torch.addmm(b[:800], x, v, beta=2),
-        )
-
-    found: list[int] = []
-    by_halves = products.by_halves
-    monkeypatch.setattr(compiled, "by_halves", lambda graph, updated: found.append(by_halves(graph, updated)))
-    given = [x, w, v, odd, b, many]
-    for cores, updated, count in ((2, (1, 2, 3), 7), (2, (2,), 3), (2, (), 0), (3, (1, 2, 3), 0)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
-        graph = Graph(function, given)
-        graph.compile(updated=updated)
-        assert found.pop() == (count if torch.backends.mkl.is_available() else 0)
-        for ours, theirs in zip(graph(*given), function(*given), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
-
-
-def test_a_bias_that_is_strided_or_repeated_is_that_of_torch():
-    """oneDNN reads a bias as numbers in a row, past the end of one that is expanded."""
-    x, w, b = torch.randn(64, 300), torch.randn(300, 800), torch.randn(1600)
-
-    def function(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        return torch.addmm(b[::2], x, w), torch.addmm(b[:1].expand(800), x, w), torch.addmm(b[:1], x, w)
-
-    graph = Graph(function, [x, w, b])
-    graph.compile()
-    for ours, theirs in zip(graph(x, w, b), function(x, w, b), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_what_is_not_a_number_is_found_by_kernels():
@@ -466,10 +395,10 @@ def test_the_comparison_of_a_leapfrog_sees_every_part_of_it(monkeypatch, planted
 
     def plainly(joint, kind, z):
         momentum, size, root, kick = leapfrog_arguments(kind, z)
-        return leap(joint.grad, z, momentum, size, root[0], kick)
+        return leap(partial(PlainLogJoint.grad, joint), z, momentum, size, root[0], kick)
 
     monkeypatch.setattr(traced, "_plainly", plainly)
-    monkeypatch.setattr(traced, "leap", wrong)  # which is what is traced
+    monkeypatch.setattr(tracing, "leap", wrong)  # which is what is traced
     assert joint.graphs.ready(joint, "leap") is None
     assert "graph" in joint.graphs.reasons["leap"]
 

@@ -11,7 +11,7 @@ import torch
 
 from elbowroom.components import registry
 from elbowroom.components.slots import build
-from elbowroom.data import dataset as data
+from elbowroom.data import chunks
 from elbowroom.data.builtin import Digits, LinearGaussianData
 from elbowroom.data.dataset import DataError, Dataset, split_rows
 from elbowroom.data.file import File
@@ -224,19 +224,19 @@ def test_the_fingerprint_sees_values_shape_and_type(monkeypatch):
     whole = Dataset(X, "x").fingerprint()
     assert whole == Dataset(X.copy(), "y").fingerprint()
     assert len({whole, *(Dataset(x, "x").fingerprint() for x in (X + 1, X.reshape(3, 4), X.astype(np.float32)))}) == 4
-    monkeypatch.setattr(data, "CHUNK", 3)
+    monkeypatch.setattr(chunks, "CHUNK", 3)
     assert Dataset(X, "x").fingerprint() == whole
 
 
 def test_the_first_bad_row_is_found_in_any_part(monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 3)
+    monkeypatch.setattr(chunks, "CHUNK", 3)
     with pytest.raises(DataError, match=r"^x: an infinite value at row 3, column 2;"):
         Dataset(np.where(X == 11, np.inf, X), "x").check()
 
 
 @pytest.mark.parametrize("chunk", [3, 2**22])
 def test_missing_values_and_levels_are_found_in_any_part(chunk, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     gap = np.where(X == 7, np.nan, X)
     assert (Dataset(X, "x").missing, Dataset(gap, "x").missing) == (False, True)
     assert Dataset(X.astype(np.int64), "x").missing is False

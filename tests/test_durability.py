@@ -73,8 +73,8 @@ def test_kills_just_before_and_after_every_rename(tmp_path):
 
 @pytest.mark.slow
 def test_the_real_command_line_killed(here):
-    """Ten kills of `python -m elbowroom.cli.app`, imports and all, in one chain of resumes."""
-    command = [sys.executable, "-m", "elbowroom.cli.app", "run", "s.yaml", "--resume", "--out"]
+    """Ten kills of `python -m elbowroom`, imports and all, in one chain of resumes."""
+    command = [sys.executable, "-m", "elbowroom", "run", "s.yaml", "--resume", "--out"]
     started = time.perf_counter()
     assert subprocess.run([*command, "whole"], capture_output=True, check=False).returncode == 0
     seconds, rng = time.perf_counter() - started, random.Random(0)
@@ -131,7 +131,7 @@ def test_the_second_process_is_told(here, capsys):
 
 def test_two_processes_at_once(here):
     """Of two real processes on one new folder one wins and the other is told, whatever the timing."""
-    command = [sys.executable, "-m", "elbowroom.cli.app", "fit", "s.yaml", "--out", "both", "--set", "fit.epochs=300"]
+    command = [sys.executable, "-m", "elbowroom", "fit", "s.yaml", "--out", "both", "--set", "fit.epochs=300"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ends = sorted((process.communicate()[1], process.returncode) for process in both)
     assert sorted(code for _, code in ends) == [0, 2], ends

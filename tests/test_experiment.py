@@ -12,7 +12,8 @@ import yaml
 
 import elbowroom as er
 from elbowroom.errors import DataError, RunFolderError, SpecError, UserError
-from elbowroom.run import Run, fit, ready
+from elbowroom.run import Run, fit
+from elbowroom.runs.fitting import ready
 from elbowroom.spec import document, run_folder
 from elbowroom.spec.experiment import Experiment
 from elbowroom.spec.spec import shipped_text

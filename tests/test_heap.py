@@ -13,7 +13,7 @@ from elbowroom.system import memory
 # what is freed lies between what is kept
 GAPS = """
 import ctypes, sys
-from elbowroom import heap
+from elbowroom.system import memory as heap
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 libc.mallopt(-3, 1 << 30)  # on the heap, as large arrays come to be after some were freed; else each is a map of its own

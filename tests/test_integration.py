@@ -16,7 +16,7 @@ from elbowroom.analysis.queries.integration import CLOSE, integrate
 from elbowroom.cli import app as cli
 from elbowroom.errors import UserError
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.models.guides.normal import FullRankNormal
+from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal
 
 
 def one(seed=0, *, family=FullRankNormal, noise=0.2, row=0):
@@ -51,7 +51,7 @@ def test_an_exact_encoder_needs_one_sample_and_the_prior_many():
 
 
 def test_one_sample_gives_the_elbo_in_the_mean():
-    log_joint, truth, vae, oracle, x = one(3, family=er.models.guides.DiagonalNormal)
+    log_joint, truth, vae, oracle, x = one(3, family=DiagonalNormal)
     found = integrate(log_joint, samples=400, repeats=40, methods=("encoder",), seed=2)
     first = found.sel(estimator="encoder").isel(size=0)
     gap = 0.5 * float(oracle.precision.diagonal().log().sum() - torch.logdet(oracle.precision))  # of the best diagonal normal

@@ -193,7 +193,7 @@ def test_a_module_is_named_like_a_file(here, monkeypatch, capsys):
         (
             "python:own.py:Wide",
             "class Wide: ...",
-            "prior python:own.py:Wide: Wide is no prior; derive it from elbowroom.models.priors.base.Prior",
+            "prior python:own.py:Wide: Wide is no prior; derive it from elbowroom.models.priors.Prior",
         ),
         (
             "python:own.py:Wide",
@@ -357,7 +357,7 @@ def test_a_broken_package_harms_no_other(install, capsys):
     write("wide")
     assert er.Experiment.load("s.yaml").build().prior.scale == 2.0
     write("normal")
-    assert type(er.Experiment.load("s.yaml").build().prior).__module__ == "elbowroom.models.priors.base"
+    assert type(er.Experiment.load("s.yaml").build().prior).__module__ == "elbowroom.models.priors.standard"
     write("broken")
     why = (
         "prior broken: broken_pack:Wide of broken_pack 1.0 cannot be imported (ModuleNotFoundError: No module named "
@@ -387,7 +387,7 @@ def test_two_packages_with_one_name_are_both_named(install, capsys):
 def test_what_a_package_offers_must_be_of_its_kind(install, capsys):
     install("wrong_pack", EXAMPLES["wide.py"], likelihood__wide="wrong_pack:Wide")
     told = refused(capsys, "fit", "s.yaml", "--allow-python", "--set", "model.likelihood=wide")
-    assert told.endswith("likelihood wide: Wide is no likelihood; derive it from elbowroom.models.likelihoods.base.Likelihood")
+    assert told.endswith("likelihood wide: Wide is no likelihood; derive it from elbowroom.models.likelihoods.Likelihood")
 
 
 STUBBORN = '''

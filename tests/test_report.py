@@ -20,7 +20,6 @@ from matplotlib import pyplot
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from elbowroom.analysis.latents.decoding import image_shape
 from elbowroom.analysis.plots import events as plots
 from elbowroom.analysis.plots import style as canvas
 from elbowroom.analysis.plots.report import audit as plots_audit
@@ -33,6 +32,7 @@ from elbowroom.analysis.report import key_figures
 from elbowroom.analysis.report.report import Files, write_picture, write_report
 from elbowroom.analysis.verdict import summary as verdict
 from elbowroom.errors import RunFolderError
+from elbowroom.models.columns import image_shape
 
 FIGURES = {
     "contours",
@@ -251,7 +251,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.images, self.links, self.words, self.tags = [], [], [], [], set()
-        self.replay(text)
+        self.feed(text)
         self.close()
         self.text = " ".join(" ".join(self.words).split())
 

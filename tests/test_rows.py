@@ -11,6 +11,7 @@ from test_svi import data as made
 from test_svi import make, parameters, same
 
 import elbowroom as er
+from elbowroom.data import chunks
 from elbowroom.data import dataset as data
 from elbowroom.data.dataset import Dataset
 from elbowroom.errors import DataError, RunFolderError
@@ -48,7 +49,7 @@ def test_a_memory_map_above_the_budget_gives_the_same_run(monkeypatch: pytest.Mo
     resident = er.fit(er.Experiment.from_dict(TREE), out="resident")
     audit = resident.audit()
     monkeypatch.setattr(data, "BUDGET", 1000)
-    monkeypatch.setattr(data, "CHUNK", 70)
+    monkeypatch.setattr(chunks, "CHUNK", 70)
     monkeypatch.setattr(rows, "CHUNK", 70)
     experiment = er.Experiment.from_dict(TREE)
     asked: list[int] = []

@@ -15,7 +15,8 @@ from elbowroom.cli.app import main
 from elbowroom.components import registry
 from elbowroom.components.table import PLACES
 from elbowroom.errors import DataError, SpecError
-from elbowroom.run import Run, default_folder, fit
+from elbowroom.run import Run, fit
+from elbowroom.runs.fitting import default_folder
 from elbowroom.spec import document, run_folder
 from elbowroom.spec.experiment import Experiment
 from elbowroom.system import archive
@@ -139,7 +140,7 @@ def test_what_a_report_shows_is_escaped(here):
 
 OWN = """from pathlib import Path
 Path(__file__).with_name("owned").touch()
-from elbowroom.models.priors import Normal
+from elbowroom.models.priors.standard import Normal
 class Own(Normal):
     "A normal prior that leaves a trace."
 """

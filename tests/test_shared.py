@@ -198,7 +198,9 @@ def test_points_together_in_parts_and_in_blocks_of_data_equal_plain_evaluation(
         monkeypatch.setattr(shared_points, "HELD", size)
         for rows, log_p in zip(blocks, joint.shared_over(z, blocks), strict=True):
             torch.testing.assert_close(log_p, plain[:, rows], **close)
-    monkeypatch.setattr(shared_points, "_rows", lambda joint: 8)  # chunks that do not divide the points, and one of few
+    monkeypatch.setattr(
+        shared_points, "_rows", lambda joint, factorises: 8
+    )  # chunks that do not divide the points, and one of few
     monkeypatch.setattr(shared_points, "ASSIGNED", 100)
     torch.testing.assert_close(torch.cat([joint.shared(part) for part in z.split(17)]), plain, **close)
     monkeypatch.setattr(shared_points, "HELD", 2**26)

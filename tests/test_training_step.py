@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from elbowroom.components import registry
 from elbowroom.conformance import properties
 from elbowroom.errors import NonFiniteLoss
-from elbowroom.inference.adam import Adam
 from elbowroom.inference.fit import step as training_step
 from elbowroom.inference.fit.plan import Session
 from elbowroom.inference.fit.step import Step
@@ -447,27 +446,3 @@ def test_a_fit_names_row_and_site_from_a_graph_too(replayed):
     vae.adapt = lambda **_: None
     with pytest.raises(NonFiniteLoss, match=found):
         fit(vae, x, x[:0], epochs=50, batch_size=7)
-
-
-def test_adam_is_that_of_torch_bit_for_bit() -> None:
-    """With gradients that come and go, another learning rate, and a state that is loaded or copied in between."""
-    torch.manual_seed(0)
-    mine = [torch.nn.Parameter(torch.randn(size)) for size in ((40, 30), (30,), ())]
-    mine.append(torch.nn.Parameter(torch.randn(5, dtype=torch.float64)))
-    theirs = [torch.nn.Parameter(value.detach().clone()) for value in mine]
-    adam, other = Adam(mine, 1e-2), torch.optim.Adam(theirs, lr=1e-2, fused=True)
-    for turn in range(12):
-        if turn == 8:
-            adam, mine = copy.deepcopy((adam, mine))
-        for a, b in zip(mine, theirs, strict=True):
-            a.grad = None if turn in {0, 5} and a is mine[1] else torch.randn_like(a)
-            b.grad = None if a.grad is None else a.grad.clone()
-        if turn == 7:
-            adam.load_state_dict(copy.deepcopy(other.state_dict()))
-        if turn == 9:
-            adam.param_groups[0]["lr"] = other.param_groups[0]["lr"] = 3e-2
-        adam.update()
-        other.step()
-        assert all(map(torch.equal, mine, theirs)), turn
-    for a, b in zip(adam.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in ("step", "exp_avg", "exp_avg_sq"))

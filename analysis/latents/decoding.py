@@ -6,7 +6,6 @@ Used by the description that a report is drawn from (`latent`) and by the answer
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -160,16 +159,3 @@ def plane(vae: VAE, batch: Batch, rate: np.ndarray, points: int, latents: Sequen
     coords = {name: (name[2:], array(column)) for name, column in zip(names, columns, strict=False)}
     attrs["latents"] = chosen
     return xr.Dataset({"expected_x": ((*dims, *event_dims(vae)), array(expected))}, coords=coords, attrs=attrs)
-
-
-def image_shape(event_shape: Sequence[int], declared: Sequence[int] | None = None) -> tuple[int, int] | None:
-    """Return (height, width) where one datum is an image: as declared, else two-dimensional, or flat, square and >= 8 x 8."""
-    width = math.prod(event_shape)
-    if declared is not None:
-        shape = (int(declared[0]), int(declared[1]))
-        return shape if math.prod(shape) == width else None
-    sizes = [n for n in event_shape if n != 1]
-    if len(sizes) == 2 and min(sizes) >= 4:
-        return sizes[0], sizes[1]
-    side = math.isqrt(width)
-    return (side, side) if len(sizes) == 1 and side * side == width and side >= 8 else None

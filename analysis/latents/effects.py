@@ -291,6 +291,6 @@ def _states(
 
 def curved(event: Sequence[int]) -> bool:
     """Say whether effect curves of the entries of a datum can be read: a table, or a short vector that is no image."""
-    from elbowroom.analysis.latents.decoding import image_shape
+    from elbowroom.models.columns import image_shape
 
     return len(event) == 1 and image_shape(event) is None and event[0] <= MOST_ENTRIES

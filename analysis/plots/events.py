@@ -11,7 +11,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from elbowroom.analysis.latents.decoding import image_shape
+from elbowroom.models.columns import image_shape
 
 FEW_ROWS = 100  # the sd of fewer is uncertain by more than 7 %
 NO_LATENT = "the run folder has no latent.nc, which describes the decoder: run the audit again to make it"

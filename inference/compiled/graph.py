@@ -20,7 +20,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,8 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from elbowroom.errors import first_line
-from elbowroom.inference.products import by_halves, by_onednn
-from elbowroom.inference.randomness import undisturbed
+from elbowroom.inference.randomness import undisturbed, validation_kept
 from elbowroom.system.stages import stage
 
 log = logging.getLogger("elbowroom.compiled")
@@ -57,6 +56,7 @@ class Graph:
 
     Attributes:
         constants: the tensors that the function read beside its inputs, by reference.
+        captured: whether torch may overwrite what a call returned at the next one.
 
     Raises:
         Untraceable: with the reason.
@@ -81,7 +81,10 @@ class Graph:
         if varying and (fixed := _fixed(self.module, inputs, varying)):
             raise Untraceable(f"an operation in it fixes a size ({fixed})")
         self.constants = _lift(self.module)
+        self.varying = varying
+        self.examples = [(t.shape, t.dtype, t.device) for t in inputs]
         self._kernel: Callable[..., Any] | None = None
+        self.captured = False
         nodes = self.module.graph.nodes
         if written:
             raise Untraceable(f"it writes to its inputs ({written})")
@@ -97,6 +100,8 @@ class Graph:
         """Run the graph, compiled if it is, without recording gradients."""
         if self._kernel is None:
             return self.replay(*inputs)
+        if self.captured:  # what the last call returned may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():  # kernels take the layout of the example for granted
             return tuple(self._kernel(*[t.contiguous() for t in inputs], *self.constants))
 
@@ -105,12 +110,12 @@ class Graph:
         with torch.no_grad():
             return tuple(self.module(*[t.contiguous() for t in inputs], *self.constants))
 
-    def compile(self, check: Callable[[Graph], None] | None = None, updated: Collection[int] = ()) -> float:
+    def compile(self, check: Callable[[Graph], None] | None = None, *, capture: bool = False) -> float:
         """Compile the graph into fused kernels, once; returns the seconds it took.
 
         Args:
             check: called with the compiled graph; where it raises, the graph is replayed as before.
-            updated: inputs, by their places, that an optimizer writes between calls, each core a part of the rows.
+            capture: on CUDA, let torch capture it as a CUDA graph; what it returned is overwritten by the next call.
 
         Raises:
             Untraceable: there is no C++ compiler, or TorchInductor cannot, or the check says so.
@@ -119,68 +124,63 @@ class Graph:
             return 0.0
         start = time.perf_counter()
         with stage("compile"):
-            self._kernel = _inductor(self.module, updated)
+            inputs = [torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in self.examples]
+            self.captured = capture
+            self._kernel = _inductor(self.module, [*inputs, *self.constants], self.varying, capture)
             try:
                 if check is not None:
                     check(self)
             except BaseException:
-                self._kernel = None
+                self._kernel, self.captured = None, False
                 raise
         return time.perf_counter() - start
 
 
-def _inductor(module: Any, updated: Collection[int]) -> Callable[..., Any]:
-    """Compile a traced module; it takes its tensors one by one."""
-    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-    if values[0].device.type == "cpu" and not _has_compiler():
-        raise Untraceable("there is no C++ compiler (g++ or clang++)")
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch deprecates parts of itself
-            kernel = _kernel(module, values, updated)
-    except Exception as error:  # whatever a compiler raises
-        raise Untraceable(f"compiling failed ({first_line(error)})") from error
-    return lambda *tensors: kernel(list(tensors))
+def _inductor(module: Any, inputs: Sequence[Tensor], varying: Sequence[int], capture: bool) -> Callable[..., Any]:
+    """Compile a traced module; it takes its tensors one by one.
 
-
-def _kernel(module: Any, values: list[Any], updated: Collection[int]) -> Callable[[list[Tensor]], Any]:
-    """Compile for the sizes and layouts of the placeholders, without the guards that torch.compile would check at each call."""
-    import torch._inductor.config as settings
-    from torch._guards import TracingContext, tracing
-    from torch._inductor.compile_fx import compile_fx_inner
+    Compiled for the layouts of the inputs, without the guards that would compare them at each call: every input is made
+    contiguous, and sizes that vary are marked so.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with settings.patch(fallback_random=True), tracing(TracingContext(values[0].fake_mode)):
-        plain = make_fx(_functional(module), _decompositions(), "symbolic")(*values)
-        plain.graph.eliminate_dead_code()
-        inputs = [node for node in plain.graph.nodes if node.op == "placeholder"]
-        by_halves(plain.graph, {inputs[place] for place in updated})
-        by_onednn(plain.graph)
-        plain.recompile()
-        return compile_fx_inner(plain, values)
+    if inputs[0].device.type == "cpu" and not _has_compiler():
+        raise Untraceable("there is no C++ compiler (g++ or clang++)")
+    options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    if capture:
+        options |= torch._inductor.list_mode_options("reduce-overhead")
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), undisturbed(inputs), validation_kept():
+            warnings.simplefilter("ignore")  # torch deprecates parts of itself
+            plain = make_fx(_functional(module), FASTER, "symbolic")(*values)
+            kernel = torch.compile(plain, fullgraph=True, dynamic=None if varying else False, options=options)
+            for value in inputs:
+                for dim, size in enumerate(value.shape):
+                    if size in varying:
+                        torch._dynamo.mark_dynamic(value, dim)
+            kernel(*inputs)
+    except Exception as error:  # whatever a compiler raises
+        raise Untraceable(f"compiling failed ({first_line(error)})") from error
+    return kernel
+
+
+def _tanh(x: Tensor) -> Tensor:
+    return 2 * torch.sigmoid(2 * x) - 1
+
+
+def _isnan(x: Tensor) -> Tensor:
+    return x != x
+
+
+FASTER = {torch.ops.aten.tanh.default: _tanh, torch.ops.aten.isnan.default: _isnan}
+"""Operations that TorchInductor has far faster kernels for in other words: tanh by the logistic function, exact to rounding;
+NaN as what does not equal itself, which C++ can ask of many numbers at once."""
 
 
 @functools.cache
 def _has_compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-
-
-@functools.cache
-def _decompositions() -> dict[Any, Any]:
-    """Return TorchInductor's decompositions, and two that it has far faster kernels for.
-
-    tanh is taken by the logistic function, exact to rounding at 1; NaN is what does not equal itself, which C++ can ask of many
-    numbers at once.
-    """
-    from torch._inductor.decomposition import select_decomp_table
-
-    def tanh(x: Tensor) -> Tensor:
-        return 2 * torch.sigmoid(2 * x) - 1
-
-    def isnan(x: Tensor) -> Tensor:
-        return x != x
-
-    return {**select_decomp_table(), torch.ops.aten.tanh.default: tanh, torch.ops.aten.isnan.default: isnan}
 
 
 def _lift(module: Any) -> list[Tensor]:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyro
@@ -21,11 +21,9 @@ from elbowroom.inference.fit.plan import CHECKPOINT, EFFECT, HISTORY, WEIGHTS, S
 from elbowroom.inference.fit.record import History, Row
 from elbowroom.inference.fit.rows import Rows
 from elbowroom.inference.fit.step import Step
-from elbowroom.inference.fit.step_graph import generators
 from elbowroom.inference.objectives.elbo import ELBO, NonFiniteSite
 from elbowroom.inference.program.promotion import mixed
 from elbowroom.inference.randomness import contained, mode
-from elbowroom.inference.window import Turn, Window
 from elbowroom.models.vae import VAE, Batch
 from elbowroom.system.files import write_text
 
@@ -70,6 +68,23 @@ def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, 
     return total / len(data)
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What a step is to be taken on.
+
+    Attributes:
+        step: its number in the fit, counted from 0.
+        index: positions of its training rows, (B,).
+        rate: learning rate.
+        weight: KL weight.
+    """
+
+    step: int
+    index: Tensor
+    rate: float
+    weight: float
+
+
 class Loop:
     """A fit on its way: what the next epoch needs, and the files that keep it."""
 
@@ -87,7 +102,6 @@ class Loop:
         self.session, self.plan, self.step, self.options = session, planned, step, options
         self.generator = shuffler(session.seed, train.device)
         self.redraw = torch.Generator(train.device).manual_seed(session.seed + _REDRAW)
-        self.window = Window(step, [*generators(train.device), self.redraw])
         self.history = History(plan=str(planned))
         self.best: dict[str, Tensor] | None = None
         self.saved_epoch: int | None = None
@@ -125,7 +139,8 @@ class Loop:
             Turn(step, index, self.plan.learning_rate_at(step), self.plan.kl_weight_at(step))
             for step, index in enumerate(batches(len(self.train), self.plan.batch_size, self.generator), start=first)
         ]
-        for turn, losses in self.window(turns, lambda turn: self._batch(turn)[0], self._take):
+        for turn in turns:
+            losses = self._take(turn)
             share = len(turn.index) / len(self.train)
             loss, elbo = loss + share * losses[0], elbo + share * losses[1]
         try:

@@ -2,10 +2,9 @@ r"""One training step: the objective's gradient on a mini-batch, and one fused A
 
     loss = -(1/N) objective,      with the gradient of N loss given to Adam, as `pyro.infer.SVI` with `pyro.optim.Adam` does.
 
-The gradient is evaluated eagerly, by running the Pyro programs, or by a graph of them (`gradient_graph`), replayed or compiled.
+The gradient is evaluated eagerly, by running the Pyro programs, or by a graph of them (`step_graph`), replayed or compiled.
 Where a branch on a value comes to something else than in the graph the eager step is taken. So it is for batches of other
-shapes, and where a value is not finite: the eager step, at the same draws, names the site. On a GPU, steps by the graph are
-taken without looking at what they come to (`whole_step`, `window`).
+shapes, and where a value is not finite: the eager step, at the same draws, names the site.
 
 Whether to compile is decided by the plan, never by the clock, so that the same seed gives the same numbers.
 """
@@ -15,15 +14,14 @@ from __future__ import annotations
 import logging
 from operator import is_
 
+import torch
 from torch import Tensor, nn
 
-from elbowroom.inference.adam import Adam
 from elbowroom.inference.compiled.graph import Untraceable
 from elbowroom.inference.compiled.policies import Compile
 from elbowroom.inference.fit.mixed_precision import Precision, lowered
 from elbowroom.inference.fit.step_graph import GradientGraph, evaluate, modules
 from elbowroom.inference.objectives.elbo import ELBO, Objective
-from elbowroom.inference.whole_step import WINDOW, WholeStep
 from elbowroom.models.vae import VAE, Batch
 
 log = logging.getLogger("elbowroom.compiled")
@@ -53,7 +51,6 @@ class Step:
 
     Attributes:
         graph: of the gradient, once one is made.
-        whole: the step that nobody waits for, where there is one.
     """
 
     def __init__(
@@ -73,10 +70,9 @@ class Step:
         self.clip = None if gradient_clip is None else gradient_clip * size
         self.objective = objective or ELBO()
         self.compile, self.steps, self.precision = compile, steps, precision
-        self.optimizer = Adam(self.parameters, learning_rate)
+        self.optimizer = torch.optim.Adam(self.parameters, learning_rate, fused=True)
         self.prepared = compile == "never"
         self.graph: GradientGraph | None = None
-        self.whole: WholeStep | None = None
 
     def __call__(
         self, x: Tensor, *, kl_weight: float = 1.0, learning_rate: float | None = None, **beside: Tensor
@@ -114,7 +110,7 @@ class Step:
             parameter.grad = gradient
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        self.optimizer.update()
+        self.optimizer.step()
         return objective / self.size, elbo / self.size
 
     def prepare(self, batch: Batch) -> None:
@@ -129,7 +125,6 @@ class Step:
             return
         with lowered(self.vae, self.precision):
             self._make(batch)
-            self._make_whole(batch)
 
     def _make(self, batch: Batch) -> None:
         """Make the graph, as far as it is worth it and can be."""
@@ -152,19 +147,6 @@ class Step:
             if graph is not None:
                 graph.eager.clear()  # as large as the model
 
-    def _make_whole(self, batch: Batch) -> None:
-        """Make of the graph a step that nobody waits for, where the device is worth it; on CUDA one launch."""
-        device = batch["x"].device
-        if self.graph is None or WINDOW[device.type] == 1:
-            return
-        self.whole = WholeStep(self.graph, self.optimizer, self.parameters, self.clip, batch)
-        if device.type == "cuda":
-            try:
-                self.whole.capture()
-                log.info("fit: step captured as one CUDA graph")
-            except Untraceable as error:
-                log.info(f"fit: step not captured as a CUDA graph: {error}")
-
     def _follow(self) -> None:
         """Let Adam follow parameters that were replaced (`load_state_dict(assign=True)`), with the moments it had for them."""
         seen = _seen(self.vae)
@@ -172,9 +154,8 @@ class Step:
             return
         state = self.optimizer.state_dict()
         self.parameters, self.seen = _trainable(self.vae), seen
-        self.optimizer = Adam(self.parameters, self.optimizer.param_groups[0]["lr"])
+        self.optimizer = torch.optim.Adam(self.parameters, self.optimizer.param_groups[0]["lr"], fused=True)
         self.optimizer.load_state_dict(state)
-        self.whole = None
 
 
 def _trainable(vae: VAE) -> list[nn.Parameter]:

@@ -21,7 +21,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from elbowroom.errors import first_line
 from elbowroom.inference.compiled.branches import Branches
-from elbowroom.inference.compiled.graph import Graph, Operations, Untraceable
+from elbowroom.inference.compiled.graph import Graph, Operations, Untraceable, log
 from elbowroom.inference.compiled.side_effects import left_alone
 from elbowroom.inference.fit.mixed_precision import Precision
 from elbowroom.inference.objectives.elbo import Estimate, Objective, unchecked
@@ -51,7 +51,7 @@ class GradientGraph:
     Attributes:
         flops: floating-point operations of its matrix products and convolutions, counted in an eager run.
         outcomes: what each branch came to, in order.
-        weight: the KL weight of the next `run`, a scalar.
+        weight: the KL weight of the next step, a scalar.
 
     Raises:
         Untraceable: the programs cannot be a graph.
@@ -107,12 +107,19 @@ class GradientGraph:
     def compile(self, batch: Batch) -> float:
         """Compile the graph and compare it with the eager run; returns the seconds it took.
 
+        On CUDA torch captures the step as a CUDA graph, or says why it does not.
+
         Raises:
             Untraceable: it cannot be compiled.
         """
         assert self.graph is not None
-        updated = [place for place, path in enumerate(self.paths) if path in self.trained]
-        return self.graph.compile(lambda _: self._compare(batch, "compiled graph"), updated)
+        check = lambda _: self._compare(batch, "compiled graph")
+        if batch["x"].device.type == "cuda":
+            try:
+                return self.graph.compile(check, capture=True)
+            except Untraceable as error:
+                log.info(f"fit: step not captured as a CUDA graph: {error}")
+        return self.graph.compile(check)
 
     def __call__(self, batch: Batch, kl_weight: float) -> tuple[float, float, list[Tensor | None]] | None:
         """Return objective and ELBO for all N data, and a gradient for each trained parameter.
@@ -126,23 +133,13 @@ class GradientGraph:
         streams = generators(batch["x"].device)
         before = states(streams)
         self.weight.fill_(kl_weight)
-        values, gradients = self.run(batch)
+        values, *gradients = self.graph(*self._inputs(batch))
         objective, elbo, *outcomes = values.tolist()
         if not (math.isfinite(objective) and math.isfinite(elbo)) or [outcome != 0 for outcome in outcomes] != self.outcomes:
             put_back(streams, before)
             return None
-        return objective, elbo, gradients
-
-    def run(self, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
-        """Return (objective, ELBO, what branches test), and a gradient for each trained parameter; nothing is looked at."""
-        assert self.graph is not None
-        values, *gradients = self.graph(*self._inputs(batch))
         found = iter(gradients)
-        return values, [next(found) if used else None for used in self.used]
-
-    def addresses(self) -> list[int]:
-        """Return where in memory parameters and buffers are now."""
-        return [place[name].data_ptr() for place, name in self.places]
+        return objective, elbo, [next(found) if used else None for used in self.used]
 
     def _gradients(self, tensors: Sequence[Tensor], branches: Branches) -> tuple[Tensor, ...]:
         """Return (objective, ELBO, what each branch tests) in one tensor, and the gradients that there are."""

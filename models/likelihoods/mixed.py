@@ -28,14 +28,14 @@ BY_KIND: dict[str, str] = {
 }
 
 ONE_COLUMN: dict[str, str] = {
-    "bernoulli": "base:Bernoulli",
+    "bernoulli": "binary:Bernoulli",
     "beta": "continuous:Beta",
     "binomial": "counts:Binomial",
     "categorical": "categorical:Categorical",
-    "continuous_bernoulli": "base:ContinuousBernoulli",
+    "continuous_bernoulli": "binary:ContinuousBernoulli",
     "discretized_logistic": "categorical:DiscretizedLogistic",
     "gamma": "continuous:Gamma",
-    "gaussian": "base:Gaussian",
+    "gaussian": "continuous:Gaussian",
     "laplace": "continuous:Laplace",
     "log_normal": "continuous:LogNormal",
     "negative_binomial": "counts:NegativeBinomial",

@@ -124,6 +124,16 @@ class Run(Questions):
         """
         return auditing.plan(self, data, budget=budget)
 
+    def audited(
+        self, data: str | Path | np.ndarray | pd.DataFrame | None = None, *, out: str | Path | None = None
+    ) -> Audit | None:
+        """Return the audit that is there, if it is whole and the one that `audit` would make; else None."""
+        return auditing.audited(self, data, out=out)
+
+    def audit_folder(self, data: str | Path | np.ndarray | pd.DataFrame | None = None, out: str | Path | None = None) -> Path:
+        """Return the folder that `audit` writes to."""
+        return auditing.audit_folder(self, data, out)
+
     def report(self) -> Path:
         """Write `report.html` and the figures from the files of the run; return the report's path."""
         return auditing.report(self)

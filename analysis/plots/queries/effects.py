@@ -10,10 +10,10 @@ import numpy as np
 import seaborn as sns
 import xarray as xr
 
-from elbowroom.analysis.latents.decoding import image_shape
 from elbowroom.analysis.plots import sequence as plots_sequence
 from elbowroom.analysis.plots.report import latent as plots_latent
 from elbowroom.analysis.plots.style import INK, WIDE, Absent, Plot, canvas, percent, say, show_tiles, styled, tone
+from elbowroom.models.columns import image_shape
 
 PANELS = 12
 ROWS = 8  # latents, states

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.image import AxesImage
 
-from elbowroom.analysis.latents.decoding import image_shape
 from elbowroom.analysis.plots.style import (
     EXACT,
     GUIDE,
@@ -27,6 +26,7 @@ from elbowroom.analysis.plots.style import (
     tone,
 )
 from elbowroom.analysis.queries.imputation import share
+from elbowroom.models.columns import image_shape
 
 ROWS = 6
 FEWEST = 20  # cells that a share is drawn of

@@ -11,7 +11,6 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from elbowroom.analysis.latents.decoding import image_shape
 from elbowroom.analysis.plots import sequence as plots_sequence
 from elbowroom.analysis.plots.style import (
     EXACT,
@@ -29,6 +28,7 @@ from elbowroom.analysis.plots.style import (
     styled,
     tone,
 )
+from elbowroom.models.columns import image_shape
 
 COLOURS = {"data": INK, "aggregate": EXACT, "prior": GUIDE}
 WORDS = {"data": "held-out data", "aggregate": "draws: aggregate posterior", "prior": "draws: prior"}

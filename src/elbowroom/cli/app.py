@@ -98,7 +98,3 @@ def _usage_problem(error: Any) -> str:
 def _command(error: Any) -> str:
     context = getattr(error, "ctx", None)
     return " ".join(["elbowroom", *(context.command_path.split()[1:] if context is not None else ())])
-
-
-if __name__ == "__main__":
-    main()

@@ -110,11 +110,11 @@ PLACES: dict[str, str] = {
 }
 """Where a spec names a component -> its kind."""
 BASES = {
-    "data": "elbowroom.data.dataset:Source",
-    "prior": "elbowroom.models.priors.base:Prior",
-    "likelihood": "elbowroom.models.likelihoods.base:Likelihood",
+    "data": "elbowroom.data:Source",
+    "prior": "elbowroom.models.priors:Prior",
+    "likelihood": "elbowroom.models.likelihoods:Likelihood",
     "network": "torch.nn:Module",
-    "guide": "elbowroom.models.guides.base:Family",
-    "objective": "elbowroom.inference.objectives.elbo:Objective",
+    "guide": "elbowroom.models.guides:Family",
+    "objective": "elbowroom.inference.objectives:Objective",
     "reference": "elbowroom.inference.posterior:Reference",
 }

@@ -174,7 +174,7 @@ def _named(word: str, entries: Entries, shape: tuple[int, ...], seed: int) -> np
             raise SpecError(f"hide: {word!r} is no share of the cells; write one between 0% and 100%, such as 20%")
         return np.asarray(np.random.default_rng(seed).random(shape) < percent / 100)
     if word in HALVES:
-        from elbowroom.analysis.latents.decoding import image_shape
+        from elbowroom.models.columns import image_shape
 
         size = image_shape(entries.shape)
         if size is None:

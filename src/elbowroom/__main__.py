@@ -1,0 +1,5 @@
+"""`python -m elbowroom` is the command line."""
+
+from elbowroom.cli import main
+
+main()
