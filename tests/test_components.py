@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from annotated_types import Gt
+from support.registry import unregister
 from torch import Tensor
 
 from elbowroom.components import registry
@@ -31,7 +32,7 @@ def plug_in():
 
     yield register
     for kind, name in added:
-        registry.unregister(kind, name)
+        unregister(kind, name)
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)

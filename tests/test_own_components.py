@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.registry import forget_python
 
 import elbowroom as er
 from elbowroom.cli.app import main
@@ -45,7 +46,7 @@ def forget():
     yield
     for kind in registry.kinds():
         registry.in_use[kind].clear()
-    registry.forget_python()
+    forget_python()
 
 
 @pytest.fixture

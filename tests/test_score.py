@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from benchmarks.novelty import auroc
 from conftest import linear_vae, set_guide
 from test_cli import SPEC, call
 
@@ -97,8 +98,8 @@ def test_auroc_is_the_share_of_pairs_and_its_error_that_of_repetition() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 5, 40).astype(float), rng.integers(1, 6, 30).astype(float)
     pairs = (b[:, None] > a).mean() + 0.5 * (b[:, None] == a).mean()
-    assert screening.auroc(a, b)[0] == pytest.approx(pairs)
-    again = [screening.auroc(rng.standard_normal(60), rng.standard_normal(40) + 1) for _ in range(400)]
+    assert auroc(a, b)[0] == pytest.approx(pairs)
+    again = [auroc(rng.standard_normal(60), rng.standard_normal(40) + 1) for _ in range(400)]
     values, errors = np.array(again).T
     assert np.mean(errors) == pytest.approx(values.std(), rel=0.15)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.registry import forget_python
 
 from elbowroom.analysis.audit.auditor import Audit
 from elbowroom.analysis.report.report import write_report
 from elbowroom.cli.app import main
-from elbowroom.components import registry
 from elbowroom.components.table import PLACES
 from elbowroom.errors import DataError, SpecError
 from elbowroom.run import Run, fit
@@ -177,7 +177,7 @@ def test_a_run_folder_from_elsewhere_executes_nothing_without_the_flag(here, cap
     run = fit(Experiment.load("s.yaml", ["model.prior=python:own.py:Own"], allow_python=True), out="run")
     run.audit()
     Path("owned").unlink()
-    registry.forget_python()  # as in another process
+    forget_python()  # as in another process
     for command in (["audit", "run"], ["audit", "run", "--dry-run"], ["fit", "run/spec.yaml", "--out", "run", "--resume"]):
         with pytest.raises(SystemExit) as stop:
             main(command)

@@ -127,9 +127,9 @@ class Store:
 
 
 def described(method: Reference) -> dict[str, str]:
-    """Return a reference's class and options, as a part's key holds them."""
+    """Return a reference's name and options, as a part's key holds them."""
     options = {key: repr(value) for key, value in sorted(vars(method).items())}
-    return {"class": f"{type(method).__module__}.{type(method).__qualname__}", **options}
+    return {"reference": method.name, **options}
 
 
 def _plain(thing: Any) -> dict[str, Any]:

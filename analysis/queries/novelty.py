@@ -243,20 +243,3 @@ def _decided(least: np.ndarray, most: np.ndarray, level: float) -> np.ndarray:
         out[sure[:, column]] = word
     out[np.isnan(least).all(-1)] = ALONE
     return out
-
-
-def auroc(regular: np.ndarray, novel: np.ndarray) -> tuple[float, float]:
-    """Return P(novel > regular) + P(equal) / 2 and its standard error, by the score being higher for what is strange.
-
-    The error is that of DeLong, DeLong and Clarke-Pearson 1988 (https://doi.org/10.2307/2531595), over rows of both kinds.
-
-    Args:
-        regular: scores, (n,).
-        novel: scores, (m,).
-    """
-    both = stats.rankdata(np.concatenate([novel, regular]))
-    m, n = len(novel), len(regular)
-    of_novel = (both[:m] - stats.rankdata(novel)) / n
-    of_regular = 1 - (both[m:] - stats.rankdata(regular)) / m
-    error = math.sqrt(of_novel.var(ddof=1) / m + of_regular.var(ddof=1) / n)
-    return float(of_novel.mean()), error

@@ -26,7 +26,6 @@ from elbowroom.models.vae import VAE, Batch
 
 MODEL = ("prior", "likelihood", "decoder")
 GUIDE = "posterior."
-SHARED = "covariate_"  # the units of covariates, which decoder and encoder both read
 
 
 @dataclass(frozen=True, eq=False)

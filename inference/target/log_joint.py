@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -216,11 +215,6 @@ class LogJoint(PlainLogJoint):
             if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.n_obs:
                 return leaf
         raise ValueError("no argument of the model has one row per datum")
-
-    def assignment_probabilities(self, z: Tensor) -> Tensor:
-        """Return p(discrete assignment | x_n, z_sn), (A, S, N), over `program.assignments`."""
-        parts = torch.stack([self._map(partial(self._joint, assignment=a), z) for a in self.program.assignments])
-        return torch.softmax(parts, 0)
 
     # -- all data at the same points, and some of the data -------------------------------------------------------------------
 

@@ -200,20 +200,6 @@ def portable(tree: Any) -> Any:
     return [portable(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def unregister(kind: str, name: str) -> None:
-    """Take a component out of the registry."""
-    if table_of(kind).pop(name, None) is not None:
-        _changed()
-
-
-def forget_python() -> None:
-    """Take the user's own files out of the registry; they are executed anew when they are asked for."""
-    for known in python_classes.values():
-        known.clear()
-    plugins.forget()
-    _changed()
-
-
 def use_all() -> None:
     """Make every component that installed packages offer known to the schema, as far as it can be imported."""
     for kind in kinds():

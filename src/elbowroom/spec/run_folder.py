@@ -17,7 +17,7 @@ from elbowroom.system.archive import read_npz
 from elbowroom.system.files import atomic, is_ours, move_aside, write_text
 
 SPEC, SPLIT, WEIGHTS = "spec.yaml", "split.npz", "weights.pt"
-AUDIT, LATENT, REPORT = "audit.nc", "latent.nc", "report.html"
+AUDIT, LATENT = "audit.nc", "latent.nc"
 POSTERIORS, AUDITS, ANSWERS = "posteriors", "audits", "answers"
 
 Use = Literal["new", "resume", "replace"]
