@@ -43,6 +43,9 @@ docs: $(STAMPD)
 docs/components.md: $(STAMP) FORCE
 	$(BIN)/elbowroom components --markdown > $@.new && mv $@.new $@
 
+docs/images/architecture.svg: $(STAMP) FORCE
+	$(BIN)/python docs/architecture.py
+
 # Ours and the peers side by side, into benchmarks/RESULTS.md; ARGS=--quick shows in minutes that everything runs.
 bench: $(STAMPB)
 	$(BINB)/python -m benchmarks $(ARGS)

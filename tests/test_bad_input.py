@@ -7,6 +7,7 @@ import resource
 import shutil
 import struct
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import h5py
@@ -342,7 +343,7 @@ BAD = {
     "audit tampered": "tampered/spec.yaml: was changed after the fit; fit again with --overwrite",
     "audit newer": "newer/spec.yaml: schema: 9 is newer than this elbowroom, which reads 1; upgrade elbowroom",
     "audit plain": "plain/spec.yaml: has no record of a run; this is a spec, fit it with `elbowroom fit`",
-    "audit newer_record": "newer_record/spec.yaml: record.signature: unknown (written by elbowroom 0.1.0, this is 0.1.0); "
+    "audit newer_record": "newer_record/spec.yaml: record.signature: unknown (written by elbowroom {version}, this is {version}); "
     "upgrade elbowroom",
     "audit wrong_record": "wrong_record/spec.yaml: record.event_shape: must be a list such as [64, 64], got 'six'",
     "audit run --set seed=3": "--set seed: the run is fitted; only audit.* can be set for it",
@@ -417,7 +418,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(line, made, monkeypatch
     assert err.count("\n") == 1, err
     row, column = np.argwhere(X != 0)[0]
     grey = f"{row}, column {column} ({int((X != 0).sum())} such entries)"
-    wanted = BAD[line].format(here=made, grey=grey)
+    wanted = BAD[line].format(here=made, grey=grey, version=metadata.version("elbowroom"))
     said = re.sub(r"this machine has [\d.,]+ GB", "this machine has N GB", err.removeprefix("elbowroom: ").strip())
     if wanted.endswith("..."):  # the rest is PyTorch's, NumPy's or HDF5's
         assert said.startswith(wanted.removesuffix("..."))

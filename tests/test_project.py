@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -78,3 +79,21 @@ def test_requirements_are_pinned_by_the_constraints() -> None:
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     for name in ("torch", "pyro-ppl", "numpy", "xarray", "matplotlib", "arviz-base"):
         assert name in pinned
+
+
+def test_the_picture_of_the_layers_is_that_of_the_contracts() -> None:
+    """`make docs/images/architecture.svg` brings it up to date."""
+    spec = importlib.util.spec_from_file_location("architecture", ROOT / "docs" / "architecture.py")
+    assert spec is not None
+    assert spec.loader is not None
+    architecture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(architecture)
+    assert architecture.PICTURE.read_text(encoding="utf-8") == architecture.draw()
+
+
+def test_every_folder_has_a_contract_in_which_every_file_stands() -> None:
+    layered = [c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
+    folders = {name for name in PROJECT["tool"]["setuptools"]["packages"] if name != "elbowroom.experiments"}
+    assert {c["containers"][0] for c in layered} == folders
+    assert all(c["exhaustive"] for c in layered)
+    assert not any("type_checking" in key and value for key, value in PROJECT["tool"]["importlinter"].items())

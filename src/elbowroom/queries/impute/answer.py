@@ -56,10 +56,10 @@ class Imputed(Answer):
         return values.reshape(*values.shape[: values.ndim - len(self.entries.shape)], -1)
 
     def _text(self, j: int, value: float) -> Any:
-        """Return a value as the user has it: text of codes, whole numbers of counts."""
+        """Return a value as the user has it: text of codes, whole numbers of counts, None for a hole of text that was left."""
         entries = self.entries
         if j in entries.texts:
-            return entries.text(j, value)
+            return None if np.isnan(value) else entries.text(j, value)
         return int(value) if entries.kinds[j] != "number" and float(value).is_integer() else float(value)
 
     def frame(self) -> pd.DataFrame:
