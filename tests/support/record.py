@@ -6,8 +6,8 @@
     python tests/support/record.py compare /tmp/before /tmp/after --rtol 1e-4 # equal to rounding
 
 It runs the program by its command line and by the names in `elbowroom.__all__` alone, so that it also runs on commits whose
-folders differ (PYTHONPATH=<other checkout>/src chooses one). A record holds four runs with fixed seeds (digits, a table with
-holes, counts, a plain Pyro pair) with their answers to every question, the help of every command, the schema of specs, the
+folders differ (PYTHONPATH=<other checkout>/src chooses one). A record holds five runs with fixed seeds (digits, also by compiled
+graphs, a table with holes, counts, a plain Pyro pair) with their answers to every question, the help of every command, the schema of specs, the
 list of components and the names of the tests. Times, dates, paths and versions are left out of the comparison.
 """
 
@@ -85,6 +85,21 @@ RUNS: dict[str, list[list[str]]] = {
         ["explain", "table", "--references", "none", "--out", "answers/table-explain.nc"],
         ["sample", "table", "--out", "answers/table-sample.nc"],
     ],
+    "compiled": [
+        [
+            *(
+                "run",
+                "{repo}/experiments/digits.yaml",
+                "--out",
+                "compiled",
+                "--set",
+                "fit.epochs=4",
+                "--set",
+                "fit.compile=always",
+            ),
+            *("--set", "audit.compile=always", "--set", "audit.observations=20", "--set", "audit.references=[grid, hmc]"),
+        ],
+    ],
     "counts": [
         [
             *("run", "{repo}/experiments/digits_counts.yaml", "--out", "counts", "--set", "fit.epochs=4"),
@@ -121,7 +136,7 @@ def make(folder: Path, repo: Path) -> None:
         (folder / "said" / "tests.txt").write_text("\n".join(sorted(_test_names(_run(collect, repo)))))
 
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(commands, "table"), pool.submit(commands, "digits"), pool.submit(commands, "counts")]
+        jobs = [pool.submit(commands, name) for name in RUNS]
         for job in [*jobs, pool.submit(pair), pool.submit(texts)]:
             job.result()
 
@@ -272,7 +287,7 @@ def _texts(a: str, b: str, rtol: float) -> list[str]:
 
     first, second = cleaned(a), cleaned(b)
     only = [f"- {line[:200]}" for line in _less(first, second)] + [f"+ {line[:200]}" for line in _less(second, first)]
-    return only[:12]
+    return only
 
 
 def _less(a: list[str], b: list[str]) -> list[str]:
