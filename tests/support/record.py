@@ -6,9 +6,9 @@
     python tests/support/record.py compare /tmp/before /tmp/after --rtol 1e-4 # equal to rounding
 
 It runs the program by its command line and by the names in `elbowroom.__all__` alone, so that it also runs on commits whose
-folders differ (PYTHONPATH=<other checkout>/src chooses one). A record holds five runs with fixed seeds (digits, also by compiled
-graphs, a table with holes, counts, a plain Pyro pair) with their answers to every question, the help of every command, the schema of specs, the
-list of components and the names of the tests. Times, dates, paths and versions are left out of the comparison.
+folders differ (PYTHONPATH=<other checkout>/src chooses one). A record holds five runs with fixed seeds (digits, digits by
+compiled graphs, a table with holes, counts, a plain Pyro pair) with their answers to every question, the help of every command,
+the schema of specs, the list of components and the names of the tests. Times, dates, paths and versions are not compared.
 """
 
 from __future__ import annotations
