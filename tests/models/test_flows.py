@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from prior_cases import unchecked
+from support.cases.priors import unchecked
 
 from elbowroom.inference.fit.svi import Step
 from elbowroom.inference.target.log_joint import LogJoint

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from prior_cases import (
+from support.cases.priors import (
     CASES,
     CLOSED,
     CONDITIONAL,

@@ -7,9 +7,9 @@ import copy
 import pyro
 import pytest
 import torch
-from conftest import linear_vae, mlp_vae, set_guide
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, Importance, Predictive, Trace_ELBO
+from support.cases.vaes import linear_vae, mlp_vae, set_guide
 
 from elbowroom.errors import DataError, UserError
 from elbowroom.models.guides.base import AmortizedGuide

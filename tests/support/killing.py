@@ -1,6 +1,6 @@
 """A warmed-up process that forks the command line, kills it (-9), and looks at what is left. Run by test_durability.
 
-    python killing.py WORK KILLS SEED [renames] [quick]
+    python tests/support/killing.py WORK KILLS SEED [renames] [quick]
 
 It prints one JSON object: kills made, problems found, and where the kills struck. With `renames`, the kills strike just
 before or after the n-th rename of a file, for every n, not at random times.

@@ -1,6 +1,6 @@
 """Models with one planted fault each, and without: what the audit's verdict must be.
 
-    python tests/planted.py --n 100 --seed 1 [fault ...]         # counts the verdicts of each fault over seeds
+    PYTHONPATH=tests python -m support.planted --n 100 --seed 1 [fault ...]    # counts the verdicts of each fault
 
 The guide is the exact posterior, or the best member of its family, but for the fault.
 """
@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import pyro
 import pyro.distributions as dist
 import torch
-from conftest import linear_vae, set_guide
 from torch import Tensor
 
 from elbowroom.analysis.audit.auditor import audit_log_joint
@@ -32,6 +31,7 @@ from elbowroom.models.guides.base import AmortizedGuide
 from elbowroom.models.linear_gaussian import LinearGaussian
 from elbowroom.models.networks.mlp import MLP
 from elbowroom.models.vae import VAE
+from support.cases.vaes import linear_vae, set_guide
 
 N = 60
 F64 = torch.float64

@@ -13,7 +13,7 @@ import elbowroom as er
 from elbowroom.analysis.audit.auditor import Audit, audit_log_joint
 from elbowroom.inference.target.log_joint import LogJoint
 
-SPEC = Path(__file__).parents[1] / "experiments" / "digits.yaml"
+SPEC = Path(__file__).parents[2] / "experiments" / "digits.yaml"
 
 
 def fitted(out: Path, *changes: str) -> tuple[er.Run, Audit]:

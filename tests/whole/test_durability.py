@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-import killing
 import numpy as np
 import pytest
+from support import killing
 
 from elbowroom.cli.app import main
 from elbowroom.errors import RunFolderError

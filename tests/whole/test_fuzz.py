@@ -12,11 +12,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-import killing
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import killing
 
 from elbowroom.cli.app import main
 from elbowroom.run import fit

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-import matrix
 import numpy as np
 import pytest
-from covering import EVENT, FACTORS, ISSUE, TABLES, WORDS, array, clash, refused_pairs, valid_pairs
+from support.combinations import matrix
+from support.combinations.covering import EVENT, FACTORS, ISSUE, TABLES, WORDS, array, clash, refused_pairs, valid_pairs
 
 import elbowroom as er
 from elbowroom.cli.app import main

@@ -21,7 +21,7 @@ from elbowroom.spec import document, run_folder
 from elbowroom.spec.experiment import Experiment
 from elbowroom.system import archive
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
     path
     for top in ("src/elbowroom", "models", "inference", "analysis")

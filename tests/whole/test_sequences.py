@@ -19,7 +19,7 @@ from elbowroom.analysis.audit.auditor import Audit
 from elbowroom.data import published
 from elbowroom.models.vae import VAE
 
-SPEC = Path(__file__).parents[1] / "experiments" / "jsb_chorales.yaml"
+SPEC = Path(__file__).parents[2] / "experiments" / "jsb_chorales.yaml"
 SMALL = ("model.decoder.hidden=8", "guide.encoder.hidden=8", "fit.epochs=12", "fit.batch_size=8", "audit.draws=1000")
 
 

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from conftest import linear_vae, mlp_vae, set_guide
+from support.cases.vaes import linear_vae, mlp_vae, set_guide
 
 from elbowroom.analysis.audit.auditor import Audit, audit, audit_log_joint
 from elbowroom.analysis.measures.distances import sliced_wasserstein

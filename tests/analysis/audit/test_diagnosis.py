@@ -11,8 +11,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from conftest import linear_vae, set_guide
-from planted import FAULTS, verdicts
+from support.cases.vaes import linear_vae, set_guide
+from support.planted import FAULTS, verdicts
 
 import elbowroom as er
 from elbowroom.analysis.audit.diagnosis import diagnose
@@ -158,7 +158,7 @@ def test_a_planted_fault_is_named_at_95_of_100_seeds(fault):
 
 def test_the_gaps_of_a_rotated_model_are_those_of_the_closed_form():
     """Approximation 1/2 [sum log M_jj - log |M|] to .01 nat, all of it covariance; amortization 0."""
-    from planted import orthogonal
+    from support.planted import orthogonal
 
     from elbowroom.analysis.audit.auditor import audit_log_joint
 

@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import linear_vae
+from support.cases.vaes import linear_vae
 from torch import Tensor
 
 from elbowroom.analysis.audit import auditor as audit_module

@@ -10,8 +10,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import linear_vae, set_guide
-from prior_cases import DISCRETE, by_name, data_of, vae_of
+from support.cases.priors import DISCRETE, by_name, data_of, vae_of
+from support.cases.vaes import linear_vae, set_guide
 from torch import Tensor
 
 from elbowroom.analysis import idata

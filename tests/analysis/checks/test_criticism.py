@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from conftest import linear_vae
+from support.cases.vaes import linear_vae
 from torch import Tensor
 
 from elbowroom.analysis.checks import criticism

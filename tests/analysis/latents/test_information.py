@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import linear_vae, set_guide
+from support.cases.vaes import linear_vae, set_guide
 
 from elbowroom.analysis.latents.aggregate import energy_test
 from elbowroom.analysis.latents.information import information

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import linear_vae, mlp_vae, set_guide
+from support.cases.vaes import linear_vae, mlp_vae, set_guide
 
 from elbowroom.analysis.audit.auditor import audit_log_joint
 from elbowroom.analysis.latents.summary import describe, spread

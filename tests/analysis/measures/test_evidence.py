@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from conftest import linear_vae, mlp_vae, set_guide
-from problems import F64, PROBLEMS
+from support.cases.vaes import linear_vae, mlp_vae, set_guide
+from support.problems.catalogue import PROBLEMS
+from support.problems.truth import F64
 
 from elbowroom.analysis.audit.auditor import audit_log_joint
 from elbowroom.analysis.measures import gaps

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from conftest import linear_vae, set_guide
+from support.cases.vaes import linear_vae, set_guide
 
 from elbowroom.analysis import idata
 from elbowroom.analysis.measures.expectations import expectations

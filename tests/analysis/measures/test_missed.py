@@ -6,7 +6,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import F64, PROBLEMS, mode_shares
+from support.problems.catalogue import PROBLEMS
+from support.problems.truth import F64, mode_shares
 
 from elbowroom.analysis.audit.auditor import audit, audit_log_joint
 from elbowroom.analysis.measures.missed_modes import missed_mass

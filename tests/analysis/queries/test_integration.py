@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import linear_vae, set_guide
+from support.cases.vaes import linear_vae, set_guide
 
 import elbowroom as er
 from elbowroom.analysis.plots.queries.integration import caption, integration

@@ -11,8 +11,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from prior_cases import CASES, by_name, data_of, vae_of
-from problems import PROBLEMS
+from support.cases.priors import CASES, by_name, data_of, vae_of
+from support.problems.catalogue import PROBLEMS
 from torch import Tensor
 
 from elbowroom.inference.compiled import graph as compiled

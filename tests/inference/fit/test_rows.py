@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_svi import data as made
-from test_svi import make, parameters, same
+from support.cases.fits import data as made
+from support.cases.fits import make, parameters, same
 
 import elbowroom as er
 from elbowroom.data import chunks

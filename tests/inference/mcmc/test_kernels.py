@@ -14,11 +14,12 @@ from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
-import problems
 import pytest
 import torch
-from problems import F64, PROBLEMS
 from scipy import stats
+from support.problems import catalogue, curved, multimodal
+from support.problems.catalogue import PROBLEMS
+from support.problems.truth import F64, closed_form
 from torch import Tensor
 
 from elbowroom.inference.mcmc import leapfrog
@@ -46,7 +47,8 @@ Kernel = Callable[[LogJoint, Tensor, Tensor, torch.Generator], tuple[Tensor, Ten
 @cache
 def _simulated(name: str, seed: int) -> tuple[LogJoint, Tensor, Tensor]:
     with pytest.MonkeyPatch.context() as patch:  # the truth about posteriors that are thrown away costs more than all else
-        patch.setattr(problems, "quadrature", lambda *_, **__: problems.closed_form(*torch.zeros(3, N, 1, 1, dtype=F64)))
+        for module in (catalogue, curved, multimodal):
+            patch.setattr(module, "quadrature", lambda *_, **__: closed_form(*torch.zeros(3, N, 1, 1, dtype=F64)))
         log_joint, z = simulate(PROBLEMS[name](N, 5).log_joint, seed)
     return log_joint, z, log_joint.sample_prior(20, seed + 1).flatten(0, 1)
 

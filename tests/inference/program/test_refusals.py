@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import normal_guide, normal_model
+from support.cases.pairs import normal_guide, normal_model
 
 from elbowroom.analysis.audit.auditor import audit
 from elbowroom.errors import UnsupportedProgram, UserError

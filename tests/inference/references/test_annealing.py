@@ -9,13 +9,13 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-import problems
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import linear_vae
 from support.bidirectional import bdmc
+from support.cases.vaes import linear_vae
+from support.problems.multimodal import square
 from torch import Tensor
 
 from elbowroom.inference.mcmc.normals import Normals, StudentT
@@ -235,7 +235,7 @@ def test_the_best_of_several_runs_is_no_bound_until_it_is_run_again() -> None:
 @pytest.mark.parametrize("idle", [0, 6])
 def test_the_prior_finds_the_mode_that_q_star_missed(idle: int) -> None:
     """x = z^2 + noise, q* on the positive root: annealing from it is short of log p(x) by log 2, from the prior it is right."""
-    problem = problems.square(idle, 24, seed=3)
+    problem = square(idle, 24, seed=3)
     log_joint = problem.log_joint
     far = problem.masses[:, 0].sub(0.5).abs() < 1e-3  # two modes of equal mass
     z, _ = log_joint.sample_guide(2000, 0)
@@ -380,7 +380,7 @@ def test_the_reference_gives_bounds_moments_and_draws(monkeypatch: pytest.Monkey
 
 
 def test_the_reference_raises_the_alarm_about_a_missed_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = problems.square(0, 24, seed=3)
+    problem = square(0, 24, seed=3)
     log_joint = problem.log_joint
     z, _ = log_joint.sample_guide(2000, 0)
     known(monkeypatch, Normals.from_moments(z.mean(0), torch.diag_embed(z.var(0))))

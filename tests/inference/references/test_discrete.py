@@ -8,8 +8,8 @@ import math
 import pyro
 import pytest
 import torch
-from prior_cases import DISCRETE, by_name, data_of, unchecked, vae_of
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
+from support.cases.priors import DISCRETE, by_name, data_of, unchecked, vae_of
 from torch import Tensor
 
 from elbowroom.inference.references.enumeration import Enumeration

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import mlp_vae
+from support.cases.vaes import mlp_vae
 
 from elbowroom.analysis.audit.auditor import audit
 from elbowroom.inference.references.grid.grid import Grid

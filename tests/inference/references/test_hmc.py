@@ -13,7 +13,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import F64, PROBLEMS, mode_shares
+from support.problems.catalogue import PROBLEMS
+from support.problems.truth import F64, mode_shares
 from torch import Tensor
 
 from elbowroom.analysis import idata

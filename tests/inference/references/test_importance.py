@@ -8,7 +8,7 @@ import arviz_stats
 import numpy as np
 import pytest
 import torch
-from problems import PROBLEMS, UNIMODAL
+from support.problems.catalogue import PROBLEMS, UNIMODAL
 
 from elbowroom.inference.posterior import sure_bound
 from elbowroom.inference.references.importance.guide import evidence, split_bounds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import linear_vae, set_guide
+from support.cases.vaes import linear_vae, set_guide
 from torch import Tensor
 
 from elbowroom.analysis.audit.auditor import audit

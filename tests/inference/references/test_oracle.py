@@ -6,11 +6,12 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
-from oracle import LIMIT, METHODS, Estimates, Judged, examine, judge, shortcomings, watched
-from problems import F64, MULTIMODAL, PROBLEMS, Problem
+from support.problems import oracle
+from support.problems.catalogue import MULTIMODAL, PROBLEMS
+from support.problems.oracle import LIMIT, METHODS, Estimates, Judged, examine, judge, shortcomings, watched
+from support.problems.truth import F64, Problem
 
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.references.grid.grid import Grid

@@ -7,7 +7,9 @@ from functools import cache
 
 import pytest
 import torch
-from problems import F64, MULTIMODAL, PROBLEMS, UNIMODAL, Problem, Truth, _normal, mode_shares, quadrature
+from support.problems.catalogue import MULTIMODAL, PROBLEMS, UNIMODAL
+from support.problems.densities import normal
+from support.problems.truth import F64, Problem, Truth, mode_shares, quadrature
 from torch import Tensor
 
 from elbowroom.inference.references.grid.grid import Grid
@@ -171,7 +173,7 @@ def _ridge(slope: float, bend: float, thin: float, y: Tensor, points: int) -> Tr
 
     def log_density(z: Tensor) -> Tensor:
         u = z[..., 0] - y
-        return _normal(u, 0.0, 1.0) + _normal(z[..., 1], -y + slope * u + bend * u.square(), thin)
+        return normal(u, 0.0, 1.0) + normal(z[..., 1], -y + slope * u + bend * u.square(), thin)
 
     box = torch.full((len(y), 2), -12.0, dtype=F64), torch.full((len(y), 2), 12.0, dtype=F64)
     return quadrature(log_density, box, points)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from problems import PROBLEMS
+from support.problems.catalogue import PROBLEMS
 
 from elbowroom.inference.mcmc import diagnostics
 from elbowroom.inference.references.hmc.tempering import Tempering

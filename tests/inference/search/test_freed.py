@@ -13,10 +13,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from conftest import linear_vae, mlp_vae, set_guide
 from pyro.distributions import TorchDistribution
 from scipy import stats
-from test_rules import UNKNOWN, table
+from support.cases.tables import UNKNOWN, table
+from support.cases.vaes import linear_vae, mlp_vae, set_guide
 from torch import Tensor, nn
 
 from elbowroom.analysis.audit.auditor import audit_log_joint

@@ -9,8 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import linear_vae, mlp_vae
-from problems import PROBLEMS
+from support.cases.vaes import linear_vae, mlp_vae
+from support.problems.catalogue import PROBLEMS
 from torch import Tensor
 
 from elbowroom.inference.mcmc.normals import Normals, Refit

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from test_likelihoods import CASES, fitted, outputs, width
+from support.cases.likelihoods import CASES, fitted, outputs, width
 from torch import Tensor
 
 from elbowroom.inference.program.bilinear import Bilinear, Factor, Kept

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import linear_vae
+from support.cases.vaes import linear_vae
 
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.target.log_joint import LogJoint

@@ -10,10 +10,10 @@ import zipfile
 from pathlib import Path
 
 import h5py
-import killing
 import numpy as np
 import pytest
 import torch
+from support import killing
 
 from elbowroom.cli.app import main
 from elbowroom.run import fit

@@ -6,42 +6,11 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
+from support.command import call, listing
 
 from elbowroom.cli.app import main
-from elbowroom.spec import document
-
-SPEC = {
-    "data": {"name": "file", "path": "x.npy"},
-    "model": {"latent_dim": 1, "likelihood": "bernoulli", "decoder": {"name": "mlp", "hidden": [5]}},
-    "guide": {"encoder": {"name": "mlp", "hidden": [5]}},
-    "fit": {"epochs": 2, "batch_size": 16, "device": "cpu"},
-    "audit": {"draws": 200, "keep": 100},
-}
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with a spec and its data, as the working folder."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    x = (rng.random((40, 6)) < rng.random((40, 1))).astype(np.float32)
-    np.save("x.npy", x)
-    Path("s.yaml").write_text(document.write(SPEC))
-    return tmp_path
-
-
-def listing(path: Path) -> set[str]:
-    return {str(p.relative_to(path)) for p in path.rglob("*")}
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    return stop.value.code
 
 
 def test_dry_run_writes_nothing(here, capsys):

@@ -12,7 +12,7 @@ from elbowroom.cli.app import main
 from elbowroom.components import registry
 from elbowroom.conformance import catalogue
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 ALL = [(kind, name) for kind in registry.kinds() for name in registry.own_names(kind)]
 
 

@@ -17,7 +17,7 @@ from elbowroom.conformance.conformance import problems_of
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.spec import document, spec
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXAMPLES = {code.split()[1]: code for code in re.findall(r"```python\n(# \w+\.py\n.*?)```", CONTRIBUTING, flags=re.S)}
 USES = {

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import linear_vae, set_guide
 from scipy.stats import norm
+from support.cases.vaes import linear_vae, set_guide
 from torch import Tensor
 
 import elbowroom as er

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from conftest import linear_vae
+from support.cases.vaes import linear_vae
 
 import elbowroom as er
 from elbowroom.analysis.plots.queries import imputation as plots_imputation
@@ -26,7 +26,7 @@ from elbowroom.queries.impute.answer import Imputed
 from elbowroom.queries.impute.cells import holes
 
 SMALL = {"name": "mlp", "hidden": [8]}
-SPECS = Path(__file__).parents[1] / "experiments"
+SPECS = Path(__file__).parents[3] / "experiments"
 
 
 def _conditional(W, mu, psi, x):

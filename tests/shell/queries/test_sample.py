@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import linear_vae
 from scipy.stats import binom, norm
+from support.cases.vaes import linear_vae
 
 import elbowroom as er
 from elbowroom.analysis.checks import two_sample as twosample

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from conftest import linear_vae, set_guide
-from test_cli import SPEC, call
+from support.cases.vaes import linear_vae, set_guide
+from support.command import SPEC, call
 
 import elbowroom as er
 from elbowroom.analysis.plots.queries.novelty import screening as draw

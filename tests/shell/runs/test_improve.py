@@ -393,7 +393,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(home, monkeypatch, capsys,
 @pytest.mark.slow
 def test_half_of_the_gap_of_the_digits_is_gone_and_log_p_is_unchanged(tmp_path: Path) -> None:
     """The 2-D digits: the guide alone is trained, without refinement at use; see docs/improve.md for other seeds."""
-    spec = Path(__file__).parents[1] / "experiments" / "digits.yaml"
+    spec = Path(__file__).parents[3] / "experiments" / "digits.yaml"
     run = fit(spec, tmp_path / "digits")
     run.audit()
     found = run.improve()

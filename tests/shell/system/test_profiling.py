@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from test_cli import call, here, listing  # noqa: F401 - a fixture
+from support.command import call, listing
 
 import elbowroom as er
 from elbowroom.cli.app import app
@@ -236,7 +236,7 @@ def test_every_command_takes_it(command, capsys):
     assert "--profile " in capsys.readouterr().out
 
 
-def test_run_with_it_and_without_it(here, capsys):  # noqa: F811
+def test_run_with_it_and_without_it(here, capsys):
     assert call("fit", "s.yaml", "--out", "plain") == 0
     assert call("fit", "s.yaml", "--out", "watched", "--profile") == 0
     out, err = capsys.readouterr()
@@ -274,7 +274,7 @@ def test_run_with_it_and_without_it(here, capsys):  # noqa: F811
     assert Path("watched/profile/encode/stages.csv").is_file()
 
 
-def test_a_dry_run_and_bad_input_write_no_profile(here, capsys):  # noqa: F811
+def test_a_dry_run_and_bad_input_write_no_profile(here, capsys):
     before = listing(here)
     assert call("run", "s.yaml", "--dry-run", "--profile") == 0
     assert "elbowroom run: " in capsys.readouterr().err

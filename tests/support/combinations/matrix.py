@@ -1,7 +1,7 @@
 """Run the combinations of `covering` end to end: data, fit, audit, report; one line of JSON each.
 
-python tests/matrix.py build/matrix.jsonl        run what is not there yet
-python tests/matrix.py build/matrix.jsonl --table docs/matrix.md
+PYTHONPATH=tests python -m support.combinations.matrix build/matrix.jsonl        run what is not there yet
+PYTHONPATH=tests python -m support.combinations.matrix build/matrix.jsonl --table docs/matrix.md
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
-from covering import EVENT, FACTORS, Combination, array, refused_pairs
 
 import elbowroom as er
 from elbowroom.analysis.measures import table as reading
 from elbowroom.inference.references.importance.psis import psis
 from elbowroom.models.vae import PLATE
+from support.combinations.covering import EVENT, FACTORS, Combination, array, refused_pairs
 
 N, AUDITED, DRAWS = 60, 3, 10_000
 COLUMNS = ("a", "b", "c", "d")
@@ -61,10 +61,11 @@ other and that log p(x) is right, not that the fit is good: the gaps are those o
   with the references. Where the weights of those draws can be trusted ({compared} posteriors), the two agree within 4.5
   standard errors unless the table says otherwise; the median difference is {off:.1g} nats.
 * The other {refused} pairs of words are refused before anything is built, each with its reason and a remedy that works
-  (`tests/test_matrix.py`).
+  (`tests/whole/test_matrix.py`).
 
-Made by `python tests/matrix.py build/matrix.jsonl`, then `--table docs/matrix.md`; `make test-slow` runs it anew. `gap` is the
-median of log p(x) - ELBO in nats; data: `c` covariates (`c*`: the prior is conditional on them too), `e` exposure, `h` holes.
+Made by `PYTHONPATH=tests python -m support.combinations.matrix build/matrix.jsonl`, then `--table docs/matrix.md`;
+`make test-slow` runs it anew. `gap` is the median of log p(x) - ELBO in nats; data: `c` covariates (`c*`: the prior is
+conditional on them too), `e` exposure, `h` holes.
 
 | # | prior | likelihood | guide | network | objective | data | d | reference | gap |
 |---|---|---|---|---|---|---|---|---|---|"""

@@ -1,6 +1,8 @@
 """Every reference on every problem with a known answer: what it certifies, and how far from the truth that is.
 
-    python tests/oracle.py --n 100 --seed 1 [problem ...]         # prints the table and writes it into docs/references.md
+    PYTHONPATH=tests python -m support.problems.oracle --n 100 --seed 1 [problem ...]
+
+It prints the table and writes it into docs/references.md.
 
 Errors are judged in Monte Carlo standard errors (MCSE) of all draws that a certificate rests on, not of those that are kept;
 the truth's own numerical error is taken off first.
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from problems import MAJOR, NO_SD_ERROR, PROBLEMS, UNIMODAL, Problem
 from scipy import integrate, stats
 from torch import Tensor
 
@@ -33,6 +34,8 @@ from elbowroom.inference.references.grid.grid import Grid
 from elbowroom.inference.references.hmc import hmc
 from elbowroom.inference.references.hmc.hmc import HMC
 from elbowroom.inference.references.importance.importance import ImportanceSampling
+from support.problems.catalogue import NO_SD_ERROR, PROBLEMS, UNIMODAL
+from support.problems.truth import MAJOR, Problem
 
 F64 = torch.float64
 METHODS: dict[str, type[Reference]] = {
@@ -48,7 +51,7 @@ MANY, WIDER = 50, 1.25  # data from which errors are judged together; how much w
 FRACTION = 0.25  # of a mode's mass, below which the draws have missed it
 MARKOV = math.log(40)  # nats that a probabilistic bound is beyond the truth by with a probability below 2.5 %
 Z95 = 1.959963984540054
-PAGE = Path(__file__).parents[1] / "docs" / "references.md"
+PAGE = Path(__file__).parents[3] / "docs" / "references.md"
 
 
 @dataclass

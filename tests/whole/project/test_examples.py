@@ -17,7 +17,7 @@ from elbowroom.analysis.audit.auditor import Audit, audit
 from elbowroom.analysis.verdict.thresholds import ERRORS
 from elbowroom.inference.program.factorised import log_prob
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 F64 = torch.float64
 N = 4  # data audited
 JUDGED = 2  # of them, by a lattice of this file's own

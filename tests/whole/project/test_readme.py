@@ -9,7 +9,7 @@ import pytest
 
 from elbowroom import Experiment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
