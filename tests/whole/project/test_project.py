@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
@@ -78,3 +79,32 @@ def test_requirements_are_pinned_by_the_constraints() -> None:
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     for name in ("torch", "pyro-ppl", "numpy", "xarray", "matplotlib", "arviz-base"):
         assert name in pinned
+
+
+TOPS = ("models", "inference", "analysis", "experiments", "src", "tests")
+
+
+def test_no_file_is_long() -> None:
+    """Whoever opens a file reads it to its end: 400 lines of the program, 500 of a test."""
+    files = [path for top in TOPS for path in (ROOT / top).rglob("*.py")]  # links are not followed
+    assert len(files) > 250
+    lines = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert not {str(path): n for path, n in lines.items() if n > (500 if path.parts[0] == "tests" else 400)}
+
+
+def test_no_folder_is_full() -> None:
+    """A folder is taken in at one glance: at most 11 entries, beside the `__init__.py` that every package has.
+
+    The four domains are entries of the root: their links in `src/elbowroom` do not count, and it has 15 to itself.
+    """
+    entries: Counter[Path] = Counter()
+    for top in TOPS:
+        for path in (ROOT / top).rglob("*"):
+            if (
+                not {"__pycache__", "elbowroom.egg-info"} & set(path.parts)
+                and path.name != "__init__.py"
+                and not path.is_symlink()
+            ):
+                entries[path.parent.relative_to(ROOT)] += 1
+    assert len(entries) > 50
+    assert not {str(path): n for path, n in entries.items() if n > (15 if path == Path("src/elbowroom") else 11)}
