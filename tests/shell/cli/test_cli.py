@@ -1,0 +1,121 @@
+"""The command line: bad input is one line and exit code 2 with nothing left behind; --help is quick; --json is JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from support.command import call, listing
+
+from elbowroom.cli.app import main
+
+
+def test_dry_run_writes_nothing(here, capsys):
+    before = listing(here)
+    assert call("run", "s.yaml", "--dry-run") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "s.yaml: everything was checked, nothing was written; the run would go to runs/s (new)"
+    assert out[1].startswith("audit, plan for 8 data, about ")
+    assert [line.split()[0] for line in out[2:]] == ["guide", "grid"]
+    assert listing(here) == before
+
+
+def test_fit_then_audit(here, capsys):
+    assert call("fit", "s.yaml") == 0
+    out, _ = capsys.readouterr()
+    assert "wrote runs/s/ (weights.pt, history.csv, spec.yaml, split.npz)\nnext: elbowroom audit runs/s\n" in out
+    assert call("fit", "s.yaml") == 2
+    assert "runs/s: holds a run already" in capsys.readouterr().err
+    before = listing(here)
+    assert call("audit", "runs/s", "--dry-run") == 0
+    assert call("audit", "runs/s", "--set", "seed=3") == 2
+    assert listing(here) == before
+    capsys.readouterr()
+    assert call("audit", "runs/s") == 0
+    out, _ = capsys.readouterr()
+    assert "data audited" in out
+    assert "wrote runs/s/ (audit.nc, audit.csv, diagnosis.nc, posteriors/guide.nc, posteriors/grid.nc)" in out
+    assert call("audit", "runs/s", "--data", "x.npy") == 0
+    assert (here / "runs/s/audits/x/audit.nc").is_file()
+
+
+def test_json_is_all_that_is_printed(here, capsys):
+    assert call("fit", "s.yaml", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["run"] == "runs/s"
+    assert err == ""
+    assert call("audit", "runs/s", "--json", "--set", "audit.observations=4") == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)["audit"]
+    assert found["table"]["data audited"] == "4"
+    assert found["verdict"]
+    assert err == ""
+    assert call("components", "likelihood", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"bernoulli", "gaussian", "negative_binomial"} <= {c["name"] for c in listed}
+    assert call("spec", "schema") == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "spec"
+
+
+def test_spec_commands(here, capsys):
+    assert call("spec", "init", "digits") == 0
+    assert call("spec", "show", "digits.yaml", "--set", "model.decoder=linear") == 0
+    out, err = capsys.readouterr()
+    assert "decoder:\n    name: linear\n" in out
+    assert err == "elbowroom: note: --set model.decoder=linear: the options of mlp were reset (hidden)\n"
+    assert call("spec", "init") == 0
+    assert {"digits", "digits_gaussian", "linear_gaussian"} <= set(capsys.readouterr().out.split())
+
+
+def test_components_are_listed_with_options_and_docs(capsys):
+    assert call("components", "network") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "mlp A multilayer perceptron." in out
+    assert "hidden: list of whole numbers >= 1; default [128, 128]. widths of the hidden layers." in out
+
+
+def test_version_and_bare_command(capsys):
+    from importlib.metadata import version
+
+    assert call("--version") == 0
+    assert capsys.readouterr().out.strip() == version("elbowroom")
+    assert call() == 0
+    assert "components" in capsys.readouterr().out
+
+
+def test_our_fault_is_not_hidden(here, monkeypatch):
+    monkeypatch.setattr("elbowroom.spec.spec.load", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["spec", "show", "s.yaml"])
+
+
+PROBE = """
+import sys
+from elbowroom.cli import main
+try:
+    main(["--help"])
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+import elbowroom
+heavy = {"torch", "pyro", "pydantic", "pandas", "xarray", "sklearn", "matplotlib", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_help_imports_nothing_heavy_and_is_quick():
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stderr
+    assert "How much room" in done.stdout
+    assert seconds < 1.0  # 0.1 s on an idle machine; tests share theirs
+
+
+def test_report_does_not_import_torch(here):
+    code = "import sys, elbowroom.cli as c\ntry: c.main(['report', 'nowhere'])\nexcept SystemExit as s: assert s.code == 2\n"
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

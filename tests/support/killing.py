@@ -1,0 +1,222 @@
+"""A warmed-up process that forks the command line, kills it (-9), and looks at what is left. Run by test_durability.
+
+    python tests/support/killing.py WORK KILLS SEED [renames] [quick]
+
+It prints one JSON object: kills made, problems found, and where the kills struck. With `renames`, the kills strike just
+before or after the n-th rename of a file, for every n, not at random times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import io
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import h5py
+import numpy as np
+import torch
+import yaml
+
+from elbowroom.analysis.verdict import summary as verdict  # noqa: F401 - warmed up for the children
+from elbowroom.cli import app as cli
+from elbowroom.inference.fit.plan import Session
+from elbowroom.run import Run  # noqa: F401
+from elbowroom.spec import document
+
+torch.set_num_threads(1)
+Session = functools.partial(Session, checkpoint_seconds=0.0)  # a checkpoint after every epoch
+
+SPEC = {
+    "data": {"name": "file", "path": "x.npy"},
+    "model": {"latent_dim": 1, "likelihood": "bernoulli", "decoder": {"name": "mlp", "hidden": [5]}},
+    "guide": {"encoder": {"name": "mlp", "hidden": [5]}},
+    "fit": {"epochs": 12, "batch_size": 8, "patience": 11, "device": "cpu"},
+    "audit": {"draws": 200, "keep": 100, "diagnose": False},
+}
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")
+
+
+def child(arguments: list[str], at_rename: tuple[int, bool] | None = None) -> int:
+    """Fork; in the child run the command line; return the child's process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        handle = os.open("child.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        if at_rename is not None:
+            _die_at(*at_rename)
+        cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 98
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 97
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _die_at(number: int, after: bool) -> None:
+    """Make this process kill itself just before or just after its n-th rename."""
+    real, count = Path.replace, 0
+
+    def replace(self, target):
+        nonlocal count
+        count += 1
+        if count == number and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        moved = real(self, target)
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return moved
+
+    Path.replace = replace
+
+
+def wait(pid: int) -> int:
+    """Return the exit code, or -9 where it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def unreadable(folder: Path) -> list[str]:
+    """Read every file below a folder and return those that are not whole; temporary ones and locks do not count."""
+    bad = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name == ".lock" or TEMPORARY.fullmatch(path.name):
+            continue
+        try:
+            match path.suffix:
+                case ".pt":
+                    torch.load(path, weights_only=True)
+                case ".nc":
+                    with h5py.File(path) as opened:
+                        opened.visititems(lambda _, item: item[()] if isinstance(item, h5py.Dataset) else None)
+                case ".npz":
+                    with path.open("rb") as handle, np.load(handle) as arrays:
+                        [arrays[name] for name in arrays.files]
+                case ".csv":
+                    text = path.read_text()
+                    widths = {len(row) for row in csv.reader(text.splitlines())}
+                    assert text.endswith("\n")
+                    assert len(widths) == 1
+                case ".yaml":
+                    assert "record" in yaml.safe_load(path.read_text())
+                case ".png":
+                    assert path.read_bytes().endswith(b"IEND\xaeB`\x82")
+                case ".html":
+                    assert path.read_text().rstrip().endswith("</html>")
+                case _:
+                    raise AssertionError("a file of an unknown kind")
+        except Exception as error:
+            bad.append(f"{path}: {type(error).__name__} {error}")
+    return bad
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """Return everything that must be the same bit for bit."""
+    state = torch.load(folder / "weights.pt", weights_only=True)
+    history = list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
+    with np.load(folder / "split.npz") as split:
+        rows = {name: split[name].tobytes() for name in split.files}
+    found: dict[str, object] = {f"weights {name}": value.numpy().tobytes() for name, value in state.items()}
+    found |= {f"history {i} {k}": v for i, row in enumerate(history) for k, v in row.items() if k != "seconds"}
+    found |= {f"split {name}": value for name, value in rows.items()}
+    found["audit.csv"] = (folder / "audit.csv").read_bytes()
+    found["names"] = tuple(sorted(str(p.relative_to(folder)) for p in folder.rglob("*")))
+    return found
+
+
+def stages(out: str, rng: random.Random, quick: bool) -> list[list[str]]:
+    """Return the commands of one run: one `run`, or `fit`, `audit` and `report` apart; the latter not if quick."""
+    if quick:
+        return [["fit", "s.yaml", "--out", out, "--resume"], ["audit", out, "--resume"]]
+    if rng.random() < 0.4:
+        return [["run", "s.yaml", "--out", out, "--resume"]]
+    return [["fit", "s.yaml", "--out", out, "--resume"], ["audit", out, "--resume"], ["report", out]]
+
+
+def where(folder: Path) -> str:
+    """Say how far a run had come when it was killed."""
+    for name, stage in (("report.html", "report written"), ("audit.nc", "report"), ("weights.pt", "audit")):
+        if (folder / name).exists():
+            return stage
+    return "fit" if (folder / "spec.yaml").exists() else "before the first file"
+
+
+def main(work: Path, kills: int, seed: int, renames: bool, quick: bool) -> dict[str, object]:
+    """Kill until `kills` kills have struck; return what was found."""
+    os.chdir(work)
+    rng, numbers = random.Random(seed), np.random.default_rng(0)
+    np.save("x.npy", (numbers.random((40, 6)) < numbers.random((40, 1))).astype(np.float32))
+    Path("s.yaml").write_text(document.write(SPEC))
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        # whatever is imported late is now there for every child
+        cli.main(["run", "s.yaml", "--out", "warm"] if not quick else ["fit", "s.yaml", "--out", "warm"])
+    seconds: dict[str, float] = {}
+    for command in (["fit", "s.yaml", "--out", "whole"], ["audit", "whole"], ["report", "whole"])[: 2 if quick else 3]:
+        started = time.perf_counter()
+        assert wait(child(command)) == 0, Path("child.log").read_text()
+        seconds[command[0]] = time.perf_counter() - started
+    seconds["run"] = sum(seconds.values())
+    wanted = outcome(Path("whole"))
+    problems: list[str] = []
+    struck: Counter[str] = Counter()
+    left = runs = temporary = 0
+    made, point = 0, 1
+    while made < kills:
+        runs += 1
+        out = Path(f"run{runs}")
+        for command in stages(str(out), rng, quick):
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                if made >= kills:
+                    break
+                if renames:
+                    pid, point = child(command, (1 + (point // 2) % 16, bool(point % 2))), point + 1
+                else:
+                    pid = child(command)
+                    time.sleep(rng.uniform(0, 1.05 * seconds[command[0]]))
+                    os.kill(pid, signal.SIGKILL)
+                code = wait(pid)
+                if code == -signal.SIGKILL:
+                    made += 1
+                    struck[f"{command[0]}: {where(out)}"] += 1
+                elif code != 0:
+                    problems.append(f"{command}: exit code {code}: {Path('child.log').read_text()[-800:]}")
+                temporary += any(TEMPORARY.fullmatch(p.name) for p in out.rglob("*"))
+                problems += unreadable(out)
+            if (code := wait(child(command))) != 0:
+                problems.append(f"{command} after the kills: exit code {code}: {Path('child.log').read_text()[-800:]}")
+        found = outcome(out) if not problems else wanted
+        different = [key for key in wanted if found.get(key) != wanted[key]] + [key for key in found if key not in wanted]
+        problems += [f"{out}: {key} is not that of the undisturbed run" for key in different]
+        if problems:
+            break
+        left += 1
+    return {
+        "kills": made, "runs": runs, "bitwise": left, "temporary": temporary, "struck": dict(sorted(struck.items())),
+        "seconds": {k: round(v, 2) for k, v in seconds.items()}, "problems": problems[:5],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    words = sys.argv[4:]
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "renames" in words, "quick" in words)))
