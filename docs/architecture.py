@@ -107,7 +107,7 @@ def draw() -> str:
         "<style>text{font-family:system-ui,sans-serif;fill:#17212b}.title{font-size:15px;font-weight:600}"
         ".name{font-size:14px;font-weight:600}.purpose{font-size:12px;fill:#3c4a57}.holds{font-size:11px;fill:#6b7885}</style>\n"
         f'<rect width="{WIDTH}" height="{y + EDGE:g}" fill="#ffffff"/>\n'
-        f'<text x="{EDGE}" y="{EDGE + 12}" class="title">Imports run down: a layer may import those below it, never those above. '
+        f'<text x="{EDGE}" y="{EDGE + 12}" class="title">Imports run down: a layer may import what is below it, nothing above. '
         "Side by side: independent of each other.</text>\n"
     )
     return head + "\n".join(out) + "\n</svg>\n"

@@ -343,8 +343,8 @@ BAD = {
     "audit tampered": "tampered/spec.yaml: was changed after the fit; fit again with --overwrite",
     "audit newer": "newer/spec.yaml: schema: 9 is newer than this elbowroom, which reads 1; upgrade elbowroom",
     "audit plain": "plain/spec.yaml: has no record of a run; this is a spec, fit it with `elbowroom fit`",
-    "audit newer_record": "newer_record/spec.yaml: record.signature: unknown (written by elbowroom {version}, this is {version}); "
-    "upgrade elbowroom",
+    "audit newer_record": "newer_record/spec.yaml: record.signature: unknown (written by elbowroom {version}, this is "
+    "{version}); upgrade elbowroom",
     "audit wrong_record": "wrong_record/spec.yaml: record.event_shape: must be a list such as [64, 64], got 'six'",
     "audit run --set seed=3": "--set seed: the run is fitted; only audit.* can be set for it",
     "audit run --set audit.observations=99": "audit.observations: there are 8 rows, not 99; use all",
