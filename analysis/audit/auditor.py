@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 import xarray as xr
 from annotated_types import Ge
+from torch import Tensor
 
 from elbowroom.analysis import idata
 from elbowroom.analysis.audit.budget import PLANNED, Clock, Progress
@@ -34,7 +34,7 @@ from elbowroom.analysis.verdict import judgement
 from elbowroom.analysis.verdict.judgement import Judgement, from_dataset
 from elbowroom.analysis.verdict.rules import judge, per_datum
 from elbowroom.analysis.verdict.summary import sentences, summary
-from elbowroom.errors import RunFolderError, UnsupportedProgram, UserError
+from elbowroom.errors import RunFolderError, UserError
 from elbowroom.inference.compiled.policies import Compile, policy
 from elbowroom.inference.posterior import CHAINS, Reference
 from elbowroom.inference.target import discrete
@@ -246,14 +246,14 @@ def audit_log_joint(
         plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=block_size(log_joint, draws))
     if store is not None:
         plan = _continued(plan, references, log_joint, store)
-    sizes = _sizes(log_joint, plan.size)
-    pace = Clock(plan, sizes, started + plan.limit)
+    blocks = log_joint.blocks(plan.size)
+    pace = Clock(plan, [len(rows) for rows in blocks], started + plan.limit)
     log.info("%s", plan)
     say = progress or (lambda step: None)
     say(Progress.of(PLANNED, pace))
     kept, moments = _kept(log_joint, keep, len(plan.references))
     work = Work(pace, say, keep=keep, kept=kept, moments=moments, draws=draws, seed=seed, store=store)
-    found = [work.block(part, number, label) for number, (part, label) in enumerate(_blocks(log_joint, sizes))]
+    found = [work.block(part, number, label) for number, (part, label) in enumerate(_parts(log_joint, blocks))]
     guide, posteriors, comparisons = work.joined(found)
     del found  # as much again
     labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
@@ -320,27 +320,9 @@ def _kept(log_joint: LogJoint, keep: int, references: int) -> tuple[int, bool]:
     return keep if each * keep <= KEPT else max(LEAST, KEPT // each // LEAST * LEAST), 8 * n * methods * d * d <= KEPT
 
 
-def _sizes(log_joint: LogJoint, size: int) -> list[int]:
-    """Return the number of data in each block; all in one where the arguments cannot be taken apart."""
-    n = log_joint.n_obs
-    if n <= size:
-        return [n]
-    every = torch.arange(n, device=log_joint.device)
-    parts = every.split(size)
-    if any(log_joint.subset(rows) is None for rows in (parts[0], parts[-1])):
-        return [n]
-    return [len(rows) for rows in parts]
-
-
-def _blocks(log_joint: LogJoint, sizes: Sequence[int]) -> Iterator[tuple[LogJoint, str]]:
+def _parts(log_joint: LogJoint, blocks: Sequence[Tensor]) -> Iterator[tuple[LogJoint, str]]:
     """Yield blocks of data, one at a time, so that what methods remember of a block goes with it."""
-    n = log_joint.n_obs
-    if len(sizes) == 1:
-        yield log_joint, ""
-        return
-    for rows in torch.arange(n, device=log_joint.device).split(list(sizes)):
-        part = log_joint.subset(rows)
-        if part is None:
-            raise UnsupportedProgram(f"data {int(rows[0])}..{int(rows[-1])} cannot be taken out of the arguments")
-        yield part, f" for data {int(rows[0])}..{int(rows[-1])} of {n}"
+    for rows in blocks:
+        label = f" for data {int(rows[0])}..{int(rows[-1])} of {log_joint.n_obs}" if len(blocks) > 1 else ""
+        yield log_joint.subset(rows), label
         memory.trim()

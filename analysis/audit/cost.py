@@ -134,9 +134,7 @@ class Pilot:
 
     def _part(self, n: int) -> LogJoint:
         """Return the first n data; all where they cannot be taken apart."""
-        if n >= self.log_joint.n_obs:
-            return self.log_joint
-        return self.log_joint.subset(torch.arange(n, device=self.log_joint.device)) or self.log_joint
+        return self.log_joint.some(torch.arange(min(n, self.log_joint.n_obs), device=self.log_joint.device))[0]
 
     def _measured(self, call: Callable[[LogJoint, torch.Tensor], object]) -> Cost:
         """Fit seconds = fixed + each x points to two sizes of a call."""

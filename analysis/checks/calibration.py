@@ -75,9 +75,8 @@ def simulated(
     """
     n = log_joint.n_obs
     rows = torch.arange(data) % n if data > n else _some(n, data, seed)
-    part = log_joint if data == n else log_joint.subset(rows.to(log_joint.device))
-    if part is not None:
-        other, z = simulate(part, seed)
+    if data == n or log_joint.separable():
+        other, z = simulate(log_joint.subset(rows.to(log_joint.device)), seed)
         found = measure(other, z, draws, seed)
     else:  # the arguments cannot be taken apart: all data, as often as it takes
         runs = []
@@ -131,11 +130,9 @@ def observed(
     generator = torch.Generator().manual_seed(seed + DRAW)
     index = torch.randint(len(flat), (n,), generator=generator).to(flat.device)
     z = flat[index, torch.arange(n, device=flat.device)].to(log_joint.device)
-    part = log_joint if len(rows) == n else log_joint.subset(rows.to(log_joint.device))
-    if part is not None:
-        found = measure(part, z[rows.to(z.device)], draws, seed)
-    else:
-        found = measure(log_joint, z.nan_to_num(), draws, seed).rows(rows)
+    z = torch.where(reference.trusted[:, None].to(z.device), z, z.nan_to_num())
+    part, used, at = log_joint.some(rows.to(log_joint.device))
+    found = measure(part, z[used], draws, seed).rows(at.cpu())
     aside = f" ({left_out} are not certified and left out)" if left_out else ""
     said = f"{len(rows)} of {n} data{aside}, a certified draw ({reference.method}) among {draws} guide draws each"
     facts: dict[str, Any] = {"draws": draws, "seed": seed, "left_out": left_out, "method": reference.method}

@@ -141,12 +141,10 @@ def _some(log_joint: LogJoint, reference: Posterior, seed: int) -> tuple[LogJoin
     n = log_joint.n_obs
     width = sum(value[0].numel() for value in log_joint.program.observed.values())
     most = max(LEAST, LARGE // max(1, width))
-    if n <= most:
+    if n <= most or not log_joint.separable():
         return log_joint, reference, np.arange(n)
     rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
-    part, _ = _among(log_joint, rows.to(log_joint.device))
-    if part is log_joint:
-        return log_joint, reference, np.arange(n)
+    part = _among(log_joint, rows.to(log_joint.device))[0]
     few = Posterior(
         method=reference.method,
         draws=reference.draws[:, :, rows.to(reference.draws.device)],
@@ -258,19 +256,17 @@ def _residuals(
     log_joint: LogJoint, sites: Mapping[str, Tensor], rows: Tensor, draws: int, seed: int
 ) -> dict[str, Residuals | None]:
     rows = rows[:RANKED].sort().values
-    joint, inside = _among(log_joint, rows)
-    at = dict(sites) if inside is rows else {name: value[rows] for name, value in sites.items()}
-    return residuals(joint, at, inside, draws, seed)
+    joint, used, inside = _among(log_joint, rows)
+    return residuals(joint, {name: value[used] for name, value in sites.items()}, inside, draws, seed)
 
 
-def _among(log_joint: LogJoint, rows: Tensor) -> tuple[LogJoint, Tensor]:
-    """Return the log joint of these data alone and where they are in it; the whole log joint where it cannot be taken apart."""
-    part = log_joint.subset(rows) if len(rows) < log_joint.n_obs else None
-    if part is None:
-        return log_joint, rows
-    observed = {name: value[rows] for name, value in log_joint.program.observed.items()}
-    part.program = dataclasses.replace(part.program, observed=observed)
-    return part, torch.arange(len(rows), device=rows.device)
+def _among(log_joint: LogJoint, rows: Tensor) -> tuple[LogJoint, Tensor, Tensor]:
+    """Return what `LogJoint.some` does, with what is observed of these data."""
+    part, used, inside = log_joint.some(rows)
+    if part is not log_joint:
+        observed = {name: value[rows] for name, value in log_joint.program.observed.items()}
+        part.program = dataclasses.replace(part.program, observed=observed)
+    return part, used, inside
 
 
 @stage("predictive")
@@ -279,8 +275,8 @@ def _predictive(log_joint: LogJoint, reference: Posterior, shown: Tensor, seed: 
     observed = log_joint.program.observed
     total = reference.draws.shape[0] * reference.draws.shape[1]
     pick = torch.linspace(0, total - 1, min(SHOWN, total)).long().to(shown.device)
-    joint, inside = _among(log_joint, shown)
-    everywhere = shown if inside is not shown else _in_place_of_others(shown, log_joint.n_obs)
+    joint, used, inside = _among(log_joint, shown)
+    everywhere = torch.where(torch.isin(used, shown), used, shown[0])  # a certified datum in the place of each of the others
     take = lambda t: t.to(shown.device).flatten(0, 1)[pick][:, everywhere]
     sites = {name: _filled(take(value)) for name, value in reference.sites.items()}
     with torch.no_grad():
@@ -292,8 +288,3 @@ def _predictive(log_joint: LogJoint, reference: Posterior, shown: Tensor, seed: 
         "observed_data": dataset({name: value[shown] for name, value in observed.items()}, shown, draws=False),
         "log_likelihood": dataset({of: likelihood}, shown, draws=True),
     }
-
-
-def _in_place_of_others(rows: Tensor, n: int) -> Tensor:
-    """Return 0 .. n-1 with data that are not among the rows replaced by the first that is."""
-    return torch.full((n,), int(rows[0]), device=rows.device).index_copy(0, rows, rows)

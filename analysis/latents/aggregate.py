@@ -49,10 +49,9 @@ def mutual_information(log_joint: LogJoint, *, seed: int = 0) -> dict[str, float
     if log_joint.n_obs > most:
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randperm(log_joint.n_obs, generator=generator)[:most].sort().values.to(log_joint.device)
-        part = log_joint.subset(rows)
-        if part is None:
+        if not log_joint.separable():
             return _unknown()
-        log_joint, q = part, None if q is None else q.rows(rows)
+        log_joint, q = log_joint.subset(rows), None if q is None else q.rows(rows)
     n = log_joint.n_obs
     if n < 3:
         return _unknown()

@@ -257,14 +257,11 @@ def _reverse(
 ) -> Tensor:
     """Return upper bounds for some of the data, (len(rows),)."""
     home, rows, draws = draws.device, rows.to(log_joint.device), draws.to(log_joint.device)
-    part = log_joint if len(rows) == log_joint.n_obs else log_joint.subset(rows)
-    used = rows
-    if part is None:  # cannot be taken apart: run all, keep some
-        part, used = log_joint, torch.arange(log_joint.n_obs, device=rows.device)
+    part, used, at = log_joint.some(rows)
     q_star = scout(log_joint).refit.q.rows(used)
     path = PriorPath(part, q_star, seed=scale) if prior else RefitPath(part, q_star, inflation=method.inflation)
     start = draws[:, used].nan_to_num()
     with torch.no_grad():
         plan = tune(path, temperatures=method.temperatures, leapfrogs=method.leapfrogs, seed=seeds[0], until=until)
         value = -sure_bound(upper(path, plan, start, seed=seeds[1], until=until).log_weights)
-    return (value if len(used) == len(rows) else value[rows]).to(home)
+    return value[at].to(home)

@@ -59,11 +59,9 @@ def missed_mass(log_joint: LogJoint, guide: Posterior, reference: Posterior) -> 
         places = reference.draws.flatten(0, 1)
         block = max(1, ENTRIES // (len(draws) * max(len(draws), d)))
         for some in rows.split(block):
-            part = log_joint if len(some) == n else log_joint.subset(some)
-            used = some if part is not None else torch.arange(n, device=some.device)
+            part, used, at = log_joint.some(some)
             metric = _metric(places[:, used])
-            found = _share(part or log_joint, metric, draws[:, used].nan_to_num(), starts[:, used], far[:, used])
-            share[some] = found if part is not None else found[some]
+            share[some] = _share(part, metric, draws[:, used].nan_to_num(), starts[:, used], far[:, used])[at]
     return share
 
 
@@ -96,9 +94,7 @@ def _share(log_joint: LogJoint, metric: Normals, draws: Tensor, starts: Tensor, 
     share = torch.zeros(draws.shape[1], dtype=torch.float64, device=draws.device)
     if not len(some):
         return share
-    part = log_joint if len(some) == log_joint.n_obs else log_joint.subset(some)
-    if part is None:
-        part, some = log_joint, torch.arange(log_joint.n_obs, device=some.device)
+    part, some, _ = log_joint.some(some)
     lost = _unreachable(part, u[some], draws[:, some], height[:, some], level[:, some], apart[:, some])
     share[some] = lost.double().mean(0)
     return share

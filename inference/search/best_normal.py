@@ -82,19 +82,15 @@ def refit(
     """
     if family not in ("diagonal", "full"):
         raise ValueError(f"family must be 'diagonal' or 'full', got {family!r}")
-    d, n = log_joint.dim, log_joint.n_obs
+    d = log_joint.dim
     if d == 0:
         raise ValueError("refit needs a continuous latent, this model has none")
     tolerance = 0.004 * max(10, d) if tolerance is None else tolerance
     block = max(1, ENTRIES // ((1 + starts + len(also)) * d * d))
-    if n > block:
-        rows = torch.arange(n, device=log_joint.device).split(block)
-        parts = [log_joint.subset(r) for r in rows]
-        if None not in parts:
-            some = partial(refit, family=family, starts=starts, draws=draws, score_draws=score_draws, tolerance=tolerance)
-            some = partial(some, max_iterations=max_iterations, seed=seed)
-            found = [some(part, also=[q.rows(r) for q in also]) for part, r in zip(parts, rows, strict=True) if part]
-            return joined_refits(found)
+    if len(blocks := log_joint.blocks(block)) > 1:
+        some = partial(refit, family=family, starts=starts, draws=draws, score_draws=score_draws, tolerance=tolerance)
+        some = partial(some, max_iterations=max_iterations, seed=seed)
+        return joined_refits([some(log_joint.subset(rows), also=[q.rows(rows) for q in also]) for rows in blocks])
     with torch.no_grad():
         return _Search(log_joint, family, draws or default_draws(d), max_iterations, seed).run(
             starts, also, score_draws, tolerance
@@ -195,9 +191,8 @@ class _Search:
         """Return log p and its gradient at z (S, P, d), where the p-th place belongs to datum owner[p]."""
         if len(owner) == self.n and bool((owner == self.everyone).all()):
             return self.joint.grad
-        part = self.joint.subset(owner)
-        if part is not None:
-            return part.grad
+        if self.joint.separable():
+            return self.joint.subset(owner).grad
         # all data are evaluated, as many times as the datum asked for most often, with places to spare filled by valid values
         order = torch.argsort(owner, stable=True)
         first = torch.searchsorted(owner[order], owner[order])

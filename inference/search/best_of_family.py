@@ -203,13 +203,12 @@ def refit_family(
     size = max(1, ENTRIES // (max(width, 64) * max(DRAWS, min(width, MATRIX))))
     until = min(until, time.monotonic() + LIMIT)
     blocks = log_joint.blocks(size)
-    rows = torch.arange(log_joint.n_obs, device=log_joint.device).split([block.n_obs for block in blocks])
     found = []
     try:
-        for k, (block, some) in enumerate(zip(blocks, rows, strict=True)):
+        for k, some in enumerate(blocks):
             share = (until - time.monotonic()) / (len(blocks) - k)
-            part = OfferedFamily(offer.params[some], offer.family, block)
-            with block.frozen_weights():
+            part = OfferedFamily(offer.params[some], offer.family, log_joint.subset(some))
+            with part.log_joint.frozen_weights():
                 found.append(_Search(part, near and near.rows(some), seed, time.monotonic() + share).run())
     except TooSlow as error:
         log_joint.note(f"guide: its family is not refitted, {error}")
@@ -257,10 +256,7 @@ class _Search:
 
     def _of(self, rows: Tensor) -> tuple[_Search, Tensor]:
         """Return the search of some of the data, where they can be taken apart, else of all; and which they are."""
-        everyone = torch.arange(len(self.offer.params), device=rows.device)
-        part = self.joint.subset(rows) if len(rows) < len(everyone) else None
-        if part is None:
-            return self, everyone
+        part, rows, _ = self.joint.some(rows)
         some = copy.copy(self)
         some.offer, some.joint = OfferedFamily(self.offer.params[rows], self.family, part), part
         some.floor = self.floor[rows]

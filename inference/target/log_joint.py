@@ -237,28 +237,15 @@ class LogJoint(PlainLogJoint):
                 lefts, right = held
                 yield shared_points.product(lefts, right[rows])
                 continue
-            part = self if len(rows) == self.n_obs else self.subset(rows)
-            whole = part or self
-            log_p = shared_points.evaluate(whole, z, Kept(), factorises=self.factorises) if self.shares else whole.shared(z)
-            yield log_p if part is not None else log_p[:, rows]
+            part, _, at = self.some(rows)
+            log_p = shared_points.evaluate(part, z, Kept(), factorises=self.factorises) if self.shares else part.shared(z)
+            yield log_p[:, at] if part is self else log_p
 
     def can_share(self) -> bool:
         """Whether one grid can be evaluated for all data at once; tried once."""
         if self.shares is None:
             self.shares, self.factorises = shared_points.settle(self)
         return self.shares
-
-    def blocks(self, size: int) -> list[Self]:
-        """Split the data, in order, into parts of at most `size`; one part where the arguments cannot be taken apart."""
-        if self.n_obs <= size:
-            return [self]
-        parts = []
-        for rows in torch.arange(self.n_obs, device=self.device).split(max(1, size)):
-            part = self.subset(rows)
-            if part is None:
-                return [self]
-            parts.append(part)
-        return parts
 
     def copy(self) -> Self:
         """Return a copy whose arguments or program may be replaced."""

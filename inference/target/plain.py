@@ -251,15 +251,34 @@ class PlainLogJoint:
 
     # -- some of the data --------------------------------------------------------------------------------------------------
 
-    def subset(self, rows: Tensor) -> Self | None:
-        """Return the same object for some of the data, (len(rows),) indices; None where the arguments cannot be taken apart.
+    def some(self, rows: Tensor) -> tuple[Self, Tensor, Tensor]:
+        """Return the log joint to evaluate where some of the data are wanted, the data it holds, and where `rows` are in it.
 
-        The tensors among the arguments are indexed along the dimension that has N entries; the first time, the result for
-        most data in another order is compared with the full evaluation before this is trusted.
+        It holds `rows` alone; but all data, in order, where the arguments cannot be taken apart or nothing is left out.
         """
-        if self.program.index:
-            return None
-        return self._subset(rows) if self.separable() else None
+        every = torch.arange(self.n_obs, device=self.device)
+        if len(rows) < self.n_obs and self.separable():
+            return self.subset(rows), rows, every[: len(rows)]
+        return self, every, rows
+
+    def blocks(self, size: int) -> list[Tensor]:
+        """Return all data, in order, in blocks of at most `size` rows; in one where the arguments cannot be taken apart."""
+        every = torch.arange(self.n_obs, device=self.device)
+        return list(every.split(size)) if self.n_obs > size and self.separable() else [every]
+
+    def subset(self, rows: Tensor) -> Self:
+        """Return the same object for some of the data, (len(rows),) indices, in any order; itself for all in order.
+
+        The tensors among the arguments are indexed along the dimension that has N entries.
+
+        Raises:
+            UnsupportedProgram: the arguments cannot be taken apart; ask `separable` first, or use `some`.
+        """
+        if len(rows) == self.n_obs and bool((rows == torch.arange(self.n_obs, device=rows.device)).all()):
+            return self
+        if not self.separable():
+            raise UnsupportedProgram("the arguments cannot be taken apart by datum")
+        return self._subset(rows)
 
     def _subset(self, rows: Tensor) -> Self:
         def take(t: Any, dim: int | None) -> Any:
@@ -275,9 +294,12 @@ class PlainLogJoint:
         return part
 
     def separable(self) -> bool:
-        """Whether the arguments can be taken apart by datum; found out the first time."""
+        """Whether the arguments can be taken apart by datum.
+
+        Found out the first time: the result for most data in another order is compared with the full evaluation.
+        """
         if not self.separates:
-            self.separates.append(self._separable())
+            self.separates.append(not self.program.index and self._separable())
         return self.separates[0]
 
     def _separable(self) -> bool:

@@ -76,18 +76,14 @@ class Annealed(Reference):
         q_star = scout(log_joint).refit.q
         paths = self._paths(log_joint, q_star, seeds[0])
         found = _Found.empty(log_joint, q_star, keep)
-        every = torch.arange(log_joint.n_obs, device=log_joint.device)
-        blocks = list(every.split(block_size(log_joint, self.chains)))
-        if len(blocks) > 1 and log_joint.subset(blocks[0]) is None:
-            blocks = [every]
+        blocks = log_joint.blocks(block_size(log_joint, self.chains))
         # streams of random numbers differ between blocks as well
         more = torch.randint(2**62, (len(blocks), 7), generator=torch.Generator().manual_seed(seeds[1])).tolist()
         with torch.no_grad():
             for rows, own in zip(blocks, more, strict=True):
                 if time.monotonic() > until:
                     break
-                parts = paths if len(blocks) == 1 else [p for p in (path.rows(rows) for path in paths) if p is not None]
-                self._anneal(found, rows, parts, own)
+                self._anneal(found, rows, [path.rows(rows) for path in paths], own)
             return self._posterior(log_joint, found)
 
     def _paths(self, log_joint: LogJoint, q_star: Normals, seed: int) -> list[Path]:
@@ -116,12 +112,9 @@ class Annealed(Reference):
             mine = (winner == i).nonzero()[:, 0]
             if not len(mine):
                 continue
-            part = path if len(mine) == len(rows) else path.rows(mine)
-            if part is None:  # cannot be taken apart: run all, keep some
-                again = lower(path, plan, chains=self.chains, seed=seeds[4 + i]).rows(mine)
-            else:
-                again = lower(part, plan.rows(mine), chains=self.chains, seed=seeds[4 + i])
-            found.take(rows[mine], bound.rows(mine), again, path.name, seeds[6])
+            _, used, at = path.log_joint.some(mine)
+            again = lower(path.rows(used), plan.rows(used), chains=self.chains, seed=seeds[4 + i])
+            found.take(rows[mine], bound.rows(mine), again.rows(at), path.name, seeds[6])
 
     def _posterior(self, log_joint: LogJoint, found: _Found) -> Posterior:
         prior, refit = found.value["prior"], found.value["refit"]

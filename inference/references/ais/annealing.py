@@ -125,18 +125,12 @@ def block_size(log_joint: LogJoint, chains: int) -> int:
 
 def _blocks(path: Path, chains: int, seed: int, until: float) -> Iterator[tuple[Tensor, Path, torch.Generator]]:
     """Yield the data in blocks until the time is up, each with its path and a stream of random numbers of its own."""
-    device = path.log_joint.device
-    every = torch.arange(path.log_joint.n_obs, device=device)
-    size = block_size(path.log_joint, chains)
-    whole = size >= len(every) or path.rows(every[:size]) is None
     seeds = torch.Generator().manual_seed(seed)
-    for rows in every.split(len(every) if whole else size):
+    for rows in path.log_joint.blocks(block_size(path.log_joint, chains)):
         if time.monotonic() > until:
             return
-        part = path if whole else path.rows(rows)
-        if part is None:
-            raise RuntimeError("some of the data can be taken apart and some cannot")
-        yield rows, part, torch.Generator(device=device).manual_seed(int(torch.randint(2**62, (), generator=seeds)))
+        own = int(torch.randint(2**62, (), generator=seeds))
+        yield rows, path.rows(rows), torch.Generator(device=rows.device).manual_seed(own)
 
 
 # -- the pilot --------------------------------------------------------------------------------------------------------------

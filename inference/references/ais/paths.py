@@ -101,8 +101,8 @@ class Path(ABC):
         """Return base (S, N), slope (S, N) and the gradient of base + b slope (S, N, d)."""
 
     @abstractmethod
-    def rows(self, index: Tensor) -> Path | None:
-        """Return the path of some of the data, or None where the log joint cannot be taken apart."""
+    def rows(self, index: Tensor) -> Path:
+        """Return the path of some of the data; see `LogJoint.subset`."""
 
 
 class PriorPath(Path):
@@ -140,10 +140,10 @@ class PriorPath(Path):
         """Return log p(z), log p(x|z), (S, N) each, and the gradient of log p(z) + b log p(x|z), (S, N, d)."""
         return self.log_joint.tempered(z, b)
 
-    def rows(self, index: Tensor) -> PriorPath | None:
-        """Return the path of some of the data, or None where the log joint cannot be taken apart."""
+    def rows(self, index: Tensor) -> PriorPath:
+        """Return the path of some of the data; see `LogJoint.subset`."""
         part = self.log_joint.subset(index)
-        return None if part is None else PriorPath(part, metric=self.metric.rows(index))
+        return self if part is self.log_joint else PriorPath(part, metric=self.metric.rows(index))
 
 
 class RefitPath(Path):
@@ -175,9 +175,7 @@ class RefitPath(Path):
         value, gradient = self.log_joint.grad(z)
         return base, value - base, (1 - b) * base_gradient + b * gradient
 
-    def rows(self, index: Tensor) -> RefitPath | None:
-        """Return the path of some of the data, or None where the log joint cannot be taken apart."""
-        part = self.log_joint.subset(index)
-        if part is None:
-            return None
-        return RefitPath(part, self.q_star.rows(index), inflation=self.inflation, df=self.df)
+    def rows(self, index: Tensor) -> RefitPath:
+        """Return the path of some of the data; see `LogJoint.subset`."""
+        part, q = self.log_joint.subset(index), self.q_star.rows(index)
+        return self if part is self.log_joint else RefitPath(part, q, inflation=self.inflation, df=self.df)

@@ -98,18 +98,15 @@ class Grid(Reference):
         for turn in range(MAX_TURNS):
             parts, cut = [], False
             for rows in torch.arange(n, device=peak.device).split(max(1, BLOCK // LOCAL[d] ** d)):
-                part = log_joint if len(rows) == n else log_joint.subset(rows)
-                local = quadrature(part or log_joint, box.rows(rows) if part else box, LOCAL[d])
-                old = box.rows(rows) if part else box
+                part, used, at = log_joint.some(rows)
+                old = box.rows(used)
+                local = quadrature(part, old, LOCAL[d])
                 new, still_cut = whitened(local)
                 ratio = new.root.diagonal(dim1=-2, dim2=-1) / old.root.diagonal(dim1=-2, dim2=-1)
                 still_cut |= (ratio.log().abs() > 0.7).any(-1)
-                highest = local.log_p.amax(0)
-                if part is None:
-                    new, still_cut, highest = new.rows(rows), still_cut[rows], highest[rows]
-                parts.append(new)
-                peak[rows] = torch.maximum(peak[rows], highest)
-                cut |= bool(still_cut.any())
+                parts.append(new.rows(at))
+                peak[rows] = torch.maximum(peak[rows], local.log_p.amax(0)[at])
+                cut |= bool(still_cut[at].any())
             box = Box(*(torch.cat([getattr(p, f) for p in parts]) for f in ("centre", "root", "low", "high")))
             if turn > 0 and not cut:
                 break
@@ -127,13 +124,9 @@ class Grid(Reference):
             ready = todo[needed[todo] <= size] if size < limit else todo
             finer = int(1.4 * size) + 1
             for rows in ready.split(max(1, BLOCK // finer**d)) if len(ready) else ():
-                part = log_joint if len(rows) == n else log_joint.subset(rows)
-                if part is None:  # the arguments cannot be taken apart: evaluate all, keep some
-                    found.take(rows, rows, *self._lattices(log_joint, box, size, finer), box, marks, keep, generator)
-                else:
-                    mine, some = box.rows(rows), marks.rows(rows)
-                    every = torch.arange(len(rows), device=rows.device)
-                    found.take(rows, every, *self._lattices(part, mine, size, finer), mine, some, keep, generator)
+                part, used, at = log_joint.some(rows)
+                mine = box.rows(used)
+                found.take(rows, at, *self._lattices(part, mine, size, finer), mine, marks.rows(used), keep, generator)
             open_ = ~(found.error[todo] <= self.tolerance) | (found.unseen[todo] > 0)
             todo = todo[open_]
             if size >= limit:

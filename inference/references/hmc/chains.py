@@ -100,15 +100,9 @@ class Sampler:
         """Group data by step size, with their log joints; all data in one group where the arguments cannot be taken apart."""
         steps, order = self.step[rows].sort()
         groups = [group.sort().values for group in rows[order].tensor_split(cuts(steps.tolist(), len(self.state.z)))]
-        if len(groups[0]) == self.log_joint.n_obs:
-            return [(groups[0], self.log_joint)]
-        found = []
-        for group in groups:
-            part = self.log_joint.subset(group)
-            if part is None:
-                return [(torch.arange(self.log_joint.n_obs, device=rows.device), self.log_joint)]
-            found.append((group, part))
-        return found
+        if len(groups[0]) < self.log_joint.n_obs and self.log_joint.separable():
+            return [(group, self.log_joint.subset(group)) for group in groups]
+        return [(torch.arange(self.log_joint.n_obs, device=rows.device), self.log_joint)]
 
 
 def cuts(steps: list[float], chains: int) -> list[int]:

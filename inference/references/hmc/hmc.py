@@ -77,8 +77,8 @@ class HMC(Reference):
     def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
         """Run every datum's chains until it is certified, tempering the rest; returns draws, moments and certificates."""
         size = max(1, ENTRIES // (self.chains * self.draws * log_joint.dim))
-        parts = log_joint.blocks(size)
-        return concatenate([self._block(part, keep, seed + BLOCK_STEP * k, until) for k, part in enumerate(parts)])
+        parts = enumerate(log_joint.blocks(size))
+        return concatenate([self._block(log_joint.subset(rows), keep, seed + BLOCK_STEP * k, until) for k, rows in parts])
 
     def _block(self, log_joint: LogJoint, keep: int, seed: int, until: float) -> Posterior:
         generator = torch.Generator(device=log_joint.device).manual_seed(seed)
@@ -90,9 +90,8 @@ class HMC(Reference):
         everyone = torch.arange(log_joint.n_obs, device=log_joint.device)
         left = self._run(sampler, everyone, known.modes, found, until)
         if self.tempering and len(left) and time.monotonic() < until:
-            part = log_joint if len(left) == log_joint.n_obs else log_joint.subset(left)
-            rows = everyone if part is None else left
-            part, modes = part or log_joint, known.modes.rows(rows)
+            part, rows, _ = log_joint.some(left)
+            modes = known.modes.rows(rows)
             with stage("tempering"):
                 ensembles = Tempering(part, modes, known.refit.q.rows(rows), self.chains, generator, seed + 3)
                 self._run(ensembles, rows, modes, found, until)
@@ -162,9 +161,9 @@ class HMC(Reference):
         hops = isinstance(engine, Tempering)
         certificate = certify(chains, modes, hops=hops)
         some = certificate.unseen.nonzero()[:, 0]
-        part = engine.log_joint.subset(rows[some]) if len(some) else None
-        if part is None:
+        if not len(some) or not engine.log_joint.separable():
             return certificate
+        part = engine.log_joint.subset(rows[some])
         root, step = engine.metric(rows[some])
         held = modes.rows(some)
         with part.frozen_weights():  # a run that is held by a steep place, not by a mode, climbs out of it

@@ -76,20 +76,13 @@ class Tempering:
 
     def run(self, rows: Tensor, length: int) -> Chains:
         """Return the next `length` draws at b = 1 of every ensemble of some of the data, in the order of `rows`."""
-        k, n = self.b.shape
-        part = self.log_joint.subset(rows) if len(rows) < n else None
-        # all data, or arguments that cannot be taken apart: in the order of the data, whatever that of the rows
-        if part is None:
-            part, kept = self.log_joint, rows
-            rows = torch.arange(n, device=rows.device)
-        else:
-            kept = torch.arange(len(rows), device=rows.device)
+        part, rows, kept = self.log_joint.some(rows)
         draws, lp, accept, divergent = [], [], [], []
         with part.frozen_weights():
             some = _Replicas(TemperedChains(part, self.z[:, :, rows]), self.b[:, rows], *self._of(rows))
             for _ in range(length):
                 move = self._sweep(some)
-                cold = slice((k - 1) * len(rows), None)
+                cold = slice((len(self.b) - 1) * len(rows), None)
                 draws.append(some.bridge.z[:, -1, kept])
                 lp.append(some.bridge.level()[:, -1, kept])
                 accept.append(move.accept[:, cold][:, kept])

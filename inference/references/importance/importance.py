@@ -150,13 +150,12 @@ class ImportanceSampling(Reference):
         """
         known = scout(log_joint)
         start = Proposal.around(known.refit.q)
-        parts = log_joint.blocks(max(1, ENTRIES // (self.draws * log_joint.dim)))
-        seeds = torch.randint(2**62, (len(parts),), generator=torch.Generator().manual_seed(seed)).tolist()
-        found, first = [], 0
+        blocks = log_joint.blocks(max(1, ENTRIES // (self.draws * log_joint.dim)))
+        seeds = torch.randint(2**62, (len(blocks),), generator=torch.Generator().manual_seed(seed)).tolist()
+        found = []
         with torch.no_grad():
-            for part, own in zip(parts, seeds, strict=True):
-                rows = torch.arange(first, first + part.n_obs, device=part.device)
-                first += part.n_obs
+            for rows, own in zip(blocks, seeds, strict=True):
+                part = log_joint.subset(rows)
                 if time.monotonic() > until:
                     found.append(self._late(part, keep))
                 else:

@@ -361,7 +361,7 @@ def test_chunks_of_draws_change_nothing_but_the_random_numbers(monkeypatch):
 @pytest.mark.parametrize("data", [40, 60, 150])
 def test_where_arguments_cannot_be_taken_apart_all_data_are_simulated(data, monkeypatch):
     log_joint = exact()[0]
-    monkeypatch.setattr(LogJoint, "subset", lambda self, rows: None)
+    monkeypatch.setattr(LogJoint, "separable", lambda self: False)
     found = simulated(log_joint, data=data, draws=31, seed=0)
     assert found["pit"].shape[1] == data
     counts = np.bincount(found["obs_id"].values, minlength=60)
