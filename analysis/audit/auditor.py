@@ -41,13 +41,12 @@ from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system import durations, memory
 from elbowroom.system.files import atomic
+from elbowroom.system.memory import ARRAY, LARGE_ARRAY, fitting
 from elbowroom.system.stages import stage
 
 log = logging.getLogger("elbowroom")
 
-BLOCK = 2**22  # draws x data held at once
-ENTRIES = 2**24  # draws x data x latents held at once: 128 MB, of which methods hold several copies
-ROOMY = 8  # times both on a GPU, which is idle on small blocks
+ROOMY = 8  # times as large arrays on a GPU, which is idle on small blocks
 KEPT = 2**29  # bytes of draws that are kept of all data and methods
 LEAST = 8  # draws kept of each datum, however many data
 DIAGNOSIS = "diagnosis.nc"
@@ -309,7 +308,7 @@ def _continued(plan: Plan, references: Literal["auto"] | Sequence[str | Referenc
 def block_size(log_joint: LogJoint, draws: int) -> int:
     """Return how many data's draws of the guide are held at once."""
     room = ROOMY if log_joint.device.type == "cuda" else 1
-    return max(1, min(room * BLOCK // draws, room * ENTRIES // (draws * max(1, log_joint.dim))))
+    return min(fitting(draws, room * ARRAY), fitting(draws * max(1, log_joint.dim), room * LARGE_ARRAY))
 
 
 def _kept(log_joint: LogJoint, keep: int, references: int) -> tuple[int, bool]:

@@ -35,6 +35,7 @@ from elbowroom.inference.posterior import Posterior, completed
 from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.simulate import in_likelihood, predict, simulate
+from elbowroom.system.memory import fitting
 from elbowroom.system.stages import stage
 
 LARGE = 2**20  # entries of the data looked at
@@ -140,7 +141,7 @@ def _some(log_joint: LogJoint, reference: Posterior, seed: int) -> tuple[LogJoin
     """Return log joint and posterior of as many data, taken at random, as are replicated in seconds, and which they are."""
     n = log_joint.n_obs
     width = sum(value[0].numel() for value in log_joint.program.observed.values())
-    most = max(LEAST, LARGE // max(1, width))
+    most = max(LEAST, fitting(width, LARGE))
     if n <= most or not log_joint.separable():
         return log_joint, reference, np.arange(n)
     rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
@@ -169,7 +170,7 @@ def _unmasked(log_joint: LogJoint) -> LogJoint:
 
 def _shown(log_joint: LogJoint) -> int:
     width = sum(value[0].numel() for value in log_joint.program.observed.values())
-    return max(1, min(SHOWN, BYTES // (2 * 8 * SHOWN * max(1, width))))
+    return min(SHOWN, fitting(2 * 8 * SHOWN * width, BYTES))
 
 
 def _one_draw(reference: Posterior, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -218,7 +219,7 @@ def _joint(
                 values[name].append(value[0, rows].double().mean())
 
     kept: dict[str, list[Tensor]] = {site: [] for site in observed}
-    every = max(1, TRACES // max(1, sum(value.numel() for value in observed.values())))
+    every = fitting(sum(value.numel() for value in observed.values()), TRACES)
     with torch.no_grad(), policy("never"):  # a replicate is evaluated once: no graph is worth its checks
         take(observed, log_joint, z)
         for r, (new, joint, at) in enumerate(_replicates(log_joint, replicates, seed)):

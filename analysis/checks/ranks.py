@@ -16,10 +16,10 @@ from elbowroom.inference.compiled.policies import at_most
 from elbowroom.inference.program.replay import Which
 from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import ARRAY, fitting, sizes
 
 MOST = 10  # entries of discrete sites looked at
 PROJECTIONS = 3
-BLOCK = 2**22  # draws x data x quantities held at once
 OF_PRIOR = 32  # draws per datum for the prior's variance, where all data share the prior
 SALT = {"guide": 32_452_843, "ties": 49_979_687, "prior": 67_867_967, "truth": 104_395_301}
 CHUNK_STEP = 122_949_823
@@ -96,7 +96,7 @@ def _of_continuous(log_joint: LogJoint, truth: Tensor, draws: int, seed: int) ->
     right, labels = quantities(truth[None].to(log_joint.device), seed + SALT["truth"], "model")
     names += [*labels, "log p(z)", "log p(x|z)", "log p(x, z)"]
     ranks, moments = _Ranks(right[0]), _Moments()
-    for size, number in _chunks(draws, n * len(names)):
+    for number, size in enumerate(sizes(draws, fitting(n * len(names), ARRAY))):
         z = log_joint.draw("guide", size, seed + SALT["guide"] + CHUNK_STEP * number)
         moments.add(z.double().cpu())
         ranks.add(quantities(z, seed + SALT["guide"] + CHUNK_STEP * number + 1, "guide")[0])
@@ -128,7 +128,7 @@ def _of_discrete(log_joint: LogJoint, draws: int, seed: int) -> Found:
 
     right, names = quantities(discrete.draw(found.log_posterior, 1, seed + SALT["truth"]))
     ranks = _Ranks(right[0])
-    for size, number in _chunks(draws, n * len(names)):
+    for number, size in enumerate(sizes(draws, fitting(n * len(names), ARRAY))):
         ranks.add(quantities(discrete.draw(found.log_guide, size, seed + SALT["guide"] + CHUNK_STEP * number))[0])
     none = torch.empty(n, 0, dtype=torch.float64)
     masked = torch.zeros_like(ranks.infinite)
@@ -191,19 +191,13 @@ class _Moments:
         return self.scatter / (self.total - 1)
 
 
-def _chunks(draws: int, width: int) -> list[tuple[int, int]]:
-    size = max(1, BLOCK // max(1, width))
-    sizes = [size] * (draws // size) + [draws % size] * (draws % size > 0)
-    return [(size, number) for number, size in enumerate(sizes)]
-
-
 def _prior_variance(log_joint: LogJoint, draws: int, seed: int) -> Tensor:
     """Return var p(z_j), (1, d) where all data share the prior, and (n, d) where it depends on what stands beside them."""
     few = log_joint.sample_prior(3, seed + SALT["prior"])
     log_p = log_joint.terms(few[:, :1].expand(-1, log_joint.n_obs, -1))[0]
     shared = log_joint.program.active is None and torch.allclose(log_p, log_p[:, :1], rtol=1e-6, atol=1e-6)
     moments = _Moments()
-    for size, number in _chunks(OF_PRIOR if shared else draws, log_joint.n_obs * log_joint.dim):
+    for number, size in enumerate(sizes(OF_PRIOR if shared else draws, fitting(log_joint.n_obs * log_joint.dim, ARRAY))):
         z = log_joint.sample_prior(size, seed + SALT["prior"] + CHUNK_STEP * (number + 1)).double().cpu()
         moments.add(z.flatten(0, 1)[:, None] if shared else z)
     return moments.variance

@@ -17,8 +17,8 @@ from torch import Tensor
 from elbowroom.analysis.checks.statistics import EffectKind, Judged, correlations, judge, some_columns
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.simulate import predict
+from elbowroom.system.memory import ARRAY, fitting, slices
 
-ENTRIES = 2**22  # numbers drawn at once
 TAIL = 0.025  # on each side
 WORDS = {
     "pit": "PIT of all entries: largest |ECDF - u|",
@@ -66,11 +66,10 @@ def replicated(
         columns: those that are kept of each site, where not all.
     """
     width = sum(value.numel() for value in log_joint.program.observed.values())
-    size = max(1, ENTRIES // max(1, width))
     found: dict[str, list[Tensor]] = {}
     draws = len(next(iter(sites.values())))
-    for number, start in enumerate(range(0, draws, size)):
-        some = {name: value[start : start + size] for name, value in sites.items()}
+    for number, part in enumerate(slices(draws, fitting(width, ARRAY))):
+        some = {name: value[part] for name, value in sites.items()}
         for name, value in predict(log_joint, some, seed + 7919 * number).items():
             if name in log_joint.program.observed:
                 flat = value.flatten(2) if value.dim() > 2 else value[..., None]
@@ -108,10 +107,10 @@ def residuals(
 
 def _ranks(every: Tensor, generator: torch.Generator) -> Tensor:
     """Rank the L + 1 values of each entry, ties at random: (L + 1, n, C), 0 .. L."""
-    size = len(every)
+    size, most = len(every), fitting(len(every), ARRAY)
     cells = every.flatten(1).T
     ranks = torch.empty(cells.shape, dtype=torch.int16, device=every.device)
-    for out, v in zip(ranks.split(max(1, ENTRIES // size)), cells.split(max(1, ENTRIES // size)), strict=True):
+    for out, v in zip(ranks.split(most), cells.split(most), strict=True):
         value, index = v.sort(-1)
         if bool((value.diff(dim=-1) == 0).any()):
             shuffled = torch.rand(v.shape, device=v.device, generator=generator).argsort(-1)

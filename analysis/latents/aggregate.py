@@ -23,11 +23,11 @@ from elbowroom.analysis.measures.gaps import guide_normals
 from elbowroom.inference.mcmc.normals import HALF_LOG_2PI, Normals
 from elbowroom.inference.target.discrete import Table
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import ARRAY, fitting
 
 MOST = 2000  # data among which a normal guide's mutual information is found
 FEW = 1000  # where the guide has to be run for every pair
 PAIRS = 2**22  # pairs over which draws are repeated
-ENTRIES = 2**22  # numbers held at once
 PERMUTATIONS = 999
 NAMES = ("information_lower", "information_upper", "aggregate_kl_lower", "aggregate_kl_upper")
 
@@ -55,7 +55,7 @@ def mutual_information(log_joint: LogJoint, *, seed: int = 0) -> dict[str, float
     n = log_joint.n_obs
     if n < 3:
         return _unknown()
-    repeats = max(1, min(8, PAIRS // n**2)) if q is not None else 1
+    repeats = min(8, fitting(n**2, PAIRS)) if q is not None else 1
     with torch.no_grad():
         z, own = log_joint.sample_guide(repeats, seed)
         prior = log_joint.terms(z)[0].double()
@@ -91,7 +91,7 @@ def _of_normals(q: Normals) -> Callable[[Tensor], Tensor]:
 def _pairs(density: Callable[[Tensor], Tensor], z: Tensor, own: Tensor) -> Tensor:
     """Return log q(z_i | x_n), (K, K), for z (K, d)."""
     n, d = z.shape
-    parts = [density(u).double() for u in z.split(max(1, ENTRIES // (n * max(1, d))))]
+    parts = [density(u).double() for u in z.split(fitting(n * max(1, d), ARRAY))]
     pairs = torch.cat(parts)
     pairs.diagonal().copy_(own)
     return pairs

@@ -11,7 +11,6 @@ through another one only. All values are in nats per datum.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -28,10 +27,10 @@ from elbowroom.inference.program.replay import Which
 from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.simulate import simulate
+from elbowroom.system.memory import ARRAY, fitting, sizes
 
 ACTIVE = 0.01  # variance of E_q z_j over data, in prior variances, above which latent j is active
 COLLAPSED = 0.01  # nats
-HELD = 2**22  # draws x data x latents held at once
 MOMENTS = 1024  # draws of the moments of a guide that is no normal: its KL is too large by about 1/1024
 TESTED = 1000  # data of the test of the aggregate posterior
 SIMULATED = 4096  # data simulated for the sensitivity, at least
@@ -152,11 +151,10 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else math.nan
 
 
-def _blocks(log_joint: LogJoint, draws: int, seed: int) -> Iterator[tuple[int, int]]:
-    """Yield numbers of draws that fit into memory, each with a seed."""
-    size = max(1, HELD // (log_joint.n_obs * max(1, log_joint.dim)))
-    for number, start in enumerate(range(0, draws, size)):
-        yield min(size, draws - start), seed + 7919 * number
+def _blocks(log_joint: LogJoint, draws: int, seed: int) -> list[tuple[int, int]]:
+    """Return numbers of draws that fit into memory, each with a seed."""
+    most = fitting(log_joint.n_obs * max(1, log_joint.dim), ARRAY)
+    return [(size, seed + 7919 * number) for number, size in enumerate(sizes(draws, most))]
 
 
 def _rate(log_joint: LogJoint, draws: int, seed: int) -> tuple[Tensor, Tensor]:

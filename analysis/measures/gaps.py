@@ -34,6 +34,7 @@ from elbowroom.inference.search.best_normal import refit
 from elbowroom.inference.search.best_of_family import FamilyRefit, OfferedFamily, offered, refit_family
 from elbowroom.inference.search.noise import antithetic_noise, matched
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import ARRAY, fitting
 from elbowroom.system.stages import stage
 
 Which = Literal["diagonal", "full"] | None
@@ -157,11 +158,10 @@ def _values(log_joint: LogJoint, q: Normals, noise: Tensor) -> Tensor:
 
     The mean of log q over matched noise is minus q's entropy, exactly.
     """
-    size = max(1, 2**22 // q.loc.numel())
     with torch.no_grad():
         parts = [
             log_joint(q.loc + torch.einsum("sj,nij->sni", e, q.root)).double() + 0.5 * e.square().sum(-1, keepdim=True)
-            for e in noise.flatten(0, 1).split(size)
+            for e in noise.flatten(0, 1).split(fitting(q.loc.numel(), ARRAY))
         ]
     constant = q.log_det + q.loc.shape[-1] * HALF_LOG_2PI
     return torch.cat(parts).unflatten(0, noise.shape[:2]).mean(1) + constant

@@ -22,6 +22,7 @@ from elbowroom.analysis.measures.table import MISSED
 from elbowroom.inference.mcmc.normals import Normals, whiten
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import ARRAY, fitting
 from elbowroom.system.stages import stage
 
 DRAWS = 200  # of the reference and of the guide that are connected
@@ -30,7 +31,6 @@ NEIGHBOURS = 8  # of the reference's
 INNER = 9  # points evaluated on a segment
 STRAIGHT = 1.0  # nats
 BENT = 2.0  # nats, and sqrt(d) / 2: what chance takes off the draws on the way
-ENTRIES = 2**22  # draws x draws x data held at once
 
 
 @stage("missed mass")
@@ -57,8 +57,7 @@ def missed_mass(log_joint: LogJoint, guide: Posterior, reference: Posterior) -> 
             return share
         starts = _spread(guide.draws.flatten(0, 1))
         places = reference.draws.flatten(0, 1)
-        block = max(1, ENTRIES // (len(draws) * max(len(draws), d)))
-        for some in rows.split(block):
+        for some in rows.split(fitting(len(draws) * max(len(draws), d), ARRAY)):
             part, used, at = log_joint.some(some)
             metric = _metric(places[:, used])
             share[some] = _share(part, metric, draws[:, used].nan_to_num(), starts[:, used], far[:, used])[at]

@@ -30,10 +30,8 @@ from elbowroom.inference.randomness import seeded
 from elbowroom.models.columns import Column
 from elbowroom.models.likelihoods.categorical import Codes
 from elbowroom.models.likelihoods.missing import entrywise
+from elbowroom.system.memory import ARRAY, fitting, slices
 from elbowroom.system.stages import stage
-
-BLOCK = 2**22  # entries of x decoded at once, over draws and rows
-RANK = 2**22  # draws of entries sorted at once
 
 
 @dataclass(frozen=True)
@@ -150,15 +148,14 @@ def predict_cells(
     whole = z.new_empty(keep, n, width)
     place = torch.full((n, width), -1, dtype=torch.long, device=device)
     place[missing] = torch.arange(len(rows), device=device)
-    step = max(1, BLOCK // max(1, n * width))
     with seeded(seed), torch.no_grad():
         order = torch.randperm(s)  # so that the first draws are a sample of all, whatever their order
         z = z[order]
         count = (torch.ones(s, n, dtype=torch.float64) if repeats is None else repeats[order]).to(device)
-        for start in range(0, s, step):
-            p = decode(z[start : start + step])
-            shape = (min(step, s - start), n)
-            of_cells = count[start : start + step][:, rows]
+        for some in slices(s, fitting(n * width, ARRAY)):
+            p = decode(z[some])
+            shape = (some.stop - some.start, n)
+            of_cells = count[some][:, rows]
             drawn, mean, variance = (z.new_full((*shape, width), torch.nan) for _ in range(3))
             for number, (index, part) in enumerate(pieces(p)):
                 for out, value in ((drawn, part.sample()), (mean, part.mean), (variance, part.variance)):
@@ -168,10 +165,10 @@ def predict_cells(
                     if number not in codes:
                         codes[number] = _Codes(index, there, place[:, index][there], probability.shape[1:], device)
                     codes[number].add(probability, of_cells)
-            values[start : start + len(drawn)] = drawn[:, missing]
+            values[some] = drawn[:, missing]
             moments.add(mean[:, missing], variance[:, missing], of_cells)
-            if start < keep:
-                whole[start : start + len(drawn)] = drawn[: keep - start]
+            if some.start < keep:
+                whole[some] = drawn[: keep - some.start]
             if score is not None:
                 score.add(p)
         of = lambda *names: torch.tensor([kind in names for kind in kinds], device=device)[entries]
@@ -281,7 +278,7 @@ class _Sums:
 def central_interval(values: Tensor, whole: Tensor, level: float) -> list[Tensor]:
     """Return low, median and high of draws (S, M): at p (S + 1), between two draws, or at one where values are `whole` (M,)."""
     s, found = len(values), [torch.empty_like(values[0]) for _ in range(3)]
-    for columns in torch.arange(values.shape[1], device=values.device).split(max(1, RANK // s)):
+    for columns in torch.arange(values.shape[1], device=values.device).split(fitting(s, ARRAY)):
         ordered = values[:, columns].sort(0).values
         for out, at in zip(found, ((1 - level) / 2, 0.5, (1 + level) / 2), strict=True):
             place = at * (s + 1) - 1

@@ -33,6 +33,7 @@ from elbowroom.inference.references.importance.importance import Proposal
 from elbowroom.inference.references.importance.psis import psis
 from elbowroom.inference.search.best_normal import refit
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import sizes
 from elbowroom.system.stages import stage
 
 METHODS = ("prior", "encoder", "refit", "ais")
@@ -194,7 +195,7 @@ def _log_mean(log_w: np.ndarray) -> np.ndarray:
 
 def _in_blocks(number: int, seed: int, weigh: Callable[[int, int], Tensor]) -> np.ndarray:
     """Return log weights of so many samples, (S,), a block at a time."""
-    parts = [weigh(min(BLOCK, number - start), seed + i) for i, start in enumerate(range(0, number, BLOCK))]
+    parts = [weigh(size, seed + i) for i, size in enumerate(sizes(number, BLOCK))]
     found: np.ndarray = torch.cat(parts).double().cpu().numpy()
     return np.where(np.isnan(found), -np.inf, found)
 

@@ -26,6 +26,7 @@ from elbowroom.inference.program.promotion import mixed
 from elbowroom.inference.randomness import contained, mode
 from elbowroom.models.vae import VAE, Batch
 from elbowroom.system.files import write_text
+from elbowroom.system.memory import fitting
 
 log = logging.getLogger("elbowroom")
 # five streams of random numbers from one seed: noise and initial state, shuffling, validation, binarization, effect of rounding
@@ -61,7 +62,7 @@ def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, 
     objective = ELBO()
     total, data = 0.0, Rows.of(x)
     with contained(seed, data.device), mode(vae, training=False), torch.no_grad():
-        for part in data.split(max(1, rows // draws)):
+        for part in data.split(fitting(draws, rows)):
             # the draws stand beside each other in the plate, so any network that takes a batch will do
             repeated: dict[str, Any] = {name: value.repeat(draws, *[1] * (value.ndim - 1)) for name, value in part.items()}
             total += float(objective(vae.model, vae.guide, **repeated).elbo) / draws

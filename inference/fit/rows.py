@@ -6,6 +6,7 @@ every epoch (Salakhutdinov and Murray 2008), training batches are fresh draws an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.models.vae import Batch
+from elbowroom.system.memory import fitting
 
 SAMPLE = 2**28
 """Bytes of training data that means and scales are taken from (evenly spaced rows), whether or not the rest is in memory."""
@@ -88,7 +90,7 @@ class Rows:
 
     def sample(self) -> Batch:
         """Return all rows, or evenly spaced ones of SAMPLE bytes where there are more."""
-        most = max(1, SAMPLE // max(1, _entries(self.shape[1:]) * self.dtype.itemsize))
+        most = fitting(math.prod(self.shape[1:]) * self.dtype.itemsize, SAMPLE)
         if len(self) <= most:
             return self.first(len(self)) if self.whole is None else {"x": self.whole, **self.beside}
         return self.take(torch.arange(most, device=self.device) * len(self) // most)
@@ -101,13 +103,9 @@ class Rows:
     def bytes(self) -> Iterator[bytes]:
         """Yield everything that a fit depends on, a part at a time."""
         yield str(self.shape).encode()
-        for part in self.split(max(1, CHUNK // max(1, _entries(self.shape[1:])))):
+        for part in self.split(fitting(math.prod(self.shape[1:]), CHUNK)):
             yield part["x"].cpu().contiguous().numpy().tobytes()
         for name, value in self.beside.items():
             yield name.encode() + value.cpu().contiguous().numpy().tobytes()
         if self.grey is not None:
             yield self.grey.cpu().contiguous().numpy().tobytes()
-
-
-def _entries(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())

@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elbowroom.system.memory import fitting
+
 CHUNK = 2**19
 """Draws worked on together: few enough to stay near the processor's cache."""
 MIN_DRAWS = 4
@@ -197,7 +199,7 @@ def _per_column(draws: Tensor, function: Callable[[Tensor], Tensor], min_chains:
     if n_chains < min_chains or n_draws < MIN_DRAWS or not draws.numel():
         return torch.full(batch, torch.nan, dtype=torch.float64, device=draws.device)
     columns = draws.detach()[..., None].flatten(2)
-    width = max(1, CHUNK // (n_chains * n_draws))
+    width = fitting(n_chains * n_draws, CHUNK)
     # written in place: small results kept between large temporaries would keep the allocator from giving those back
     result = torch.empty(columns.shape[2], dtype=torch.float64, device=draws.device)
     for part, out in zip(columns.split(width, 2), result.split(width), strict=True):

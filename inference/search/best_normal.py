@@ -35,10 +35,10 @@ from torch import Tensor
 from elbowroom.inference.mcmc.normals import Family, Normals, Refit, joined_refits
 from elbowroom.inference.search.noise import default_draws, from_eigen, matched_noise
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import LARGE_ARRAY, fitting
 
 Target = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-ENTRIES = 2**24  # numbers held at once in one array
 CURVATURE_FLOOR = 0.01  # smallest whitened curvature that a covariance follows: scales grow at most tenfold a step
 CONCAVE = 0.1  # whitened curvature put in the place of smaller ones where log p is not concave on average
 SMALLEST_STEP = 1e-5
@@ -86,8 +86,8 @@ def refit(
     if d == 0:
         raise ValueError("refit needs a continuous latent, this model has none")
     tolerance = 0.004 * max(10, d) if tolerance is None else tolerance
-    block = max(1, ENTRIES // ((1 + starts + len(also)) * d * d))
-    if len(blocks := log_joint.blocks(block)) > 1:
+    blocks = log_joint.blocks(fitting((1 + starts + len(also)) * d * d, LARGE_ARRAY))
+    if len(blocks) > 1:
         some = partial(refit, family=family, starts=starts, draws=draws, score_draws=score_draws, tolerance=tolerance)
         some = partial(some, max_iterations=max_iterations, seed=seed)
         return joined_refits([some(log_joint.subset(rows), also=[q.rows(rows) for q in also]) for rows in blocks])
@@ -218,7 +218,7 @@ class _Search:
         """
         target = target or self._target(owner)
         value, slope, outer = (torch.zeros(1, dtype=torch.float64, device=self.device) for _ in range(3))
-        for e in noise.split(max(1, ENTRIES // loc.numel())):
+        for e in noise.split(fitting(loc.numel(), LARGE_ARRAY)):
             log_p, gradient = target(loc + torch.einsum("sj,pij->spi", e, root))
             bad = ~(log_p.isfinite() & gradient.isfinite().all(-1))
             log_p, gradient = log_p.double().masked_fill(bad, -torch.inf), gradient.double().masked_fill(bad[..., None], 0.0)
@@ -239,7 +239,7 @@ class _Search:
         blocks = zip(point.loc.split(self.n), point.root.split(self.n), strict=True)
         values = [
             torch.cat(
-                [self.joint(loc + torch.einsum("sj,pij->spi", e, root)) for e in noise.split(max(1, ENTRIES // loc.numel()))]
+                [self.joint(loc + torch.einsum("sj,pij->spi", e, root)) for e in noise.split(fitting(loc.numel(), LARGE_ARRAY))]
             )
             .double()
             .mean(0)
@@ -352,7 +352,7 @@ class _Search:
         half = torch.randn(n_draws // 2, self.d, dtype=torch.float64, device=self.device, generator=self.generator)
         curvature = point.curvature.nan_to_num(0.0, 0.0, 0.0)
         pairs = []
-        for e in half.split(max(1, ENTRIES // (2 * point.loc.numel()))):
+        for e in half.split(fitting(2 * point.loc.numel(), LARGE_ARRAY)):
             offset = torch.einsum("sj,pij->spi", e, point.root)
             both = self.joint(torch.cat([point.loc + offset, point.loc - offset])).double()
             quadratic = torch.einsum("sj,pjk,sk->sp", e, curvature, e) - curvature.diagonal(dim1=-2, dim2=-1).sum(-1)

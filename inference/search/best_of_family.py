@@ -43,6 +43,7 @@ from elbowroom.errors import first_line
 from elbowroom.inference.mcmc.normals import Normals, apply
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import ARRAY, fitting, sizes
 
 Family = Callable[[Tensor], TorchDistribution]
 Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -64,7 +65,6 @@ FLOOR = 0.01  # information, in units of the encoder's output, below which a par
 MATRIX = 128  # parameters up to which F is a matrix; beyond, its diagonal
 ENOUGH = 0.01  # gain of a stage (nats) from which on another follows
 CHOOSING, SCORING = 512, 1024  # draws
-ENTRIES = 2**22  # numbers held at once
 LIMIT = 600.0  # seconds
 TIMED = 5  # steps after which it is known how long all will take
 
@@ -116,10 +116,10 @@ class OfferedFamily:
 
     def log_weights(self, params: Tensor, n_draws: int, seed: int) -> Tensor:
         """Return log p(x_n, z) - log q(z; phi) at draws of q, (S, N), whose noise is that of the seed."""
-        size = max(1, ENTRIES // (64 * len(params) * self.log_joint.dim))
+        size = fitting(64 * len(params) * self.log_joint.dim, ARRAY)
         with self.log_joint.frozen_weights(), torch.no_grad(), seeded(seed):
             q = self.family(params)
-            found = [self.log_ratio(params, q.sample(torch.Size((count,)))) for count in _sizes(n_draws, size)]
+            found = [self.log_ratio(params, q.sample(torch.Size((count,)))) for count in sizes(n_draws, size)]
         ratio = torch.cat(found)
         return torch.where(ratio.isfinite(), ratio, -torch.inf)
 
@@ -200,7 +200,7 @@ def refit_family(
     """
     log_joint = offer.log_joint
     width = offer.params.shape[-1]
-    size = max(1, ENTRIES // (max(width, 64) * max(DRAWS, min(width, MATRIX))))
+    size = fitting(max(width, 64) * max(DRAWS, min(width, MATRIX)), ARRAY)
     until = min(until, time.monotonic() + LIMIT)
     blocks = log_joint.blocks(size)
     found = []
@@ -352,7 +352,3 @@ class _Search:
 def _mean(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean over draws, (N,), and its standard error."""
     return values.mean(0), (values.std(0) / math.sqrt(len(values))).nan_to_num(torch.inf, torch.inf)
-
-
-def _sizes(total: int, size: int) -> list[int]:
-    return [size] * (total // size) + [total % size] * (total % size > 0)

@@ -17,8 +17,8 @@ from torch import Tensor
 from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.program.replay import Which
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import ARRAY, fitting
 
-BLOCK = 2**22  # assignments x draws x data held at once
 TOLERANCE = 1e-5  # of a sum of probabilities: the program may compute in float32
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError)
 
@@ -221,7 +221,7 @@ def discrete_draws(log_joint: LogJoint, z: Tensor, seed: int, *, which: Which = 
     held = [given(log_joint, assignment) for assignment in program.assignments]
     generator = torch.Generator(device=z.device).manual_seed(seed)
     uniform = torch.rand(z.shape[:2], dtype=torch.float64, device=z.device, generator=generator)
-    chunk = max(1, BLOCK // (len(held) * log_joint.n_obs))
+    chunk = fitting(len(held) * log_joint.n_obs, ARRAY)
     found = []
     with torch.no_grad():
         for u, some in zip(uniform.split(chunk), z.split(chunk), strict=True):

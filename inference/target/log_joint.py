@@ -32,13 +32,12 @@ from elbowroom.inference.target import shared_points
 from elbowroom.inference.target.checks import probe
 from elbowroom.inference.target.draws import forward
 from elbowroom.inference.target.graphs import Graphs
-from elbowroom.inference.target.plain import PlainLogJoint
+from elbowroom.inference.target.plain import ROWS, PlainLogJoint
 from elbowroom.inference.target.tracing import Kind, by_graph
+from elbowroom.system.memory import fitting, sizes
 from elbowroom.system.stages import stage
 
 log = logging.getLogger("elbowroom")
-
-ROWS = 2**15  # decoder rows (draws x data) evaluated at once
 
 
 class LogJoint(PlainLogJoint):
@@ -174,9 +173,7 @@ class LogJoint(PlainLogJoint):
     def draw(self, which: Which, n_draws: int, seed: int) -> Tensor:
         """Run a program forward and read off the local sites, in unconstrained coordinates: (S, N, d)."""
         with seeded(seed), self.snapshot.scope(), torch.no_grad():
-            chunk = max(1, 8 * ROWS // self.n_obs)
-            sizes = [chunk] * (n_draws // chunk) + [n_draws % chunk] * (n_draws % chunk > 0)
-            z = torch.cat([forward(self, which, size) for size in sizes])
+            z = torch.cat([forward(self, which, size) for size in sizes(n_draws, fitting(self.n_obs, 8 * ROWS))])
             if self.program.active is not None:
                 z = torch.where(self.program.active, z, torch.randn_like(z))
             return z
@@ -194,9 +191,9 @@ class LogJoint(PlainLogJoint):
             return torch.cat(parts, -1) if parts else u
 
         flat = self._map(values, z)
-        sizes = [math.prod(site.shape) for site in self.sites]
+        widths = [math.prod(site.shape) for site in self.sites]
         out = {}
-        for site, part in zip(self.sites, flat.split(sizes, -1), strict=True):
+        for site, part in zip(self.sites, flat.split(widths, -1), strict=True):
             if self.program.active is not None:
                 shown = self.program.active[:, site.columns]
                 if shown.shape[-1] != part.shape[-1]:  # e.g. a simplex: masked as a whole

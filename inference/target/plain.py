@@ -28,6 +28,7 @@ from elbowroom.inference.program.replay import Replay, Which
 from elbowroom.inference.program.sites import constrained
 from elbowroom.inference.program.snapshot import Snapshot, program_in
 from elbowroom.inference.randomness import seeded
+from elbowroom.system.memory import fitting
 
 log = logging.getLogger("elbowroom")
 
@@ -201,7 +202,7 @@ class PlainLogJoint:
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (draws, {self.n_obs}, {self.dim})")
         with self.snapshot.scope():
             z = z.to(self.dtype or self.own_dtype)
-            chunk = max(1, self._rows // self.n_obs)
+            chunk = fitting(self.n_obs, self._rows)
             parts = z.split(chunk)
             first = self._map_chunk(function, parts[0])
             if len(parts) == 1 or first.requires_grad:
@@ -228,7 +229,7 @@ class PlainLogJoint:
         z = z.to(self.dtype or self.own_dtype)
         # the backward pass reads the weights too: both happen in one scope
         with self.snapshot.scope(), torch.enable_grad():
-            parts = [evaluate(u.detach().requires_grad_()) for u in z.split(max(1, self._rows // max(1, self.n_obs)))]
+            parts = [evaluate(u.detach().requires_grad_()) for u in z.split(fitting(self.n_obs, self._rows))]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @contextlib.contextmanager
@@ -381,7 +382,7 @@ class PlainLogJoint:
             return ROWS
         leaves = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and self.n_obs in t.shape]
         width = max((t.numel() // self.n_obs for t in leaves), default=1)
-        return max(64, min(ROWS, ENTRIES // max(1, width)))
+        return max(64, min(ROWS, fitting(width, ENTRIES)))
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from elbowroom.errors import first_line
 from elbowroom.inference.program.bilinear import Bilinear, Kept
 from elbowroom.inference.target.plain import PlainLogJoint
+from elbowroom.system.memory import fitting, slices
 
 DECODED = 4  # times the rows of a plain evaluation: decoded points need not stay in the caches
 MOST = 2**15  # points decoded at once
@@ -49,20 +50,18 @@ def evaluate(joint: PlainLogJoint, z: Tensor, kept: Kept, *, factorises: bool) -
     with joint.snapshot.scope(), torch.no_grad():
         z = z.to(joint.dtype or joint.own_dtype)
         out: Tensor | None = None
-        start = 0
-        for u in z.split(_rows(joint, factorises)):
-            totals = _totals(joint, u)
+        for some in slices(len(z), _rows(joint, factorises)):
+            totals = _totals(joint, z[some])
             if out is None:
                 out = z.new_empty(len(z), joint.n_obs, dtype=totals[0].dtype)
-            _write(totals, out[start : start + len(u)], kept)
-            start += len(u)
+            _write(totals, out[some], kept)
         assert out is not None
         return out
 
 
 def _rows(joint: PlainLogJoint, factorises: bool) -> int:
     """Return how many points to run the program at together."""
-    return min(DECODED * joint._rows, MOST) if factorises else max(1, min(DENSE // joint.n_obs, joint._rows))
+    return min(DECODED * joint._rows, MOST) if factorises else min(fitting(joint.n_obs, DENSE), joint._rows)
 
 
 def _totals(joint: PlainLogJoint, z: Tensor) -> list[Bilinear]:
@@ -74,9 +73,8 @@ def _totals(joint: PlainLogJoint, z: Tensor) -> list[Bilinear]:
 def _write(totals: Sequence[Bilinear], out: Tensor, kept: Kept) -> None:
     """Multiply out and sum over assignments, into `out` (G, N)."""
     columns = [total.columns(len(out), out.shape[1], kept) for total in totals]
-    rows = len(out) if len(totals) == 1 else max(1, ASSIGNED // (len(totals) * out.shape[1]))
-    for i in range(0, len(out), rows):
-        block = slice(i, i + rows)
+    rows = len(out) if len(totals) == 1 else fitting(len(totals) * out.shape[1], ASSIGNED)
+    for block in slices(len(out), rows):
         parts = [out[block]] if len(totals) == 1 else [torch.empty_like(out[block]) for _ in totals]
         for part, total, (left, right) in zip(parts, totals, columns, strict=True):
             torch.mm(left[block], right.T, out=part)

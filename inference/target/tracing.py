@@ -17,6 +17,7 @@ from elbowroom.inference.compiled.vmap_rules import VmapRules
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.randomness import undisturbed
 from elbowroom.inference.target.plain import PlainLogJoint
+from elbowroom.system.memory import fitting, slices
 
 Kind = Literal["joint", "terms", "guide", "grad", "parts", "leap"]
 GRADIENTS = frozenset({"grad", "parts", "leap"})
@@ -46,15 +47,13 @@ def by_graph(joint: PlainLogJoint, graph: Function, z: Tensor, *beside: Tensor) 
     rows = max(64, joint._rows // FINER) if joint.device.type == "cpu" else joint._rows
     several = -(-n // rows)  # blocks of equal size, of about so many data
     block = -(-n // several)
-    chunk = max(1, rows // block)
+    chunk = fitting(block, rows)
     out: list[Tensor] = []
     with joint.snapshot.scope():
         z = z.to(joint.dtype or joint.own_dtype)
-        for data in range(0, n, block):
-            some = slice(data, min(data + block, n))
-            leaves = [t if dim is None else t.narrow(dim, data, some.stop - data) for t, dim in given_data]
-            for start in range(0, draws, chunk):
-                here = slice(start, start + chunk)
+        for some in slices(n, block):
+            leaves = [t if dim is None else t.narrow(dim, some.start, some.stop - some.start) for t, dim in given_data]
+            for here in slices(draws, chunk):
                 given = [t if t.dim() == 0 else t[here if len(t) > 1 else slice(1), some] for t in beside]
                 found = graph(z[here, some], *given, *leaves)
                 if block >= n and chunk >= draws:

@@ -27,6 +27,7 @@ from torch import Tensor
 from elbowroom.inference.mcmc.leapfrog import State, transition
 from elbowroom.inference.references.ais.paths import Path
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import ARRAY, fitting
 from elbowroom.system.stages import stage
 
 RADIUS = 4.0  # of the sigmoid schedule
@@ -37,7 +38,6 @@ BINS, TRIALS, FIRST_TRIALS = 12, 4, 12  # of the pilot: trajectories per bin, an
 PILOT_CHAINS = 8
 GAIN = 1.0
 ROWS = {"cpu": 2**13, "cuda": 2**17}  # chains x data moved together
-ENTRIES = 2**22  # of the states and metrics held at once
 
 
 def schedule(temperatures: int, radius: float = RADIUS) -> Tensor:
@@ -120,7 +120,7 @@ def _jittered(step: Tensor, chains: int, generator: torch.Generator) -> Tensor:
 def block_size(log_joint: LogJoint, chains: int) -> int:
     """Return how many data to anneal together: enough for the processor, few enough for memory and a clock to be read."""
     rows = ROWS.get(log_joint.device.type, ROWS["cpu"])
-    return max(1, min(rows // chains, ENTRIES // (log_joint.dim * (chains + log_joint.dim))))
+    return min(fitting(chains, rows), fitting(log_joint.dim * (chains + log_joint.dim), ARRAY))
 
 
 def _blocks(path: Path, chains: int, seed: int, until: float) -> Iterator[tuple[Tensor, Path, torch.Generator]]:

@@ -28,6 +28,7 @@ from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status
 from elbowroom.inference.references.grid.landmarks import Landmarks, survey
 from elbowroom.inference.references.grid.lattice import Box, Quadrature, draw, quadrature, whitened
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import ARRAY, fitting
 from elbowroom.system.stages import stage
 
 MAX_DIM = 3
@@ -35,7 +36,6 @@ LOCAL = {1: 41, 2: 19, 3: 13}
 FINAL = {1: 65, 2: 27, 3: 19}
 SPACING = 1.0  # largest spacing, in posterior scales, at which a lattice is worth summing
 MAX_POINTS = {1: 20_001, 2: 601, 3: 97}
-BLOCK = 2**22  # points x data held at once
 SHIFTS = ((0.5, 0.27, 0.13), (0.23, 0.41, 0.09))
 SAFETY = 3.0
 BORDER_MASS = 1e-6
@@ -97,7 +97,7 @@ class Grid(Reference):
         peak = marks.log_p.amax(0)
         for turn in range(MAX_TURNS):
             parts, cut = [], False
-            for rows in torch.arange(n, device=peak.device).split(max(1, BLOCK // LOCAL[d] ** d)):
+            for rows in torch.arange(n, device=peak.device).split(fitting(LOCAL[d] ** d, ARRAY)):
                 part, used, at = log_joint.some(rows)
                 old = box.rows(used)
                 local = quadrature(part, old, LOCAL[d])
@@ -123,7 +123,7 @@ class Grid(Reference):
         while len(todo):
             ready = todo[needed[todo] <= size] if size < limit else todo
             finer = int(1.4 * size) + 1
-            for rows in ready.split(max(1, BLOCK // finer**d)) if len(ready) else ():
+            for rows in ready.split(fitting(finer**d, ARRAY)) if len(ready) else ():
                 part, used, at = log_joint.some(rows)
                 mine = box.rows(used)
                 found.take(rows, at, *self._lattices(part, mine, size, finer), mine, marks.rows(used), keep, generator)

@@ -16,6 +16,7 @@ from elbowroom.inference.program.replay import Which
 from elbowroom.inference.references.grid.lattice import Box, border, lattice, root_of
 from elbowroom.inference.search.modes import climb, floor_nan
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import fitting
 
 COARSE = {1: 2001, 2: 161, 3: 41}
 COARSE_PER_DATUM = {1: 401, 2: 49, 3: 19}  # where the coarse grid costs one program evaluation per datum
@@ -62,7 +63,7 @@ def _coarse(log_joint: LogJoint, low: Tensor, high: Tensor) -> tuple[Box, Tensor
     for turn in range(EXPANSIONS):
         cut = []
         z = low + lattice(size, d, low) * (high - low)
-        blocks = rest.split(max(1, COARSE_BLOCK // size**d))
+        blocks = rest.split(fitting(size**d, COARSE_BLOCK))
         for rows, log_p in zip(blocks, map(floor_nan, log_joint.shared_over(z, blocks)), strict=True):
             box.centre[rows], box.root[rows], half = _extent(z, log_p, (high - low) / size)
             box.low[rows], box.high[rows] = -half, half

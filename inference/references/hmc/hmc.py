@@ -31,9 +31,9 @@ from elbowroom.inference.search.modes import Modes, climb
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.search.single_precision import Precision, in_precision
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import LARGE_ARRAY, fitting
 from elbowroom.system.stages import stage
 
-ENTRIES = 2**24  # chains x draws x data x d held at once
 HALVINGS = 5  # of the step sizes of a datum with divergent trajectories
 DEAD = 1e-3  # acceptance of chains that stand still
 CLIMB = 40  # steps up of runs that look like an unseen mode
@@ -76,8 +76,7 @@ class HMC(Reference):
 
     def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
         """Run every datum's chains until it is certified, tempering the rest; returns draws, moments and certificates."""
-        size = max(1, ENTRIES // (self.chains * self.draws * log_joint.dim))
-        parts = enumerate(log_joint.blocks(size))
+        parts = enumerate(log_joint.blocks(fitting(self.chains * self.draws * log_joint.dim, LARGE_ARRAY)))
         return concatenate([self._block(log_joint.subset(rows), keep, seed + BLOCK_STEP * k, until) for k, rows in parts])
 
     def _block(self, log_joint: LogJoint, keep: int, seed: int, until: float) -> Posterior:

@@ -27,6 +27,7 @@ from elbowroom.inference.references.importance.psis import psis
 from elbowroom.inference.search.modes import FACTOR, SLACK, Modes
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import LARGE_ARRAY, fitting
 
 DF, INFLATION = 4, 1.6  # of the Student-t half of the proposal
 PILOT = 2000
@@ -35,7 +36,6 @@ MIN_ESS = 1000
 SAMPLED = 100  # effective draws from which on what lies outside counts as seen by the draws themselves
 NEGLIGIBLE = 2e-3  # share of the mass of unseen runs that is let pass
 TAIL = 3.09  # normal quantile of 0.999
-ENTRIES = 2**24  # draws x data x d held at once
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class ImportanceSampling(Reference):
         """
         known = scout(log_joint)
         start = Proposal.around(known.refit.q)
-        blocks = log_joint.blocks(max(1, ENTRIES // (self.draws * log_joint.dim)))
+        blocks = log_joint.blocks(fitting(self.draws * log_joint.dim, LARGE_ARRAY))
         seeds = torch.randint(2**62, (len(blocks),), generator=torch.Generator().manual_seed(seed)).tolist()
         found = []
         with torch.no_grad():

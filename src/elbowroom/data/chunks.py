@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from elbowroom.system.memory import fitting, slices
+
 CHUNK = 2**22
 """Entries looked at together, so that a memory-mapped array is never read as a whole."""
 BUDGET = 2**30
@@ -17,9 +19,8 @@ BUDGET = 2**30
 
 def rows_of(x: np.ndarray) -> Iterator[tuple[int, Any]]:
     """Yield (first row, rows) of an array, a few million entries at a time; of a memory map nothing else stays in memory."""
-    rows = max(1, CHUNK // max(1, math.prod(x.shape[1:])))
-    for start in range(0, len(x), rows):
-        yield start, x[start : start + rows]
+    for some in slices(len(x), fitting(math.prod(x.shape[1:]), CHUNK)):
+        yield some.start, x[some]
         forget(x)
 
 

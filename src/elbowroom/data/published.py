@@ -22,6 +22,7 @@ from annotated_types import Gt, Le
 
 from elbowroom.data.dataset import Dataset, Source, Split
 from elbowroom.errors import DataError
+from elbowroom.system.memory import slices
 
 VARIABLE = "ELBOWROOM_DATA"
 SHAPE = (28, 28)
@@ -230,9 +231,8 @@ def draw(grey: np.ndarray, seed: int) -> np.ndarray:
     """Draw every pixel once from Bernoulli(grey / 255), (N, *event) uint8 of 0 and 1; the same seed, the same draw."""
     rng = np.random.default_rng(seed)
     x = np.empty_like(grey)
-    for start in range(0, len(grey), 5000):
-        part = grey[start : start + 5000]
-        x[start : start + 5000] = rng.random(part.shape, dtype=np.float32) * np.float32(255) < part
+    for some in slices(len(grey), 5000):
+        x[some] = rng.random(grey[some].shape, dtype=np.float32) * np.float32(255) < grey[some]
     return x
 
 

@@ -113,9 +113,9 @@ def stream(
             stack.enter_context(locked(folder))
         stack.enter_context(expecting(total))
         say(0, total)
-        for number, start in enumerate(range(0, total, size)):
-            some = rows.index[start : start + size]
-            path = None if folder is None else folder / f"{key}-{start:09d}.nc"
+        for number, place in enumerate(memory.slices(total, size)):
+            some = rows.index[place]
+            path = None if folder is None else folder / f"{key}-{place.start:09d}.nc"
             part = _kept(path)
             if part is None:
                 batch = {name: value.to(device) for name, value in rows.experiment.batch(some).items()}
@@ -125,7 +125,7 @@ def stream(
                         idata.write(part, path)
             found.append(part)
             memory.trim()
-            say(start + len(some), total)
+            say(place.stop, total)
     joined = _joined(found)
     return joined.assign_attrs({**attributes, "question": question, "options": json.dumps(dict(options), default=str)})
 

@@ -34,6 +34,7 @@ from elbowroom.spec.identity import identity
 from elbowroom.spec.run_folder import SPLIT, read_split
 from elbowroom.spec.support import check_size, check_support
 from elbowroom.system import durations
+from elbowroom.system.memory import fitting, slices
 from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
@@ -217,16 +218,15 @@ class Experiment:
             DataError: a number is too large for the precision.
         """
         x = torch.empty(len(index), *self.data.event_shape, dtype=self.dtype)
-        step = max(1, CHUNK // max(1, int(np.prod(self.data.event_shape))))
-        for start in range(0, len(index), step):
-            part = np.asarray(self.data.x[index[start : start + step]])
+        for some in slices(len(index), fitting(math.prod(self.data.event_shape), CHUNK)):
+            part = np.asarray(self.data.x[index[some]])
             forget(self.data.x)
-            rows = x[start : start + step]
+            rows = x[some]
             with np.errstate(over="ignore"):
                 rows.copy_(torch.from_numpy(part.astype(np.float32 if self.dtype is torch.float32 else np.float64)))
             if bool(rows.isinf().any()):
                 first = rows.isinf().nonzero()[0].numpy()
-                place = self.data.place(int(index[start + first[0]]), first[1:])
+                place = self.data.place(int(index[some][first[0]]), first[1:])
                 value = part[tuple(first)]
                 raise DataError(
                     f"{self.label}: {self.data.name}: {value:g} at {place} is too large for {self.spec.fit.dtype}; "

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from elbowroom.data.chunks import CHUNK, forget
+from elbowroom.data.chunks import rows_of
 from elbowroom.data.dataset import Dataset
 from elbowroom.errors import DataError, SpecError
 from elbowroom.models.vae import VAE
@@ -38,14 +38,11 @@ def check_support(vae: VAE, data: Dataset, *, likelihood: str, label: str) -> No
             f"{label}: data.exposure: {likelihood} has no rate to multiply; use "
             "model.likelihood = poisson or negative_binomial, or leave the exposure out"
         )
-    step = max(1, CHUNK // max(1, int(np.prod(data.event_shape))))
-    for start in range(0, len(data), step):
-        part = data.x[start : start + step]
+    for start, part in rows_of(data.x):
         try:
             vae.likelihood.check(torch.from_numpy(np.array(part, dtype=np.float64)))
         except DataError as error:
             raise DataError(f"{label}: {_shift_row(str(error), start)}") from None
-        forget(data.x)
 
 
 def check_size(assemble: Callable[[], VAE]) -> None:

@@ -182,7 +182,7 @@ def test_blocks_of_data_give_the_table_of_one_pass(monkeypatch: pytest.MonkeyPat
     vae, x, oracle = linear_vae(2, 6, n=10)
     log_joint = LogJoint(vae.model, vae.guide, x)
     whole = audit_log_joint(log_joint, references=["grid"], draws=400, keep=200).table
-    monkeypatch.setattr("elbowroom.analysis.audit.auditor.BLOCK", 1600)
+    monkeypatch.setattr("elbowroom.analysis.audit.auditor.ARRAY", 1600)
     said: list[str] = []
     blocks = audit_log_joint(log_joint, references=["grid"], draws=400, keep=200, progress=said.append).table
     assert "grid for data 4..7 of 10" in said

@@ -222,7 +222,7 @@ def test_without_a_budget_nothing_is_left_out_and_the_time_left_is_counted() -> 
 
 
 def test_progress_knows_the_plan_and_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_module, "BLOCK", 200 * 4)
+    monkeypatch.setattr(audit_module, "ARRAY", 200 * 4)
     steps: list[Progress] = []
     audit_log_joint(curved(torch.ones(12, 2)), references=["grid"], draws=200, keep=100, progress=steps.append)
     assert steps[:3] == ["plan", "guide for data 0..3 of 12", "grid for data 0..3 of 12"]

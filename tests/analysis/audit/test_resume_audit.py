@@ -53,7 +53,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch, fitted: Path, tmp_path: Path) -> Path:
     """Three blocks of four data; the grid counts its calls, and dies when it is told to. Returns where to write."""
-    monkeypatch.setattr(audit_module, "BLOCK", 200 * 4)
+    monkeypatch.setattr(audit_module, "ARRAY", 200 * 4)
     whole = Grid.__call__
 
     def grid(self: Grid, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
@@ -218,7 +218,7 @@ def test_the_command_line_takes_budget_and_resume(fitted: Path, capsys: pytest.C
 KILLED = """
 import sys
 from elbowroom.analysis import audit
-audit.BLOCK = 200 * 2
+audit.ARRAY = 200 * 2
 from elbowroom.cli import main
 main(sys.argv[1:])
 """

@@ -347,7 +347,7 @@ def test_discrete_sites_beside_continuous_ones_are_calibrated_as_well():
 
 def test_chunks_of_draws_change_nothing_but_the_random_numbers(monkeypatch):
     log_joint = exact()[0]
-    monkeypatch.setattr(ranks, "BLOCK", 9 * 60 * 7)  # seven draws at a time
+    monkeypatch.setattr(ranks, "ARRAY", 9 * 60 * 7)  # seven draws at a time
     sizes = []
     draw = LogJoint.draw
     monkeypatch.setattr(LogJoint, "draw", lambda self, which, n, seed: (sizes.append(n), draw(self, which, n, seed))[1])

@@ -257,7 +257,7 @@ def test_without_a_reference_the_guide_gives_an_estimate() -> None:
 
 def test_blocks_of_data_do_not_change_what_is_exact(monkeypatch, mixed_up: Audit) -> None:
     log_joint = LogJoint(mixture, logits_guide, Y)
-    monkeypatch.setattr(audit_module, "BLOCK", 2 * 1000)
+    monkeypatch.setattr(audit_module, "ARRAY", 2 * 1000)
     said: list[str] = []
     blocks = audit_log_joint(log_joint, draws=1000, keep=400, progress=said.append)
     assert "enumeration for data 2..3 of 5" in said
@@ -334,7 +334,7 @@ def test_few_draws_at_once_give_the_same_draws(monkeypatch) -> None:
     log_joint = LogJoint(shifted, shifted_guide, Y)
     z = log_joint.sample_guide(50, seed=3)[0]
     whole = discrete.discrete_draws(log_joint, z, seed=4)["kind"]
-    monkeypatch.setattr(discrete, "BLOCK", 7 * 3 * len(Y))
+    monkeypatch.setattr(discrete, "ARRAY", 7 * 3 * len(Y))
     assert torch.equal(discrete.discrete_draws(log_joint, z, seed=4)["kind"], whole)
 
 

@@ -140,7 +140,7 @@ def test_a_datum_without_a_density_does_not_touch_the_others(monkeypatch: pytest
 def test_blocks_are_each_of_their_own_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.zeros(7, dtype=F64)  # equal data: equal random numbers would show
     log_joint = conjugate(y)
-    monkeypatch.setattr(hmc, "ENTRIES", 8 * 250 * 3)
+    monkeypatch.setattr(hmc, "LARGE_ARRAY", 8 * 250 * 3)
     found = QUICK(log_joint, keep=KEEP, seed=7)
     assert found.draws.shape == (8, 250, 7, 1)
     assert found.status == ["certified"] * 7

@@ -366,14 +366,14 @@ def test_programs_that_cannot_be_taken_apart(monkeypatch: pytest.MonkeyPatch) ->
     whole = refit(joint)
     torch.testing.assert_close(whole.q.loc, usual.q.loc, rtol=0, atol=1e-8)
     torch.testing.assert_close(whole.elbo, usual.elbo, rtol=0, atol=1e-8)
-    monkeypatch.setattr(module, "ENTRIES", 64)  # blocks of data cannot be had either
+    monkeypatch.setattr(module, "LARGE_ARRAY", 64)  # blocks of data cannot be had either
     torch.testing.assert_close(refit(joint).elbo, usual.elbo, rtol=0, atol=1e-8)
 
 
 def test_blocks_of_data(monkeypatch: pytest.MonkeyPatch) -> None:
     joint, oracle, x = correlated(0.8)
     first = refit(joint, family="diagonal")
-    monkeypatch.setattr(module, "ENTRIES", 200)
+    monkeypatch.setattr(module, "LARGE_ARRAY", 200)
     found = refit(joint, also=[first.q])
     assert found.q.loc.shape == (20, 2)
     assert found.start.shape == (20,)

@@ -16,6 +16,7 @@ from elbowroom.models.likelihoods.categorical import Ordinal
 from elbowroom.models.likelihoods.mixed import Mixed
 from elbowroom.models.likelihoods.multinomial import Multinomial
 from elbowroom.runs.rows import QueryRows
+from elbowroom.system.memory import slices
 
 if TYPE_CHECKING:
     from elbowroom.data.dataset import Dataset
@@ -206,10 +207,9 @@ def asked_holes(
     among = np.ones(entries.shape, dtype=bool) if wanted is None else wanted
     some = np.zeros(len(rows), dtype=bool)
     if hidden is None:
-        for start in range(0, len(rows), 10_000):
-            index = rows.index[start : start + 10_000]
-            found = holes(rows.dataset.x[index], padded=padded) & among
-            some[start : start + len(index)] = found.reshape(len(index), -1).any(1)
+        for part in slices(len(rows), 10_000):
+            found = holes(rows.dataset.x[rows.index[part]], padded=padded) & among
+            some[part] = found.reshape(len(found), -1).any(1)
         if not some.any():
             raise DataError(
                 f"{rows.dataset.name}: no {'such ' if wanted is not None else ''}cell is missing, there is nothing to impute; "

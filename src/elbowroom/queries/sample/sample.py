@@ -33,6 +33,7 @@ from elbowroom.queries.answer import Form
 from elbowroom.queries.sample.answer import Compared, Samples, conclude, conclude_test
 from elbowroom.queries.stream import place_of, references_for
 from elbowroom.runs.rows import Part, QueryRows, own_rows, provenance, query_rows
+from elbowroom.system.memory import slices
 from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
@@ -176,8 +177,8 @@ def _draw(run: FittedModel, source: str, n: int, beside: Batch | None, seed: int
         rows = np.concatenate(turns)[:n]
     vae, parts = run.vae.to(place), []
     with torch.no_grad(), seeded(seed):
-        for start in range(0, n, BLOCK):
-            turn = np.arange(start, min(n, start + BLOCK))
+        for some in slices(n, BLOCK):
+            turn = np.arange(some.start, some.stop)
             own: Batch = {}
             if rows is None:
                 told = {} if beside is None else _cycled(beside, turn)
