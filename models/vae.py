@@ -134,11 +134,8 @@ class VAE(nn.Module):
         for part in ("prior", "decoder", "likelihood"):
             pyro.module(f"{self.name}.{part}", getattr(self, part))
         with _data_plate(_length(n, x, covariates, exposure), size, x):
-            z = self.prior(self._standard(covariates)) if self.prior.covariates else self.prior()
-            p = self.decode(z, covariates, exposure)
-            if x is not None and bool((missing := x.isnan()).any()):
-                p = self.likelihood.incomplete(p, missing)
-            return pyro.sample("x", p, obs=x)
+            z = self._prior(covariates)
+            return pyro.sample("x", self._observed(z, x, covariates, exposure), obs=x)
 
     def guide(
         self,
@@ -151,35 +148,31 @@ class VAE(nn.Module):
     ) -> Tensor:
         """Run the guide q(z|x, c): its sites from the encoder, or from the prior where there is no x to condition on.
 
-        Args:
-            x: data or a mini-batch, (B, *event).
-            covariates: as in `model`.
-            exposure: as in `model`.
-            size: as in `model`.
-            n: as in `model`.
+        Arguments as `model`.
         """
-        if x is None:
-            with _data_plate(_length(n, x, covariates, exposure), size, None):
-                return self.prior(self._standard(covariates)) if self.prior.covariates else self.prior()
-        pyro.module(f"{self.name}.posterior", self.posterior)
-        with _data_plate(len(x), size, x):
-            return self.posterior.draw(*self._seen(x, covariates, exposure))
+        if x is not None:
+            pyro.module(f"{self.name}.posterior", self.posterior)
+        with _data_plate(_length(n, x, covariates, exposure), size, x):
+            return self._prior(covariates) if x is None else self.posterior.draw(*self._seen(x, covariates, exposure))
 
     def variational_parameters(
-        self,
-        x: Tensor | None = None,
-        covariates: Tensor | None = None,
-        exposure: Tensor | None = None,
-        *,
-        size: int | None = None,
-        n: int = 1,
+        self, x: Tensor | None = None, covariates: Tensor | None = None, exposure: Tensor | None = None, **_: int | None
     ) -> tuple[Tensor, Family] | None:
         """Return the parameters phi (N, P) of each datum's q(z|x, c) and the family that makes q of them.
 
-        With it an audit refits the family to every datum (`inference.freed`). None where q has several sites, or there is no
-        x. Arguments as `guide`.
+        With it an audit refits the family to every datum (`inference.search.best_of_family`). None where q has several sites,
+        or there is no x. Arguments as `guide`.
         """
         return None if x is None else self.posterior.variational_parameters(*self._seen(x, covariates, exposure))
+
+    def _prior(self, covariates: Tensor | None) -> Tensor:
+        """Run the prior's program, given the covariates where it is conditional."""
+        return self.prior(self._standard(covariates)) if self.prior.covariates else self.prior()
+
+    def _observed(self, z: Tensor, x: Tensor | None, covariates: Tensor | None, exposure: Tensor | None) -> TorchDistribution:
+        """Return p(x|z, c) of the entries of x that are there."""
+        p = self.decode(z, covariates, exposure)
+        return self.likelihood.incomplete(p, x.isnan()) if x is not None and bool(x.isnan().any()) else p
 
     def _standard(self, covariates: Tensor | None) -> Tensor | None:
         """Return covariates in units of their spread in the training data."""
@@ -199,9 +192,7 @@ class VAE(nn.Module):
         beside = [*(() if c is None else (c,)), *(() if exposure is None else (exposure.log()[:, None],))]
 
         def log_joint(z: Tensor) -> Tensor:
-            p = self.decode(z, covariates, exposure)
-            if bool((missing := x.isnan()).any()):
-                p = self.likelihood.incomplete(p, missing)
+            p = self._observed(z, x, covariates, exposure)
             return p.log_prob(x) + self.prior.distribution(c if self.prior.covariates else None).log_prob(z)
 
         return self.likelihood.features(x), torch.cat(beside, -1) if beside else None, log_joint

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -182,12 +182,6 @@ class Refit:
 def joined_refits(parts: Sequence[Refit]) -> Refit:
     """Join the refits of different data."""
     q = Normals(torch.cat([p.q.loc for p in parts]), torch.cat([p.q.root for p in parts]))
-    columns = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("elbo", "elbo_se", "shortfall")}
-    return Refit(
-        family=parts[0].family,
-        q=q,
-        converged=torch.cat([p.converged for p in parts]),
-        start=torch.cat([p.start for p in parts]),
-        iterations=max(p.iterations for p in parts),
-        **columns,
-    )
+    names = ("elbo", "elbo_se", "shortfall", "converged", "start")
+    columns: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
+    return replace(parts[0], q=q, iterations=max(p.iterations for p in parts), **columns)

@@ -118,10 +118,7 @@ class PlainLogJoint:
 
         def evaluate(u: Tensor) -> tuple[Tensor, ...]:
             prior, likelihood = self._map_chunk(self.densities, u)
-            (of_prior,) = torch.autograd.grad(prior.sum(), u, retain_graph=True)
-            (of_likelihood,) = torch.autograd.grad(likelihood.sum(), u, allow_unused=True)
-            nothing = torch.zeros_like(of_prior)
-            return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood
+            return with_gradients(prior, likelihood, u)
 
         prior, likelihood, of_prior, of_likelihood = self._backward(z, evaluate)
         return prior, likelihood, of_prior, of_likelihood
@@ -198,10 +195,8 @@ class PlainLogJoint:
 
     def _map(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         """Apply a function of (N, d) to every draw of (S, N, d), a bounded number of rows at a time."""
-        if z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim):
-            raise ValueError(f"z has shape {tuple(z.shape)}; expected (draws, {self.n_obs}, {self.dim})")
+        z = self._checked(z)
         with self.snapshot.scope():
-            z = z.to(self.dtype or self.own_dtype)
             chunk = fitting(self.n_obs, self._rows)
             parts = z.split(chunk)
             first = self._map_chunk(function, parts[0])
@@ -212,6 +207,12 @@ class PlainLogJoint:
             for i, part in enumerate(parts[1:], 1):
                 out[i * chunk : (i + 1) * chunk] = self._map_chunk(function, part)
             return out
+
+    def _checked(self, z: Tensor) -> Tensor:
+        """Return z in the precision of the computations; it must hold draws of all data."""
+        if z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim):
+            raise ValueError(f"z has shape {tuple(z.shape)}; expected (draws, {self.n_obs}, {self.dim})")
+        return z.to(self.dtype or self.own_dtype)
 
     def _map_chunk(self, function: Callable[[Tensor], Any], z: Tensor) -> Any:
         """Apply a function of (N, d) to every draw of (S, N, d); it returns a tensor (N, ...) or a tuple of them."""
@@ -224,9 +225,7 @@ class PlainLogJoint:
 
     def _backward(self, z: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Evaluate with gradients, keeping the graph of few rows at a time."""
-        if z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim):
-            raise ValueError(f"z has shape {tuple(z.shape)}; expected (draws, {self.n_obs}, {self.dim})")
-        z = z.to(self.dtype or self.own_dtype)
+        z = self._checked(z)
         # the backward pass reads the weights too: both happen in one scope
         with self.snapshot.scope(), torch.enable_grad():
             parts = [evaluate(u.detach().requires_grad_()) for u in z.split(fitting(self.n_obs, self._rows))]
@@ -399,3 +398,11 @@ class PlainLogJoint:
         """Record and log one sentence."""
         self.notes.append(sentence)
         log.info(sentence)
+
+
+def with_gradients(prior: Tensor, likelihood: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return log p(z) and log p(x|z) at z, and the gradient of each in z; zeros where one does not depend on it."""
+    (of_prior,) = torch.autograd.grad(prior.sum(), z, retain_graph=True)
+    (of_likelihood,) = torch.autograd.grad(likelihood.sum(), z, allow_unused=True)
+    nothing = torch.zeros_like(of_prior)
+    return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood

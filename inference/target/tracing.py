@@ -16,7 +16,7 @@ from elbowroom.inference.compiled.graph import Function, Graph, Untraceable
 from elbowroom.inference.compiled.vmap_rules import VmapRules
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.randomness import undisturbed
-from elbowroom.inference.target.plain import PlainLogJoint
+from elbowroom.inference.target.plain import PlainLogJoint, with_gradients
 from elbowroom.system.memory import fitting, slices
 
 Kind = Literal["joint", "terms", "guide", "grad", "parts", "leap"]
@@ -119,10 +119,7 @@ class OneDatum:
         def parts(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
             z = z.detach().requires_grad_()
             prior, likelihood = terms(z, *leaves)
-            (of_prior,) = torch.autograd.grad(prior.sum(), z, retain_graph=True)
-            (of_likelihood,) = torch.autograd.grad(likelihood.sum(), z, allow_unused=True)
-            nothing = torch.zeros_like(of_prior)
-            return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood
+            return with_gradients(prior, likelihood, z)
 
         def leapfrog(
             z: Tensor, momentum: Tensor, size: Tensor, root: Tensor, kick: Tensor, *leaves: Tensor

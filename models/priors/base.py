@@ -67,7 +67,7 @@ class Located(Prior):
         ValueError: covariates were asked for and there are none.
     """
 
-    def __init__(self, latent_dim: int, covariate_dim: int, covariates: bool) -> None:
+    def __init__(self, latent_dim: int, covariate_dim: int = 0, *, covariates: bool = False) -> None:
         super().__init__()
         if covariates and covariate_dim == 0:
             raise ValueError("covariates: needs data with covariates; leave it false, or name some in data")

@@ -34,7 +34,7 @@ class GaussianMixture(Located):
     def __init__(
         self, latent_dim: int, covariate_dim: int = 0, *, components: Annotated[int, Ge(1)] = 10, covariates: bool = False
     ) -> None:
-        super().__init__(latent_dim, covariate_dim, covariates)
+        super().__init__(latent_dim, covariate_dim, covariates=covariates)
         self.logits = nn.Parameter(torch.zeros(components))
         self.locs = nn.Parameter(torch.randn(components, latent_dim))
         self.scales = nn.Parameter(torch.zeros(components, latent_dim))

@@ -24,9 +24,6 @@ class Normal(Located):
         covariates: condition on the covariates of the data: location from c by a linear map.
     """
 
-    def __init__(self, latent_dim: int, covariate_dim: int = 0, *, covariates: bool = False) -> None:
-        super().__init__(latent_dim, covariate_dim, covariates)
-
     def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
         """Return N(0, I_d) or N(A c, I_d)."""
         loc = self.location(covariates)
@@ -43,9 +40,6 @@ class Laplace(Located):
         covariate_dim: number of covariates (a fact).
         covariates: condition on the covariates of the data: location from c by a linear map.
     """
-
-    def __init__(self, latent_dim: int, covariate_dim: int = 0, *, covariates: bool = False) -> None:
-        super().__init__(latent_dim, covariate_dim, covariates)
 
     def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
         """Return the product of Laplace densities."""
@@ -68,7 +62,7 @@ class StudentT(Located):
     def __init__(
         self, latent_dim: int, covariate_dim: int = 0, *, df: Annotated[float, Gt(0)] = 5.0, covariates: bool = False
     ) -> None:
-        super().__init__(latent_dim, covariate_dim, covariates)
+        super().__init__(latent_dim, covariate_dim, covariates=covariates)
         self.df = df
 
     def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:

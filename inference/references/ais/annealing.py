@@ -90,14 +90,8 @@ class AnnealedBound:
 
     def rows(self, index: Tensor) -> AnnealedBound:
         """Return the bounds of some of the data."""
-        return AnnealedBound(
-            self.value[index],
-            self.error[index],
-            self.ess[index],
-            self.z[:, index],
-            self.log_weights[:, index],
-            self.failed[index],
-        )
+        each = (self.value[index], self.error[index], self.ess[index])
+        return AnnealedBound(*each, self.z[:, index], self.log_weights[:, index], self.failed[index])
 
 
 class _Rung:

@@ -9,6 +9,7 @@ A datum that fails any of these is `uncertified`, and the reason says which.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -51,26 +52,20 @@ class Chains:
 
     def rows(self, index: Tensor) -> Chains:
         """Return those of some of the data."""
-        energy = None if self.energy is None else self.energy[:, :, index]
-        return Chains(
-            self.draws[:, :, index], self.lp[:, :, index], energy, self.accept[:, :, index], self.divergent[:, :, index]
-        )
+        return self._each(lambda values: values[0][:, :, index])
 
     def then(self, more: Chains) -> Chains:
         """Return these draws followed by later ones of the same chains."""
-        energy = None if self.energy is None or more.energy is None else torch.cat([self.energy, more.energy], 1)
-        return Chains(
-            torch.cat([self.draws, more.draws], 1),
-            torch.cat([self.lp, more.lp], 1),
-            energy,
-            torch.cat([self.accept, more.accept], 1),
-            torch.cat([self.divergent, more.divergent], 1),
-        )
+        return self._each(lambda values: torch.cat(values, 1), more)
 
     def after(self, first: int) -> Chains:
         """Return the same without the first draws."""
-        energy = None if self.energy is None else self.energy[:, first:]
-        return Chains(self.draws[:, first:], self.lp[:, first:], energy, self.accept[:, first:], self.divergent[:, first:])
+        return self._each(lambda values: values[0][:, first:])
+
+    def _each(self, change: Callable[[list[Tensor]], Tensor], *others: Chains) -> Chains:
+        columns = [[getattr(chains, f.name) for chains in (self, *others)] for f in fields(self)]
+        changed: list[Any] = [None if any(v is None for v in values) else change(values) for values in columns]
+        return Chains(*changed)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return mean (N, d) and covariance (N, d, d) of all draws."""

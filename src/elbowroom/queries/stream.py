@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
@@ -102,7 +102,7 @@ def stream(
     """
     attributes = provenance(run, rows.dataset)
     identity = {**attributes, **options, "seed": seed, "size": size, "device": device.type, "torch": metadata.version("torch")}
-    key = sha256(json.dumps([question, identity, sha256(rows.index.tobytes())], sort_keys=True, default=repr).encode())[:16]
+    key = key_of([question, identity], rows)
     say, total, found = report or (lambda done, total: None), len(rows.index), []
     folder = None if out is None else out.with_name(f"{out.name}.parts")
     vae = run.vae.to(device)
@@ -116,7 +116,7 @@ def stream(
         for number, place in enumerate(memory.slices(total, size)):
             some = rows.index[place]
             path = None if folder is None else folder / f"{key}-{place.start:09d}.nc"
-            part = _kept(path)
+            part = kept(path)
             if part is None:
                 batch = {name: value.to(device) for name, value in rows.experiment.batch(some).items()}
                 part = _computed(vae, batch, some, seed + SEED_STEP * number, compute, unable).sel(obs_id=some)
@@ -181,8 +181,13 @@ def finish(out: Path) -> None:
     shutil.rmtree(out.with_name(f"{out.name}.parts"), ignore_errors=True)
 
 
-def _kept(path: Path | None) -> xr.Dataset | None:
-    """Return a chunk that is there, whole; a damaged one is computed again."""
+def key_of(facts: Sequence[Any], rows: QueryRows) -> str:
+    """Return what the files of an answer are named by: a hash of all that it depends on, and of which rows it is about."""
+    return sha256(json.dumps([*facts, sha256(rows.index.tobytes())], sort_keys=True, default=repr).encode())[:16]
+
+
+def kept(path: Path | None) -> xr.Dataset | None:
+    """Return an answer that is there, whole; a damaged one is computed again."""
     if path is None or not path.is_file():
         return None
     try:

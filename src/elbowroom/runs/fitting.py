@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from elbowroom.components.slots import build
 from elbowroom.errors import RunFolderError, SpecError
@@ -17,9 +16,6 @@ from elbowroom.spec.experiment import Experiment
 from elbowroom.spec.identity import identity
 from elbowroom.system.files import locked
 from elbowroom.system.stages import into, stage
-
-if TYPE_CHECKING:
-    pass
 
 
 @stage("fit")

@@ -7,7 +7,6 @@ are kept in `RUN/answers/`, under the hash of all that they depend on.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from elbowroom.analysis.measures import gaps
 from elbowroom.analysis.measures.table import GOOD_K
 from elbowroom.analysis.queries.best_posterior import read
 from elbowroom.analysis.queries.novelty import enough, judge, outside
-from elbowroom.errors import DataError, RunFolderError, SpecError, UnsupportedProgram, nearest
+from elbowroom.errors import DataError, SpecError, UnsupportedProgram, nearest
 from elbowroom.inference.target.simulate import simulate
 from elbowroom.models import measure
 from elbowroom.queries import stream as streaming
@@ -269,13 +268,10 @@ def kept(
     """
     facts = {name: value for name, value in provenance(run, rows.dataset).items() if name not in ("experiment", "data")}
     identity = {**facts, **options, "seed": seed, "device": device.type, "torch": metadata.version("torch")}
-    key = sha256(json.dumps([identity, sha256(rows.index.tobytes())], sort_keys=True, default=repr).encode())[:16]
-    path = run.path / run_folder.ANSWERS / f"{question}-{key}.nc" if os.access(run.path, os.W_OK) else None
-    if path is not None and path.is_file():
-        try:
-            return idata.read_table(path)
-        except RunFolderError:  # damaged: computed again
-            pass
+    name = f"{question}-{streaming.key_of([identity], rows)}.nc"
+    path = run.path / run_folder.ANSWERS / name if os.access(run.path, os.W_OK) else None
+    if (there := streaming.kept(path)) is not None:
+        return there
     found = streaming.stream(
         run, rows, compute, question=question, options=options, seed=seed, device=device, out=path, resume=True, report=report
     )
