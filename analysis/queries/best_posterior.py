@@ -27,6 +27,7 @@ from torch import Tensor
 from elbowroom.analysis.audit.plan import choose
 from elbowroom.analysis.measures.evidence import EvidenceTable, evidence_of
 from elbowroom.analysis.measures.missed_modes import missed_mass
+from elbowroom.inference.mcmc.normals import moments
 from elbowroom.inference.posterior import Posterior, Reference, completed, in_chains, resample
 from elbowroom.inference.references.closed_form import ClosedForm
 from elbowroom.inference.references.enumeration import Enumeration
@@ -151,9 +152,7 @@ def _resampled(log_joint: LogJoint, guide: Posterior, keep: int, seed: int) -> P
     kept = in_chains(resample(z, weights.to(z.dtype), keep, generator))
     flat = kept.flatten(0, 1)
     sites = {name: value.unflatten(0, kept.shape[:2]) for name, value in log_joint.constrain(flat).items()}
-    mean = torch.einsum("sn,snd->nd", weights, z.double())
-    centred = z.double() - mean
-    covariance = torch.einsum("sn,sni,snj->nij", weights, centred, centred)
+    mean, covariance = moments(z.double(), weights)
     k, limit = smoothed.pareto_k.cpu(), good_k(len(z))
     good = (k < limit).tolist()
     reason = [
@@ -206,7 +205,4 @@ def _moments(posterior: Posterior) -> tuple[Tensor, Tensor]:
     """Return mean (N, d) and covariance (N, d, d) in unconstrained coordinates: the better-known ones, else of the draws."""
     if posterior.mean is not None and posterior.covariance is not None:
         return posterior.mean, posterior.covariance
-    flat = posterior.draws.flatten(0, 1).double()
-    mean = flat.mean(0)
-    centred = flat - mean
-    return mean, torch.einsum("sni,snj->nij", centred, centred) / max(1, len(flat) - 1)
+    return moments(posterior.draws.flatten(0, 1).double())

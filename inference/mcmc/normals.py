@@ -149,6 +149,15 @@ class StudentT:
         return StudentT(self.loc[index], self.root[index], self.df)
 
 
+def moments(z: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return mean (N, d) and covariance (N, d, d) of draws z (S, N, d); of particles with normalised weights (S, N)."""
+    mean = z.mean(0) if weights is None else torch.einsum("sn,snd->nd", weights, z)
+    centred = z - mean
+    if weights is None:
+        return mean, torch.einsum("snd,sne->nde", centred, centred) / max(1, len(z) - 1)
+    return mean, torch.einsum("sn,snd,sne->nde", weights, centred, centred)
+
+
 Family = Literal["diagonal", "full"]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.inference.mcmc.leapfrog import State, transition
-from elbowroom.inference.mcmc.normals import Normals, safe_cholesky, whiten
+from elbowroom.inference.mcmc.normals import Normals, moments, safe_cholesky, whiten
 from elbowroom.inference.search.tempered import TemperedChains
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
@@ -154,10 +154,8 @@ class Modes:
             hops: whether consecutive draws jump between modes, as replicas do: then single states are compared, not means.
         """
         draws, lp = draws.double(), lp.double()
-        flat = draws.flatten(0, 1)
-        centre = flat.mean(0)
-        centred = flat - centre
-        root = safe_cholesky(torch.einsum("snd,sne->nde", centred, centred) / (len(flat) - 1))
+        centre, covariance = moments(draws.flatten(0, 1))
+        root = safe_cholesky(covariance)
         length, runs = (1, self.end) if hops else (self.length, self.mean)
         segments = draws[:, : draws.shape[1] // length * length].unflatten(1, (-1, length)).mean(2)
         far = whiten(root, segments.flatten(0, 1) - centre).square().sum(-1)

@@ -260,7 +260,7 @@ class DiscretizedLogistic(LocationScale):
         scale: Source = "per_dimension",
         floor: Annotated[float, Gt(0)] = 1e-3,
     ) -> None:
-        super().__init__(event_shape, scale, floor)
+        super().__init__(event_shape, scale=scale, floor=floor)
         self.values = number_of_levels("values", values, levels)
 
     def adapt(self, x: Tensor) -> None:

@@ -28,7 +28,9 @@ class LocationScale(Likelihood):
         floor: smallest s, in units of the data's spread.
     """
 
-    def __init__(self, event_shape: tuple[int, ...], scale: Source, floor: float) -> None:
+    def __init__(
+        self, event_shape: tuple[int, ...], *, scale: Source = "per_dimension", floor: Annotated[float, Gt(0)] = 1e-3
+    ) -> None:
         super().__init__(event_shape)
         self.noise = Positive(self.event_shape, scale, floor)
         self.param_dim = self.width * (1 + self.noise.outputs)
@@ -73,11 +75,6 @@ class Laplace(LocationScale):
         floor: smallest scale, as a fraction of the data's mean absolute deviation.
     """
 
-    def __init__(
-        self, event_shape: tuple[int, ...], *, scale: Source = "per_dimension", floor: Annotated[float, Gt(0)] = 1e-3
-    ) -> None:
-        super().__init__(event_shape, scale, floor)
-
     def adapt(self, x: Tensor) -> None:
         """Take median and mean absolute deviation of each column."""
         middle, unit, off = _about_the_median(x)
@@ -112,7 +109,7 @@ class StudentT(LocationScale):
         df: Annotated[float, Gt(2)] | Literal["learned"] = 4.0,
         floor: Annotated[float, Gt(0)] = 1e-3,
     ) -> None:
-        super().__init__(event_shape, scale, floor)
+        super().__init__(event_shape, scale=scale, floor=floor)
         self.df = df
         if df == "learned":
             self.raw_df = nn.Parameter(torch.zeros(self.event_shape))
@@ -143,11 +140,6 @@ class LogNormal(LocationScale):
     """
 
     inside = 1.0
-
-    def __init__(
-        self, event_shape: tuple[int, ...], *, scale: Source = "per_dimension", floor: Annotated[float, Gt(0)] = 1e-3
-    ) -> None:
-        super().__init__(event_shape, scale, floor)
 
     def adapt(self, x: Tensor) -> None:
         """Take mean and standard deviation of the logarithm of each column."""

@@ -21,7 +21,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from elbowroom.inference.mcmc.normals import Normals, whiten
+from elbowroom.inference.mcmc.normals import Normals, moments, whiten
 from elbowroom.inference.posterior import Evidence, Posterior, Reference, in_chains, resample, sure_bound
 from elbowroom.inference.references.ais.annealing import AnnealedBound, block_size, lower, tune
 from elbowroom.inference.references.ais.paths import Path, PriorPath, RefitPath
@@ -218,9 +218,7 @@ class _Found:
         some = log_w.isfinite().any(0)
         weights = torch.softmax(torch.where(some, log_w, 0.0), 0)
         z = torch.where(weights[..., None] > 0, z, 0.0)
-        mean = torch.einsum("sn,snd->nd", weights, z)
-        centred = z - mean
-        covariance = torch.einsum("sn,snd,sne->nde", weights, centred, centred)
+        mean, covariance = moments(z, weights)
         lost = ~some[:, None]
         self.mean[rows] = mean.masked_fill(lost, torch.nan)
         self.covariance[rows] = covariance.masked_fill(lost[..., None], torch.nan)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elbowroom.inference.mcmc.normals import moments
 from elbowroom.inference.search.modes import floor_nan
 from elbowroom.inference.target.log_joint import LogJoint
 
@@ -75,10 +76,7 @@ class Quadrature:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return the mean (N, d) and covariance (N, d, d)."""
-        w = self.log_weight.exp()
-        mean = torch.einsum("gn,gnd->nd", w, self.z)
-        centred = self.z - mean
-        return mean, torch.einsum("gn,gnd,gne->nde", w, centred, centred)
+        return moments(self.z, self.log_weight.exp())
 
     def nearby(self, box: Box, z: Tensor) -> Tensor:
         """Return the highest log joint on the corners of the cell around each point z (S, N, d), (S, N)."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.inference.mcmc import diagnostics
+from elbowroom.inference.mcmc.normals import moments
 from elbowroom.inference.posterior import Status
 from elbowroom.inference.search.modes import Modes, Unseen
 
@@ -69,10 +70,7 @@ class Chains:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return mean (N, d) and covariance (N, d, d) of all draws."""
-        flat = self.draws.flatten(0, 1).double()
-        mean = flat.mean(0)
-        centred = flat - mean
-        return mean, torch.einsum("snd,sne->nde", centred, centred) / (len(flat) - 1)
+        return moments(self.draws.flatten(0, 1).double())
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from elbowroom.inference.mcmc.normals import moments
 from elbowroom.inference.posterior import Evidence, Posterior, in_chains, sure_bound
 from elbowroom.inference.references.importance.psis import good_k, psis
 from elbowroom.inference.target import discrete
@@ -98,9 +99,7 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         log_weights = log_p - log_q
         smoothed = psis(log_weights)
         value, trusted = evidence(log_weights, smoothed.pareto_k, smoothed.ess_fraction)
-        mean = z.mean(0)
-        centred = z - mean
-        covariance = torch.einsum("snd,sne->nde", centred, centred) / (draws - 1)
+        mean, covariance = moments(z)
         kept = z[:keep]
         flat = log_joint.constrain(kept)
     n = log_joint.n_obs

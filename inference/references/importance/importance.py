@@ -20,7 +20,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from elbowroom.inference.mcmc.normals import Normals, StudentT, whiten
+from elbowroom.inference.mcmc.normals import Normals, StudentT, moments, whiten
 from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status, concatenate, in_chains, resample
 from elbowroom.inference.references.importance.guide import FINITE_K, evidence, split_bounds
 from elbowroom.inference.references.importance.psis import psis
@@ -115,9 +115,7 @@ class _Weighted:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return the weighted mean (N, d) and covariance (N, d, d)."""
-        mean = torch.einsum("sn,snd->nd", self.weights, self.z)
-        centred = self.z - mean
-        return mean, torch.einsum("sn,snd,sne->nde", self.weights, centred, centred)
+        return moments(self.z, self.weights)
 
 
 class ImportanceSampling(Reference):
