@@ -7,7 +7,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from operator import attrgetter
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from elbowroom.inference.target.log_joint import LogJoint
 CHAINS = 4  # independent draws are laid out as this many chains, the layout that ArviZ's summaries expect
 
 Status = Literal["exact", "certified", "uncertified", "amortized"]
+Combine = Callable[[list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,34 +92,40 @@ def in_chains(draws: Tensor) -> Tensor:
     return draws[: CHAINS * length].reshape(CHAINS, length, *draws.shape[1:])
 
 
+def combined(parts: Sequence[Posterior], of_draws: Combine, of_data: Combine) -> Posterior:
+    """Return a posterior by the same method, each of whose tensors is made of the parts'; None where one of them has none.
+
+    Args:
+        parts: posteriors by the same method; status and reason are those of the first.
+        of_draws: makes what is per draw, (chain, draw, N, ...).
+        of_data: makes what is per datum, (N, ...).
+    """
+    first = parts[0]
+
+    def made(combine: Combine, get: Callable[[Any], Tensor | None], of: Sequence[Any]) -> Any:
+        tensors = [t for t in map(get, of) if t is not None]
+        return combine(tensors) if len(tensors) == len(of) else None
+
+    known = [p.evidence for p in parts if p.evidence is not None]
+    columns = {name: made(of_data, attrgetter(name), known) for name in ("value", "error", "upper") if known}
+    return dataclasses.replace(
+        first,
+        draws=of_draws([p.draws for p in parts]),
+        sites={name: of_draws([p.sites[name] for p in parts]) for name in first.sites},
+        mean=made(of_data, attrgetter("mean"), parts),
+        covariance=made(of_data, attrgetter("covariance"), parts),
+        evidence=dataclasses.replace(known[0], **columns) if len(known) == len(parts) else None,
+        stats={name: of_data([p.stats[name] for p in parts]) for name in first.stats},
+        sample_stats={name: of_draws([p.sample_stats[name] for p in parts]) for name in first.sample_stats},
+    )
+
+
 def concatenate(parts: Sequence[Posterior]) -> Posterior:
     """Join posteriors of different data by the same method along the data dimension."""
     if len(parts) == 1:
         return parts[0]
-    first = parts[0]
-
-    def joined(get: Callable[[Posterior], Tensor | None], dim: int = 0) -> Tensor | None:
-        tensors = [t for t in map(get, parts) if t is not None]
-        return torch.cat(tensors, dim) if len(tensors) == len(parts) else None
-
-    evidence = None
-    if all(p.evidence is not None for p in parts) and first.evidence is not None:
-        value = torch.cat([p.evidence.value for p in parts if p.evidence])
-        error = torch.cat([p.evidence.error for p in parts if p.evidence])
-        upper = joined(lambda p: None if p.evidence is None else p.evidence.upper)
-        evidence = Evidence(first.evidence.kind, first.evidence.method, value, error, upper)
-    return Posterior(
-        method=first.method,
-        draws=torch.cat([p.draws for p in parts], 2),
-        sites={name: torch.cat([p.sites[name] for p in parts], 2) for name in first.sites},
-        status=[s for p in parts for s in p.status],
-        reason=[r for p in parts for r in p.reason],
-        mean=joined(lambda p: p.mean),
-        covariance=joined(lambda p: p.covariance),
-        evidence=evidence,
-        stats={name: torch.cat([p.stats[name] for p in parts]) for name in first.stats},
-        sample_stats={name: torch.cat([p.sample_stats[name] for p in parts], 2) for name in first.sample_stats},
-    )
+    whole = combined(parts, lambda tensors: torch.cat(tensors, 2), torch.cat)
+    return dataclasses.replace(whole, status=[s for p in parts for s in p.status], reason=[r for p in parts for r in p.reason])
 
 
 class Reference(ABC):

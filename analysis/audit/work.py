@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from elbowroom.analysis.measures.distances import Comparison, compare
 from elbowroom.analysis.measures.evidence import sandwich
 from elbowroom.analysis.measures.gaps import refitted, unknown
 from elbowroom.analysis.measures.missed_modes import missed_mass
-from elbowroom.inference.posterior import Posterior, completed, concatenate
+from elbowroom.inference.posterior import Posterior, combined, completed, concatenate
 from elbowroom.inference.references.importance.guide import amortized
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.target.log_joint import LogJoint
@@ -177,24 +178,12 @@ def thinned(posterior: Posterior, kept: int, *, moments: bool = True) -> Posteri
     left = min(length, max(1, kept // max(chains, 1)))
     index = torch.linspace(0, length - 1, left, device=posterior.draws.device).round().long()
 
-    def thin(value: Tensor) -> Tensor:
+    def thin(values: list[Tensor]) -> Tensor:
         # a copy always: draws that were cut from more would hold on to all of them
-        return (value.clone() if left == length else value[:, index]).cpu()
+        return (values[0].clone() if left == length else values[0][:, index]).cpu()
 
-    evidence = posterior.evidence
-    if evidence is not None:
-        upper = None if evidence.upper is None else evidence.upper.cpu()
-        evidence = dataclasses.replace(evidence, value=evidence.value.cpu(), error=evidence.error.cpu(), upper=upper)
-    return dataclasses.replace(
-        posterior,
-        draws=thin(posterior.draws),
-        sites={name: thin(value) for name, value in posterior.sites.items()},
-        sample_stats={name: thin(value) for name, value in posterior.sample_stats.items()},
-        stats={name: value.cpu() for name, value in posterior.stats.items()},
-        mean=posterior.mean.cpu() if moments and posterior.mean is not None else None,
-        covariance=posterior.covariance.cpu() if moments and posterior.covariance is not None else None,
-        evidence=evidence,
-    )
+    posterior = posterior if moments else dataclasses.replace(posterior, mean=None, covariance=None)
+    return combined([posterior], thin, lambda values: values[0].cpu())
 
 
 def _blank(name: str, guide: Posterior, like: Posterior | None, reason: str) -> Posterior:
@@ -206,34 +195,15 @@ def _blank(name: str, guide: Posterior, like: Posterior | None, reason: str) -> 
         like: the method's posterior of other data, for its layout.
         reason: why.
     """
-    n, dtype = len(guide.status), guide.draws.dtype
-    model = guide if like is None else like
-    chains, length, _, d = model.draws.shape
+    n = len(guide.status)
+    model = Posterior(name, guide.draws, guide.sites, [], []) if like is None else like
 
-    def nan(*shape: int) -> Tensor:
-        return torch.full(shape, torch.nan, dtype=dtype)
+    def nan(values: list[Tensor], place: int) -> Tensor:
+        shape = values[0].shape
+        return torch.full((*shape[:place], n, *shape[place + 1 :]), torch.nan, dtype=guide.draws.dtype)
 
-    blank = Posterior(
-        method=name,
-        draws=nan(chains, length, n, d),
-        sites={site: nan(chains, length, n, *value.shape[3:]) for site, value in model.sites.items()},
-        status=["uncertified"] * n,
-        reason=[reason] * n,
-    )
-    if like is None:
-        return blank
-    evidence = like.evidence
-    if evidence is not None:
-        upper = None if evidence.upper is None else nan(n)
-        evidence = dataclasses.replace(evidence, value=nan(n), error=nan(n), upper=upper)
-    return dataclasses.replace(
-        blank,
-        mean=None if like.mean is None else nan(n, d),
-        covariance=None if like.covariance is None else nan(n, d, d),
-        evidence=evidence,
-        stats={key: nan(n, *value.shape[1:]) for key, value in like.stats.items()},
-        sample_stats={key: nan(chains, length, n) for key in like.sample_stats},
-    )
+    blank = combined([model], partial(nan, place=2), partial(nan, place=0))
+    return dataclasses.replace(blank, status=["uncertified"] * n, reason=[reason] * n)
 
 
 def _nothing(n: int) -> Comparison:
