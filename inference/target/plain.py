@@ -251,21 +251,6 @@ class PlainLogJoint:
 
     # -- some of the data --------------------------------------------------------------------------------------------------
 
-    def some(self, rows: Tensor) -> tuple[Self, Tensor, Tensor]:
-        """Return the log joint to evaluate where some of the data are wanted, the data it holds, and where `rows` are in it.
-
-        It holds `rows` alone; but all data, in order, where the arguments cannot be taken apart or nothing is left out.
-        """
-        every = torch.arange(self.n_obs, device=self.device)
-        if len(rows) < self.n_obs and self.separable():
-            return self.subset(rows), rows, every[: len(rows)]
-        return self, every, rows
-
-    def blocks(self, size: int) -> list[Tensor]:
-        """Return all data, in order, in blocks of at most `size` rows; in one where the arguments cannot be taken apart."""
-        every = torch.arange(self.n_obs, device=self.device)
-        return list(every.split(size)) if self.n_obs > size and self.separable() else [every]
-
     def subset(self, rows: Tensor) -> Self:
         """Return the same object for some of the data, (len(rows),) indices, in any order; itself for all in order.
 
