@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elbowroom.analysis.measures.evidence_kinds import ENDING, OF_EXACT, OF_GUIDE, OF_REFIT, REFIT, WEIGHTS
 from elbowroom.analysis.measures.table import MISSED, Z95
-from elbowroom.inference.posterior import Posterior, Reference, sure_bound
+from elbowroom.inference.posterior import RISK, Posterior, Reference, sure_bound
 from elbowroom.inference.references.ais.ais import Annealed
 from elbowroom.inference.references.ais.annealing import tune, upper
 from elbowroom.inference.references.ais.paths import PriorPath, RefitPath
@@ -38,11 +39,8 @@ MATTERS = 0.1  # nats that it must exceed it by as well
 LOWER_BOUND = "importance-weighted lower bound"
 REFIT_BOUND = "importance-weighted lower bound from q*"
 AIS_BOUND = "annealed lower bound"
-OF_GUIDE = "the guide's weights can be trusted where it puts mass"  # why there is a value
 TWO_SIDED = ", conditional upper bound"
-CONDITIONAL = (
-    "; the upper bound, by reverse annealing, is conditional on the certified draws that it starts from being good ones"
-)
+CONDITIONAL = "; the upper bound, by {}, is conditional on the certified draws that it starts from being good ones"
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,6 @@ class EvidenceTable:
             a probability of at least 97.5 %.
         method: in words.
         reason: why it is this one, a sentence.
-        is_exact: True where the value is exact up to its numerical error.
     """
 
     value: np.ndarray
@@ -66,16 +63,11 @@ class EvidenceTable:
     upper: np.ndarray
     method: np.ndarray
     reason: np.ndarray
-    is_exact: np.ndarray
 
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A probabilistic lower bound: what it is chosen by, and the value on other draws that it then is."""
-
-    method: str
-    first: np.ndarray
-    fresh: np.ndarray
+    @property
+    def is_exact(self) -> np.ndarray:
+        """(N,) True where the value is exact up to its numerical error."""
+        return np.asarray(self.reason == OF_EXACT)
 
 
 def evidence_of(guide: Posterior, references: Sequence[Posterior]) -> EvidenceTable:
@@ -88,38 +80,38 @@ def evidence_of(guide: Posterior, references: Sequence[Posterior]) -> EvidenceTa
     n = guide.draws.shape[2]
     value, error, lower, upper_ = (np.full(n, np.nan) for _ in range(4))
     method, reason = np.full(n, LOWER_BOUND, dtype=object), np.full(n, "", dtype=object)
-    is_exact, open_ = np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
+    open_ = np.ones(n, dtype=bool)
     for posterior in references:
         if posterior.evidence is None or posterior.evidence.kind != "exact":
             continue
         v, e = _numpy(posterior.evidence.value), _numpy(posterior.evidence.error)
         take = open_ & posterior.trusted.cpu().numpy() & np.isfinite(v)
         value[take], error[take], lower[take], upper_[take] = v[take], e[take], (v - e)[take], (v + e)[take]
-        method[take], reason[take], is_exact[take] = posterior.evidence.method, "exact up to its numerical error", True
+        method[take], reason[take] = posterior.evidence.method, OF_EXACT
         open_ &= ~take
     why_not = np.full(n, "", dtype=object)
     for posterior in [*(p for p in references if p.evidence and p.evidence.kind == "estimate"), guide]:
         if posterior.evidence is None:
             continue
         v, e = _numpy(posterior.evidence.value), _numpy(posterior.evidence.error)
-        own = posterior is guide
         doubt = _doubt(posterior, guide, references)
         why_not = np.where(open_ & (why_not == ""), doubt, why_not)
         take = open_ & (doubt == "") & np.isfinite(v)
         value[take], error[take] = v[take], e[take]
         lower[take], upper_[take] = (v - Z95 * e)[take], (v + Z95 * e)[take]
-        method[take] = f"{posterior.evidence.method} estimate"
-        reason[take] = OF_GUIDE if own else "the weights of q* can be trusted"
+        method[take] = posterior.evidence.method + ENDING
+        ours = OF_REFIT if posterior.evidence.method == REFIT else f"{posterior.method} certifies it"
+        reason[take] = OF_GUIDE if posterior is guide else ours
         open_ &= ~take
     if open_.any():
         best, bound = _lower(guide, references)
-        above = _upper(references, n)
+        above, by = _upper(references, n)
         lower[open_], upper_[open_] = bound[open_], above[open_]
         two_sided = np.isfinite(above)
         method[open_] = np.where(two_sided, best + TWO_SIDED, best)[open_]
         text = np.array([f"no value: {w}" if w else "no value" for w in why_not], dtype=object)
-        reason[open_] = np.where(two_sided, text + CONDITIONAL, text)[open_]
-    return EvidenceTable(value, error, lower, upper_, method.astype(str), reason.astype(str), is_exact)
+        reason[open_] = np.where(two_sided, text + [CONDITIONAL.format(name) for name in by], text)[open_]
+    return EvidenceTable(value, error, lower, upper_, method.astype(str), reason.astype(str))
 
 
 def _numpy(t: Tensor) -> np.ndarray:
@@ -153,7 +145,8 @@ def _doubt(estimate: Posterior, guide: Posterior, references: Sequence[Posterior
             continue
         ahead = _numpy(other.evidence.value) - value
         spread = np.hypot(error, _numpy(other.evidence.error))
-        add((ahead > APART * spread) & (ahead > MATTERS), "the annealed lower bound lies above the estimate: it missed a mode")
+        above = (ahead > APART * spread) & (ahead > MATTERS)
+        add(above, f"the {_name_of_bound(other)} lies above the estimate: it missed a mode")
     return doubt
 
 
@@ -171,37 +164,48 @@ def _contradicted(value: np.ndarray, error: np.ndarray, references: Sequence[Pos
 
 
 def _lower(guide: Posterior, references: Sequence[Posterior]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the label and value of the best lower bound per datum, chosen by draws that it is not computed from."""
-    found = []
-    for posterior in references:
-        if posterior.evidence is None or posterior.evidence.kind == "exact":
+    """Return the label and value of the best lower bound per datum, chosen by draws that it is not computed from.
+
+    A reference's bound without `bound_first` and `bound_sure` has one set of draws: it is its value less log 40, exceeded once
+    in 40, and is chosen by that; beside others the bound then taken fails as often as these together.
+    """
+    n, found = guide.draws.shape[2], []
+    for posterior in (*references, guide):
+        stats, evidence = posterior.stats, posterior.evidence
+        if evidence is None or evidence.kind == "exact" or (evidence.kind == "estimate" and "bound_sure" not in stats):
             continue
-        if posterior.evidence.kind == "bound":
-            first = np.fmax(_numpy(posterior.stats["ais_lower_prior"]), _numpy(posterior.stats["ais_lower_refit"]))
-            found.append(_Candidate(AIS_BOUND, first, _numpy(posterior.stats["bound_sure"])))
+        fresh = _numpy(stats["bound_sure"]) if "bound_sure" in stats else _numpy(evidence.value) + math.log(RISK)
+        if _is_ais(posterior):
+            first = np.fmax(_numpy(stats["ais_lower_prior"]), _numpy(stats["ais_lower_refit"]))
         else:
-            first, fresh = _numpy(posterior.stats["bound_first"]), _numpy(posterior.stats["bound_sure"])
-            found.append(_Candidate(REFIT_BOUND, first, fresh))
-    if guide.evidence is not None:
-        if not found:  # nothing to choose from: all draws count
-            return np.full(guide.draws.shape[2], LOWER_BOUND, dtype=object), _numpy(guide.stats["bound_all"])
-        found.append(_Candidate(LOWER_BOUND, _numpy(guide.stats["bound_first"]), _numpy(guide.stats["bound_sure"])))
+            first = _numpy(stats["bound_first"]) if "bound_first" in stats else fresh
+        found.append((_name_of_bound(posterior), np.where(np.isnan(first) | np.isnan(fresh), -np.inf, first), fresh))
+    if len(found) == 1 and guide.evidence is not None:  # nothing to choose from: all draws count
+        return np.full(n, LOWER_BOUND, dtype=object), _numpy(guide.stats["bound_all"])
     if not found:
-        n = guide.draws.shape[2]
         return np.full(n, LOWER_BOUND, dtype=object), np.full(n, np.nan)
-    first = np.stack([np.where(np.isnan(c.first) | np.isnan(c.fresh), -np.inf, c.first) for c in found])
+    names, first, fresh = (np.stack(part) for part in zip(*found, strict=True))
     best = first.argmax(0)
-    labels = np.array([c.method for c in found], dtype=object)[best]
-    return labels, np.take_along_axis(np.stack([c.fresh for c in found]), best[None], 0)[0]
+    return names.astype(object)[best], np.take_along_axis(fresh, best[None], 0)[0]
 
 
-def _upper(references: Sequence[Posterior], n: int) -> np.ndarray:
-    """Return the first upper bound that a reference gives, per datum, NaN without any."""
-    above = np.full(n, np.nan)
+def _is_ais(posterior: Posterior) -> bool:
+    return "ais_lower_prior" in posterior.stats
+
+
+def _name_of_bound(posterior: Posterior) -> str:
+    by = posterior.evidence.method if posterior.evidence is not None else ""
+    return AIS_BOUND if _is_ais(posterior) else {WEIGHTS: LOWER_BOUND, REFIT: REFIT_BOUND}.get(by, f"lower bound by {by}")
+
+
+def _upper(references: Sequence[Posterior], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first upper bound that a reference gives, per datum, NaN without any, and what it is by."""
+    above, by = np.full(n, np.nan), np.full(n, "", dtype=object)
     for posterior in references:
         if posterior.evidence is not None and posterior.evidence.upper is not None:
+            by[np.isnan(above)] = "reverse annealing" if _is_ais(posterior) else posterior.evidence.method
             above = np.where(np.isnan(above), _numpy(posterior.evidence.upper), above)
-    return above
+    return above, by
 
 
 @stage("upper bounds")

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import xarray as xr
 
+from elbowroom.analysis.measures.evidence_kinds import BOUND, CONTRADICTED, ESTIMATE, EXACT, counts, estimated
 from elbowroom.analysis.measures.table import GOOD_K, MISSED, best_reference, column, trusted
 from elbowroom.analysis.plots.style import count, percent, say
-from elbowroom.analysis.report import key_figures
 from elbowroom.analysis.verdict.remedies import Remedies
 from elbowroom.analysis.verdict.thresholds import known as thresholds_known
 from elbowroom.analysis.verdict.thresholds import median as thresholds_median
 
+WORDS = {EXACT: "exact", ESTIMATE: "estimated", CONTRADICTED: "contradicted"}
+
 
 def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
     """Return what the reader may conclude from this audit, and what not, one sentence each."""
-    n, kind, cures = table.sizes["obs_id"], key_figures.kinds(table), Remedies.of(table)
+    n, kind, cures = table.sizes["obs_id"], counts(table), Remedies.of(table)
     gap, k = column(table, "gap_total"), column(table, "pareto_k")
     known = gap[np.isfinite(gap)]
     reference = best_reference(table)
     sure = trusted(table, reference)
+    how = " or ".join(word for name, word in WORDS.items() if kind[name])
     may, may_not = [], []
-    if known.size:
+    if known.size and (kind[EXACT] or kind[ESTIMATE]):
         median, low, high = (say(value) for value in thresholds_median(known))
         may.append(
-            f"log p(x) is {_how(kind)} for {known.size:,} of {count(n)}; the ELBO lies {median} nats [{low}, {high}] below it "
+            f"log p(x) is {how} for {known.size:,} of {count(n)}; the ELBO lies {median} nats [{low}, {high}] below it "
             "at the median (in brackets, here and below, its 95% interval). That much this guide loses, with this decoder held "
             "as it is."
         )
@@ -56,16 +57,22 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
         "That the decoder is right: every posterior, exact ones too, is that of the trained decoder. A better fit changes "
         "p(z|x) itself, and a small gap can belong to a poor model."
     )
-    if kind["bound"]:
+    if kind[CONTRADICTED]:
         may_not.append(
-            f"Anything about the gap of {count(kind['bound'])} of {n:,} but its bounds: for them only probabilistic bounds on "
+            f"Anything about the gap of {count(kind[CONTRADICTED])}: there log p(x) is contradicted, it lies below the ELBO by "
+            "more than the errors allow."
+        )
+    if kind[BOUND]:
+        may_not.append(
+            f"Anything about the gap of {count(kind[BOUND])} of {n:,} but its bounds: for them only probabilistic bounds on "
             "log p(x) are known, an upper one only where the table has it and conditional on certified draws. They are no "
             "estimates, and enter no mean, median or figure of the gap."
         )
-    if kind["estimate"]:
+    if kind[ESTIMATE]:
+        words, accepted = estimated(table)
         may_not.append(
-            f"Exact values of log p(x) for {count(kind['estimate'])}: theirs is an importance-sampling estimate with the "
-            "standard error given, accepted because its weights are well behaved."
+            f"Exact values of log p(x) for {count(kind[ESTIMATE])}: theirs is an {words} with the standard error given, "
+            f"accepted because {accepted}."
         )
     lost = int((column(table, "missed_mass") > MISSED).sum())
     if lost:
@@ -101,8 +108,3 @@ def _blame(table: xr.Dataset) -> str:
         f"What makes the gap, over {count(int(rows.sum()))}: at the median the encoder misses {said[0]} of what its own family "
         f"could reach (amortization), and the family is {said[1]} short of log p(x) (approximation)."
     )
-
-
-def _how(kind: Mapping[str, int]) -> str:
-    both = "exact or estimated" if kind["estimate"] else "exact"
-    return both if kind["exact"] else "estimated"

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.measures.table import GOOD_K, best_reference, column, trusted
+from elbowroom.analysis.measures.evidence_kinds import BOUND, CONTRADICTED, ESTIMATE, EXACT, counts, kinds, methods
+from elbowroom.analysis.measures.table import GOOD_K, best_reference, column, mean_se, trusted
 from elbowroom.analysis.plots.style import count, percent, say
 
 
@@ -48,14 +49,6 @@ WORST_COLUMNS = (
 )
 
 
-def _mean_se(values: np.ndarray) -> tuple[float, float]:
-    """Return mean and its standard error over the finite values."""
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return math.nan, math.nan
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
-
-
 def _with_error(mean: float, error: float) -> str:
     """Write mean ± error with two digits of the error."""
     if not math.isfinite(mean):
@@ -66,35 +59,16 @@ def _with_error(mean: float, error: float) -> str:
     return f"{mean:.{decimals}f} ± {error:.{decimals}f}".replace("-", "−")
 
 
-def methods(table: xr.Dataset) -> dict[str, int]:
-    """Return how many data owe their evidence to each method, most frequent first."""
-    if "evidence_method" not in table:
-        return {}
-    names, counts = np.unique(table["evidence_method"].values.astype(str), return_counts=True)
-    return {str(names[i]): int(counts[i]) for i in np.argsort(-counts, kind="stable")}
-
-
-def kinds(table: xr.Dataset) -> dict[str, int]:
-    """Return how many data have an exact log p(x), an estimate of it, or only a bound."""
-    out = {"exact": 0, "estimate": 0, "bound": 0}
-    known = np.isfinite(column(table, "log_evidence"))
-    names = table["evidence_method"].values.astype(str) if "evidence_method" in table else np.full(known.size, "")
-    for name, is_known in zip(names, known, strict=True):
-        out["bound" if not is_known else "estimate" if "estimate" in name else "exact"] += 1
-    return out
-
-
 def _evidence_note(table: xr.Dataset) -> str:
-    kind, n = kinds(table), table.sizes["obs_id"]
-    by = " and ".join(name for name in methods(table) if "bound" not in name)
-    parts = []
-    if kind["exact"]:
-        parts.append(f"exact for {kind['exact']:,}")
-    if kind["estimate"]:
-        parts.append(f"estimated for {kind['estimate']:,}")
-    if kind["bound"]:
-        parts.append(f"unknown for {kind['bound']:,}, which are not in this mean")
-    return f"{', '.join(parts)} of {count(n)} (by {by})"
+    words = {
+        EXACT: "exact for {:,}",
+        ESTIMATE: "estimated for {:,}",
+        CONTRADICTED: "contradicted by the ELBO for {:,}",
+        BOUND: "unknown for {:,}, which are not in this mean",
+    }
+    kind, by = counts(table), " and ".join(methods(table, EXACT, ESTIMATE, CONTRADICTED))
+    said = ", ".join(text.format(kind[name]) for name, text in words.items() if kind[name])
+    return f"{said} of {count(table.sizes['obs_id'])} (by {by})"
 
 
 def _bits(mean: float, error: float, entries: int | None) -> str:
@@ -117,16 +91,17 @@ def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> li
     where = ", held out" if held_out else ""
     evidence, gap, k = (column(table, name) for name in ("log_evidence", "gap_total", "pareto_k"))
     figures = []
-    mean, se = _mean_se(evidence)
+    mean, se = mean_se(evidence)
     if math.isfinite(mean):
         note = f"Mean ± SE over data; {_evidence_note(table)}.{_bits(mean, se, entries)}"
-        label = "log p(x)" if kinds(table)["exact"] else "estimate of log p(x)"
+        kind = counts(table)
+        label = "log p(x)" if kind[EXACT] else "estimate of log p(x)" if kind[ESTIMATE] else "contradicted log p(x)"
         figures.append(Figure(f"{label}{where}", _with_error(mean, se), "nats", note))
     else:
-        mean, se = _mean_se(column(table, "log_evidence_lower"))
+        mean, se = mean_se(column(table, "log_evidence_lower"))
         note = f"Mean ± SE of a probabilistic lower bound, over {count(n)}. log p(x) itself is not known for any of them."
         figures.append(Figure(f"lower bound on log p(x){where}", _with_error(mean, se), "nats", note))
-    elbo, elbo_se = _mean_se(column(table, "elbo"))
+    elbo, elbo_se = mean_se(column(table, "elbo"))
     figures.append(
         Figure(f"ELBO{where}", _with_error(elbo, elbo_se), "nats", f"Mean ± SE over {count(n)}.{_bits(elbo, elbo_se, entries)}")
     )
@@ -155,7 +130,7 @@ def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> li
 
 def worst_rows(table: xr.Dataset, size: int = 10) -> list[WorstRow]:
     """Return the data with the largest gaps, then, where gaps are few, those without a known one."""
-    gap = column(table, "gap_total")
+    gap, kind = column(table, "gap_total"), kinds(table)
     order = np.argsort(np.where(np.isfinite(gap), -gap, np.inf), kind="stable")[:size]
     reference = best_reference(table)
     if reference is None and "reference" in table.dims and table.sizes["reference"]:
@@ -165,16 +140,18 @@ def worst_rows(table: xr.Dataset, size: int = 10) -> list[WorstRow]:
     for n in order:
         one = {name: float(column(table, name)[n]) for name in ("elbo", "elbo_se", "log_evidence", "log_evidence_lower")}
         low, high = float(column(table, "gap_total_lower")[n]), float(column(table, "gap_total_upper")[n])
+        room = f"at least {say(low)}" if 0 < low < math.inf else "not known"
         if math.isfinite(gap[n]):
-            evidence, room = say(one["log_evidence"], 4), f"{say(float(gap[n]))} [{say(low)}, {say(high)}]"
+            room = f"{say(float(gap[n]))} [{say(low)}, {say(high)}]"
+        if math.isfinite(one["log_evidence"]):
+            evidence = say(one["log_evidence"], 4) + (" (contradicted)" if kind[n] == CONTRADICTED else "")
         elif math.isfinite(one["log_evidence_lower"]):
             above = float(column(table, "log_evidence_upper")[n])
             evidence = f"≥ {say(one['log_evidence_lower'], 4)} (bound)"
             if math.isfinite(above):
                 evidence = f"{say(one['log_evidence_lower'], 4)} to {say(above, 4)} (bounds)"
-            room = f"at least {say(low)}" if low > 0 else "not known"
         else:
-            evidence, room = "not known", "not known"
+            evidence = "not known"
         cells = [f"{say(one['elbo'], 4)} ± {say(one['elbo_se'], 2)}", evidence, room, _short(column(table, "pareto_k")[n])]
         reason = ""
         if part is None:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import xarray as xr
 
+from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, ERRORS, counts, kinds
 from elbowroom.analysis.measures.table import (
     FEW,
     LARGE_GAP,
@@ -45,7 +46,6 @@ from elbowroom.analysis.verdict.thresholds import (
     EFFECT,
     EFFECTS,
     ENCODER,
-    ERRORS,
     FAMILY,
     GUIDE,
     HALF,
@@ -114,19 +114,14 @@ def per_datum(table: xr.Dataset) -> np.ndarray:
     cause = np.where(np.isnan(shares[0]), GUIDE, np.where(shares[0] >= shares[1], ENCODER, FAMILY))
     verdict = np.where(wide, cause, verdict)
     verdict = np.where(column(table, "missed_mass") > MISSED, MODE_MISSED, verdict)
-    return np.where(~known(table) | _contradicts(table), UNTRUSTED, verdict).astype(str)
+    return np.where(~known(table) | (kinds(table) == CONTRADICTED), UNTRUSTED, verdict).astype(str)
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------------
 
 
-def _contradicts(table: xr.Dataset) -> np.ndarray:
-    error = np.hypot(column(table, "elbo_se"), np.nan_to_num(column(table, "log_evidence_se")))
-    return np.asarray(column(table, "gap_total") < -ERRORS * error - 1e-6)
-
-
 def _untrusted(facts: Facts) -> Judgement | None:
-    share, wrong = float(facts.known.mean()), int(_contradicts(facts.table).sum())
+    share, wrong = float(facts.known.mean()), counts(facts.table)[CONTRADICTED]
     rule = f"less than {HALF:.0%} of the data are exact or certified, or log p(x) lies below the ELBO by {ERRORS:.0f} errors"
     if share >= HALF and not wrong:
         return None

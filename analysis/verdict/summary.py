@@ -5,57 +5,34 @@ Only data whose evidence is a value (exact or a trusted estimate) enter the gap;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.measures.table import FEW, GOOD_K, LARGE_GAP, MISSED, SMALL_GAP, best_reference, column
+from elbowroom.analysis.measures import evidence_kinds
+from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, ESTIMATE, EXACT, counts, has_value
+from elbowroom.analysis.measures.table import (
+    FEW,
+    GOOD_K,
+    LARGE_GAP,
+    MISSED,
+    SMALL_GAP,
+    bad_k,
+    best_reference,
+    certified,
+    column,
+    mean_se,
+    trusted,
+)
 
 MEAN_ERROR = 0.2  # reference standard deviations
 SD_RATIO = 1.25
-GUIDE_ESTIMATE = "importance sampling estimate"
 NAMED = 5  # data that a sentence names
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """The numbers that the sentences rest on."""
-
-    n: int
-    known: int
-    exact: int
-    infinite: int
-    negative: int
-    uncertified: int
-    gap: np.ndarray
-    bad_k: int
-
-    @classmethod
-    def of(cls, table: xr.Dataset) -> Numbers:
-        """Read them off the table."""
-        gap = table["gap_total"].values
-        exact = np.isin(table["evidence_method"].values, ("closed form", "enumeration", "grid"))
-        error = np.hypot(table["elbo_se"].values, np.nan_to_num(table["log_evidence_se"].values))
-        status = table["status"].values
-        return cls(
-            n=gap.size,
-            known=int(np.isfinite(table["log_evidence"].values).sum()),
-            exact=int(exact.sum()),
-            infinite=int(np.isposinf(gap).sum()),
-            negative=int((gap < -5 * error - 1e-6).sum()),
-            uncertified=int((~np.isin(status, ("exact", "certified")).any(1)).sum()) if status.size else 0,
-            gap=gap[np.isfinite(gap)],
-            bad_k=int((~(table["pareto_k"].values <= GOOD_K)).sum()),
-        )
-
-
-def _mean(values: np.ndarray) -> str:
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return "not available"
-    error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
-    return f"{values.mean():.3f} +- {error:.3f}"
+def mean_in_words(values: np.ndarray) -> str:
+    """Write the mean of the finite values and its standard error."""
+    mean, error = mean_se(values)
+    return "not available" if np.isnan(mean) else f"{mean:.3f} +- {error:.3f}"
 
 
 def _quartiles(values: np.ndarray, digits: int = 3) -> str:
@@ -66,31 +43,24 @@ def _quartiles(values: np.ndarray, digits: int = 3) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _methods(table: xr.Dataset) -> str:
-    names, counts = np.unique(table["evidence_method"].values, return_counts=True)
-    return ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
-
-
 def summary(table: xr.Dataset) -> list[tuple[str, str]]:
     """Return (quantity, value) rows: means +- standard error over data, medians (quartiles), counts."""
-    numbers = Numbers.of(table)
-    k = table["pareto_k"].values
+    n, k, gap = table.sizes["obs_id"], table["pareto_k"].values, _finite_gap(table)
     no_k = not (np.isfinite(k) | np.isposinf(k)).any()  # such as weights of few discrete values, which have no tail
     rows = [
-        ("data audited", str(numbers.n)),
-        ("evidence by", _methods(table)),
-        ("mean ELBO [nats]", _mean(table["elbo"].values)),
-        (f"mean log p(x) [nats], {numbers.known} data", _mean(table["log_evidence"].values)),
-        ("gap [nats], median (quartiles)", _quartiles(numbers.gap)),
-        ("gap [nats], largest", f"{numbers.gap.max():.3f}" if numbers.known else "not available"),
-        ("k-hat, median (quartiles)", _quartiles(table["pareto_k"].values, 2)),
-        (f"k-hat > {GOOD_K}", "not available" if no_k else f"{numbers.bad_k} of {numbers.n}"),
+        ("data audited", str(n)),
+        ("evidence by", ", ".join(f"{name} {count}" for name, count in sorted(evidence_kinds.methods(table).items()))),
+        ("mean ELBO [nats]", mean_in_words(table["elbo"].values)),
+        (f"mean log p(x) [nats], {int(has_value(table).sum())} data", mean_in_words(table["log_evidence"].values)),
+        ("gap [nats], median (quartiles)", _quartiles(gap)),
+        ("gap [nats], largest", f"{gap.max():.3f}" if gap.size else "not available"),
+        ("k-hat, median (quartiles)", _quartiles(k, 2)),
+        (f"k-hat > {GOOD_K}", "not available" if no_k else f"{bad_k(table)} of {n}"),
         ("effective sample fraction, median", _quartiles(table["ess_fraction"].values, 2)),
     ]
     for reference in table["reference"].values:
-        part = table.sel(reference=reference)
-        good = part["status"].isin(["exact", "certified"]).values
-        rows.append((f"{reference}: exact or certified", f"{int(good.sum())} of {numbers.n}"))
+        part, good = table.sel(reference=reference), trusted(table, reference)
+        rows.append((f"{reference}: exact or certified", f"{int(good.sum())} of {n}"))
         if not good.any():  # such as annealing, which certifies nothing: its bounds stand in the table
             continue
         if np.isfinite(part["total_variation"].values).any():
@@ -109,8 +79,7 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
 
 def sentences(table: xr.Dataset) -> list[str]:
     """Return two to five plain sentences: how large the gap is, what is wrong with q, what could not be certified."""
-    numbers = Numbers.of(table)
-    lines = (_gap(table, numbers), _missed(table), _shape(table), _trust(table, numbers), _caveat(table, numbers))
+    lines = (_gap(table), _missed(table), _shape(table), _trust(table), _caveat(table))
     return [line for line in lines if line]
 
 
@@ -131,16 +100,23 @@ def _missed(table: xr.Dataset) -> str:
     )
 
 
-def _gap(table: xr.Dataset, numbers: Numbers) -> str:
-    if numbers.negative:
+def _finite_gap(table: xr.Dataset) -> np.ndarray:
+    gap = table["gap_total"].values
+    return np.asarray(gap[np.isfinite(gap)])
+
+
+def _gap(table: xr.Dataset) -> str:
+    n, gap, kind = table.sizes["obs_id"], _finite_gap(table), counts(table)
+    infinite = int(np.isposinf(table["gap_total"].values).sum())
+    if wrong := kind[CONTRADICTED]:
         return (
-            f"The numbers contradict each other: for {numbers.negative} of {numbers.n} data log p(x) lies below the ELBO "
+            f"The numbers contradict each other: for {wrong} of {n} data log p(x) lies below the ELBO "
             "by more than their errors allow, which cannot be; a mode was missed or a density is not "
             "normalised. Trust none of them."
         )
-    if not numbers.gap.size:
-        if numbers.infinite:
-            return f"The ELBO of {numbers.infinite} of {numbers.n} data is minus infinity: q puts mass where p(x, z) is zero."
+    if not gap.size:
+        if infinite:
+            return f"The ELBO of {infinite} of {n} data is minus infinity: q puts mass where p(x, z) is zero."
         why = (
             "no reference gave a value that could be certified"
             if table.sizes["reference"]
@@ -149,25 +125,25 @@ def _gap(table: xr.Dataset, numbers: Numbers) -> str:
         above = int(np.isfinite(column(table, "log_evidence_upper")).sum())
         upper = f", log_evidence_upper a conditional upper bound for {above}" if above else ""
         return (
-            f"The gap of none of the {numbers.n} data is known: {why} and the guide's importance weights cannot be trusted; "
+            f"The gap of none of the {n} data is known: {why} and the guide's importance weights cannot be trusted; "
             f"log_evidence_lower holds a probabilistic lower bound for each{upper}."
         )
-    median, high = np.median(numbers.gap), np.quantile(numbers.gap, 0.95)
+    median, high = np.median(gap), np.quantile(gap, 0.95)
     worst = table["obs_id"].values[int(np.nanargmax(table["gap_total"].values))]
     tail = (
         f"the ELBO of a typical datum lies {median:.3g} nats below log p(x) (95 % of the data: below {high:.3g}; the largest "
-        f"gap, {numbers.gap.max():.3g}, is at datum {worst})."
+        f"gap, {gap.max():.3g}, is at datum {worst})."
     )
-    if numbers.infinite:
-        tail += f" For {numbers.infinite} more the ELBO is minus infinity: q puts mass where p(x, z) is zero."
-    if not numbers.exact:
-        if (table["evidence_method"].values == GUIDE_ESTIMATE).any():
+    if infinite:
+        tail += f" For {infinite} more the ELBO is minus infinity: q puts mass where p(x, z) is zero."
+    if not kind[EXACT]:
+        if evidence_kinds.of_guide(table).any():
             return (
                 f"Where the guide puts mass, {tail} log p(x) is estimated by importance sampling from the guide itself: a mode "
                 "that the guide misses would be missing in it too, and the true gap larger."
             )
-        tail += " log p(x) is estimated by importance sampling from q*, not from the guide."
-    lost = (column(table, "missed_mass") > MISSED).mean() >= FEW or (numbers.gap > LARGE_GAP).mean() >= FEW
+        tail += f" log p(x) is estimated by {' and '.join(evidence_kinds.estimators(table))}, not from the guide."
+    lost = (column(table, "missed_mass") > MISSED).mean() >= FEW or (gap > LARGE_GAP).mean() >= FEW
     near = "not everywhere close to" if lost else "close to"
     size = near if median < SMALL_GAP else "at some distance from" if median < LARGE_GAP else "far from"
     return f"The amortized posterior is {size} the true one: {tail}"
@@ -177,8 +153,7 @@ def _shape(table: xr.Dataset) -> str:
     best = best_reference(table)
     if best is None:
         return ""
-    part = table.sel(reference=best)
-    good = part["status"].isin(["exact", "certified"]).values
+    part, good = table.sel(reference=best), trusted(table, best)
     variation = part["total_variation"].values[good]
     if np.isfinite(variation).all():  # every latent is discrete: there is no width and no centre
         return (
@@ -200,30 +175,34 @@ def _shape(table: xr.Dataset) -> str:
     return f"In its worst latent the typical q(z|x) is {width} and {place}."
 
 
-def _trust(table: xr.Dataset, numbers: Numbers) -> str:
-    if not numbers.bad_k or np.isnan(table["pareto_k"].values).all():
+def _trust(table: xr.Dataset) -> str:
+    bad = bad_k(table)
+    if not bad or np.isnan(table["pareto_k"].values).all():
         return ""
     return (
-        f"For {numbers.bad_k} of {numbers.n} data k-hat exceeds {GOOD_K}: importance sampling from this guide is not "
+        f"For {bad} of {table.sizes['obs_id']} data k-hat exceeds {GOOD_K}: importance sampling from this guide is not "
         "reliable there."
     )
 
 
-def _caveat(table: xr.Dataset, numbers: Numbers) -> str:
-    missing, estimated = numbers.n - numbers.known, numbers.known - numbers.exact
+def _caveat(table: xr.Dataset) -> str:
+    n, kind, missing = table.sizes["obs_id"], counts(table), int((~has_value(table)).sum())
     parts = []
-    if numbers.exact:
-        parts.append(f"log p(x) is exact, up to the numerical error stated, for {numbers.exact} of {numbers.n} data")
-    if estimated:
-        parts.append(f"log p(x) is an importance-sampling estimate for {estimated} of {numbers.n}")
+    if kind[EXACT]:
+        parts.append(f"log p(x) is exact, up to the numerical error stated, for {kind[EXACT]} of {n} data")
+    if kind[ESTIMATE]:
+        parts.append(f"log p(x) is an {evidence_kinds.estimated(table)[0]} for {kind[ESTIMATE]} of {n}")
+    if kind[CONTRADICTED]:
+        parts.append(f"log p(x) is contradicted by the ELBO for {kind[CONTRADICTED]} of {n}")
     if missing:
-        both = int((np.isfinite(column(table, "log_evidence_upper")) & ~np.isfinite(column(table, "log_evidence"))).sum())
-        parts.append(f"only a lower bound is known for {missing - both} of {numbers.n}, which enter no gap above")
+        both = int((np.isfinite(column(table, "log_evidence_upper")) & ~has_value(table)).sum())
+        parts.append(f"only a lower bound is known for {missing - both} of {n}, which enter no gap above")
         if both:
             parts[-1] = (
-                f"only bounds are known for {missing} of {numbers.n}, which enter no gap above (an upper one for {both}, "
+                f"only bounds are known for {missing} of {n}, which enter no gap above (an upper one for {both}, "
                 "conditional on the certified draws that it starts from)"
             )
-    if numbers.uncertified and table.sizes["reference"]:
-        parts.append(f"no reference could be certified for {numbers.uncertified}")
+    uncertified = int((~certified(table)).sum())
+    if uncertified and table.sizes["reference"]:
+        parts.append(f"no reference could be certified for {uncertified}")
     return f"{'; '.join(parts)}. All of this is conditional on the trained decoder."

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.measures.table import TRUSTED, Z95, column
+from elbowroom.analysis.measures.evidence_kinds import has_value
+from elbowroom.analysis.measures.table import Z95, certified, column
 
 HALF = 0.5
 CAUSE = 1 / 3  # share of the gap from which on a part is named as a cause
@@ -33,7 +34,6 @@ MEASURED = {
     "largest": "of the largest value, relative to the model's",
     "nats": "of log densities per datum",
 }
-ERRORS = 5.0  # standard errors by which log p(x) may lie below the ELBO
 EFFECT = "effect: "  # begins the units of an effect, which are its kind
 SOUND = "sound"
 UNTRUSTED = "reference not trustworthy"
@@ -48,10 +48,8 @@ GUIDE = "guide falls short"
 
 def known(table: xr.Dataset) -> np.ndarray:
     """Return which data have a value of log p(x) (exact or a trusted estimate) and a certified posterior, (N,)."""
-    finite = np.isfinite(column(table, "log_evidence")) & ~np.isnan(column(table, "gap_total"))
-    if not table.sizes.get("reference"):
-        return finite
-    return finite & np.isin(table["status"].values.astype(str), TRUSTED).any(1)
+    value = has_value(table) & ~np.isnan(column(table, "gap_total"))
+    return value & certified(table) if table.sizes.get("reference") else value
 
 
 def median(values: np.ndarray) -> tuple[float, float, float]:

@@ -16,6 +16,7 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from elbowroom.analysis.measures.evidence_kinds import has_value
 from elbowroom.errors import DataError, SpecError
 from elbowroom.spec.run_folder import SPEC, SPLIT, WEIGHTS
 
@@ -154,12 +155,10 @@ class VAETransformer(TransformerMixin, BaseEstimator):
         keeps the two apart.
         """
         found = self._corrected(X)
-        value, bound = found["log_evidence"].values, found["elbo"].values
-        unknown = np.isnan(value)
-        if unknown.any():
-            count = int(unknown.sum())
+        known = has_value(found)
+        if count := int((~known).sum()):
             warnings.warn(f"log p(x) is not known at {count} rows: their ELBO, a lower bound, stands there", stacklevel=2)
-        return np.where(unknown, bound, value)
+        return np.where(known, found["log_evidence"].values, found["elbo"].values)
 
     def score(self, X: np.ndarray | pd.DataFrame, y: Any = None) -> float:
         """Return the mean of `score_samples`, nats per row: larger is better."""

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
+from elbowroom.analysis.measures.evidence_kinds import ENDING, ESTIMATE, kind_of
 from elbowroom.analysis.measures.table import GOOD_K
 from elbowroom.analysis.plots.style import ALARM, EXACT, GUIDE, INK, WIDE, Plot, canvas, say, styled
 from elbowroom.analysis.queries.integration import CLOSE, SHARE, WORDS
@@ -59,7 +60,9 @@ def _levels(axes: Axes, found: xr.Dataset) -> None:
     """Draw log p(x), or the bounds on it, and keep what is shown near them."""
     line, low, high = (float(found[f"log_evidence{end}"]) for end in ("", "_lower", "_upper"))
     if math.isfinite(line):
-        by, kind = found.attrs["evidence_method"].removesuffix(" estimate"), "exact" if found.attrs["exact"] else "estimate"
+        method = found.attrs["evidence_method"]
+        kind = str(kind_of(line, method, found.attrs.get("evidence_reason", "")))
+        by = method.removesuffix(ENDING) if kind == ESTIMATE else method
         drawn = {f"log p(x) = {say(line, 4)} nats ({by}, {kind})": line}
     else:
         drawn = {f"{end} bound on log p(x)": value for end, value in (("lower", low), ("upper", high)) if math.isfinite(value)}

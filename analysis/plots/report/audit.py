@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from scipy.stats import spearmanr
 
+from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, ESTIMATE, counts, estimated
 from elbowroom.analysis.measures.table import GOOD_K, LARGE_GAP, SMALL_GAP, Z95, best_reference, column, in_words, trusted
 from elbowroom.analysis.plots.style import (
     ALARM,
@@ -131,9 +132,12 @@ def _gap_caption(table: xr.Dataset, gap: np.ndarray, n: int, bits_per: int | Non
         text += f" {count(negative)} {verb} a negative gap, {beyond}: the ELBO is itself estimated."
     if gap.size < n:
         text += f" {count(n - gap.size)} of {n} have no known log p(x); they are not in this figure."
-    estimated = int((np.char.find(table["evidence_method"].values.astype(str), "estimate") >= 0).sum())
-    if estimated:
-        text += f" For {count(estimated)} log p(x) is itself an importance-sampling estimate."
+    kind = counts(table)
+    if kind[CONTRADICTED]:
+        wrong = count(kind[CONTRADICTED])
+        text += f" For {wrong} log p(x) is contradicted: it lies below the ELBO by more than the errors allow."
+    if kind[ESTIMATE]:
+        text += f" For {count(kind[ESTIMATE])} log p(x) is itself an {estimated(table)[0]}."
     return text + (" The axis is linear near 0 and logarithmic beyond the median." if stretched else "")
 
 

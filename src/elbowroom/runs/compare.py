@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.measures.table import GOOD_K, column
+from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, has_value, kinds
+from elbowroom.analysis.measures.table import GOOD_K, bad_k, column, mean_se
 from elbowroom.analysis.verdict.thresholds import known, median
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.models import measure
@@ -228,7 +229,7 @@ def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence
     ordered = [table.sel(obs_id=labels) for table in tables]
     each = {name: np.stack([column(table, name) for table in ordered]) for name in PER_DATUM}
     evidence = each["log_evidence"]
-    value = np.isfinite(evidence)
+    value = np.stack([has_value(table) for table in ordered])
     common = value.all(0)
     per_run: dict[str, list[float]] = {name: [] for name in PER_RUN}
     means = [float(row[common].mean()) if common.any() else math.nan for row in evidence]
@@ -241,13 +242,13 @@ def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence
         here = evidence[i][common]
         both = value[i] & value[best] if best is not None else np.zeros(len(labels), dtype=bool)
         d = evidence[i][both] - evidence[best][both] if best is not None else np.empty(0)
-        mean, error = _mean(d) if i != best else (0.0, 0.0)
+        mean, error = mean_se(d) if i != best else (0.0, 0.0)
         low, high = each["log_evidence_lower"], each["log_evidence_upper"]
         found = {
             "known": value[i].sum(),
             "certified": certain.sum(),
             "mean": here.mean() if here.size else math.nan,
-            "se": _mean(here)[1],
+            "se": mean_se(here)[1],
             "difference": mean,
             "difference_se": error,
             "largest": np.abs(d).max() if d.size else math.nan,
@@ -259,7 +260,7 @@ def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence
             "gap": gap[0],
             "gap_lower": gap[1],
             "gap_upper": gap[2],
-            "bad_k": (~(each["pareto_k"][i] <= GOOD_K)).sum(),
+            "bad_k": bad_k(table),
         }
         for name, number in found.items():
             per_run[name].append(float(number))
@@ -268,6 +269,11 @@ def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence
         left = int((~common).sum())
         said.append(
             f"log p(x) of {left} of {len(labels)} data is only a bound in some run: they enter no mean and no difference."
+        )
+    if wrong := int(np.any([kinds(table) == CONTRADICTED for table in ordered], axis=0).sum()):
+        said.append(
+            f"log p(x) of {wrong} of {len(labels)} data is contradicted in some run: it lies below the ELBO by more than the "
+            "errors allow, and no difference that rests on it can be relied on."
         )
     table = xr.Dataset(
         {
@@ -292,12 +298,6 @@ def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence
 def _with_error(mean: float, error: float, sign: str = "+") -> str:
     """Write mean +- standard error; of a single datum there is none."""
     return f"{mean:{sign}.3f} +- {error:.3f}" if math.isfinite(error) else f"{mean:{sign}.3f} (one datum, no error)"
-
-
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    if not values.size:
-        return math.nan, math.nan
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
 
 
 def _table(run: FittedModel) -> xr.Dataset:

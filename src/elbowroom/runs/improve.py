@@ -22,7 +22,8 @@ import numpy as np
 import torch
 import xarray as xr
 
-from elbowroom.analysis.measures.table import GOOD_K, column
+from elbowroom.analysis.measures.table import GOOD_K, bad_k, column, mean_se
+from elbowroom.analysis.verdict.summary import mean_in_words
 from elbowroom.analysis.verdict.thresholds import known, median
 from elbowroom.errors import RunFolderError
 from elbowroom.inference.fit.warm_start import GUIDE
@@ -137,8 +138,7 @@ class Improvement:
     def difference(self) -> tuple[float, float, int]:
         """Return the mean of log p(x) after - before over data where both are known, its standard error, and their number."""
         d = self._paired("log_evidence")
-        error = float(d.std(ddof=1) / math.sqrt(d.size)) if d.size > 1 else math.nan
-        return (float(d.mean()) if d.size else math.nan), error, int(d.size)
+        return *mean_se(d), int(d.size)
 
     def removed(self) -> float:
         """Return the share of the median gap that is gone, over data whose gap is known in both."""
@@ -153,8 +153,8 @@ class Improvement:
         ]
         for name in ("amortization", "covariance", "shape"):
             rows.append((f"  {name}, median", *(_median(part) for part in self._both(f"gap_{name}"))))
-        rows.append(("mean ELBO [nats]", *(_mean(part) for part in self._both("elbo"))))
-        rows.append(("mean log p(x) [nats], held out", *(_mean(part) for part in self._both("log_evidence"))))
+        rows.append(("mean ELBO [nats]", *(mean_in_words(part) for part in self._both("elbo"))))
+        rows.append(("mean log p(x) [nats], held out", *(mean_in_words(part) for part in self._both("log_evidence"))))
         mean, error, n = self.difference()
         rows.append((f"  paired difference, {n} data", "", f"{mean:+.3f} +- {error:.3f}" if n else "not available"))
         rows.append(("exact or certified", *(f"{int(known(t).sum())} of {t.sizes['obs_id']}" for t in tables)))
@@ -199,8 +199,8 @@ class Improvement:
 
     def _bad_k(self) -> tuple[int, int]:
         """Return how many of the shared data have a k-hat that is too large or not known, before and after."""
-        before, after = (int((~(column(table, "pareto_k") <= GOOD_K)).sum()) for table in self._shared())
-        return before, after
+        before, after = self._shared()
+        return bad_k(before), bad_k(after)
 
     def _data(self) -> str:
         """Say which data are compared, where the two audits are not of the same."""
@@ -233,12 +233,10 @@ class Improvement:
         if not self.same_model:
             return "The model is NOT the same in the two runs: compare them as after retraining."
         both = _common(self.before, self.after)
-        d, error = self._paired("log_evidence"), np.zeros(0)
+        d = self._paired("log_evidence")
         if not d.size:
             return "The model is the same, bit for bit; log p(x) is known for none of the data in both audits."
-        a, b = (table.sel(obs_id=both) for table in (self.before, self.after))
-        there = np.isfinite(column(a, "log_evidence")) & np.isfinite(column(b, "log_evidence"))
-        error = np.hypot(*(np.nan_to_num(column(t, "log_evidence_se"))[there] for t in (a, b)))
+        error = np.hypot(*(np.nan_to_num(column(t.sel(obs_id=both), "log_evidence_se")) for t in (self.before, self.after)))
         wrong = int((np.abs(d) > ERRORS * error + ROUNDING).sum())
         largest = float(np.abs(d).max())
         if wrong:
@@ -288,13 +286,6 @@ def _interval(values: np.ndarray) -> str:
 
 def _median(values: np.ndarray) -> str:
     return f"{np.median(values):.3f}" if values.size else "not available"
-
-
-def _mean(values: np.ndarray) -> str:
-    if not values.size:
-        return "not available"
-    error = values.std(ddof=1) / math.sqrt(values.size) if values.size > 1 else math.nan
-    return f"{values.mean():.3f} +- {error:.3f}"
 
 
 def _number(value: float) -> float | None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.measures.evidence import OF_GUIDE
+from elbowroom.analysis.measures.evidence_kinds import BOUND, NONE, of_guide
+from elbowroom.analysis.measures.evidence_kinds import counts as of_kind
 from elbowroom.analysis.queries.novelty import ALONE, INSIDE, LIMITED, enough, outside
 
 
@@ -28,17 +29,16 @@ def flagged(of_rule: Mapping[str, int]) -> int:
 def conclude(dataset: xr.Dataset) -> list[str]:
     """Say what the scores are, what each rule flags, what that means, and what no score can promise."""
     m, n = dataset.sizes["obs_id"], int(dataset.attrs["calibration_rows"])
-    kinds = Counter(dataset["evidence_method"].values.astype(str).tolist())
-    said = [f"{m:,} rows; evidence: " + ", ".join(f"{kind} at {number:,}" for kind, number in kinds.most_common()) + "."]
-    unable = dataset["evidence_method"].values.astype(str) == "none"
-    if unable.any():
-        said.append(f"At {int(unable.sum()):,} rows the model cannot be evaluated (evidence_reason says why): look at them.")
-    if lost := int((np.isnan(dataset["log_evidence"].values) & ~unable).sum()):
+    methods, kind = Counter(dataset["evidence_method"].values.astype(str).tolist()), of_kind(dataset)
+    said = [f"{m:,} rows; evidence: " + ", ".join(f"{name} at {number:,}" for name, number in methods.most_common()) + "."]
+    if unable := kind[NONE]:
+        said.append(f"At {unable:,} rows the model cannot be evaluated (evidence_reason says why): look at them.")
+    if lost := kind[BOUND]:
         said.append(
             f"{lost:,} rows have bounds alone: these are no log p(x), and decide only where both ends agree. The p-values of "
             "the ELBO (p_score) are valid there too."
         )
-    if own := int((dataset["evidence_reason"].values.astype(str) == OF_GUIDE).sum()):
+    if own := int(of_guide(dataset).sum()):
         said.append(
             f"At {own:,} rows log p(x) is estimated by the encoder's own draws alone: a mode of p(z|x) that the encoder misses "
             "is not in it, nor in its error."

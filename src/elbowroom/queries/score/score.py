@@ -21,6 +21,7 @@ from torch import Tensor
 
 from elbowroom.analysis import idata
 from elbowroom.analysis.measures import gaps
+from elbowroom.analysis.measures.evidence_kinds import NONE
 from elbowroom.analysis.measures.table import GOOD_K
 from elbowroom.analysis.queries.best_posterior import read
 from elbowroom.analysis.queries.novelty import enough, judge, outside
@@ -178,7 +179,7 @@ def unable(vae: VAE, *, refit: bool) -> Callable[[Batch, str], xr.Dataset]:
     def answer(batch: Batch, reason: str) -> xr.Dataset:
         columns: dict[str, np.ndarray] = {name: np.array([np.nan]) for name in WORDS if name not in left_out}
         columns |= {"log_evidence_lower": np.array([-np.inf]), **_holes(batch["x"])}
-        columns |= {"evidence_method": np.array(["none"], dtype=object), "evidence_reason": np.array([reason], dtype=object)}
+        columns |= {"evidence_method": np.array([NONE], dtype=object), "evidence_reason": np.array([reason], dtype=object)}
         return xr.Dataset({name: ("obs_id", value) for name, value in columns.items()})
 
     return answer
