@@ -109,9 +109,10 @@ class Audit:
         return summary(self.table)
 
     def save(self, folder: str | Path) -> None:
-        """Write posteriors/<method>.nc, diagnosis.nc, audit.csv and, last, audit.nc into a folder, each completely or not at all.
+        """Write posteriors/<method>.nc, diagnosis.nc, audit.csv and, last, audit.nc into a folder.
 
-        An existing audit.nc is removed first: where there is an audit.nc, all files beside it belong to it.
+        Each file is written completely or not at all. An existing audit.nc is removed first: all files beside an audit.nc
+        belong to it.
         """
         folder = Path(folder)
         (folder / "audit.nc").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Reading an audit's table: columns that may be missing, the reference to rely on, and the data it can be relied on for."""
+"""Access to an audit's table: columns that may be missing, the best reference, and the data that it can be trusted for."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SMALL_GAP, LARGE_GAP = 0.1, 1.0  # nats; exp(-0.1) = 0.90 of the evidence is in 
 Z95 = 1.959963984540054  # half width of a 95 % interval, in standard errors of a normal
 FEW = 0.05  # share of the data
 LEVEL = 0.005  # familywise, of the checks of the model
-MISSED = 0.05  # posterior mass from which on a mode that the guide misses is named
+MISSED = 0.05  # posterior mass above which a missed mode is reported
 TRUSTED = ("exact", "certified")
 
 
 def column(table: xr.Dataset, name: str) -> np.ndarray:
-    """Return a per-datum variable of the audit, (N,), NaN where the audit has none."""
+    """Return a per-datum variable of the audit, (N,), NaN where the audit lacks it."""
     return table[name].values.astype(float) if name in table else np.full(table.sizes["obs_id"], np.nan)
 
 
 def mean_se(values: np.ndarray) -> tuple[float, float]:
-    """Return the mean of the finite values and its standard error; NaN of none, and the error of one."""
+    """Return the mean of the finite values and its standard error; NaN where undefined."""
     values = values[np.isfinite(values)]
     if not values.size:
         return math.nan, math.nan
@@ -30,12 +30,12 @@ def mean_se(values: np.ndarray) -> tuple[float, float]:
 
 
 def bad_k(table: xr.Dataset) -> int:
-    """Return at how many data k-hat is too large, or not known."""
+    """Return the number of data whose k-hat is too large or unknown."""
     return int((~(column(table, "pareto_k") <= GOOD_K)).sum())
 
 
 def best_reference(table: xr.Dataset) -> str | None:
-    """Return the reference that is exact or certified for the most data, the first of equals; None without any."""
+    """Return the reference that is exact or certified for the most data (the first of equals), or None."""
     if "reference" not in table.dims or not table.sizes["reference"] or "status" not in table:
         return None
     trusted = np.isin(table["status"].values.astype(str), TRUSTED).sum(0)
@@ -43,7 +43,7 @@ def best_reference(table: xr.Dataset) -> str | None:
 
 
 def certified(table: xr.Dataset) -> np.ndarray:
-    """Return which data have a reference that is exact or certified for them, (N,)."""
+    """Return which data have an exact or certified reference, (N,)."""
     return np.asarray(np.isin(table["status"].values.astype(str), TRUSTED).any(1))
 
 
