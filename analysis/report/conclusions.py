@@ -1,4 +1,4 @@
-"""What the reader of a report may conclude from an audit, and what not: one sentence each."""
+"""The conclusions that an audit supports, and those that it does not, one sentence each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = {EXACT: "exact", ESTIMATE: "estimated", CONTRADICTED: "contradicted"}
 
 
 def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
-    """Return what the reader may conclude from this audit, and what not, one sentence each."""
+    """Return the supported conclusions, and the unsupported ones."""
     n, kind, cures = table.sizes["obs_id"], counts(table), Remedies.of(table)
     gap, k = column(table, "gap_total"), column(table, "pareto_k")
     known = gap[np.isfinite(gap)]
@@ -97,7 +97,7 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
 
 
 def _blame(table: xr.Dataset) -> str:
-    """Say how much of the gap is the encoder's and how much the family's; empty where they are not told apart."""
+    """Return the shares of encoder and family in the gap, in words; empty where they are not separated."""
     encoder, family = column(table, "gap_amortization"), column(table, "gap_approximation")
     rows = thresholds_known(table) & np.isfinite(encoder) & np.isfinite(family)
     if not rows.any():

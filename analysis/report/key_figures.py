@@ -1,7 +1,7 @@
-"""From the tables of a run folder to what a report says in words and numbers.
+"""The key figures and texts of a report, from the tables of a run folder.
 
-Only values of log p(x) (exact, or an estimate that can be trusted) enter a mean or a gap; bounds are called bounds, and the
-data that have nothing else are counted and named. All log densities are in nats per datum.
+Only values of log p(x) (exact, or a trusted estimate) enter a mean or a gap; data with bounds alone are counted and listed. All
+log densities are in nats per datum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from elbowroom.analysis.plots.style import count, percent, say
 
 @dataclass(frozen=True)
 class Figure:
-    """A key figure: a number, what it is, and what it rests on."""
+    """A key figure: a number, its name, and its evidence."""
 
     label: str
     value: str
@@ -50,7 +50,7 @@ WORST_COLUMNS = (
 
 
 def _with_error(mean: float, error: float) -> str:
-    """Write mean ± error with two digits of the error."""
+    """Format mean ± error with two digits of the error."""
     if not math.isfinite(mean):
         return "–"
     if not math.isfinite(error) or error <= 0:
@@ -72,7 +72,7 @@ def _evidence_note(table: xr.Dataset) -> str:
 
 
 def _bits(mean: float, error: float, entries: int | None) -> str:
-    """Write mean and standard error as a code length: -log p(x) / (D log 2)."""
+    """Format mean and standard error as a code length: -log p(x) / (D log 2)."""
     if not entries or not math.isfinite(mean):
         return ""
     unit = entries * math.log(2)
@@ -80,11 +80,11 @@ def _bits(mean: float, error: float, entries: int | None) -> str:
 
 
 def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> list[Figure]:
-    """Return the four to six numbers that stand at the top.
+    """Return the four to six key figures of the report.
 
     Args:
         table: the audit.
-        entries: entries of one datum, where the data are discrete (then bits per dimension are said too).
+        entries: entries of one datum, where the data are discrete (bits per dimension are then included).
         held_out: whether the audited data took no part in the fit.
     """
     n = table.sizes["obs_id"]
@@ -129,7 +129,7 @@ def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> li
 
 
 def worst_rows(table: xr.Dataset, size: int = 10) -> list[WorstRow]:
-    """Return the data with the largest gaps, then, where gaps are few, those without a known one."""
+    """Return the data with the largest gaps, then, if these are few, those with an unknown gap."""
     gap, kind = column(table, "gap_total"), kinds(table)
     order = np.argsort(np.where(np.isfinite(gap), -gap, np.inf), kind="stable")[:size]
     reference = best_reference(table)
@@ -171,12 +171,12 @@ def _short(value: Any) -> str:
 def declared(
     spec: Mapping[str, Any] | None, split: Mapping[str, int] | None, table: xr.Dataset
 ) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return what the run was told, as titled lists of (path, value).
+    """Return the settings of the run, as titled lists of (path, value).
 
     Args:
         spec: the resolved spec; None where the run folder has none.
         split: sizes of the parts of the data.
-        table: the audit, whose attributes name the seed and the rest.
+        table: the audit, whose attributes hold the seed and other settings.
     """
     blocks: list[tuple[str, list[tuple[str, str]]]] = []
     spec = dict(spec or {})
@@ -202,7 +202,7 @@ def declared(
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested mappings as (dotted path, text); a component's `name` stands for the component."""
+    """Return nested mappings as (dotted path, text); a component is shown by its `name`."""
     rows: list[tuple[str, str]] = []
     for key, value in tree.items():
         path = f"{prefix}{key}"
