@@ -1,4 +1,4 @@
-"""Figures of imputed data: images with holes beside what the model puts there, and how often intervals hold hidden values."""
+"""Figures of imputed data: images with missing entries and their imputations, and the coverage of intervals."""
 
 from __future__ import annotations
 
@@ -29,19 +29,16 @@ from elbowroom.analysis.queries.imputation import share
 from elbowroom.models.columns import image_shape
 
 ROWS = 6
-FEWEST = 20  # cells that a share is drawn of
+FEWEST = 20  # smallest number of cells for which a share is drawn
 LEVELS = np.linspace(0.02, 0.98, 49)
 UNSEEN = "#f3e3d3"
 
 
 @styled
 def images(answer: xr.Dataset, x: np.ndarray, shape: Sequence[int]) -> Plot | Absent:
-    """Draw some images: as they were, what was seen, the mean, two draws, and the width of the interval.
+    """Draw some images: the original, the observed part, the mean, two draws, and the width of the interval.
 
-    Args:
-        answer: of `impute`.
-        x: (n, *shape), NaN where missing; hidden cells as they were.
-        shape: of one datum.
+    `answer` is of `impute`; x (n, *shape) is NaN where missing, and hidden cells have their true values.
     """
     name, size = "imputation", image_shape(shape)
     if size is None:
@@ -89,14 +86,14 @@ def images(answer: xr.Dataset, x: np.ndarray, shape: Sequence[int]) -> Plot | Ab
 
 
 def _binary(answer: xr.Dataset) -> bool:
-    """Say whether entries are 0 or 1: intervals of these say nothing that their probability does not."""
+    """Return whether entries are 0 or 1: their intervals add nothing to the probability."""
     there = ~np.isnan(answer["point"].values)
     high = answer["high"].values[there]
     return bool(np.isfinite(answer["likeliest"].values[there]).all() and np.isfinite(high).all() and high.max() <= 1)
 
 
 def _tiles(axes: Axes, shown: dict[str, np.ndarray], missing: np.ndarray, limits: tuple[float, float]) -> None:
-    """Draw images in columns, and tint what was not seen."""
+    """Draw images in columns, and tint the missing entries."""
     show_tiles(axes, np.stack(list(shown.values()), 1), limits)
     axes.xaxis.tick_top()
     axes.set_yticks([])
@@ -105,7 +102,7 @@ def _tiles(axes: Axes, shown: dict[str, np.ndarray], missing: np.ndarray, limits
 
 
 def _overlay(axes: Axes, images: np.ma.MaskedArray, column: int, colours: str | ListedColormap) -> AxesImage:
-    """Draw images (rows, height, width) over a column of tiles, on one scale of colours."""
+    """Draw images (rows, height, width) over a column of tiles, on one colour scale."""
     height, width = images.shape[1:]
     limits = (0.0, float(images.max() or 1.0))
     inset = 0.03
@@ -119,8 +116,7 @@ def _overlay(axes: Axes, images: np.ma.MaskedArray, column: int, colours: str | 
 def coverage(answer: xr.Dataset) -> Plot | Absent:
     """Draw the share of hidden values within central intervals of every level, by the posterior and by the guide.
 
-    Args:
-        answer: of `impute` with cells that were hidden.
+    `answer` is an answer of `impute` with hidden cells.
     """
     name = "coverage"
     if "truth" not in answer:
@@ -154,7 +150,7 @@ def coverage(answer: xr.Dataset) -> Plot | Absent:
 
 
 def _reliability(answer: xr.Dataset) -> Plot | Absent:
-    """Draw the share of hidden cells that are 1 against the probability that was stated for it."""
+    """Draw the share of hidden cells that are 1 against the predicted probability."""
     figure = canvas(HALF, 4.2, "Are the probabilities of hidden cells right?")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=":", label="probabilities that are right")
@@ -189,7 +185,7 @@ def _inside(ranks: np.ndarray, level: float) -> np.ndarray:
 
 
 def _held(answer: xr.Dataset) -> str:
-    """Say how many of the hidden cells lie within the interval, by ranks, which are exact for whole numbers too."""
+    """Report how many hidden cells lie within the interval, by ranks, which are also exact for integers."""
     level, words = float(answer.attrs["level"]), []
     for way, label in (("", "the best posterior"), ("_guide", "the encoder's own draws")):
         ranks = answer["rank" + way].values.reshape(answer.sizes["obs_id"], -1)

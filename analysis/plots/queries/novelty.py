@@ -1,4 +1,4 @@
-"""The figure of a screening: log p(x) of the scored rows among the calibration rows, and the p-values that flag some."""
+"""The figure of novelty scores: log p(x) of the scored rows among the calibration rows, and the p-values that flag rows."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from elbowroom.analysis.plots.style import (
 from elbowroom.analysis.queries.novelty import ABOVE, BELOW, LIMITED, outside
 
 BINS = 40
-FAR = 1.5  # ranges of the calibration rows, beyond which rows are drawn at the border
+FAR = 1.5  # in ranges of the calibration rows: rows beyond are drawn at the border
 NAME = "screening"
 
 
 @styled
 def screening(answer: xr.Dataset) -> Plot | Absent:
-    """Draw where the scored rows lie among the calibration rows, and their sorted p-values against the line that flags.
+    """Draw the scored rows among the calibration rows, and their sorted p-values with the threshold line.
 
     Args:
-        answer: log_evidence, decision, p_conformal of the rows; calibration_log_evidence, perhaps simulated_log_evidence;
+        answer: log_evidence, decision, p_conformal of the rows; calibration_log_evidence, optionally simulated_log_evidence;
             attributes band, fdr, calibration_mixed.
     """
     rows, valid = _finite(answer["log_evidence"].values), _finite(answer["calibration_log_evidence"].values)

@@ -1,4 +1,4 @@
-"""Figures of generated data: draws of each source beside held-out data, interpolations, reconstructions with intervals."""
+"""Figures of generated data: draws of each source with held-out data, interpolations, reconstructions with intervals."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ Texts = Mapping[str, Sequence[str]]
 def samples(
     found: xr.Dataset, shown: Sets | None, columns: Sequence[str], texts: Texts, *, caption: str, sequence: bool = False
 ) -> Plot | Absent:
-    """Draw held-out data beside draws of each source; without a test the draws and their E[x|z].
+    """Draw held-out data and draws of each source; without a test the draws and their E[x|z].
 
     Args:
         found: x and mean (sample, *event); auc (source) where there was a test.
         shown: `data`, `prior`, `aggregate` -> x (n, *event); None without a test.
         columns: names of a table's columns.
-        texts: column -> the texts behind its codes.
-        caption: what the test shows.
-        sequence: the data are sequences, no images.
+        texts: column -> the texts of its codes.
+        caption: the conclusion of the test.
+        sequence: whether the data are sequences, not images.
     """
     name, event = "samples", found["x"].shape[1:]
     sets = {WORDS[key]: shown[key] for key in COLOURS if key in shown} if shown is not None else {}
@@ -146,15 +146,9 @@ def _bars(axes: Axes, values: Sets, shades: Mapping[str, str], texts: Sequence[s
 def interpolation(
     found: xr.Dataset, ends: np.ndarray, columns: Sequence[str], texts: Texts, *, caption: str, sequence: bool = False
 ) -> Plot | Absent:
-    """Draw E[x|z] and one draw of x along the line between two rows, with these at the ends.
+    """Draw E[x|z] and one draw of x along the line between two rows, the `ends` (2, *event), which are drawn at its ends.
 
-    Args:
-        found: t, x and mean over sample.
-        ends: the two rows, (2, *event).
-        columns: names of a table's columns.
-        texts: column -> the texts behind its codes.
-        caption: how far it leads.
-        sequence: the data are sequences, no images.
+    `found` holds t, x and mean over sample. The other arguments are as in `samples`.
     """
     event, t = found["x"].shape[1:], found["t"].values
     title = "From one row to another"
@@ -199,13 +193,9 @@ def interpolation(
 
 @styled
 def reconstructions(found: xr.Dataset, shape: Sequence[int], names: Sequence[str], *, sequence: bool = False) -> Plot | Absent:
-    """Draw rows beside their reconstructions: images as tiles, columns of numbers against their means with intervals.
+    """Draw rows with their reconstructions: images as tiles, columns of numbers against their means with intervals.
 
-    Args:
-        found: truth, mean, low, high, sd, samples over obs_id.
-        shape: of one datum.
-        names: of the columns.
-        sequence: the data are sequences, no images.
+    `found` holds truth, mean, low, high, sd, samples over obs_id; `shape` is of one datum; `names` are of the columns.
     """
     name, level = "reconstructions", float(found.attrs["level"])
     image = None if sequence else image_shape(shape)

@@ -1,6 +1,6 @@
 """Figures of the audit's table: the distribution of the gap, trust in importance weights, guide against reference.
 
-Data whose reference is neither exact nor certified are counted and named, and enter no average.
+Data whose reference is neither exact nor certified are counted in the captions, and left out of averages.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ from elbowroom.analysis.plots.style import (
 def gaps(table: xr.Dataset, bits_per: int | None = None) -> Plot | Absent:
     """Draw the distribution of the gap over data.
 
-    Args:
-        table: the audit.
-        bits_per: number of entries of one datum, where nats may be turned into bits per entry (discrete data).
+    `bits_per` is the number of entries of one datum, to convert nats to bits per entry (discrete data).
     """
     everything = column(table, "gap_total")
     gap = np.sort(everything[np.isfinite(everything)])
@@ -198,7 +196,7 @@ def _trust_caption(gap: np.ndarray, k: np.ndarray, both: np.ndarray, bad: np.nda
 
 @styled
 def comparison(table: xr.Dataset) -> Plot | Absent:
-    """Draw how the guide's mean, width and whole shape differ from the reference's, over data."""
+    """Draw how the guide's mean, width and shape differ from the reference's, over data."""
     reference = best_reference(table)
     if reference is None:
         return Absent("comparison", "No comparison of guide and reference: no reference is exact or certified for any datum.")
@@ -243,7 +241,7 @@ def comparison(table: xr.Dataset) -> Plot | Absent:
 
 
 def _both_ways(forward: np.ndarray, gap: np.ndarray) -> str:
-    """Say what the two directions of the divergence tell together."""
+    """Return the conclusion from both directions of the KL divergence."""
     both = np.isfinite(forward) & np.isfinite(gap)
     if not both.any():
         return ""

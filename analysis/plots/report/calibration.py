@@ -1,8 +1,8 @@
-"""Figures of the guide's calibration: one for data simulated from the model, one for the real data, never both in one.
+"""Figures of the guide's calibration: one for data simulated from the model, one for the observed data.
 
-Regime S asks about x that the model makes, with the z that made it; regime R about the audited x, with certified draws of their
-posteriors. The bands are those that `analysis.calibration` stored beside the p-values; ArviZ draws the same PIT values, a panel
-for each quantity, with `arviz_plots.plot_ecdf_pit(tree, var_names="pit", group="prior_sbc", sample_dims=["simulation"])`.
+Regime S concerns x from the model, with the z that generated it; regime R the audited x, with certified draws of their
+posteriors. `checks.calibration` stores the bands with the p-values. ArviZ draws the same PIT values, a panel for each quantity,
+with `arviz_plots.plot_ecdf_pit(tree, var_names="pit", group="prior_sbc", sample_dims=["simulation"])`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from elbowroom.analysis.plots.style import (
 from elbowroom.analysis.verdict.thresholds import EFFECTS
 
 LEVEL = 0.05  # familywise
-NAMED = 6  # quantities with a colour of their own, and coordinates drawn
+NAMED = 6  # quantities with their own colour, and coordinates drawn
 LINES = (
     (GUIDE, "-"),
     (EXACT, "--"),
@@ -51,7 +51,7 @@ def calibration(found: xr.Dataset | None, regime: str) -> Plot | Absent:
     """Draw PIT values against uniform, coverage, and, for simulated data, z-scores against contraction.
 
     Args:
-        found: what `analysis.calibration` found in this regime.
+        found: the result of `checks.calibration` for this regime.
         regime: `simulated` (S) or `observed` (R).
 
     Raises:
@@ -135,7 +135,7 @@ def _direction(found: xr.Dataset, q: int) -> str:
 
 
 def _farthest(found: xr.Dataset) -> np.ndarray:
-    """Return the coordinates whose coverage is farthest from nominal, at most `NAMED`, in their order."""
+    """Return the at most `NAMED` coordinates whose coverage is farthest from nominal, in their order."""
     off = np.abs(found["coverage"].values - found["level"].values[:, None]).max(0)
     return np.sort(np.argsort(-np.nan_to_num(off, nan=-1.0), kind="stable")[:NAMED])
 
@@ -218,7 +218,7 @@ def _caption(found: xr.Dataset, bad: np.ndarray, simulated: bool) -> str:
         score = score[np.isfinite(score)]
         if score.size:
             spread = float(score.std())
-            room = max(0.05, 3 / np.sqrt(2 * n))  # three standard errors of the sd, or what matters
+            room = max(0.05, 3 / np.sqrt(2 * n))  # three standard errors of the sd, or the relevant size
             said = ["the guide is too narrow"] if spread > 1 + room else ["it is too wide"] if spread < 1 - room else []
             if abs(score.mean()) > max(0.05, 3 / np.sqrt(n)):
                 said.append("it is off centre")
@@ -237,13 +237,13 @@ def _caption(found: xr.Dataset, bad: np.ndarray, simulated: bool) -> str:
 
 
 def _covered(found: xr.Dataset) -> str:
-    """Say where the coverage of a latent's central intervals is off by more than its errors."""
+    """Report where the coverage of a latent's central intervals deviates by more than its errors."""
     level = found["level"].values[:, None]
     cover, error = found["coverage"].values, found["coverage_se"].values
     known = np.isfinite(cover)
     if not known.any():
         return ""
-    limit = 3.0  # errors: several latents and levels are looked at
+    limit = 3.0  # standard errors, for several latents and levels
     low, high = known & (cover < level - limit * error), known & (cover > level + limit * error)
     among = low | high if (low | high).any() else known
     at = int(np.argmax(np.where(among, np.abs(cover - level), -1.0)))

@@ -1,6 +1,6 @@
 """Figures of the model's criticism: checks against their nulls, PIT of the data given z, and predictive distributions.
 
-A check fails by the rule of the verdict `model misfit`: a small familywise p-value and an effect that matters.
+A check fails by the rule of the verdict `model misfit`: a small familywise p-value and an effect above its threshold.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from elbowroom.analysis.plots.style import (
 )
 from elbowroom.analysis.verdict.thresholds import EFFECTS, MEASURED, effect_in_words
 
-FAR = 6.0  # null sd, from which on the axis is logarithmic
-SITES = 3  # observed sites with a row of their own
+FAR = 6.0  # null sd, beyond which the axis is logarithmic
+SITES = 3  # observed sites with their own row
 
 
 def failing(found: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Return which checks fail, and which deviate too clearly to be chance but by less than matters, (statistic,) each."""
+    """Return which checks fail, and which deviate significantly but by less than the threshold, (statistic,) each."""
     clear = found["p_adjusted"].values <= LEVEL
     limit = np.array([EFFECTS[kind] for kind in found["effect_kind"].values.astype(str)])
     bad = clear & (np.abs(found["effect"].values) > limit)
@@ -46,7 +46,7 @@ def failing(found: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 @styled
 def checks(found: xr.Dataset | None) -> Plot | Absent:
-    """Draw each statistic of the data within its null, in standard deviations of the null, with p-value and effect."""
+    """Draw each statistic of the data and its null, in standard deviations of the null, with p-value and effect."""
     if found is None or not found.sizes.get("statistic"):
         why = ": diagnosis.nc has none"
         if found is not None:
@@ -150,8 +150,7 @@ def _checks_caption(found: xr.Dataset, bad: np.ndarray, slight: np.ndarray) -> s
 def pit(groups: Mapping[str, xr.Dataset]) -> Plot | Absent:
     """Draw the PIT of the data given z against uniform, of all entries and by column.
 
-    Args:
-        groups: `pit`, or `pit_<site>` for each of several observed sites.
+    `groups` is `pit`, or `pit_<site>` for each of several observed sites.
     """
     if not groups:
         return Absent("pit", "No PIT of the data given z: diagnosis.nc has none.")

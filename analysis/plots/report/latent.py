@@ -1,4 +1,4 @@
-"""Figures of the latent space: where the guide puts the data, and E[x|z] over it. Drawn from `latent.nc` alone."""
+"""Figures of the latent space: the guide's means, and E[x|z] over the space. Drawn from `latent.nc` alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def latent_space(latent: xr.DataTree | None) -> Plot | Absent:
     standard = latent is None or bool(latent.attrs.get("standard", 1))
     prior = None if standard else encoding["prior_z"].values
     unit = " (prior sd)" if standard else ""
-    line = loc.shape[1] == 1 or (space == "simplex" and loc.shape[1] == 2)  # two shares that sum to one are one number
+    line = loc.shape[1] == 1 or (space == "simplex" and loc.shape[1] == 2)  # two shares that sum to one are a single number
     figure = canvas(WIDE, 3.2, "The latent space") if line else canvas(HALF, 5.0, "The latent space")
     axes = figure.subplots()
     if line:
@@ -66,7 +66,7 @@ def latent_space(latent: xr.DataTree | None) -> Plot | Absent:
 
 
 def _usage(encoding: xr.Dataset, label: np.ndarray | None, space: str) -> Plot:
-    """Draw how often each category (each binary latent) is on, under the guide over data and under the prior."""
+    """Draw how often each category (or binary latent) is on, under the guide over data and under the prior."""
     loc, prior = encoding["loc"].values, encoding["prior_z"].values.mean(0)
     figure = canvas(WIDE, 3.2, "The latent space")
     axes = figure.subplots()
@@ -166,7 +166,7 @@ def _latent_plane(axes: Axes, loc: np.ndarray, scale: np.ndarray, label: np.ndar
 
 
 def _apart(places: list[np.ndarray], distance: float) -> list[np.ndarray]:
-    """Push points (2,) apart until they keep `distance`, each pair sharing the way, for at most 100 rounds."""
+    """Push points (2,) apart until they are `distance` apart, each pair equally, for at most 100 rounds."""
     moved = [place.astype(float) + 1e-6 * n for n, place in enumerate(places)]
     for _ in range(100):
         crowded = False
@@ -285,14 +285,14 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
 
 
 def _cut(expected: np.ndarray, k: int, d: int) -> np.ndarray:
-    """Return E[x|z] (value, *event) along the k-th of d latents, the other one in its middle."""
+    """Return E[x|z] (value, *event) along the k-th of d latents, the other at its middle value."""
     if d == 1:
         return expected
     return expected[expected.shape[0] // 2] if k == 0 else expected[:, expected.shape[1] // 2]
 
 
 def _in_column_units(latent: xr.DataTree | None, expected: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Return E[x|z] of a table in standard deviations of the audited data, and its columns; x that is no table as it is."""
+    """Return E[x|z] of a table in standard deviations of the audited data, and its columns; other x unchanged."""
     beside = group(latent, "reconstruction")
     if latent is None or beside is None or "columns" not in latent.attrs:
         return expected, []
@@ -302,7 +302,7 @@ def _in_column_units(latent: xr.DataTree | None, expected: np.ndarray) -> tuple[
 
 
 def _profile(axes: Axes, z: np.ndarray, expected: np.ndarray, label: str, columns: list[str], *, first: bool) -> None:
-    """Draw expected entries (z, entry): a line each when they are few, else a heatmap."""
+    """Draw expected entries (z, entry): as lines if there are few, else as a heat map."""
     unit = "sd of the data" if columns else "data units"
     if expected.shape[1] <= 8:
         palette = sns.color_palette("colorblind", 8)

@@ -1,7 +1,4 @@
-"""Figures of single posteriors: the guide against the exact density of a few data, and the intervals of their draws.
-
-Drawn from `latent.nc`, `audit.nc` and `posteriors/*.nc` alone.
-"""
+"""Figures of single posteriors, from `latent.nc`: the guide against the exact density for a few data."""
 
 from __future__ import annotations
 
@@ -42,15 +39,10 @@ LIGHT_BLUE, DEEP_BLUE = "#bcd8ec", "#6fadd6"
 
 @styled
 def contours(latent: xr.DataTree | None, *, width: float = WIDE, title: str | None = None) -> Plot | Absent:
-    """Draw guide and exact posterior for the data with the smallest, a typical and the largest gap.
+    """Draw guide and exact posterior for the data with the smallest, a typical and the largest gap, from `latent.nc`.
 
-    Filled: the regions that hold 50 and 90 % of the exact posterior; lines: the same of the guide. All panels have the same
-    scale. In one dimension: the densities themselves.
-
-    Args:
-        latent: the tree of latent.nc.
-        width: of the figure, in inches.
-        title: another title.
+    Filled regions hold 50 and 90 % of the exact posterior; lines show the same regions of the guide. All panels have the same
+    scale. In one dimension the densities are drawn. `width` is in inches.
     """
     data = group(latent, "density")
     if latent is None:
@@ -153,7 +145,7 @@ def _frame(case: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _same_scale(panels: np.ndarray, cases: list[xr.Dataset]) -> None:
-    """Centre each panel on its densities, and give all the width that the widest of them needs."""
+    """Centre each panel on its densities, with the width of the widest for all."""
     frames = [_frame(case) for case in cases]
     half = 0.54 * max(float((high - low).max()) for low, high in frames)
     for axes, (low, high) in zip(panels, frames, strict=True):
@@ -162,7 +154,7 @@ def _same_scale(panels: np.ndarray, cases: list[xr.Dataset]) -> None:
 
 
 def _inset(axes: Axes, latent: xr.DataTree, case: xr.Dataset) -> None:
-    """Show the datum itself in the corner, where it is an image."""
+    """Show the datum in the corner, where it is an image."""
     image = event_image(latent)
     if image is None or "x" not in case:
         return

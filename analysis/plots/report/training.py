@@ -71,7 +71,7 @@ def _training_alt(judged: bool) -> str:
 
 
 def _clip_start(axes: Axes, values: np.ndarray, train: np.ndarray) -> int:
-    """Cut off the first tenth of the training where it would flatten the rest; return how many epochs that hides."""
+    """Hide the first tenth of the training where it would flatten the rest; return the number of hidden epochs."""
     settled = train[len(train) // 10 :]
     finite = values[np.isfinite(values)]
     low, high = settled[np.isfinite(settled)].min(), finite.max()
