@@ -113,12 +113,10 @@ class Clock:
         return now + piece.credit
 
     def finished(self, name: str, took: float, *, whole: bool) -> None:
-        """Remove the next piece of a method from the list.
+        """Remove the next piece of a method (empty for the guide) from the list.
 
-        Args:
-            name: the method; empty for the guide.
-            took: seconds it took; 0 where it was left out.
-            whole: whether it ran to its end, so that its time can correct the estimates.
+        `took` are its seconds, 0 where it was left out; `whole` says that it ran to its end, so that its time corrects the
+        estimates.
         """
         piece = self.pieces[name]
         n = piece.blocks.pop(0)

@@ -80,13 +80,7 @@ GUIDE = 1.5  # cost of a guide draw in densities, with the diagnostics of the we
 
 
 class Pilot:
-    """Times a model once, and predicts the cost of each method.
-
-    Args:
-        log_joint: the model and guide.
-        draws: draws per datum of the guide.
-        keep: draws kept per datum and method.
-    """
+    """Times a model once, and predicts each method's cost for `draws` guide draws and `keep` kept draws per datum."""
 
     def __init__(self, log_joint: LogJoint, *, draws: int, keep: int) -> None:
         self.log_joint, self.draws, self.keep = log_joint, draws, keep

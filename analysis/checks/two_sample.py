@@ -57,10 +57,7 @@ class TwoSample:
 def tell_apart(data: np.ndarray, samples: np.ndarray, *, seed: int = 0) -> TwoSample:
     """Test by a classifier whether samples and data come from one distribution.
 
-    Args:
-        data: (n, ...), NaN where missing; rows are independent.
-        samples: (n, ...), likewise; the pattern of missing values has the same distribution.
-        seed: of the halves and of the classifier.
+    Both are (n, ...) with independent rows, NaN where missing; missing values must have the same distribution in both.
 
     Raises:
         ValueError: there are fewer than 20 rows, or shapes differ.

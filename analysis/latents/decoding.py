@@ -99,15 +99,10 @@ def rates(vae: VAE, loc: Tensor, scale: Tensor, prior: Tensor) -> Tensor:
 
 
 def quantiles(vae: VAE, prior: Tensor, points: int) -> tuple[Tensor, Tensor]:
-    """Return values of each latent at the prior's quantiles (i + 1/2) / points, and the prior's medians.
+    """Return values of each latent at the prior's quantiles (i + 1/2) / points, (points, d), and the prior's medians, (d,).
 
-    Args:
-        vae: the VAE; its z is neither one-hot nor on a simplex.
-        prior: draws from the prior, (S, d); not used for a standard normal.
-        points: number of quantiles.
-
-    Returns:
-        (points, d), for binary latents (2, d): 0 and 1; and (d,).
+    Binary latents have the values 0 and 1, (2, d); z must not be one-hot or on a simplex. `prior` are draws from the prior, (S,
+    d).
     """
     if vae.prior.space == "binary":
         return torch.tensor([0.0, 1.0]).to(prior).expand(prior.shape[-1], -1).T, prior.median(0).values

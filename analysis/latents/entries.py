@@ -32,12 +32,9 @@ def coded(column: Column) -> bool:
 
 
 def entry_kinds(p: TorchDistribution, columns: Sequence[Column] | None, *, ordered: bool) -> list[EntryKind]:
-    """Return the kind of each entry of x, by its distribution.
+    """Return the kind of each entry of x by its distribution p(x|z), at any z, and by the `columns` of a table.
 
-    Args:
-        p: p(x|z) at any z.
-        columns: the columns of a table, if there are any.
-        ordered: whether the codes of an array without columns have an order.
+    `ordered` says whether the codes of an array without columns have an order.
     """
     kinds: list[EntryKind] = ["number"] * math.prod(p.event_shape)
     for index, part in pieces(p):

@@ -111,7 +111,7 @@ def both_tails(p_low: np.ndarray, p_high: np.ndarray) -> np.ndarray:
 
 
 def enough(level: float) -> int:
-    """Return the smallest number n of calibration rows for which a two-sided p-value, at least 2 / (n + 1), can reach a level."""
+    """Return the smallest number n of calibration rows whose least two-sided p-value, 2 / (n + 1), reaches a level."""
     return math.ceil(2 / level * (1 - 1e-12)) - 1
 
 

@@ -108,13 +108,7 @@ def part(tree: xr.DataTree | None, name: str) -> xr.Dataset | None:
 
 
 def draw(table: xr.Dataset, tree: xr.DataTree | None, *, audited: str) -> list[Plot | Absent]:
-    """Draw the figures of the diagnosis, or give the reason why there is none.
-
-    Args:
-        table: the audit.
-        tree: the diagnosis.
-        audited: the name of the audited data, such as `test`.
-    """
+    """Draw the figures of the diagnosis, or give the reason why there is none; `audited` names the data, such as `test`."""
     children = {} if tree is None else dict(tree.children)
     pits = {name: children[name].to_dataset() for name in children if name == "pit" or name.startswith("pit_")}
     figures: Mapping[str, tuple[str, Callable[[], Plot | Absent]]] = {

@@ -82,10 +82,8 @@ def _bits(mean: float, error: float, entries: int | None) -> str:
 def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> list[Figure]:
     """Return the four to six key figures of the report.
 
-    Args:
-        table: the audit.
-        entries: entries of one datum, where the data are discrete (bits per dimension are then included).
-        held_out: whether the audited data took no part in the fit.
+    `entries` is the number of entries of one datum where the data are discrete: bits per dimension are then included.
+    `held_out` says that the audited data took no part in the fit.
     """
     n = table.sizes["obs_id"]
     where = ", held out" if held_out else ""
@@ -173,10 +171,7 @@ def declared(
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return the settings of the run, as titled lists of (path, value).
 
-    Args:
-        spec: the resolved spec; None where the run folder has none.
-        split: sizes of the parts of the data.
-        table: the audit, whose attributes hold the seed and other settings.
+    They come from the resolved spec, if there is one, the sizes of the data's parts, and the attributes of the audit's table.
     """
     blocks: list[tuple[str, list[tuple[str, str]]]] = []
     spec = dict(spec or {})

@@ -13,9 +13,8 @@ r"""The verdicts and their rules, from certified evidence only.
 | `sound`                     | none of these                                                                                |
 
 The gap is `not small` where the median over certified data exceeds 0.1 nats, or 5 % of them have more than 1 nat; each datum
-counts with the lower end of its own interval. The verdict is about these data. The interval of a median, by order statistics for
-any distribution, is for the population. Several verdicts may hold; they are listed in this order, the two causes of the gap by
-their size.
+counts with the lower end of its own interval. The verdict is about these data; the distribution-free interval of a median, by
+order statistics, is about their population. Several verdicts may hold, in this order, the two causes of the gap by their size.
 """
 
 from __future__ import annotations
