@@ -56,7 +56,7 @@ def fit(
     return Run.of(model)
 
 
-class Run(Questions):
+class Run(Questions, FittedModel):
     """A fitted experiment in its folder: audit it, improve it, ask it.
 
     Attributes:
