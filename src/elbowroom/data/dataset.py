@@ -164,8 +164,8 @@ class Dataset:
 
         Args:
             values: check every number; else only shape and type.
-            whole: these are all the data: every column of a table needs an observed value. Else they are some rows, which may have
-                no observed value: their posterior is the prior.
+            whole: these are all the data: every column of a table needs an observed value. Else they are some rows, which may
+                have no observed value: their posterior is the prior.
 
         Raises:
             DataError: x has the wrong type or shape, infinite values, or a column without observed values; or covariates or
