@@ -55,11 +55,7 @@ class Offer:
     problem: str = ""
 
     def load(self) -> type:
-        """Import the class.
-
-        Raises:
-            SpecError: one line that names the package at fault.
-        """
+        """Import the class; a SpecError names the package at fault."""
         if self.problem:
             raise SpecError(self.problem)
         module, _, attribute = self.target.partition(":")

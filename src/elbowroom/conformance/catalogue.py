@@ -39,10 +39,7 @@ Broken = tuple[str, str, str]
 def collect(kind: str | None, name: str | None, *, allow_python: bool = False) -> tuple[list[Component], list[Broken]]:
     """Return the components of a kind (None: all), or a single one, and those that cannot be used.
 
-    Args:
-        kind: the kind.
-        name: the name; the path in `python:file.py:Class` starts from the working folder.
-        allow_python: execute the source of a `python:` name.
+    The path in a name `python:file.py:Class` starts from the working folder.
 
     Raises:
         SpecError: the kind is unknown, or the named component cannot be used.
@@ -71,11 +68,7 @@ def collect(kind: str | None, name: str | None, *, allow_python: bool = False) -
 
 
 def options_of(given: Iterable[str] | None, name: str | None) -> dict[str, Any]:
-    """Return the options that `--set OPTION=VALUE` gives to one component.
-
-    Raises:
-        SpecError: no component was named, or the text has another form.
-    """
+    """Return the options that `--set OPTION=VALUE` gives to one component; a SpecError if none was named."""
     if given and name is None:
         raise SpecError("--set: name the component that it is for, such as `components --check prior student_t --set df=3`")
     return {".".join(path): value for path, value in document.assignments(given or []).items()}
@@ -84,13 +77,9 @@ def options_of(given: Iterable[str] | None, name: str | None) -> dict[str, Any]:
 def check(
     found: Iterable[Component], broken: Iterable[Broken], options: Mapping[str, Any], say: Callable[[str], Any] | None
 ) -> dict[str, list[str]]:
-    """Test components, and return `kind name` -> the checks that failed.
+    """Test components, and return `kind name` -> the checks that failed; unusable components fail.
 
-    Args:
-        found: the components.
-        broken: those that cannot be used, which fail.
-        options: options of a single component.
-        say: called with each line: `ok`, or a failed check.
+    `options` are those of a single component; `say` is called with each line, `ok` or a failed check.
     """
     from elbowroom.conformance.conformance import problems_of
 
@@ -125,14 +114,7 @@ def as_json(
 
 
 def show(found: Sequence[Component], broken: Iterable[Broken], console: Console, *, whole: bool) -> None:
-    """Print the list.
-
-    Args:
-        found: the components.
-        broken: those that cannot be used.
-        console: where to print.
-        whole: print all options, formulas and partners; else two lines for each component.
-    """
+    """Print the list: with all options, formulas and partners if `whole`, else two lines for each component."""
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text

@@ -36,10 +36,7 @@ N, WIDTH, DIM = 6, 3, 2
 def problems_of(kind: str, name: str, **options: Any) -> list[str]:
     """Build a component on small facts and return the rules of its kind that it breaks; [] if it breaks none.
 
-    Args:
-        kind: its kind.
-        name: its name.
-        options: its options; required ones must be given, except for the data set `file`.
+    Required options must be given, except for the data set `file`.
     """
     problems: list[str] = []
 

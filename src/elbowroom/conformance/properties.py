@@ -45,11 +45,7 @@ PRIORS = {"real": "normal", "positive": "log_normal", "simplex": "dirichlet", "o
 def vae_with(
     kind: str, name: str, options: Mapping[str, Any], *, latent_dim: int = 2, facts: Facts = TABLE, seed: int = 0
 ) -> VAE:
-    """Assemble a small VAE around one component, with suitable partners, in double precision.
-
-    Raises:
-        SpecError: the component does not take these options or facts.
-    """
+    """Assemble a small VAE around one component (a SpecError if it refuses options or facts), in double precision."""
     cls = registry.component(kind, name).cls
     chosen: dict[str, Any] = {"name": name, **options}
     prior: dict[str, Any] = {"name": "normal"}
@@ -93,9 +89,6 @@ def simulated(vae: VAE, facts: Facts = TABLE, n: int = N) -> dict[str, Tensor]:
     beside: dict[str, Any] = {"covariates": torch.randn(n, c, dtype=torch.float64)} if c else {}
     with torch.no_grad():
         return {"x": vae.model(**beside, n=n).double(), **beside}
-
-
-# -- priors and guides ----------------------------------------------------------------------------------------------------
 
 
 def check_latents(kind: str, name: str, options: Mapping[str, Any], expect: Expect) -> None:
@@ -142,9 +135,6 @@ def _normalised(joint: LogJoint, kind: str, expect: Expect, *, real: bool) -> No
         exact = (weight * f(points)).sum(0)
         error = (f(draws).mean(0) - exact).abs() / (f(draws).std(0) / len(draws) ** 0.5 + 1e-9)
         expect(bool((error < SIGMAS).all()), f"draws have the density's mean of {what}, off by {float(error.max()):.1f} SE")
-
-
-# -- likelihoods ------------------------------------------------------------------------------------------------------------
 
 
 def check_likelihood(name: str, options: Mapping[str, Any], expect: Expect) -> None:
@@ -234,9 +224,6 @@ def _one_entry(name: str, options: Mapping[str, Any], expect: Expect) -> None:
                 density = (p.log_prob(x[:, None]) + stretch).exp()
                 mass = density.nan_to_num(nan=0.0).sum() * (u[1] - u[0])
             expect(abs(float(mass) - 1) < 2e-3, f"p(x|z) of one entry adds up to 1, got {float(mass):.5f}")
-
-
-# -- all ----------------------------------------------------------------------------------------------------------------------
 
 
 def check_program(vae: VAE, batch: Mapping[str, Tensor], part: nn.Module, expect: Expect, *, gradient: str) -> None:

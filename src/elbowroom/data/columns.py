@@ -89,11 +89,7 @@ class Layout:
         labels: str | None,
         kinds: Mapping[str, Kind] | None,
     ) -> Layout:
-        """Make a layout of the options of a data set.
-
-        Raises:
-            ValueError: a column is named twice or has two roles.
-        """
+        """Make a layout of the options of a data set; a ValueError if a column is named twice or has two roles."""
         found = cls(None if x is None else tuple(x), tuple(covariates or ()), exposure, labels, dict(kinds or {}))
         for option, names in (("x", found.x or ()), ("covariates", found.covariates)):
             if repeated := [name for name in names if names.count(name) > 1]:
@@ -119,11 +115,7 @@ class Layout:
         return frozenset([*coded, *self.levels, *self._names("labels")])
 
     def require(self, names: Sequence[str], label: str) -> None:
-        """Refuse a table that lacks a column of this layout; rows other than those of the fit need no labels.
-
-        Raises:
-            DataError: names the column.
-        """
+        """Raise a DataError if the table lacks a column of this layout; rows other than those of the fit need no labels."""
         wanted = [("data.x", name) for name in self.x or ()] + self.others() + [("data.kinds", name) for name in self.kinds]
         for option, name in wanted:
             if name not in names and not (self.fitted and option in ("data.labels", "data.kinds")):
@@ -152,11 +144,7 @@ class Layout:
 
 
 def of_array(name: str, values: np.ndarray, label: str) -> Cells:
-    """Make cells of one column of an array.
-
-    Raises:
-        DataError: the column holds neither numbers nor text.
-    """
+    """Make cells of one column of an array; a DataError if it holds neither numbers nor text."""
     if values.dtype.kind == "U":
         return Cells.of_text(name, [None if t.strip() in MISSING else t.strip() for t in values.tolist()])
     if values.dtype.kind not in "buif":

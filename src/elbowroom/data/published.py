@@ -237,11 +237,7 @@ def draw(grey: np.ndarray, seed: int) -> np.ndarray:
 
 
 def content(file: Published) -> bytes:
-    """Return the uncompressed content of a published file, after its checksums are checked.
-
-    Raises:
-        DataError: the file is missing, cannot be downloaded or read, or is not the published file.
-    """
+    """Return the uncompressed content of a published file; a DataError if it is not available or its checksum differs."""
     path = _find(file)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as handle:

@@ -28,11 +28,6 @@ _MISREAD = (
 def assemble(cells: Sequence[Cells], layout: Layout, label: str) -> Dataset:
     """Make a data set of the columns of a table.
 
-    Args:
-        cells: the columns, all of one length.
-        layout: their roles.
-        label: name of the table in messages.
-
     Raises:
         DataError: a column is missing, or cannot have its declared role or kind; names the column.
     """
@@ -69,11 +64,7 @@ def assemble(cells: Sequence[Cells], layout: Layout, label: str) -> Dataset:
 
 
 def unnamed(x: np.ndarray, layout: Layout, label: str) -> Dataset:
-    """Make a data set of an array whose columns have no names.
-
-    Raises:
-        DataError: the layout chooses columns by name.
-    """
+    """Make a data set of an array without column names; a DataError if the layout chooses columns by name."""
     chosen = [("data.x", name) for name in layout.x or () if not layout.fitted]
     needed = [(option, name) for option, name in layout.others() if not (layout.fitted and option == "data.labels")]
     if chosen or needed:
@@ -123,11 +114,7 @@ def beside(x: np.ndarray, found: Mapping[str, np.ndarray], layout: Layout, label
 
 
 def _refuse_misread(cells: Cells, layout: Layout, label: str) -> None:
-    """Refuse a text column with mostly dates or numbers with commas, unless its kind was declared.
-
-    Raises:
-        DataError: names the column, a cell and the remedy.
-    """
+    """Raise a DataError for a text column with mostly dates or numbers with commas, unless its kind was declared."""
     name = cells.name
     if cells.levels is None or cells.ordered or name in layout.kinds or name in layout.levels:
         return

@@ -157,11 +157,7 @@ class Answer:
 
 
 def check_suffix(path: Path) -> Path:
-    """Return the path; refuse one that cannot be written because of its suffix, a folder, or missing pyarrow.
-
-    Raises:
-        UserError: one line.
-    """
+    """Return the path; a UserError if its suffix is unknown, it is a folder, or pyarrow is missing."""
     if path.suffix not in SUFFIXES:
         raise SpecError(f"{path}: cannot write {path.suffix or 'a file without a suffix'}; use {', '.join(SUFFIXES)}")
     if path.is_dir():

@@ -178,10 +178,8 @@ def _discrete(
 ) -> dict[str, tuple[tuple[str, ...], Tensor]]:
     """Return the probabilities of a site's values under guide and posterior.
 
-    Args:
-        site: the discrete site.
-        found: guide and posterior; if there are also continuous latents, probabilities are frequencies of draws.
-        sums: all joint values with their probabilities, if all latents are discrete; probabilities are then exact.
+    They are exact if all latents are discrete: `sums` are then all joint values with their probabilities. Else they are
+    frequencies of draws.
     """
     dims = (*site_dims(site.name, site.shape), f"{site.name}_state")
     assert site.values is not None

@@ -158,20 +158,12 @@ def _computed(
 
 
 def place_of(run: FittedModel, device: str | None) -> torch.device:
-    """Return the requested device, by default that of the spec.
-
-    Raises:
-        UserError: there is no such device.
-    """
+    """Return the requested device, by default that of the spec; a UserError if it does not exist."""
     return resolve_device(device or run.experiment.spec.fit.device)
 
 
 def references_for(run: FittedModel, rows: QueryRows, references: Methods, device: torch.device) -> list[Reference]:
-    """Return the references for posteriors, chosen with the model at a few rows.
-
-    Raises:
-        UserError: a name is unknown, or a reference cannot be used on this model.
-    """
+    """Return the references for posteriors, chosen with the model at a few rows; a UserError if one cannot be used."""
     few = {name: value.to(device) for name, value in rows.experiment.batch(rows.index[:2]).items()}
     return methods_for(log_joint_of(run.vae.to(device), few), references)
 

@@ -139,9 +139,6 @@ def propose(
     return Changes(experiment, place, tuple(changes), retrain)
 
 
-# -- what to change ---------------------------------------------------------------------------------------------------------
-
-
 def _advised(tree: Mapping[str, Any], table: xr.Dataset, retrain: bool) -> list[Change]:
     """Return the changes that the audit's table suggests."""
     certain = known(table)
@@ -174,10 +171,7 @@ def _advised(tree: Mapping[str, Any], table: xr.Dataset, retrain: bool) -> list[
 def _family(family: str, part: Mapping[str, float], lost: float) -> tuple[str | None, str]:
     """Return a richer guide family and the reason, if the parts of the gap suggest one.
 
-    Args:
-        family: name of the current family.
-        part: medians of the gap and its parts, NaN where unknown.
-        lost: share of the data at which a mode is missed.
+    `part` are medians of the gap and its parts, NaN where unknown; `lost` is the share of data at which a mode is missed.
     """
     covariance, shape = part["covariance"], part["shape"]
     normals = ("diagonal_normal", "low_rank_normal", "full_rank_normal")
@@ -231,9 +225,6 @@ def _at(tree: Any, path: Iterable[str]) -> Any:
     for part in path:
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree.get("name") if isinstance(tree, Mapping) and "name" in tree else tree
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------------
 
 
 def audited(run: FittedModel) -> xr.Dataset:

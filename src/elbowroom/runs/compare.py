@@ -218,12 +218,9 @@ def compare(runs: Iterable[str | Path | FittedModel], *, allow_python: bool = Fa
 
 
 def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence[str] = ()) -> xr.Dataset:
-    """Arrange audits of the same data over `run` and `obs_id`, with paired differences to the best run.
+    """Arrange tables of audits over `run` and `obs_id`, with paired differences to the best run.
 
-    Args:
-        names: names of the runs.
-        tables: the tables of their audits, with the same `obs_id` in any order.
-        notes: sentences for the attributes.
+    The tables have the same `obs_id` in any order; `notes` are sentences for the attributes.
     """
     labels = np.sort(tables[0]["obs_id"].values)
     ordered = [table.sel(obs_id=labels) for table in tables]

@@ -94,11 +94,7 @@ def carry_out(
 
 
 def check(run: FittedModel, proposal: Changes, *, overwrite: bool = False, resume: bool = False) -> None:
-    """Check everything that `carry_out` needs, and write nothing.
-
-    Raises:
-        UserError: the folder or the experiment cannot be used.
-    """
+    """Check everything that `carry_out` needs, and write nothing; a UserError if folder or experiment cannot be used."""
     new, old = proposal.out.resolve(), run.path.resolve()
     where = "is" if new == old else "lies in" if new.is_relative_to(old) else "holds" if old.is_relative_to(new) else None
     if where is not None:

@@ -79,11 +79,7 @@ class Facts:
 
 
 def assemble(spec: Spec, facts: Facts) -> VAE:
-    """Build the VAE of a spec with fresh weights.
-
-    Raises:
-        SpecError: the options of a component do not fit each other or the data.
-    """
+    """Build the VAE of a spec with fresh weights; a SpecError if options do not fit each other or the data."""
     model, guide, d = spec.model, spec.guide, spec.model.latent_dim
     likelihood = build(
         "likelihood",

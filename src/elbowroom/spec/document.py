@@ -83,11 +83,7 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a spec file as dictionaries, lists and scalars; the content is not checked yet.
-
-    Raises:
-        SpecError: one line with the file and, if known, line and column.
-    """
+    """Read a spec file as dictionaries, lists and scalars, unchecked; a SpecError names file, line and column."""
     path = Path(path)
     label = path.name
     try:

@@ -13,10 +13,7 @@ from elbowroom.system.files import sha256
 def identity(tree: Mapping[str, Any], data_sha256: str, start_sha256: str | None = None) -> str:
     """Return the SHA-256 of everything that a fit depends on: data, model, guide, fit (without its device) and seed.
 
-    Args:
-        tree: the resolved spec.
-        data_sha256: hash of the data.
-        start_sha256: hash of the weights that the fit starts from; their path is not part of the identity.
+    The weights that the fit starts from count by their hash, not by their path.
     """
     skip = {"data": "path", "fit": "device"}
     parts = {key: tree.get(key) for key in ("data", "model", "guide", "fit", "seed")}

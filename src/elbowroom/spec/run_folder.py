@@ -67,10 +67,7 @@ def check(path: Path, identity: str, tree: Mapping[str, Any], *, overwrite: bool
 def claim(path: Path, tree: Mapping[str, Any], use: Use) -> None:
     """Prepare a locked folder for a fit: rename the old run, write `spec.yaml`.
 
-    Args:
-        path: the folder.
-        tree: the resolved spec.
-        use: result of `check`. `resume` keeps the record; settings that the fit does not depend on (audit, device) may change.
+    `use` is the result of `check`. `resume` keeps the record; settings that the fit does not depend on may change.
     """
     if use == "replace":
         move_aside(path)
@@ -94,11 +91,7 @@ def write_split(path: Path, split: Split) -> None:
 
 
 def read_split(path: Path) -> Split:
-    """Read `split.npz`.
-
-    Raises:
-        RunFolderError: it is missing or damaged.
-    """
+    """Read `split.npz`; a RunFolderError if it is missing or damaged."""
     try:
         rows = read_npz(path, ("train", "validation", "test"))
     except FileNotFoundError:

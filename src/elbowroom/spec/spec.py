@@ -333,11 +333,7 @@ def shipped() -> list[str]:
 
 
 def shipped_text(name: str) -> str:
-    """Return the text of a spec that comes with Elbowroom.
-
-    Raises:
-        SpecError: there is none of this name.
-    """
+    """Return the text of a spec that comes with Elbowroom; a SpecError if there is none of this name."""
     if name not in shipped():
         raise SpecError(f"there is no spec {name!r} in elbowroom{nearest(name, shipped())}")
     return resources.files("elbowroom.experiments").joinpath(f"{name}.yaml").read_text(encoding="utf-8")

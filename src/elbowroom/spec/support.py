@@ -16,13 +16,9 @@ from elbowroom.system.archive import SHARE, amount, memory
 
 
 def check_support(vae: VAE, data: Dataset, *, likelihood: str, label: str) -> None:
-    """Check all data against the likelihood's support, a few million entries at a time.
+    """Check all data against the support of the VAE's likelihood, a few million entries at a time.
 
-    Args:
-        vae: the VAE with the likelihood.
-        data: the data.
-        likelihood: name of the likelihood in the spec.
-        label: name of the spec in messages.
+    `likelihood` is its name in the spec, `label` the name of the spec in messages.
 
     Raises:
         DataError: names the first place and the remedy.

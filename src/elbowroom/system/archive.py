@@ -46,10 +46,7 @@ def amount(size: float) -> str:
 def check_npz(source: str | Path | IO[bytes], key: str, label: str) -> None:
     """Check that one array of an .npz fits into memory, and that its header agrees with its contents.
 
-    Args:
-        source: the archive.
-        key: name of the array.
-        label: name of the file in messages.
+    `label` is the name of the file in messages.
 
     Raises:
         DataError: it is too large, or its header and its contents disagree.

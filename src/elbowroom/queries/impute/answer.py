@@ -203,8 +203,6 @@ class Imputed(Answer):
                 cells[at][head.index(name)] = f"{value:.6g}" if isinstance(value, float) else str(value)
         return pd.DataFrame(cells, columns=head)
 
-    # -- scores -----------------------------------------------------------------------------------------------------------
-
     def scores(self) -> pd.DataFrame:
         """Return how well hidden cells were imputed: one line per column of a table, one for all cells of other data.
 
@@ -285,16 +283,10 @@ def _nowhere(values: np.ndarray) -> bool:
     return values.dtype.kind == "f" and len(values) > 0 and bool(np.isnan(values).all())
 
 
-# -- what to conclude -------------------------------------------------------------------------------------------------------
-
-
 def conclude(answer: Imputed, *, marks: bool, padded: bool) -> list[str]:
     """Say in sentences what was imputed, how reliable it is, and what imputation cannot show.
 
-    Args:
-        answer: the answer.
-        marks: whether the encoder gets a mask of the missing entries.
-        padded: whether data are sequences.
+    `marks`: whether the encoder gets a mask of the missing entries; `padded`: whether data are sequences.
     """
     data, missing = answer.dataset, answer.missing
     status = data["status"].values

@@ -48,11 +48,7 @@ class Entries:
 
     @classmethod
     def of(cls, run: FittedModel, rows: QueryRows) -> Entries:
-        """Return the entries of a run's model.
-
-        Raises:
-            UserError: entries are not independent given z.
-        """
+        """Return the entries of a run's model; a UserError if they are not independent given z."""
         likelihood, shape = run.vae.likelihood, run.vae.likelihood.event_shape
         if isinstance(likelihood, Multinomial):
             raise UserError(

@@ -64,9 +64,6 @@ PER_CELL = ("mean", "mean_error", "sd", "median", "low", "high", "likeliest")
 SCORED = ("rank", "log_density")
 
 
-# -- one chunk of rows ------------------------------------------------------------------------------------------------------
-
-
 def imputer(
     run: FittedModel,
     entries: Entries,
@@ -226,9 +223,6 @@ def _by_guide(about: Mapping[str, str]) -> dict[str, str]:
     return {**about, "long_name": f"{about['long_name']}; by the encoder's own draws, uncorrected"}
 
 
-# -- the question -----------------------------------------------------------------------------------------------------------
-
-
 def ask(
     run: FittedModel,
     data: Any,
@@ -274,11 +268,7 @@ def ask(
 
 
 def check_level(level: float, keep: int) -> None:
-    """Check that an interval of this level can be estimated from so many draws.
-
-    Raises:
-        SpecError: one line.
-    """
+    """Raise a SpecError if an interval of this level cannot be estimated from so many draws."""
     if not 0 < level < 1:
         raise SpecError(f"level: must be between 0 and 1, such as 0.9, got {level:g}")
     least = math.ceil(2 / (1 - level))

@@ -103,11 +103,7 @@ class Samples(Answer):
 
 
 def conclude_test(table: xr.Dataset) -> list[str]:
-    """Say what the two-sample tests show, and whether prior or decoder causes the difference.
-
-    Args:
-        table: auc, auc_se, p_value over source; auc_difference.
-    """
+    """Say what the two-sample tests show, and whether prior or decoder causes the difference."""
     auc, error, p = (dict(zip(table["source"].values.tolist(), table[n].values.tolist(), strict=True)) for n in _TEST)
     gap, gap_error, count = float(table["auc_difference"]), float(table["auc_difference_se"]), int(table["tested"])
     of = {"prior": "the prior", "aggregate": "the aggregate posterior"}

@@ -113,9 +113,6 @@ def rows_of(run: FittedModel, data: Any) -> QueryRows:
     return query_rows(run, Form.of(data)[0])
 
 
-# -- draws ------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Drawn:
     z: Tensor
@@ -235,9 +232,6 @@ def _what(run: FittedModel, source: str, n: int) -> str:
     return f"{n:,} draws of (z, x): z from {where}, x from p(x|z). `mean` is E[x|z]: smoother than any datum, and no draw."
 
 
-# -- the test ---------------------------------------------------------------------------------------------------------------
-
-
 def compare(run: FittedModel, *, seed: int, place: torch.device, most: int = TESTED) -> Compared | str:
     """Test draws from the prior and from the aggregate posterior against held-out data.
 
@@ -282,9 +276,6 @@ def _features(x: Tensor, batch: Batch) -> np.ndarray:
     """Return the input of the classifier: x flattened, covariates and exposure."""
     beside = [batch[name].reshape(len(x), -1) for name in ("covariates", "exposure") if name in batch]
     return torch.cat([x.flatten(1), *beside], 1).double().cpu().numpy()
-
-
-# -- between two rows -------------------------------------------------------------------------------------------------------
 
 
 def interpolation(
@@ -339,11 +330,7 @@ def posterior_means(
 
 
 def check_row(row: int, rows: QueryRows, what: str) -> None:
-    """Refuse a row that is not among the rows of the query.
-
-    Raises:
-        DataError: names the nearest row.
-    """
+    """Raise a DataError, with the nearest row, if a row is not among the rows of the query."""
     if row not in rows.index:
         near = rows.index[np.argmin(np.abs(rows.index - row))]
         whose = "the test split has rows" if len(rows) < len(rows.dataset) else f"{rows.dataset.name} has rows"

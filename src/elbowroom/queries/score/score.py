@@ -105,11 +105,7 @@ def ask(
 
 
 def band_of(text: str | Sequence[float], where: str = "band") -> tuple[float, float]:
-    """Return the two percentiles of a text such as `2.5-97.5`.
-
-    Raises:
-        SpecError: one line.
-    """
+    """Return the two percentiles of a text such as `2.5-97.5`; a SpecError for other texts."""
     try:
         ends = [float(part) for part in (text.split("-") if isinstance(text, str) else text)]
     except ValueError:
@@ -201,11 +197,7 @@ def _holes(x: Tensor) -> dict[str, np.ndarray]:
 
 
 def calibration_rows(run: FittedModel, data: Any, most: int) -> QueryRows:
-    """Return the calibration rows: the first `most` of the validation split or of the user's rows.
-
-    Raises:
-        UserError: they do not fit the model, or there are none.
-    """
+    """Return the first `most` rows of the validation split or of the user's rows; a UserError if there are none."""
     found = own_rows(run, "validation") if data is None else given_rows(run, data)
     if not len(found):
         raise SpecError(
@@ -216,11 +208,7 @@ def calibration_rows(run: FittedModel, data: Any, most: int) -> QueryRows:
 
 
 def check_options(fdr: float, most: int, simulated: int, holes: str) -> None:
-    """Refuse options outside their range.
-
-    Raises:
-        SpecError: one line.
-    """
+    """Raise a SpecError for options outside their range."""
     if not 0 < fdr < 1:
         raise SpecError(f"fdr: {fdr:g} is no rate; use one between 0 and 1, such as 0.1")
     for name, number, least in (("most", most, 1), ("simulated", simulated, 0)):
@@ -231,11 +219,7 @@ def check_options(fdr: float, most: int, simulated: int, holes: str) -> None:
 
 
 def check_enough(rows: QueryRows, band: tuple[float, float]) -> None:
-    """Refuse a band that the p-values of so few calibration rows cannot leave.
-
-    Raises:
-        DataError: says which p-values are possible.
-    """
+    """Raise a DataError if so few calibration rows cannot give p-values outside the band."""
     n, level = len(rows), outside(band)
     if n < enough(level):
         raise DataError(
