@@ -30,12 +30,12 @@ class Evidence:
     Attributes:
         kind: `exact` (value up to the numerical `error`), `estimate` (value with standard error `error`), or `bound`
             (a probabilistic lower bound: it exceeds log p(x) + b with probability at most exp(-b); `error` is the standard
-            error of the bound itself).
+            error of the bound itself). The kind alone says what the value is, whatever the method is called.
         method: how it was computed, in words.
         value: (N,).
         error: (N,).
-        upper: a probabilistic upper bound, (N,): it falls below log p(x) - b with probability at most exp(-b), conditional on
-            the draw of the posterior that it starts from being a good one; NaN where there is none.
+        upper: an upper bound that holds with a probability of at least 97.5 %, (N,), conditional on the draws of the posterior
+            that it starts from being good ones; NaN where there is none.
     """
 
     kind: Literal["exact", "estimate", "bound"]

@@ -130,7 +130,7 @@ def observed(
     generator = torch.Generator().manual_seed(seed + DRAW)
     index = torch.randint(len(flat), (n,), generator=generator).to(flat.device)
     z = flat[index, torch.arange(n, device=flat.device)].to(log_joint.device)
-    z = torch.where(reference.trusted[:, None].to(z.device), z, z.nan_to_num())
+    z = torch.where(reference.trusted[:, None].to(z.device), z, z.nan_to_num())  # what is not certified may be run, not used
     part, used, at = log_joint.some(rows.to(log_joint.device))
     found = measure(part, z[used], draws, seed).rows(at.cpu())
     aside = f" ({left_out} are not certified and left out)" if left_out else ""

@@ -93,24 +93,23 @@ def evidence_of(guide: Posterior, references: Sequence[Posterior]) -> EvidenceTa
     for posterior in [*(p for p in references if p.evidence and p.evidence.kind == "estimate"), guide]:
         if posterior.evidence is None:
             continue
-        v, e = _numpy(posterior.evidence.value), _numpy(posterior.evidence.error)
+        v, e, by = _numpy(posterior.evidence.value), _numpy(posterior.evidence.error), posterior.evidence.method
         doubt = _doubt(posterior, guide, references)
         why_not = np.where(open_ & (why_not == ""), doubt, why_not)
         take = open_ & (doubt == "") & np.isfinite(v)
         value[take], error[take] = v[take], e[take]
         lower[take], upper_[take] = (v - Z95 * e)[take], (v + Z95 * e)[take]
-        method[take] = posterior.evidence.method + ENDING
-        ours = OF_REFIT if posterior.evidence.method == REFIT else f"{posterior.method} certifies it"
-        reason[take] = OF_GUIDE if posterior is guide else ours
+        method[take] = by + ENDING
+        reason[take] = OF_GUIDE if posterior is guide else OF_REFIT if by == REFIT else f"{posterior.method} certifies it"
         open_ &= ~take
     if open_.any():
         best, bound = _lower(guide, references)
-        above, by = _upper(references, n)
+        above, names = _upper(references, n)
         lower[open_], upper_[open_] = bound[open_], above[open_]
         two_sided = np.isfinite(above)
         method[open_] = np.where(two_sided, best + TWO_SIDED, best)[open_]
         text = np.array([f"no value: {w}" if w else "no value" for w in why_not], dtype=object)
-        reason[open_] = np.where(two_sided, text + [CONDITIONAL.format(name) for name in by], text)[open_]
+        reason[open_] = np.where(two_sided, text + [CONDITIONAL.format(name) for name in names], text)[open_]
     return EvidenceTable(value, error, lower, upper_, method.astype(str), reason.astype(str))
 
 
@@ -166,8 +165,8 @@ def _contradicted(value: np.ndarray, error: np.ndarray, references: Sequence[Pos
 def _lower(guide: Posterior, references: Sequence[Posterior]) -> tuple[np.ndarray, np.ndarray]:
     """Return the label and value of the best lower bound per datum, chosen by draws that it is not computed from.
 
-    A reference's bound without `bound_first` and `bound_sure` has one set of draws: it is its value less log 40, exceeded once
-    in 40, and is chosen by that; beside others the bound then taken fails as often as these together.
+    A reference with a bound and no `bound_first` and `bound_sure` among its stats takes part with that bound less log 40, which
+    exceeds log p(x) once in 40 at most; it is chosen by its own value, so that failures of several such bounds add up.
     """
     n, found = guide.draws.shape[2], []
     for posterior in (*references, guide):
@@ -180,7 +179,7 @@ def _lower(guide: Posterior, references: Sequence[Posterior]) -> tuple[np.ndarra
         else:
             first = _numpy(stats["bound_first"]) if "bound_first" in stats else fresh
         found.append((_name_of_bound(posterior), np.where(np.isnan(first) | np.isnan(fresh), -np.inf, first), fresh))
-    if len(found) == 1 and guide.evidence is not None:  # nothing to choose from: all draws count
+    if len(found) == 1 and "bound_all" in guide.stats:  # nothing to choose from: all draws count
         return np.full(n, LOWER_BOUND, dtype=object), _numpy(guide.stats["bound_all"])
     if not found:
         return np.full(n, LOWER_BOUND, dtype=object), np.full(n, np.nan)

@@ -22,6 +22,7 @@ import xarray as xr
 from elbowroom.analysis.measures.table import column
 
 EXACT, ESTIMATE, CONTRADICTED, BOUND, NONE = "exact", "estimate", "contradicted", "bound", "none"
+VALUES = {EXACT: "exact", ESTIMATE: "estimated", CONTRADICTED: "contradicted"}  # kinds with a value, as in: log p(x) is ...
 ERRORS, ROUNDING = 5.0, 1e-6  # standard errors, and nats, by which log p(x) may lie below the ELBO
 OF_EXACT = "exact up to its numerical error"  # reasons for which there is a value
 OF_GUIDE = "the guide's weights can be trusted where it puts mass"
@@ -68,17 +69,13 @@ def methods(table: xr.Dataset, *of: str) -> dict[str, int]:
     return dict(Counter(sorted(names[names != ""].tolist())).most_common())
 
 
-def estimators(table: xr.Dataset) -> list[str]:
-    """Return the methods that estimate."""
-    return [name.removesuffix(ENDING) for name in methods(table, ESTIMATE)]
-
-
-def estimated(table: xr.Dataset) -> tuple[str, str]:
-    """Return what the estimates are, as in: log p(x) is an ..., and why they are accepted, as in: because ..."""
-    names = estimators(table)
+def estimated(table: xr.Dataset) -> tuple[str, str, str]:
+    """Return in words what the estimates are, by what, and why they are accepted: log p(x) is an ..., by ..., because ..."""
+    names = [name.removesuffix(ENDING) for name in methods(table, ESTIMATE)]
+    by = " and ".join(names)
     if all(name.startswith(WEIGHTS) for name in names):
-        return "importance-sampling estimate", "its weights are well behaved"
-    return f"estimate by {' and '.join(names)}", "its method says that it can be trusted"
+        return "importance-sampling estimate", by, "its weights are well behaved"
+    return f"estimate by {by}", by, "its method says that it can be trusted"
 
 
 def _words(table: xr.Dataset, name: str) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import xarray as xr
 
@@ -21,30 +19,12 @@ def column(table: xr.Dataset, name: str) -> np.ndarray:
     return table[name].values.astype(float) if name in table else np.full(table.sizes["obs_id"], np.nan)
 
 
-def mean_se(values: np.ndarray) -> tuple[float, float]:
-    """Return the mean of the finite values and its standard error; NaN of none, and the error of one."""
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return math.nan, math.nan
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
-
-
-def bad_k(table: xr.Dataset) -> int:
-    """Return at how many data k-hat is too large, or not known."""
-    return int((~(column(table, "pareto_k") <= GOOD_K)).sum())
-
-
 def best_reference(table: xr.Dataset) -> str | None:
     """Return the reference that is exact or certified for the most data, the first of equals; None without any."""
     if "reference" not in table.dims or not table.sizes["reference"] or "status" not in table:
         return None
     trusted = np.isin(table["status"].values.astype(str), TRUSTED).sum(0)
     return str(table["reference"].values[int(np.argmax(trusted))]) if trusted.any() else None
-
-
-def certified(table: xr.Dataset) -> np.ndarray:
-    """Return which data have a reference that is exact or certified for them, (N,)."""
-    return np.asarray(np.isin(table["status"].values.astype(str), TRUSTED).any(1))
 
 
 def trusted(table: xr.Dataset, reference: str | None) -> np.ndarray:

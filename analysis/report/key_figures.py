@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.measures.evidence_kinds import BOUND, CONTRADICTED, ESTIMATE, EXACT, counts, kinds, methods
-from elbowroom.analysis.measures.table import GOOD_K, best_reference, column, mean_se, trusted
+from elbowroom.analysis.measures.evidence_kinds import BOUND, CONTRADICTED, ESTIMATE, EXACT, VALUES, counts, kinds, methods
+from elbowroom.analysis.measures.table import GOOD_K, best_reference, column, trusted
 from elbowroom.analysis.plots.style import count, percent, say
+from elbowroom.analysis.verdict.thresholds import mean_se
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,11 @@ def _with_error(mean: float, error: float) -> str:
 
 
 def _evidence_note(table: xr.Dataset) -> str:
-    words = {
-        EXACT: "exact for {:,}",
-        ESTIMATE: "estimated for {:,}",
-        CONTRADICTED: "contradicted by the ELBO for {:,}",
-        BOUND: "unknown for {:,}, which are not in this mean",
-    }
-    kind, by = counts(table), " and ".join(methods(table, EXACT, ESTIMATE, CONTRADICTED))
-    said = ", ".join(text.format(kind[name]) for name, text in words.items() if kind[name])
-    return f"{said} of {count(table.sizes['obs_id'])} (by {by})"
+    kind, by = counts(table), " and ".join(methods(table, *VALUES))
+    parts = [f"{word} for {kind[name]:,}" for name, word in VALUES.items() if kind[name]]
+    if kind[BOUND]:
+        parts.append(f"unknown for {kind[BOUND]:,}, which are not in this mean")
+    return f"{', '.join(parts)} of {count(table.sizes['obs_id'])} (by {by})"
 
 
 def _bits(mean: float, error: float, entries: int | None) -> str:
@@ -140,7 +137,7 @@ def worst_rows(table: xr.Dataset, size: int = 10) -> list[WorstRow]:
     for n in order:
         one = {name: float(column(table, name)[n]) for name in ("elbo", "elbo_se", "log_evidence", "log_evidence_lower")}
         low, high = float(column(table, "gap_total_lower")[n]), float(column(table, "gap_total_upper")[n])
-        room = f"at least {say(low)}" if 0 < low < math.inf else "not known"
+        evidence, room = "not known", f"at least {say(low)}" if 0 < low < math.inf else "not known"
         if math.isfinite(gap[n]):
             room = f"{say(float(gap[n]))} [{say(low)}, {say(high)}]"
         if math.isfinite(one["log_evidence"]):
@@ -150,8 +147,6 @@ def worst_rows(table: xr.Dataset, size: int = 10) -> list[WorstRow]:
             evidence = f"≥ {say(one['log_evidence_lower'], 4)} (bound)"
             if math.isfinite(above):
                 evidence = f"{say(one['log_evidence_lower'], 4)} to {say(above, 4)} (bounds)"
-        else:
-            evidence = "not known"
         cells = [f"{say(one['elbo'], 4)} ± {say(one['elbo_se'], 2)}", evidence, room, _short(column(table, "pareto_k")[n])]
         reason = ""
         if part is None:

@@ -9,20 +9,9 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.measures import evidence_kinds
-from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, ESTIMATE, EXACT, counts, has_value
-from elbowroom.analysis.measures.table import (
-    FEW,
-    GOOD_K,
-    LARGE_GAP,
-    MISSED,
-    SMALL_GAP,
-    bad_k,
-    best_reference,
-    certified,
-    column,
-    mean_se,
-    trusted,
-)
+from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, ESTIMATE, EXACT, counts, estimated, has_value
+from elbowroom.analysis.measures.table import FEW, GOOD_K, LARGE_GAP, MISSED, SMALL_GAP, best_reference, column, trusted
+from elbowroom.analysis.verdict.thresholds import bad_k, certified, mean_se
 
 MEAN_ERROR = 0.2  # reference standard deviations
 SD_RATIO = 1.25
@@ -45,7 +34,8 @@ def _quartiles(values: np.ndarray, digits: int = 3) -> str:
 
 def summary(table: xr.Dataset) -> list[tuple[str, str]]:
     """Return (quantity, value) rows: means +- standard error over data, medians (quartiles), counts."""
-    n, k, gap = table.sizes["obs_id"], table["pareto_k"].values, _finite_gap(table)
+    n, k, gap = table.sizes["obs_id"], table["pareto_k"].values, table["gap_total"].values
+    largest = f"{gap[np.isfinite(gap)].max():.3f}" if np.isfinite(gap).any() else "not available"
     no_k = not (np.isfinite(k) | np.isposinf(k)).any()  # such as weights of few discrete values, which have no tail
     rows = [
         ("data audited", str(n)),
@@ -53,7 +43,7 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
         ("mean ELBO [nats]", mean_in_words(table["elbo"].values)),
         (f"mean log p(x) [nats], {int(has_value(table).sum())} data", mean_in_words(table["log_evidence"].values)),
         ("gap [nats], median (quartiles)", _quartiles(gap)),
-        ("gap [nats], largest", f"{gap.max():.3f}" if gap.size else "not available"),
+        ("gap [nats], largest", largest),
         ("k-hat, median (quartiles)", _quartiles(k, 2)),
         (f"k-hat > {GOOD_K}", "not available" if no_k else f"{bad_k(table)} of {n}"),
         ("effective sample fraction, median", _quartiles(table["ess_fraction"].values, 2)),
@@ -100,19 +90,13 @@ def _missed(table: xr.Dataset) -> str:
     )
 
 
-def _finite_gap(table: xr.Dataset) -> np.ndarray:
-    gap = table["gap_total"].values
-    return np.asarray(gap[np.isfinite(gap)])
-
-
 def _gap(table: xr.Dataset) -> str:
-    n, gap, kind = table.sizes["obs_id"], _finite_gap(table), counts(table)
-    infinite = int(np.isposinf(table["gap_total"].values).sum())
+    n, gap, kind = table.sizes["obs_id"], table["gap_total"].values, counts(table)
+    gap, infinite = gap[np.isfinite(gap)], int(np.isposinf(gap).sum())
     if wrong := kind[CONTRADICTED]:
         return (
-            f"The numbers contradict each other: for {wrong} of {n} data log p(x) lies below the ELBO "
-            "by more than their errors allow, which cannot be; a mode was missed or a density is not "
-            "normalised. Trust none of them."
+            f"The numbers contradict each other: for {wrong} of {n} data log p(x) lies below the ELBO by more than their "
+            "errors allow, which cannot be; a mode was missed or a density is not normalised. Trust none of them."
         )
     if not gap.size:
         if infinite:
@@ -142,7 +126,7 @@ def _gap(table: xr.Dataset) -> str:
                 f"Where the guide puts mass, {tail} log p(x) is estimated by importance sampling from the guide itself: a mode "
                 "that the guide misses would be missing in it too, and the true gap larger."
             )
-        tail += f" log p(x) is estimated by {' and '.join(evidence_kinds.estimators(table))}, not from the guide."
+        tail += f" log p(x) is estimated by {estimated(table)[1]}, not from the guide."
     lost = (column(table, "missed_mass") > MISSED).mean() >= FEW or (gap > LARGE_GAP).mean() >= FEW
     near = "not everywhere close to" if lost else "close to"
     size = near if median < SMALL_GAP else "at some distance from" if median < LARGE_GAP else "far from"
@@ -191,7 +175,7 @@ def _caveat(table: xr.Dataset) -> str:
     if kind[EXACT]:
         parts.append(f"log p(x) is exact, up to the numerical error stated, for {kind[EXACT]} of {n} data")
     if kind[ESTIMATE]:
-        parts.append(f"log p(x) is an {evidence_kinds.estimated(table)[0]} for {kind[ESTIMATE]} of {n}")
+        parts.append(f"log p(x) is an {estimated(table)[0]} for {kind[ESTIMATE]} of {n}")
     if kind[CONTRADICTED]:
         parts.append(f"log p(x) is contradicted by the ELBO for {kind[CONTRADICTED]} of {n}")
     if missing:

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.measures.evidence_kinds import has_value
-from elbowroom.analysis.measures.table import Z95, certified, column
+from elbowroom.analysis.measures.table import GOOD_K, TRUSTED, Z95, column
 
 HALF = 0.5
 CAUSE = 1 / 3  # share of the gap from which on a part is named as a cause
@@ -46,6 +46,16 @@ FAMILY = "family too small"
 GUIDE = "guide falls short"
 
 
+def certified(table: xr.Dataset) -> np.ndarray:
+    """Return which data have a reference that is exact or certified for them, (N,)."""
+    return np.asarray(np.isin(table["status"].values.astype(str), TRUSTED).any(1))
+
+
+def bad_k(table: xr.Dataset) -> int:
+    """Return at how many data k-hat is too large, or not known."""
+    return int((~(column(table, "pareto_k") <= GOOD_K)).sum())
+
+
 def known(table: xr.Dataset) -> np.ndarray:
     """Return which data have a value of log p(x) (exact or a trusted estimate) and a certified posterior, (N,)."""
     value = has_value(table) & ~np.isnan(column(table, "gap_total"))
@@ -60,6 +70,14 @@ def median(values: np.ndarray) -> tuple[float, float, float]:
         return math.nan, math.nan, math.nan
     below = max(0, math.floor(n / 2 - Z95 * math.sqrt(n) / 2))
     return float(np.median(values)), float(values[below]), float(values[n - 1 - below])
+
+
+def mean_se(values: np.ndarray) -> tuple[float, float]:
+    """Return the mean of the finite values and its standard error; NaN of none, and the error of one."""
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return math.nan, math.nan
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
 
 
 def effect_in_words(effect: float, kind: str) -> str:

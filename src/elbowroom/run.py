@@ -56,7 +56,7 @@ def fit(
     return Run.of(model)
 
 
-class Run(Questions):
+class Run(Questions, FittedModel):
     """A fitted experiment in its folder, with methods to audit it, improve it and query it.
 
     Attributes:

@@ -342,7 +342,7 @@ def test_the_seam_takes_it_and_states_its_density(name):
     vae, x = small_vae(name, dim=3)
     log_joint = LogJoint(vae.model, vae.guide, x)
     assert log_joint.mode == "vmap", log_joint.notes
-    assert log_joint.joined["guide"], log_joint.notes
+    assert log_joint.batched_draws["guide"], log_joint.notes
     u, stated = log_joint.sample_guide(5, seed=0)
     assert u.shape == (5, len(x), spaces.free_dim(vae.prior.space, 3))
     double, wide = copy.deepcopy(vae).double(), x.double()

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from elbowroom.components import plugins, schema
-from elbowroom.components.schema import Block, Option
+from elbowroom.components import plugins, schema, signatures
+from elbowroom.components.schema import Block
+from elbowroom.components.signatures import Option
 from elbowroom.components.table import BASES, FACTS, PLACES, TABLE
 from elbowroom.errors import SpecError, nearest
 
@@ -96,8 +97,8 @@ def component(kind: str, name: str) -> Component:
         entry = _named(entry)
         _protocol(kind, name, entry)
         _check_constructor(kind, name, entry)
-    options, facts = tuple(schema.options(entry)), tuple(schema.facts(entry))
-    return Component(kind, name, entry, schema.summary(entry), options, facts, origin, digest)
+    options, facts = tuple(signatures.options(entry)), tuple(signatures.facts(entry))
+    return Component(kind, name, entry, signatures.summary(entry), options, facts, origin, digest)
 
 
 def register(kind: str, name: str, cls: type) -> None:
@@ -268,7 +269,7 @@ def _foreign(kind: str, name: str, cls: type) -> None:
         module, _, base = BASES[kind].partition(":")
         raise SpecError(f"{kind} {name}: {cls.__name__} is no {kind}; derive it from {module}.{base}")
     _protocol(kind, name, cls)
-    for option in schema.options(cls):
+    for option in signatures.options(cls):
         try:
             model = schema.block(option.name, [option])
             model.model_json_schema()
@@ -287,8 +288,8 @@ def _foreign(kind: str, name: str, cls: type) -> None:
 def _protocol(kind: str, name: str, cls: type) -> None:
     """Refuse a class whose options cannot be listed, or which asks for facts that its kind does not have."""
     try:
-        asked = schema.facts(cls)
-        found = schema.options(cls)
+        asked = signatures.facts(cls)
+        found = signatures.options(cls)
     except (TypeError, NameError) as error:
         raise SpecError(f"{kind} {name}: {error}") from error
     for fact in asked:
@@ -306,9 +307,9 @@ def _protocol(kind: str, name: str, cls: type) -> None:
 def _check_constructor(kind: str, name: str, cls: type) -> None:
     """Wrap `cls.__init__` in place, once, so that its options are validated as in a spec."""
     original = cls.__init__  # type: ignore[misc]
-    if getattr(cls.__dict__.get("__init__"), "checked_by_elbowroom", False) or not schema.options(cls):
+    if getattr(cls.__dict__.get("__init__"), "checked_by_elbowroom", False) or not signatures.options(cls):
         return
-    model = schema.block(f"{kind}_{name}_options", schema.options(cls))
+    model = schema.block(f"{kind}_{name}_options", signatures.options(cls))
 
     @functools.wraps(original)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:

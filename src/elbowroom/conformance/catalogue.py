@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from elbowroom.components import compatibility, plugins, registry
 from elbowroom.components.registry import Component
-from elbowroom.components.schema import Option
+from elbowroom.components.signatures import Option
 from elbowroom.errors import SpecError
 from elbowroom.spec import document
 

@@ -24,7 +24,8 @@ from elbowroom.inference.fit.plan import resolve_device
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.models import measure
-from elbowroom.runs.fitted import FittedModel, as_specified
+from elbowroom.runs.as_specified import as_specified
+from elbowroom.runs.fitted import FittedModel
 from elbowroom.runs.rows import given_rows, own_rows, provenance
 from elbowroom.spec import run_folder
 from elbowroom.system import durations

@@ -28,8 +28,8 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, has_value, kinds
-from elbowroom.analysis.measures.table import GOOD_K, bad_k, column, mean_se
-from elbowroom.analysis.verdict.thresholds import known, median
+from elbowroom.analysis.measures.table import GOOD_K, column
+from elbowroom.analysis.verdict.thresholds import bad_k, known, mean_se, median
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.models import measure
 from elbowroom.runs.advice import audited

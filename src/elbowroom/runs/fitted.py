@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from elbowroom.data.columns import Layout
 from elbowroom.data.dataset import Dataset
 from elbowroom.data.file import read_like
 from elbowroom.errors import RunFolderError, SpecError
-from elbowroom.inference.compiled.policies import policy
 from elbowroom.models.vae import VAE
 from elbowroom.spec import document, run_folder, spec
 from elbowroom.spec.assembly import restore
@@ -28,10 +26,6 @@ from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(eq=False)
@@ -125,18 +119,6 @@ class FittedModel:
         known = ("data", "data_sha256")  # keep these cached values: data are read and hashed once
         experiment.__dict__.update({key: self.experiment.__dict__[key] for key in known if key in self.experiment.__dict__})
         return replace(self, experiment=experiment)
-
-
-def as_specified(method: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a method of a fitted model: inside it, programs are compiled as `audit.compile` of the spec says."""
-
-    @wraps(method)
-    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        model = cast("FittedModel", args[0])
-        with policy(model.experiment.spec.audit.compile):
-            return method(*args, **kwargs)
-
-    return inside
 
 
 def _known(record: Any, label: str) -> None:

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 import xarray as xr
 
-from elbowroom.analysis.measures.table import GOOD_K, bad_k, column, mean_se
+from elbowroom.analysis.measures.table import GOOD_K, column
 from elbowroom.analysis.verdict.summary import mean_in_words
-from elbowroom.analysis.verdict.thresholds import known, median
+from elbowroom.analysis.verdict.thresholds import bad_k, known, mean_se, median
 from elbowroom.errors import RunFolderError
 from elbowroom.inference.fit.warm_start import GUIDE
 from elbowroom.runs import auditing, fitting

@@ -18,7 +18,7 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import BeforeValidator, Field, Strict, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 
-from elbowroom.components import compatibility, registry, schema
+from elbowroom.components import compatibility, registry, schema, signatures
 from elbowroom.components.schema import Block, dotted
 from elbowroom.components.slots import slot as slots_slot
 from elbowroom.errors import SpecError, nearest
@@ -142,7 +142,7 @@ def spec_model() -> type[Spec]:
     from elbowroom.inference.fit import svi
 
     slot = slots_slot
-    trained = [option for option in schema.options(svi.fit) if option.name != "objective"]
+    trained = [option for option in signatures.options(svi.fit) if option.name != "objective"]
     objective = (slot("objective"), Field("elbo", description="what is maximised"))
     start = (Start, Field(None, description="the run whose weights the fit starts at; null starts anew"))
     fit = schema.block("fit", trained, {"objective": objective, "start": start})
