@@ -180,8 +180,8 @@ def _pilot(path: Path, at: Sequence[float], leapfrogs: int, generator: torch.Gen
 def lower(path: Path, plan: Ladder, *, chains: int, seed: int, until: float = math.inf) -> AnnealedBound:
     """Return a probabilistic lower bound on log p(x) per datum: log mean_s w_s of forward chains.
 
-    P(value > log p + c) <= exp(-c). The plan must be from `tune` with another seed. If its temperatures end at b < 1, the value is
-    a bound on log Z_b instead. No block of data is begun after `until` (a value of `time.monotonic()`); its data get NaN.
+    P(value > log p + c) <= exp(-c). The plan must be from `tune` with another seed. If its temperatures end at b < 1, the value
+    is a bound on log Z_b instead. No block of data is begun after `until` (`time.monotonic()`); its data get NaN.
     """
     return _over_blocks(path, chains, until, lambda part, rows, g: _forward(part, plan.rows(rows), chains, g), seed)
 
