@@ -75,9 +75,9 @@ class Composition(TorchDistribution):
 class Multinomial(Likelihood):
     """A whole row of counts given its total n: p(x|z, n) = n! / (x_1! ... x_D!) q_1^x_1 ... q_D^x_D.
 
-    q = softmax(log share in the training data + output), over all entries of a datum of any shape. The total does not depend on
-    z. If entries are missing, the others are multinomial given their own total, with q renormalised over them. Draws and means
-    use the mean total of the training data (Liang et al. 2018, https://arxiv.org/abs/1802.05814).
+    q = softmax(log share in the training data + output), over all entries of a datum of any shape. The total carries no
+    information about z. If entries are missing, the others are multinomial given their own total, with q renormalised over
+    them. Draws and means use the mean total of the training data (Liang et al. 2018, https://arxiv.org/abs/1802.05814).
     """
 
     def __init__(self, event_shape: tuple[int, ...]) -> None:
