@@ -190,16 +190,9 @@ def completed(log_joint: LogJoint, posterior: Posterior, seed: int, *, which: Wh
 
 
 def resample(z: Tensor, weights: Tensor, n_draws: int, generator: torch.Generator) -> Tensor:
-    """Draw from weighted particles by systematic resampling, in random order.
+    """Draw K = `n_draws` from particles z (S, N, d) with normalised weights (S, N), by systematic resampling: (K, N, d).
 
-    Args:
-        z: particles, (S, N, d).
-        weights: normalised along the particles, (S, N).
-        n_draws: number of draws K per datum; a particle of weight W is drawn floor(K W) or ceil(K W) times.
-        generator: of random numbers.
-
-    Returns:
-        (K, N, d).
+    A particle of weight W is drawn floor(K W) or ceil(K W) times. The draws are in random order.
     """
     n = z.shape[1]
     offset = torch.rand(n, 1, dtype=z.dtype, device=z.device, generator=generator)

@@ -32,11 +32,7 @@ Kept = tuple[str, Any, Callable[[], Any], Callable[[Any], None]]
 
 
 class SideEffects:
-    """Copies of everything that modules hold besides parameters and buffers.
-
-    Args:
-        *modules: the modules, with all their submodules.
-    """
+    """Copies of everything that modules and their submodules hold besides parameters and buffers."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self._kept: list[Kept] = []  # name, value, how to read and to write it

@@ -44,17 +44,11 @@ def shuffler(seed: int, device: torch.device) -> torch.Generator:
 
 
 def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, rows: int = 2048) -> float:
-    """Estimate the mean ELBO of data, in nats per datum, without changing any state.
+    """Estimate the mean ELBO of data (N, *event), in nats per datum, without changing any state.
 
-    (1/N) sum_n (1/S) sum_s log p(x_n, z_ns) - log q(z_ns|x_n), z_ns ~ q(z|x_n), without KL weight, networks in eval mode. The
-    same seed gives the same standard noise, so the values of two sets of weights differ because of the weights alone.
-
-    Args:
-        vae: on the device and in the dtype of x.
-        x: data, (N, *event), or `Rows` with covariates and exposure.
-        draws: S.
-        seed: of the noise; the caller's generators are restored.
-        rows: draws times data in one pass.
+    (1/N) sum_n (1/S) sum_s log p(x_n, z_ns) - log q(z_ns|x_n), z_ns ~ q(z|x_n), S = `draws`, without KL weight, networks in
+    eval mode. The same seed gives the same standard noise, so the values of two sets of weights differ because of the weights
+    alone. `rows` limits draws times data in one pass.
 
     Raises:
         NonFiniteSite: a log probability is not finite.

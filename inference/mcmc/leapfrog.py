@@ -85,16 +85,9 @@ def leap(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Move every chain by one drift and the kick after it.
 
-    Args:
-        target: log density and gradient.
-        z: positions, (S, N, d).
-        momentum: in whitened coordinates, (S, N, d).
-        size: step sizes, broadcastable to (S, N, 1).
-        root: metric roots L, (N, d, d).
-        kick: share of a full kick: 1, or 1/2 at the end of a trajectory.
-
-    Returns:
-        Positions, momenta, log densities (S, N) and gradients; where not finite, -inf and 0.
+    z and momentum (in whitened coordinates) are (S, N, d), step sizes broadcastable to (S, N, 1), metric roots L (N, d, d);
+    kick is the share of a full kick: 1, or 1/2 at the end of a trajectory. Returns positions, momenta, log densities (S, N) and
+    gradients; where not finite, -inf and 0.
     """
     z = z + size * apply(root, momentum)
     value, gradient = _finite(*target(z))
@@ -116,14 +109,8 @@ def transition(
 ) -> Move:
     """Move every chain by one trajectory of `n_steps` leapfrogs and accept or reject.
 
-    Args:
-        target: log density and gradient.
-        state: of every chain.
-        root: metric roots L, (N, d, d), lower triangular.
-        step: step size in whitened coordinates, a number, (N,) or (S, N).
-        n_steps: leapfrogs.
-        generator: of momenta and acceptance.
-        leaps: a faster `leap` for this target, if there is one.
+    Metric roots L are (N, d, d), lower triangular; the step size, in whitened coordinates, is a number, (N,) or (S, N). `leaps`
+    is a faster `leap` for this target, if there is one.
     """
     leaps = leaps or partial(leap, target)
     z, value, gradient = state.z, state.value, state.gradient

@@ -67,16 +67,10 @@ def log_weights(
     path: bool = False,
     detach: bool = False,
 ) -> LogWeights:
-    """Draw z K times for each datum and evaluate both programs there.
+    """Draw z K = `particles` times for each datum and evaluate both programs there.
 
-    Args:
-        model: p(x, z).
-        guide: q(z|x).
-        args: of both; tensors as long as the first one are repeated.
-        kwargs: of both, likewise.
-        particles: K.
-        path: let log q depend on the guide's parameters through z alone.
-        detach: hold z constant.
+    Of the arguments, tensors as long as the first one are repeated. With `path`, log q depends on the guide's parameters
+    through z alone; with `detach`, z is a constant.
 
     Raises:
         ValueError: the log weights are not defined for single data.

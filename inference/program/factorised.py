@@ -177,9 +177,8 @@ def log_prob(fn: TorchDistribution, value: Tensor) -> Tensor:
 def shared_log_prob(fn: TorchDistribution, value: Tensor) -> Tensor | Bilinear:
     """Return fn.log_prob(value), broadcastable to (G, N); a `Bilinear` where it factorises.
 
-    Args:
-        fn: distribution with batch shape (G, N), (G, 1) or (N,); its parameters may be expanded views.
-        value: latent values (G, 1, *event) or data (N, *event).
+    fn has batch shape (G, N), (G, 1) or (N,), and parameters that may be expanded views; value holds latent values
+    (G, 1, *event) or data (N, *event).
     """
     if isinstance(fn, Incomplete):
         return _shared(fn, fn.base, value, fn.missing, (value, fn.missing))

@@ -44,14 +44,7 @@ def inspect(
     kwargs: dict[str, Any],
     plate: str | None,
 ) -> Program:
-    """Run the pair once and describe it.
-
-    Args:
-        model: Pyro program p(x, z).
-        guide: Pyro program q(z|x).
-        args: arguments of both.
-        kwargs: keyword arguments of both.
-        plate: name of the data plate, if the program has several candidates.
+    """Run the pair p(x, z), q(z|x) once and describe it; `plate` names the data plate, if there are several candidates.
 
     Raises:
         UnsupportedProgram: per-datum inference does not apply to the pair; names the site or plate and the reason.

@@ -66,7 +66,7 @@ class Promotion(TorchFunctionMode):
 
 
 class Promoted:
-    """A program run in one floating-point type; its attributes are the program's."""
+    """A program (any callable) run in one floating-point type; its attributes are the program's."""
 
     def __init__(self, program: Callable[..., Any], dtype: torch.dtype) -> None:
         self.program, self.dtype = program, dtype

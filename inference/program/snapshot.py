@@ -29,11 +29,6 @@ STORE = ("_params", "_param_to_name", "_constraints")  # the mappings of Pyro's 
 class Snapshot:
     """Copies of the arguments and weights of a pair of programs.
 
-    Args:
-        programs: the callables.
-        args: their arguments.
-        kwargs: their keyword arguments.
-
     Attributes:
         args: copies of the arguments, in `dtype`.
         kwargs: likewise.

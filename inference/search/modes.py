@@ -142,12 +142,9 @@ class Modes:
         return Modes(sums / kept, state.z, level / kept, self.log_weight, self.ladder, self.length)
 
     def unseen_by(self, draws: Tensor, lp: Tensor, *, hops: bool = False) -> Unseen:
-        """Compare the runs with chains.
+        """Compare the runs with chains (C, S, N, d) that have the log joint lp (C, S, N).
 
-        Args:
-            draws: (C, S, N, d).
-            lp: their log joint, (C, S, N).
-            hops: whether consecutive draws jump between modes, as replicas do; then single states are compared, not means.
+        With `hops`, consecutive draws jump between modes, as replicas do, and single states are compared instead of means.
         """
         draws, lp = draws.double(), lp.double()
         centre, covariance = moments(draws.flatten(0, 1))
@@ -246,16 +243,9 @@ STEPS = 16
 
 
 def climb(log_joint: LogJoint, z: Tensor, scale: Tensor, steps: int = STEPS) -> tuple[Tensor, Tensor]:
-    """Climb from every start by steps along the gradient; steps downwards are rejected.
+    """Climb from every start (S, N, d) by steps along the gradient; steps downwards are rejected.
 
-    Args:
-        log_joint: the model and guide.
-        z: starts, (S, N, d).
-        scale: unit of length of the steps, (d,) or (N, d).
-        steps: number of steps.
-
-    Returns:
-        The ends of the climbs, (S, N, d), and log p(x, z) there, (S, N).
+    `scale` is the unit of length of the steps, (d,) or (N, d). Returns the ends, (S, N, d), and log p(x, z) there, (S, N).
     """
     best, gradient = log_joint.grad(z)
     best = floor_nan(best)

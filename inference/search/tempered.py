@@ -41,14 +41,9 @@ class TemperedChains:
         return self.parts[0] + self.parts[1]
 
     def move(self, b: Tensor, root: Tensor, step: Tensor, n_steps: int, generator: torch.Generator) -> Move:
-        """Move every chain by one trajectory at its b; the result has shape (S, batch N).
+        """Move every chain by one trajectory at its b (*batch, N); the result has shape (S, batch N).
 
-        Args:
-            b: inverse temperatures, (*batch, N).
-            root: metric roots, (batch N, d, d).
-            step: step sizes, (batch N,).
-            n_steps: leapfrogs.
-            generator: of momenta and acceptance.
+        Metric roots are (batch N, d, d), step sizes (batch N,).
         """
         shape, last = self.z.shape, self.parts
 

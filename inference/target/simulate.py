@@ -34,10 +34,6 @@ def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
     stays the same. Entries that are missing (NaN) or masked in the data are so in the simulated data too. If masked entries of
     the argument all hold one number (NaN, or 0, as a mark), they keep it; otherwise they are simulated.
 
-    Args:
-        log_joint: the model and guide.
-        seed: random seed.
-
     Returns:
         A LogJoint of as many simulated data, and z (N, d) in unconstrained coordinates.
 

@@ -36,11 +36,7 @@ def inputs(joint: PlainLogJoint) -> list[tuple[Tensor, int | None]]:
 def by_graph(joint: PlainLogJoint, graph: Function, z: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
     """Evaluate a graph of this module at z (S, N, d), in parts that fit the caches.
 
-    Args:
-        joint: the log joint of these data.
-        graph: with outputs (S, N, ...).
-        z: (S, N, d).
-        *beside: further inputs besides z and the data: (S or 1, N, ...) or numbers.
+    `beside` are inputs besides z and the data: (S or 1, N, ...) or numbers. Outputs are (S, N, ...).
     """
     n, draws = joint.n_obs, len(z)
     given_data = inputs(joint)

@@ -132,17 +132,11 @@ def _blocks(path: Path, chains: int, seed: int, until: float) -> Iterator[tuple[
 
 @stage("pilot")
 def tune(path: Path, *, temperatures: int, leapfrogs: int, seed: int, until: float = math.inf) -> Ladder:
-    """Tune step sizes in a pilot run; its chains are discarded.
+    """Tune step sizes in a pilot run with its own seed; its chains are discarded.
 
     A few chains climb the path and make several trajectories in the middle of each bin of temperatures. After each one the step
-    is multiplied by exp(accept - 0.8); it stays below a quarter of a period of a normal with the metric's covariance.
-
-    Args:
-        path: of all data.
-        temperatures: T.
-        leapfrogs: per trajectory.
-        seed: of the pilot; the scored run needs another.
-        until: as in `lower`; data not reached get the largest step.
+    is multiplied by exp(accept - 0.8); it stays below a quarter of a period of a normal with the metric's covariance. Data not
+    reached before `until` get the largest step.
     """
     b = schedule(temperatures).tolist()
     n_bins = max(1, min(temperatures - 1, BINS))
@@ -186,35 +180,19 @@ def _pilot(path: Path, at: Sequence[float], leapfrogs: int, generator: torch.Gen
 def lower(path: Path, plan: Ladder, *, chains: int, seed: int, until: float = math.inf) -> AnnealedBound:
     """Return a probabilistic lower bound on log p(x) per datum: log mean_s w_s of forward chains.
 
-    If the temperatures of the plan end at b < 1, the value is a bound on log Z_b instead.
-
-    Args:
-        path: of all data.
-        plan: from `tune` with another seed.
-        chains: S.
-        seed: random seed.
-        until: value of `time.monotonic()` after which no further block of data is begun; those data get NaN.
-
-    Returns:
-        The bound; P(value > log p + c) <= exp(-c).
+    P(value > log p + c) <= exp(-c). The plan must be from `tune` with another seed. If its temperatures end at b < 1, the value
+    is a bound on log Z_b instead. No block of data is begun after `until` (`time.monotonic()`); its data get NaN.
     """
     return _over_blocks(path, chains, until, lambda part, rows, g: _forward(part, plan.rows(rows), chains, g), seed)
 
 
 @stage("reverse")
 def upper(path: Path, plan: Ladder, draws: Tensor, *, seed: int, until: float = math.inf) -> AnnealedBound:
-    """Return a probabilistic upper bound on log p(x) per datum: -log mean_s 1/w_s of reverse chains.
+    """Return a probabilistic upper bound on log p(x) per datum: -log mean_s 1/w_s of reverse chains, from draws (S, N, d).
 
     It is valid only if the draws follow the posterior. Chains that start at the same draw share its error: their mean still
     satisfies P(value < log p - c) <= exp(-c), but `error` and `ess` then do not cover the start. Give one draw per chain if
-    there are many.
-
-    Args:
-        path: of all data.
-        plan: from `tune` with another seed.
-        draws: of the posterior, one per chain, (S, N, d).
-        seed: random seed.
-        until: as in `lower`.
+    there are many. Plan and `until` are as in `lower`.
     """
     start = lambda part, rows, g: _reverse(part, plan.rows(rows), draws[:, rows], g)
     return _over_blocks(path, len(draws), until, start, seed)

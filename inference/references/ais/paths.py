@@ -107,11 +107,8 @@ class Path(ABC):
 class PriorPath(Path):
     """From the prior to the posterior: p(z) p(x|z)^b.
 
-    Args:
-        log_joint: the log joint.
-        q_star: a normal near each posterior, for the metric; None keeps the prior's scale.
-        seed: of the draws that measure the prior's scale.
-        metric: a known metric; the scale is then not measured.
+    q_star, a normal near each posterior, is for the metric; None keeps the prior's scale, measured on draws. With `metric`, the
+    scale is not measured.
     """
 
     name = "prior"
@@ -148,11 +145,7 @@ class PriorPath(Path):
 class RefitPath(Path):
     """From an inflated q* to the posterior: q0(z)^(1 - b) p(x, z)^b.
 
-    Args:
-        log_joint: the log joint.
-        q_star: a normal near each posterior.
-        inflation: factor of its standard deviations in q0.
-        df: degrees of freedom of a Student-t in place of the normal; None for the normal.
+    q0 has the standard deviations of q* times `inflation`; it is a Student-t with `df` degrees of freedom, or normal for None.
     """
 
     name = "refit"

@@ -183,12 +183,9 @@ class Certificate:
 
 
 def certify(chains: Chains, modes: Modes, *, hops: bool = False) -> Certificate:
-    """Judge the chains of every datum.
+    """Judge the chains of every datum; their second half started from the prior.
 
-    Args:
-        chains: their second half started from the prior.
-        modes: annealed runs from the prior, of the same data.
-        hops: whether consecutive draws jump between modes, as replicas do.
+    `modes` are annealed runs from the prior, of the same data; `hops` says whether draws jump between modes, as replicas do.
     """
     draws = chains.draws.double()
     n = draws.shape[2]

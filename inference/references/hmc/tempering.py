@@ -31,15 +31,10 @@ PRIOR_BATCH = 64
 
 
 class Tempering:
-    """Ensembles of replicas of some data.
+    """C ensembles of replicas (`chains`) of some data.
 
-    Args:
-        log_joint: the model and guide.
-        modes: their mode search, for the ladder and the starts.
-        q: normals near the posteriors, for the metric and the starts.
-        chains: number of independent ensembles C per datum.
-        generator: of everything except the prior's draws.
-        seed: of the prior's draws.
+    The mode search gives the ladder and starts, the normals q the metric and starts. `seed` is that of the prior's draws,
+    `generator` drives everything else.
     """
 
     def __init__(

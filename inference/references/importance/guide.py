@@ -45,16 +45,11 @@ def evidence(log_weights: Tensor, pareto_k: Tensor, ess_fraction: Tensor) -> tup
 
 
 def split_bounds(log_weights: Tensor) -> dict[str, Tensor]:
-    """Return bounds from the two halves of the draws: the first is for choosing among bounds, the second is the reported bound.
+    """Return bounds from the two halves of the draws, (N,) each, in nats, from raw log weights (S, N).
 
-    The largest of several noisy bounds is not a bound; the one that was largest on other draws is.
-
-    Args:
-        log_weights: (S, N), raw.
-
-    Returns:
-        bound_first: log mean w of the first half; bound_sure: `sure_bound` of the second half; bound_all: `sure_bound` of all
-        draws, for use when there is no choice; (N,) each, in nats.
+    The largest of several noisy bounds is not a bound; the one that was largest on other draws is. So bound_first, log mean w
+    of the first half, is for choosing among bounds, and bound_sure, `sure_bound` of the second half, is reported. bound_all,
+    `sure_bound` of all draws, is for use when there is no choice.
     """
     first, fresh = log_weights.tensor_split(2)
     return {
@@ -66,13 +61,7 @@ def split_bounds(log_weights: Tensor) -> dict[str, Tensor]:
 
 @stage("guide")
 def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Posterior:
-    """Draw from the guide and evaluate it by its importance weights.
-
-    Args:
-        log_joint: the model and guide.
-        draws: number of draws S per datum for the estimates.
-        keep: number of draws per datum kept in the result.
-        seed: random seed.
+    """Draw from the guide and evaluate it by its importance weights, with S = `draws` draws per datum; `keep` of them are kept.
 
     Returns:
         The guide as a `Posterior`, status `amortized`, with stats elbo, elbo_se (standard error over draws), pareto_k,

@@ -17,13 +17,9 @@ def good_k(n_draws: int) -> float:
 
 
 def fit_generalized_pareto(excess: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit a generalised Pareto distribution to each column (Zhang and Stephens 2009).
+    """Fit a generalised Pareto distribution to each column of positive, ascending exceedances (M, N) (Zhang and Stephens 2009).
 
-    Args:
-        excess: exceedances over the threshold, ascending along dim 0, (M, N), positive.
-
-    Returns:
-        Shape k and scale sigma, (N,) each. A weak prior pulls k towards 0.5, with the weight of 10 observations.
+    Returns shape k and scale sigma, (N,) each. A weak prior pulls k towards 0.5, with the weight of 10 observations.
     """
     n = excess.shape[0]
     m_bs = 30 + int(n**0.5)
