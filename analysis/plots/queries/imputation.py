@@ -10,21 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.image import AxesImage
 
-from elbowroom.analysis.plots.style import (
-    EXACT,
-    GUIDE,
-    HALF,
-    MUTED,
-    Absent,
-    Plot,
-    canvas,
-    count,
-    percent,
-    say,
-    show_tiles,
-    styled,
-    tone,
-)
+from elbowroom.analysis.plots import style
+from elbowroom.analysis.plots.style import Absent, Plot, styled
 from elbowroom.analysis.queries.imputation import share
 from elbowroom.models.columns import image_shape
 
@@ -60,17 +47,18 @@ def images(answer: xr.Dataset, x: np.ndarray, shape: Sequence[int]) -> Plot | Ab
     }
     shown |= {f"draw {i + 1}": tile(answer["samples"].values[i]) for i in range(min(2, answer.sizes.get("sample", 0)))}
     title = "What was hidden, and what the model puts there" if "truth" in answer else "What the model puts into the holes"
-    figure = canvas(0.95 * (len(shown) + 1) + 0.9, 0.75 + 0.95 * len(rows), title)
+    figure = style.canvas(0.95 * (len(shown) + 1) + 0.9, 0.75 + 0.95 * len(rows), title)
     axes = figure.subplots()
-    _tiles(axes, shown, missing, tone(x))
+    _tiles(axes, shown, missing, style.tone(x))
     wide = _overlay(axes, np.ma.masked_where(~missing, tile(spread)), len(shown), "cividis")
     axes.set_xticks(range(len(shown) + 1), [*shown, label])
     axes.set_xlim(-0.5, len(shown) + 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     figure.colorbar(wide, ax=axes, shrink=0.5, label=f"{label.replace(chr(10), ' ')}, units of the data", pad=0.02)
-    middle = f"{say(float(np.nanmedian(spread)))} in the median over all missing pixels"
+    middle = f"{style.say(float(np.nanmedian(spread)))} in the median over all missing pixels"
     caption = (
-        f"{count(len(rows), 'image', 'images')} of {len(x):,}. The tinted part was not seen. The mean is the average of what "
+        f"{style.count(len(rows), 'image', 'images')} of {len(x):,}. The tinted part was not seen. The mean is the average of "
+        "what "
         "could stand there, and no image; a draw is one image that could. "
         + (
             f"Where the seen part leaves a pixel open its probability is far from 0 and 1: its sd is {middle}."
@@ -94,7 +82,7 @@ def _binary(answer: xr.Dataset) -> bool:
 
 def _tiles(axes: Axes, shown: dict[str, np.ndarray], missing: np.ndarray, limits: tuple[float, float]) -> None:
     """Draw images in columns, and tint the missing entries."""
-    show_tiles(axes, np.stack(list(shown.values()), 1), limits)
+    style.show_tiles(axes, np.stack(list(shown.values()), 1), limits)
     axes.xaxis.tick_top()
     axes.set_yticks([])
     tint = np.ma.masked_where(~missing, np.ones(missing.shape))
@@ -126,12 +114,15 @@ def coverage(answer: xr.Dataset) -> Plot | Absent:
     ranks = {way: answer["rank" + way].values.reshape(answer.sizes["obs_id"], -1) for way in ("", "_guide")}
     if not np.isfinite(ranks[""]).any():
         return Absent(name, "No coverage of intervals: the hidden cells are categories.")
-    figure = canvas(HALF, 4.2, "Do intervals hold what was hidden?")
+    figure = style.canvas(style.HALF, 4.2, "Do intervals hold what was hidden?")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=":", label="intervals that are right")
-    for way, label, colour, style in (("", "best posterior", EXACT, "-"), ("_guide", "encoder's own draws", GUIDE, "--")):
+    axes.plot([0, 1], [0, 1], color=style.MUTED, lw=0.9, ls=":", label="intervals that are right")
+    for way, label, colour, look in (
+        ("", "best posterior", style.EXACT, "-"),
+        ("_guide", "encoder's own draws", style.GUIDE, "--"),
+    ):
         values = np.array([share(_inside(ranks[way], level)) for level in LEVELS])
-        axes.plot(LEVELS, values[:, 0], color=colour, ls=style, label=label)
+        axes.plot(LEVELS, values[:, 0], color=colour, ls=look, label=label)
         axes.fill_between(
             LEVELS, values[:, 0] - 2 * values[:, 1], values[:, 0] + 2 * values[:, 1], color=colour, alpha=0.15, lw=0
         )
@@ -151,11 +142,14 @@ def coverage(answer: xr.Dataset) -> Plot | Absent:
 
 def _reliability(answer: xr.Dataset) -> Plot | Absent:
     """Draw the share of hidden cells that are 1 against the predicted probability."""
-    figure = canvas(HALF, 4.2, "Are the probabilities of hidden cells right?")
+    figure = style.canvas(style.HALF, 4.2, "Are the probabilities of hidden cells right?")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=":", label="probabilities that are right")
+    axes.plot([0, 1], [0, 1], color=style.MUTED, lw=0.9, ls=":", label="probabilities that are right")
     truth, words = answer["truth"].values.reshape(answer.sizes["obs_id"], -1), []
-    for way, label, colour, mark in (("", "best posterior", EXACT, "o"), ("_guide", "encoder's own draws", GUIDE, "s")):
+    for way, label, colour, mark in (
+        ("", "best posterior", style.EXACT, "o"),
+        ("_guide", "encoder's own draws", style.GUIDE, "s"),
+    ):
         p = np.where(np.isnan(truth), np.nan, answer["mean" + way].values.reshape(truth.shape))
         place = np.minimum(np.nan_to_num(p) * 10, 9).astype(int)
         points = []
@@ -168,7 +162,7 @@ def _reliability(answer: xr.Dataset) -> Plot | Absent:
         x, y, error = np.array(points).T
         axes.errorbar(x, y, 2 * error, color=colour, marker=mark, ms=4, lw=1.2, capsize=2, label=label)
         brier, right = np.nanmean((p - truth) ** 2), np.nanmean(p * (1 - p))
-        words.append(f"{label}: Brier score {say(brier)}, {say(right)} if its probabilities were right")
+        words.append(f"{label}: Brier score {style.say(brier)}, {style.say(right)} if its probabilities were right")
     axes.set_xlabel("stated probability of 1")
     axes.set_ylabel("share of these cells that are 1")
     axes.set_aspect("equal")
@@ -190,5 +184,5 @@ def _held(answer: xr.Dataset) -> str:
     for way, label in (("", "the best posterior"), ("_guide", "the encoder's own draws")):
         ranks = answer["rank" + way].values.reshape(answer.sizes["obs_id"], -1)
         mean, error = share(_inside(ranks, level))
-        words.append(f"{percent(mean)} ± {100 * error:.1f} points by {label}")
+        words.append(f"{style.percent(mean)} ± {100 * error:.1f} points by {label}")
     return f"Of the hidden values, {level:.0%} intervals hold {' and '.join(words)}."
