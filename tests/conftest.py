@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread per pytest-xdist worker
@@ -15,10 +16,12 @@ import pyro
 import pytest
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
 from support.command import SPEC
 
 from elbowroom.analysis.audit import auditor as auditing
 from elbowroom.analysis.audit.diagnosis import diagnose
+from elbowroom.analysis.report import report as reports
 from elbowroom.analysis.verdict import judgement, rules
 from elbowroom.spec import document
 
@@ -77,6 +80,28 @@ def _undiagnosed() -> Iterator[None]:
 def diagnosed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let audits find out all that verdicts rest on."""
     monkeypatch.setattr(auditing, "find_out", diagnose)
+
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="  # the smallest PNG
+)
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let figures be made but not painted, which takes half of a report's time: each file is one pixel."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(PIXEL))
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put an empty page in the place of the report, which takes two seconds and has tests of its own."""
+
+    def empty(folder: Path) -> Path:
+        (Path(folder) / "report.html").write_text("<html></html>\n")
+        return Path(folder) / "report.html"
+
+    monkeypatch.setattr(reports, "write_report", empty)
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """A warmed-up process that forks the command line, kills it (-9), and looks at what is left. Run by test_durability.
 
-    python tests/support/killing.py WORK KILLS SEED [renames] [quick]
+    python tests/support/killing.py WORK KILLS SEED [renames|both] [quick]
 
 It prints one JSON object: kills made, problems found, and where the kills struck. With `renames`, the kills strike just
-before or after the n-th rename of a file, for every n, not at random times.
+before or after the n-th rename of a file, for every n, not at random times; with `both`, as many of one kind as of the other.
+If `quick`, two children race for one folder at the end, and their exit codes and words are in it too.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ SPEC = {
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")
 
 
-def child(arguments: list[str], at_rename: tuple[int, bool] | None = None) -> int:
+def child(arguments: list[str], at_rename: tuple[int, bool] | None = None, log: str = "child.log") -> int:
     """Fork; in the child run the command line; return the child's process id."""
     pid = os.fork()
     if pid:
         return pid
     code = 99
     try:
-        handle = os.open("child.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         if at_rename is not None:
@@ -162,7 +163,15 @@ def where(folder: Path) -> str:
     return "fit" if (folder / "spec.yaml").exists() else "before the first file"
 
 
-def main(work: Path, kills: int, seed: int, renames: bool, quick: bool) -> dict[str, object]:
+def race() -> list[tuple[int, str]]:
+    """Let two processes fit into one new folder at once; return the exit code and the words of each."""
+    command = ["fit", "s.yaml", "--out", "both", "--set", "fit.epochs=300"]
+    pids = {log: child(command, log=log) for log in ("one.log", "other.log")}
+    codes = [(wait(pid), log) for log, pid in pids.items()]
+    return sorted((code, Path(log).read_text()) for code, log in codes)
+
+
+def main(work: Path, kills: int, seed: int, at: str, quick: bool) -> dict[str, object]:
     """Kill until `kills` kills have struck; return what was found."""
     os.chdir(work)
     rng, numbers = random.Random(seed), np.random.default_rng(0)
@@ -189,7 +198,7 @@ def main(work: Path, kills: int, seed: int, renames: bool, quick: bool) -> dict[
             for _ in range(rng.choice([1, 1, 2, 3])):
                 if made >= kills:
                     break
-                if renames:
+                if at == "renames" or (at == "both" and made % 2):
                     pid, point = child(command, (1 + (point // 2) % 16, bool(point % 2))), point + 1
                 else:
                     pid = child(command)
@@ -211,7 +220,8 @@ def main(work: Path, kills: int, seed: int, renames: bool, quick: bool) -> dict[
         if problems:
             break
         left += 1
-    return {
+    found = {"raced": race()} if quick else {}
+    return found | {
         "kills": made, "runs": runs, "bitwise": left, "temporary": temporary, "struck": dict(sorted(struck.items())),
         "seconds": {k: round(v, 2) for k, v in seconds.items()}, "problems": problems[:5],
     }  # fmt: skip
@@ -219,4 +229,5 @@ def main(work: Path, kills: int, seed: int, renames: bool, quick: bool) -> dict[
 
 if __name__ == "__main__":
     words = sys.argv[4:]
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "renames" in words, "quick" in words)))
+    at = next((word for word in words if word in ("renames", "both")), "times")
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), at, "quick" in words)))

@@ -53,10 +53,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_few_kills(tmp_path):
-    for words in (["quick"], ["quick", "renames"]):
-        (tmp_path / words[-1]).mkdir()
-        kill(tmp_path / words[-1], 2, 0, *words)
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> tuple[Path, dict]:
+    """A few kills of either kind, and a race, by one process: to import takes most of the time."""
+    folder = tmp_path_factory.mktemp("kills")
+    return folder, kill(folder, 4, 0, "both", "quick")
+
+
+def test_a_few_kills(few):
+    assert few[1]["kills"] == 4
 
 
 @pytest.mark.slow
@@ -129,18 +134,17 @@ def test_the_second_process_is_told(here, capsys):
     os.close(handle)
 
 
-def test_two_processes_at_once(here):
-    """Of two real processes on one new folder one wins and the other is told, whatever the timing."""
-    command = [sys.executable, "-m", "elbowroom", "fit", "s.yaml", "--out", "both", "--set", "fit.epochs=300"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    ends = sorted((process.communicate()[1], process.returncode) for process in both)
-    assert sorted(code for _, code in ends) == [0, 2], ends
-    told = next(text for text, code in ends if code == 2)
+def test_two_processes_at_once(few):
+    """Of two processes on one new folder one wins and the other is told, whatever the timing."""
+    folder, found = few
+    assert [code for code, _ in found["raced"]] == [0, 2], found
+    told = found["raced"][1][1]
     assert told.count("\n") == 1
     assert "is writing to this folder" in told or "holds a run already" in told
-    assert killing.unreadable(Path("both")) == []
+    assert killing.unreadable(folder / "both") == []
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_dead_process_leaves_neither_lock_nor_temporary_files(here):
     folder = Path("runs/s")
     folder.mkdir(parents=True)
@@ -216,7 +220,8 @@ def test_aside_takes_the_first_free_name(tmp_path):
 # --resume
 
 
-def test_a_whole_audit_is_kept_and_another_is_not(here, monkeypatch):
+@pytest.mark.usefixtures("no_report")
+def test_a_whole_audit_is_kept_and_another_is_not(here):
     assert call("run", "s.yaml") == 0
     stamp = Path("runs/s/audit.nc").stat().st_mtime_ns
     table = Path("runs/s/audit.csv").read_bytes()

@@ -257,6 +257,7 @@ def test_numbers_of_verdicts_have_interval_and_units():
     assert diagnosis.number(judgement.Judgement("", 1.0, np.nan, np.nan, "latents", "", "", "")) == "1 latent"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_verdicts_stand_first_and_everything_is_escaped(tmp_path):
     folder = write_run(tmp_path / "run", n=12, event=(6,), labels=False)
     whole(missing="validation: the budget ended before it").to_netcdf(folder / "diagnosis.nc", engine="h5netcdf")
@@ -273,6 +274,7 @@ def test_the_verdicts_stand_first_and_everything_is_escaped(tmp_path):
     assert {"parts", "calibration_simulated", "calibration_observed", "information", "checks", "pit", "predictive"} <= shown
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_absent_groups_and_an_absent_diagnosis_cost_a_sentence(tmp_path):
     folder = write_run(tmp_path / "run", n=12, event=(6,), labels=False)
     assert diagnosis.missing(None)[0].startswith("Judged by the gaps alone")
@@ -378,6 +380,7 @@ CALLED = re.compile(
 )
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("known", [0, 5])
 def test_no_bound_is_called_log_p_anywhere_a_user_looks(tmp_path, known):
     """Wherever a number of a bound is printed it is called one; a sentence that says log p(x) says no value of it."""

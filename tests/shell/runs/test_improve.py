@@ -52,12 +52,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without figures, which take seconds and have tests of their own."""
-    monkeypatch.setattr(Run, "report", lambda self: (self.path / "report.html").write_text("short"))
-
-
 def starting(home: Path, name: str, start: dict, **blocks: dict) -> Path:
     tree = changed(**blocks)
     tree["fit"] = {**tree["fit"], "start": start}
@@ -292,7 +286,8 @@ def test_what_the_user_sets_wins(home: Path) -> None:
 # -- improve ----------------------------------------------------------------------------------------------------------------
 
 
-def test_improve_keeps_the_old_run_and_log_p(home: Path, tmp_path: Path, plain: None) -> None:
+@pytest.mark.usefixtures("no_report")
+def test_improve_keeps_the_old_run_and_log_p(home: Path, tmp_path: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (home / "run").iterdir()}
     found = Run.load(home / "run").improve(out=tmp_path / "new", set=["fit.epochs=30"])
     assert {path.name: path.stat().st_mtime_ns for path in (home / "run").iterdir()} == before
@@ -327,7 +322,8 @@ def test_audits_of_different_data_are_compared_on_those_of_both(home: Path) -> N
     assert "Compared are" not in repr(Improvement(run, run, before, before, propose(run)))
 
 
-def test_retraining_is_another_model_and_says_so(home: Path, tmp_path: Path, plain: None) -> None:
+@pytest.mark.usefixtures("no_report")
+def test_retraining_is_another_model_and_says_so(home: Path, tmp_path: Path) -> None:
     found = Run.load(home / "run").improve(retrain=True, out=tmp_path / "new")
     assert not found.same_model
     assert "another p" in repr(found)
@@ -345,7 +341,8 @@ def call(*arguments: str) -> int:
     return int(stopped.value.code or 0)
 
 
-def test_the_command_line(home: Path, tmp_path: Path, plain: None, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("no_report")
+def test_the_command_line(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "new")
     assert call("improve", str(home / "run"), "--out", out, "--dry-run") == 0
     assert "guide.encoder.hidden: [5] -> [10, 10]" in capsys.readouterr().out
