@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from support.cases.objectives import ALL, BOUNDS, DOUBLE, Chain, Line, Mixture, X, within
+from support.cases.objectives import ALL, BOUNDS, COPIES, DOUBLE, Chain, Line, Mixture, X, within
 from support.cases.vaes import linear_vae, set_guide
 from torch import Tensor
 
@@ -92,9 +92,9 @@ def test_the_bias_of_iwae_at_rho_3_and_its_order():
 def test_a_bound_of_more_particles_is_tighter_and_below_the_evidence():
     line, truth = Line(), None
     with torch.no_grad():
-        truth = line.log_evidence(X).sum().item()
+        truth, many = line.log_evidence(X).sum().item(), X.repeat(COPIES)
         means = [
-            torch.tensor([-IWAE(particles=k)(line.model, line.guide, X).objective for _ in range(300)]).mean().item()
+            torch.tensor([-IWAE(particles=k)(line.model, line.guide, many).objective for _ in range(30)]).mean().item() / COPIES
             for k in (1, 3, 10, 50)
         ]
     assert means == sorted(means)
@@ -131,7 +131,7 @@ def test_renyi_meets_elbo_and_iwae():
 @pytest.mark.parametrize("objective", [ELBO(), StickingTheLanding(), MeanFieldELBO(), Beta(beta=1.0)], ids=repr)
 def test_gradients_of_the_elbo_are_unbiased(objective, weight):
     line = Line()
-    draws = line.gradients(objective, X, 600, kl_weight=weight)
+    draws = line.gradients(objective, X, 60, kl_weight=weight)
     assert within(draws, -line.gradient(line.elbo(X, weight)))
 
 
@@ -143,10 +143,11 @@ def test_gradients_of_multi_sample_bounds_are_unbiased(objective, weight):
     noise = torch.randn(4, 100_000 * len(X), generator=torch.Generator().manual_seed(9), **DOUBLE)
     log_w = line.log_w(X.repeat(100_000), noise, weight)
     bound = (torch.logsumexp(order * log_w, 0) - math.log(4)).sum() / order / 100_000
-    draws = line.gradients(objective, X, 500, kl_weight=weight)
+    draws = line.gradients(objective, X, 50, kl_weight=weight)
     # the yardstick's own error is small beside the mean's
     assert within(draws, -line.gradient(bound), 4.6)
-    values = torch.tensor([objective(line.model, line.guide, X, kl_weight=weight).objective for _ in range(500)])
+    many = X.repeat(COPIES)
+    values = torch.tensor([objective(line.model, line.guide, many, kl_weight=weight).objective for _ in range(50)]) / COPIES
     assert within(values, -bound.detach())
 
 
@@ -155,7 +156,7 @@ def test_dreg_has_less_noise_than_iwae(particles):
     line = Line.exact()
     with torch.no_grad():
         line.leaves[1] += 0.02
-    noise = [line.gradients(o(particles=particles), X, 200)[:, 1:].std(0) for o in (DReG, IWAE)]
+    noise = [line.gradients(o(particles=particles), X, 40)[:, 1:].std(0) for o in (DReG, IWAE)]
     assert (noise[0] < 0.5 * noise[1]).all()
 
 
@@ -172,9 +173,10 @@ def test_dreg_on_a_transformed_guide():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.LogNormal(loc.expand(len(x)), scale))
 
-    def gradients(objective, times=500):
-        found = [torch.autograd.grad(objective(model, guide, X.abs()).loss, [loc, scale]) for _ in range(times)]
-        return torch.tensor(found)
+    def gradients(objective, times=50):
+        many = X.abs().repeat(COPIES)
+        found = [torch.autograd.grad(objective(model, guide, many).loss, [loc, scale]) for _ in range(times)]
+        return torch.tensor(found) / COPIES
 
     for one, other in ((DReG(particles=3), IWAE(particles=3)), (StickingTheLanding(), ELBO())):
         a, b = gradients(one), gradients(other)
@@ -185,8 +187,10 @@ def test_dreg_on_a_transformed_guide():
 def test_mean_field_has_the_elbos_mean_and_less_noise_far_from_the_posterior():
     line = Line(a=0.1, b=0.0, r=-1.0)  # far too narrow, and z tells little of x
     with torch.no_grad():
-        values = [torch.tensor([o(line.model, line.guide, X).objective for _ in range(500)]) for o in (ELBO(), MeanFieldELBO())]
-        beside = torch.tensor([MeanFieldELBO()(line.model, line.guide, X).elbo for _ in range(500)])
+        many = X.repeat(COPIES)
+        of = lambda name, o: torch.tensor([getattr(o(line.model, line.guide, many), name) for _ in range(50)]) / COPIES
+        values = [of("objective", ELBO()), of("objective", MeanFieldELBO())]
+        beside = of("elbo", MeanFieldELBO())
         truth = line.elbo(X)
     assert within(values[0], -truth)
     assert within(values[1], -truth)
@@ -214,11 +218,12 @@ def test_trace_enum_is_the_sum_by_hand(weight):
 def test_the_score_function_gradient_of_a_mixture_is_unbiased(objective, weight):
     mixture = Mixture()
     wanted = torch.autograd.grad(-mixture.elbo(X, weight * getattr(objective, "beta", 1.0)), mixture.leaves)
+    many = X.repeat(COPIES)
     draws = [
-        torch.cat(torch.autograd.grad(objective(mixture.model, mixture.guide, X, kl_weight=weight).loss, mixture.leaves))
-        for _ in range(500)
+        torch.cat(torch.autograd.grad(objective(mixture.model, mixture.guide, many, kl_weight=weight).loss, mixture.leaves))
+        for _ in range(50)
     ]
-    assert within(torch.stack(draws), torch.cat(wanted))
+    assert within(torch.stack(draws) / COPIES, torch.cat(wanted))
 
 
 @pytest.mark.parametrize("objective", [IWAE(), Renyi(), DReG(), StickingTheLanding(), MeanFieldELBO()], ids=repr)

@@ -15,6 +15,7 @@ from elbowroom.inference.objectives.wake_sleep import WakeSleep
 from elbowroom.models.linear_gaussian import LinearGaussian
 
 DOUBLE = {"dtype": torch.float64}
+COPIES = 10  # of the data, drawn for at once: a call costs the same
 X = torch.tensor([-1.5, 0.2, 0.9, 2.5], **DOUBLE)
 BOUNDS = [ELBO(), IWAE(particles=5), Renyi(alpha=0.4, particles=5), StickingTheLanding(), DReG(particles=5), Beta(beta=1.0)]
 ALL = [*BOUNDS, MeanFieldELBO(), Beta(beta=3.0, free_bits=0.1), WakeSleep(), WakeSleep(particles=4)]
@@ -71,7 +72,10 @@ class Line:
         return torch.stack([torch.zeros((), **DOUBLE) if g is None else g for g in found])
 
     def gradients(self, objective, x: Tensor, times: int, **options) -> Tensor:
-        return torch.stack([self.gradient(objective(self.model, self.guide, x, **options).loss) for _ in range(times)])
+        """Gradients of the loss by so many means over COPIES draws."""
+        many = x.repeat(COPIES)
+        found = [self.gradient(objective(self.model, self.guide, many, **options).loss) for _ in range(times)]
+        return torch.stack(found) / COPIES
 
 
 class Chain:
