@@ -19,6 +19,7 @@ from torch import Tensor
 
 from elbowroom.analysis.latents.aggregate import energy_test, mutual_information, mutual_information_of_table
 from elbowroom.analysis.measures.gaps import guide_normals
+from elbowroom.analysis.measures.table import UNUSED
 from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.mcmc.normals import HALF_LOG_2PI
@@ -30,7 +31,6 @@ from elbowroom.inference.target.simulate import simulate
 from elbowroom.system.memory import ARRAY, fitting, sizes
 
 ACTIVE = 0.01  # variance of E_q z_j over data, in prior variances, above which latent j is active
-COLLAPSED = 0.01  # nats
 MOMENTS = 1024  # draws for the moments of a guide that is not normal: its KL is too large by about 1/1024
 TESTED = 1000  # data in the test of the aggregate posterior
 SIMULATED = 4096  # data simulated for the sensitivity, at least
@@ -234,9 +234,9 @@ def _coordinates(
     except (UnsupportedProgram, *discrete.FAILURES) as refused:
         reason = f"not available: {first_line(refused)}"
         sensitivity = error = torch.full_like(rate, torch.nan)
-    unused = (rate < COLLAPSED) & ~active
+    unused = (rate < UNUSED) & ~active
     truly = _posterior_rate(reference, a, b2)
-    used = torch.where(truly.isnan(), 0.5 * torch.log1p(sensitivity), truly) >= COLLAPSED
+    used = torch.where(truly.isnan(), 0.5 * torch.log1p(sensitivity), truly) >= UNUSED
     return {
         "rate_coordinate": each,
         "rate_coordinate_mean": rate,

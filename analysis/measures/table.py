@@ -10,6 +10,7 @@ SMALL_GAP, LARGE_GAP = 0.1, 1.0  # nats; exp(-0.1) = 0.90 of the evidence is in 
 Z95 = 1.959963984540054  # half width of a 95 % interval, in standard errors of a normal
 FEW = 0.05  # share of the data
 LEVEL = 0.005  # familywise, of the checks of the model
+UNUSED = 0.01  # nats of rate, and as much of other measures, below which a latent carries nothing
 MISSED = 0.05  # posterior mass above which a missed mode is reported
 TRUSTED = ("exact", "certified")
 

@@ -3,7 +3,8 @@
 Per datum, the first that applies:
 
 1. a reference that is exact or certified for it (closed form, enumeration, grid; importance sampling from q*; hmc, ...)
-2. draws of the guide, resampled by their Pareto-smoothed importance weights, where k-hat is below 0.7. They are `uncertified`,
+2. draws of the guide, resampled by their Pareto-smoothed importance weights, where k-hat is below min(0.7, 1 - 1/log10 S), S
+   draws. They are `uncertified`,
    since regions without guide draws are not corrected
 3. draws of the guide without correction: `amortized`
 

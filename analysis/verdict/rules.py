@@ -32,6 +32,7 @@ from elbowroom.analysis.measures.table import (
     LEVEL,
     MISSED,
     SMALL_GAP,
+    UNUSED,
     Z95,
     best_reference,
     column,
@@ -46,6 +47,7 @@ from elbowroom.analysis.verdict.thresholds import (
     EFFECTS,
     ENCODER,
     FAMILY,
+    FEWEST,
     GUIDE,
     HALF,
     MEASURED,
@@ -142,7 +144,8 @@ def _mode_missed(facts: Facts) -> Judgement | None:
     lost, seen = mass > MISSED, ~np.isnan(mass)
     if not seen.any() or lost.sum() < max(1.0, FEW * seen.sum()):
         return None
-    share, error = lost.sum() / seen.sum(), math.sqrt(lost.mean() * (1 - lost.mean()) / seen.sum())
+    share = lost.sum() / seen.sum()
+    error = math.sqrt(share * (1 - share) / seen.sum())
     return Judgement(
         MODE_MISSED,
         float(share),
@@ -172,7 +175,7 @@ def _collapsed(facts: Facts) -> Judgement | None:
         math.nan,
         "latents",
         f"{len(dead)} of {d} latents carry nothing ({', '.join(dead[:5])}{', ...' if len(dead) > 5 else ''})",
-        "rate below 0.01 nats, of the guide and of the certified posterior",
+        f"rate below {UNUSED:g} nats, of the guide and of the certified posterior",
         f"The model does without them: take them away, or keep them alive while training ({facts.cures.alive}) and see whether "
         f"held-out log p(x) rises: {facts.cures.held_out}.",
     )
@@ -212,7 +215,7 @@ def _overfits(facts: Facts) -> Judgement | None:
     name = "gap_amortization" if np.isfinite(facts.part("gap_amortization")).any() else "gap_total"
     here, there = facts.part(name), column(train, name)[known(train)]
     here, there = here[np.isfinite(here)], there[np.isfinite(there)]
-    if min(here.size, there.size) < 5:
+    if min(here.size, there.size) < FEWEST:
         return None
     difference = float(np.median(here) - np.median(there))
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import xarray as xr
 from elbowroom.analysis.measures.evidence_kinds import has_value
 from elbowroom.analysis.measures.table import GOOD_K, TRUSTED, Z95, column
 
+FEWEST = 5  # audited data on either side, to say that the guide overfits
 HALF = 0.5
 CAUSE = 1 / 3  # smallest share of the gap for which a part is called a cause
 EFFECTS = {"difference": 0.05, "sd": 0.1, "skewness": 0.5, "kurtosis": 1.0, "relative": 0.1, "largest": 0.25, "nats": 1.0}

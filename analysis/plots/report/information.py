@@ -10,9 +10,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from elbowroom.analysis.measures.table import UNUSED
 from elbowroom.analysis.plots.style import ALARM, EXACT, GUIDE, INK, MUTED, WIDE, Absent, Plot, canvas, count, say, styled
 
-UNUSED = 0.01  # nats of rate, prior variances: the limits of `latents.information`
 FLOOR = 1e-4  # position of zero on a log scale
 NAMED = 20  # latents with their own row
 STRETCH = 30.0

@@ -62,7 +62,7 @@ class Questions(FittedModel):
         """Say what the encoder makes of each row (mu, sigma), and the corrected posterior beside it, with k-hat and status.
 
         Args:
-            samples: draws of the corrected posterior per row, too (at most `keep`). The answer calls them `draws`.
+            samples: draws of the corrected posterior per row, too. The answer calls them `draws`.
 
         Returns:
             Over `obs_id` and `latent`: mu, sigma, mean, sd, quantile (5 %, 50 %, 95 %), covariance; probabilities for
@@ -337,8 +337,8 @@ class Questions(FittedModel):
             methods: some of prior,encoder,refit,ais. `prior` is naive Monte Carlo.
 
         Returns:
-            Over (estimator, size): evaluations, estimate, low, high, off, ...; see `analysis.integration.integrate`. Its figure
-            is `answer.figures["integration"]`.
+            Over (estimator, size): evaluations, estimate, low, high, off, ...; see
+            `analysis.queries.integration.integrate`. Its figure is `answer.figures["integration"]`.
 
         Raises:
             UserError: there is no such row, no continuous latent, or a method is unknown.

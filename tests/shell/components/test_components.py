@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from annotated_types import Gt
+from support.cases import guides, likelihoods, priors
 from support.registry import unregister
 from torch import Tensor
 
@@ -195,3 +196,22 @@ def test_types_in_words():
     words = [type_text(option.annotation) for option in options(function)]
     assert words[:3] == ["x, or nothing", "list of whole numbers", "number > 0, or one of p, q"]
     assert words[3:5] == ["mapping of text to text, or nothing", "mapping of text to list of whole numbers, or nothing"]
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "prior", "guide"])
+def test_the_cases_of_the_deep_tests_cover_the_table(kind):
+    """A new component without a case would pass unseen: the tests of densities, draws and holes run over these lists."""
+    cases = {"likelihood": likelihoods.CASES, "prior": [case.name for case in priors.CASES], "guide": guides.FAMILIES}[kind]
+    elsewhere = {"prior": {"flow": "nsf"}, "guide": GUIDES_ELSEWHERE}.get(kind, {})
+    missing = {
+        name for name in registry.own_names(kind) if not any(case.startswith(elsewhere.get(name, name)) for case in cases)
+    }
+    assert not missing, f"no case in tests/support/cases/ for {kind} {sorted(missing)}"
+
+
+GUIDES_ELSEWHERE = {
+    "diagonal_normal": "diagonal", "full_rank_normal": "full", "low_rank_normal": "low_rank", "student_t": "t_learned",
+    "semi_amortized": "semi_diagonal",
+    # have files of their own: test_flows, test_discrete, and the hierarchical prior's
+    "flow": "", "bernoulli": "", "categorical": "", "hierarchical": "",
+}  # fmt: skip

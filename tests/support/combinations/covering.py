@@ -1,6 +1,6 @@
 """A pairwise covering array over everything a spec can name: each two words that go together stand in some combination.
 
-The words are read from the registry, what goes with what from `pairs.clash` and from what networks and likelihoods need of
+The words are read from the registry, what goes with what from `compatibility.clash` and what networks and likelihoods need of
 the data. Rows come greedily: one for each prior and likelihood (no array can be smaller than these two), its other words those
 that cover most pairs that are left; then rows for what is still left.
 """
