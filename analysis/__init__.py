@@ -1,1 +1,1 @@
-"""What can be trusted: audits, verdicts, answers, figures and reports."""
+"""Analysis of a fitted model: audits, verdicts, answers, figures and reports."""

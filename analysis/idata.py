@@ -1,7 +1,7 @@
-"""ArviZ's schema: the only module that touches ArviZ's data structures.
+"""ArviZ's schema; only this module uses ArviZ's data structures.
 
 A posterior becomes a DataTree with groups posterior (sites in constrained space; dims chain, draw, obs_id, then the site's
-own), sample_stats, observed_data, moments (unconstrained mean and covariance, where known better than from the draws), and
+own), sample_stats, observed_data, moments (unconstrained mean and covariance, where known more exactly than from draws), and
 assignments (exact probability of each joint value of the discrete sites, where known). Draws of discrete sites are integers.
 """
 
@@ -20,7 +20,7 @@ from elbowroom.errors import RunFolderError
 from elbowroom.system.archive import too_large
 from elbowroom.system.files import atomic
 
-PROBABILITIES = 2**23  # most data x joint values that a file holds: 64 MB
+PROBABILITIES = 2**23  # largest number of data x joint values stored in a file: 64 MB
 
 if TYPE_CHECKING:
     from elbowroom.inference.posterior import Posterior
@@ -34,7 +34,7 @@ def to_datatree(
     assignments: Mapping[str, np.ndarray] | None = None,
     attrs: Mapping[str, str] | None = None,
 ) -> xr.DataTree:
-    """Convert a posterior to ArviZ's schema.
+    """Convert a posterior to a DataTree in ArviZ's schema.
 
     Args:
         posterior: of N data.
@@ -42,9 +42,6 @@ def to_datatree(
         observed: observed sites, name -> (N, ...).
         assignments: values of the discrete sites in each of their A joint values, name -> (A, ...).
         attrs: attributes of the file.
-
-    Returns:
-        A DataTree that every ArviZ function reads.
     """
     observed = _file_names(observed or {})
     draws = {name: _compact(value.cpu().numpy()) for name, value in _file_names(posterior.sites).items()}
@@ -99,9 +96,9 @@ def site_dims(name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def write(tree: xr.DataTree | xr.Dataset, path: str | Path) -> None:
-    """Write a DataTree or Dataset to a netCDF file, whole or not at all.
+    """Write a DataTree or Dataset to a netCDF file, completely or not at all.
 
-    HDF5 writes to memory first: on a full disk it would take the whole process down.
+    HDF5 writes to memory first: on a full disk it would crash the process.
 
     Raises:
         OSError: the disk is full or cannot be written to.
@@ -121,11 +118,11 @@ def read(path: str | Path) -> xr.DataTree:
 
 
 def read_table(path: str | Path) -> xr.Dataset:
-    """Read a Dataset into memory and close the file; raises as `read`."""
+    """Read a Dataset into memory and close the file; raises the errors of `read`."""
     return _read(Path(path), xr.open_dataset)
 
 
-# A file object of h5netcdf that could not be opened lacks this, and says so on stderr when it is collected.
+# h5netcdf file objects that failed to open lack this attribute; their destructor would print an error.
 if not hasattr(h5netcdf.File, "_writable"):
     h5netcdf.File._writable = False
 
@@ -136,7 +133,7 @@ def _read(path: Path, opener: Callable[..., Any]) -> Any:
             problem = too_large(opened.nbytes)
             if problem is None:
                 return opened.load()
-    except Exception as error:  # HDF5, h5netcdf and xarray have a dozen ways to say it
+    except Exception as error:  # HDF5, h5netcdf and xarray raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise RunFolderError(f"{path}: damaged ({reason}); make it anew, or remove it") from error
     raise RunFolderError(f"{path}: {problem}; make it anew with fewer draws")

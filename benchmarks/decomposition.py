@@ -21,6 +21,7 @@ import xarray as xr
 
 import elbowroom as er
 from benchmarks.results import write
+from elbowroom.analysis.measures.evidence_kinds import has_value
 from elbowroom.analysis.measures.table import column
 from elbowroom.analysis.verdict.thresholds import known, median
 
@@ -55,7 +56,7 @@ def line(name: str, table: xr.Dataset, verdicts: Sequence[str], seconds: float) 
     for part in PARTS:
         middle, low, high = median(column(table, part)[good])
         cells.append("" if np.isnan(middle) else f"{middle:.3f} [{low:.3f}, {high:.3f}]")
-    bounds = column(table, "gap_total_lower")[np.isnan(column(table, "log_evidence"))]
+    bounds = column(table, "gap_total_lower")[~has_value(table)]
     bounded = f"{bounds.size}, above {np.median(bounds):.2f}" if bounds.size else "0"
     n = table.sizes["obs_id"]
     return f"| {name} | {n} | {good.sum()} | {bounded} | {' | '.join(cells)} | {', '.join(verdicts)} | {seconds:.0f} |"

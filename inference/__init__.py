@@ -1,1 +1,1 @@
-"""How it is computed: the log joint of any Pyro pair, fits, and reference posteriors."""
+"""How posteriors are computed: the log joint of any Pyro model and guide, the fit of a VAE, and reference posteriors."""

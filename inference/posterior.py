@@ -1,4 +1,4 @@
-"""The one type that everything that infers returns, and the base of every reference method."""
+"""`Posterior`, the type that every method returns, and `Reference`, the base of the reference methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elbowroom.inference.program.replay import Which
 from elbowroom.inference.target.discrete import discrete_draws
 from elbowroom.inference.target.log_joint import LogJoint
 
-CHAINS = 4  # independent draws are laid out as this many chains, the layout that ArviZ's summaries expect
+CHAINS = 4  # independent draws are arranged as this many chains, as ArviZ's summaries expect
 
 Status = Literal["exact", "certified", "uncertified", "amortized"]
 Combine = Callable[[list[Tensor]], Tensor]
@@ -30,12 +30,12 @@ class Evidence:
     Attributes:
         kind: `exact` (value up to the numerical `error`), `estimate` (value with standard error `error`), or `bound`
             (a probabilistic lower bound: it exceeds log p(x) + b with probability at most exp(-b); `error` is the standard
-            error of the bound itself).
+            error of the bound itself). The kind alone says what the value is, whatever the method is called.
         method: how it was computed, in words.
         value: (N,).
         error: (N,).
-        upper: a probabilistic upper bound, (N,): it falls below log p(x) - b with probability at most exp(-b), conditional on
-            the draw of the posterior that it starts from being a good one; NaN where there is none.
+        upper: an upper bound that holds with a probability of at least 97.5 %, (N,), conditional on the draws of the posterior
+            that it starts from being good ones; NaN where there is none.
     """
 
     kind: Literal["exact", "estimate", "bound"]
@@ -47,16 +47,16 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Posterior:
-    """A posterior of every datum, whatever computed it.
+    """A posterior of every datum, from any method.
 
     Attributes:
         method: the method's name, e.g. `guide`, `closed_form`, `grid`.
         draws: (chain, draw, N, d), in unconstrained coordinates.
         sites: draws of the program's own sites, name -> (chain, draw, N, *shape), NaN where masked out.
-        mean: posterior mean (N, d) in unconstrained coordinates where it is known better than from the kept draws.
+        mean: posterior mean (N, d) in unconstrained coordinates, if the method knows it better than the draws do.
         covariance: covariance (N, d, d), likewise.
         sample_stats: numbers per draw, name -> (chain, draw, N); `lp` is log p(x, z) in unconstrained coordinates, nats.
-        evidence: log p(x_n), where the method gives one.
+        evidence: log p(x_n), if the method gives it.
         stats: further per-datum numbers, name -> (N,).
         status: per datum: `exact`, `certified`, `uncertified`, or `amortized` for the guide itself.
         reason: per datum, one sentence for the status.
@@ -79,7 +79,7 @@ class Posterior:
         return torch.tensor([s in ("exact", "certified") for s in self.status])
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation, (N, d) each: the better-known ones if given, else of the draws."""
+        """Return mean and standard deviation, (N, d) each: from `mean` and `covariance` if given, else from the draws."""
         if self.mean is not None and self.covariance is not None:
             return self.mean, self.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
         flat = self.draws.flatten(0, 1)
@@ -87,18 +87,16 @@ class Posterior:
 
 
 def in_chains(draws: Tensor) -> Tensor:
-    """Lay S independent draws (S, ...) out as (chain, draw, ...), dropping the remainder of S by 4."""
+    """Arrange S independent draws (S, ...) as (chain, draw, ...), dropping the remainder of S by 4."""
     length = len(draws) // CHAINS
     return draws[: CHAINS * length].reshape(CHAINS, length, *draws.shape[1:])
 
 
 def combined(parts: Sequence[Posterior], of_draws: Combine, of_data: Combine) -> Posterior:
-    """Return a posterior by the same method, each of whose tensors is made of the parts'; None where one of them has none.
+    """Return a posterior by the same method, with each tensor combined from those of the parts; None if a part has none.
 
-    Args:
-        parts: posteriors by the same method; status and reason are those of the first.
-        of_draws: makes what is per draw, (chain, draw, N, ...).
-        of_data: makes what is per datum, (N, ...).
+    `of_draws` combines values per draw, (chain, draw, N, ...); `of_data` values per datum, (N, ...). Status and reason are from
+    the first part.
     """
     first = parts[0]
 
@@ -134,7 +132,7 @@ class Reference(ABC):
     Constructor options are keyword-only: they are what a spec's `audit.references` may set.
 
     Attributes:
-        name: the word for it in specs and files.
+        name: its name in specs and files.
     """
 
     name: ClassVar[str]
@@ -151,26 +149,25 @@ class Reference(ABC):
             log_joint: the model and guide.
             keep: draws kept per datum.
             seed: random seed.
-            until: value of `time.monotonic()` after which a method that runs on stops, and says so for each datum that it
-                could not certify.
+            until: value of `time.monotonic()` after which an iterative method stops; data without a certificate then say so.
         """
 
 
-RISK, GROUPS = 0.025, 16  # probability that a sure bound is none, and the most groups that it is taken from
+RISK, GROUPS = 0.025, 16  # probability that the bound of `sure_bound` fails, and its largest number of groups
 
 
 def sure_bound(log_weights: Tensor) -> Tensor:
-    r"""Return a lower bound on log E[w] that holds with a probability of at least 97.5 %, per datum.
+    """Return a lower bound on log E[w] that holds with a probability of at least 97.5 %, per datum.
 
-    The draws are dealt into K <= 16 groups; L = min_k log mean_{group k} w - b with b = log(40) / K. By Markov's inequality a
-    group's mean exceeds E[w] exp(b) with probability at most exp(-b), and all K, being independent, with exp(-K b) = 1 / 40:
-    no assumption on the weights but that they are not negative.
+    The draws are dealt into K <= 16 groups; L = min_k log mean_{group k} w - b with b = log(40) / K. By Markov's inequality the
+    mean of a group exceeds E[w] exp(b) with probability at most exp(-b); all K independent means do so with probability at most
+    exp(-K b) = 1 / 40. The only assumption is that weights are not negative.
 
     Args:
         log_weights: of independent draws or chains, (S, N), -inf for weight 0.
 
     Returns:
-        (N,), nats; for reverse chains, whose mean weight is 1 / p(x), minus an upper bound on log p(x).
+        (N,), nats; for reverse chains, where the mean weight is 1 / p(x), minus an upper bound on log p(x).
     """
     groups = min(GROUPS, len(log_weights))
     size = len(log_weights) // groups
@@ -179,13 +176,9 @@ def sure_bound(log_weights: Tensor) -> Tensor:
 
 
 def completed(log_joint: LogJoint, posterior: Posterior, seed: int, *, which: Which = "model") -> Posterior:
-    """Add draws of the discrete sites, given the continuous ones, to a posterior that has none; others are returned as is.
+    """Add draws of the discrete sites, given the continuous ones, to a posterior that lacks them; return others unchanged.
 
-    Args:
-        log_joint: the model and guide.
-        posterior: with draws (chain, draw, N, d) of the continuous sites.
-        seed: random seed, not that of the draws.
-        which: as in `discrete_draws`.
+    The seed must differ from that of the draws; `which` is as in `discrete_draws`.
     """
     missing = [site.name for site in log_joint.program.discrete if site.name not in posterior.sites]
     if not missing or log_joint.dim == 0:
@@ -197,16 +190,9 @@ def completed(log_joint: LogJoint, posterior: Posterior, seed: int, *, which: Wh
 
 
 def resample(z: Tensor, weights: Tensor, n_draws: int, generator: torch.Generator) -> Tensor:
-    """Draw from weighted particles by systematic resampling, in random order.
+    """Draw K = `n_draws` from particles z (S, N, d) with normalised weights (S, N), by systematic resampling: (K, N, d).
 
-    Args:
-        z: particles, (S, N, d).
-        weights: normalised along the particles, (S, N).
-        n_draws: number of draws K per datum; a particle of weight W is drawn floor(K W) or ceil(K W) times.
-        generator: of random numbers.
-
-    Returns:
-        (K, N, d).
+    A particle of weight W is drawn floor(K W) or ceil(K W) times. The draws are in random order.
     """
     n = z.shape[1]
     offset = torch.rand(n, 1, dtype=z.dtype, device=z.device, generator=generator)

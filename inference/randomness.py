@@ -1,4 +1,4 @@
-"""Scopes that keep what a computation needs to change (seeds, Pyro's switches, train and eval mode) to itself."""
+"""Scopes that contain changes to global state: random seeds, Pyro's switches, train and eval mode."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils import _pytree as pytree
 
 @contextmanager
 def contained(seed: int, place: torch.device) -> Iterator[None]:
-    """Seed torch inside; on leaving, its generators, Pyro's validation and Pyro's parameter store are as before."""
+    """Seed torch inside; on exit restore its generators, Pyro's validation and Pyro's parameter store."""
     cuda = [place] if place.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=cuda),
         pyro.validation_enabled(False),
         pyro.get_param_store().scope(),
     ):
-        # not torch.manual_seed: it would seed every GPU, also those of others
+        # not torch.manual_seed: it would seed every GPU, also those in use by others
         torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(place):
@@ -31,7 +31,7 @@ def contained(seed: int, place: torch.device) -> Iterator[None]:
 
 @contextmanager
 def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put every part of `module` into train or eval mode; on leaving, each is in the mode that it was in."""
+    """Put every part of `module` into train or eval mode; on exit restore each part's mode."""
     before = {part: part.training for part in module.modules()}
     module.train(training)
     try:
@@ -43,7 +43,7 @@ def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(tree: Any) -> Iterator[None]:
-    """Leave torch's random numbers as they were, on the CPU and on the GPUs that hold tensors of a tree."""
+    """Restore torch's random generators on exit, on the CPU and on the GPUs that hold tensors of a tree."""
     devices = {t.device for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor) and t.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         yield
@@ -51,7 +51,7 @@ def undisturbed(tree: Any) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generators for a while, and put their states back."""
+    """Seed torch's generators inside, and restore their states on exit."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def validation_kept() -> Iterator[None]:
-    """Leave distributions' own checks on or off as they were: the first `torch.compile` of a process switches them off."""
+    """Restore the switch for distributions' own checks on exit; the first `torch.compile` of a process turns it off."""
     before = torch.distributions.Distribution._validate_args
     try:
         yield

@@ -1,1 +1,1 @@
-"""What is believed: p(x|z) p(z) and the guide q(z|x), as plain modules."""
+"""Models p(x|z) p(z) and guides q(z|x), as plain modules."""

@@ -1,4 +1,4 @@
-"""What is known of the columns of a table before any model: their names, kinds and numbers of levels."""
+"""The columns of a table: their names, kinds and numbers of levels."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Column:
 
     Attributes:
         name: its name, or its number as text.
-        kind: what its values are: any real number; positive; in (0, 1); 0, 1, 2, ...; 0 or 1; ordered codes 0 .. levels - 1;
-            unordered codes 0 .. levels - 1.
+        kind: its values: any real number; positive; in (0, 1); 0, 1, 2, ...; 0 or 1; ordered codes 0 .. levels - 1; unordered
+            codes 0 .. levels - 1.
         levels: number of codes of a binary, ordinal or categorical column; 0 for the others.
     """
 
@@ -27,7 +27,7 @@ class Column:
 
 
 def image_shape(event_shape: Sequence[int], declared: Sequence[int] | None = None) -> tuple[int, int] | None:
-    """Return (height, width) where one datum is an image: as declared, else two-dimensional, or flat, square and >= 8 x 8."""
+    """Return (height, width) if one datum is an image: as declared, else two-dimensional, or flat, square and >= 8 x 8."""
     width = math.prod(event_shape)
     if declared is not None:
         shape = (int(declared[0]), int(declared[1]))

@@ -1,4 +1,4 @@
-r"""The linear-Gaussian VAE in closed form: the oracle that every method is checked against.
+"""The linear-Gaussian VAE in closed form, used to check every method.
 
     z ~ N(0, I_k),   x | z ~ N(W z + mu, diag(psi)),   r = x - mu
     M = I + W' diag(psi)^-1 W,   m = M^-1 W' diag(psi)^-1 r
@@ -44,7 +44,7 @@ class LinearGaussian:
         return (self.W / self.psi[:, None]).T
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean (N, k) and covariance of p(z|x) for x (N, D), NaN where missing: (k, k), or (N, k, k) where any is."""
+        """Return mean (N, k) and covariance of p(z|x) for x (N, D), NaN where missing: (k, k), or (N, k, k) if any entry is."""
         seen = ~x.isnan()
         if bool(seen.all()):
             covariance = torch.linalg.inv(self.precision)
@@ -59,7 +59,7 @@ class LinearGaussian:
         return eye + temperature * torch.einsum("nj,ji,jk->nik", seen.to(self.W.dtype), self._Wt_psi_inv.T, self.W)
 
     def log_evidence(self, x: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return log Z_b = log of the integral of p(z) p(x|z)^b, (N,), in nats; b = 1 gives log p(x), of what is not NaN.
+        """Return log Z_b = log of the integral of p(z) p(x|z)^b, (N,), in nats; b = 1 gives log p(x) of the observed entries.
 
         log Z_b = -1/2 [ b (D log 2 pi + log|psi| + r' psi^-1 r) + log|M_b| - m_b' M_b m_b ],
         M_b = I + b W' psi^-1 W, m_b = b M_b^-1 W' psi^-1 r.
@@ -76,14 +76,9 @@ class LinearGaussian:
         return -0.5 * (b * noise + torch.linalg.slogdet(M).logabsdet - quadratic)
 
     def kl(self, loc: Tensor, covariance: Tensor, x: Tensor) -> Tensor:
-        """Return KL(N(loc, covariance) || p(z|x)), (N,), in nats.
+        """Return KL(N(a, S) || p(z|x)), (N,), in nats, for means a (N, k), covariances S (k, k) or (N, k, k), and x (N, D).
 
         KL = 1/2 [ tr(M S) - k - log|M| - log|S| + (a - m)' M (a - m) ].
-
-        Args:
-            loc: means a, (N, k).
-            covariance: covariances S, (k, k) or (N, k, k).
-            x: data, (N, D).
         """
         M = self.precision
         delta = loc - self.posterior(x)[0]
@@ -109,14 +104,10 @@ class LinearGaussian:
 
     @classmethod
     def maximum_likelihood(cls, x: Tensor, latent_dim: int) -> LinearGaussian:
-        """Return the probabilistic-PCA maximum-likelihood fit with isotropic noise.
+        """Return the probabilistic-PCA maximum-likelihood fit with isotropic noise to x (N, D), with k = latent_dim < D.
 
         With l_1 >= ... >= l_D the eigenvalues of the biased sample covariance and U its eigenvectors:
         s2 = mean(l_{k+1..D}), W = U_k (L_k - s2 I)^{1/2}.
-
-        Args:
-            x: data, (N, D).
-            latent_dim: k < D.
         """
         N, D = x.shape
         if not 0 < latent_dim < D:

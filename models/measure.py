@@ -1,4 +1,4 @@
-"""Whether log p(x) of a model is that of a mass or of a density, and of how many entries."""
+"""Whether log p(x) of a model is that of a mass or of a density, and its number of entries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MASS = "mass"
 
 
 def kind(vae: VAE) -> str:
-    """Say whether p(x|z) is a mass or a density; of a table with both, for which columns."""
+    """Say whether p(x|z) is a mass or a density; for a table with both, of which columns."""
     with torch.no_grad():
         parameter = next(iter(vae.decoder.parameters()), torch.zeros(()))
         p = vae.likelihood(torch.zeros(1, vae.likelihood.param_dim, dtype=parameter.dtype, device=parameter.device))
@@ -26,14 +26,9 @@ def kind(vae: VAE) -> str:
 
 
 def entries(vae: VAE, x: Tensor) -> int | None:
-    """Return the entries of one datum, where log p(x) is the length of a code for all of them: bits are for these.
+    """Return the number of entries of one datum of x (N, *event), for bits per entry, if p(x|z) is a mass of complete data.
 
-    Args:
-        vae: the model.
-        x: the data, (N, *event).
-
-    Returns:
-        None where p(x|z) has a density, or entries are missing, so that data have different numbers of them.
+    None if p(x|z) has a density, or if entries are missing, so that data have different numbers of them.
     """
     whole = not x.is_floating_point() or not bool(x.isnan().any())
     return x[0].numel() if kind(vae) == MASS and whole else None

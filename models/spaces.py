@@ -1,6 +1,8 @@
-"""The sets that a latent z can live in, by name: what a prior and a guide family must agree on.
+"""The sets that a latent z can live in, by name; a prior and a guide family must agree on one.
 
-real       R^d                     d, as they are
+Name, set, and number of unconstrained coordinates with their map:
+
+real       R^d                     d, unchanged
 positive   (0, inf)^d              d, by exp
 simplex    sum z_j = 1, z_j > 0    d - 1, by stick breaking
 one_hot    one of d categories     0: summed over
@@ -44,6 +46,6 @@ def onto(space: Space) -> Transform:
     """
     if space in DISCRETE:
         raise ValueError(f"there is no smooth map onto a discrete space ({space})")
-    if space == "positive":  # torch's own ends in an affine map that does nothing, and states the real line
+    if space == "positive":  # torch's own map ends with an affine identity map, so its codomain is declared as the real line
         return IndependentTransform(ExpTransform(), 1)
     return biject_to(constraint(space))

@@ -66,7 +66,7 @@ class VAE(nn.Module):
     def name(self) -> str:
         """The prefix of this instance's parameters in Pyro's store.
 
-        It is never used twice: `pyro.module` hands a second module of the same name the weights of the first.
+        It is unique, because `pyro.module` gives a second module of the same name the weights of the first.
         """
         if self not in _names:
             _names[self] = f"vae{next(_counter)}"
@@ -76,7 +76,7 @@ class VAE(nn.Module):
         """Return p(x|z, c) for z of shape (..., d), covariates (N, C) in their own units and exposure (N,)."""
         c = self._standard(covariates)
         weight = next(self.decoder.parameters(), z)
-        z = z.to(weight.dtype)  # a prior of the user's may draw in a precision of its own
+        z = z.to(weight.dtype)  # a user's prior may draw in another precision
         if c is not None:
             batch = torch.broadcast_shapes(z.shape[:-1], c.shape[:-1])
             z = torch.cat([z.expand(*batch, -1), c.expand(*batch, -1)], -1)
@@ -84,17 +84,11 @@ class VAE(nn.Module):
         return self.likelihood(params) if exposure is None else self.likelihood(params, exposure)
 
     def encode(self, x: Tensor, covariates: Tensor | None = None, exposure: Tensor | None = None) -> TorchDistribution:
-        """Return q(z|x, c), batch shape (N,), event shape (d,).
-
-        Args:
-            x: data, (N, *event), NaN where missing.
-            covariates: (N, C), in their own units.
-            exposure: (N,).
-        """
+        """Return q(z|x, c), batch shape (N,), event shape (d,); arguments as in `model`."""
         return self.posterior(*self._seen(x, covariates, exposure))
 
     def centre(self, z: Tensor, covariates: Tensor | None = None, exposure: Tensor | None = None) -> Tensor:
-        """Return E[x|z, c], (..., *event), or what stands for it where x has no mean; see `Likelihood.centre`."""
+        """Return E[x|z, c], (..., *event), or its substitute if x has no mean; see `Likelihood.centre`."""
         return self.likelihood.centre(self.decode(z, covariates, exposure))
 
     def adapt(self, x: Tensor, covariates: Tensor | None = None, exposure: Tensor | None = None) -> None:
@@ -123,10 +117,10 @@ class VAE(nn.Module):
 
         Args:
             x: data or a mini-batch, (B, *event), NaN where an entry is missing; None draws x from the joint.
-            covariates: (B, C).
+            covariates: (B, C), in their own units.
             exposure: (B,), multiplies the rate of counts.
             size: number of data that the mini-batch stands for (default B): log densities are scaled by size / B.
-            n: how many data to draw when neither x nor covariates are given.
+            n: number of data to draw if neither x nor covariates are given.
 
         Returns:
             The value of site `x`, (B or n, *event).
@@ -146,9 +140,9 @@ class VAE(nn.Module):
         size: int | None = None,
         n: int = 1,
     ) -> Tensor:
-        """Run the guide q(z|x, c): its sites from the encoder, or from the prior where there is no x to condition on.
+        """Run the guide q(z|x, c): it draws its sites from the encoder, or from the prior if there is no x.
 
-        Arguments as `model`.
+        Arguments as in `model`.
         """
         if x is not None:
             pyro.module(f"{self.name}.posterior", self.posterior)
@@ -158,19 +152,19 @@ class VAE(nn.Module):
     def variational_parameters(
         self, x: Tensor | None = None, covariates: Tensor | None = None, exposure: Tensor | None = None, **_: int | None
     ) -> tuple[Tensor, Family] | None:
-        """Return the parameters phi (N, P) of each datum's q(z|x, c) and the family that makes q of them.
+        """Return the parameters phi (N, P) of each datum's q(z|x, c) and the family that makes q from them.
 
-        With it an audit refits the family to every datum (`inference.search.best_of_family`). None where q has several sites,
-        or there is no x. Arguments as `guide`.
+        An audit uses it to refit the family to every datum (`inference.search.best_of_family`). None if q has several sites, or
+        there is no x. Arguments as in `guide`.
         """
         return None if x is None else self.posterior.variational_parameters(*self._seen(x, covariates, exposure))
 
     def _prior(self, covariates: Tensor | None) -> Tensor:
-        """Run the prior's program, given the covariates where it is conditional."""
+        """Run the prior's program, given the covariates if it is conditional."""
         return self.prior(self._standard(covariates)) if self.prior.covariates else self.prior()
 
     def _observed(self, z: Tensor, x: Tensor | None, covariates: Tensor | None, exposure: Tensor | None) -> TorchDistribution:
-        """Return p(x|z, c) of the entries of x that are there."""
+        """Return p(x|z, c) of the observed entries of x."""
         p = self.decode(z, covariates, exposure)
         return self.likelihood.incomplete(p, x.isnan()) if x is not None and bool(x.isnan().any()) else p
 
@@ -187,7 +181,7 @@ class VAE(nn.Module):
     def _seen(
         self, x: Tensor, covariates: Tensor | None, exposure: Tensor | None
     ) -> tuple[Tensor, Tensor | None, LogDensity | None]:
-        """Return what the guide sees: features of x, standardised covariates (and log exposure), and log p(x, z)."""
+        """Return the guide's inputs: features of x, standardised covariates (and log exposure), and log p(x, z)."""
         c = self._standard(covariates)
         beside = [*(() if c is None else (c,)), *(() if exposure is None else (exposure.log()[:, None],))]
 
@@ -198,9 +192,9 @@ class VAE(nn.Module):
         return self.likelihood.features(x), torch.cat(beside, -1) if beside else None, log_joint
 
     def linear_gaussian(self) -> LinearGaussian | None:
-        """Return the closed-form model when prior, decoder and likelihood make one; else None.
+        """Return the closed-form model, in float64, if prior, decoder and likelihood allow it; else None.
 
-        That is: normal prior, linear decoder, gaussian likelihood whose scale does not depend on z. In float64.
+        It needs a normal prior, a linear decoder, and a gaussian likelihood with a scale that does not depend on z.
         """
         likelihood, decoder = self.likelihood, self.decoder
         if not (

@@ -1,4 +1,4 @@
-"""An audit: references over all data, within a budget, and their measures."""
+"""The audit: references for all data within a budget, and the measures taken against them."""
 
 from elbowroom.analysis.audit.auditor import Audit, audit
 

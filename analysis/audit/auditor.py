@@ -1,8 +1,8 @@
-r"""The audit: how far is q(z|x) from p(z|x), for this model and for each datum?
+"""The audit: how far is q(z|x) from p(z|x), for this model and for each datum?
 
     log p(x) = ELBO + KL(q(z|x) || p(z|x)),   gap = log p(x) - ELBO
 
-`audit(model, guide, *args)` works for any Pyro pair; `audit_log_joint` is the same on a log joint that is already built.
+`audit(model, guide, *args)` works for any Pyro pair; `audit_log_joint` does the same for a log joint that is already built.
 """
 
 from __future__ import annotations
@@ -46,22 +46,21 @@ from elbowroom.system.stages import stage
 
 log = logging.getLogger("elbowroom")
 
-ROOMY = 8  # times as large arrays on a GPU, which is idle on small blocks
-KEPT = 2**29  # bytes of draws that are kept of all data and methods
-LEAST = 8  # draws kept of each datum, however many data
+ROOMY = 8  # factor for arrays on a GPU, which small blocks would not fill
+KEPT = 2**29  # bytes of draws kept for all data and methods
+LEAST = 8  # smallest number of draws kept per datum
 DIAGNOSIS = "diagnosis.nc"
-OTHERS = (2_000, 200)  # draws, and draws kept, where other data are audited for their gaps alone
+OTHERS = (2_000, 200)  # draws, and draws kept, for other data, audited only for their gaps
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found.
+    """The results of an audit.
 
     Attributes:
         table: one row per datum (`obs_id`), and per datum and reference; every variable has units and a long name.
         posteriors: method -> ArviZ DataTree.
-        diagnosis: what the verdicts rest on beside the table: see `audit.diagnosis`; None where it was not asked
-            for.
+        diagnosis: the further evidence for the verdicts, see `audit.diagnosis`; None where it was not requested.
     """
 
     table: xr.Dataset
@@ -70,7 +69,7 @@ class Audit:
 
     @property
     def verdict(self) -> str:
-        """The verdicts with what they rest on and what to do, then a few plain sentences, one per line."""
+        """The verdicts with their evidence and remedies, then a summary in sentences, one per line."""
         return str(self.table.attrs["verdict"])
 
     @property
@@ -81,18 +80,17 @@ class Audit:
         return from_dataset(self.diagnosis["verdicts"].to_dataset())
 
     def expectations(self, f: Callable[[xr.Dataset], xr.DataArray], reference: str | None = None) -> xr.Dataset:
-        """Compare E_q f(z), what is computed with the guide, with E_p f(z), for any function of the sites, with errors.
+        """Compare E_q f(z) under the guide with E_p f(z) under a reference, for any function f of the sites, with errors.
 
         Args:
-            f: given the sites, name -> (chain, draw, obs_id, ...), returns (chain, draw, obs_id, ...); see
-                `analysis.expectations`.
-            reference: whose posterior p is; by default the one that is exact or certified for the most data.
+            f: given the sites, name -> (chain, draw, obs_id, ...), returns (chain, draw, obs_id, ...).
+            reference: the reference whose posterior is p; by default the one that is exact or certified for the most data.
 
         Returns:
-            As `analysis.expectations.expectations`, over the data for which the reference is exact or certified.
+            The table of `measures.expectations.expectations`, for the data for which the reference is exact or certified.
 
         Raises:
-            UserError: no reference is, or there is none of that name.
+            UserError: no reference is exact or certified for any datum, or there is none of that name.
 
         Example:
             >>> audit.expectations(lambda sites: sites["z"][..., 0] > 0)["difference"]  # doctest: +SKIP
@@ -111,9 +109,10 @@ class Audit:
         return summary(self.table)
 
     def save(self, folder: str | Path) -> None:
-        """Write posteriors/<method>.nc, diagnosis.nc, audit.csv and, last, audit.nc into a folder, each whole or not at all.
+        """Write posteriors/<method>.nc, diagnosis.nc, audit.csv and, last, audit.nc into a folder.
 
-        An audit.nc that is there is removed first: where one is, all that lies beside it belongs to it.
+        Each file is written completely or not at all. An existing audit.nc is removed first: all files beside an audit.nc
+        belong to it.
         """
         folder = Path(folder)
         (folder / "audit.nc").unlink(missing_ok=True)
@@ -127,7 +126,7 @@ class Audit:
         idata.write(self.table, folder / "audit.nc")
 
     def to_csv(self, path: str | Path) -> None:
-        """Write one line per datum; what is per reference gets a column each, such as `mean_error[grid]`."""
+        """Write one line per datum; each variable per reference becomes a column such as `mean_error[grid]`."""
         flat = self.table.drop_dims("reference").to_dataframe()
         per_datum = list(flat.columns)
         for reference in self.table["reference"].values:
@@ -140,7 +139,7 @@ class Audit:
         """Read an audit that `save` wrote.
 
         Raises:
-            RunFolderError: when the folder holds none, or a file of it is damaged.
+            RunFolderError: the folder holds no audit, or one of its files is damaged.
         """
         folder = Path(folder)
         if not (folder / "audit.nc").is_file():
@@ -174,15 +173,15 @@ def audit(
         model: Pyro program p(x, z), with a data plate.
         guide: Pyro program q(z|x), with the same plate.
         *args: arguments of both programs.
-        plate: name of the data plate, where several could be meant.
+        plate: name of the data plate, where there are several plates.
         references: `auto` (closed form, else enumeration where all latents are discrete, else a grid for d <= 3, else hmc,
             importance and ais), or names (`closed_form`, `enumeration`, `grid`, `hmc`, `importance`, `ais`), or Reference
             objects.
         seed: random seed.
         budget: seconds that the audit may take, or a text such as `10m`; data that are not reached are uncertified.
-        diagnose: also find out what the verdicts rest on beside the gaps: calibration, information, checks of the model, gaps
-            of simulated data.
-        compile: whether log p(x, z) and its gradient are compiled: `auto` (where that pays), `always` or `never`; results
+        diagnose: also compute the further evidence for the verdicts: calibration, information, checks of the model, gaps of
+            simulated data.
+        compile: whether log p(x, z) and its gradient are compiled: `auto` (where that is faster), `always` or `never`; results
             differ by rounding.
         progress: as in `audit_log_joint`.
         **kwargs: keyword arguments of both programs.
@@ -191,8 +190,8 @@ def audit(
         The audit; print it, or see `.table`, `.posteriors`, `.verdict`.
 
     Raises:
-        UnsupportedProgram: when per-datum inference does not apply to the pair; it names the site or plate and the reason.
-        UserError: when a reference that was asked for cannot be used on this model.
+        UnsupportedProgram: per-datum inference does not apply to the pair; it names the site or plate and the reason.
+        UserError: a requested reference cannot be used for this model.
     """
     durations.seconds(budget)
     with policy(compile):
@@ -216,7 +215,7 @@ def audit_log_joint(
     beside: Mapping[str, LogJoint] | None = None,
     entries: int | None = None,
 ) -> Audit:
-    """Audit a guide through the log joint, block by block of data; each block's draws are thinned before the next one.
+    """Audit a guide through the log joint, block by block of data; draws of each block are thinned before the next one.
 
     Args:
         log_joint: the model and guide.
@@ -226,18 +225,17 @@ def audit_log_joint(
         seed: random seed.
         obs_id: labels of the data; default 0 .. N-1.
         attrs: further attributes of the files, such as the spec's hash.
-        progress: called before each piece of work with a `Progress`: a sentence that also knows the share that is done, the
-            seconds left and the plan.
-        budget: seconds for the whole audit, or a text such as `10m`. It is shared out over references and blocks; data that are
-            not reached are `uncertified`, with the reason. The guide's own pass is always made, and references have at least
-            half of the budget beside it.
-        store: where finished parts are kept and looked up.
-        beside: log joints of other data of the same pair (such as `train`), whose gaps are found too, with all else that the
-            verdicts rest on; an empty mapping where there are none. None leaves all of it out.
-        entries: entries of one datum, where the data are discrete: for these, bits per dimension are given too.
+        progress: called before each piece of work with a `Progress`.
+        budget: seconds for the whole audit, or a text such as `10m`, shared among references and blocks; data that are not
+            reached are `uncertified`, with the reason. The guide's own pass always runs, and references get at least half of
+            the budget in addition to it.
+        store: where finished parts are saved and looked up.
+        beside: log joints of other data of the same pair (such as `train`), whose gaps are computed too, with the further
+            evidence for the verdicts; may be empty. None: no diagnosis.
+        entries: entries of one datum, where the data are discrete: the diagnosis then includes bits per dimension.
 
     Raises:
-        UserError: when a reference that was asked for cannot be used on this model, or the budget is no time.
+        UserError: a requested reference cannot be used for this model, or the budget is not a valid time.
     """
     started, limit = time.monotonic(), durations.seconds(budget)
     keep = min(keep, draws) // CHAINS * CHAINS
@@ -254,7 +252,7 @@ def audit_log_joint(
     work = Work(pace, say, keep=keep, kept=kept, moments=moments, draws=draws, seed=seed, store=store)
     found = [work.block(part, number, label) for number, (part, label) in enumerate(_parts(log_joint, blocks))]
     guide, posteriors, comparisons = work.joined(found)
-    del found  # as much again
+    del found  # frees as much memory as the joined results take
     labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
     facts = {"seed": str(seed), "plate": log_joint.plate, "latent_dim": str(log_joint.dim), "draws": str(draws)}
     facts["plan"] = "; ".join(f"{name}: {reason}" for name, reason in zip(plan.names, plan.reasons, strict=True))
@@ -298,7 +296,7 @@ def audit_log_joint(
 
 
 def _continued(plan: Plan, references: Literal["auto"] | Sequence[str | Reference], log_joint: LogJoint, store: Store) -> Plan:
-    """Keep to the plan of the audit that is continued: timing it again could have led to another one."""
+    """Return the plan of the audit that is resumed: a new timing could lead to a different plan."""
     kept = store.remember({"references": plan.names, "reasons": plan.reasons, "size": plan.size})
     if references == "auto" and kept["references"] != plan.names:
         plan = choose(kept["references"], log_joint, budget=plan.budget, size=plan.size)
@@ -306,13 +304,13 @@ def _continued(plan: Plan, references: Literal["auto"] | Sequence[str | Referenc
 
 
 def block_size(log_joint: LogJoint, draws: int) -> int:
-    """Return how many data's draws of the guide are held at once."""
+    """Return the number of data whose guide draws are held at once."""
     room = ROOMY if log_joint.device.type == "cuda" else 1
     return min(fitting(draws, room * ARRAY), fitting(draws * max(1, log_joint.dim), room * LARGE_ARRAY))
 
 
 def _kept(log_joint: LogJoint, keep: int, references: int) -> tuple[int, bool]:
-    """Return how many draws of each datum can be held of all methods within memory, and whether covariances can be."""
+    """Return how many draws per datum fit in memory for all methods, and whether covariances fit."""
     methods, n, d = 1 + references, log_joint.n_obs, log_joint.dim
     sites = sum(math.prod(site.shape) for site in log_joint.sites) + len(log_joint.program.discrete)
     each = 8 * n * methods * (d + sites + 3)
@@ -320,7 +318,7 @@ def _kept(log_joint: LogJoint, keep: int, references: int) -> tuple[int, bool]:
 
 
 def _parts(log_joint: LogJoint, blocks: Sequence[Tensor]) -> Iterator[tuple[LogJoint, str]]:
-    """Yield blocks of data, one at a time, so that what methods remember of a block goes with it."""
+    """Yield one block of data at a time, so that cached results of a block are freed with it."""
     for rows in blocks:
         label = f" for data {int(rows[0])}..{int(rows[-1])} of {log_joint.n_obs}" if len(blocks) > 1 else ""
         yield log_joint.subset(rows), label

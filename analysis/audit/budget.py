@@ -1,4 +1,4 @@
-"""The clock of an audit: how far it is, how long it will take, and what share of a budget each piece of work may have."""
+"""The clock of an audit: its progress, the time left, and the share of a budget for each piece of work."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from elbowroom.analysis.audit.plan import Plan
 
-TOLERANCE = 0.8  # of an estimate: with less time than this, work that cannot be cut short is not begun
+TOLERANCE = 0.8  # share of an estimate: with less time, work that cannot be interrupted is not started
 
 
 class Progress(str):
-    """What is being done now, in a few words, as `progress` is called with: a string that also knows the time.
+    """The argument of `progress`: a few words on the current work, as a string with attributes.
 
     Attributes:
         done: share of the work that is done, 0 to 1.
@@ -27,7 +27,7 @@ class Progress(str):
 
     @classmethod
     def of(cls, text: str, pace: Clock) -> Progress:
-        """Return a step at the present moment."""
+        """Return a step at the present time."""
         step = cls(text)
         step.done, step.seconds_left, step.plan = pace.done, pace.seconds_left, pace.plan
         return step
@@ -35,7 +35,7 @@ class Progress(str):
 
 @dataclass
 class _Piece:
-    """A method's remaining work: data per block still to come, seconds it may spend, and how far its estimates were off."""
+    """A method's remaining work: data per block to come, seconds it may spend, and the error of its estimates so far."""
 
     blocks: list[int]
     credit: float = 0.0
@@ -48,16 +48,16 @@ class _Piece:
 
 
 class Clock:
-    """Shares a budget out over blocks and methods, so that no block eats another's part.
+    """Shares a budget among blocks and methods, so that no block uses another's part.
 
-    Time is given to each method as credit: its part of what is left, block after block. A block in which it could not even
-    begin within its credit is left out, and the credit is there for its next block; what it does not use is there for all.
+    Each method receives time as credit: its part of the time left, block after block. It skips a block that it cannot start
+    within its credit and keeps the credit for its next block. Credit that a method does not use returns to all methods.
 
     Args:
-        plan: what is to be done.
+        plan: the plan of the audit.
         sizes: data in each block.
-        deadline: value of `clock()` at which the budget ends; infinity where there is none.
-        clock: tells the time.
+        deadline: value of `clock()` at which the budget ends; infinity for no budget.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Clock:
         self.total = max(self._left(), 1e-9)
 
     def _drop(self) -> None:
-        """Give up, worst first, methods whose whole part of the budget would not do for one block: others can use it."""
+        """Drop methods, worst first, whose whole part of the budget is too short for one block: others can use the time."""
         free = self.deadline - self.clock() - self._estimate("")
         while active := [name for name in self.plan.names if name not in self.dropped]:
             share = free / max(sum(self._estimate(name) for name in active), 1e-12)
@@ -82,13 +82,13 @@ class Clock:
             self.dropped.add(hopeless[-1])
 
     def _least(self, name: str) -> float:
-        """Return the seconds without which the next piece of a method is not begun."""
+        """Return the seconds below which the next piece of a method is not started."""
         cost, piece = self.costs[name], self.pieces[name]
         return TOLERANCE * cost.least * cost.of(piece.blocks[0]) * piece.factor
 
     @property
     def seconds_left(self) -> float:
-        """Estimated seconds to the end, which a budget may bring nearer."""
+        """Estimated seconds to the end, at most those left of the budget."""
         return max(0.0, min(self._left(), self.deadline - self.clock()))
 
     @property
@@ -97,7 +97,7 @@ class Clock:
         return min(1.0, 1.0 - sum(self._estimate(name) for name in self.pieces) / self.total)
 
     def until(self, name: str) -> float | None:
-        """Return when the next piece of a method must end; None where its time is too short to begin."""
+        """Return when the next piece of a method must end; None where the time is too short to start it."""
         if math.isinf(self.deadline):
             return math.inf
         if name in self.dropped:
@@ -113,12 +113,10 @@ class Clock:
         return now + piece.credit
 
     def finished(self, name: str, took: float, *, whole: bool) -> None:
-        """Take the next piece of a method off the list.
+        """Remove the next piece of a method (empty for the guide) from the list.
 
-        Args:
-            name: the method; empty for the guide.
-            took: seconds it took; 0 where it was left out.
-            whole: whether it was carried out to its end, so that its time says something.
+        `took` are its seconds, 0 where it was left out; `whole` says that it ran to its end, so that its time corrects the
+        estimates.
         """
         piece = self.pieces[name]
         n = piece.blocks.pop(0)
@@ -128,7 +126,7 @@ class Clock:
         piece.credit = 0.0 if whole or not piece.blocks else max(0.0, piece.credit - took)
 
     def also(self, name: str, took: float) -> None:
-        """Count seconds that come after a method's piece as its own, as the estimates do."""
+        """Add seconds of later shared work to a method's time, since its estimates include them."""
         if self.pieces[name].estimated > 0:
             self.pieces[name].took += took
 

@@ -1,9 +1,9 @@
-r"""What a reference will cost, before it starts: from the time of one gradient, or from a few data.
+"""The cost of a reference before it starts, from the time of one gradient or from a run on a few data.
 
     seconds of a block of n data = a calls + b (points per datum) n
 
-a (seconds per call) and b (seconds per point) of this model on this machine are measured in a fraction of a second; how many
-calls and points each method needs was counted once and stands in `WORK`. Methods that are not there are timed on a few data.
+a (seconds per call) and b (seconds per point) are measured for this model on this machine in a fraction of a second. `WORK`
+holds the calls and points that each method needs, counted once. Methods not in `WORK` are timed on a few data.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from elbowroom.inference.target.log_joint import LogJoint
 
 log = logging.getLogger("elbowroom")
 
-ROWS = 64  # data that a gradient is timed at
-DRAWS = (4, 128)  # and draws of each
-FEW, SOME = 2, 8  # data that other methods are timed at
-SEED = 777  # of its own: the pilot's random numbers are nobody else's
+ROWS = 64  # data used to time a gradient
+DRAWS = (4, 128)  # draws of each datum
+FEW, SOME = 2, 8  # data used to time other methods
+SEED = 777  # no other part uses these random numbers
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a method asks of a model.
+    """The evaluations of the model that a method needs.
 
     Attributes:
-        calls: evaluations that follow each other, per block of data.
+        calls: sequential evaluations per block of data.
         points: points per datum, over all calls.
-        least: share of the work that is done before the method looks at the clock; 1 where it never does.
+        least: share of the work before the method first checks the clock; 1 where it never does.
     """
 
     calls: float
@@ -47,7 +47,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a method: `fixed` per block and `each` per datum; `least` is the share that cannot be cut short."""
+    """Seconds of a method: `fixed` per block and `each` per datum; `least` is the share that cannot be interrupted."""
 
     fixed: float
     each: float
@@ -58,7 +58,7 @@ class Cost:
         return self.fixed + self.each * n
 
     def __add__(self, other: Cost) -> Cost:
-        """Return the cost of both; the other one cannot be cut short."""
+        """Return the cost of both; the other one cannot be interrupted."""
         both, mine = self.of(100) + other.of(100), self.of(100)
         return Cost(self.fixed + other.fixed, self.each + other.each, (self.least * mine + other.of(100)) / max(both, 1e-12))
 
@@ -70,23 +70,17 @@ SCOUT = Workload(calls=130, points=3_500)
 SCOUTED = ("hmc", "importance", "ais")
 WORK = {
     "hmc": Workload(calls=1_000, points=4_500, least=0.4),
-    "ais": Workload(calls=3_200, points=45_000),  # with the reverse chains of the upper bounds
+    "ais": Workload(calls=3_200, points=45_000),  # includes the reverse chains of the upper bounds
     "importance": Workload(calls=60, points=14_000),
 }
 """Gradients of each method alone."""
 LATTICE = {1: Workload(calls=40, points=2_500), 2: Workload(calls=40, points=14_000), 3: Workload(calls=60, points=130_000)}
 """Densities, of a grid in 1, 2 or 3 dimensions."""
-GUIDE = 1.5  # densities that a draw of the guide costs, its own and the weights' diagnostics included
+GUIDE = 1.5  # cost of a guide draw in densities, with the diagnostics of the weights
 
 
 class Pilot:
-    """Times a model once, and says what each method will cost.
-
-    Args:
-        log_joint: the model and guide.
-        draws: draws per datum of the guide.
-        keep: draws kept per datum and method.
-    """
+    """Times a model once, and predicts each method's cost for `draws` guide draws and `keep` kept draws per datum."""
 
     def __init__(self, log_joint: LogJoint, *, draws: int, keep: int) -> None:
         self.log_joint, self.draws, self.keep = log_joint, draws, keep
@@ -98,12 +92,7 @@ class Pilot:
         return self._model(Workload(calls=10, points=GUIDE * self.draws), self.density)
 
     def reference(self, method: Reference, before: Sequence[str]) -> Cost:
-        """Return the cost of a method that runs after others on the same data.
-
-        Args:
-            method: the reference.
-            before: names of those that have run before it.
-        """
+        """Return the cost of a method that runs after those named in `before` on the same data."""
         if type(method).name in WORK and self.log_joint.dim:
             cost = self._model(WORK[method.name], self.gradient)
             first = method.name in SCOUTED and not set(SCOUTED) & set(before)
@@ -133,7 +122,7 @@ class Pilot:
         return Cost(call.fixed * work.calls, call.each * work.points, work.least)
 
     def _part(self, n: int) -> LogJoint:
-        """Return the first n data; all where they cannot be taken apart."""
+        """Return the first n data; all data where they cannot be subset."""
         return self.log_joint.some(torch.arange(min(n, self.log_joint.n_obs), device=self.log_joint.device))[0]
 
     def _measured(self, call: Callable[[LogJoint, torch.Tensor], object]) -> Cost:
@@ -150,14 +139,14 @@ class Pilot:
         return Cost(max(fast - each * few, 0.05 * fast), each)
 
     def _timed(self, method: Reference) -> Cost:
-        """Fit seconds = fixed + each x data to two small parts of the data, after a run that is not counted."""
+        """Fit seconds = fixed + each x data to two small subsets, after a warm-up run."""
         parts = [self._part(n) for n in (FEW, SOME)]
         if parts[1].n_obs > SOME or self.log_joint.n_obs < 4 * SOME:
             return UNKNOWN
         try:
             method(parts[0], keep=self.keep, seed=SEED, until=math.inf)
             fast, slow = (self._seconds(lambda p=p: method(p, keep=self.keep, seed=SEED, until=math.inf)) for p in parts)  # type: ignore[misc]
-        except Exception as error:  # the audit itself will say it, with the data that it was computing
+        except Exception as error:  # the audit itself reports the error, with the data concerned
             log.debug("pilot of %s: %s", method.name, error)
             return UNKNOWN
         each = max(slow - fast, 0.1 * slow) / (SOME - FEW)

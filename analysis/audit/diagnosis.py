@@ -1,13 +1,13 @@
-r"""All that an audit finds out beside the gap of its data: what the verdicts rest on, and the figures of the report.
+"""The evidence of an audit beyond the gap of its data, for the verdicts and for the figures of the report.
 
-The parts, each of which is skipped with a reason where it does not apply or the budget has ended:
+Each part is skipped, with a reason, where it does not apply or the budget has ended:
 
-* `prior_sbc`      regime S: the guide on data simulated from the model, whose true z is known
-* `posterior_sbc`  regime R: the guide on the audited data, against certified draws of their posteriors
-* `information`    rate and distortion, mutual information, aggregate posterior, active and collapsed latents
-* `checks`         whether the model makes such data
-* `simulated`, and what was given beside (such as `train`, `validation`): the table of the gaps of other data
-* `verdicts`       the judgement: see `rules`
+* `prior_sbc`: regime S, the guide on data simulated from the model, whose true z is known
+* `posterior_sbc`: regime R, the guide on the audited data, against certified draws of their posteriors
+* `information`: rate and distortion, mutual information, aggregate posterior, active and collapsed latents
+* `checks`: whether the model generates data like these
+* `simulated`, and each of the other data (such as `train`, `validation`): the table of their gaps
+* `verdicts`: the judgement, see `verdict.rules`
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from elbowroom.system.stages import stage
 
 log = logging.getLogger("elbowroom")
 
-SEED_STEP = 15_485_863  # between the parts: figures that share random numbers would agree by chance
-SIMULATED = 100  # data, where others are audited beside
+SEED_STEP = 15_485_863  # between the parts, so that they share no random numbers
+SIMULATED = 100  # data of the audit of simulated data
 Auditor = Callable[[LogJoint, int], xr.Dataset]
 
 
@@ -49,7 +49,7 @@ def diagnose(
     until: float = math.inf,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> xr.DataTree:
-    """Find out what the verdicts rest on, and judge.
+    """Compute the evidence for the verdicts, and the verdicts.
 
     Args:
         log_joint: the model and guide of the audited data.
@@ -59,11 +59,11 @@ def diagnose(
         audit: audits a log joint with the same references, given a seed, and returns its table.
         seed: random seed.
         entries: entries of one datum, where the data are discrete.
-        until: value of `time.monotonic()` after which no part is begun.
-        say: told what comes next.
+        until: value of `time.monotonic()` after which no part is started.
+        say: called with a description of each part before it starts.
 
     Returns:
-        One child per part (see the module); `missing` in the attributes says, one per line, what there is not, and why.
+        One child per part (see the module); the attribute `missing` lists, one per line, the parts left out and the reasons.
     """
     from elbowroom.analysis.checks import calibration, criticism
     from elbowroom.analysis.latents.information import information
@@ -96,7 +96,7 @@ def diagnose(
             missing.append(f"{name}: {reason}")
             log.info("%s: not available, %s", name, reason)
     flat = {name: part for name, part in found.items() if isinstance(part, xr.Dataset)}
-    if (checks := found.pop("checks", None)) is not None:  # ArviZ looks for predictive groups at the root
+    if (checks := found.pop("checks", None)) is not None:  # ArviZ expects predictive groups at the root
         groups = {name: child.to_dataset() for name, child in checks.children.items()}
         flat["checks"] = groups.pop("statistics", xr.Dataset()).assign_attrs(checks.attrs)
         found |= groups | {"checks": flat["checks"]}
@@ -116,6 +116,6 @@ WORDS = {
 
 
 def _some(log_joint: LogJoint) -> LogJoint:
-    """Return the log joint of at most `SIMULATED` of the data, evenly spread; all where they cannot be taken apart."""
+    """Return the log joint of at most `SIMULATED` of the data, evenly spread; all where they cannot be subset."""
     rows = np.linspace(0, log_joint.n_obs - 1, min(SIMULATED, log_joint.n_obs)).round().astype(int)
     return log_joint.some(torch.as_tensor(rows, device=log_joint.device))[0]

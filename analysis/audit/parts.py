@@ -1,7 +1,7 @@
-"""What an audit has found so far, block by block and method by method, so that one that was killed can go on.
+"""Finished parts of an audit on disk, by block and method, so that an interrupted audit can resume.
 
-Each part is one file, whole or absent, named by the hash of everything that it depends on. A part that is damaged, or of
-anything else, is not used: it is computed again.
+Each part is one file, complete or absent, named by the hash of all its inputs. A part that is damaged or has other inputs is
+computed again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FOLDER = "parts"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A method's posterior of one block of data, and what the guide is beside it (None for the guide itself)."""
+    """A method's posterior of one block of data, and the guide's comparison with it (None for the guide itself)."""
 
     posterior: Posterior
     comparison: Comparison | None = None
@@ -41,10 +41,10 @@ class Store:
     """Parts of an audit on disk.
 
     Args:
-        folder: the audit's folder; parts go into `parts/` in it.
-        identity: everything that the parts depend on beside block, method and seed: data, weights, options.
-        resume: use parts that are there; else they are removed.
-        device: where tensors are loaded to.
+        folder: the audit's folder; parts go into its subfolder `parts/`.
+        identity: all inputs of the parts other than block, method and seed: data, weights, options.
+        resume: use existing parts; otherwise they are removed.
+        device: where tensors are loaded.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Store:
         return sha256(json.dumps([self.identity, name, *facts], default=repr).encode())
 
     def remember(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the plan of the audit that is continued; keep this one where there is none."""
+        """Return the stored plan of the audit; store `facts` as the plan where there is none."""
         path = self.folder / f"{self.key('plan')}.pt"
         there = self._read(path)
         if isinstance(there, dict) and set(there) == set(facts):
@@ -69,12 +69,12 @@ class Store:
         return dict(facts)
 
     def known(self) -> dict[str, Any] | None:
-        """Return the plan of the audit that is continued, if there is one."""
+        """Return the stored plan of the audit, or None."""
         found = self._read(self.folder / f"{self.key('plan')}.pt")
         return found if isinstance(found, dict) else None
 
     def get(self, key: str) -> Part | None:
-        """Return a part, or None where there is none that can be used."""
+        """Return a part, or None where there is no usable one."""
         path = self.folder / f"{key}.pt"
         found = self._read(path)
         if found is None:
@@ -116,7 +116,7 @@ class Store:
         try:
             check_stored(path)
             return torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:  # what a damaged file raises is anyone's guess
+        except Exception as error:  # a damaged file can raise any exception
             self._damaged(path, error)
             return None
 
@@ -127,13 +127,13 @@ class Store:
 
 
 def described(method: Reference) -> dict[str, str]:
-    """Return a reference's name and options, as a part's key holds them."""
+    """Return a reference's name and options, as they enter a part's key."""
     options = {key: repr(value) for key, value in sorted(vars(method).items())}
     return {"reference": method.name, **options}
 
 
 def _plain(thing: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass, tensors without what they were cut from."""
+    """Return the fields of a dataclass, with tensors copied out of larger storage."""
     return {f.name: _own(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
 
 

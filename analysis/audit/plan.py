@@ -1,4 +1,4 @@
-"""Which references an audit uses, why, and how long they will take: said before anything starts."""
+"""The plan of an audit: its references, the reasons for them, and their estimated time, before the work starts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from elbowroom.inference.references.importance.importance import ImportanceSampl
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system import durations
 
-AFFORDABLE = 3600.0  # seconds of a grid that are spent without a budget, where sampling would take less
-PARTS = 10  # blocks that a budget which is too small is shared out over, at least
-OVERHEAD = 0.1  # seconds of a block that are nobody's; blocks of a budget are large enough to keep these below a tenth of it
+AFFORDABLE = 3600.0  # without a budget, seconds a grid may take though sampling would be faster
+PARTS = 10  # smallest number of blocks that share an insufficient budget
+OVERHEAD = 0.1  # seconds per block outside all methods; blocks are large enough to keep it below a tenth of the budget
 
 KNOWN: dict[str, type[Reference]] = {
     cls.name: cls for cls in (ClosedForm, Enumeration, Grid, HMC, ImportanceSampling, Annealed)
@@ -39,16 +39,16 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What an audit is going to do.
+    """The plan of an audit.
 
     Attributes:
         references: the methods, best first.
-        reasons: why each, in a clause.
+        reasons: for each method, in a clause.
         guide: cost of the guide's own pass.
         costs: of each method, per block and per datum.
         n_obs: number of data N.
         size: data per block.
-        budget: seconds given to the whole audit; infinity where there is none.
+        budget: seconds for the whole audit; infinity for no budget.
     """
 
     references: list[Reference]
@@ -71,12 +71,12 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Estimated seconds of the whole audit, as if there were no budget."""
+        """Estimated seconds of the whole audit without a budget."""
         return self._of(self.guide) + sum(self.seconds)
 
     @property
     def limit(self) -> float:
-        """Seconds within which all ends: the budget, or the guide's own pass and half the budget if that is more."""
+        """Seconds within which the audit ends: the budget, or the guide's own pass plus half the budget if that is more."""
         return max(self.budget, self._of(self.guide) + 0.5 * self.budget)
 
     def _of(self, cost: Cost) -> float:
@@ -121,10 +121,10 @@ def choose(
     size: int | None = None,
     n_obs: int | None = None,
 ) -> Plan:
-    """Turn names into methods, and say why these and how long they will take.
+    """Choose the references, with reasons and estimated times.
 
-    `auto` takes the closed form where there is one, enumeration where every latent is discrete, a grid for up to three latents
-    where it can be afforded, else hmc and importance sampling; for more latents hmc, importance sampling and ais.
+    `auto` takes the closed form where there is one, enumeration where every latent is discrete, and a grid for up to three
+    latents where it is affordable, else hmc and importance sampling; for more latents hmc, importance sampling and ais.
 
     Args:
         references: `auto`, or names and Reference objects.
@@ -136,7 +136,7 @@ def choose(
         n_obs: number of data to plan for; those of `log_joint` by default.
 
     Raises:
-        UserError: for an unknown name, or a method that cannot be used on this model.
+        UserError: for an unknown name, or a method that cannot be used for this model.
     """
     n = log_joint.n_obs if n_obs is None else n_obs
     size = n if size is None else min(size, n)
@@ -151,9 +151,9 @@ def choose(
     plan = Plan(methods, reasons, pilot.guide(), costs, n, size, budget)
     if plan.total <= budget or not methods:
         return plan
-    # small blocks, so that a budget that is too small reaches some data of every part; but not mostly fixed costs
+    # small blocks, so that all methods reach some data; but large enough that fixed costs do not dominate
     share = budget / PARTS
-    best = costs[0]  # the others may have no block within their part
+    best = costs[0]  # the other methods may complete no block
     wanted = max(share - best.fixed, min(best.fixed, budget / 3 - best.fixed)) / max(best.each, 1e-12)
     smaller = int(min(size, -(-n // PARTS), wanted))
     least = min(size, math.ceil(n / max(PARTS, 0.1 * budget / OVERHEAD)))
@@ -181,7 +181,7 @@ def _build(name: str) -> Reference:
 
 
 def _named(item: str | Reference, log_joint: LogJoint) -> Reference:
-    """Return the method that a name stands for, or that was given, if it can be used."""
+    """Return the method of that name, or the given one, if it can be used."""
     if isinstance(item, str):
         if item not in KNOWN:
             raise UserError(f"audit.references: unknown reference {item!r}; allowed: auto, {', '.join(sorted(KNOWN))}")
@@ -200,6 +200,6 @@ UNTIL = (
 
 
 def heeds_the_clock(method: Reference) -> bool:
-    """Say whether a reference can be called with `until`."""
+    """Return whether a reference can be called with `until`."""
     parameters = inspect.signature(type(method).__call__).parameters.values()
     return any(p.name == "until" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

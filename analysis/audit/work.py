@@ -1,4 +1,4 @@
-"""The work of an audit: guide and references on one block of data after the other, within a budget and within memory."""
+"""The work of an audit: guide and references on one block of data after another, within budget and memory."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from elbowroom.system.stages import stage
 
 SEED_STEP = 7919  # between the guide and each reference
 DISCRETE_STEP = 15_485_863  # between draws of the continuous sites and of the discrete ones
-SANDWICH_STEP = 49_979_687  # to the reverse chains of the upper bounds
-SCOUTS = ("hmc", "importance", "ais")  # they refit a full normal anyway
-BLOCK_STEP = 104_729  # between blocks of data: shared noise would hide in the error of means
+SANDWICH_STEP = 49_979_687  # offset for the reverse chains of the upper bounds
+SCOUTS = ("hmc", "importance", "ais")  # methods that refit a full normal anyway
+BLOCK_STEP = 104_729  # between blocks: shared noise would make the standard error of means too small
 ENDED = re.compile(r"the budget (of .+ )?ended")
 
 
@@ -39,12 +39,12 @@ class Work:
     Args:
         pace: the plan and its clock.
         say: called with a step before each piece of work.
-        keep: draws per datum that each method gives.
-        kept: draws per datum that are held on to once the guide has been compared with them.
-        moments: whether covariances are held on to as well.
-        draws: draws per datum of the guide's estimates.
-        seed: random seed; every block and method has its own, which depends on nothing else.
-        store: where parts are kept.
+        keep: draws per datum that each method returns.
+        kept: draws per datum that are retained after the comparison with the guide.
+        moments: whether covariances are retained as well.
+        draws: draws per datum for the guide's estimates.
+        seed: random seed, from which every block and method derives its own.
+        store: where parts are saved.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class Work:
                 continue
             self.say(Progress.of(f"{method.name}{label}", self.pace))
             began = time.monotonic()
-            # a seed of its own: draws that shared the guide's random numbers would lie closer to it than chance
+            # its own seed: draws that share the guide's random numbers would be too close to it
             with stage(method.name):
                 drawn = method(part, keep=self.keep, seed=start + SEED_STEP * k, until=until)
                 drawn = completed(part, drawn, start + SEED_STEP * k + DISCRETE_STEP)
             drawn.stats["missed_mass"] = missed_mass(part, guide, drawn)
             whole = not any(map(ENDED.search, drawn.reason))
-            # what the budget cut short is not kept: an audit that goes on has time again
+            # a result that the budget cut short is not saved: a resumed audit computes it in full
             with stage("distances"):
                 distances = compare(part, guide, drawn, seed=self.seed)
             found[k] = self._keep(keys[k] if whole else "", drawn, distances)
@@ -101,11 +101,11 @@ class Work:
         return self._closed(part, keys, found, start)
 
     def _closed(self, log_joint: LogJoint, keys: Sequence[str], found: list[Part | None], start: int) -> list[Part | None]:
-        """Add what takes several methods: q*'s share of the gap to the guide, upper bounds to annealing; once."""
+        """Add, once, results that need several methods: the ELBO of q* to the guide, upper bounds to annealing."""
         plan, began = self.pace.plan, time.monotonic()
         scouts = set(SCOUTS) & set(plan.names)
         scouted = any(piece is not None for name, piece in zip(plan.names, found[1:], strict=True) if name in scouts)
-        late = began > self.pace.deadline or bool(scouts and not scouted)  # what is not known by then is not found out
+        late = began > self.pace.deadline or bool(scouts and not scouted)  # no time left for the refit
         guide = found[0]
         if guide is not None and "elbo_refit" not in guide.posterior.stats and plan.names:
             full = scout(log_joint).refit if scouted and not late else None
@@ -160,26 +160,23 @@ class Work:
 
 
 def unreached(posteriors: Sequence[Posterior], limit: float) -> list[str]:
-    """Say in a sentence, if it is so, which references a budget kept from how many data."""
+    """Return a sentence on the data that each reference did not reach within the budget; an empty list where it reached all."""
     counts = {p.method: sum(ENDED.search(reason) is not None for reason in p.reason) for p in posteriors}
     cut = [f"{method} at {count} of {len(posteriors[0].reason)} data" for method, count in counts.items() if count]
     return [f"The budget of {durations.words(limit)} ended before all was done: {', '.join(cut)}."] if cut else []
 
 
 def thinned(posterior: Posterior, kept: int, *, moments: bool = True) -> Posterior:
-    """Return a posterior with at most `kept` draws per datum, evenly spaced in each chain, in main memory.
+    """Return a posterior with at most `kept` draws per datum over all chains, evenly spaced in each chain, in main memory.
 
-    Args:
-        posterior: the posterior.
-        kept: draws per datum, over all chains; at least one per chain stays.
-        moments: whether mean and covariance stay.
+    At least one draw per chain stays. Mean and covariance stay where `moments` is true.
     """
     chains, length = posterior.draws.shape[:2]
     left = min(length, max(1, kept // max(chains, 1)))
     index = torch.linspace(0, length - 1, left, device=posterior.draws.device).round().long()
 
     def thin(values: list[Tensor]) -> Tensor:
-        # a copy always: draws that were cut from more would hold on to all of them
+        # always a copy: a view would keep all draws in memory
         return (values[0].clone() if left == length else values[0][:, index]).cpu()
 
     posterior = posterior if moments else dataclasses.replace(posterior, mean=None, covariance=None)
@@ -187,13 +184,9 @@ def thinned(posterior: Posterior, kept: int, *, moments: bool = True) -> Posteri
 
 
 def _blank(name: str, guide: Posterior, like: Posterior | None, reason: str) -> Posterior:
-    """Return the posterior of data that were not reached: NaN throughout.
+    """Return a posterior that is NaN throughout, for data that were not reached.
 
-    Args:
-        name: the method.
-        guide: the guide's posterior of these data.
-        like: the method's posterior of other data, for its layout.
-        reason: why.
+    `guide` is the guide's posterior of these data; `like` is the method's posterior of other data, for its layout.
     """
     n = len(guide.status)
     model = Posterior(name, guide.draws, guide.sites, [], []) if like is None else like
@@ -211,5 +204,4 @@ def _nothing(n: int) -> Comparison:
 
 
 def _join(parts: Sequence[Comparison]) -> Comparison:
-    """Join comparisons of different data."""
     return Comparison(*(torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Comparison)))

@@ -1,18 +1,19 @@
-r"""Is the guide calibrated? Ranks of draws that are right among draws of the guide, in two regimes that are never mixed.
+"""Simulation-based calibration of the guide: ranks of draws from the posterior among draws of the guide.
 
     PIT = (#{s : f(z_s, x) < f(z*, x)} + V (1 + #{s : f(z_s, x) = f(z*, x)})) / (L + 1),    z_s ~ q(z|x), s = 1 .. L,  V uniform
 
-is uniform on [0, 1], exactly and for any L, where z* and the z_s are draws of the same distribution given x.
+is exactly uniform on [0, 1], for any L, if z* and the z_s are draws of the same distribution given x. There are two regimes,
+which are never mixed:
 
-* Regime S, `simulated`: z* ~ p(z), x ~ p(x|z*): simulation-based calibration. z* is a draw of p(z|x) for the x that the MODEL
-  makes. Talts et al. 2018, https://arxiv.org/abs/1804.06788; quantities that depend on x as well, without which q(z|x) = p(z)
-  passes: Modrak et al. 2023, https://doi.org/10.1214/23-BA1404.
-* Regime R, `observed`: x is real, z* is a draw of a CERTIFIED posterior p(z|x), whether or not the model makes such x. A
-  relative of posterior SBC (Saeilynoja, Schmitt, Buerkner and Vehtari 2025, https://arxiv.org/abs/2502.03279), which simulates
-  further data from the posterior; here the posterior itself is known by a reference, and the guide is held against it.
+* Regime S, `simulated`: z* ~ p(z), x ~ p(x|z*). z* is then a draw of p(z|x) for an x that the model generates. Talts et al.
+  2018, https://arxiv.org/abs/1804.06788. Some quantities f also depend on x; without these, q(z|x) = p(z) passes the test:
+  Modrak et al. 2023, https://doi.org/10.1214/23-BA1404.
+* Regime R, `observed`: x is real, and z* is a draw of a certified posterior p(z|x), whether or not the model fits x. Related to
+  posterior SBC (Saeilynoja, Schmitt, Buerkner and Vehtari 2025, https://arxiv.org/abs/2502.03279), which simulates further data
+  from the posterior instead.
 
-Both are averages over x: errors that cancel over the data do not show, and what shows need not be there at every datum.
-All is in unconstrained coordinates, in float64 on the CPU; draws come in chunks, so that memory does not grow with L.
+Both are averages over x: errors of opposite sign can cancel over the data, and a deviation need not be present at every datum.
+Coordinates are unconstrained, in float64 on the CPU. Draws are processed in chunks, so that memory does not grow with L.
 """
 
 from __future__ import annotations
@@ -34,39 +35,39 @@ from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.simulate import simulate
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
-MOST = 10  # coordinates tested; their projections stand for the others
-NAMED = 0.05  # familywise level at which a direction is named
-REPEAT = 15_487_469  # between simulations of the same data
-CHOICE, DRAW = 86_028_121, 141_650_939  # to the choice of data, and of certified draws
+MOST = 10  # coordinates tested one by one; the projections cover the others
+NAMED = 0.05  # familywise level at which a direction is reported
+REPEAT = 15_487_469  # seed offset between simulations of the same data
+CHOICE, DRAW = 86_028_121, 141_650_939  # seed offsets: choice of data, choice of certified draws
 
 
 def simulated(
     log_joint: LogJoint, *, data: Annotated[int, Ge(1)] = 1000, draws: Annotated[int, Ge(2)] = 255, seed: int = 0
 ) -> xr.Dataset:
-    """Calibrate the guide on data simulated from the model, whose true z is known (regime S).
+    """Calibrate the guide on data simulated from the model, where the true z is known (regime S).
 
     Args:
-        log_joint: the model and guide; of its data only what stands beside x (covariates, holes) is used.
-        data: number of simulations, whatever the number of data: rows are repeated, or chosen at random.
+        log_joint: the model and guide. Of its data only the covariates and the pattern of missing values are used.
+        data: number of simulations. Rows of the data are repeated, or chosen at random, to reach this number.
         draws: draws L of the guide per simulation.
         seed: random seed.
 
     Returns:
-        Over `quantity`: the coordinates `z[j]` (the first ten), `|z|`, three projections (of z in the prior's sd, directions
-        fixed), entries of the discrete sites that the guide draws, `log p(z)`, `log p(x|z)`, `log p(x, z)`, in which discrete
-        sites beside continuous ones are summed out.
+        A table over `quantity`: the first ten coordinates `z[j]`, `|z|`, three projections (of z in units of the prior's sd,
+        onto fixed directions), entries of the discrete sites that the guide draws, `log p(z)`, `log p(x|z)` and `log p(x, z)`.
+        In these densities discrete sites are summed out where there are continuous ones.
 
-        * `pit` (quantity, simulation); NaN where a value is not a number, counted in `lost` (quantity), and where a latent is
-          masked out. `infinite` (quantity): simulations with an infinite value, which has a rank like any other
-        * `p_value`, exact, and `p_holm`, after Holm over the quantities; `effect` = max |ECDF - u|; `shift`, `spread`,
-          `direction` (`too narrow`, `too wide`, `shifted up`, `shifted down`, `uneven`: of the guide's distribution of this
-          quantity; empty where p_holm exceeds 5 %): see `uniformity`
+        * `pit` (quantity, simulation): NaN where a value is NaN (counted in `lost` (quantity)) or the latent is masked out.
+          `infinite` (quantity): number of simulations with an infinite value, which is ranked like any other
+        * `p_value`, exact, and `p_holm`, adjusted by Holm's method over the quantities; `effect` = max |ECDF - u|; `shift`,
+          `spread`, `direction` (the error of the guide's distribution of this quantity: `too narrow`, `too wide`, `shifted up`,
+          `shifted down`, `uneven`; empty where p_holm exceeds 5 %): see `uniformity`
         * `ecdf`, `ecdf_lower`, `ecdf_upper` (quantity, point): the ECDF and its simultaneous 95 % band
         * `coverage`, `coverage_se` (level, coordinate): share of the true z_j in the guide's central intervals, all coordinates
-        * `z_score` = (E_q z_j - z*_j) / sd_q z_j and `contraction` = 1 - var_q z_j / var_prior z_j (simulation, coordinate);
-          absent, with the coverage, where all latents are discrete. Schad, Betancourt and Vasishth 2021,
+        * `z_score` = (E_q z_j - z*_j) / sd_q z_j and `contraction` = 1 - var_q z_j / var_prior z_j (simulation, coordinate).
+          These and the coverage are absent where all latents are discrete. Schad, Betancourt and Vasishth 2021,
           https://arxiv.org/abs/1904.12765
-        * `obs_id` (simulation): the datum whose covariates and holes it has
+        * `obs_id` (simulation): the datum whose covariates and missing values the simulation has
 
         Attributes: `regime`, `simulations`, `draws`, `seed`, and `summary`, a sentence.
 
@@ -78,7 +79,7 @@ def simulated(
     if data == n or log_joint.separable():
         other, z = simulate(log_joint.subset(rows.to(log_joint.device)), seed)
         found = measure(other, z, draws, seed)
-    else:  # the arguments cannot be taken apart: all data, as often as it takes
+    else:  # the data cannot be subset: simulate all of them repeatedly
         runs = []
         for k in range(math.ceil(data / n)):
             other, z = simulate(log_joint, seed + REPEAT * k)
@@ -98,20 +99,20 @@ def observed(
     draws: Annotated[int, Ge(2)] = 255,
     seed: int = 0,
 ) -> xr.Dataset:
-    """Calibrate the guide on the data themselves, against one certified draw of each datum's posterior (regime R).
+    """Calibrate the guide on the observed data, against one certified draw of each datum's posterior (regime R).
 
-    Where q(z|x) = p(z|x) at these x the PIT is uniform, whether or not the model is right about x. Where the PIT is uniform,
-    q = p on average over these x, as far as the quantities see it. One draw per datum, so that the values are independent.
+    If q(z|x) = p(z|x) at these x, the PIT is uniform, whether or not the model fits x. If the PIT is uniform, q = p on average
+    over these x, as far as the quantities can show. One draw per datum keeps the values independent.
 
     Args:
         log_joint: the model and guide.
-        reference: posteriors of the same data. Data that are neither exact nor certified are left out, and counted.
-        data: most data to use, chosen at random.
-        draws: draws L of the guide per datum; fresh ones, not those of the audit.
-        seed: random seed; not the reference's.
+        reference: posteriors of the same data. Data that are neither exact nor certified are left out and counted.
+        data: largest number of data used; they are chosen at random.
+        draws: fresh draws L of the guide per datum, not those of the audit.
+        seed: random seed; it must differ from the reference's.
 
     Returns:
-        As `simulated`, with a datum in the place of a simulation and a certified draw in that of the true z. Attributes also:
+        The table of `simulated`; `simulation` counts the data, and a certified draw replaces the true z. Further attributes:
         `left_out`, the number of data that are not certified, and `method`, that of the reference.
 
     Raises:
@@ -130,7 +131,7 @@ def observed(
     generator = torch.Generator().manual_seed(seed + DRAW)
     index = torch.randint(len(flat), (n,), generator=generator).to(flat.device)
     z = flat[index, torch.arange(n, device=flat.device)].to(log_joint.device)
-    z = torch.where(reference.trusted[:, None].to(z.device), z, z.nan_to_num())
+    z = torch.where(reference.trusted[:, None].to(z.device), z, z.nan_to_num())  # what is not certified may be run, not used
     part, used, at = log_joint.some(rows.to(log_joint.device))
     found = measure(part, z[used], draws, seed).rows(at.cpu())
     aside = f" ({left_out} are not certified and left out)" if left_out else ""
@@ -140,7 +141,6 @@ def observed(
 
 
 def _some(n: int, size: int, seed: int) -> Tensor:
-    """Choose at most `size` of n rows, in order."""
     generator = torch.Generator().manual_seed(seed + CHOICE)
     return torch.randperm(n, generator=generator)[:size].sort().values
 
@@ -209,7 +209,7 @@ LONG_NAMES = {
 def _coverage(pit: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return the share of PIT values in each central interval and its standard error, (levels, d) each.
 
-    The error is that of (k + 1) / (n + 2), which is not zero where all are covered.
+    The error is that of (k + 1) / (n + 2), so that it is not zero where all values are covered.
     """
     known = pit.isfinite()
     n = known.sum(0).double()

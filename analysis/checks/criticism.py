@@ -1,17 +1,17 @@
-r"""Criticism of the model: would it make data like these?
+"""Criticism of the model: would the model generate data like the observed ones?
 
-Every check compares T(x, z) of the data with T of replicates under an exact null, and two nulls are used:
+Every check compares T(x, z) of the data with T of replicates under an exact null. There are two nulls:
 
-* `joint`: T(x', z') of (x', z') ~ p(x, z). Observed are x_n with z_n ONE certified draw of p(z|x_n): if the model is right,
-  (x_n, z_n) has the distribution of (x', z'), whatever T (Johnson 2004, https://doi.org/10.1214/009053604000000616; Yuan and
-  Johnson 2012, https://doi.org/10.1111/j.1541-0420.2011.01668.x). A posterior predictive p-value, which uses x twice, has no
+* `joint`: T(x', z') of (x', z') ~ p(x, z). The observed pairs are x_n with one certified draw z_n of p(z|x_n): if the model is
+  right, (x_n, z_n) has the distribution of (x', z') for any T (Johnson 2004, https://doi.org/10.1214/009053604000000616; Yuan
+  and Johnson 2012, https://doi.org/10.1111/j.1541-0420.2011.01668.x). A posterior predictive p-value uses x twice and has no
   such null
-* `residual`: ranks of x_n among draws from p(x|z_n); see `analysis.residuals`
+* `residual`: ranks of x_n among draws from p(x|z_n); see `checks.residuals`
 
-What is missing (NaN), or taken out of the likelihood by a mask, is missing from every statistic, of data and of replicates.
+Entries that are missing (NaN) or masked out of the likelihood are left out of every statistic, of data and replicates alike.
 
-The null takes the trained model as known. On held-out data a small p-value is misfit or an overfitted decoder; on the data
-that the model was trained on, misfit can hide. With much data every model is rejected: the effect says by how much.
+The null treats the trained model as known. On held-out data a small p-value means misfit or an overfitted decoder; on the
+training data, misfit can stay hidden. With enough data every model is rejected: read the effect size as well.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from elbowroom.inference.target.simulate import in_likelihood, predict, simulate
 from elbowroom.system.memory import fitting
 from elbowroom.system.stages import stage
 
-LARGE = 2**20  # entries of the data looked at
-TRACES = 2**23  # entries simulated before memory is taken back
+LARGE = 2**20  # largest number of entries of the data used
+TRACES = 2**23  # entries simulated between garbage collections
 RANKED = 1000  # data whose residuals are ranked
 LEAST = 10  # data
 SHOWN = 100  # data, and draws of each, in the groups for ArviZ
@@ -50,31 +50,30 @@ REFUSED = (UnsupportedProgram, *discrete.FAILURES)
 def criticise(
     log_joint: LogJoint, reference: Posterior, *, replicates: int = 400, draws: int = 399, seed: int = 0
 ) -> xr.DataTree:
-    """Check the model against the data: statistics that suit them, residuals, and predictive groups for ArviZ.
+    """Check the model against the data: statistics for their type, residuals, and predictive groups for ArviZ.
 
     Args:
         log_joint: the model and guide.
-        reference: a posterior of the same data; only data whose status is exact or certified give a z. Statistics of x alone
-            use all data.
-        replicates: simulated data sets R of the joint null.
-        draws: data sets L drawn at given latents, of the residual null. P-values are multiples of 1/(R+1) and 1/(L+1).
+        reference: a posterior of the same data. Only exact or certified data provide a z; statistics of x alone use all data.
+        replicates: simulated data sets R of the joint null; its p-values are multiples of 1/(R+1).
+        draws: data sets L drawn at given latents, of the residual null; its p-values are multiples of 1/(L+1).
         seed: random seed.
 
     Returns:
         A DataTree with the groups
 
         * `statistics` (statistic): value, null_mean, null_sd, p_value, p_adjusted, effect; group (`joint` or `residual`),
-          words, effect_kind (see `rules.EFFECTS`), and null (statistic, replicate), NaN beyond the shorter null.
-          p_adjusted is familywise over all statistics: the chance under the model that any deviates as much (maxT within each
-          null, then twice that for the two)
+          words, effect_kind (see `thresholds.EFFECTS`), and null (statistic, replicate), NaN beyond the shorter null.
+          p_adjusted is familywise over all statistics: the probability under the model that any deviates as much (maxT within
+          each null, then multiplied by the number of nulls)
         * `pit` (column, u): effect and p_value of each column, difference (ECDF - u of all entries), band; with several
           observed sites `pit_<site>`
         * `posterior_predictive`, `prior_predictive`, `observed_data`, `log_likelihood`: at most 100 data (`obs_id`) and 100
           draws, 64 MB
 
-        Attributes: `joint`, `residual`, `predictive`: empty, or `not available: ` and the reason; `replicates`, `draws`,
-        `data` (their number: at most a million entries are looked at, of data taken at
-        random), `certified` (share of them), `sentence`.
+        Attributes: `joint`, `residual`, `predictive`: empty, or `not available: ` and the reason; `replicates`, `draws`, `data`
+            (number of data used: a random subset of at most a million entries), `certified` (their certified share),
+            `sentence`.
     """
     log_joint, reference, labels = _some(log_joint, reference, seed)
     n, trusted = log_joint.n_obs, reference.trusted.to(log_joint.device)
@@ -138,7 +137,7 @@ def criticise(
 
 
 def _some(log_joint: LogJoint, reference: Posterior, seed: int) -> tuple[LogJoint, Posterior, np.ndarray]:
-    """Return log joint and posterior of as many data, taken at random, as are replicated in seconds, and which they are."""
+    """Return log joint and posterior of a random subset of the data that can be replicated in seconds, and its indices."""
     n = log_joint.n_obs
     width = sum(value[0].numel() for value in log_joint.program.observed.values())
     most = max(LEAST, fitting(width, LARGE))
@@ -157,7 +156,7 @@ def _some(log_joint: LogJoint, reference: Posterior, seed: int) -> tuple[LogJoin
 
 
 def _unmasked(log_joint: LogJoint) -> LogJoint:
-    """Return the log joint with NaN for what a mask takes out of the likelihood: it is no data, here and in replicates."""
+    """Return the log joint with NaN for every entry that a mask takes out of the likelihood."""
     given = in_likelihood(log_joint)
     if not given:
         raise UnsupportedProgram("a mask takes all entries out of the likelihood")
@@ -174,7 +173,7 @@ def _shown(log_joint: LogJoint) -> int:
 
 
 def _one_draw(reference: Posterior, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Take one draw of every datum: z (N, d) and the sites; data that are not certified get those of one that is."""
+    """Take one draw per datum: z (N, d) and the sites. Data that are not certified get the draw of a certified datum."""
     chains, length, n = reference.draws.shape[:3]
     every = torch.arange(n, device=rows.device)
     good = torch.zeros(n, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
@@ -185,7 +184,7 @@ def _one_draw(reference: Posterior, rows: Tensor, generator: torch.Generator) ->
 
 
 def _filled(value: Tensor) -> Tensor:
-    """Put a value that others have in place of latents that are masked out: x does not depend on them."""
+    """Replace latents that are masked out by a value of other data: x does not depend on them."""
     if not value.is_floating_point() or not bool(value.isnan().any()):
         return value
     return torch.where(value.isnan(), value.nanmedian(0).values.nan_to_num(), value)
@@ -220,11 +219,11 @@ def _joint(
 
     kept: dict[str, list[Tensor]] = {site: [] for site in observed}
     every = fitting(sum(value.numel() for value in observed.values()), TRACES)
-    with torch.no_grad(), policy("never"):  # a replicate is evaluated once: no graph is worth its checks
+    with torch.no_grad(), policy("never"):  # a replicate is evaluated once: compiling a graph does not pay
         take(observed, log_joint, z)
         for r, (new, joint, at) in enumerate(_replicates(log_joint, replicates, seed)):
             take(new, joint, at)
-            if r % every == every - 1:  # traces refer to themselves: without this they pile up
+            if r % every == every - 1:  # traces are cyclic: only the garbage collector frees them
                 gc.collect()
             if r < SHOWN:
                 for site in observed:
@@ -240,7 +239,7 @@ def _joint(
 def _replicates(
     log_joint: LogJoint, number: int, seed: int
 ) -> Iterator[tuple[Mapping[str, Tensor], LogJoint | None, Tensor | None]]:
-    """Yield simulated data, with their log joint and z where there are continuous latents."""
+    """Yield simulated data; with continuous latents also their log joint and z."""
     if log_joint.dim:
         for r in range(number):
             other, z = simulate(log_joint, seed + r)
@@ -262,7 +261,7 @@ def _residuals(
 
 
 def _among(log_joint: LogJoint, rows: Tensor) -> tuple[LogJoint, Tensor, Tensor]:
-    """Return what `LogJoint.some` does, with what is observed of these data."""
+    """Return the result of `LogJoint.some`, with the observed values of these data."""
     part, used, inside = log_joint.some(rows)
     if part is not log_joint:
         observed = {name: value[rows] for name, value in log_joint.program.observed.items()}
@@ -272,12 +271,11 @@ def _among(log_joint: LogJoint, rows: Tensor) -> tuple[LogJoint, Tensor, Tensor]
 
 @stage("predictive")
 def _predictive(log_joint: LogJoint, reference: Posterior, shown: Tensor, seed: int) -> dict[str, xr.Dataset]:
-    """Return what ArviZ's plots of predictive checks read, of some data."""
     observed = log_joint.program.observed
     total = reference.draws.shape[0] * reference.draws.shape[1]
     pick = torch.linspace(0, total - 1, min(SHOWN, total)).long().to(shown.device)
     joint, used, inside = _among(log_joint, shown)
-    everywhere = torch.where(torch.isin(used, shown), used, shown[0])  # a certified datum in the place of each of the others
+    everywhere = torch.where(torch.isin(used, shown), used, shown[0])  # a certified datum in place of the others
     take = lambda t: t.to(shown.device).flatten(0, 1)[pick][:, everywhere]
     sites = {name: _filled(take(value)) for name, value in reference.sites.items()}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Criticism laid out: statistics, PIT and draws as Datasets, and what they say in a sentence."""
+"""Results of the model criticism as Datasets (statistics, PIT, draws), and their summary in a sentence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NATS = ("log_likelihood", "log_prior")  # statistics whose differences are in na
 
 
 def dataset(values: Mapping[str, Tensor], rows: Tensor, *, draws: bool, like: Mapping[str, Tensor] | None = None) -> xr.Dataset:
-    """Lay values (S, n, ...) or (n, ...) out over chain, draw, obs_id and the site's own dimensions."""
+    """Arrange values (S, n, ...) or (n, ...) over chain, draw, obs_id and the site's own dimensions."""
     variables = {}
     for name, t in values.items():
         if like is not None:
@@ -25,7 +25,7 @@ def dataset(values: Mapping[str, Tensor], rows: Tensor, *, draws: bool, like: Ma
         array = (t[None] if draws else t).cpu().numpy()
         array = array.astype(np.float32) if array.dtype == np.float64 else array
         lead = ("chain", "draw", "obs_id") if draws else ("obs_id",)
-        name = name.replace("/", ".")  # which a file reads as a group
+        name = name.replace("/", ".")  # a file format reads a slash as a group
         variables[name] = ((*lead, *(f"{name}_dim_{i}" for i in range(array.ndim - len(lead)))), array)
     coords = {"obs_id": rows.cpu().numpy()}
     if draws:
@@ -34,7 +34,7 @@ def dataset(values: Mapping[str, Tensor], rows: Tensor, *, draws: bool, like: Ma
 
 
 def pit(found: Residuals) -> xr.Dataset:
-    """Lay the PIT out over columns and u."""
+    """Arrange the PIT over columns and u."""
     size = len(found.difference)
     found_pit = xr.Dataset(
         {
@@ -49,7 +49,7 @@ def pit(found: Residuals) -> xr.Dataset:
 
 
 def statistics(judged: Mapping[str, tuple[str, Judged, str, EffectKind]]) -> xr.Dataset:
-    """Lay statistics out: name -> (group, judgement, words, kind of the effect)."""
+    """Arrange statistics, name -> (group, judgement, words, kind of the effect), as a table."""
     families = len({group for group, *_ in judged.values()})
     most = max((len(one.null) for _, one, _, _ in judged.values()), default=0)
     null = np.full((len(judged), most), np.nan)
@@ -80,7 +80,7 @@ def statistics(judged: Mapping[str, tuple[str, Judged, str, EffectKind]]) -> xr.
 
 
 def sentence(found: xr.Dataset, attrs: Mapping[str, str]) -> str:
-    """Say which statistics speak against the model, and by how much."""
+    """Name the statistics that contradict the model, with their effects."""
     if not found.sizes["statistic"]:
         return attrs["joint"] or attrs["residual"]
     least = float(found["p_adjusted"].min())

@@ -1,8 +1,6 @@
-r"""Ranks of a true draw among draws of the guide, of many quantities at once: the mechanics of `calibration`.
+"""Ranks of a true draw among draws of the guide, for many quantities at once. `checks.calibration` gives the formula.
 
-    PIT = (#{s : f(z_s, x) < f(z*, x)} + V (1 + #{s : f(z_s, x) = f(z*, x)})) / (L + 1),   V uniform, s = 1 .. L
-
-Draws come in chunks and are counted, not kept. All is in unconstrained coordinates, in float64 on the CPU.
+Draws come in chunks and are counted, not kept. Coordinates are unconstrained, in float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -18,20 +16,20 @@ from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import ARRAY, fitting, sizes
 
-MOST = 10  # entries of discrete sites looked at
+MOST = 10  # entries of discrete sites used
 PROJECTIONS = 3
-OF_PRIOR = 32  # draws per datum for the prior's variance, where all data share the prior
+OF_PRIOR = 32  # draws per datum for the variance of a prior that all data share
 SALT = {"guide": 32_452_843, "ties": 49_979_687, "prior": 67_867_967, "truth": 104_395_301}
 CHUNK_STEP = 122_949_823
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured at n data: Q quantities, the coordinates first.
+    """Results at n data for Q quantities, the coordinates first.
 
     Attributes:
         names: of the quantities.
-        pit: (n, Q), NaN where a value is not a number, or masked out.
+        pit: (n, Q), NaN where a value is NaN or masked out.
         infinite: whether a value is infinite, (n, Q).
         masked: whether the program masks the latent out, (n, Q).
         z_score: (n, d).
@@ -46,27 +44,23 @@ class Found:
     contraction: Tensor
 
     def rows(self, index: Tensor) -> Found:
-        """Return some of the data."""
+        """Return the results of some of the data."""
         parts = (self.pit, self.infinite, self.masked, self.z_score, self.contraction)
         return Found(self.names, *(part[index] for part in parts))
 
 
 def joined(parts: list[Found]) -> Found:
-    """Join what was measured at different data."""
+    """Concatenate the results of different data."""
     columns = zip(*((p.pit, p.infinite, p.masked, p.z_score, p.contraction) for p in parts), strict=True)
     return Found(parts[0].names, *map(torch.cat, columns))
 
 
 def measure(log_joint: LogJoint, truth: Tensor, draws: int, seed: int) -> Found:
-    """Rank the truth among draws of the guide.
+    """Rank the truth, draws of p(z|x) (n, d), among `draws` draws of the guide per datum.
 
-    Args:
-        log_joint: the model and guide of n data.
-        truth: draws of p(z|x), (n, d); where all latents are discrete, exact ones are drawn here.
-        draws: draws of the guide per datum.
-        seed: random seed.
+    Where all latents are discrete, `truth` is ignored, and exact draws of the posterior are used.
     """
-    with torch.no_grad(), at_most(draws + 2):  # the truth and a draw of the prior too
+    with torch.no_grad(), at_most(draws + 2):  # the draws, the truth and a draw of the prior
         return _of_discrete(log_joint, draws, seed) if log_joint.dim == 0 else _of_continuous(log_joint, truth, draws, seed)
 
 
@@ -117,7 +111,7 @@ def _of_continuous(log_joint: LogJoint, truth: Tensor, draws: int, seed: int) ->
 
 
 def _of_discrete(log_joint: LogJoint, draws: int, seed: int) -> Found:
-    """Rank a draw of p(c|x), known exactly, among draws of q(c|x); (c, x) then has the same distribution as (c*, x)."""
+    """Rank a draw of p(c|x), which is known exactly, among draws of q(c|x)."""
     found, n = discrete.table(log_joint), log_joint.n_obs
 
     def quantities(index: Tensor) -> tuple[Tensor, list[str]]:
@@ -136,7 +130,7 @@ def _of_discrete(log_joint: LogJoint, draws: int, seed: int) -> Found:
 
 
 def _entries(sites: dict[str, Tensor]) -> tuple[Tensor, list[str]]:
-    """Lay the first ten entries of discrete sites out as quantities, (S, n, E)."""
+    """Return the first ten entries of discrete sites as quantities, (S, n, E), and their names."""
     columns, names = [], []
     for name, value in sites.items():
         flat = value.double().cpu().flatten(2) if value.dim() > 2 else value.double().cpu()[..., None]
@@ -146,7 +140,7 @@ def _entries(sites: dict[str, Tensor]) -> tuple[Tensor, list[str]]:
 
 
 class _Ranks:
-    """Counts the draws below the truth, (n, Q), and equal to it."""
+    """Counts of the draws below the truth, (n, Q), and equal to it."""
 
     def __init__(self, truth: Tensor) -> None:
         self.truth, self.total = truth, 0
@@ -162,7 +156,7 @@ class _Ranks:
         self.infinite |= values.isinf().any(0)
 
     def pit(self, seed: int) -> Tensor:
-        """Return the values, (n, Q), ties broken at random."""
+        """Return the PIT values, (n, Q), with ties broken at random."""
         generator = torch.Generator().manual_seed(seed)
         place = torch.rand(self.truth.shape, dtype=torch.float64, generator=generator)
         return ((self.less + place * (1 + self.same)) / (self.total + 1)).masked_fill(self.lost, torch.nan)
@@ -175,7 +169,7 @@ class _Moments:
         self.total = 0
 
     def add(self, z: Tensor) -> None:
-        """Take draws (S, n, d) in."""
+        """Add draws (S, n, d)."""
         mean, scatter = z.mean(0), (z - z.mean(0)).square().sum(0)
         if not self.total:
             self.total, self.mean, self.scatter = len(z), mean, scatter
@@ -192,7 +186,7 @@ class _Moments:
 
 
 def _prior_variance(log_joint: LogJoint, draws: int, seed: int) -> Tensor:
-    """Return var p(z_j), (1, d) where all data share the prior, and (n, d) where it depends on what stands beside them."""
+    """Return var p(z_j): (1, d) where all data share the prior, (n, d) where it depends on covariates or masks."""
     few = log_joint.sample_prior(3, seed + SALT["prior"])
     log_p = log_joint.terms(few[:, :1].expand(-1, log_joint.n_obs, -1))[0]
     shared = log_joint.program.active is None and torch.allclose(log_p, log_p[:, :1], rtol=1e-6, atol=1e-6)

@@ -1,9 +1,9 @@
-r"""Residuals of x given z: where each x_nj falls among draws from p(x_nj | z_n).
+"""Residuals of x given z: the rank of each x_nj among draws from p(x_nj | z_n).
 
-With z_n one draw of p(z|x_n), x_n is a draw of p(x|z_n) like the y_n1 .. y_nL that the model makes there: given z the whole
-data sets x, y_1 .. y_L are exchangeable, whatever the likelihood, so a statistic of the ranks of x among all L + 1 has the
-ranks of each y as its exact null. rank / (L + 1) is the probability integral transform (PIT); its normal score is a residual
-that should be N(0, 1) and, where the likelihood says that entries are independent given z, uncorrelated.
+With z_n one draw of p(z|x_n), x_n is a draw of p(x|z_n), like the model's draws y_n1 .. y_nL. Given z, the whole data sets x,
+y_1 .. y_L are exchangeable for any likelihood. The same statistic of the ranks of each y is therefore an exact null for that of
+the ranks of x among all L + 1. rank / (L + 1) is the probability integral transform (PIT). Its normal score is a residual that
+should be N(0, 1) and, where the likelihood makes entries independent given z, uncorrelated.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ WORDS = {
     "residual_correlation": "mean |correlation| of the normal scores of two columns",
     "residual_correlations": "correlations of normal scores: distance from the draws'",
 }
-KINDS: dict[str, EffectKind] = {"residual_sd": "relative", "residual_tails": "relative"}  # the others are differences
+KINDS: dict[str, EffectKind] = {"residual_sd": "relative", "residual_tails": "relative"}  # the other effects are differences
 ONE_SIDED = frozenset({"pit", "pit_column"})
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """Where the data fall among draws of the model at their own latents.
+    """Ranks of the data among draws of the model at their own latents, of one site with C columns.
 
     Attributes:
         judged: statistics of the ranks, by name.
-        columns: the columns looked at, (C,).
+        columns: indices of the columns used, (C,).
         effect: max |ECDF - u| of each, (C,).
         p_value: of each column, (C,).
         difference: ECDF - u of all entries at u = 1/(L+1) .. 1, (L + 1,).
@@ -56,14 +56,10 @@ class Residuals:
 def replicated(
     log_joint: LogJoint, sites: Mapping[str, Tensor], rows: Tensor, seed: int, columns: Mapping[str, Tensor] | None = None
 ) -> dict[str, list[Tensor]]:
-    """Draw x at draws of the latents, as many at once as memory holds: name -> parts (s, len(rows), D).
+    """Draw x at draws of the latents `sites`, name -> (S, N, *shape), in chunks that fit in memory.
 
-    Args:
-        log_joint: the model and guide.
-        sites: constrained latents, name -> (S, N, *shape).
-        rows: the data that are kept.
-        seed: random seed.
-        columns: those that are kept of each site, where not all.
+    Returns:
+        name -> parts (s, len(rows), D) of the data `rows`, and of the `columns` of each site, where these are given.
     """
     width = sum(value.numel() for value in log_joint.program.observed.values())
     found: dict[str, list[Tensor]] = {}
@@ -81,17 +77,9 @@ def replicated(
 def residuals(
     log_joint: LogJoint, sites: Mapping[str, Tensor], rows: Tensor, draws: int, seed: int
 ) -> dict[str, Residuals | None]:
-    """Rank the data among draws of the model at their own latents, for each observed site.
+    """Rank the data `rows` among `draws` draws of the model at their own latents, for each observed site.
 
-    Args:
-        log_joint: the model and guide.
-        sites: one draw of the posterior, name -> (N, *shape).
-        rows: the data that are looked at.
-        draws: L.
-        seed: random seed.
-
-    Returns:
-        What was found by observed site; None for one that nothing is observed of in these data.
+    `sites` is one draw of the posterior, name -> (N, *shape). A site with no observed entry in these data gives None.
     """
     generator = torch.Generator(device=log_joint.device).manual_seed(seed)
     at = {name: value[None].expand(draws, *value.shape) for name, value in sites.items()}

@@ -1,10 +1,10 @@
-r"""Statistics of data that a wrong likelihood gets wrong, and their exact p-values against replicates.
+"""Statistics of data that are sensitive to a wrong likelihood, and their exact p-values against replicates.
 
-The null is always the same: the observed element and its R replicates are exchangeable. Whatever is computed symmetrically
-from all R + 1 of them keeps p-values exact: a statistic is put in units of its spread (above and below the median apart, for
-most are skewed), and over a family of statistics the largest such deviation is compared with the largest of each replicate
-(Westfall and Young 1993, "Resampling-based multiple testing": single-step maxT; exact whatever the dependence, where a
-Bonferroni or Holm correction of p-values that are multiples of 1/(R+1) could reach no small level).
+Under the null the observed element and its R replicates are exchangeable. Any symmetric function of all R + 1 keeps p-values
+exact. Each statistic is therefore put in units of its spread, separately above and below the median because most are skewed.
+Over a family of statistics the largest such deviation is compared with the largest of each replicate (single-step maxT of
+Westfall and Young 1993, "Resampling-based multiple testing"). It is exact for any dependence; Bonferroni or Holm corrections of
+p-values that are multiples of 1/(R+1) could not reach a small level.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 Kind = Literal["binary", "counts", "real"]
-EffectKind = Literal["difference", "sd", "skewness", "kurtosis", "relative", "largest", "nats"]  # see `rules.EFFECTS`
-LOGARITHMS = ("largest",)  # kinds of statistics that are logarithms, whose effect is the relative difference of the numbers
+EffectKind = Literal["difference", "sd", "skewness", "kurtosis", "relative", "largest", "nats"]  # see `thresholds.EFFECTS`
+LOGARITHMS = ("largest",)  # statistics that are logarithms: their effect is a relative difference
 
-COLUMNS = 64  # columns looked at one by one and in pairs, evenly spaced, where there are more
+COLUMNS = 64  # largest number of columns used one by one and in pairs
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number T(x), or a vector whose distance from its mean over all replicates and the data is the number.
+    """A number T(x), or a vector; a vector is reduced to its distance from its mean over all replicates and the data.
 
     Attributes:
         name: the word in tables.
-        words: what it is.
+        words: a description.
         value: x (N, D), NaN where missing -> a number (), or a vector.
-        kind: the unit of its effect, which has a limit of its own.
+        kind: the unit of its effect; each unit has its own threshold.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Statistic:
 
 
 def kind_of(x: Tensor) -> Kind:
-    """Tell the kind of data (N, D) from its values."""
+    """Infer the type of data (N, D) from their values."""
     seen = x[x.isfinite()]
     if bool(((seen == 0) | (seen == 1)).all()):
         return "binary"
@@ -49,7 +49,7 @@ def kind_of(x: Tensor) -> Kind:
 
 
 def some_columns(width: int, device: torch.device) -> Tensor:
-    """Return at most 64 columns, evenly spaced: chosen without a look at the data."""
+    """Return the indices of at most 64 columns, evenly spaced: the choice does not depend on the data."""
     return torch.linspace(0, width - 1, min(width, COLUMNS), device=device).round().long()
 
 
@@ -76,14 +76,13 @@ def _mass(x: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Return the farthest entry from its column's mean, in that column's standard deviations."""
     centred = x - x.nanmean(0)
     spread = centred.square().nanmean(0).sqrt()
     return (centred.abs() / torch.where(spread > 0, spread, torch.inf)).nan_to_num().amax()
 
 
 def correlations(x: Tensor) -> Tensor:
-    """Return the correlation of each pair of columns over the data that have both, (D (D - 1) / 2,); 0 where there is none."""
+    """Return the correlation of each pair of columns over the data that have both, (D (D - 1) / 2,); 0 where undefined."""
     there = x.isfinite().to(x.dtype)
     centred = (x - x.nanmean(0)).nan_to_num()
     spread = (centred.square().sum(0) / there.sum(0)).sqrt()
@@ -103,7 +102,7 @@ def _spreads(x: Tensor) -> Tensor:
 
 
 def suited(x: Tensor) -> list[Statistic]:
-    """Return the statistics that suit the kind of the data x (N, D)."""
+    """Return the statistics that suit the type of the data x (N, D)."""
     kind, columns = kind_of(x), some_columns(x.shape[1], x.device)
     found = {
         "binary": [Statistic("ones", "share of ones", lambda x: x.nanmean(), "relative")],
@@ -126,7 +125,7 @@ def suited(x: Tensor) -> list[Statistic]:
             ),
         ],
     }[kind]
-    spread = _spreads(x)  # of the data, a constant: p-values stay as they are, and the effect knows no unit of measurement
+    spread = _spreads(x)  # a constant: p-values do not change, and the effect has no unit of measurement
     unit = torch.ones_like(spread) if kind == "binary" else torch.where(spread > 0, spread, 1.0)
     means = "means of columns: distance from the replicates'"
     found.append(Statistic("column_means", means, lambda x: _centres(x) / unit, "difference" if kind == "binary" else "sd"))
@@ -147,16 +146,16 @@ def suited(x: Tensor) -> list[Statistic]:
 
 @dataclass(frozen=True)
 class Judged:
-    """One statistic of the data against those of R replicates.
+    """One statistic of the data compared with those of R replicates.
 
     Attributes:
         value: of the data.
         null: of the replicates, (R,).
         p_value: (1 + number of replicates that deviate at least as much) / (1 + R), two-sided (of distances: one-sided).
-        p_family: the same over all statistics of the family: the chance that any of them deviates as much.
-        effect: difference from the mean of the replicates, in the unit of the statistic; divided by that mean where it is
-            `relative`, and the same of the numbers where the statistic is a logarithm (of a geometric mean); of a vector the
-            root-mean-square difference of its components, the replicates' own spread taken off.
+        p_family: the same over all statistics of the family: the probability that any of them deviates as much.
+        effect: difference from the mean of the replicates, in the unit of the statistic. For `relative` it is divided by that
+            mean. Where the statistic is a logarithm it is the relative difference of the numbers from their geometric mean. For
+            a vector it is the root-mean-square difference of its components, corrected for the replicates' own spread.
     """
 
     value: float
@@ -172,10 +171,10 @@ def judge(
     """Compare element 0, the data, with elements 1..R, its replicates.
 
     Args:
-        values: name -> (R + 1,), or (R + 1, K) of a vector, of which the root-mean-square distance from the mean over all
-            R + 1 is taken, in units of each component's spread.
-        kinds: units of their effects, by name; `difference` where there is none.
-        one_sided: names of those of which only large values speak against the model; vectors are.
+        values: name -> (R + 1,), or (R + 1, K) for a vector, which is reduced to the root-mean-square distance from the mean
+            over all R + 1, in units of each component's spread.
+        kinds: units of the effects, by name; `difference` by default.
+        one_sided: names of statistics of which only large values contradict the model; vectors always are one-sided.
 
     Returns:
         The judgement by name; a statistic that is the same in all elements has p-values of 1.

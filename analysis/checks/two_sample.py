@@ -1,16 +1,16 @@
-r"""Can a classifier tell samples of a model from data? A two-sample test with an effect size.
+"""Two-sample test by a classifier: can samples of a model be told apart from data?
 
-A classifier is trained on half of the pooled rows to tell data from samples, and scores the other half; then the halves change
-places. Where both come from one distribution the scores of the other half are exchangeable, whatever the classifier, so that
-a rank test of them is exact given the training half:
+A classifier is trained on half of the pooled rows to tell data from samples, and scores the other half; then the halves are
+swapped. If both come from one distribution, the scores of the other half are exchangeable for any classifier, so that a rank
+test of them is exact given the training half:
 
     AUC   = P(score of a sample > score of a datum)          1/2: they cannot be told apart; 1: always
     p     = min(1, 2 min(p_1, p_2)),                         p_k: Mann-Whitney, one-sided, of half k (Bonferroni: the two
                                                              halves are not independent)
 
-(Friedman 2003, https://www.osti.gov/biblio/826696; Lopez-Paz and Oquab 2017, https://arxiv.org/abs/1610.06545, who count right
-answers instead of ranks; the area under the ROC curve wastes less: Chakravarti et al. 2023, https://arxiv.org/abs/2111.10497.)
-A low p-value proves a difference. A high one proves nothing: another classifier, or more rows, might see one.
+Friedman 2003, https://www.osti.gov/biblio/826696; Lopez-Paz and Oquab 2017, https://arxiv.org/abs/1610.06545, who use accuracy
+instead of ranks; the AUC has more power: Chakravarti et al. 2023, https://arxiv.org/abs/2111.10497. A low p-value shows a
+difference. A high one does not show equality: another classifier, or more rows, might find a difference.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 
 from elbowroom.system.stages import stage
 
-COMPONENTS = 20  # principal components beside the columns themselves: differences of correlation are axes of these
+COMPONENTS = 20  # principal components added to the columns: they show differences of correlation
 TREES = 200
 LEAF = 3  # rows
 LEAST = 20  # rows of each sample
@@ -36,14 +36,14 @@ LEAST = 20  # rows of each sample
 
 @dataclass(frozen=True)
 class TwoSample:
-    """How well a sample can be told from data.
+    """How well a classifier tells samples from data.
 
     Attributes:
         auc: the mean area under the ROC curve over the two halves.
         p_value: of the hypothesis that both come from one distribution.
-        placement: for each datum the share of samples of its half that score higher, (n,): their mean is `auc`.
+        placement: for each datum the share of samples of its half that score higher, (n,); their mean is `auc`.
         se: standard error of `auc` given the two classifiers (DeLong et al. 1988, https://doi.org/10.2307/2531595).
-        variance_samples: the part of se^2 that is of the samples.
+        variance_samples: the part of se^2 that is due to the samples.
     """
 
     auc: float
@@ -55,12 +55,9 @@ class TwoSample:
 
 @stage("two-sample test")
 def tell_apart(data: np.ndarray, samples: np.ndarray, *, seed: int = 0) -> TwoSample:
-    """Test whether samples and data come from one distribution, by a classifier.
+    """Test by a classifier whether samples and data come from one distribution.
 
-    Args:
-        data: (n, ...), NaN where missing; rows are independent.
-        samples: (n, ...), likewise, with holes of the same distribution.
-        seed: of the halves and of the classifier.
+    Both are (n, ...) with independent rows, NaN where missing; missing values must have the same distribution in both.
 
     Raises:
         ValueError: there are fewer than 20 rows, or shapes differ.
@@ -86,20 +83,19 @@ def tell_apart(data: np.ndarray, samples: np.ndarray, *, seed: int = 0) -> TwoSa
 
 
 def difference(one: TwoSample, other: TwoSample) -> tuple[float, float]:
-    """Return AUC(one) - AUC(other) and its standard error, where both were told from the same data in the same halves."""
+    """Return AUC(one) - AUC(other) and its standard error, for tests against the same data with the same halves."""
     off = one.placement - other.placement
     se = math.sqrt(float(off.var(ddof=1)) / len(off) + one.variance_samples + other.variance_samples)
     return one.auc - other.auc, se
 
 
 def _within(placement: np.ndarray, halves: tuple[np.ndarray, np.ndarray]) -> float:
-    """Return the variance of the mean placement over data, half by half."""
     n = len(placement)
     return sum((len(half) / n) ** 2 * float(placement[half].var(ddof=1)) / len(half) for half in halves)
 
 
 def _classifier(train: np.ndarray, seed: int) -> Pipeline:
-    """Return trees on the columns, on which of them are missing, and on the principal components of columns that vary."""
+    """Return trees on the columns, on indicators of missing values, and on principal components."""
     width = train.shape[-1]
     components = min(COMPONENTS, width, train.shape[1])
     parts = [("columns", "passthrough"), ("components", PCA(components, random_state=seed))]

@@ -1,12 +1,12 @@
-r"""Are values uniform on [0, 1]? Simultaneous bands for the ECDF, an exact p-value, the deviation's size and direction.
+"""Are values uniform on [0, 1]? Simultaneous bands for the ECDF, an exact p-value, and size and direction of the deviation.
 
     R_k = #{n : u_n <= t_k} ~ Binomial(N, t_k)                                 under uniformity, k = 1 .. K
     level_k = 2 min(P(B_k <= R_k), P(B_k >= R_k)),  B_k ~ Binomial(N, t_k)
     gamma = min_k level_k,   p = P(gamma' <= gamma)                            gamma' of N uniform values
 
-R_1, R_2, .. is a Markov chain, R_k+1 - R_k | R_k ~ Binomial(N - R_k, (t_k+1 - t_k) / (1 - t_k)), so that the probability that
-it stays inside limits is a sum over its states: p and the bands are exact, not simulated. The bands of level 1 - a hold the
-ECDF at all t_k with a probability of at least 1 - a, and the ECDF leaves them if and only if p <= a.
+R_1, R_2, .. is a Markov chain, R_k+1 - R_k | R_k ~ Binomial(N - R_k, (t_k+1 - t_k) / (1 - t_k)). The probability that it stays
+inside limits is a sum over its states, so that p and the bands are exact, not simulated. The bands of level 1 - a hold the ECDF
+at all t_k with a probability of at least 1 - a, and the ECDF leaves them if and only if p <= a.
 
 Saeilynoja, Buerkner and Vehtari 2022, Graphical test for discrete uniformity and its applications in goodness-of-fit evaluation
 and multiple sample comparison, https://doi.org/10.1007/s11222-022-10090-6, section 2.2; Holm 1979,
@@ -24,10 +24,10 @@ import numpy as np
 from scipy import special
 
 LEVEL = 0.95
-FEW = 5_000  # values beyond which fewer points are looked at: the work grows with N x K
-NEGLIGIBLE = 1e-6  # of p: below, its upper bound K gamma takes its place, which is cheap and as good
-ROUNDING = 1e-9  # relative: levels of t and 1 - t are equal but for it
-WINDOW = 12.0  # standard deviations of a count beyond which nothing is
+FEW = 5_000  # number of values above which fewer points are used: the work grows with N x K
+NEGLIGIBLE = 1e-6  # p-values below this are replaced by their upper bound K gamma, which is cheap
+ROUNDING = 1e-9  # relative: levels of t and 1 - t differ only by rounding
+WINDOW = 12.0  # in standard deviations of a count: values beyond have no probability
 WORDS = ("", "too narrow", "too wide", "shifted up", "shifted down", "uneven")
 
 
@@ -36,10 +36,9 @@ class Uniformity:
     """How far values are from uniform.
 
     Attributes:
-        count: N, the finite values that everything else is of.
-        lost: values that are NaN or infinite, which are left out.
-        p_value: exact, of the ECDF's largest deviation in terms of its pointwise level; below 1e-6 an upper bound. NaN without
-            values.
+        count: number N of finite values, on which all else is based.
+        lost: number of values that are NaN or infinite, which are left out.
+        p_value: exact, of the ECDF's largest deviation by pointwise level; below 1e-6 an upper bound. NaN without values.
         effect: max_u |ECDF(u) - u|; under uniformity about 0.87 / sqrt(N) on average.
         shift: sqrt(12) (mean u - 1/2), 0 +- 1 / sqrt(N) under uniformity; positive where values are high.
         spread: sqrt(180) (mean (u - 1/2)^2 - 1/12), likewise; positive where values pile up at both ends.
@@ -62,27 +61,27 @@ class Uniformity:
 
     @property
     def direction(self) -> str:
-        """What the PIT of the truth among a guide's draws says of the guide, where it is not uniform; one of `WORDS`.
+        """The error of the guide that a non-uniform PIT of the truth among its draws indicates; one of `WORDS`.
 
-        Of shift and spread the one that is the larger part of what it can be: `too narrow` (values at both ends: the truth is
-        outside more often than the guide expects; a guide with errors of changing sign that it does not admit is that, too),
-        `too wide` (values in the middle), `shifted down` (high values: the guide's draws lie below the truth), `shifted up`.
-        `uneven` where both are within two standard errors.
+        It is given by shift or spread, whichever is the larger share of its maximum: `too narrow` (values at both ends: the
+        truth is outside more often than the guide expects; errors of changing sign that are not part of the guide's width show
+        the same way), `too wide` (values in the middle), `shifted down` (high values: the guide's draws lie below the truth),
+        `shifted up`. `uneven` where both are within two standard errors.
         """
         if not self.count:
             return ""
         if max(abs(self.shift), abs(self.spread)) * math.sqrt(self.count) < 2:
             return "uneven"
-        if abs(self.shift) / math.sqrt(3) >= abs(self.spread) / math.sqrt(5):  # sqrt(3), sqrt(5): of values at the ends only
+        if abs(self.shift) / math.sqrt(3) >= abs(self.spread) / math.sqrt(5):  # sqrt(3), sqrt(5): their maxima
             return "shifted down" if self.shift > 0 else "shifted up"
         return "too narrow" if self.spread > 0 else "too wide"
 
 
 def uniformity(values: Any, level: float = LEVEL) -> Uniformity:
-    """Hold values against the uniform distribution.
+    """Compare values with the uniform distribution.
 
     Args:
-        values: (N,), independent; an array or a tensor on the CPU. Those that are NaN or infinite are counted and left out.
+        values: (N,), independent; an array or a tensor on the CPU. NaN and infinite values are counted and left out.
         level: probability that the simultaneous bands hold the ECDF of uniform values.
 
     Raises:
@@ -106,11 +105,9 @@ def uniformity(values: Any, level: float = LEVEL) -> Uniformity:
 
 
 def p_value(counts: np.ndarray, n: int) -> float:
-    """Return the exact probability that uniform values deviate as much as these counts do, see the module.
+    """Return the exact probability that uniform values deviate as much as these counts, see the module.
 
-    Args:
-        counts: number of values that are at most `points_of(n)`, (K,).
-        n: number of values N.
+    `counts` are the numbers of the n values that are at most `points_of(n)`, (K,).
     """
     gamma = float(_levels(counts, n, points_of(n)).min())
     bound = len(counts) * gamma
@@ -119,16 +116,14 @@ def p_value(counts: np.ndarray, n: int) -> float:
 
 @lru_cache(maxsize=64)
 def bands(n: int, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return points t and the lower and upper end of the band there, (K,) each, that holds the ECDF of n uniform values.
+    """Return points t and the lower and upper end of a simultaneous band for the ECDF of n uniform values, (K,) each.
 
-    Args:
-        n: number of values N.
-        level: probability that the ECDF is inside at all points at once; the band's own is the smallest that is not below.
+    The ECDF is inside at all points at once with probability `level` or more; the band is the narrowest that reaches it.
     """
     points = points_of(n)
     if not n:
         return points, np.zeros_like(points), np.ones_like(points)
-    # the union bound from below, a single point from above; a level of no count at all changes nothing
+    # the union bound from below, a single point from above
     low, high = math.log((1 - level) / (2 * len(points))), math.log(1 - level)
     for _ in range(12):
         middle = (low + high) / 2
@@ -138,10 +133,9 @@ def bands(n: int, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def holm(p_values: Any) -> np.ndarray:
-    """Return p-values adjusted for their number: rejecting those that are at most a keeps the familywise error below a.
+    """Return p-values adjusted by Holm's method: rejecting those at most a keeps the familywise error at most a.
 
-    Args:
-        p_values: of any shape. NaN stay NaN, and are not counted.
+    The p-values may have any shape. NaN stay NaN, and are not counted.
     """
     p = np.asarray(p_values, dtype=np.float64)
     out = np.full(p.shape, np.nan)
@@ -157,7 +151,7 @@ def holm(p_values: Any) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def points_of(n: int) -> np.ndarray:
-    """Return the points t that the ECDF of n values is looked at, (K,): every hundredth, and closer to the ends."""
+    """Return the points t at which the ECDF of n values is evaluated, (K,): evenly spaced, and closer near the ends."""
     middle = np.arange(1, 100) if n <= FEW else np.arange(4, 100, 4)
     edge = np.array([0.002, 0.005]) if n <= FEW else np.array([0.002, 0.005, 0.01, 0.02])
     return np.concatenate([edge, middle / 100, (1 - edge)[::-1]])
@@ -180,7 +174,7 @@ def _window(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _limits(n: int, gamma: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first and the last count at each point whose level exceeds gamma; the first beyond the last for none."""
+    """Return the first and the last count at each point whose level exceeds gamma; first > last where there is none."""
     counts, levels = _window(n)
     fine = levels > gamma * (1 + ROUNDING)
     some = fine.any(1)

@@ -1,1 +1,1 @@
-"""What each latent does: information, decoding, effects."""
+"""The role of each latent: information, decoding, effects."""

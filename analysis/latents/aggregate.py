@@ -1,14 +1,14 @@
-r"""The aggregate posterior q(z) = E_x q(z|x): how much it tells of x, and whether it is the prior.
+"""The aggregate posterior q(z) = E_x q(z|x): its information about x, and its distance from the prior.
 
     I_q(x; z) = E_x KL(q(z|x) || q(z)),        rate = I_q(x; z) + KL(q(z) || p(z))
 
-(Hoffman and Johnson 2016, "ELBO surgery"). q(z) is known through the data only, so I is enclosed (Poole et al. 2019,
-https://arxiv.org/abs/1905.06922, sections 2.1 and 2.4): with K data and z_i ~ q(z|x_i)
+(Hoffman and Johnson 2016, "ELBO surgery"). q(z) is known only through the data, so that only bounds on I are available (Poole
+et al. 2019, https://arxiv.org/abs/1905.06922, sections 2.1 and 2.4): with K data and z_i ~ q(z|x_i)
 
     lower = mean_i log q(z_i|x_i) / (1/K sum_n q(z_i|x_n)),                 at most log K
     upper = mean_i log q(z_i|x_i) / (1/(K-1) sum_{n != i} q(z_i|x_n)),      leave-one-out; the rate is another upper bound
 
-hold in expectation over data sets; their standard errors stand beside them. All values are in nats.
+hold in expectation over data sets, and have standard errors. All values are in nats.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from elbowroom.inference.target.discrete import Table
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import ARRAY, fitting
 
-MOST = 2000  # data among which a normal guide's mutual information is found
-FEW = 1000  # where the guide has to be run for every pair
-PAIRS = 2**22  # pairs over which draws are repeated
+MOST = 2000  # largest number of data for the mutual information of a normal guide
+FEW = 1000  # the same where the guide must be run for every pair
+PAIRS = 2**22  # largest number of pairs for repeated draws
 PERMUTATIONS = 999
 NAMES = ("information_lower", "information_upper", "aggregate_kl_lower", "aggregate_kl_upper")
 
 
 def mutual_information(log_joint: LogJoint, *, seed: int = 0) -> dict[str, float]:
-    """Enclose I_q(x; z) and KL(q(z) || p(z)) for continuous latents.
+    """Bound I_q(x; z) and KL(q(z) || p(z)) for continuous latents.
 
     Args:
         log_joint: the model and guide.
-        seed: random seed, of the draws and of the data that are looked at where there are more than 2,000 (1,000 for a guide
-            that is no normal in unconstrained coordinates).
+        seed: random seed of the draws, and of the choice of data where there are more than 2,000 (1,000 for a guide that is not
+            normal in unconstrained coordinates).
 
     Returns:
         `information_lower`, `information_upper`, `aggregate_kl_lower`, `aggregate_kl_upper`, each with `_se`; and
-        `information_data`, the number K of data. NaN where there are fewer than 3 data or they cannot be taken apart.
+        `information_data`, the number K of data. NaN for fewer than 3 data, or where large data cannot be subset.
     """
     q = guide_normals(log_joint)[1]
     most = FEW if q is None else MOST
@@ -65,7 +65,7 @@ def mutual_information(log_joint: LogJoint, *, seed: int = 0) -> dict[str, float
 
 
 def mutual_information_of_table(found: Table) -> dict[str, float]:
-    """Return the same for latents that are all discrete, from their exact probabilities."""
+    """Return the same where all latents are discrete, from their exact probabilities."""
     log_q, n = found.log_guide.double(), found.log_guide.shape[1]
     if n < 3:
         return _unknown()
@@ -125,10 +125,10 @@ def _unknown() -> dict[str, float]:
 
 
 def energy_test(a: Tensor, b: Tensor, *, permutations: int = PERMUTATIONS, seed: int = 0) -> tuple[float, float, float]:
-    r"""Test whether two samples of equal size come from one distribution.
+    """Test whether two samples of equal size come from one distribution.
 
-    E = 2 E|A - B| - E|A - A'| - E|B - B'| >= 0, zero only where the distributions are the same, in units of the pooled
-    standard deviation of each coordinate; the p-value is exact, by permutation. (Szekely and Rizzo 2013,
+    E = 2 E|A - B| - E|A - A'| - E|B - B'| >= 0, zero only for equal distributions; coordinates are in units of their pooled
+    standard deviation. The p-value is exact, by permutation. (Szekely and Rizzo 2013,
     https://doi.org/10.1016/j.jspi.2013.03.018.)
 
     Args:
@@ -138,8 +138,11 @@ def energy_test(a: Tensor, b: Tensor, *, permutations: int = PERMUTATIONS, seed:
         seed: random seed.
 
     Returns:
-        The p-value; the effect E / (2 E|A - B|), between 0 (the same) and 1 (two points); and what the effect is on average
-        where the distributions are the same, about 1 / n.
+        The p-value; the effect E / (2 E|A - B|), between 0 (equal) and 1 (two points); and the mean effect for equal
+        distributions, about 1 / n.
+
+    Raises:
+        ValueError: the two samples differ in shape.
     """
     n = len(a)
     if b.shape != a.shape:

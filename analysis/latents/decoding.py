@@ -1,7 +1,7 @@
-"""What the decoder makes of z: draws, moments and quantiles of latents, and E[x|z] on a plane of them.
+"""The decoder as a function of z: draws, moments and quantiles of latents, and E[x|z] on a plane of two latents.
 
-Used by the description that a report is drawn from (`latent`) and by the answer to "what does each latent do?"
-(`explanation`). All run a VAE outside any handler; callers fix the seed and switch gradients off.
+Used for the report (`latents.summary`) and for the answer to `explain` (`latents.effects`). All functions run a VAE outside any
+handler; callers set the seed and disable gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from elbowroom.models.priors.standard import Normal
 from elbowroom.models.spaces import DISCRETE
 from elbowroom.models.vae import VAE, Batch
 
-DRAWS = 10_000  # of the prior, behind its quantiles and moments
+DRAWS = 10_000  # of the prior, for its quantiles and moments
 
 
 def take(batch: Batch, index: np.ndarray) -> Batch:
@@ -28,12 +28,12 @@ def take(batch: Batch, index: np.ndarray) -> Batch:
 
 
 def repeated(batch: Batch, times: int) -> Batch:
-    """Return the rows of a batch so many times, one copy after the other."""
+    """Return the rows of a batch `times` times, one copy after the other."""
     return {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in batch.items()}
 
 
 def beside_of(batch: Batch, n: int, *, mean: bool = False) -> Batch:
-    """Return covariates and exposure for n data: those of the data in turn, or their mean."""
+    """Return covariates and exposure for n data: those of the data, cyclically, or their mean."""
     found = {name: value for name, value in batch.items() if name != "x"}
     if mean:
         return {name: value.mean(0, keepdim=True).expand(n, *value.shape[1:]) for name, value in found.items()}
@@ -41,7 +41,7 @@ def beside_of(batch: Batch, n: int, *, mean: bool = False) -> Batch:
 
 
 def is_standard(vae: VAE) -> bool:
-    """Say whether the prior is the standard normal."""
+    """Return whether the prior is the standard normal."""
     return isinstance(vae.prior, Normal) and not vae.prior.covariates
 
 
@@ -51,18 +51,18 @@ def array(x: Tensor) -> np.ndarray:
 
 
 def event_dims(vae: VAE) -> tuple[str, ...]:
-    """Name the dimensions of one datum."""
+    """Return the names of the dimensions of one datum."""
     return tuple(f"x_dim_{i}" for i in range(len(vae.likelihood.event_shape)))
 
 
 def draw_guide(vae: VAE, batch: Batch, draws: int) -> Tensor:
-    """Draw z from the guide, (draws, N, d); the draws stand beside each other in the plate."""
+    """Draw z from the guide, (draws, N, d); the draws run as repeated rows of the plate."""
     arguments: dict[str, Any] = {**repeated(batch, draws)}
     return vae.guide(**arguments).unflatten(0, (draws, len(batch["x"])))
 
 
 def moments(vae: VAE, batch: Batch, draws: int = 1024) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of q(z|x), (N, d), from draws where it has no formula for them."""
+    """Return mean and standard deviation of q(z|x), (N, d), from draws where they have no formula."""
     q = vae.encode(**batch)
     try:
         return q.mean, q.stddev
@@ -75,7 +75,7 @@ def moments(vae: VAE, batch: Batch, draws: int = 1024) -> tuple[Tensor, Tensor]:
 
 
 def draw_prior(vae: VAE, n: int, batch: Batch) -> Tensor:
-    """Draw z from the prior, (n, d), outside any handler; given covariates, at those of the batch in turn."""
+    """Draw z from the prior, (n, d), outside any handler; with covariates, at those of the batch, cyclically."""
     arguments: dict[str, Any] = {**beside_of(batch, n)}
     return vae.guide(**arguments, n=n)
 
@@ -83,10 +83,9 @@ def draw_prior(vae: VAE, n: int, batch: Batch) -> Tensor:
 def rates(vae: VAE, loc: Tensor, scale: Tensor, prior: Tensor) -> Tensor:
     """Return the rate of each latent, (d,) nats, from the guide's moments (N, d) and draws of the prior.
 
-    rate_j = mean_n KL( N(m_nj, s_nj^2) || N(a_j, b_j^2) ), a and b the prior's mean and standard deviation: for a diagonal
-    normal guide and a standard normal prior these are the shares of the rate, and they add up to it. Of discrete latents,
-    whose means are probabilities m, it is sum_v m(v) log m(v) / p(v), over the values v of the latent (of a one-hot z: the
-    term of its category).
+    rate_j = mean_n KL( N(m_nj, s_nj^2) || N(a_j, b_j^2) ), a and b the prior's mean and standard deviation. For a diagonal
+    normal guide and a standard normal prior these add up to the rate. For discrete latents, whose means are probabilities m, it
+    is sum_v m(v) log m(v) / p(v) over the values v of the latent (for a one-hot z: the term of its category).
     """
     a, b = (torch.zeros_like(loc[0]), torch.ones_like(loc[0])) if is_standard(vae) else (prior.mean(0), prior.std(0))
     if vae.prior.space in DISCRETE:
@@ -100,15 +99,10 @@ def rates(vae: VAE, loc: Tensor, scale: Tensor, prior: Tensor) -> Tensor:
 
 
 def quantiles(vae: VAE, prior: Tensor, points: int) -> tuple[Tensor, Tensor]:
-    """Return values of each latent at the prior's quantiles (i + 1/2) / points, and the prior's medians.
+    """Return values of each latent at the prior's quantiles (i + 1/2) / points, (points, d), and the prior's medians, (d,).
 
-    Args:
-        vae: the VAE; its z is neither one-hot nor on a simplex.
-        prior: draws from the prior, (S, d), which a standard normal has no need of.
-        points: how many.
-
-    Returns:
-        (points, d), of binary latents (2, d): 0 and 1; and (d,).
+    Binary latents have the values 0 and 1, (2, d); z must not be one-hot or on a simplex. `prior` are draws from the prior, (S,
+    d).
     """
     if vae.prior.space == "binary":
         return torch.tensor([0.0, 1.0]).to(prior).expand(prior.shape[-1], -1).T, prior.median(0).values
@@ -128,12 +122,12 @@ def vertices(vae: VAE, like: Tensor) -> Tensor:
 def plane(vae: VAE, batch: Batch, rate: np.ndarray, points: int, latents: Sequence[int] | None = None) -> xr.Dataset:
     """Return E[x|z] at prior quantiles of two latents, the others at the prior's median.
 
-    Of a z that is one of d categories, or on a simplex: of each category, or vertex.
+    For a z that is one of d categories or on a simplex: at each category, or vertex.
 
     Args:
         vae: the VAE.
-        batch: data, for what stands beside x: E[x|z] is given at the mean covariates.
-        rate: of each latent, (d,): by default the two with the highest are taken.
+        batch: data, for covariates and exposure: E[x|z] is computed at their mean.
+        rate: of each latent, (d,); the two latents with the highest rate are used by default.
         points: per side.
         latents: one or two latents instead: of the columns, of the rows.
     """

@@ -1,18 +1,18 @@
-r"""What each latent does: E[x|z] as z moves, and by how much; which latents matter.
+"""The effect of each latent: E[x|z] as z moves, the size of the change, and which latents matter.
 
     plane       E[x|z] at prior quantiles of two latents, the others at the prior's median
     traversal   E[x|z] as one latent runs through the prior's quantiles, the others at a base: a datum's posterior mean, or the
                 prior's median
-    reach_k     root mean square, over quantiles and entries of x, of E[x|z] - its mean over the quantiles; of tables each
+    reach_k     root mean square, over quantiles and entries of x, of E[x|z] - its mean over the quantiles; for tables each
                 column in units of its standard deviation over data
     effect      E[x_j | z_k = v, others], averaged over the others, drawn from the prior or from the aggregate posterior, with
-                the band that they spread it over: partial dependence (Friedman 2001, https://doi.org/10.1214/aos/1013203451)
+                a band for their spread: partial dependence (Friedman 2001, https://doi.org/10.1214/aos/1013203451)
     share       var_v effect / (var_v effect + mean_v var of E[x_j | z] over the others): the part of the variance of E[x_j | z]
-                that is the latent's alone, its first-order Sobol index where latents are independent
-    states      E[x|z] of every joint value of discrete latents, how probable each is, and how often data have it
+                due to the latent alone, its first-order Sobol index where latents are independent
+    states      E[x|z] for every joint value of discrete latents, its probability, and its frequency in the data
 
-A latent of a simplex takes its share from the others in proportion. Latents have no meaning of their own: rotate z under a
-normal prior and nothing but these pictures changes. What they show is this fit's coordinates.
+When a simplex coordinate moves, the others change in proportion. Latents have no meaning of their own: a rotation of z under a
+normal prior leaves the model unchanged but changes these figures, which show the coordinates of this fit.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from elbowroom.models.vae import VAE, Batch
 from elbowroom.system.stages import stage
 
 BAND = (0.05, 0.95)
-MOST_ENTRIES = 200  # of x that effect curves are made of
+MOST_ENTRIES = 200  # largest number of entries of x with effect curves
 Others = Literal["prior", "aggregate"]
 At = Callable[[int], Batch]
 WORDS: dict[str, tuple[str, str]] = {
@@ -81,12 +81,12 @@ WORDS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Cells:
-    """Numbers that an x with independent entries is described by: a mean per entry, of categories the probability of each.
+    """The numbers that describe an x with independent entries: a mean per entry, for categories the probability of each.
 
     Attributes:
         labels: their names, such as `age` or `job=clerk`.
-        entry: which entry each is of.
-        code: whose probability it is; -1 of means.
+        entry: the entry that each belongs to.
+        code: the category of a probability; -1 for means.
         kinds: of the entries.
     """
 
@@ -123,7 +123,7 @@ class Cells:
         return torch.cat([parts[j] for j in sorted(parts)], -1)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Return the standard deviation of each cell over data (n, D): of the column, or of being of that level."""
+        """Return the standard deviation of each cell over data (n, D): of the column, or of the indicator of its level."""
         found = []
         for j, code in zip(self.entry, self.code, strict=True):
             column = x[:, j][~x[:, j].isnan()].double()
@@ -133,7 +133,7 @@ class Cells:
 
 
 def moved(z: Tensor, k: int, values: Tensor, space: str) -> Tensor:
-    """Return z (..., d) with latent k at each of the values (V,), (V, ..., d); on a simplex the others make room."""
+    """Return z (..., d) with latent k at each of the values (V,), (V, ..., d); on a simplex the others are rescaled."""
     out = z.expand(len(values), *z.shape).clone()
     v = values.reshape(-1, *[1] * (z.dim() - 1))
     if space == "simplex":
@@ -161,19 +161,19 @@ def explain(
 
     Args:
         vae: the VAE. It is not changed.
-        batch: data, for the rate of latents, the aggregate posterior, and the mean of what stands beside x.
+        batch: data, for the rate of latents, the aggregate posterior, and the mean of covariates and exposure.
         latents: one or two latents for the plane; by default those with the highest rate.
-        base: z (d,) that traversals start at; by default the prior's median.
-        told: covariates (1, C) and exposure (1,) that E[x|z] is given at; by default the mean over the batch.
-        cells: names for effect curves; None for none.
-        others: where effect curves draw the other latents from.
+        base: z (d,) at which traversals start; by default the prior's median.
+        told: covariates (1, C) and exposure (1,) for E[x|z]; by default the mean over the batch.
+        cells: names for effect curves; None for no curves.
+        others: the distribution of the other latents in effect curves.
         points: per side of the plane.
         steps: values of a traversal and of an effect curve.
         draws: of the other latents.
         seed: random seed.
 
     Returns:
-        A Dataset as the module says; `latent` is ordered by number, the attribute `order` lists latents by rate.
+        A Dataset as described in the module; `latent` is ordered by number, the attribute `order` lists latents by rate.
 
     Raises:
         UserError: there is no such latent.
@@ -242,7 +242,7 @@ def _about(name: str) -> dict[str, str]:
 def _effects(
     vae: VAE, other: Tensor, values: Tensor, at: At, cells: Cells, space: str
 ) -> dict[str, tuple[tuple[Hashable, ...], np.ndarray]]:
-    """Return mean, error and band of each cell along each latent, the others as drawn."""
+    """Return mean, error and band of each cell along each latent, with the others as drawn."""
     names = ("effect", "effect_error", "effect_low", "effect_high")
     found: dict[str, list[Tensor]] = {name: [] for name in (*names, "share")}
     for k in range(other.shape[-1]):
@@ -263,7 +263,7 @@ def _effects(
 def _states(
     vae: VAE, batch: Batch, at: At, cells: Cells | None, event: tuple[str, ...]
 ) -> dict[str, tuple[tuple[Hashable, ...], np.ndarray]]:
-    """Return E[x|z] of every joint value of discrete latents, and how probable each is."""
+    """Return E[x|z] of every joint value of discrete latents, and its probabilities."""
     d, one_hot = vae.prior.latent_dim, vae.prior.space == "one_hot"
     if not one_hot and 2**d > MOST_STATES:
         return {}
@@ -290,7 +290,7 @@ def _states(
 
 
 def curved(event: Sequence[int]) -> bool:
-    """Say whether effect curves of the entries of a datum can be read: a table, or a short vector that is no image."""
+    """Return whether effect curves of the entries are readable: for a table, or a short vector that is no image."""
     from elbowroom.models.columns import image_shape
 
     return len(event) == 1 and image_shape(event) is None and event[0] <= MOST_ENTRIES

@@ -1,4 +1,4 @@
-"""The entries of an event: which kind each is, and how it stands in words."""
+"""The entries of an event: the kind of each."""
 
 from __future__ import annotations
 
@@ -18,26 +18,23 @@ EntryKind = Literal["number", "count", "binary", "ordinal", "categorical"]
 
 
 def pieces(p: TorchDistribution) -> list[tuple[Tensor, TorchDistribution]]:
-    """Return which entries (of x laid flat) each scalar distribution of p(x|z) is of, and that distribution.
+    """Return the scalar distributions of p(x|z), each with the indices of its entries (of flattened x).
 
-    Their batch shape is (*batch of p, *event), or (*batch of p, columns) of a group of columns of a table.
+    Their batch shape is (*batch of p, *event), or (*batch of p, columns) for a group of columns of a table.
     """
     parts = p.parts if isinstance(p, Columns) else [(torch.arange(math.prod(p.event_shape)), p)]
     return [(index, part.base_dist if isinstance(part, Independent) else part) for index, part in parts]
 
 
 def coded(column: Column) -> bool:
-    """Say whether the values of a column are codes."""
+    """Return whether the values of a column are codes."""
     return column.kind in ("binary", "ordinal", "categorical")
 
 
 def entry_kinds(p: TorchDistribution, columns: Sequence[Column] | None, *, ordered: bool) -> list[EntryKind]:
-    """Say what the values of each entry of x are, by its distribution.
+    """Return the kind of each entry of x by its distribution p(x|z), at any z, and by the `columns` of a table.
 
-    Args:
-        p: p(x|z) at any z.
-        columns: what is known of the columns of a table.
-        ordered: whether the codes of an array without columns have an order.
+    `ordered` says whether the codes of an array without columns have an order.
     """
     kinds: list[EntryKind] = ["number"] * math.prod(p.event_shape)
     for index, part in pieces(p):

@@ -1,11 +1,11 @@
-r"""What the latents carry: rate and distortion, information, collapse.
+"""The information in the latents: rate and distortion, mutual information, collapse.
 
     -ELBO = R + D,   R_n = KL(q(z|x_n) || p(z)),   D_n = -E_q log p(x_n|z),   R = I_q(x; z) + KL(q(z) || p(z))
 
-A latent can be unused in two ways that need different cures: x says nothing of it (it is collapsed), or x does and the guide
-ignores it. The rate of the guide cannot tell them apart. A certified posterior can: its own rate is that of the truth. Without
-one, the sensitivity of the decoder stands in, found on data simulated from the model; it does not see a latent that reaches x
-through another one only. All values are in nats per datum.
+A latent can be unused in two ways with different remedies: x carries no information about it (collapsed), or x does and the
+guide ignores it. The guide's rate cannot distinguish these; the rate of a certified posterior can. Without one, the sensitivity
+of the decoder on data simulated from the model is used instead; it does not detect a latent that affects x only through another
+one. All values are in nats per datum.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from elbowroom.system.memory import ARRAY, fitting, sizes
 
 ACTIVE = 0.01  # variance of E_q z_j over data, in prior variances, above which latent j is active
 COLLAPSED = 0.01  # nats
-MOMENTS = 1024  # draws of the moments of a guide that is no normal: its KL is too large by about 1/1024
-TESTED = 1000  # data of the test of the aggregate posterior
+MOMENTS = 1024  # draws for the moments of a guide that is not normal: its KL is too large by about 1/1024
+TESTED = 1000  # data in the test of the aggregate posterior
 SIMULATED = 4096  # data simulated for the sensitivity, at least
 
 VARIABLES: dict[str, tuple[str, str]] = {
@@ -73,37 +73,37 @@ def information(
     seed: int = 0,
     entries: int | None = None,
 ) -> xr.Dataset:
-    """Measure what the latents carry of the data, and name the latents that carry nothing.
+    """Measure the information in the latents about the data, and list the latents without any.
 
     Args:
         log_joint: the model and guide.
-        reference: a posterior of the same data, of which those that are exact or certified count.
+        reference: a posterior of the same data; only exact or certified data are used.
         draws: guide draws per datum for rate and distortion.
         seed: random seed.
-        entries: entries of one datum, where the data are discrete: then bits per dimension are given.
+        entries: entries of one datum, where the data are discrete: bits per dimension are then included.
 
     Returns:
         A Dataset over obs_id (0 .. N-1) and coordinate (of the unconstrained z; absent where all latents are discrete):
 
         * rate, distortion (obs_id); their means and standard errors over data; bits_per_dimension where `entries` is given.
           Data where either is not finite are left out of the means and counted (attribute `left_out`)
-        * rate_coordinate (obs_id, coordinate) = log(b/s) + (s^2 + (m - a)^2) / (2 b^2) - 1/2 with m, s the guide's and a, b
-          the prior's moments: the KL of the margins where both are normal, else an approximation
-        * name, active_variance, active, posterior_rate, sensitivity, collapsed, ignored (coordinate). Not active and less than
-          .01 nats of rate: then `collapsed` where posterior_rate, the same rate of the certified posterior, is below .01 nats
-          as well, and `ignored` where it is not; without a reference (posterior_rate is NaN) 1/2 log(1 + sensitivity) decides,
-          what a normal posterior would tell of the latent with the others known
-        * information_lower, _upper, aggregate_kl_lower, _upper with `_se` (see `analysis.aggregate`); where covariates move
-          the prior, I is about x and the covariates, and there is no aggregate KL (NaN)
-        * aggregate_p_value, aggregate_effect, aggregate_effect_null: one draw of the guide for each of at most 1,000 data
-          against as many of the prior
+        * rate_coordinate (obs_id, coordinate) = log(b/s) + (s^2 + (m - a)^2) / (2 b^2) - 1/2 with m, s the guide's and a, b the
+          prior's moments: the KL of the margins where both are normal, else an approximation
+        * name, active_variance, active, posterior_rate, sensitivity, collapsed, ignored (coordinate). A latent that is not
+          active and has a rate below .01 nats is `collapsed` where posterior_rate, the same rate of the certified posterior, is
+          below .01 nats as well, else `ignored`. Without a reference (posterior_rate is NaN) 1/2 log(1 + sensitivity) is used
+          instead: the rate of a normal posterior given the other latents
+        * information_lower, _upper, aggregate_kl_lower, _upper with `_se` (see `latents.aggregate`); where the prior depends on
+          covariates, I is the information about x and the covariates, and the aggregate KL is NaN
+        * aggregate_p_value, aggregate_effect, aggregate_effect_null: one guide draw for each of at most 1,000 data against as
+          many prior draws
 
-        Attributes: `sentence`; `aggregate_kl`, the reason where there is none; `sensitivity`, the reason where the model cannot
-        be simulated (then NaN, and collapse rests on the guide alone); `left_out`; `draws`. Where continuous and discrete
-        latents occur together all is about the continuous ones, the others summed out.
+        Attributes: `sentence`; `aggregate_kl`, the reason where it is missing; `sensitivity`, the reason where the model cannot
+            be simulated (it is then NaN, and collapse is judged by the guide alone); `left_out`; `draws`. With both continuous
+            and discrete latents, all values are of the continuous ones, with the others summed out.
 
     Raises:
-        UnsupportedProgram: where the tables of discrete latents are no distributions.
+        UnsupportedProgram: the tables of discrete latents are not distributions.
     """
     coords, attrs = {"obs_id": np.arange(log_joint.n_obs)}, {"draws": str(draws), "seed": str(seed)}
     found: dict[str, tuple[tuple[str, ...], np.ndarray | float]] = {}
@@ -112,7 +112,7 @@ def information(
         more = mutual_information(log_joint, seed=seed + 1)
         a, b2 = _prior(log_joint, seed + 3)
         each, reason = _coordinates(log_joint, a, b2, reference, seed)
-        if len(a) > 1:  # p(z|c): the identity above is about one prior
+        if len(a) > 1:  # p(z|c): the identity above needs a single prior
             attrs["aggregate_kl"] = "not available: the prior differs between data"
             more |= {name: math.nan for name in more if name.startswith("aggregate_kl")}
         coords["coordinate"] = np.arange(log_joint.dim)
@@ -152,7 +152,6 @@ def _mean(values: Tensor) -> tuple[float, float]:
 
 
 def _blocks(log_joint: LogJoint, draws: int, seed: int) -> list[tuple[int, int]]:
-    """Return numbers of draws that fit into memory, each with a seed."""
     most = fitting(log_joint.n_obs * max(1, log_joint.dim), ARRAY)
     return [(size, seed + 7919 * number) for number, size in enumerate(sizes(draws, most))]
 
@@ -197,7 +196,6 @@ def _prior(log_joint: LogJoint, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _names(log_joint: LogJoint) -> list[str]:
-    """Name the coordinates by the program's sites."""
     names = []
     for site in log_joint.sites:
         count = site.columns.stop - site.columns.start
@@ -206,7 +204,7 @@ def _names(log_joint: LogJoint) -> list[str]:
 
 
 def _posterior_rate(reference: Posterior | None, a: Tensor, b2: Tensor) -> Tensor:
-    """Return the mean over certified data of the KL of the reference's margins from the prior's, (d,); NaN without any."""
+    """Return the mean KL of the reference's margins from the prior's over certified data, (d,); NaN without such data."""
     if reference is None or not bool(reference.trusted.any()):
         return torch.full_like(a[0], torch.nan)
     rows = reference.trusted.to(a.device)
@@ -219,7 +217,7 @@ def _posterior_rate(reference: Posterior | None, a: Tensor, b2: Tensor) -> Tenso
 def _coordinates(
     log_joint: LogJoint, a: Tensor, b2: Tensor, reference: Posterior | None, seed: int
 ) -> tuple[dict[str, Tensor], str]:
-    """Return what is per coordinate, and why there is no sensitivity where there is none."""
+    """Return the variables per coordinate, and the reason where there is no sensitivity."""
     q = guide_normals(log_joint)[1]
     if q is None:
         mean, variance = _moments(log_joint, "guide", MOMENTS, seed + 4)
@@ -255,7 +253,7 @@ def _coordinates(
 def _sensitivity(log_joint: LogJoint, variance: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Return E (d log p(x|z) / d z_j)^2 var_j over (z, x) from the joint, (d,), and its standard error."""
     squares = []
-    with policy("never"):  # each is evaluated once: no graph is worth its checks
+    with policy("never"):  # each is evaluated once: compiling does not pay
         for r in range(max(1, min(64, -(-SIMULATED // log_joint.n_obs)))):
             other, z = simulate(log_joint, seed + r)
             squares.append(other.parts(z[None])[3][0].double().square() * variance)
@@ -264,7 +262,7 @@ def _sensitivity(log_joint: LogJoint, variance: Tensor, seed: int) -> tuple[Tens
 
 
 def _aggregate(log_joint: LogJoint, seed: int) -> tuple[float, float, float]:
-    """Test the aggregate posterior against the prior: one draw of each for each of some data."""
+    """Test the aggregate posterior against the prior, with one draw of each per datum."""
     rows = torch.randperm(log_joint.n_obs, generator=torch.Generator().manual_seed(seed))[:TESTED].to(log_joint.device)
     if log_joint.dim:
         q, p = log_joint.draw("guide", 1, seed)[0, rows], log_joint.draw("model", 1, seed + 1)[0, rows]

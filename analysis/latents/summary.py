@@ -1,8 +1,6 @@
-"""What the report needs of the decoder, computed once and kept in `latent.nc`, so that a report needs no weights.
+"""The description of the decoder that the report needs, stored in `latent.nc`, so that a report needs no weights.
 
-Every group is small (a few megabytes at most), and everything in it is an array with named dimensions: the guide's moments
-at every audited datum, the decoder over a plane of latents, draws from the prior, reconstructions, and for one or two latents
-the exact posterior and guide densities of the best, a typical and the worst datum.
+Every group is small (a few megabytes at most) and consists of arrays with named dimensions.
 """
 
 from __future__ import annotations
@@ -53,44 +51,43 @@ def describe(
     density_points: int = 161,
     seed: int = 0,
 ) -> xr.DataTree:
-    """Describe what the decoder and the guide do, for a report that has neither.
+    """Describe the decoder and the guide, for a report that is made without them.
 
     Args:
         vae: the fitted VAE. It is not changed.
-        batch: the audited data, x (N, *event), in the order of `table.obs_id`; with what stands beside it (covariates,
-            exposure), by name.
-        table: the audit's table (`Audit.table`), over `obs_id`; it chooses which data are shown, by `gap_total`.
-        labels: one label for each datum, (N,), for colours only.
+        batch: the audited data, x (N, *event), in the order of `table.obs_id`, with covariates and exposure by name.
+        table: the audit's table (`Audit.table`), over `obs_id`; its `gap_total` determines which data are shown.
+        labels: one label for each datum, (N,), used only for colours.
         image_shape: (height, width) when a flat datum is an image; None lets the report decide.
         columns: names of the columns, where a datum is a row of a table.
         plane_points: points per side of the plane of E[x|z].
         samples: draws from the prior.
         reconstructions: data to reconstruct, spread over the distribution of the gap.
         density_points: points per side of each density picture (d = 2); a line (d = 1) has five times as many.
-        seed: seed of the draws. The global random state is left as it was.
+        seed: seed of the draws. The global random state is not changed.
 
     Returns:
-        A DataTree, latents counted from 0, log densities in nats. Its attributes name the `space` that z lives in and say
-        whether the prior is the `standard` normal, and whether a datum is a `sequence` (T, F).
+        A DataTree, latents counted from 0, log densities in nats. Its attributes: the `space` of z, whether the prior is the
+        `standard` normal, and whether a datum is a `sequence` (T, F).
 
-        * `encoding`: loc, scale (obs_id, latent), moments of q(z|x); rate (latent): mean over data of the KL from the prior
-          of the guide's margin, as a normal with the same moments (discrete latents: exactly); label (obs_id) where there
-          are labels; prior_z (point, latent), draws from the prior
+        * `encoding`: loc, scale (obs_id, latent), moments of q(z|x); rate (latent): mean over data of the KL from the prior of
+          the guide's margin, as a normal with the same moments (discrete latents: exactly); label (obs_id) where there are
+          labels; prior_z (point, latent), draws from the prior
         * `plane`: expected_x (row, column, *event), E[x|z] at prior quantiles z_row, z_column of the two latents with the
           highest rate (attribute `latents`: of the columns, of the rows; the smaller index first), the others at the prior's
           median; d = 1: expected_x (column, *event). One-hot z, and z on a simplex: expected_x (column, *event) of each
-          category (vertex). Given covariates, at their mean
+          category (vertex). Covariates are at their mean
         * `prior`: z (sample, latent), expected_x and x (sample, *event), draws from p(z) p(x|z)
-        * `reconstruction`: x and expected_x (obs_id, *event), expected_x = E_q E[x|z] over 200 draws; gap (obs_id); x_mean
-          and x_sd (*event) over all audited data
-        * `density` (one or two unconstrained coordinates, and where there are gaps): log_posterior, log_guide (case, row,
-          column), normalised, in unconstrained coordinates; axes z_row (case, row), z_column (case, column); gap, obs_id,
-          log_evidence (case), the last by quadrature over the picture itself; x (case, *event); one coordinate: without row
+        * `reconstruction`: x and expected_x (obs_id, *event), expected_x = E_q E[x|z] over 200 draws; gap (obs_id); x_mean and
+          x_sd (*event) over all audited data
+        * `density` (one or two unconstrained coordinates, if any gap is known): log_posterior, log_guide (case, row, column),
+          normalised, in unconstrained coordinates; axes z_row (case, row), z_column (case, column); gap, obs_id, log_evidence
+          (case), the last by quadrature over the picture itself; x (case, *event); one coordinate: without row
         * `states` (all latents discrete, at most 64 joint values): posterior, guide (case, state), the probability of each
           joint value; gap, obs_id (case)
 
     Raises:
-        ValueError: when x, table and labels differ in length.
+        ValueError: x, table and labels differ in length.
     """
     obs_id, rows = np.asarray(table["obs_id"].values), dict(batch) if isinstance(batch, Mapping) else {"x": batch}
     n = len(rows["x"])
@@ -121,7 +118,7 @@ def describe(
     tree.attrs.update({"latent_dim": vae.prior.latent_dim, "event_shape": list(vae.likelihood.event_shape) or [1]})
     tree.attrs.update({"space": vae.prior.space, "standard": int(is_standard(vae))})
     if any(getattr(network, "sequences", False) for network in (vae.decoder, vae.posterior.encoder)):
-        tree.attrs["sequence"] = 1  # and no image, which has two axes too
+        tree.attrs["sequence"] = 1  # distinguishes sequences from images, which also have two axes
     if columns:
         tree.attrs["columns"] = list(columns)
     if image_shape is not None:
@@ -135,7 +132,6 @@ def _seam(vae: VAE, batch: Batch) -> LogJoint:
 
 
 def _encoding(vae: VAE, batch: Batch, obs_id: np.ndarray, labels: np.ndarray | None) -> xr.Dataset:
-    """Return the guide's moments at each datum and the rate of each latent."""
     loc, scale = moments(vae, batch)
     z = draw_prior(vae, DRAWS, batch)
     rate = rates(vae, loc, scale, z)
@@ -154,7 +150,7 @@ def _encoding(vae: VAE, batch: Batch, obs_id: np.ndarray, labels: np.ndarray | N
 
 
 def _prior(vae: VAE, batch: Batch, samples: int) -> xr.Dataset:
-    """Draw z from the prior and x from the decoder; given covariates, at those of the data in turn."""
+    """Draw z from the prior and x from the decoder; with covariates, at those of the data, cyclically."""
     z, beside = draw_prior(vae, samples, batch), beside_of(batch, samples)
     p = vae.decode(z, **beside)
     dims = ("sample", *event_dims(vae))
@@ -168,7 +164,7 @@ def _prior(vae: VAE, batch: Batch, samples: int) -> xr.Dataset:
 
 
 def spread(values: np.ndarray, count: int) -> np.ndarray:
-    """Return the positions of `count` values at evenly spaced ranks, smallest first, among those that are finite."""
+    """Return the positions of `count` finite values at evenly spaced ranks, smallest first."""
     order = np.argsort(values, kind="stable")
     order = order[np.isfinite(values[order])]
     if len(order) <= count:
@@ -179,7 +175,7 @@ def spread(values: np.ndarray, count: int) -> np.ndarray:
 def _reconstruction(
     vae: VAE, batch: Batch, obs_id: np.ndarray, gap: np.ndarray, elbo: np.ndarray, count: int, draws: int = 200
 ) -> xr.Dataset:
-    """Return data spread over the gap (over -ELBO where there is no gap) beside their E_q E[x|z], from 200 draws of q."""
+    """Return data spread over the gap (or -ELBO) with their E_q E[x|z], from 200 draws of q."""
     index = spread(gap if np.isfinite(gap).any() else -elbo, count)
     few = take(batch, index)
     beside = {name: value for name, value in repeated(few, draws).items() if name != "x"}
@@ -238,8 +234,8 @@ def _shrink(z: Tensor, log_density: Tensor, step: Tensor, depth: float) -> tuple
 def _density(vae: VAE, log_joint: LogJoint, obs_id: np.ndarray, gap: np.ndarray, index: np.ndarray, points: int) -> xr.Dataset:
     """Return exact posterior and guide densities on a box that holds both, for the smallest, median and largest gap.
 
-    The box starts at the whole of the prior and of the guide and closes in on what lies within 8 nats of either maximum. The
-    posterior is normalised by quadrature over the final box: it borrows nothing from the audit's references.
+    The box starts at the ranges of prior and guide and shrinks to the points within 12 nats of the posterior's maximum, or near
+    the guide. The posterior is normalised by quadrature over the final box, independently of the audit's references.
     """
     d = log_joint.dim
     q, extent = log_joint.sample_guide(4096, 0)[0], log_joint.sample_prior(4096, 1).flatten(0, 1)
@@ -278,7 +274,7 @@ def _density(vae: VAE, log_joint: LogJoint, obs_id: np.ndarray, gap: np.ndarray,
 
 
 def _coordinates(vae: VAE, log_joint: LogJoint) -> list[str]:
-    """Name the unconstrained coordinates for people."""
+    """Return readable names of the unconstrained coordinates."""
     names = []
     for site in log_joint.sites:
         called = "latent" if site.name == "z" else site.name

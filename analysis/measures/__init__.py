@@ -1,1 +1,1 @@
-"""What an audit measures of each datum: evidence, gaps, distances, missed modes."""
+"""The measures of an audit for each datum: evidence, gaps, distances, missed modes."""

@@ -1,7 +1,7 @@
-r"""Distances between the guide and a reference posterior, per datum, always beside their noise floor.
+"""Distances between the guide and a reference posterior, per datum, with their noise floor.
 
-All are computed in the log joint's unconstrained coordinates and in units of the reference's standard deviation; the total
-variation of discrete sites is computed from their exact probabilities, so that it has no noise.
+Distances are computed in the log joint's unconstrained coordinates, in units of the reference's standard deviation. The total
+variation of discrete sites is computed from their exact probabilities and has no noise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROJECTIONS = 32
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = PROJECTIONS, seed: int = 0) -> Tensor:
-    r"""Return the sliced 1-Wasserstein distance of two equally large samples, per datum.
+    """Return the sliced 1-Wasserstein distance of two equally large samples, per datum.
 
     SW_1(a, b) = mean over directions u on the unit sphere of  (1/S) sum_s |<u, a>_(s) - <u, b>_(s)|
     (Bonneel, Rabin, Peyre, Pfister 2015, https://doi.org/10.1007/s10851-014-0506-3).
@@ -28,14 +28,14 @@ def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = PROJECTIONS, 
     Args:
         a: draws, (S, N, d).
         b: draws, (S, N, d).
-        projections: number of random directions, the same for every datum; one in one dimension.
+        projections: number of random directions, the same for every datum; for d = 1 a single one.
         seed: seed of the directions.
 
     Returns:
         Distances (N,), in the units of the draws.
 
     Raises:
-        ValueError: when the two samples differ in shape.
+        ValueError: the two samples differ in shape.
     """
     if a.shape != b.shape:
         raise ValueError(f"samples differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
@@ -51,7 +51,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = PROJECTIONS, 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The guide against a reference, per datum, (N,) each.
+    """The guide compared with a reference, per datum, (N,) each.
 
     Attributes:
         mean_error: largest |mean_q - mean_ref| / sd_ref over the latents.
@@ -60,7 +60,7 @@ class Comparison:
         noise_floor: the same distance between two halves of the reference's own draws, of the same size.
         total_variation: (1/2) sum_c |q(c|x) - p_ref(c|x)| over the joint values c of discrete sites, where every latent is
             discrete; NaN elsewhere.
-        cross: E_p[log p(x, z) - log q(z|x)] over the reference's draws, nats; less log p(x) it is KL(p(z|x) || q(z|x)). NaN
+        cross: E_p[log p(x, z) - log q(z|x)] over the reference's draws, nats; minus log p(x) it is KL(p(z|x) || q(z|x)). NaN
             where the reference is neither exact nor certified.
         cross_se: its Monte Carlo standard error.
 
@@ -77,14 +77,7 @@ class Comparison:
 
 
 def compare(log_joint: LogJoint, guide: Posterior, reference: Posterior, *, seed: int = 0) -> Comparison:
-    """Measure how far the guide is from a reference.
-
-    Args:
-        log_joint: the model and guide.
-        guide: posterior of the guide.
-        reference: posterior of a reference method, of the same data.
-        seed: seed of the projections.
-    """
+    """Measure the distance of the guide's posterior from a reference's, of the same data; `seed` is of the projections."""
     n, d = guide.draws.shape[2:]
     none = torch.full((n,), torch.nan, dtype=torch.float64, device=guide.draws.device)
     if d == 0:
@@ -113,7 +106,7 @@ def compare(log_joint: LogJoint, guide: Posterior, reference: Posterior, *, seed
 def _cross(log_joint: LogJoint, reference: Posterior) -> tuple[Tensor, Tensor]:
     """Return E_p[log p(x, z) - log q(z|x)] over a reference's draws and its Monte Carlo error, (N,) each.
 
-    Of chains by their effective sample size. Of K draws resampled from weights that are worth ESS: var (1 / K + 1 / ESS).
+    The error of chains uses their effective sample size. For K draws resampled from weights it is var (1 / K + 1 / ESS).
     """
     trusted = reference.trusted.to(reference.draws.device)
     mean = torch.full(trusted.shape, torch.nan, dtype=torch.float64, device=trusted.device)

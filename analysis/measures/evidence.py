@@ -1,16 +1,16 @@
-r"""Which number stands for log p(x_n), what kind of number it is, and why it stopped there.
+"""The evidence log p(x_n) of each datum: the value or bounds, the method, and the reason for the choice.
 
-The ladder, per datum, first that applies:
+Per datum, the first that applies:
 
 1. exact      closed form, enumeration, grid
-2. estimate   importance sampling from q*, else from the guide, with its standard error: where k-hat is below 1/2, the weights
-              are worth enough draws, and nothing contradicts: no uncertified exact reference, no unseen mode, no mode that the
-              guide is known to miss, no annealed bound above it
-3. bounds     lower: that of the guide's weights, of q*'s, or of annealing which was largest on draws that are not those that it
-              is taken from; upper: reverse annealing from certified draws of the posterior, conditional on these
+2. estimate   importance sampling from q*, else from the guide, with its standard error. Conditions: k-hat is below 1/2, the
+   effective number of draws is large enough, and nothing contradicts it: no uncertified exact reference, no mode that the draws
+   or the guide miss, no annealed bound above it
+3. bounds     lower: by the guide's weights, by q*'s or by annealing, whichever is largest on draws other than those that give
+   the bound; upper: reverse annealing from certified draws of the posterior, conditional on these
 
-A bound is never a value of log p(x): there `value` is NaN. Each bound holds with a probability of at least 97.5 %, whatever the
-weights' distribution (see `annealing.surely`); log mean w itself would exceed log p(x) about half the time.
+A bound is never a value of log p(x): `value` is then NaN. Each bound holds with a probability of at least 97.5 %, for any
+distribution of the weights (see `inference.posterior.sure_bound`); log mean w itself would exceed log p(x) about half the time.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from elbowroom.inference.search.scout import scout
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
 
-MOST = 0.25  # nats: an uncertified reference farther off than this contradicts, however large its error
+MOST = 0.25  # nats: an uncertified reference farther off contradicts, whatever its error
 APART = 3.0  # standard errors by which an annealed bound must exceed an estimate to contradict it
-MATTERS = 0.1  # nats that it must exceed it by as well
+MATTERS = 0.1  # nats by which it must also exceed the estimate
 LOWER_BOUND = "importance-weighted lower bound"
 REFIT_BOUND = "importance-weighted lower bound from q*"
 AIS_BOUND = "annealed lower bound"
@@ -48,13 +48,13 @@ class EvidenceTable:
     """The evidence per datum, (N,) each, in nats.
 
     Attributes:
-        value: log p(x_n), NaN where nothing gives a value.
+        value: log p(x_n), NaN where there is no exact value or estimate.
         error: its numerical or standard error, NaN likewise.
         lower: value - error (exact), value - 1.96 error (estimate), or the probabilistic lower bound.
-        upper: likewise above; where there are bounds, the conditional upper one, NaN where there is none. Each bound holds with
-            a probability of at least 97.5 %.
+        upper: likewise above; else the conditional upper bound, NaN where there is none. Bounds hold with a probability of at
+            least 97.5 %.
         method: in words.
-        reason: why it is this one, a sentence.
+        reason: for the choice of the method, in words.
     """
 
     value: np.ndarray
@@ -71,11 +71,12 @@ class EvidenceTable:
 
 
 def evidence_of(guide: Posterior, references: Sequence[Posterior]) -> EvidenceTable:
-    """Take, for each datum, the first rung that holds.
+    """Return for each datum the first kind of evidence that applies, in the order of the module.
 
     Args:
         guide: the amortized posterior, with its importance-sampling evidence.
-        references: posteriors, best first; `stats["missed_mass"]` is the mass in modes that the guide misses (see `missed`).
+        references: posteriors, best first; `stats["missed_mass"]` is the mass in modes that the guide misses (see
+            `missed_modes`).
     """
     n = guide.draws.shape[2]
     value, error, lower, upper_ = (np.full(n, np.nan) for _ in range(4))
@@ -93,24 +94,23 @@ def evidence_of(guide: Posterior, references: Sequence[Posterior]) -> EvidenceTa
     for posterior in [*(p for p in references if p.evidence and p.evidence.kind == "estimate"), guide]:
         if posterior.evidence is None:
             continue
-        v, e = _numpy(posterior.evidence.value), _numpy(posterior.evidence.error)
+        v, e, by = _numpy(posterior.evidence.value), _numpy(posterior.evidence.error), posterior.evidence.method
         doubt = _doubt(posterior, guide, references)
         why_not = np.where(open_ & (why_not == ""), doubt, why_not)
         take = open_ & (doubt == "") & np.isfinite(v)
         value[take], error[take] = v[take], e[take]
         lower[take], upper_[take] = (v - Z95 * e)[take], (v + Z95 * e)[take]
-        method[take] = posterior.evidence.method + ENDING
-        ours = OF_REFIT if posterior.evidence.method == REFIT else f"{posterior.method} certifies it"
-        reason[take] = OF_GUIDE if posterior is guide else ours
+        method[take] = by + ENDING
+        reason[take] = OF_GUIDE if posterior is guide else OF_REFIT if by == REFIT else f"{posterior.method} certifies it"
         open_ &= ~take
     if open_.any():
         best, bound = _lower(guide, references)
-        above, by = _upper(references, n)
+        above, names = _upper(references, n)
         lower[open_], upper_[open_] = bound[open_], above[open_]
         two_sided = np.isfinite(above)
         method[open_] = np.where(two_sided, best + TWO_SIDED, best)[open_]
         text = np.array([f"no value: {w}" if w else "no value" for w in why_not], dtype=object)
-        reason[open_] = np.where(two_sided, text + [CONDITIONAL.format(name) for name in by], text)[open_]
+        reason[open_] = np.where(two_sided, text + [CONDITIONAL.format(name) for name in names], text)[open_]
     return EvidenceTable(value, error, lower, upper_, method.astype(str), reason.astype(str))
 
 
@@ -120,7 +120,7 @@ def _numpy(t: Tensor) -> np.ndarray:
 
 
 def _doubt(estimate: Posterior, guide: Posterior, references: Sequence[Posterior]) -> np.ndarray:
-    """Return why an estimate cannot stand for log p(x), per datum; empty where it can."""
+    """Return why an estimate cannot be used as log p(x), per datum; empty where it can."""
     assert estimate.evidence is not None
     value, error = _numpy(estimate.evidence.value), _numpy(estimate.evidence.error)
     doubt = np.full(len(value), "", dtype=object)
@@ -151,7 +151,7 @@ def _doubt(estimate: Posterior, guide: Posterior, references: Sequence[Posterior
 
 
 def _contradicted(value: np.ndarray, error: np.ndarray, references: Sequence[Posterior]) -> np.ndarray:
-    """Where an uncertified exact reference lies outside importance sampling's error and its own."""
+    """Return where an uncertified exact reference differs from importance sampling by more than both errors."""
     against = np.zeros(len(value), dtype=bool)
     for posterior in references:
         if posterior.evidence is None or posterior.evidence.kind != "exact":
@@ -166,8 +166,8 @@ def _contradicted(value: np.ndarray, error: np.ndarray, references: Sequence[Pos
 def _lower(guide: Posterior, references: Sequence[Posterior]) -> tuple[np.ndarray, np.ndarray]:
     """Return the label and value of the best lower bound per datum, chosen by draws that it is not computed from.
 
-    A reference's bound without `bound_first` and `bound_sure` has one set of draws: it is its value less log 40, exceeded once
-    in 40, and is chosen by that; beside others the bound then taken fails as often as these together.
+    A bound without `bound_first` and `bound_sure` in the stats is lowered by log 40: it then exceeds log p(x) with probability
+    1/40 at most. It is chosen by its own value, so that the failure probabilities of several such bounds add up.
     """
     n, found = guide.draws.shape[2], []
     for posterior in (*references, guide):
@@ -180,7 +180,7 @@ def _lower(guide: Posterior, references: Sequence[Posterior]) -> tuple[np.ndarra
         else:
             first = _numpy(stats["bound_first"]) if "bound_first" in stats else fresh
         found.append((_name_of_bound(posterior), np.where(np.isnan(first) | np.isnan(fresh), -np.inf, first), fresh))
-    if len(found) == 1 and guide.evidence is not None:  # nothing to choose from: all draws count
+    if len(found) == 1 and "bound_all" in guide.stats:  # a single bound needs no choice: use all draws
         return np.full(n, LOWER_BOUND, dtype=object), _numpy(guide.stats["bound_all"])
     if not found:
         return np.full(n, LOWER_BOUND, dtype=object), np.full(n, np.nan)
@@ -199,7 +199,7 @@ def _name_of_bound(posterior: Posterior) -> str:
 
 
 def _upper(references: Sequence[Posterior], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first upper bound that a reference gives, per datum, NaN without any, and what it is by."""
+    """Return the first upper bound among the references, per datum (NaN without any), and its method."""
     above, by = np.full(n, np.nan), np.full(n, "", dtype=object)
     for posterior in references:
         if posterior.evidence is not None and posterior.evidence.upper is not None:
@@ -212,20 +212,21 @@ def _upper(references: Sequence[Posterior], n: int) -> tuple[np.ndarray, np.ndar
 def sandwich(
     log_joint: LogJoint, methods: Sequence[Reference], found: Sequence[Posterior], *, seed: int, until: float = math.inf
 ) -> list[Posterior]:
-    """Give the `ais` reference its upper bounds: reverse annealing from certified draws of another reference.
+    """Add upper bounds to the `ais` reference: reverse annealing from certified draws of another reference.
 
-    One draw per chain, from the first reference that is exact or certified for the datum; data whose evidence is exact need
-    none. The path is the one whose forward bound was larger, with step sizes tuned anew: neither depends on the reverse run.
+    One draw per chain, from the first reference that is exact or certified for the datum; data with exact evidence need no
+    bound. The path is the one whose forward bound was larger, with step sizes tuned anew: neither depends on the reverse run.
 
     Args:
         log_joint: the same data.
         methods: the references.
-        found: what each of them found.
-        seed: random seed, of its own.
-        until: value of `time.monotonic()` after which no further block of data is begun.
+        found: the posterior of each.
+        seed: random seed, used for nothing else.
+        until: value of `time.monotonic()` after which no further block of data is started.
 
     Returns:
-        `found`, with `evidence.upper` of `ais` filled, NaN where there is no certified draw or no need. One that has it stays.
+        `found`, with `evidence.upper` of `ais` filled, NaN without a certified draw or with exact evidence. An existing bound
+        stays.
     """
     out = list(found)
     for k, method in enumerate(methods):

@@ -1,11 +1,11 @@
-r"""What a user computes with the guide, and what it ought to be: E_q f(z) against E_p f(z) per datum, for any f, with errors.
+"""Expectations under the guide and under a reference: E_q f(z) against E_p f(z) per datum, for any f, with errors.
 
     difference = (1/S) sum_s f(z_s) - (1/K) sum_k f(z'_k),   z_s ~ q(z|x), z'_k ~ p(z|x)
     error^2 = var_q f / S + MCSE_p^2                          the draws of guide and reference are independent
 
-MCSE of Markov chains is by their effective sample size (Vehtari et al. 2021, https://doi.org/10.1214/20-BA1221). Of K draws
-that were resampled from weighted particles two are the same one with a probability of sum w^2 = 1 / ESS, the share of equal
-pairs: MCSE^2 = var_p f (1 / K + 1 / ESS).
+For Markov chains, MCSE uses their effective sample size (Vehtari et al. 2021, https://doi.org/10.1214/20-BA1221). For K draws
+resampled from weighted particles, MCSE^2 = var_p f (1 / K + 1 / ESS): two draws are the same particle with probability sum w^2
+= 1 / ESS, which is estimated by the share of equal pairs.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def expectations(f: Callable[[xr.Dataset], xr.DataArray], q_tree: xr.DataTree, p
 
     Args:
         f: given the sites (`posterior` of a tree: name -> (chain, draw, obs_id, ...)), returns numbers or truth values of each
-            draw, (chain, draw, obs_id, ...); decoded means, a contrast, a probability.
+            draw, (chain, draw, obs_id, ...); such as decoded means, a contrast, a probability.
         q_tree: the guide's posterior, in ArviZ's layout (posteriors/guide.nc, or `Audit.posteriors["guide"]`).
         p_tree: a reference's, with some of the same data.
 
     Returns:
-        Over obs_id, the data that both have, and f's further dimensions: `guide` = E_q f, `reference` = E_p f, each with `_se`;
-        `difference` = E_q f - E_p f with `difference_se`; `z` = difference / difference_se. Of the mean over the data:
-        `mean_difference` with `mean_difference_se`. `guide_lost`, `reference_lost`: draws at which f is NaN or infinite; their
-        expectations are NaN, and are left out of the mean over data (`lost`, the number of such data). In the units of f.
-        Which data's posteriors are to be trusted stands in `status` of the audit's table, not here.
+        Over obs_id (the data in both trees) and f's further dimensions, in the units of f: `guide` = E_q f, `reference` = E_p
+        f, each with `_se`; `difference` = E_q f - E_p f with `difference_se`; `z` = difference / difference_se. Over the
+        further dimensions: `mean_difference` over the data with `mean_difference_se`. `guide_lost`, `reference_lost`: number of
+        draws at which f is NaN or infinite; the expectation is then NaN and left out of the mean (`lost`: number of such data).
+        Which posteriors can be trusted is not shown here: see `status` of the audit's table.
 
     Raises:
         ValueError: f does not keep the dimensions chain, draw and obs_id, or the two have no datum in common.
@@ -99,7 +99,7 @@ def _values(f: Callable[[xr.Dataset], xr.DataArray], tree: xr.DataTree) -> xr.Da
 
 
 def _moments(name: str, values: Tensor, tree: xr.DataTree, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return mean, its standard error and the number of values that are not finite, of draws (chain, draw, obs_id, ...)."""
+    """Return mean, standard error and number of non-finite values of draws (chain, draw, obs_id, ...)."""
     lost = (~values.isfinite()).sum((0, 1))
     mean = values.mean((0, 1)).masked_fill(lost > 0, torch.nan)
     total, method = values.shape[0] * values.shape[1], tree.attrs.get("method")
@@ -114,7 +114,7 @@ def _moments(name: str, values: Tensor, tree: xr.DataTree, rows: np.ndarray) -> 
 
 
 def _repeats(tree: xr.DataTree, rows: np.ndarray) -> Tensor:
-    """Return the share of pairs of draws that are the same particle, (obs_id,): draws of the same log p(x, z)."""
+    """Return the share of pairs of draws that are the same particle (have the same log p(x, z)), (obs_id,)."""
     lp = tree["sample_stats"].to_dataset()["lp"].sel(obs_id=rows).transpose("chain", "draw", "obs_id")
     flat = torch.as_tensor(lp.values.copy()).flatten(0, 1).sort(0).values
     total = len(flat)
@@ -122,4 +122,4 @@ def _repeats(tree: xr.DataTree, rows: np.ndarray) -> Tensor:
     new = torch.ones_like(flat, dtype=torch.bool)
     new[1:] = flat[1:] != flat[:-1]
     first = torch.where(new, place, 0).cummax(0).values
-    return (place - first).sum(0) / max(1.0, total * (total - 1) / 2)  # each draw with all equal ones before it
+    return (place - first).sum(0) / max(1.0, total * (total - 1) / 2)  # pairs: each draw with all equal ones before it

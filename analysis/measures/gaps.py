@@ -1,22 +1,21 @@
-r"""The parts of the gap: the guide's family is too small (its covariance, its shape), and the encoder misses the best member.
+"""The parts of the gap: limits of the guide's family (covariance, shape), and the encoder's distance from the best member.
 
     gap = log p(x) - L[q] = (log p(x) - L[q_full]) + (L[q_full] - L[q*]) + (L[q*] - L[q])
                              shape                    covariance            amortization
                              ------------ approximation ------------
 
-q* is the best member of the guide's own family, and q_full the best normal of all, both in unconstrained coordinates. Where the
-guide is a diagonal or a full normal, q* is found by Newton steps (`inference.refit`); where it is of another family (low rank,
-Student t, mixture, flow) and offers the parameters that its encoder gives each datum, by natural gradients in these
-(`inference.freed`). A guide that is no normal and offers nothing has no q*. Normals are nested, so that `covariance` is known
-for them alone; `shape`, which asks how far the posterior is from any normal, is known for every guide, and a family that is no
-normal can reach some of it. L of all normals is evaluated with the same noise, and L[q*] and L[q] always, so that their
-differences have errors of their own, smaller than those of the values.
+q* is the best member of the guide's own family, and q_full the best normal with full covariance, in unconstrained coordinates.
+For a diagonal or full normal guide, q* is found by Newton steps (`inference.search.best_normal`). For another family (low rank,
+Student t, mixture, flow) that provides the parameters its encoder gives each datum, it is found by natural gradients in these
+(`inference.search.best_of_family`). Other guides have no q*. `covariance` is defined for normals only, which are nested.
+`shape`, the distance of the posterior from any normal, is known for every guide; a non-normal family can close part of it. L of
+all normals is evaluated with common random numbers, as are L[q*] and L[q], so that errors of differences are smaller than those
+of the values.
 
-The refit ends a little short of q*, by delta at most as far as it can tell: the amortization gap lies in
-[L[q*] - L[q], + delta] and the approximation gap in [lower(log p) - L[q*] - delta, upper(log p) - L[q*]], near the normal that
-was found, since another mode may hold a better one. The families are nested: where a larger one came out worse than its errors
-allow, the refit has failed and the parts are NaN, which is counted; it is no negative gap.
-Cremer, Li and Duvenaud 2018, https://arxiv.org/abs/1801.03558.
+The refit ends short of q* by an estimated delta at most: the amortization gap lies in [L[q*] - L[q], + delta] and the
+approximation gap in [lower(log p) - L[q*] - delta, upper(log p) - L[q*]]. This holds near the normal that was found; another
+mode may hold a better one. If a larger family comes out worse than a smaller one by more than the errors allow, the refit has
+failed: the parts are then NaN, and no negative gap is reported. Cremer, Li and Duvenaud 2018, https://arxiv.org/abs/1801.03558.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from elbowroom.system.stages import stage
 
 Which = Literal["diagonal", "full"] | None
 
-SEED = 2_750_159  # of its own
-TESTED = 8  # draws at which the guide must be the normal that it is taken for
-EXACT = 1e-6  # relative difference of log densities let pass
-MAX_DIM = 128  # d (d + 1) / 2 points tell a full covariance
-BATCHES = 16  # scrambles of common quasi-random noise, whose means tell the error
-DRAWS = 64  # in each
-APART = 4.5  # standard errors by which a larger family may come out worse
+SEED = 2_750_159  # used for nothing else
+TESTED = 8  # draws at which the guide must have the normal's density
+EXACT = 1e-6  # relative difference of log densities that is tolerated
+MAX_DIM = 128  # a full covariance takes d (d + 1) / 2 points
+BATCHES = 16  # batches of common quasi-random noise, whose means give the error
+DRAWS = 64  # in each batch
+APART = 4.5  # standard errors by which a larger family may be worse
 NAMES = (
     "elbo_refit",
     "elbo_refit_se",
@@ -66,13 +65,13 @@ def refitted(log_joint: LogJoint, full: Refit | None = None, until: float = math
 
     Args:
         log_joint: the model and guide.
-        full: the best normal with full covariance, where it is known already.
-        until: when the refit of a family that is no diagonal or full normal has to be done, on the monotonic clock.
+        full: the best normal with full covariance, if it is already known.
+        until: value of `time.monotonic()` at which the refit of a family other than diagonal or full normals must end.
 
     Returns:
-        `elbo_refit` (L[q*]), `elbo_refit_full` (L[q_full]), each with `_se` and with what the refit may have left
+        `elbo_refit` (L[q*]), `elbo_refit_full` (L[q_full]), each with `_se` and with the estimated distance from the optimum
         (`refit_shortfall`, `refit_full_shortfall`); `amortization` = L[q*] - L[q] and `covariance` = L[q_full] - L[q*], each
-        with `_se`. (N,) each, nats; NaN where there is none, or where the nested families came out in the wrong order.
+        with `_se`. (N,) each, nats; NaN where undefined, or where a larger family came out worse than a smaller one.
     """
     out = unknown(log_joint.n_obs)
     if log_joint.dim == 0:
@@ -82,7 +81,7 @@ def refitted(log_joint: LogJoint, full: Refit | None = None, until: float = math
     family = _all_of(found, offer)
     diagonal = refit(log_joint, family="diagonal", seed=SEED) if family == "diagonal" or log_joint.dim == 1 else None
     if log_joint.dim == 1:
-        full = diagonal  # one and the same
+        full = diagonal  # the two families are the same
     elif full is None or diagonal is not None:
         full = _fullest(log_joint, [found.q for found in (diagonal, full) if found is not None])
     assert full is not None
@@ -95,8 +94,8 @@ def refitted(log_joint: LogJoint, full: Refit | None = None, until: float = math
         own_normal = diagonal if family == "diagonal" and diagonal is not None else full
         best, shortfall = own_normal.q, own_normal.shortfall
     generator = torch.Generator(device=log_joint.device).manual_seed(SEED + 2)
-    # matched all together: batch by batch it would take too much from fourth moments, for all data alike. The spread of the
-    # batches' means, which are not matched each, then states an error that is rather too large
+    # moments are matched over all batches together: batch by batch it would bias fourth moments for all data. The spread of the
+    # batches' means, each not matched, then gives an error that is slightly too large
     half = torch.cat([antithetic_noise(DRAWS, log_joint.dim, generator)[: DRAWS // 2] for _ in range(BATCHES)])
     first, second = matched(torch.cat([half, -half])).chunk(2)
     noise = torch.cat([first.unflatten(0, (BATCHES, -1)), second.unflatten(0, (BATCHES, -1))], 1)
@@ -114,17 +113,17 @@ def refitted(log_joint: LogJoint, full: Refit | None = None, until: float = math
 
 
 def _fullest(log_joint: LogJoint, also: Sequence[Normals]) -> Refit:
-    """Return the best normal of all, one start of the search being the normals of a smaller family."""
+    """Return the best normal with full covariance; the search also starts from the normals of smaller families."""
     return refit(log_joint, family="full", also=also, seed=SEED + 1)
 
 
 def _all_of(family: Which, offer: OfferedFamily | None) -> Which:
-    """Return the normals of which the guide can be every one, by the number of its parameters: diagonal, full, or neither."""
+    """Return the family of normals of which the guide can be any member, by its number of parameters; None for neither."""
     if family is None or offer is None:
         return family
     d, width = offer.log_joint.dim, offer.params.shape[-1]
     q = offer.family(offer.params)
-    while not isinstance(q, MultivariateNormal) and hasattr(q, "base_dist"):  # carried onto another space
+    while not isinstance(q, MultivariateNormal) and hasattr(q, "base_dist"):  # transformed to another space
         q = q.base_dist
     if isinstance(q, MultivariateNormal) and width >= d * (d + 3) // 2:
         return "full"
@@ -132,13 +131,13 @@ def _all_of(family: Which, offer: OfferedFamily | None) -> Which:
 
 
 def _as_normals(offer: OfferedFamily, own: FamilyRefit) -> Normals | None:
-    """Return q* as the normals that it is."""
+    """Return q* as normals, if it is normal."""
     draws = offer.sample(own.params, 64, SEED)
     return _normals(draws, offer.log_prob(draws, own.params), lambda u: offer.log_prob(u, own.params))[1]
 
 
 def _own(own: FamilyRefit) -> dict[str, Tensor]:
-    """Return the columns of a q* that is no normal."""
+    """Return the columns of a q* that is not normal."""
     lost = ~(own.elbo.isfinite() & own.gain.isfinite())
     wrong = lost | (own.gain < -APART * own.gain_se - EXACT)
     level = {"elbo_refit": own.elbo, "elbo_refit_se": own.elbo_se, "refit_shortfall": own.shortfall}
@@ -149,14 +148,14 @@ def _own(own: FamilyRefit) -> dict[str, Tensor]:
 
 
 def unknown(n_obs: int) -> dict[str, Tensor]:
-    """Return the same where there is no time for a refit."""
+    """Return the columns of `refitted`, all NaN, where there is no time for a refit."""
     return {name: torch.full((n_obs,), torch.nan, dtype=torch.float64) for name in NAMES}
 
 
 def _values(log_joint: LogJoint, q: Normals, noise: Tensor) -> Tensor:
     """Return the mean of log p(x, z) - log q(z) at z = loc + root e over each batch of noise e (B, S, d), (B, N).
 
-    The mean of log q over matched noise is minus q's entropy, exactly.
+    The mean of log q over matched noise is exactly minus q's entropy.
     """
     with torch.no_grad():
         parts = [
@@ -182,8 +181,8 @@ def _level(name: str, short: str, shortfall: Tensor, values: Tensor) -> dict[str
 def guide_normals(log_joint: LogJoint) -> tuple[Which, Normals | None]:
     """Return the family of normals that the guide belongs to in unconstrained coordinates, and its members; else None twice.
 
-    A normal's log density is a quadratic, of which central differences are exact: they give the normal that the guide would
-    have to be, and draws of the guide tell whether it is.
+    A normal's log density is quadratic, so that central differences are exact. They give the only normal that the guide can be;
+    the densities of its draws show whether it is.
     """
     if log_joint.dim == 0:
         return None, None
@@ -193,7 +192,7 @@ def guide_normals(log_joint: LogJoint) -> tuple[Which, Normals | None]:
 
 
 def _normals(draws: Tensor, log_q: Tensor, log_density: Callable[[Tensor], Tensor]) -> tuple[Which, Normals | None]:
-    """Return the same for draws u (S, N, d) of any density, their log density (S, N), and the density."""
+    """Return the same for draws u (S, N, d) of any density, given their log density (S, N) and the density as a function."""
     with torch.no_grad():
         draws, log_q = draws.double(), log_q.double()
         centre, step = draws.mean(0), draws.std(0)

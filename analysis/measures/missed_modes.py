@@ -1,12 +1,12 @@
-r"""The alarm `mode missed by the guide`: how much of the posterior lies in modes where the guide has next to no mass.
+"""The check for `mode missed by the guide`: how much of the posterior lies in modes where the guide has almost no mass.
 
-From draws alone, whatever the reference and the guide, per datum. A reference draw z_r belongs to a missed mode where
+The check uses draws only, for any reference and guide, per datum. A reference draw z_r belongs to a missed mode if
 
-1. log q(z_r|x) lies below that of every one of the guide's kept draws (1,000: less than about 0.1 % of its mass is out there);
-2. no straight way leads to the guide: on each segment to its nearest draws and to its highest ones log p(x, z) falls more than
-   1 nat below both ends. A guide that is merely too narrow, or off centre, fails this: from its draws it is all uphill;
-3. no bent way does either: along the best chain of neighbouring reference draws to those that the guide covers, log p(x, z)
-   falls to more than 2 + sqrt(d) / 2 nats below both z_r and the guide's median draw. A banana fails this.
+1. log q(z_r|x) is below that of all kept draws of the guide (1,000: less than about 0.1 % of its mass is that low);
+2. no straight segment leads to the guide: on each segment to its nearest draws and to its highest ones, log p(x, z) falls more
+   than 1 nat below both ends. Excludes a guide that is only too narrow or off centre: from its draws log p only rises;
+3. no bent path does either: along the best chain of neighbouring reference draws to those that the guide covers, log p(x, z)
+   falls more than 2 + sqrt(d) / 2 nats below both z_r and the guide's median draw. Excludes banana shapes.
 
 The estimand is the share of p(z|x) in such modes; from 200 draws its standard error is sqrt(share (1 - share) / 200).
 """
@@ -25,22 +25,19 @@ from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import ARRAY, fitting
 from elbowroom.system.stages import stage
 
-DRAWS = 200  # of the reference and of the guide that are connected
-NEAREST, HIGHEST = 3, 3  # of the guide's draws that every reference draw is connected with
-NEIGHBOURS = 8  # of the reference's
+DRAWS = 200  # of the reference and of the guide that are used
+NEAREST, HIGHEST = 3, 3  # draws of the guide to which each reference draw is connected
+NEIGHBOURS = 8  # reference draws to which each is connected
 INNER = 9  # points evaluated on a segment
 STRAIGHT = 1.0  # nats
-BENT = 2.0  # nats, and sqrt(d) / 2: what chance takes off the draws on the way
+BENT = 2.0  # nats, plus sqrt(d) / 2 for the random height of draws on the path
 
 
 @stage("missed mass")
 def missed_mass(log_joint: LogJoint, guide: Posterior, reference: Posterior) -> Tensor:
     """Return the posterior mass in modes that the guide misses, (N,); NaN where the reference is neither exact nor certified.
 
-    Args:
-        log_joint: model and guide.
-        guide: its kept draws and their log density, `sample_stats["log_q"]`.
-        reference: a posterior of the same data.
+    `guide` has kept draws with their log density, `sample_stats["log_q"]`; `reference` is a posterior of the same data.
     """
     n, d = log_joint.n_obs, log_joint.dim
     share = torch.full((n,), torch.nan, dtype=torch.float64, device=log_joint.device)
@@ -65,7 +62,6 @@ def missed_mass(log_joint: LogJoint, guide: Posterior, reference: Posterior) -> 
 
 
 def _spread(draws: Tensor) -> Tensor:
-    """Return at most DRAWS of the draws (S, N, d), evenly spaced."""
     if len(draws) <= DRAWS:
         return draws
     return draws[torch.linspace(0, len(draws) - 1, DRAWS, device=draws.device).round().long()]
@@ -100,7 +96,7 @@ def _share(log_joint: LogJoint, metric: Normals, draws: Tensor, starts: Tensor, 
 
 
 def _unreachable(log_joint: LogJoint, u: Tensor, draws: Tensor, height: Tensor, level: Tensor, apart: Tensor) -> Tensor:
-    """Return which of the draws that stand apart no chain of neighbours connects with the guide, (R, N)."""
+    """Return which of the draws in `apart` no chain of neighbours connects with the guide, (R, N)."""
     count = len(draws)
     distance = torch.cdist(u, u)
     to = distance.topk(min(NEIGHBOURS + 1, count), largest=False).indices  # itself among them
@@ -126,7 +122,6 @@ def _height(log_joint: LogJoint, z: Tensor) -> Tensor:
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """Return values (N, G) at index (N, R, k)."""
     return values.gather(1, index.flatten(1)).view_as(index)
 
 

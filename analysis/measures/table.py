@@ -1,8 +1,6 @@
-"""Reading an audit's table: columns that may be missing, the reference to rely on, and the data it can be relied on for."""
+"""Access to an audit's table: columns that may be missing, the best reference, and the data that it can be trusted for."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import xarray as xr
@@ -12,39 +10,21 @@ SMALL_GAP, LARGE_GAP = 0.1, 1.0  # nats; exp(-0.1) = 0.90 of the evidence is in 
 Z95 = 1.959963984540054  # half width of a 95 % interval, in standard errors of a normal
 FEW = 0.05  # share of the data
 LEVEL = 0.005  # familywise, of the checks of the model
-MISSED = 0.05  # posterior mass from which on a mode that the guide misses is named
+MISSED = 0.05  # posterior mass above which a missed mode is reported
 TRUSTED = ("exact", "certified")
 
 
 def column(table: xr.Dataset, name: str) -> np.ndarray:
-    """Return a per-datum variable of the audit, (N,), NaN where the audit has none."""
+    """Return a per-datum variable of the audit, (N,), NaN where the audit lacks it."""
     return table[name].values.astype(float) if name in table else np.full(table.sizes["obs_id"], np.nan)
 
 
-def mean_se(values: np.ndarray) -> tuple[float, float]:
-    """Return the mean of the finite values and its standard error; NaN of none, and the error of one."""
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return math.nan, math.nan
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
-
-
-def bad_k(table: xr.Dataset) -> int:
-    """Return at how many data k-hat is too large, or not known."""
-    return int((~(column(table, "pareto_k") <= GOOD_K)).sum())
-
-
 def best_reference(table: xr.Dataset) -> str | None:
-    """Return the reference that is exact or certified for the most data, the first of equals; None without any."""
+    """Return the reference that is exact or certified for the most data (the first of equals), or None."""
     if "reference" not in table.dims or not table.sizes["reference"] or "status" not in table:
         return None
     trusted = np.isin(table["status"].values.astype(str), TRUSTED).sum(0)
     return str(table["reference"].values[int(np.argmax(trusted))]) if trusted.any() else None
-
-
-def certified(table: xr.Dataset) -> np.ndarray:
-    """Return which data have a reference that is exact or certified for them, (N,)."""
-    return np.asarray(np.isin(table["status"].values.astype(str), TRUSTED).any(1))
 
 
 def trusted(table: xr.Dataset, reference: str | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From posteriors to the audit table: one row per datum, and per datum and reference, with units and names."""
+"""From posteriors to the audit table: per datum, and per datum and reference, with units and long names."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ PER_REFERENCE = (
 
 
 def _first(references: Sequence[Posterior], name: str, n: int) -> np.ndarray:
-    """Return a statistic of the first reference that has it, per datum, NaN where none has."""
+    """Return a statistic of the first reference that has it, per datum, else NaN."""
     value = np.full(n, np.nan)
     for posterior in references:
         if name in posterior.stats:
@@ -117,7 +117,7 @@ def _first(references: Sequence[Posterior], name: str, n: int) -> np.ndarray:
 
 
 def _gaps(guide: Posterior, ladder: EvidenceTable, elbo: np.ndarray, elbo_se: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the gap and its two parts, with intervals; all from the same data."""
+    """Return the gap and its parts, with intervals."""
     gap = ladder.value - elbo
     spread = Z95 * np.hypot(elbo_se, _one_error(ladder))
     no_value = np.isnan(gap)
@@ -147,7 +147,7 @@ def _gaps(guide: Posterior, ladder: EvidenceTable, elbo: np.ndarray, elbo_se: np
 
 
 def _one_error(ladder: EvidenceTable) -> np.ndarray:
-    """Return the error of log p(x) as one standard error: a numerical one is an end of an interval."""
+    """Return the error of log p(x) as one standard error; a numerical error counts as the end of a 95 % interval."""
     return np.where(ladder.is_exact, ladder.error / Z95, ladder.error)
 
 
@@ -159,7 +159,7 @@ def tabulate(
     labels: np.ndarray,
     attrs: Mapping[str, str],
 ) -> xr.Dataset:
-    """Lay everything out over obs_id and reference, with units and long names."""
+    """Build the table over obs_id and reference, with units and long names."""
     n = len(labels)
     elbo, elbo_se = guide.stats["elbo"].cpu().numpy(), guide.stats["elbo_se"].cpu().numpy()
     per_datum = {

@@ -1,1 +1,1 @@
-"""Every figure. Only modules here import matplotlib and seaborn."""
+"""All figures. Only modules here import matplotlib and seaborn."""

@@ -1,8 +1,4 @@
-"""Figures of the model: draws from it, and reconstructions. Drawn from `latent.nc` alone.
-
-Each function returns a `Plot`, whose caption is computed from the numbers that it draws, or an `Absent` that says what was
-missing. The other figures: `plots_latent`, `plots_training`, `plots_audit` (the table), `plots_posterior` (single data).
-"""
+"""Helpers for figures of data x: groups of `latent.nc`, images, sequences, units and labels of entries."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from elbowroom.models.columns import image_shape
 
-FEW_ROWS = 100  # the sd of fewer is uncertain by more than 7 %
+FEW_ROWS = 100  # with fewer rows the sd has an error of more than 7 %
 NO_LATENT = "the run folder has no latent.nc, which describes the decoder: run the audit again to make it"
 
 
@@ -30,7 +26,7 @@ def event_image(latent: xr.DataTree | None) -> tuple[int, int] | None:
 
 
 def event_sequence(latent: xr.DataTree | None) -> tuple[int, int] | None:
-    """Return (steps, features) where the data are sequences: two-dimensional, and no images."""
+    """Return (steps, features) where the data are sequences: two-dimensional, but not images."""
     if latent is None or "event_shape" not in latent.attrs or event_image(latent) is not None:
         return None
     event = [int(n) for n in np.atleast_1d(latent.attrs["event_shape"])]
@@ -38,14 +34,14 @@ def event_sequence(latent: xr.DataTree | None) -> tuple[int, int] | None:
 
 
 def mean_over(x: np.ndarray, axis: int) -> np.ndarray:
-    """Return the mean over what is there; NaN where nothing is."""
+    """Return the mean over finite values; NaN where there is none."""
     seen = np.isfinite(x)
     with np.errstate(invalid="ignore"):
         return np.where(seen, x, 0.0).sum(axis) / seen.sum(axis)
 
 
 def in_units(latent: xr.DataTree | None, x: np.ndarray) -> np.ndarray:
-    """Return entries (N, entry) in standard deviations of the audited data where x is a table, whose columns differ in unit."""
+    """Return entries (N, entry) of a table in standard deviations of the audited data; other data unchanged."""
     data = group(latent, "reconstruction")
     if latent is None or data is None or "columns" not in latent.attrs:
         return x
@@ -54,7 +50,7 @@ def in_units(latent: xr.DataTree | None, x: np.ndarray) -> np.ndarray:
 
 
 def units_of_rows(latent: xr.DataTree | None) -> str:
-    """Say of a table where its units come from, as a sentence that ends a caption; nothing of other data."""
+    """Return a sentence on the units of a table for the end of a caption; empty for other data."""
     rows = group(latent, "encoding")
     if latent is None or rows is None or "columns" not in latent.attrs:
         return ""
@@ -64,7 +60,7 @@ def units_of_rows(latent: xr.DataTree | None) -> str:
 
 
 def name_entries(axes: Axes, latent: xr.DataTree | None) -> None:
-    """Label the entries of x: by the names of a table's columns, where they fit."""
+    """Label the entries of x by a table's column names, where they fit."""
     names = [] if latent is None else [str(name) for name in np.atleast_1d(latent.attrs.get("columns", []))]
     axes.set(xlabel="entry of x", ylabel="x (sd of the data)" if names else "x (data units)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,6 +1,6 @@
-"""Figures of sequences (T, F): each feature against the step. A few features have a panel each, many a heat map.
+"""Figures of sequences (T, F): each feature against the step, few features in panels, many in heat maps.
 
-These draw into a figure that `plots` and `plots_latent` made; entries that are missing, such as padding, are left out.
+These functions draw into an existing figure; missing entries, such as padding, are left out.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ VALUES = 5
 
 
 def tall(features: int) -> int:
-    """Return how many rows of panels draws and reconstructions take."""
+    """Return the number of panel rows for draws and reconstructions."""
     return features if features <= FEW else 2
 
 
 def draws(figure: Figure, sets: Mapping[str, np.ndarray]) -> None:
-    """Draw what sets of sequences have in common: mean and standard deviation of each step, or heat maps.
+    """Draw mean and standard deviation of each step, or heat maps, of `sets` of sequences.
 
-    Args:
-        figure: to draw into.
-        sets: name -> sequences (N, T, F), NaN where there is nothing; the model's first.
+    `sets` maps names to sequences (N, T, F), NaN where missing, those of the model first.
     """
     some = next(iter(sets.values()))
     if some.shape[-1] <= FEW:
@@ -55,22 +53,14 @@ def draws(figure: Figure, sets: Mapping[str, np.ndarray]) -> None:
     limits = tone(np.concatenate([x.ravel() for x in sets.values()]))
     grid = figure.subplots(2, len(sets), sharex=True, sharey=True, squeeze=False)
     for column, (name, x) in enumerate(sets.items()):
-        last = int(np.isfinite(x).any(-1).sum(1).argmax())  # the longest of them
+        last = int(np.isfinite(x).any(-1).sum(1).argmax())  # the longest sequence
         for axes, values, title in zip(grid[:, column], (x[last], _mean(x)), ("one", "mean"), strict=True):
             _heat(axes, values, limits, f"{name}: {title}" + ("" if title == "one" else f" of {len(x)}"))
     _outer(figure, grid, limits, "x")
 
 
 def beside(figure: Figure, x: np.ndarray, expected: np.ndarray, titles: Sequence[str], what: str = "E[x|q]") -> None:
-    """Draw sequences and their expectation.
-
-    Args:
-        figure: to draw into.
-        x: (n, T, F), NaN where there is nothing.
-        expected: (n, T, F).
-        titles: of the n columns.
-        what: what `expected` is called.
-    """
+    """Draw sequences x (n, T, F), NaN where missing, and their expectation, which the figure calls `what`."""
     n, features = len(x), x.shape[-1]
     ends = [int(np.flatnonzero(row)[-1]) + 1 if row.any() else row.size for row in np.isfinite(x).any(-1)]
     if features <= FEW:
@@ -102,9 +92,7 @@ def beside(figure: Figure, x: np.ndarray, expected: np.ndarray, titles: Sequence
 def along(figure: Figure, cuts: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> None:
     """Draw E[x|z] at values of a latent: a line each for every feature, or heat maps.
 
-    Args:
-        figure: to draw into.
-        cuts: for each row of panels the name of what changes, its values (n,) and E[x|z] (n, T, F).
+    `cuts` holds for each row of panels the name of the variable, its values (n,) and E[x|z] (n, T, F).
     """
     features = cuts[0][2].shape[-1]
     if features <= FEW:
@@ -134,7 +122,7 @@ def along(figure: Figure, cuts: Sequence[tuple[str, np.ndarray, np.ndarray]]) ->
 
 
 def _mean(x: np.ndarray) -> np.ndarray:
-    """Return the mean over the first axis of what is there; NaN where nothing is."""
+    """Return the mean over finite values of the first axis; NaN where there is none."""
     seen = np.isfinite(x)
     with np.errstate(invalid="ignore"):
         mean: np.ndarray = np.where(seen, x, 0.0).sum(0) / seen.sum(0)
@@ -142,7 +130,7 @@ def _mean(x: np.ndarray) -> np.ndarray:
 
 
 def _marker(step: np.ndarray) -> str | None:
-    """Mark the points of a line that would be no line without."""
+    """Return a marker where a line would have too few points to be visible."""
     return "o" if len(step) == 1 else None
 
 
@@ -176,7 +164,7 @@ def _heat(axes: Axes, x: np.ndarray, limits: tuple[float, float], title: str) ->
 
 
 def _outer(figure: Figure, grid: np.ndarray, limits: tuple[float, float], what: str) -> None:
-    """Name the outer axes of heat maps, and say what their colours are."""
+    """Label the outer axes of heat maps, and their colour scale."""
     for axes in grid[-1]:
         axes.set_xlabel("step")
     for axes in grid[:, 0]:

@@ -1,8 +1,8 @@
-"""The look that all figures share, and the small tools they are drawn with.
+"""The common style of the figures, and drawing helpers.
 
-Figures are `matplotlib.figure.Figure` objects, made under a style that is put back at once: no global state changes, no
-window system is needed, and a user's own matplotlibrc does not leak in. Colours are those of Okabe and Ito, which people with
-the common kinds of colour blindness can tell apart; nothing is told by colour alone.
+Figures are `matplotlib.figure.Figure` objects, made under a temporary style: no global state changes, no window system is
+needed, and the user's matplotlibrc has no effect. Colours are those of Okabe and Ito, which are distinguishable with the common
+kinds of colour blindness; no information is in colour alone.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with the words that go with it.
+    """A figure with its texts.
 
     Attributes:
         name: stem of its file in `figures/`.
         figure: the drawing, with its title.
-        alt: what it shows, for those who cannot see it.
-        caption: what to conclude from its numbers.
-        wide: whether it needs the whole width of a page.
+        alt: a description of the figure for screen readers.
+        caption: the conclusion from its numbers.
+        wide: whether it needs the full width of a page.
     """
 
     name: str
@@ -94,14 +94,14 @@ class Plot:
 
 @dataclass(frozen=True)
 class Absent:
-    """A figure that could not be made, and why, in one sentence."""
+    """A figure that could not be made, with the reason in one sentence."""
 
     name: str
     reason: str
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Run a drawing function under the project's style, whatever the user's own is, and put that back."""
+    """Run a drawing function under the project's style, and restore the user's style."""
 
     @functools.wraps(draw)
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -132,7 +132,7 @@ def bare(axes: Axes) -> None:
 
 
 def say(value: float, digits: int = 3) -> str:
-    """Write a number for people: `digits` significant ones, a real minus sign."""
+    """Format a number with `digits` significant digits and a real minus sign."""
     if not math.isfinite(value):
         return "not known" if math.isnan(value) else ("∞" if value > 0 else "−∞")
     if value == 0:
@@ -148,7 +148,7 @@ def say(value: float, digits: int = 3) -> str:
 
 
 def percent(part: float, whole: float = 1.0) -> str:
-    """Write a share; 100 % and 0 % are said only of all and of none."""
+    """Format a share; 100 % and 0 % are used only for all and for none."""
     if not whole or not math.isfinite(part):
         return "not known"
     share = part / whole
@@ -158,12 +158,12 @@ def percent(part: float, whole: float = 1.0) -> str:
 
 
 def count(n: int, noun: str = "datum", plural: str = "data") -> str:
-    """Write a number of things."""
+    """Format a number with its noun."""
     return f"{n:,} {noun if n == 1 else plural}"
 
 
 def tone(x: np.ndarray) -> tuple[float, float]:
-    """Return the values that white and black stand for: 0 and 1 where they hold the data, else the 1st to 99th percentile."""
+    """Return the values of white and black: 0 and 1 where they contain the data, else the 1st to 99th percentile."""
     x = x[np.isfinite(x)]
     if not x.size or (x.min() >= 0 and x.max() <= 1):
         return 0.0, 1.0
@@ -172,7 +172,7 @@ def tone(x: np.ndarray) -> tuple[float, float]:
 
 
 def mosaic(images: np.ndarray, gap: int = 1) -> np.ma.MaskedArray:
-    """Lay images (rows, columns, height, width) out in one array, `gap` masked pixels apart."""
+    """Arrange images (rows, columns, height, width) in one array, `gap` masked pixels apart."""
     rows, columns, height, width = images.shape
     sheet = np.full((rows, height + gap, columns, width + gap), np.nan)
     sheet[:, :height, :, :width] = images.transpose(0, 2, 1, 3)
@@ -181,9 +181,9 @@ def mosaic(images: np.ndarray, gap: int = 1) -> np.ma.MaskedArray:
 
 
 def show_tiles(axes: Axes, images: np.ndarray, limits: tuple[float, float]) -> None:
-    """Draw images (rows, columns, height, width) as tiles, one unit wide and high, the first row at the top.
+    """Draw images (rows, columns, height, width) as unit squares, the first row at the top.
 
-    Tile (i, j) has its centre at x = j, y = i, whatever the images' resolution.
+    Tile (i, j) has its centre at x = j, y = i, for any resolution of the images.
     """
     zoom = math.ceil(32 / max(images.shape[-2:]))
     images = images.repeat(zoom, -1).repeat(zoom, -2)
@@ -199,7 +199,7 @@ def show_tiles(axes: Axes, images: np.ndarray, limits: tuple[float, float]) -> N
 
 
 def thumbnail(image: np.ndarray, limits: tuple[float, float]) -> bytes:
-    """Return one image (height, width) as a small PNG, a pixel for a pixel."""
+    """Return one image (height, width) as a small PNG at its own resolution."""
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, image, vmin=limits[0], vmax=limits[1], cmap=TILES, format="png")
     return buffer.getvalue()

@@ -1,1 +1,1 @@
-"""The numbers behind the answers to a question: imputation, novelty, integration."""
+"""The computations behind answers: imputation, novelty, integration."""

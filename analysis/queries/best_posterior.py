@@ -1,14 +1,13 @@
-r"""One posterior per datum, the best that there is: what `encode`, `score` and `impute` read off.
+"""The best available posterior for each datum, used by `encode`, `score` and `impute`.
 
-An audit compares methods; a user of the model wants one answer per datum, and to know what it is. Per datum, the first that
-holds:
+Per datum, the first that applies:
 
 1. a reference that is exact or certified for it (closed form, enumeration, grid; importance sampling from q*; hmc, ...)
-2. draws of the guide, resampled by their Pareto-smoothed importance weights, where k-hat is below 0.7: corrected as far as the
-   guide puts mass at all, hence `uncertified`
-3. draws of the guide as they are: `amortized`
+2. draws of the guide, resampled by their Pareto-smoothed importance weights, where k-hat is below 0.7. They are `uncertified`,
+   since regions without guide draws are not corrected
+3. draws of the guide without correction: `amortized`
 
-Where nothing is asked for, the references are: the closed form, a finite sum, a grid for at most three latents, else importance
+The default reference is the first applicable of closed form, enumeration, a grid for at most three latents, and importance
 sampling from the refitted normal q*. Chains are left to audits: they take a hundred times longer.
 """
 
@@ -48,11 +47,11 @@ class Reading:
     """The guide and the best posterior of every datum.
 
     Attributes:
-        guide: the amortized posterior, with its ELBO, k-hat and importance weights' evidence.
-        posterior: per datum from the first source that holds; its status and reason are those of that source.
-        source: the method that it comes from, per datum: a reference's name, `guide, importance-resampled` or `guide`.
+        guide: the amortized posterior, with its ELBO, k-hat and importance-sampling evidence.
+        posterior: the best posterior per datum, with status and reason of its source.
+        source: its method per datum: a reference's name, `guide, importance-resampled` or `guide`.
         evidence: log p(x): value, bounds, kind and reason, per datum.
-        references: what was computed, best first.
+        references: the reference posteriors that were computed, best first.
     """
 
     guide: Posterior
@@ -63,19 +62,19 @@ class Reading:
 
 
 def methods_for(log_joint: LogJoint, references: Methods = "auto") -> list[Reference]:
-    """Return the references to read off, best first.
+    """Return the references to use, best first.
 
     Args:
         log_joint: the model and guide; a part of the data is enough.
-        references: `auto` as the module says; or names and Reference objects, an empty list for the guide alone (where
-            all latents are discrete: the finite sum).
+        references: `auto` (see the module), or names and Reference objects; an empty list for the guide alone (enumeration
+            where all latents are discrete).
 
     Raises:
-        UserError: for an unknown name, or a method that cannot be used on this model.
+        UserError: for an unknown name, or a method that cannot be used for this model.
     """
     if references != "auto" and (references or log_joint.dim):
         return choose(references, log_joint).references if references else []
-    if log_joint.dim == 0:  # a finite sum costs no more than draws of the guide
+    if log_joint.dim == 0:  # enumeration costs no more than draws of the guide
         found: list[Reference] = [Enumeration()]
     else:
         found = [ClosedForm(), *([Grid()] if log_joint.dim <= MAX_DIM else []), ImportanceSampling()]
@@ -96,7 +95,7 @@ def read(
     Args:
         log_joint: the model and guide.
         methods: references, best first; see `methods_for`.
-        draws: draws per datum of the guide's estimates and importance weights.
+        draws: draws per datum for the guide's estimates and importance weights.
         keep: draws per datum of the posterior; a multiple of 4.
         seed: random seed.
         until: value of `time.monotonic()` after which references stop.
@@ -120,7 +119,7 @@ def read(
 def _best(
     log_joint: LogJoint, guide: Posterior, references: Sequence[Posterior], keep: int, seed: int
 ) -> tuple[Posterior, list[str]]:
-    """Put together, datum by datum, the first source that holds."""
+    """Combine, datum by datum, the first source that applies."""
     n = log_joint.n_obs
     place = np.full(n, -1)
     for k, reference in enumerate(references):
@@ -137,12 +136,12 @@ def _best(
 
 
 def _with_doubts(reason: Sequence[str], references: Sequence[Posterior]) -> list[str]:
-    """Add to a reason, datum by datum, why no reference holds: one may have found what the draws of the guide miss."""
+    """Add to each reason why no reference applies: a reference may have found what the guide's draws miss."""
     return ["; ".join([own, *(p.reason[i] for p in references)]) for i, own in enumerate(reason)]
 
 
 def _resampled(log_joint: LogJoint, guide: Posterior, keep: int, seed: int) -> Posterior:
-    """Resample draws of the guide by their importance weights; `uncertified` where k-hat lets that be, else `amortized`."""
+    """Resample guide draws by their importance weights: `uncertified` where k-hat is small enough, else `amortized`."""
     if log_joint.dim == 0:
         return guide
     z, log_p, log_q = (t.flatten(0, 1) for t in (guide.draws, guide.sample_stats["lp"], guide.sample_stats["log_q"]))
@@ -174,7 +173,6 @@ def _resampled(log_joint: LogJoint, guide: Posterior, keep: int, seed: int) -> P
 
 
 def _chosen(sources: Sequence[Posterior], place: Tensor, keep: int) -> Posterior:
-    """Take each datum from the source at its place."""
     rows = torch.arange(len(place))
     first = sources[0]
     shape = (first.draws.shape[0], min(keep // first.draws.shape[0], *(p.draws.shape[1] for p in sources)))
@@ -202,7 +200,7 @@ def _chosen(sources: Sequence[Posterior], place: Tensor, keep: int) -> Posterior
 
 
 def _moments(posterior: Posterior) -> tuple[Tensor, Tensor]:
-    """Return mean (N, d) and covariance (N, d, d) in unconstrained coordinates: the better-known ones, else of the draws."""
+    """Return mean (N, d) and covariance (N, d, d) in unconstrained coordinates: those stored, else of the draws."""
     if posterior.mean is not None and posterior.covariance is not None:
         return posterior.mean, posterior.covariance
     return moments(posterior.draws.flatten(0, 1).double())

@@ -1,16 +1,16 @@
-r"""Missing entries by the model: p(x_mis | x_obs) = int p(x_mis | z) p(z | x_obs) dz, read off draws of a posterior.
+"""Imputation of missing entries by the model: p(x_mis | x_obs) = int p(x_mis | z) p(z | x_obs) dz, from draws of a posterior.
 
 With z_s ~ p(z | x_obs), s = 1..S, and m_s, v_s mean and variance of one entry given z_s (given z the entries are independent):
 
     E[x | x_obs]   = mean_s m_s                        Rao-Blackwell: x itself need not be drawn
     var[x | x_obs] = mean_s v_s + var_s m_s            the law of total variance
-    p(x = k | ...) = mean_s p(x = k | z_s)             of codes
+    p(x = k | ...) = mean_s p(x = k | z_s)             for codes
     MCSE of a mean = sqrt(sum_s c_s (m_s - mean)^2) / S   c_s: how many of the S draws repeat the s-th, itself included
 
-Median and interval of numbers are quantiles of one x_s ~ p(x | z_s) for each z_s, at the places p (S + 1) of the ordered draws:
-a further draw lies between them with the stated probability exactly, whatever S (Hyndman and Fan 1996, definition 6,
-https://doi.org/10.2307/2684934). Where x takes whole values the ends are pushed out to draws: such an interval holds at
-least its level. The randomised rank of the truth, (below + U (equal + 1)) / (S + 1), is uniform in both cases.
+Median and interval of numbers are quantiles of one x_s ~ p(x | z_s) for each z_s, at positions p (S + 1) of the ordered draws:
+a further draw lies inside the interval with exactly the stated probability, for any S (Hyndman and Fan 1996, definition 6,
+https://doi.org/10.2307/2684934). For integer x the ends are moved outwards to draws: the interval then holds at least its
+level. The randomised rank of the truth, (below + U (equal + 1)) / (S + 1), is uniform in both cases.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from elbowroom.system.stages import stage
 
 @dataclass(frozen=True)
 class Levels:
-    """Probabilities of the codes of some missing entries that have as many.
+    """Probabilities of the codes of those missing entries that have the same number K of codes.
 
     Attributes:
-        cells: places among the M missing entries, (m,).
+        cells: positions among the M missing entries, (m,).
         probability: (m, K).
-        error: Monte Carlo error of it.
+        error: its Monte Carlo error.
     """
 
     cells: Tensor
@@ -54,18 +54,18 @@ class Predicted:
     """The predictive distribution of M missing entries, each (M,), in the units of the data.
 
     Attributes:
-        mean: of numbers and ordered codes, NaN of categories.
+        mean: of numbers and ordered codes, NaN for categories.
         mean_error: its Monte Carlo error.
         sd: standard deviation.
-        median: NaN of categories.
-        low: lower end of the central interval, NaN of categories.
+        median: NaN for categories.
+        low: lower end of the central interval, NaN for categories.
         high: upper end.
-        likeliest: the likeliest code of binary, ordinal and categorical entries; NaN of numbers.
-        levels: probabilities of codes.
-        rank: randomised rank of the truth in (0, 1), NaN of categories and where no truth is given.
-        log_density: log p(truth | x_obs) of the entry alone, nats; likewise.
+        likeliest: the most probable code of binary, ordinal and categorical entries; NaN for numbers.
+        rank: randomised rank of the truth in (0, 1), NaN for categories and without a truth.
+        log_density: log p(truth | x_obs) of the entry alone, nats; NaN without a truth.
         log_density_joint: (n,) that of all hidden entries of a row together.
-        draws: rows with x drawn at every entry, (keep, n, D), those of the first z.
+        draws: rows with x drawn at every entry, (keep, n, D), from the first z.
+        levels: probabilities of codes.
     """
 
     mean: Tensor
@@ -82,18 +82,15 @@ class Predicted:
     levels: Sequence[Levels] = field(default=())
 
 
-# -- kinds of entries -------------------------------------------------------------------------------------------------------
-
-
 # -- the predictive distribution --------------------------------------------------------------------------------------------
 
 
 def worth(posterior: Posterior, references: Sequence[Posterior], source: Sequence[str]) -> Tensor:
-    """Return c (S, n): by how many of the draws of a posterior each draw stands for no more than one independent draw.
+    """Return c (S, n): the number of draws that together have the weight of one independent draw, for each draw.
 
-    Chains: draws / smallest bulk effective sample size. Draws resampled from weights: how often the same draw occurs, so that
-    sum_s c_s (m_s - mean)^2 / S^2 is the sum over distinct draws of w^2 (m - mean)^2, the variance of a weighted mean: where
-    the heavy weights lie in the tails it is larger than what the effective number of draws alone says. 1 without repetitions.
+    For chains: draws / smallest bulk effective sample size. For draws resampled from weights: the multiplicity of the draw.
+    Then sum_s c_s (m_s - mean)^2 / S^2 is the sum over distinct draws of w^2 (m - mean)^2, the variance of a weighted mean;
+    with heavy weights in the tails it is larger than the effective number of draws suggests. 1 without repetitions.
     """
     flat = posterior.draws.flatten(0, 1)
     s, n = flat.shape[:2]
@@ -127,13 +124,13 @@ def predict_cells(
     Args:
         decode: z (s, n, d) -> p(x|z) with batch shape (s, n).
         z: draws of p(z | x_obs), (S, n, d).
-        missing: (n, D), which entries of x, laid flat, are described; M of them.
+        missing: (n, D), True at the M entries of flattened x that are described.
         kinds: of the D entries.
         level: probability of the central interval.
         seed: random seed.
         repeats: c (S, n) of `worth`; 1 by default.
-        truth: x (n, D) with the true values of the missing entries, to be scored; a value of the support elsewhere.
-        keep: how many completed draws to return.
+        truth: x (n, D) with the true values of the missing entries, to be scored; elsewhere any value of the support.
+        keep: number of completed draws to return.
 
     Raises:
         ValueError: too few draws for the level.
@@ -149,7 +146,7 @@ def predict_cells(
     place = torch.full((n, width), -1, dtype=torch.long, device=device)
     place[missing] = torch.arange(len(rows), device=device)
     with seeded(seed), torch.no_grad():
-        order = torch.randperm(s)  # so that the first draws are a sample of all, whatever their order
+        order = torch.randperm(s)  # so that the first draws are a random sample of all
         z = z[order]
         count = (torch.ones(s, n, dtype=torch.float64) if repeats is None else repeats[order]).to(device)
         for some in slices(s, fitting(n * width, ARRAY)):
@@ -206,7 +203,7 @@ class _Score:
         self.cells, self.rows = start.expand(int(missing.sum())), start.expand(len(truth))
 
     def add(self, p: TorchDistribution) -> None:
-        """Take in draws."""
+        """Add the draws behind p(x|z)."""
         given = entrywise(p, self.truth.reshape(len(self.truth), *p.event_shape)).double()
         given = given.reshape(*given.shape[:2], -1)
         self.cells = torch.logaddexp(self.cells, given[:, self.missing].logsumexp(0))
@@ -214,7 +211,7 @@ class _Score:
 
 
 class _Moments:
-    """Sums over draws of the mean and variance of entries given z, about a first guess."""
+    """Sums over draws of the mean and variance of entries given z, centred at a first guess."""
 
     def __init__(self, total: int, device: torch.device) -> None:
         self.about: Tensor | None = None
@@ -222,7 +219,7 @@ class _Moments:
         self.within = torch.zeros(total, dtype=torch.float64, device=device)
 
     def add(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Take in draws (s, M), each with its c."""
+        """Add draws (s, M), each with its c."""
         mean = mean.double()
         self.about = mean.mean(0) if self.about is None else self.about
         self.sums.add(mean - self.about, count)
@@ -243,7 +240,7 @@ class _Codes:
         self.sums = _Sums(shape, device)
 
     def add(self, probability: Tensor, count: Tensor) -> None:
-        """Take in draws (s, m, K), and the c of all entries (s, M)."""
+        """Add draws (s, m, K), and the c of all entries (s, M)."""
         self.sums.add(probability.double(), count[:, self.cells, None])
 
     def levels(self, s: int) -> Levels:
@@ -253,14 +250,14 @@ class _Codes:
 
 
 class _Sums:
-    """Sums of values over draws, of their squares, and of both with the c of the draws."""
+    """Sums over draws of values and their squares, and the same weighted with the c of the draws."""
 
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
         zeros = lambda: torch.zeros(shape, dtype=torch.float64, device=device)
         self.first, self.second, self.of_ones, self.of_first, self.of_second = (zeros() for _ in range(5))
 
     def add(self, value: Tensor, count: Tensor) -> None:
-        """Take in draws (s, ...) and their c, of the same shape or one that is broadcast to it."""
+        """Add draws (s, ...) and their c, of the same or a broadcastable shape."""
         self.first += value.sum(0)
         self.second += value.square().sum(0)
         self.of_ones += count.sum(0)
@@ -276,7 +273,7 @@ class _Sums:
 
 
 def central_interval(values: Tensor, whole: Tensor, level: float) -> list[Tensor]:
-    """Return low, median and high of draws (S, M): at p (S + 1), between two draws, or at one where values are `whole` (M,)."""
+    """Return low, median and high of draws (S, M): at p (S + 1), interpolated, or at a draw where values are `whole` (M,)."""
     s, found = len(values), [torch.empty_like(values[0]) for _ in range(3)]
     for columns in torch.arange(values.shape[1], device=values.device).split(fitting(s, ARRAY)):
         ordered = values[:, columns].sort(0).values
@@ -289,7 +286,7 @@ def central_interval(values: Tensor, whole: Tensor, level: float) -> list[Tensor
 
 
 def _rank(values: Tensor, truth: Tensor) -> Tensor:
-    """Return the randomised rank of the truth (M,) among draws (S, M), uniform in (0, 1) where both have one distribution."""
+    """Return the randomised rank of the truth (M,) among draws (S, M), uniform in (0, 1) if both have one distribution."""
     below, equal = (values < truth).sum(0), (values == truth).sum(0)
     return (below + torch.rand(len(truth), dtype=torch.float64, device=values.device) * (equal + 1)) / (len(values) + 1)
 
@@ -298,11 +295,11 @@ def _rank(values: Tensor, truth: Tensor) -> Tensor:
 
 
 def losses(truth: np.ndarray, guess: np.ndarray, columns: Sequence[Column], ranges: np.ndarray) -> np.ndarray:
-    """Return what is averaged over the entries of each column: squared, 0/1 or absolute; NaN where truth (N, D) is NaN.
+    """Return the loss of each entry: squared, 0/1 or absolute; NaN where truth (N, D) is NaN.
 
-    Errors are HI-VAE's (`error_computation` in read_functions.py of https://github.com/probabilistic-learning/HI-VAE): of
-    real, positive and count columns the root mean squared error over the range of the column, of categorical ones the share
-    of wrong codes, of ordinal ones mean |code - guessed code| / number of codes.
+    Errors are HI-VAE's (`error_computation` in read_functions.py of https://github.com/probabilistic-learning/HI-VAE): for
+    real, positive and count columns the root mean squared error over the range of the column, for categorical ones the share of
+    wrong codes, for ordinal ones mean |code - guessed code| / number of codes.
     """
     off = guess - truth
     out = np.empty_like(truth)
@@ -317,7 +314,7 @@ def losses(truth: np.ndarray, guess: np.ndarray, columns: Sequence[Column], rang
 
 
 def errors(loss: np.ndarray, columns: Sequence[Column], weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the error of each column, (D,); for weights of the rows (B, N), (B, D)."""
+    """Return the error of each column, (D,); for row weights (B, N), (B, D)."""
     there = ~np.isnan(loss)
     w = np.ones(len(loss)) if weights is None else weights
     mean = (w @ np.where(there, loss, 0.0)) / (w @ there.astype(float))
@@ -326,11 +323,11 @@ def errors(loss: np.ndarray, columns: Sequence[Column], weights: np.ndarray | No
 
 
 def share(held: np.ndarray) -> tuple[float, float]:
-    """Return the share of the cells (n, D; NaN where there is none) that hold, and its standard error by rows.
+    """Return the share of the cells (n, D; NaN where there is none) that hold, and its standard error, clustered by rows.
 
-    Cells of a row stand and fall together, so that the binomial error of as many independent cells would be too small:
-    se^2 = sum_i (sum_j (h_ij - share))^2 / M^2 over the n rows i. Where all cells hold or none, that is no 0: then the error
-    of a share p = (n share + 1) / (n + 2) of n + 2 rows.
+    Cells of a row are dependent, so that the binomial error would be too small: se^2 = sum_i (sum_j (h_ij - share))^2 / M^2
+    over the n rows i. Where all cells hold or none, this would be 0: the error is then that of a share p = (n share + 1) / (n +
+    2) of n + 2 rows.
     """
     there = ~np.isnan(held)
     m = int(there.sum())

@@ -1,4 +1,4 @@
-r"""How p(x) can be integrated: the same integral by several methods, against what each costs.
+"""Integration of p(x): the same integral by several methods, compared by cost.
 
     p(x) = integral p(x|z) p(z) dz = E_r[w(z)],    w(z) = p(x, z) / r(z),    z ~ r
 
@@ -9,10 +9,9 @@ r"""How p(x) can be integrated: the same integral by several methods, against wh
 | refit   | half the best normal q*, half a wider Student t               | one, and the refit before it  |
 | ais     | a chain from the prior through T temperatures, w by annealing | T (L + 1), with L gradients   |
 
-log mean_k w_k of K samples lies below log p(x) in the mean, by about Var(w) / (2 K p(x)^2), for every one of these methods: a
-lower bound in expectation that turns into an estimate as K grows. How fast it does is the whole difference between them, and
-what the bands over repetitions show. Burda, Grosse and Salakhutdinov 2016, https://arxiv.org/abs/1509.00519; Neal 2001,
-https://doi.org/10.1023/A:1008923215028.
+For all methods, log mean_k w_k of K samples lies below log p(x) in the mean, by about Var(w) / (2 K p(x)^2): a lower bound in
+expectation that converges to log p(x). The methods differ in how fast; the bands over repetitions show it. Burda, Grosse and
+Salakhutdinov 2016, https://arxiv.org/abs/1509.00519; Neal 2001, https://doi.org/10.1023/A:1008923215028.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ WORDS = {
 }
 BAND = (0.05, 0.95)
 CLOSE = 0.1  # nats
-SHARE = 0.9  # of the repetitions that must be as close
+SHARE = 0.9  # of the repetitions that must be this close
 LEAPFROGS = 4
-MOST = 400  # repetitions looked at
+MOST = 400  # largest number of repetitions used
 BLOCK = 2**15  # samples at once
 
 
@@ -61,23 +60,23 @@ def integrate(
     references: Methods = "auto",
     seed: int = 0,
 ) -> xr.Dataset:
-    """Integrate p(x) of one datum by several methods, each with more and more samples.
+    """Integrate p(x) of one datum by several methods, each with increasing numbers of samples.
 
     Args:
         log_joint: the model, the guide and one datum.
         samples: the largest number K of samples.
-        repeats: how often an estimate of K samples is made, for its band; smaller numbers have more repetitions.
-        temperatures: T of annealed chains; they get K / (T (L + 1)) chains, so that all methods cost the same.
+        repeats: number of estimates with K samples, for the band; smaller sample sizes have more repetitions.
+        temperatures: T of annealed chains; K / (T (L + 1)) chains are run, so that all methods cost the same.
         methods: some of prior, encoder, refit, ais.
-        references: what log p(x) is compared with, as `reading.methods_for`.
+        references: for log p(x), with which the estimates are compared; as in `best_posterior.methods_for`.
         seed: random seed.
 
     Returns:
         Over (estimator, size): `samples` K, `evaluations` of p(x, z) and its gradient, the median `estimate` of log p(x) over
-        repetitions, their `mean`, the band `low`, `high` (the middle 90 %), `off`, the distance from log p(x) that 90 % of
-        repetitions stay below, and `repetitions`. Over estimator: `needed`, the evaluations from which on `off` is at most 0.1
-        nats (NaN: more than were made), and `pareto_k` of all samples. Scalars: `log_evidence` with `log_evidence_se`,
-        `_lower`, `_upper`; `evidence_method` among the attributes. Nats.
+            repetitions, their `mean`, the band `low`, `high` (the middle 90 %), `off`, the 90 % quantile of the distance from
+            log p(x), and `repetitions`. Over estimator: `needed`, the evaluations from which on `off` is at most 0.1 nats (NaN:
+            more than were made), and `pareto_k` of all samples. Scalars: `log_evidence` with `log_evidence_se`, `_lower`,
+            `_upper`; `evidence_method` among the attributes. Nats.
 
     Raises:
         UserError: there is more than one datum, no continuous latent, or a method is unknown.
@@ -151,13 +150,13 @@ ABOUT = {
 
 
 def _sizes(samples: int) -> list[int]:
-    """Return 1, 2, 5, 10, ... up to and with the number of samples."""
+    """Return 1, 2, 5, 10, ... up to and including the number of samples."""
     ladder = [m * 10**k for k in range(12) for m in (1, 2, 5)]
     return [size for size in ladder if size < samples] + [samples]
 
 
 def _curve(log_w: np.ndarray, cost: int, sizes: Sequence[int], truth: float) -> dict[str, np.ndarray]:
-    """Return the estimates' distribution for each number of samples, of those that cost no more than `sizes` say."""
+    """Return the distribution of the estimates within each cost in `sizes`."""
     names = ("samples", "evaluations", "estimate", "mean", "low", "high", "off", "repetitions")
     out = {name: np.full(len(sizes), np.nan) for name in names}
     for i, size in enumerate(sizes):
@@ -181,7 +180,7 @@ def _needed(row: dict[str, np.ndarray]) -> float:
 
 
 def _tail(log_w: np.ndarray) -> float:
-    """Return k-hat of weights; NaN of fewer than 100."""
+    """Return k-hat of weights; NaN for fewer than 100."""
     return float(psis(torch.as_tensor(log_w)[:, None]).pareto_k[0]) if len(log_w) >= 100 else math.nan
 
 
@@ -194,7 +193,7 @@ def _log_mean(log_w: np.ndarray) -> np.ndarray:
 
 
 def _in_blocks(number: int, seed: int, weigh: Callable[[int, int], Tensor]) -> np.ndarray:
-    """Return log weights of so many samples, (S,), a block at a time."""
+    """Return log weights of `number` samples, (S,), computed in blocks."""
     parts = [weigh(size, seed + i) for i, size in enumerate(sizes(number, BLOCK))]
     found: np.ndarray = torch.cat(parts).double().cpu().numpy()
     return np.where(np.isnan(found), -np.inf, found)

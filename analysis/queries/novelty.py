@@ -1,26 +1,26 @@
-r"""Is a row like those that a model was fitted to? Conformal p-values, false discoveries, and what the estimator allows.
+"""Novelty of rows relative to the fitted data: conformal p-values, false-discovery rate, and limits of the estimator.
 
-    p_low(x)  = (1 + #{i : v_i <= x}) / (n + 1)        v_i: the same score of n calibration rows, which no fit has seen
+    p_low(x)  = (1 + #{i : v_i <= x}) / (n + 1)        v_i: the same score of n calibration rows that no fit has used
     p_high(x) = (1 + #{i : v_i >= x}) / (n + 1)
     p_two     = min(1, 2 min(p_low, p_high))
 
-Where the rows and the calibration rows are exchangeable, P(p <= a) <= a for each of the three, in finite samples, whatever the
-model and however bad the estimator, as long as both were scored alike (Vovk, Gammerman and Shafer 2005; Laxhammar and Falkman
-2015). p_two is the conformal p-value of the score min(r, n + 2 - r), with r the rank of x among all n + 1: it depends on the
-n + 1 values as a set alone, which is why it is exact where 2 min(F, 1 - F) of the calibration rows' own F would not be.
+If the rows and the calibration rows are exchangeable, P(p <= a) <= a for each of the three, in finite samples, for any model
+and any estimator, if both were scored in the same way (Vovk, Gammerman and Shafer 2005; Laxhammar and Falkman 2015). p_two is
+the conformal p-value of the score min(r, n + 2 - r), with r the rank of x among all n + 1. It is exact because it is symmetric
+in the n + 1 values; 2 min(F, 1 - F) with F of the calibration rows alone is not.
 
-Over m rows, p-values of one calibration set are positively dependent (PRDS), so that the procedure of Benjamini and Hochberg
-1995 (https://doi.org/10.1111/j.2517-6161.1995.tb02031.x) holds the false-discovery rate at q: Bates, Candes, Lei, Romano and
-Sesia 2023 (https://doi.org/10.1214/22-AOS2244, https://arxiv.org/abs/2104.08279). That is proved for a tail, not for p_two.
-Two-sided, each tail is therefore taken at q / 2: the false share of the union is at most the sum of those of its two parts, so
-that its expectation is at most q.
+Over m rows, p-values from one calibration set are positively dependent (PRDS), so that the procedure of Benjamini and Hochberg
+1995 (https://doi.org/10.1111/j.2517-6161.1995.tb02031.x) controls the false-discovery rate at q: Bates, Candes, Lei, Romano and
+Sesia 2023 (https://doi.org/10.1214/22-AOS2244, https://arxiv.org/abs/2104.08279). This is proved for one tail, not for p_two.
+Two-sided, each tail therefore gets q / 2: the false share of the union is at most the sum of those of its parts, so that its
+expectation is at most q.
 
-log p(x) itself is known up to an interval, or has bounds alone. A decision is taken at both ends of the p-value that all these
-intervals together allow; where the two differ it is `estimator-limited`.
+log p(x) is known only up to an interval, or has only bounds. A decision is made at both ends of the p-value that these
+intervals allow; where the two differ it is `estimator-limited`.
 
-p(x) of the cells that are there is another quantity for other cells, so that rows with holes are compared with calibration rows
-that have the same holes (or as many: exact too where rows are exchangeable with their holes), never with others: the p-values
-are those of each kind of row by itself (Mondrian conformal prediction, Vovk et al. 2005, section 4.5).
+Rows with missing cells have log p(x) of fewer cells. They are compared only with calibration rows with the same missing cells
+(or the same number: also exact if rows are exchangeable together with their missing cells). The p-values hold within each kind
+of row (Mondrian conformal prediction, Vovk et al. 2005, section 4.5).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import xarray as xr
 from scipy import stats
 
 TAILS = ("low", "high", "two_sided")
-EQUAL = 1e-4  # two scores (nats, most of them) that differ by less are a tie: equal rows differ by rounding alone
+EQUAL = 1e-4  # scores that differ by less (mostly nats) are ties: equal rows can differ by rounding
 INSIDE, BELOW, ABOVE, LIMITED, ALONE = "inside", "below", "above", "estimator-limited", "no comparison"
 RULES = {
     "band": "log p(x) outside the percentile band of the calibration rows",
@@ -51,7 +51,7 @@ def low(calibration: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Return the conformal p-values of low values, (m,): (1 + #{v <= x}) / (n + 1); NaN where x is. Ties make p larger.
 
     Args:
-        calibration: v, (n,); a value that is not known (NaN) counts as the lowest, which keeps p valid.
+        calibration: v, (n,); an unknown value (NaN) counts as the lowest, which keeps p valid.
         x: (m,).
     """
     ordered = np.sort(np.where(np.isnan(calibration), -np.inf, calibration))
@@ -60,28 +60,24 @@ def low(calibration: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def high(calibration: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Return the same of high values: (1 + #{v >= x}) / (n + 1)."""
+    """Return the conformal p-values of high values, (m,): (1 + #{v >= x}) / (n + 1)."""
     return low(-calibration, -x)
 
 
 def two_sided(p_low: np.ndarray, p_high: np.ndarray) -> np.ndarray:
-    """Return min(1, 2 min(p_low, p_high)), exactly the conformal p-value of the rank's distance from both ends."""
+    """Return min(1, 2 min(p_low, p_high)), the conformal p-value of the rank's distance from both ends."""
     return np.minimum(1.0, 2 * np.minimum(p_low, p_high))
 
 
 def typicality(calibration: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Return the conformal p-values of |x - mean|, (m,), the mean being that of the calibration rows and x together.
+    """Return the conformal p-values (m,) of |x - mean| for calibration values (n,); the mean is that of all n + 1 values.
 
-    With the mean of the calibration rows alone the n + 1 would not be treated alike, and p would not be exact.
-
-    Args:
-        calibration: v, (n,).
-        x: (m,).
+    With the mean of the calibration rows alone, the n + 1 values would not be exchangeable, and p would not be exact.
     """
     lost = np.isnan(calibration)
     v = np.sort(calibration[~lost])
     mean = (v.sum() + x) / (len(v) + 1)
-    other = 2 * mean - x  # as far from the mean, on the other side
+    other = 2 * mean - x  # at the same distance from the mean, on the other side
     above = len(v) - np.searchsorted(v, np.maximum(x, other) - EQUAL, side="left")
     below = np.searchsorted(v, np.minimum(x, other) + EQUAL, side="right")
     count = np.where(np.abs(x - mean) <= EQUAL, len(v), above + below)
@@ -101,7 +97,7 @@ SCORES |= {
 
 
 def adjusted(p: np.ndarray) -> np.ndarray:
-    """Return p-values adjusted by Benjamini and Hochberg, (m,): those at most q are rejected at level q; NaN stays out."""
+    """Return p-values adjusted by Benjamini and Hochberg, (m,): those at most q are rejected at level q; NaN is left out."""
     out = np.full(p.shape, np.nan)
     known = np.flatnonzero(~np.isnan(p))
     if known.size:
@@ -115,12 +111,12 @@ def both_tails(p_low: np.ndarray, p_high: np.ndarray) -> np.ndarray:
 
 
 def enough(level: float) -> int:
-    """Return the least number n of calibration rows with which a two-sided p-value, 2 / (n + 1) or more, reaches a level."""
+    """Return the smallest number n of calibration rows whose least two-sided p-value, 2 / (n + 1), reaches a level."""
     return math.ceil(2 / level * (1 - 1e-12)) - 1
 
 
 def outside(band: tuple[float, ...]) -> float:
-    """Return the share that a band leaves outside, which is the level of p-values too."""
+    """Return the share outside a percentile band, which is also the level of p-values."""
     return 1 - (band[1] - band[0]) / 100
 
 
@@ -133,21 +129,22 @@ def judge(
     fdr: float,
     kind: str = "pattern",
 ) -> xr.Dataset:
-    """Compare scored rows with calibration rows that were scored alike.
+    """Compare scored rows with calibration rows that were scored in the same way.
 
     Args:
         rows: log_evidence with _lower and _upper, elbo, distortion, rate, gap_total, pareto_k and `kind`, over obs_id.
-        calibration: the same of calibration rows.
-        simulated: the same of rows that the model made; None without.
-        band: the percentiles that rows are expected between, in percent.
-        fdr: false-discovery rate that is to be held.
-        kind: the whole number whose rows are compared with each other: `pattern` of holes, or the number `observed`.
+        calibration: the same for calibration rows.
+        simulated: the same for rows simulated from the model, or None.
+        band: the percentiles between which rows are expected, in percent.
+        fdr: false-discovery rate to control.
+        kind: the integer variable whose equal values define comparable rows: `pattern` of missing cells, or the number
+            `observed`.
 
     Returns:
         Over obs_id: `typicality` (|log p(x) - mean| in standard deviations of the calibration rows); `p_conformal` with the
         ends that the intervals of log p(x) allow (`_lower`, `_upper`), `p_adjusted` and `p_model` (among simulated rows), each
-        over `tail`; `p_score` over `score`; `decision` over `rule`, at the level that the band leaves outside; and
-        `compared_with`, the number of calibration rows of the same kind. Rows with fewer than `enough` have no p-values.
+        over `tail`; `p_score` over `score`; `decision` over `rule`, at the level outside the band; and `compared_with`, the
+        number of calibration rows of the same kind. Rows with fewer than `enough` have no p-values.
     """
     m, level = rows.sizes["obs_id"], outside(band)
     parts = {name: np.full((m, 3), np.nan) for name in ("p_conformal", "p_conformal_lower", "p_conformal_upper", "p_model")}
@@ -222,9 +219,9 @@ def _tails(v: dict[str, np.ndarray], x: dict[str, np.ndarray]) -> dict[str, np.n
 
 
 def _within(v: dict[str, np.ndarray], x: dict[str, np.ndarray], band: tuple[float, float]) -> np.ndarray:
-    """Return on which side of the percentile band of the calibration values each row lies, whatever the intervals' truth."""
+    """Return the side of the calibration values' percentile band on which each row lies, for all values in the intervals."""
     ends = (v["log_evidence_lower"], np.where(np.isnan(v["log_evidence_upper"]), np.inf, v["log_evidence_upper"]))
-    with np.errstate(invalid="ignore"):  # between infinite ends: NaN, which no comparison passes
+    with np.errstate(invalid="ignore"):  # NaN between infinite ends: every comparison is False
         (bottom_least, top_least), (bottom_most, top_most) = (np.percentile(end, band) for end in ends)
     least, most = x["log_evidence_lower"], x["log_evidence_upper"]
     out = np.full(len(least), LIMITED, dtype=object)
@@ -234,8 +231,8 @@ def _within(v: dict[str, np.ndarray], x: dict[str, np.ndarray], band: tuple[floa
 
 
 def _decided(least: np.ndarray, most: np.ndarray, level: float) -> np.ndarray:
-    """Decide by p-values of the lower, and perhaps the upper tail, (m, 1 or 2), at both ends of what they may be."""
-    level *= 1 + 1e-12  # p and level are ratios that should be equal
+    """Decide by the smallest and largest possible p-values of the lower, and optionally the upper tail, (m, 1 or 2)."""
+    level *= 1 + 1e-12  # rounding: p and level may be equal ratios
     sure, maybe = most <= level, least <= level
     out = np.full(len(least), INSIDE, dtype=object)
     out[(maybe & ~sure).any(-1)] = LIMITED

@@ -1,31 +1,28 @@
-"""What the reader of a report may conclude from an audit, and what not: one sentence each."""
+"""The conclusions that an audit supports, and those that it does not, one sentence each."""
 
 from __future__ import annotations
 
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.measures.evidence_kinds import BOUND, CONTRADICTED, ESTIMATE, EXACT, counts, estimated
+from elbowroom.analysis.measures.evidence_kinds import BOUND, CONTRADICTED, ESTIMATE, EXACT, VALUES, counts, estimated
 from elbowroom.analysis.measures.table import GOOD_K, MISSED, best_reference, column, trusted
 from elbowroom.analysis.plots.style import count, percent, say
+from elbowroom.analysis.verdict import thresholds
 from elbowroom.analysis.verdict.remedies import Remedies
-from elbowroom.analysis.verdict.thresholds import known as thresholds_known
-from elbowroom.analysis.verdict.thresholds import median as thresholds_median
-
-WORDS = {EXACT: "exact", ESTIMATE: "estimated", CONTRADICTED: "contradicted"}
 
 
 def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
-    """Return what the reader may conclude from this audit, and what not, one sentence each."""
+    """Return the supported conclusions, and the unsupported ones."""
     n, kind, cures = table.sizes["obs_id"], counts(table), Remedies.of(table)
     gap, k = column(table, "gap_total"), column(table, "pareto_k")
     known = gap[np.isfinite(gap)]
     reference = best_reference(table)
     sure = trusted(table, reference)
-    how = " or ".join(word for name, word in WORDS.items() if kind[name])
+    how = " or ".join(word for name, word in VALUES.items() if kind[name])
     may, may_not = [], []
     if known.size and (kind[EXACT] or kind[ESTIMATE]):
-        median, low, high = (say(value) for value in thresholds_median(known))
+        median, low, high = (say(value) for value in thresholds.median(known))
         may.append(
             f"log p(x) is {how} for {known.size:,} of {count(n)}; the ELBO lies {median} nats [{low}, {high}] below it "
             "at the median (in brackets, here and below, its 95% interval). That much this guide loses, with this decoder held "
@@ -69,7 +66,7 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
             "estimates, and enter no mean, median or figure of the gap."
         )
     if kind[ESTIMATE]:
-        words, accepted = estimated(table)
+        words, _, accepted = estimated(table)
         may_not.append(
             f"Exact values of log p(x) for {count(kind[ESTIMATE])}: theirs is an {words} with the standard error given, "
             f"accepted because {accepted}."
@@ -97,12 +94,12 @@ def conclusions(table: xr.Dataset) -> tuple[list[str], list[str]]:
 
 
 def _blame(table: xr.Dataset) -> str:
-    """Say how much of the gap is the encoder's and how much the family's; empty where they are not told apart."""
+    """Return the shares of encoder and family in the gap, in words; empty where they are not separated."""
     encoder, family = column(table, "gap_amortization"), column(table, "gap_approximation")
-    rows = thresholds_known(table) & np.isfinite(encoder) & np.isfinite(family)
+    rows = thresholds.known(table) & np.isfinite(encoder) & np.isfinite(family)
     if not rows.any():
         return ""
-    parts = [thresholds_median(values[rows]) for values in (encoder, family)]
+    parts = [thresholds.median(values[rows]) for values in (encoder, family)]
     said = [f"{say(middle)} nats [{say(low)}, {say(high)}]" for middle, low, high in parts]
     return (
         f"What makes the gap, over {count(int(rows.sum()))}: at the median the encoder misses {said[0]} of what its own family "

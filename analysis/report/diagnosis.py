@@ -1,7 +1,6 @@
-"""From `diagnosis.nc` to what the report shows of it: the table of verdicts, what was not looked at, and the figures.
+"""The report's view of `diagnosis.nc`: the table of verdicts, the missing parts, and the figures.
 
-A diagnosis may be absent (audits with audit.diagnose=false, or of an older version), and so may any part of it: each costs a
-sentence.
+A diagnosis, or a part of it, may be absent (audits with audit.diagnose=false, or of an older version): a sentence says so.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from elbowroom.system.stages import stage
 
 NO_DIAGNOSIS = "the run folder has no diagnosis.nc; `elbowroom audit` with audit.diagnose=true writes it"
 SPLITS = ("train", "validation", "simulated")
-GROUPS = {  # of diagnosis.nc: what the report calls them
+GROUPS = {  # group of diagnosis.nc -> its name in the report
     "information": "what the latents carry",
     "prior_sbc": "calibration on simulated data",
     "posterior_sbc": "calibration on these data",
@@ -43,7 +42,7 @@ class Line:
 
     Attributes:
         verdict: its name.
-        number: what it rests on, with its 95 % interval and units.
+        number: its evidence, with 95 % interval and units.
         rests_on: the same in words.
         rule: the rule, with its threshold.
         advice: what to do.
@@ -59,7 +58,7 @@ class Line:
 
 
 def lines(table: xr.Dataset, tree: xr.DataTree | None) -> list[Line]:
-    """Return the verdicts, the most consequential first; by the audit's table alone where there is no diagnosis."""
+    """Return the verdicts, the most consequential first; without a diagnosis, from the audit's table alone."""
     stored = part(tree, "verdicts")
     verdicts = rules.judge(table) if stored is None else judgement.from_dataset(stored)
     return [
@@ -69,13 +68,13 @@ def lines(table: xr.Dataset, tree: xr.DataTree | None) -> list[Line]:
 
 
 def _sentence(text: str) -> str:
-    """Begin with a capital, but not a symbol, and end with a full stop."""
+    """Start with a capital, unless with a symbol, and end with a full stop."""
     first = text.partition(" ")[0]
     return f"{text if first in ('log', 'p') else text[:1].upper() + text[1:]}."
 
 
 def number(one: judgement.Judgement) -> str:
-    """Write a judgement's number with its interval and units."""
+    """Format a judgement's number with its interval and units."""
     share = one.units.startswith("share")
     write = percent if share else (lambda value: f"{value:g}" if one.units == "latents" else say(value))
     interval = f" [{write(one.low)}, {write(one.high)}]" if math.isfinite(one.low) and math.isfinite(one.high) else ""
@@ -88,7 +87,7 @@ def number(one: judgement.Judgement) -> str:
 
 
 def missing(tree: xr.DataTree | None) -> list[str]:
-    """Return, as sentences, what was not found out and why."""
+    """Return, as sentences, which parts are missing and why."""
     if tree is None:
         return [
             f"Judged by the gaps alone, because {NO_DIAGNOSIS}: overfitting, collapsed latents, calibration and misfit of the "
@@ -104,18 +103,12 @@ def reasons(tree: xr.DataTree) -> dict[str, str]:
 
 
 def part(tree: xr.DataTree | None, name: str) -> xr.Dataset | None:
-    """Return a group of the diagnosis, None where it lacks it."""
+    """Return a group of the diagnosis, None where it is missing."""
     return tree[name].to_dataset() if tree is not None and name in tree.children else None
 
 
 def draw(table: xr.Dataset, tree: xr.DataTree | None, *, audited: str) -> list[Plot | Absent]:
-    """Draw the figures of the diagnosis, or say why there is none.
-
-    Args:
-        table: the audit.
-        tree: the diagnosis.
-        audited: what the audited data are called, such as `test`.
-    """
+    """Draw the figures of the diagnosis, or give the reason why there is none; `audited` names the data, such as `test`."""
     children = {} if tree is None else dict(tree.children)
     pits = {name: children[name].to_dataset() for name in children if name == "pit" or name.startswith("pit_")}
     figures: Mapping[str, tuple[str, Callable[[], Plot | Absent]]] = {

@@ -1,7 +1,7 @@
-"""From the tables of a run folder to what a report says in words and numbers.
+"""The key figures and texts of a report, from the tables of a run folder.
 
-Only values of log p(x) (exact, or an estimate that can be trusted) enter a mean or a gap; bounds are called bounds, and the
-data that have nothing else are counted and named. All log densities are in nats per datum.
+Only values of log p(x) (exact, or a trusted estimate) enter a mean or a gap; data with bounds alone are counted and listed. All
+log densities are in nats per datum.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from elbowroom.analysis.measures.evidence_kinds import BOUND, CONTRADICTED, ESTIMATE, EXACT, counts, kinds, methods
-from elbowroom.analysis.measures.table import GOOD_K, best_reference, column, mean_se, trusted
+from elbowroom.analysis.measures.evidence_kinds import BOUND, CONTRADICTED, ESTIMATE, EXACT, VALUES, counts, kinds, methods
+from elbowroom.analysis.measures.table import GOOD_K, best_reference, column, trusted
 from elbowroom.analysis.plots.style import count, percent, say
+from elbowroom.analysis.verdict.thresholds import mean_se
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A key figure: a number, what it is, and what it rests on."""
+    """A key figure: a number, its name, and its evidence."""
 
     label: str
     value: str
@@ -50,7 +51,7 @@ WORST_COLUMNS = (
 
 
 def _with_error(mean: float, error: float) -> str:
-    """Write mean ± error with two digits of the error."""
+    """Format mean ± error with two digits of the error."""
     if not math.isfinite(mean):
         return "–"
     if not math.isfinite(error) or error <= 0:
@@ -60,19 +61,15 @@ def _with_error(mean: float, error: float) -> str:
 
 
 def _evidence_note(table: xr.Dataset) -> str:
-    words = {
-        EXACT: "exact for {:,}",
-        ESTIMATE: "estimated for {:,}",
-        CONTRADICTED: "contradicted by the ELBO for {:,}",
-        BOUND: "unknown for {:,}, which are not in this mean",
-    }
-    kind, by = counts(table), " and ".join(methods(table, EXACT, ESTIMATE, CONTRADICTED))
-    said = ", ".join(text.format(kind[name]) for name, text in words.items() if kind[name])
-    return f"{said} of {count(table.sizes['obs_id'])} (by {by})"
+    kind, by = counts(table), " and ".join(methods(table, *VALUES))
+    parts = [f"{word} for {kind[name]:,}" for name, word in VALUES.items() if kind[name]]
+    if kind[BOUND]:
+        parts.append(f"unknown for {kind[BOUND]:,}, which are not in this mean")
+    return f"{', '.join(parts)} of {count(table.sizes['obs_id'])} (by {by})"
 
 
 def _bits(mean: float, error: float, entries: int | None) -> str:
-    """Write mean and standard error as a code length: -log p(x) / (D log 2)."""
+    """Format mean and standard error as a code length: -log p(x) / (D log 2)."""
     if not entries or not math.isfinite(mean):
         return ""
     unit = entries * math.log(2)
@@ -80,12 +77,10 @@ def _bits(mean: float, error: float, entries: int | None) -> str:
 
 
 def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> list[Figure]:
-    """Return the four to six numbers that stand at the top.
+    """Return the four to six key figures of the report.
 
-    Args:
-        table: the audit.
-        entries: entries of one datum, where the data are discrete (then bits per dimension are said too).
-        held_out: whether the audited data took no part in the fit.
+    `entries` is the number of entries of one datum where the data are discrete: bits per dimension are then included.
+    `held_out` says that the audited data took no part in the fit.
     """
     n = table.sizes["obs_id"]
     where = ", held out" if held_out else ""
@@ -129,7 +124,7 @@ def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> li
 
 
 def worst_rows(table: xr.Dataset, size: int = 10) -> list[WorstRow]:
-    """Return the data with the largest gaps, then, where gaps are few, those without a known one."""
+    """Return the data with the largest gaps, then, if these are few, those with an unknown gap."""
     gap, kind = column(table, "gap_total"), kinds(table)
     order = np.argsort(np.where(np.isfinite(gap), -gap, np.inf), kind="stable")[:size]
     reference = best_reference(table)
@@ -140,7 +135,7 @@ def worst_rows(table: xr.Dataset, size: int = 10) -> list[WorstRow]:
     for n in order:
         one = {name: float(column(table, name)[n]) for name in ("elbo", "elbo_se", "log_evidence", "log_evidence_lower")}
         low, high = float(column(table, "gap_total_lower")[n]), float(column(table, "gap_total_upper")[n])
-        room = f"at least {say(low)}" if 0 < low < math.inf else "not known"
+        evidence, room = "not known", f"at least {say(low)}" if 0 < low < math.inf else "not known"
         if math.isfinite(gap[n]):
             room = f"{say(float(gap[n]))} [{say(low)}, {say(high)}]"
         if math.isfinite(one["log_evidence"]):
@@ -150,8 +145,6 @@ def worst_rows(table: xr.Dataset, size: int = 10) -> list[WorstRow]:
             evidence = f"≥ {say(one['log_evidence_lower'], 4)} (bound)"
             if math.isfinite(above):
                 evidence = f"{say(one['log_evidence_lower'], 4)} to {say(above, 4)} (bounds)"
-        else:
-            evidence = "not known"
         cells = [f"{say(one['elbo'], 4)} ± {say(one['elbo_se'], 2)}", evidence, room, _short(column(table, "pareto_k")[n])]
         reason = ""
         if part is None:
@@ -171,12 +164,9 @@ def _short(value: Any) -> str:
 def declared(
     spec: Mapping[str, Any] | None, split: Mapping[str, int] | None, table: xr.Dataset
 ) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return what the run was told, as titled lists of (path, value).
+    """Return the settings of the run, as titled lists of (path, value).
 
-    Args:
-        spec: the resolved spec; None where the run folder has none.
-        split: sizes of the parts of the data.
-        table: the audit, whose attributes name the seed and the rest.
+    They come from the resolved spec, if there is one, the sizes of the data's parts, and the attributes of the audit's table.
     """
     blocks: list[tuple[str, list[tuple[str, str]]]] = []
     spec = dict(spec or {})
@@ -202,7 +192,7 @@ def declared(
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested mappings as (dotted path, text); a component's `name` stands for the component."""
+    """Return nested mappings as (dotted path, text); a component is shown by its `name`."""
     rows: list[tuple[str, str]] = []
     for key, value in tree.items():
         path = f"{prefix}{key}"

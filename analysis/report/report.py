@@ -1,7 +1,6 @@
-"""The report: one self-contained `report.html`, and its figures as PNG, from the files of a run folder alone.
+"""The report: a self-contained `report.html` and its figures as PNG, made from the files of a run folder.
 
-Neither torch nor Pyro nor the weights are needed. What a folder lacks costs a sentence, not the report; only `audit.nc` must
-be there.
+It needs neither torch nor Pyro nor the weights. A missing file is reported in a sentence; only `audit.nc` is required.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ FIGURES = "figures"
 
 @dataclass(frozen=True)
 class Files:
-    """What a run folder holds, as far as a report needs it.
+    """The contents of a run folder that a report uses; None where a file is missing.
 
     Attributes:
         name: of the run.
         audit: `audit.nc`.
-        spec: `spec.yaml`; None where there is none.
+        spec: `spec.yaml`.
         split: sizes of train, validation and test, and their rows.
         history: `history.csv`.
         latent: `latent.nc`.
@@ -93,7 +92,7 @@ class Files:
 
     @property
     def observed(self) -> np.ndarray | None:
-        """The audited data, (N, *event), from whichever file holds them; only where there is one observed site."""
+        """The audited data, (N, *event), from the file that holds them; only for a single observed site."""
         for tree in self.posteriors.values():
             if "observed_data" in tree.children:
                 sites = list(tree["observed_data"].data_vars.values())
@@ -104,29 +103,23 @@ class Files:
 
     @property
     def held_out(self) -> bool:
-        """Whether all audited data are of the test split."""
+        """Whether all audited data belong to the test split."""
         if self.split is None or "test" not in self.split:
             return False
         return bool(np.isin(self.audit["obs_id"].values, self.split["test"]).all())
 
     @property
     def entries(self) -> int | None:
-        """Entries of one datum where the data are discrete, else None: bits are for these."""
+        """Entries of one datum where the data are discrete, for bits per dimension; else None."""
         stored = str(self.audit.attrs.get("entries", ""))
         return int(stored) if stored.isdecimal() and int(stored) else None
 
 
 @stage("report")
 def write_report(folder: str | Path) -> Path:
-    """Write `figures/*.png` and `report.html` into a run folder, from its files alone.
+    """Write `figures/*.png` and `report.html` into a run folder that holds an audit, and return the report's path.
 
-    Figures of an earlier report that this one lacks are removed. Each file is written whole or not at all.
-
-    Args:
-        folder: the run folder; it must hold an audit.
-
-    Returns:
-        The path of the report.
+    Outdated figures of an earlier report are removed. Each file is written completely or not at all.
 
     Raises:
         RunFolderError: there is no audit, or a file is damaged.
@@ -147,7 +140,7 @@ def write_report(folder: str | Path) -> Path:
     )
     may, may_not = conclusions.conclusions(files.audit)
     said = [line for line in str(files.audit.attrs.get("verdict", "")).splitlines() if line.strip()]
-    verdict = [line for line in said if not line.startswith("Verdict: ")]  # which the table says
+    verdict = [line for line in said if not line.startswith("Verdict: ")]  # verdicts are in the table
     split = None if files.split is None else {name: len(rows) for name, rows in files.split.items()}
     rows = key_figures.worst_rows(files.audit)
     html = environment.get_template("report.html.j2").render(
@@ -173,14 +166,14 @@ def write_report(folder: str | Path) -> Path:
 
 
 def write_picture(folder: str | Path, path: str | Path) -> Path:
-    """Write the picture of guide and exact posterior by itself, as wide as a README: best, typical and worst datum.
+    """Write a separate figure of guide and exact posterior for the best, a typical and the worst datum, sized for a README.
 
     Args:
         folder: the run folder; its model has one or two latents.
         path: the PNG to write.
 
     Raises:
-        RunFolderError: the folder cannot give this picture; says why.
+        RunFolderError: the folder lacks the data of this figure; the message says why.
     """
     files = Files.read(folder)
     title = f"Three of {files.audit.sizes['obs_id']} data: the exact posterior p(z|x), and what the encoder says, q(z|x)"
@@ -193,7 +186,7 @@ def write_picture(folder: str | Path, path: str | Path) -> Path:
 
 
 def draw(files: Files) -> dict[str, Plot | Absent]:
-    """Draw every figure of the report, name -> figure, or why there is none."""
+    """Draw every figure of the report: name -> figure, or the reason why there is none."""
     figures = (
         partial(plots_posterior.contours, files.latent),
         partial(plots_audit.gaps, files.audit, files.entries),
@@ -215,7 +208,7 @@ def draw(files: Files) -> dict[str, Plot | Absent]:
 
 
 def _embed(item: Plot | Absent, folder: Path) -> dict[str, Any]:
-    """Write a figure as PNG and return what the page shows of it; remove the file of one that is absent."""
+    """Write a figure as PNG and return its data for the page; remove the file of an absent figure."""
     path = folder / f"{item.name}.png"
     if isinstance(item, Absent):
         path.unlink(missing_ok=True)
@@ -235,7 +228,7 @@ def _embed(item: Plot | Absent, folder: Path) -> dict[str, Any]:
 
 
 def _thumbnails(files: Files, obs_id: list[int]) -> dict[int, str]:
-    """Return small pictures of the data, obs_id -> data URI; none where the data are not images."""
+    """Return small images of the data, obs_id -> data URI; empty where the data are not images."""
     image, observed = plots.event_image(files.latent), files.observed
     if image is None or observed is None:
         return {}
@@ -249,7 +242,7 @@ def _data_uri(png: bytes) -> str:
 
 
 def _read(path: Path, reader: Any) -> Any:
-    """Read a file, None where there is none; one that cannot be read is named."""
+    """Read a file, None where there is none; an error names the file."""
     if not path.is_file():
         return None
     try:

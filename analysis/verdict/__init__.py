@@ -1,1 +1,1 @@
-"""From numbers to a verdict: rules, their thresholds, and what to do."""
+"""From numbers to a verdict: rules, thresholds and remedies."""

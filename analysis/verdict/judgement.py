@@ -1,4 +1,4 @@
-"""A verdict, and verdicts in files: the group `verdicts` of `diagnosis.nc`."""
+"""A verdict, and its storage in files: the group `verdicts` of `diagnosis.nc`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from elbowroom.errors import RunFolderError
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict, the number that it rests on, the rule, and what to do.
+    """A verdict, its number, the rule, and the advice.
 
     Attributes:
-        verdict: `sound`, or one of `rules.RULES`.
-        number: what the rule looked at.
-        low: lower end of its 95 % interval, NaN where it is a count.
+        verdict: `sound`, or one of those in `verdict.rules`.
+        number: the quantity that the rule uses.
+        low: lower end of its 95 % interval, NaN for a count.
         high: upper end.
         units: of these three.
-        rests_on: the same in words.
+        rests_on: the evidence in words.
         rule: the rule, with its threshold.
         advice: what to do about it.
     """
@@ -41,14 +41,14 @@ class Judgement:
 
 
 def as_dataset(verdicts: list[Judgement]) -> xr.Dataset:
-    """Lay judgements out over `verdict`, for files."""
+    """Convert judgements to a table over `verdict`, for files."""
     rows = [asdict(judgement) for judgement in verdicts]
     columns = {name: ("verdict", np.array([row[name] for row in rows])) for name in rows[0] if name != "verdict"}
     return xr.Dataset(columns, coords={"verdict": np.array([row["verdict"] for row in rows])})
 
 
 def from_dataset(dataset: xr.Dataset) -> list[Judgement]:
-    """Return the judgements that `as_dataset` laid out."""
+    """Return the judgements stored by `as_dataset`."""
 
     def number(name: str, i: int) -> float:
         return float(dataset[name].values[i])
@@ -72,7 +72,7 @@ def from_dataset(dataset: xr.Dataset) -> list[Judgement]:
 
 
 def read(path: Path) -> xr.DataTree:
-    """Read `diagnosis.nc`, whose verdicts must be legible.
+    """Read `diagnosis.nc`, which must have readable verdicts.
 
     Raises:
         RunFolderError: it is damaged, or holds no verdicts.

@@ -1,4 +1,4 @@
-"""What the advice of a verdict can point to: the settings and commands of a run, or what Pyro has for its programs."""
+"""Remedies that the advice of a verdict names: settings and commands of a run, or Pyro's equivalents."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ FITTED = "spec_sha256"  # attribute of the audits of runs
 
 @dataclass(frozen=True)
 class Remedies:
-    """Cures in the words of those who can carry them out; each is a part of a sentence.
+    """Remedies in the user's terms; each is a part of a sentence.
 
     Attributes:
-        references: how references are given more time, or others.
+        references: how to give references more time, or use others.
         modes: families with several modes.
         covariance: the family with a full covariance.
-        shape: families that are no normal.
-        richer: richer families than one that is no normal.
-        try_family: how such a family is tried, after a semicolon.
-        try_encoder: how a larger encoder is.
-        simulated: where data without end come from.
-        regularise: what else keeps an encoder from learning by heart.
-        alive: how latents are kept alive in training.
-        held_out: what says which model is better.
-        likelihoods: where other likelihoods are found.
-        draws: where the draws of a reference are, a format of `reference`.
+        shape: non-normal families.
+        richer: richer families than a non-normal one.
+        try_family: how to try such a family, after a semicolon.
+        try_encoder: how to try a larger encoder.
+        simulated: how to obtain unlimited simulated data.
+        regularise: further ways to keep an encoder from overfitting.
+        alive: how to keep latents active in training.
+        held_out: the quantity that shows which model is better.
+        likelihoods: where to find other likelihoods.
+        draws: where to find the draws of a reference; a format of `reference`.
     """
 
     references: str
@@ -45,7 +45,7 @@ class Remedies:
 
     @classmethod
     def of(cls, table: xr.Dataset) -> Remedies:
-        """Return those for an audit: of a run, whose spec can be changed, or of a Pyro program."""
+        """Return the remedies for an audit: of a run, whose spec can be changed, or of a Pyro program."""
         return RUN if FITTED in table.attrs else PROGRAM
 
 

@@ -1,4 +1,4 @@
-r"""The verdicts, and the rules by which they are reached: one table, from certified evidence only.
+r"""The verdicts and their rules, from certified evidence only.
 
 | verdict                     | rule                                                                                         |
 |-----------------------------|----------------------------------------------------------------------------------------------|
@@ -13,9 +13,8 @@ r"""The verdicts, and the rules by which they are reached: one table, from certi
 | `sound`                     | none of these                                                                                |
 
 The gap is `not small` where the median over certified data exceeds 0.1 nats, or 5 % of them have more than 1 nat; each datum
-counts with the lower end of its own interval. The verdict is about these data; the interval beside a median is for those that
-they stand for, by order statistics, whatever the distribution.
-Several verdicts may hold; they are listed in this order, the two causes of the gap by their size.
+counts with the lower end of its own interval. The verdict is about these data; the distribution-free interval of a median, by
+order statistics, is about their population. Several verdicts may hold, in this order, the two causes of the gap by their size.
 """
 
 from __future__ import annotations
@@ -62,11 +61,11 @@ from elbowroom.analysis.verdict.thresholds import (
 
 
 class Facts:
-    """What the rules look at: the table of certified data, and what was found beside it.
+    """The data for the rules: the table of certified data, and the further evidence.
 
     Args:
         table: the audit's table.
-        beside: `information`, `checks`, `train` and so on, as far as there are any.
+        beside: `information`, `checks`, `train` and so on, where available.
     """
 
     def __init__(self, table: xr.Dataset, beside: Mapping[str, xr.Dataset]) -> None:
@@ -89,11 +88,11 @@ class Facts:
 
 
 def judge(table: xr.Dataset, beside: Mapping[str, xr.Dataset] | None = None) -> list[Judgement]:
-    """Return the verdicts, the most consequential first; `sound` alone where no other holds.
+    """Return the verdicts, the most consequential first; `sound` alone where no other applies.
 
     Args:
         table: the audit's table.
-        beside: datasets by name, as `Audit.diagnosis` holds them; rules whose evidence is missing are silent.
+        beside: datasets by name, as `Audit.diagnosis` holds them; rules without their evidence give no verdict.
     """
     facts = Facts(table, beside or {})
     if not facts.known.any():
@@ -106,7 +105,7 @@ def judge(table: xr.Dataset, beside: Mapping[str, xr.Dataset] | None = None) -> 
 
 
 def per_datum(table: xr.Dataset) -> np.ndarray:
-    """Return a verdict for each datum, (N,): what can be said of one datum by its own numbers."""
+    """Return a verdict for each datum, (N,), based on its own numbers only."""
     gap, low = column(table, "gap_total"), column(table, "gap_total_lower")
     shares = (column(table, "gap_amortization"), column(table, "gap_approximation"))
     verdict = np.full(table.sizes["obs_id"], SOUND, dtype=object)
@@ -237,12 +236,12 @@ def _overfits(facts: Facts) -> Judgement | None:
 
 
 def _encoder(facts: Facts) -> Judgement | None:
-    """Blame the encoder, unless it overfits, which is said instead."""
+    """Return `encoder falls short`, unless the encoder overfits, which has its own verdict."""
     return None if _overfits(facts) is not None else _cause(facts, ENCODER)
 
 
 def _cause(facts: Facts, verdict: str) -> Judgement | None:
-    """Name what makes the gap, where it is not small: the encoder, the family, or what cannot be told apart."""
+    """Name the cause of a gap that is not small: the encoder, the family, or both without separation."""
     if facts.small:
         return None
     gap, low, high = median(facts.gap)
@@ -258,7 +257,7 @@ def _cause(facts: Facts, verdict: str) -> Judgement | None:
         said = f"{whole}; {_not_refitted(facts)}, so family and encoder cannot be told apart"
         advice = f"Train it longer with a wider encoder and see whether that was it; {facts.cures.try_encoder}."
         return Judgement(GUIDE, gap, low, high, "nats", said, rule, advice)
-    if np.median(facts.low) <= SMALL_GAP:  # small but for the tail, whose cause is asked for
+    if np.median(facts.low) <= SMALL_GAP:  # only the tail is large: look for the tail's cause
         rows &= facts.low > LARGE_GAP
     of_encoder, of_family = median(amortization[rows]), median(approximation[rows])
     mine, part = (of_encoder, "amortization") if verdict == ENCODER else (of_family, "approximation")
@@ -281,7 +280,7 @@ def _interval(values: tuple[float, float, float]) -> str:
 
 
 def _not_refitted(facts: Facts) -> str:
-    """Say why there is no best member of the guide's family."""
+    """Explain why there is no best member of the guide's family."""
     if "elbo_refit_full" in facts.table and np.isfinite(facts.part("elbo_refit_full")).any():
         return "the guide is no normal and was not refitted (it offers no variational_parameters, or time was short)"
     if "total_variation" in facts.table and np.isfinite(facts.table["total_variation"].values).any():
@@ -290,9 +289,9 @@ def _not_refitted(facts: Facts) -> str:
 
 
 def _richer(facts: Facts, rows: np.ndarray) -> str:
-    """Say which family would close the approximation gap, and by how much, from the refits."""
+    """Name the family that would close the approximation gap, and by how much, from the refits."""
     covariance, shape = median(facts.part("gap_covariance")[rows]), median(facts.part("gap_shape")[rows])
-    if math.isnan(covariance[0]):  # the guide is no normal
+    if math.isnan(covariance[0]):  # the guide is not normal
         gain = f"{facts.cures.richer} can gain up to {_interval(median(facts.part('gap_approximation')[rows]))} per datum"
         return f"{gain}; the best normal is {shape[0]:.3g} nats short of log p(x)."
     if covariance[0] >= HALF * (max(covariance[0], 0) + max(shape[0], 0)) and covariance[0] > 0:
@@ -318,7 +317,7 @@ def _sound(facts: Facts) -> Judgement:
 
 
 def _distance(facts: Facts) -> str:
-    """Say how far q(z|x) is from the certified posterior where nothing is wrong, for a small gap is not none."""
+    """Describe the remaining distance of q(z|x) from the certified posterior where the gap is small."""
     reference = best_reference(facts.table)
     rows = facts.known & trusted(facts.table, reference)
     if reference is None or "mean_error" not in facts.table or not rows.any():
@@ -327,7 +326,7 @@ def _distance(facts: Facts) -> str:
     mean, ratio = (np.asarray(part[name].values, dtype=float)[rows] for name in ("mean_error", "sd_ratio"))
     draws = facts.cures.draws.format(reference=reference)
     end = f"where that matters, use the corrected posterior, {draws}; elsewhere q(z|x) may be used as it is."
-    if not np.isfinite(mean).any():  # discrete latents, which have no centre and no width
+    if not np.isfinite(mean).any():  # discrete latents, without mean and width
         most, middle = _at_most(np.asarray(part["total_variation"].values, dtype=float)[rows])
         return (
             f"At {1 - FEW:.0%} of the data q(z|x) puts at most {most:.2g} of its probability on other values than the "
@@ -341,7 +340,7 @@ def _distance(facts: Facts) -> str:
 
 
 def _at_most(values: np.ndarray) -> tuple[float, float]:
-    """Return what 95 % of the values do not exceed (of few, the largest), and their median."""
+    """Return the 95 % quantile of the values (of few, the largest), and their median."""
     values = values[np.isfinite(values)]
     return float(np.quantile(values, 1 - FEW, method="higher")), float(np.median(values))
 

@@ -1,6 +1,6 @@
-"""From an audit's table to the short table and the sentences of the terminal and the report.
+"""The short table and the sentences of the terminal and the report, from an audit's table.
 
-Only data whose evidence is a value (exact or a trusted estimate) enter the gap; the others are counted and said.
+Only data with a value of log p(x) (exact or a trusted estimate) enter the gap; the others are counted.
 """
 
 from __future__ import annotations
@@ -9,28 +9,17 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.measures import evidence_kinds
-from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, ESTIMATE, EXACT, counts, has_value
-from elbowroom.analysis.measures.table import (
-    FEW,
-    GOOD_K,
-    LARGE_GAP,
-    MISSED,
-    SMALL_GAP,
-    bad_k,
-    best_reference,
-    certified,
-    column,
-    mean_se,
-    trusted,
-)
+from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, ESTIMATE, EXACT, counts, estimated, has_value
+from elbowroom.analysis.measures.table import FEW, GOOD_K, LARGE_GAP, MISSED, SMALL_GAP, best_reference, column, trusted
+from elbowroom.analysis.verdict.thresholds import bad_k, certified, mean_se
 
 MEAN_ERROR = 0.2  # reference standard deviations
 SD_RATIO = 1.25
-NAMED = 5  # data that a sentence names
+NAMED = 5  # largest number of data named in a sentence
 
 
 def mean_in_words(values: np.ndarray) -> str:
-    """Write the mean of the finite values and its standard error."""
+    """Format the mean of the finite values and its standard error."""
     mean, error = mean_se(values)
     return "not available" if np.isnan(mean) else f"{mean:.3f} +- {error:.3f}"
 
@@ -45,15 +34,16 @@ def _quartiles(values: np.ndarray, digits: int = 3) -> str:
 
 def summary(table: xr.Dataset) -> list[tuple[str, str]]:
     """Return (quantity, value) rows: means +- standard error over data, medians (quartiles), counts."""
-    n, k, gap = table.sizes["obs_id"], table["pareto_k"].values, _finite_gap(table)
-    no_k = not (np.isfinite(k) | np.isposinf(k)).any()  # such as weights of few discrete values, which have no tail
+    n, k, gap = table.sizes["obs_id"], table["pareto_k"].values, table["gap_total"].values
+    largest = f"{gap[np.isfinite(gap)].max():.3f}" if np.isfinite(gap).any() else "not available"
+    no_k = not (np.isfinite(k) | np.isposinf(k)).any()  # for example weights of a few discrete values, which have no tail
     rows = [
         ("data audited", str(n)),
         ("evidence by", ", ".join(f"{name} {count}" for name, count in sorted(evidence_kinds.methods(table).items()))),
         ("mean ELBO [nats]", mean_in_words(table["elbo"].values)),
         (f"mean log p(x) [nats], {int(has_value(table).sum())} data", mean_in_words(table["log_evidence"].values)),
         ("gap [nats], median (quartiles)", _quartiles(gap)),
-        ("gap [nats], largest", f"{gap.max():.3f}" if gap.size else "not available"),
+        ("gap [nats], largest", largest),
         ("k-hat, median (quartiles)", _quartiles(k, 2)),
         (f"k-hat > {GOOD_K}", "not available" if no_k else f"{bad_k(table)} of {n}"),
         ("effective sample fraction, median", _quartiles(table["ess_fraction"].values, 2)),
@@ -61,7 +51,7 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
     for reference in table["reference"].values:
         part, good = table.sel(reference=reference), trusted(table, reference)
         rows.append((f"{reference}: exact or certified", f"{int(good.sum())} of {n}"))
-        if not good.any():  # such as annealing, which certifies nothing: its bounds stand in the table
+        if not good.any():  # for example annealing, which certifies nothing: its bounds are in the table
             continue
         if np.isfinite(part["total_variation"].values).any():
             rows.append((f"{reference}: total variation", _quartiles(part["total_variation"].values[good])))
@@ -72,19 +62,19 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
             (f"{reference}: sliced Wasserstein [sd]", _quartiles(part["sliced_wasserstein"].values[good], 3)),
             (f"{reference}: its noise floor [sd]", _quartiles(part["noise_floor"].values[good], 3)),
         ]
-        if "kl_forward" in part:  # an audit of before it was computed
+        if "kl_forward" in part:  # absent in audits of older versions
             rows.append((f"{reference}: KL(p || q) [nats]", _quartiles(part["kl_forward"].values[good])))
     return rows
 
 
 def sentences(table: xr.Dataset) -> list[str]:
-    """Return two to five plain sentences: how large the gap is, what is wrong with q, what could not be certified."""
+    """Return two to five plain sentences: the size of the gap, the errors of q, and the data that could not be certified."""
     lines = (_gap(table), _missed(table), _shape(table), _trust(table), _caveat(table))
     return [line for line in lines if line]
 
 
 def _missed(table: xr.Dataset) -> str:
-    """Name the data at which the guide misses a mode, and the mass of what it misses."""
+    """Name the data at which the guide misses a mode, and the missed mass."""
     mass = column(table, "missed_mass")
     lost = np.flatnonzero(mass > MISSED)
     if not lost.size:
@@ -100,19 +90,13 @@ def _missed(table: xr.Dataset) -> str:
     )
 
 
-def _finite_gap(table: xr.Dataset) -> np.ndarray:
-    gap = table["gap_total"].values
-    return np.asarray(gap[np.isfinite(gap)])
-
-
 def _gap(table: xr.Dataset) -> str:
-    n, gap, kind = table.sizes["obs_id"], _finite_gap(table), counts(table)
-    infinite = int(np.isposinf(table["gap_total"].values).sum())
+    n, gap, kind = table.sizes["obs_id"], table["gap_total"].values, counts(table)
+    gap, infinite = gap[np.isfinite(gap)], int(np.isposinf(gap).sum())
     if wrong := kind[CONTRADICTED]:
         return (
-            f"The numbers contradict each other: for {wrong} of {n} data log p(x) lies below the ELBO "
-            "by more than their errors allow, which cannot be; a mode was missed or a density is not "
-            "normalised. Trust none of them."
+            f"The numbers contradict each other: for {wrong} of {n} data log p(x) lies below the ELBO by more than their "
+            "errors allow, which cannot be; a mode was missed or a density is not normalised. Trust none of them."
         )
     if not gap.size:
         if infinite:
@@ -142,7 +126,7 @@ def _gap(table: xr.Dataset) -> str:
                 f"Where the guide puts mass, {tail} log p(x) is estimated by importance sampling from the guide itself: a mode "
                 "that the guide misses would be missing in it too, and the true gap larger."
             )
-        tail += f" log p(x) is estimated by {' and '.join(evidence_kinds.estimators(table))}, not from the guide."
+        tail += f" log p(x) is estimated by {estimated(table)[1]}, not from the guide."
     lost = (column(table, "missed_mass") > MISSED).mean() >= FEW or (gap > LARGE_GAP).mean() >= FEW
     near = "not everywhere close to" if lost else "close to"
     size = near if median < SMALL_GAP else "at some distance from" if median < LARGE_GAP else "far from"
@@ -155,13 +139,13 @@ def _shape(table: xr.Dataset) -> str:
         return ""
     part, good = table.sel(reference=best), trusted(table, best)
     variation = part["total_variation"].values[good]
-    if np.isfinite(variation).all():  # every latent is discrete: there is no width and no centre
+    if np.isfinite(variation).all():  # every latent is discrete: no mean and no width
         return (
             f"The typical q(z|x) puts {np.median(variation):.2g} of its probability on other values than the true posterior "
             f"(total variation; the largest, {variation.max():.2g})."
         )
     ratio, shift = np.median(part["sd_ratio"].values[good]), np.median(part["mean_error"].values[good])
-    factor = np.median(np.exp(np.abs(np.log(part["sd_ratio"].values[good]))))  # of which a narrow and a wide one do not cancel
+    factor = np.median(np.exp(np.abs(np.log(part["sd_ratio"].values[good]))))  # so that narrow and wide ones do not cancel
     width = (
         f"too narrow (sd {ratio:.2f} of the true one)"
         if ratio < 1 / SD_RATIO
@@ -191,7 +175,7 @@ def _caveat(table: xr.Dataset) -> str:
     if kind[EXACT]:
         parts.append(f"log p(x) is exact, up to the numerical error stated, for {kind[EXACT]} of {n} data")
     if kind[ESTIMATE]:
-        parts.append(f"log p(x) is an {evidence_kinds.estimated(table)[0]} for {kind[ESTIMATE]} of {n}")
+        parts.append(f"log p(x) is an {estimated(table)[0]} for {kind[ESTIMATE]} of {n}")
     if kind[CONTRADICTED]:
         parts.append(f"log p(x) is contradicted by the ELBO for {kind[CONTRADICTED]} of {n}")
     if missing:

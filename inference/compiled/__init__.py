@@ -1,4 +1,4 @@
-"""Functions of tensors as compiled graphs, and when to make one."""
+"""Functions of tensors as compiled graphs, and the rules for when to compile."""
 
 from elbowroom.inference.compiled.policies import policy
 

@@ -1,8 +1,8 @@
-"""Branches on values, `if bool(tensor)`, in functions that are traced: their outcomes are recorded first, then replayed.
+"""Branches on tensor values (`if bool(tensor)`) in traced functions: their outcomes are recorded, then replayed.
 
-While a function is traced its tensors have no values. A recording run with values finds what each branch comes to, in order,
-and the trace follows it. Under `vmap` a branch sees all rows of the data at once: it is followed where it holds for any of
-them (a hole anywhere), which the caller has to compare with a plain evaluation of every row.
+Tensors have no values while a function is traced. A run with values first records the outcome of each branch, and the trace
+then follows these outcomes. Under `vmap` one test covers all rows of the data: its outcome is true if it is true for any row
+(for example, if any row has a missing value). The caller must compare the result with a plain evaluation of every row.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Branches(TorchFunctionMode):
     """Records the outcomes of branches, or replays them.
 
     Args:
-        allowed: says of the tensor that a branch tests whether its outcome may be kept; by default any may.
-        outcomes: to replay; None records.
+        allowed: says whether the outcome of a branch on this tensor may be recorded; None allows all.
+        outcomes: outcomes to replay; None records.
 
     Attributes:
-        outcomes: what each branch came to, in order.
-        tested: what each branch tests, in order, where outcomes are replayed.
+        outcomes: the outcome of each branch, in order.
+        tested: the tensor that each branch tests, in order; filled during replay.
     """
 
     def __init__(self, allowed: Callable[[Tensor], bool] | None = None, outcomes: list[bool] | None = None) -> None:
@@ -56,7 +56,7 @@ class Branches(TorchFunctionMode):
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """Return the whole tensor of which `vmap` shows one row."""
+    """Return the whole tensor, of which `vmap` shows one row."""
     functorch = torch._C._functorch
     while functorch.is_batchedtensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
@@ -64,7 +64,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def levels(tensor: Tensor) -> set[int]:
-    """Return the levels of `vmap` that a tensor has rows in."""
+    """Return the levels of `vmap` at which a tensor is batched."""
     functorch, found = torch._C._functorch, set()
     while functorch.is_batchedtensor(tensor):
         found.add(functorch.maybe_get_level(tensor))

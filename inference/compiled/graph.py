@@ -1,16 +1,17 @@
-r"""Functions of tensors as graphs: everything that a function reads is an input, so its weights and data may change.
+"""Functions of tensors as graphs. Everything that a function reads is an input, so weights and data may change between calls.
 
-A Pyro program spends most of a small evaluation in its handlers. `Graph` runs a function once under `make_fx`, keeps the tensor
-operations and throws the handlers away; what the function read beside its arguments (weights, constants) becomes an input too,
-by reference, and is read anew at every call. A graph is replayed operation by operation, which needs nothing, or compiled by
-TorchInductor into fused kernels, which needs a C++ compiler and some seconds. Random numbers are drawn anew at every call from
-torch's own generators, in the order of the eager function.
+A small evaluation of a Pyro program spends most of its time in Pyro's handlers. `Graph` runs the function once under `make_fx`
+and keeps only the tensor operations. Tensors that the function reads besides its arguments (weights, constants) become inputs
+too, by reference, and are read again at every call. A graph is replayed one operation at a time, or compiled by TorchInductor
+into fused kernels, which needs a C++ compiler and some seconds. Random numbers are drawn anew at every call from torch's own
+generators, in the order of the eager function.
 
-What cannot be a graph says why (`Untraceable`), and stays eager: branches on values, numbers taken out of tensors, operations
-that write to their inputs (batch normalisation while it is trained), too many operations (loops over time steps).
+A function that cannot be a graph raises `Untraceable` with the reason, and its caller runs it eagerly. Reasons are branches on
+values, numbers taken out of tensors, operations that write to their inputs (batch normalisation in train mode), and too many
+operations (loops over time steps).
 
-`policy` says whether graphs are used. Under `auto` that is decided from the work ahead, counted in data and floating-point
-operations and never in seconds: the same seed gives the same numbers, however busy the machine is and whatever ran before.
+`policy` sets whether graphs are used. `auto` decides from the planned work, counted in data and floating-point operations and
+never in seconds: the same seed gives the same numbers on a busy machine and on an idle one.
 """
 
 from __future__ import annotations
@@ -42,24 +43,24 @@ MAX_NODES = 3000  # operations, above which compiling takes minutes
 
 
 class Untraceable(RuntimeError):
-    """A function cannot be made a graph; its text is the reason, as the rest of a sentence."""
+    """A function cannot be made a graph. The message is the reason, worded as the end of a sentence."""
 
 
 class Graph:
-    """A function of tensors, traced once, whose every tensor is an input.
+    """A function of tensors, traced once; all tensors that it uses are inputs.
 
     Args:
         function: takes tensors and returns a tuple of tensors; it must not keep them.
         inputs: tensors to trace it with.
-        varying: sizes in the example that may differ from call to call; they must differ from each other, from all other sizes
-            of the inputs, and from 0 and 1.
+        varying: sizes in `inputs` that may change from call to call. They must differ from each other, from all other sizes of
+            the inputs, and from 0 and 1.
 
     Attributes:
-        constants: the tensors that the function read beside its inputs, by reference.
-        captured: whether torch may overwrite what a call returned at the next one.
+        constants: the tensors that the function read besides its inputs, by reference.
+        captured: whether torch may overwrite the result of a call at the next call.
 
     Raises:
-        Untraceable: with the reason.
+        Untraceable: the function cannot be made a graph; gives the reason.
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], *, varying: Sequence[int] = ()) -> None:
@@ -71,7 +72,7 @@ class Graph:
                 mode: Literal["fake", "symbolic"] = "symbolic" if varying else "fake"
                 tracer = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)
                 self.module = tracer(*inputs)
-                # noise is drawn into empty tensors, which is no harm; what a functional graph still writes are its inputs
+                # noise is drawn into empty tensors, which is harmless; writes that stay in a functional graph go to its inputs
                 pure = make_fx(_functional(self.module), tracing_mode=mode, _allow_non_fake_inputs=True)
                 written = _written(self.module) and _written(pure(*inputs))
         except Untraceable:
@@ -97,7 +98,7 @@ class Graph:
         return self._kernel is not None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the graph, compiled if it is, without recording gradients."""
+        """Run the graph (compiled, if it was compiled) without recording gradients."""
         if self._kernel is None:
             return self.replay(*inputs)
         if self.captured:  # what the last call returned may be overwritten
@@ -106,7 +107,7 @@ class Graph:
             return tuple(self._kernel(*[t.contiguous() for t in inputs], *self.constants))
 
     def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the graph operation by operation, whether it is compiled or not."""
+        """Run the graph operation by operation, even if it is compiled."""
         with torch.no_grad():
             return tuple(self.module(*[t.contiguous() for t in inputs], *self.constants))
 
@@ -114,11 +115,11 @@ class Graph:
         """Compile the graph into fused kernels, once; returns the seconds it took.
 
         Args:
-            check: called with the compiled graph; where it raises, the graph is replayed as before.
-            capture: on CUDA, let torch capture it as a CUDA graph; what it returned is overwritten by the next call.
+            check: called with the compiled graph; if it raises, the graph is replayed as before.
+            capture: on CUDA, let torch capture it as a CUDA graph; each call then overwrites the result of the previous one.
 
         Raises:
-            Untraceable: there is no C++ compiler, or TorchInductor cannot, or the check says so.
+            Untraceable: there is no C++ compiler, TorchInductor fails, or `check` raises it.
         """
         if self.compiled:
             return 0.0
@@ -137,10 +138,9 @@ class Graph:
 
 
 def _inductor(module: Any, inputs: Sequence[Tensor], varying: Sequence[int], capture: bool) -> Callable[..., Any]:
-    """Compile a traced module; it takes its tensors one by one.
+    """Compile a traced module for the layouts of the inputs; the result takes its tensors one by one.
 
-    Compiled for the layouts of the inputs, without the guards that would compare them at each call: every input is made
-    contiguous, and sizes that vary are marked so.
+    No guard compares layouts at each call: every input is made contiguous, and varying sizes are marked as dynamic.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -184,7 +184,7 @@ def _has_compiler() -> bool:
 
 
 def _lift(module: Any) -> list[Tensor]:
-    """Make every tensor that a module holds an input of it, after the others; returns them."""
+    """Turn every tensor that a module holds into an input after the other inputs; returns these tensors."""
     graph, places = module.graph, {}
     found: list[Tensor] = []
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -209,7 +209,7 @@ def _lift(module: Any) -> list[Tensor]:
 
 
 def _fixed(module: Any, inputs: Sequence[Tensor], varying: Sequence[int]) -> str:
-    """Say which varying size of an input was made a constant while tracing; "" where none was."""
+    """Return the varying size that tracing made a constant, or ""."""
     places = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     for place, given in zip(places, inputs, strict=True):
         for size, example in zip(place.shape, given.shape, strict=True):
@@ -219,13 +219,13 @@ def _fixed(module: Any, inputs: Sequence[Tensor], varying: Sequence[int]) -> str
 
 
 def _functional(module: Any) -> Callable[..., Any]:
-    """Return a function that runs a graph, with nothing changed in place."""
+    """Return a function that runs a graph without changing any tensor in place."""
     run = torch.fx.Interpreter(module).run
     return torch.func.functionalize(run, remove="mutations") if _written(module) else run
 
 
 def _written(module: Any) -> str:
-    """Return the first operation that changes a tensor in place; "" for none."""
+    """Return the name of the first operation that changes a tensor in place, or ""."""
     schemas = (
         (node.target, getattr(node.target, "_schema", None)) for node in module.graph.nodes if node.op == "call_function"
     )
@@ -233,9 +233,9 @@ def _written(module: Any) -> str:
 
 
 class Operations(TorchDispatchMode):
-    """Counts floating-point operations of matrix products and convolutions, and the numbers that all other operations put out.
+    """Counts the floating-point operations of matrix products and convolutions, and the output entries of all other operations.
 
-    torch's own `FlopCounterMode` watches modules too, which fails for some programs.
+    torch's own `FlopCounterMode` also watches modules, which fails for some programs.
     """
 
     flops = 0

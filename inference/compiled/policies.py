@@ -1,4 +1,4 @@
-"""When functions are compiled: always, never, or where the work ahead pays for it."""
+"""When functions are compiled: always, never, or when the planned work repays it."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ def _inside(variable: ContextVar[T], value: T) -> Iterator[None]:
 
 
 def policy(compile: Compile) -> AbstractContextManager[None]:
-    """Set what is compiled inside."""
+    """Set the compile policy inside a `with` block."""
     if compile not in get_args(Compile):
         raise ValueError(f"compile must be one of {', '.join(get_args(Compile))}, got {compile!r}")
     return _inside(_policy, compile)
 
 
 def current_policy() -> Compile:
-    """Return what is compiled here."""
+    """Return the compile policy in force."""
     return _policy.get()
 
 
 def expecting(data: int) -> AbstractContextManager[None]:
-    """Say how many data there are in all, at least: what is compiled for some of them serves the others."""
+    """Announce that there are at least `data` data in all, so that a graph compiled for some of them serves the others too."""
     return _inside(_ahead, data_ahead(data))
 
 
 def data_ahead(here: int) -> int:
-    """Return for how many data a graph would serve, of which some are here."""
+    """Return the number of data that a graph would serve: those at hand, or the announced number if it is larger."""
     return max(here, _ahead.get())
 
 
 def at_most(evaluations: int) -> AbstractContextManager[None]:
-    """Say that each datum is evaluated at so many points at most, where that may be few."""
+    """Announce that each datum is evaluated at no more than `evaluations` points."""
     return _inside(_most, evaluations_ahead(evaluations))
 
 
 def evaluations_ahead(usual: float) -> float:
-    """Return at how many points each datum is evaluated, of what an audit would."""
+    """Return how often each datum is evaluated: `usual`, as in an audit, or the announced limit if it is smaller."""
     return min(usual, _most.get())

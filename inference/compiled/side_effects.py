@@ -1,11 +1,11 @@
-"""What a program changes beside its parameters and buffers, while it is tried and traced.
+"""Changes that a program makes outside its parameters and buffers while it is tried and traced.
 
-A graph holds tensor operations and nothing else. A network that counts its calls, keeps what it saw, or draws from Python's or
-NumPy's random numbers would go on with those of the moment it was traced, so it cannot be a graph. To find that out it is run;
-afterwards all is put back, so that trying a program leaves no trace: neither a count too many nor a tensor without values.
+A graph holds tensor operations only. It would freeze everything else at the time of tracing: a call counter, stored values,
+draws from Python's or NumPy's random numbers. A network that uses such things therefore cannot be a graph. To find out, the
+program is run once and everything is restored afterwards.
 
-Seen are the attributes of modules, the lists, dictionaries, generators and objects of the user's that they hold, and the global
-generators of Python and NumPy. Global variables of the user's files are not.
+Covered are the attributes of modules; the lists, dictionaries, generators and user objects that they hold; and the global
+generators of Python and NumPy. Global variables of the user's files are not covered.
 """
 
 from __future__ import annotations
@@ -32,22 +32,18 @@ Kept = tuple[str, Any, Callable[[], Any], Callable[[Any], None]]
 
 
 class SideEffects:
-    """Copies of what modules hold beside parameters and buffers.
-
-    Args:
-        *modules: they and all that is within them.
-    """
+    """Copies of everything that modules and their submodules hold besides parameters and buffers."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self._kept: list[Kept] = []  # name, value, how to read and to write it
-        self._seen: dict[int, Any] = {}  # holds the items, so that no id is used twice
+        self._seen: dict[int, Any] = {}  # keeps the items alive, so that no id is reused
         self._keep("Python's random numbers", random.getstate, random.setstate)
         self._keep("NumPy's random numbers", np.random.get_state, np.random.set_state)
         for module in modules:
             self._visit(module, "", 0)
 
     def changed(self) -> str:
-        """Return the name of something that has changed since; "" for nothing."""
+        """Return the name of something that has changed since the copy, or ""."""
         for name, before, read, _ in self._kept:
             now = read()
             if not _same(before, now):
@@ -58,7 +54,7 @@ class SideEffects:
         return ""
 
     def put_back(self) -> None:
-        """Put back what has changed."""
+        """Restore everything that has changed."""
         for _, before, read, write in self._kept:
             if not _same(before, read()):
                 write(before)
@@ -91,7 +87,7 @@ class SideEffects:
             self._visit_attributes(item, name, depth)
 
     def _visit_attributes(self, item: Any, name: str, depth: int) -> None:
-        """Keep what an object holds, without what it computes once and torch's own."""
+        """Copy the attributes of an object, without cached properties and the attributes that torch manages."""
         held = getattr(item, "__dict__", None)
         if not isinstance(held, dict):
             return
@@ -122,7 +118,7 @@ class SideEffects:
 
 @contextmanager
 def left_alone(*modules: nn.Module) -> Iterator[SideEffects]:
-    """Put back afterwards what a program changes beside parameters and buffers."""
+    """Restore on exit what a program changed besides parameters and buffers."""
     state = SideEffects(*modules)
     try:
         yield state
@@ -144,7 +140,7 @@ def _refill(part: dict[Any, Any], before: dict[Any, Any]) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Say whether two values are one object, or equal numbers, or containers of such; of tensors, whether all is equal."""
+    """Say whether two values are identical, equal numbers or arrays, or containers of such."""
     if one is other:
         return True
     if type(one) is not type(other) or isinstance(one, nn.Parameter):

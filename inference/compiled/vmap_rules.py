@@ -1,4 +1,4 @@
-"""Operations whose rules under `vmap` make the number of rows a constant of the graph, by equal ones whose rules do not."""
+"""Replacements for operations that, under `vmap`, would fix the number of rows as a constant of the graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class VmapRules(TorchFunctionMode):
-    """Replaces them while a function is traced; what cannot be replaced is left as it is."""
+    """Replaces these operations by equivalent ones while a function is traced; others stay as they are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         substitute = SUBSTITUTES.get(func)
@@ -39,7 +39,7 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
 
 
 def _gather(source: Tensor, dim: int, index: Tensor, **_: Any) -> Any:
-    """Pick one entry of the last dimension by comparing places."""
+    """Pick one entry of the last dimension by comparing positions."""
     if dim not in (-1, source.dim() - 1) or index.shape[-1] != 1:
         return NotImplemented
     places = torch.arange(source.shape[-1], device=source.device)
@@ -69,7 +69,7 @@ def _batch_norm(
     eps: float,
     *_: Any,
 ) -> Any:
-    """Normalise by fixed moments, channels in the second dimension."""
+    """Normalise by fixed moments; channels are in the second dimension."""
     if training or mean is None or variance is None:
         return NotImplemented
     shape = [-1, *[1] * (x.dim() - 2)]
@@ -83,12 +83,12 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _folded(convolution: Any) -> Any:
-    """Return a convolution whose rows under `vmap` are further images of its batch."""
+    """Return a convolution that treats the rows under `vmap` as further images of its batch."""
     functorch = torch._C._functorch
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         own = [t for t in (weight, bias) if t is not None and functorch.is_batchedtensor(t)]
-        if own or x.dim() != weight.dim():  # kernels of each row's own, or an image without a batch
+        if own or x.dim() != weight.dim():  # each row has its own kernels, or an image without a batch
             return NotImplemented
         if not functorch.is_batchedtensor(x):
             return convolution(x, weight, bias, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Checkpoints of a fit: whole or absent, free of pickled code, and refused where they belong to another fit."""
+"""Checkpoints of a fit: written atomically, free of pickled code, and refused by any other fit."""
 
 from __future__ import annotations
 
@@ -24,14 +24,10 @@ KEYS = ("identity", "rows", "best_epoch", "stopped_because", "model", "optimizer
 def identity(
     module: nn.Module, data: Sequence[Tensor | Rows], *, options: Mapping[str, Any], seed: int, spec: str
 ) -> dict[str, str]:
-    """Describe what a checkpoint must share with a fit to be resumed by it: data, options, seed, module and spec.
+    """Return what a checkpoint and a fit must have in common for the fit to resume from it.
 
-    Args:
-        module: its structure and the shapes of its state count, not the values.
-        data: all that the fit sees; all their bytes count.
-        options: of the fit, as plain numbers and strings.
-        seed: of the fit.
-        spec: whatever else tells fits apart.
+    The structure of the module and the shapes of its state count, not the values. Every byte of the data counts. `spec` is any
+    further text that distinguishes fits.
     """
     shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     return {
@@ -47,13 +43,13 @@ def identity(
 def save(path: Path, value: Mapping[str, Any]) -> None:
     """Write tensors and plain values to `path` atomically; `torch.load(path, weights_only=True)` reads them."""
     with atomic(path) as temporary:
-        packed = io.BytesIO()  # torch's own writer hides what the disk says
+        packed = io.BytesIO()  # torch's own writer hides the error of the disk
         torch.save(value, packed)
         temporary.write_bytes(packed.getbuffer())
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, whosever it is.
+    """Read the checkpoint of any fit onto the CPU.
 
     Raises:
         RunFolderError: it is not readable.
@@ -70,10 +66,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, identity: Mapping[str, str]) -> dict[str, Any]:
-    """Read the checkpoint of one fit onto the CPU.
+    """Read a checkpoint onto the CPU, for the fit with this identity.
 
     Raises:
-        RunFolderError: it is not readable, or belongs to a fit with another identity; says in what they differ.
+        RunFolderError: it is not readable, or belongs to a fit with another identity; names the differences.
     """
     state = read(path)
     theirs = state["identity"]
@@ -84,7 +80,7 @@ def load(path: Path, identity: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
-    """Say in what a checkpoint belongs to another fit."""
+    """Say how the fit of a checkpoint differs from this one."""
     kinds = [kind for kind in ours if theirs.get(kind) != ours[kind]]
     if kinds == ["options"]:
         old, new = json.loads(theirs["options"]), json.loads(ours["options"])

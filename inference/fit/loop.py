@@ -1,4 +1,4 @@
-"""The loop of a fit: epochs, validation, the best weights, the checkpoint, and what is said when a loss is not finite."""
+"""The loop of a fit: epochs, validation, best weights, checkpoints, and the error for a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from elbowroom.system.files import write_text
 from elbowroom.system.memory import fitting
 
 log = logging.getLogger("elbowroom")
-# five streams of random numbers from one seed: noise and initial state, shuffling, validation, binarization, effect of rounding
+# offsets that give independent streams of random numbers: shuffling, validation, binarization, effect of rounding
 _SHUFFLE, _VALIDATION, _REDRAW, _EFFECT = 0x5F3759DF, 0x2545F491, 0x1B873593, 0x27D4EB2F
 
 
 def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Shuffle 0 .. size - 1 with `generator` and yield it in parts of `batch_size`, the last one perhaps smaller."""
+    """Yield a random permutation of 0 .. size - 1 in parts of `batch_size`; the last part may be smaller."""
     yield from torch.randperm(size, generator=generator, device=generator.device).split(batch_size)
 
 
@@ -44,17 +44,11 @@ def shuffler(seed: int, device: torch.device) -> torch.Generator:
 
 
 def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, rows: int = 2048) -> float:
-    """Estimate the mean ELBO of data, in nats per datum, without changing anything.
+    """Estimate the mean ELBO of data (N, *event), in nats per datum, without changing any state.
 
-    (1/N) sum_n (1/S) sum_s log p(x_n, z_ns) - log q(z_ns|x_n), z_ns ~ q(z|x_n), unweighted, networks in eval mode. The
-    same seed gives the same standard noise, so that the values of two sets of weights differ by the weights alone.
-
-    Args:
-        vae: on the device and in the dtype of x.
-        x: data, (N, *event), perhaps with covariates and exposure beside them (`Rows`).
-        draws: S.
-        seed: of the noise; the caller's generators are left as they were.
-        rows: draws times data in one pass.
+    (1/N) sum_n (1/S) sum_s log p(x_n, z_ns) - log q(z_ns|x_n), z_ns ~ q(z|x_n), S = `draws`, without KL weight, networks in
+    eval mode. The same seed gives the same standard noise, so the values of two sets of weights differ because of the weights
+    alone. `rows` limits draws times data in one pass.
 
     Raises:
         NonFiniteSite: a log probability is not finite.
@@ -63,7 +57,7 @@ def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, 
     total, data = 0.0, Rows.of(x)
     with contained(seed, data.device), mode(vae, training=False), torch.no_grad():
         for part in data.split(fitting(draws, rows)):
-            # the draws stand beside each other in the plate, so any network that takes a batch will do
+            # the batch is repeated along the plate, so any network that takes a batch works
             repeated: dict[str, Any] = {name: value.repeat(draws, *[1] * (value.ndim - 1)) for name, value in part.items()}
             total += float(objective(vae.model, vae.guide, **repeated).elbo) / draws
     return total / len(data)
@@ -71,7 +65,7 @@ def evaluate_elbo(vae: VAE, x: Tensor | Rows, *, draws: int = 8, seed: int = 0, 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """What a step is to be taken on.
+    """The inputs of one training step.
 
     Attributes:
         step: its number in the fit, counted from 0.
@@ -87,7 +81,7 @@ class Turn:
 
 
 class Loop:
-    """A fit on its way: what the next epoch needs, and the files that keep it."""
+    """A running fit: the state that the next epoch needs, and the files that store it."""
 
     def __init__(
         self,
@@ -113,10 +107,8 @@ class Loop:
             data = (train, validation)
             self.identity = identity(vae, data, options=options, seed=session.seed, spec=session.fingerprint)
 
-    # the loop
-
     def train_epochs(self) -> None:
-        """Run epochs until the plan or the patience is at its end."""
+        """Run epochs until all are done or the patience is exhausted."""
         if not self.history.rows:
             self._rehearse()
         if not self.history.stopped_because:
@@ -156,7 +148,7 @@ class Loop:
         return Row(epoch, last_turn.step + 1, last_turn.rate, last_turn.weight, loss, elbo, validation, seconds)
 
     def _batch(self, turn: Turn) -> tuple[Batch, Tensor]:
-        """Return the mini-batch of a step, and which training row each of it is, -1 for what is drawn from the model."""
+        """Return the mini-batch of a step and the training row of each entry; -1 marks an entry drawn from the model."""
         seen = self.train.batch(turn.index, self.redraw)
         if self.session.start is None:
             return seen, turn.index
@@ -164,7 +156,6 @@ class Loop:
         return seen, torch.where(drawn, -1, turn.index)
 
     def _take(self, turn: Turn) -> tuple[float, float]:
-        """Take one step and look at it."""
         index = turn.index
         try:
             seen, index = self._batch(turn)
@@ -174,14 +165,14 @@ class Loop:
             raise self._stop(error, f"epoch {epoch + 1}, batch {batch + 1} of {self.plan.batches}", index) from None
 
     def _validate(self) -> float:
-        """Return the validation ELBO, the same noise every time; NaN without validation data."""
+        """Return the validation ELBO, with the same noise every time; NaN without validation data."""
         if len(self.validation) == 0:
             return math.nan
         draws, seed = int(self.options["validation_draws"]), self.session.seed + _VALIDATION
         return evaluate_elbo(self.vae, self.validation, draws=draws, seed=seed)
 
     def _judge(self, row: Row) -> None:
-        """Keep the weights if they are the best so far; decide whether to stop, and say why."""
+        """Keep the weights if they are the best so far; decide whether to stop, and record why."""
         history, patience = self.history, self.plan.patience
         judged = len(self.validation) > 0
         if self.plan.counts(row.epoch) and (
@@ -203,7 +194,7 @@ class Loop:
             history.stopped_because += "; kept the last weights, for there are no validation data"
 
     def finish(self) -> History:
-        """Give the VAE its best weights, write them, and return the history."""
+        """Load the best weights into the VAE, write them, and return the history."""
         if self.best is not None:
             self.vae.load_state_dict(self.best)
         folder = self.session.folder
@@ -219,13 +210,13 @@ class Loop:
         return self.history
 
     def _rehearse(self) -> None:
-        """Run both programs once with Pyro's checks on: wrong shapes and undeclared plates are found before step 1."""
+        """Run both programs once with Pyro's checks on, to find wrong shapes and undeclared plates before step 1."""
         two: dict[str, Any] = dict(self.train.first(2))
         with contained(self.session.seed, self.train.device), mode(self.vae, training=False), torch.no_grad():
             try:
                 self.step.objective(self.vae.model, self.vae.guide, **two, size=len(self.train))
             except NonFiniteSite:
-                return  # Pyro's checks would call it an invalid value; the loop names site and batch
+                return  # Pyro would only report an invalid value; the loop names site and batch
             except RuntimeError as error:
                 if not mixed(error):
                     raise
@@ -252,15 +243,13 @@ class Loop:
                 f"fit.precision: a network does not run with {precision} ({first_line(error)}); use highest"
             ) from error
 
-    # what went wrong
-
     def _bad_parameters(self) -> list[str]:
         return [name for name, value in self.vae.named_parameters() if not bool(value.isfinite().all())]
 
     def _stop(
         self, error: NonFiniteSite | None, where: str, index: Tensor | None, bad: list[str] | None = None
     ) -> NonFiniteLoss:
-        """Return the error that names site, place, culprits and the last good checkpoint."""
+        """Return the error that names the site, the place, the parameters that are not finite, and the last good checkpoint."""
         parts = [f"fit: the weights are not finite after {where}"]
         if error is not None:
             parts = [f"fit: the loss is not finite in {where}: {error.sentence()}"]
@@ -276,10 +265,7 @@ class Loop:
         parts.append("lower fit.learning_rate, set fit.gradient_clip, or use fit.dtype = float64")
         return NonFiniteLoss("; ".join(parts))
 
-    # the checkpoint
-
     def _save(self) -> None:
-        """Write history and checkpoint."""
         folder, place = self.session.folder, self.train.device
         if folder is None:
             return
@@ -301,7 +287,7 @@ class Loop:
         self.saved_epoch, self.saved_at = len(self.history.rows), time.perf_counter()
 
     def resume(self) -> None:
-        """Go on from the folder's checkpoint; start from the beginning where there is none."""
+        """Continue from the folder's checkpoint, if there is one."""
         if self.session.folder is None or not (self.session.folder / CHECKPOINT).exists():
             return
         path = self.session.folder / CHECKPOINT

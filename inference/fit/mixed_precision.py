@@ -1,12 +1,12 @@
-r"""Precision of the products in training steps, and what it does to the ELBO.
+"""Precision of the matrix products in training steps, and its effect on the ELBO.
 
     highest   as torch is set (float32 or float64 throughout)
     tf32      factors of float32 matrix products rounded to 10 bits of mantissa, on a GPU; sums in float32
     bf16      encoder and decoder under `torch.autocast` to bfloat16 (7 bits), their outputs cast back to float32
 
-Weights, Adam, draws and log densities stay float32. Validation and everything that is reported is computed as with `highest`,
-so the validation ELBO of a history is what the rounding did to the model. What it does to the estimate that is maximised is
-stated beside it, over n training rows at the best weights, with S draws of the same noise in both precisions:
+Weights, Adam, draws and log densities stay float32. Validation and all reported numbers are computed with `highest`, so the
+validation ELBO of a history shows the effect of the rounding on the fitted model. The effect on the ELBO estimate itself is
+reported separately, over n training rows at the best weights, with S draws from the same noise in both precisions:
 
     d_n = (1/S) sum_s [ l_ns (rounded) - l_ns (full) ],   l = log p(x, z) - log q(z|x)
     difference = mean d_n,     standard error = sd(d_n) / sqrt(n)
@@ -42,10 +42,10 @@ ROWS, DRAWS, TOGETHER = 512, 8, 256
 
 
 def check(precision: str, dtype: str, place: torch.device) -> None:
-    """Refuse a precision that cannot be; warn where it changes nothing.
+    """Refuse a precision that is not possible; warn if it has no effect.
 
     Raises:
-        SpecError: there is no such precision, or weights are not in float32.
+        SpecError: there is no such precision, or the weights are not float32.
     """
     if precision not in get_args(Precision):
         raise SpecError(f"fit.precision: must be highest, tf32 or bf16, got {precision!r}")
@@ -57,11 +57,11 @@ def check(precision: str, dtype: str, place: torch.device) -> None:
 
 @contextmanager
 def lowered(vae: VAE, precision: Precision) -> Iterator[None]:
-    """Compute the matrix products of a VAE in a lower precision; on leaving, all is as it was.
+    """Compute the matrix products of a VAE in a lower precision inside a `with` block.
 
-    Under `bf16` the calls of encoder and decoder are autocast one by one, and nothing around them: distributions get float32.
+    With `bf16`, only the calls of encoder and decoder are autocast; distributions get float32.
     """
-    if precision == "highest":  # the quick way, for every training step
+    if precision == "highest":  # this runs at every training step
         yield
         return
     place = next((value.device.type for value in vae.parameters()), "cpu")
@@ -77,7 +77,7 @@ def lowered(vae: VAE, precision: Precision) -> Iterator[None]:
 
 @contextmanager
 def _autocast(network: nn.Module, place: str) -> Iterator[None]:
-    """Let calls of a network be autocast to bfloat16 and return float32."""
+    """Run a network's calls under autocast to bfloat16, with float32 outputs."""
     forward, own = network.forward, "forward" in vars(network)
 
     def lower(*args: Any, **kwargs: Any) -> Any:
@@ -101,14 +101,7 @@ def _float32(value: Any) -> Any:
 
 
 def effect(vae: VAE, train: Rows, precision: Precision, seed: int) -> Effect | None:
-    """Evaluate what a precision does to the ELBO of a fitted VAE; None where it changes nothing.
-
-    Args:
-        vae: the VAE, with its weights in float32.
-        train: the training data.
-        precision: of the training steps.
-        seed: of the noise, the same in both precisions.
-    """
+    """Estimate the effect of a precision on the ELBO of a fitted VAE with float32 weights; None where there is none."""
     if precision == "highest" or (precision == "tf32" and train.device.type == "cpu"):
         return None
     count = min(ROWS, len(train))

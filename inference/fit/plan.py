@@ -1,9 +1,9 @@
-"""The plan of a fit, counted in steps: how many, with which learning rate and which KL weight.
+"""The plan of a fit, counted in steps: number of steps, learning rates and KL weights.
 
     learning rate   constant: a;   cosine: a / 2 (1 + cos(pi t / T)) at step t = 0 .. T - 1
     KL weight       min(1, t / W)
 
-T is the number of steps, W the length of the KL warm-up. W is clipped so that the run always ends at weight 1: a loss
+T is the number of steps, W the length of the KL warm-up. W is clipped so that the run always ends at weight 1, because a loss
 with a weight below 1 is no bound on the evidence.
 """
 
@@ -26,14 +26,14 @@ Decay = Literal["constant", "cosine"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a fit will do, in steps. `str(plan)` is the sentence for people.
+    """The steps, learning rates and KL weights of a fit; `str(plan)` describes them in a sentence.
 
     Attributes:
         size: number of training data N.
         epochs: passes over the data.
         batch_size: data per step, at most N.
-        learning_rate: the first step's.
-        schedule: how it changes.
+        learning_rate: at the first step.
+        schedule: `constant` or `cosine`.
         warmup: steps W over which the KL weight rises from 0 to 1; 0 means weight 1 throughout.
         asked_warmup: the steps of warm-up that were asked for, before clipping.
         patience: epochs without a better validation ELBO after which the fit stops, or None.
@@ -69,7 +69,7 @@ class Schedule:
         return 1.0 if step >= self.warmup else step / self.warmup
 
     def counts(self, epoch: int) -> bool:
-        """Say whether the warm-up has ended within this epoch (from 1): only then can it be the best."""
+        """Say whether the warm-up ends within this epoch or earlier (epochs from 1); only such an epoch can be the best."""
         return epoch * self.batches > self.warmup
 
     def __str__(self) -> str:
@@ -101,18 +101,9 @@ def plan(
     patience: int | None = None,
     **_: object,
 ) -> Schedule:
-    """Plan a fit of `size` training data.
+    """Plan a fit of `size` training data, with the options of `fit`; options without effect on the plan are ignored.
 
-    Args:
-        size: number of training data N.
-        epochs: passes over the data.
-        batch_size: data per step; more than N means N.
-        learning_rate: Adam's, at the first step.
-        schedule: `constant`, or `cosine` down to 0 at the end.
-        kl_warmup: epochs over which the KL weight rises from 0 to 1; clipped to end one epoch before the run does (in a
-            run of one epoch: at its last step).
-        patience: epochs without a better validation ELBO after which the fit stops.
-        **_: the other options of `fit`, which do not bear on the plan.
+    The KL warm-up is clipped to end one epoch before the run does (in a run of one epoch: at its last step).
 
     Raises:
         DataError: there are no training data.
@@ -149,16 +140,16 @@ CHECKPOINT, WEIGHTS, HISTORY, EFFECT = "checkpoint.pt", "weights.pt", "history.c
 
 @dataclass(frozen=True)
 class Session:
-    """The circumstances of a fit: facts that the caller supplies and that are not options of the fit.
+    """Facts about one run of a fit that the caller supplies; they are not options of the fit.
 
     Attributes:
         folder: where `checkpoint.pt`, `weights.pt` and `history.csv` go; None writes no files.
-        resume: go on from the folder's checkpoint, if it has one.
-        seed: of all random numbers. The caller's generators are left as they were.
-        fingerprint: anything that tells runs apart beyond what `fit` sees itself (data, options, seed, module), such
-            as a hash of the spec. A checkpoint with another fingerprint is refused.
-        report: called as report(plan, row) after each epoch, when its files are written.
-        checkpoint_seconds: least time between checkpoints; one is written after the first epoch and at the end anyway.
+        resume: continue from the folder's checkpoint, if there is one.
+        seed: of all random numbers. The caller's generators are restored.
+        fingerprint: text that distinguishes runs beyond data, options, seed and module, such as a hash of the spec. A
+            checkpoint with another fingerprint is refused.
+        report: called as report(plan, row) after each epoch, once its files are written.
+        checkpoint_seconds: least time between checkpoints; one is always written after the first epoch and at the end.
         start: weights that the fit starts at, and whether the model is trained further; None starts at the VAE's own.
     """
 

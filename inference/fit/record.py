@@ -1,4 +1,4 @@
-"""What a fit did, epoch by epoch: rows in memory, `history.csv` on disk."""
+"""The record of a fit, epoch by epoch: rows in memory, `history.csv` on disk."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Effect:
-    """The ELBO of the same draws for a sample of training rows in two precisions, in nats per datum.
+    """The mean ELBO of a sample of training rows in two precisions, with the same draws, in nats per datum.
 
     Attributes:
         precision: the lower one.
@@ -56,7 +56,7 @@ class Effect:
 
     @property
     def difference(self) -> float:
-        """The effect, rounded - full; negative where rounding costs."""
+        """The effect, rounded - full; negative where rounding lowers the ELBO."""
         return self.rounded - self.full
 
     def __str__(self) -> str:
@@ -75,10 +75,10 @@ class History:
 
     Attributes:
         rows: one per epoch.
-        best_epoch: the epoch (from 1) whose weights were kept.
+        best_epoch: the epoch (from 1) that gave the weights that were kept.
         stopped_because: a sentence.
         plan: the plan's sentence.
-        effect: what the precision of the training steps does to the ELBO; None in full precision.
+        effect: the effect of the training precision on the ELBO; None in full precision.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -89,7 +89,7 @@ class History:
 
     @property
     def best(self) -> Row:
-        """The row of the epoch whose weights were kept."""
+        """The row of the epoch that gave the weights that were kept."""
         return self.rows[self.best_epoch - 1]
 
     def write(self, path: str | Path) -> None:
@@ -102,5 +102,5 @@ class History:
 
 
 def _places(error: float) -> int:
-    """Return the decimal places that show one digit of an error, 4 to 9."""
+    """Return the decimal places (4 to 9) that show one digit of an error."""
     return min(9, max(4, math.ceil(-math.log10(error)))) if math.isfinite(error) and error > 0 else 4

@@ -1,7 +1,7 @@
-"""The data of a fit, of which it takes a few rows at a time: held in memory, or read as they are needed.
+"""The data of a fit, read a few rows at a time from memory or from a file. Both give bit-identical fits.
 
-Both give the same values, so a fit comes out the same bit for bit. Where the data are grey pixels to be binarized anew in
-every epoch (Salakhutdinov and Murray 2008), training batches are fresh draws and everything else sees one fixed draw.
+Grey pixels can be binarized anew in every epoch (Salakhutdinov and Murray 2008): training batches are then fresh draws, and
+everything else sees one fixed draw.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from elbowroom.system.memory import fitting
 
 SAMPLE = 2**28
 """Bytes of training data that means and scales are taken from (evenly spaced rows), whether or not the rest is in memory."""
-CHUNK = 2**22  # entries read together
+CHUNK = 2**22  # entries per read
 WHITE = 255.0
 
 
@@ -29,10 +29,10 @@ class Rows:
     Attributes:
         shape: (N, *event).
         read: row positions (B,) int64 on the CPU -> (B, *event).
-        whole: all rows, where they are in memory.
-        grey: (N, *event) uint8; where it is given, a training batch is a draw from Bernoulli(grey / 255).
-        beside: what the programs take beside x, by name: `covariates` (N, C), `exposure` (N,); always in memory.
-        device: where the rows are wanted.
+        whole: all rows, if they are in memory.
+        grey: (N, *event) uint8; if given, a training batch is a draw from Bernoulli(grey / 255).
+        beside: further arguments of the programs, by name: `covariates` (N, C), `exposure` (N,); always in memory.
+        device: device of the rows that are returned.
         dtype: their precision.
     """
 
@@ -46,7 +46,7 @@ class Rows:
 
     @classmethod
     def of(cls, x: Tensor | Rows | Mapping[str, Tensor], grey: Tensor | None = None) -> Rows:
-        """Wrap a tensor that is in memory, alone or with what stands beside it."""
+        """Wrap a tensor in memory, alone or with covariates and exposure."""
         if isinstance(x, Rows):
             return x
         beside = {name: value for name, value in x.items() if name != "x"} if isinstance(x, Mapping) else {}
@@ -64,23 +64,23 @@ class Rows:
         return self.shape[0]
 
     def take(self, index: Tensor) -> Batch:
-        """Return rows by position, (B, *event), with what stands beside them."""
+        """Return rows by position, (B, *event), with their covariates and exposure."""
         x = self.whole.index_select(0, index) if self.whole is not None else self.read(index.cpu()).to(self.device, self.dtype)
         return {"x": x, **{name: value[index] for name, value in self.beside.items()}}
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Batch:
-        """Return rows as a training step sees them: drawn anew from their grey values, where they have any."""
+        """Return rows for a training step: a fresh binary draw if they have grey values."""
         rows = self.take(index)
         if self.grey is not None:
             rows["x"] = torch.bernoulli(self.grey[index].to(self.dtype) / WHITE, generator=generator)
         return rows
 
     def first(self, n: int) -> Batch:
-        """Return the first n rows, or all where there are fewer."""
+        """Return the first n rows, or all if there are fewer."""
         return self.take(torch.arange(min(n, len(self)), device=self.device))
 
     def example(self, n: int) -> Batch:
-        """Return n rows that show what batches may hold: the first ones, one with a hole (NaN) among them if any has."""
+        """Return n rows that represent the batches: the first ones, with one that has a missing value (NaN) if any row has."""
         index = torch.arange(min(n, len(self)), device=self.device)
         if self.whole is not None and self.whole.is_floating_point():
             holes = self.whole.flatten(1).sum(1).isnan()
@@ -89,7 +89,7 @@ class Rows:
         return self.take(index)
 
     def sample(self) -> Batch:
-        """Return all rows, or evenly spaced ones of SAMPLE bytes where there are more."""
+        """Return all rows, or evenly spaced ones of SAMPLE bytes if there are more."""
         most = fitting(math.prod(self.shape[1:]) * self.dtype.itemsize, SAMPLE)
         if len(self) <= most:
             return self.first(len(self)) if self.whole is None else {"x": self.whole, **self.beside}
@@ -101,7 +101,7 @@ class Rows:
             yield self.take(index)
 
     def bytes(self) -> Iterator[bytes]:
-        """Yield everything that a fit depends on, a part at a time."""
+        """Yield every byte that a fit depends on, in parts."""
         yield str(self.shape).encode()
         for part in self.split(fitting(math.prod(self.shape[1:]), CHUNK)):
             yield part["x"].cpu().contiguous().numpy().tobytes()

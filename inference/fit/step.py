@@ -1,12 +1,12 @@
-r"""One training step: the objective's gradient on a mini-batch, and one fused Adam.
+"""One training step: the objective's gradient on a mini-batch, and one update of a fused Adam.
 
     loss = -(1/N) objective,      with the gradient of N loss given to Adam, as `pyro.infer.SVI` with `pyro.optim.Adam` does.
 
 The gradient is evaluated eagerly, by running the Pyro programs, or by a graph of them (`step_graph`), replayed or compiled.
-Where a branch on a value comes to something else than in the graph the eager step is taken. So it is for batches of other
-shapes, and where a value is not finite: the eager step, at the same draws, names the site.
+The eager step is taken instead of the graph for a batch of another shape, when a branch on a value has another outcome than
+in the graph, and when a value is not finite; in the last case the eager step, with the same draws, names the site.
 
-Whether to compile is decided by the plan, never by the clock, so that the same seed gives the same numbers.
+The plan decides whether to compile, never the clock, so that the same seed gives the same numbers.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from elbowroom.models.vae import VAE, Batch
 
 log = logging.getLogger("elbowroom.compiled")
 
-# what an eager step is predicted to take: Pyro's handlers, and so many floating-point operations per second
+# predicted cost of an eager step: seconds in Pyro's handlers, and floating-point operations per second
 HANDLER_SECONDS, FLOPS = 4e-3, 8e10
-# predicted seconds of all planned steps that repay making a graph, and compiling it
+# predicted seconds of all planned steps above which a graph is traced, and compiled
 TRACE_AFTER, COMPILE_AFTER = 6.0, 20.0
-FEW = 50  # steps that repay nothing, whatever they are
+FEW = 50  # fewer steps than this never repay a graph
 
 
 class Step:
     """One step of SVI on a mini-batch.
 
-    Pyro's global parameter store gets the VAE's parameters when the programs run; open
-    `pyro.get_param_store().scope()` around the steps to keep it clean (`fit` does).
+    The programs put the VAE's parameters into Pyro's global parameter store. Open `pyro.get_param_store().scope()` around the
+    steps to keep it clean (`fit` does).
 
     Args:
         vae: the model and guide.
-        size: number of data N for which each mini-batch stands.
+        size: number of data N that each mini-batch stands for.
         learning_rate: Adam's.
         gradient_clip: largest Euclidean norm of the gradient of the loss per datum; None clips nothing.
         objective: what is maximised; the ELBO by default.
-        compile: whether the gradient is a compiled graph: where the planned steps repay it, wherever it can be, or never.
+        compile: make the gradient a compiled graph if the planned steps repay it, wherever possible, or never.
         steps: planned steps, for `auto`.
         precision: of matrix products.
 
@@ -81,15 +81,15 @@ class Step:
 
         Args:
             x: a mini-batch, (B, *event).
-            **beside: covariates (B, C) and exposure (B,), where the model takes them.
+            **beside: covariates (B, C) and exposure (B,), if the model takes them.
             kl_weight: weight of the KL part in the objective.
-            learning_rate: changes Adam's from this step on.
+            learning_rate: Adam's, from this step on; None keeps the last one.
 
         Returns:
             The objective's loss and the unweighted ELBO before the step, in nats per datum.
 
         Raises:
-            NonFiniteSite: the loss is not finite; the weights are as they were.
+            NonFiniteSite: the loss is not finite; the weights are unchanged.
         """
         if learning_rate is not None:
             for group in self.optimizer.param_groups:
@@ -97,7 +97,7 @@ class Step:
         batch = {"x": x, **beside}
         self.prepare(batch)
         self._follow()
-        for parameter in self.parameters:  # so that the next gradients can be where the last ones were
+        for parameter in self.parameters:  # frees the memory of the last gradients for the next ones
             parameter.grad = None
         with lowered(self.vae, self.precision):
             found = None if self.graph is None else self.graph(batch, kl_weight)
@@ -114,9 +114,9 @@ class Step:
         return objective / self.size, elbo / self.size
 
     def prepare(self, batch: Batch) -> None:
-        """Decide how gradients are evaluated, and make the graph, on an example of the batches to come.
+        """Decide how gradients are evaluated, and make the graph, from an example of the batches to come.
 
-        The decision depends on the example, the plan and the options alone, and so do the graph's numbers.
+        The decision and the graph's numbers depend only on the example, the plan and the options.
         """
         if self.prepared:
             return
@@ -127,7 +127,7 @@ class Step:
             self._make(batch)
 
     def _make(self, batch: Batch) -> None:
-        """Make the graph, as far as it is worth it and can be."""
+        """Trace the graph and compile it, as far as possible and worthwhile."""
         graph = None
         try:
             graph = GradientGraph(self.vae, self.objective, self.size, batch, self.precision)
@@ -148,7 +148,7 @@ class Step:
                 graph.eager.clear()  # as large as the model
 
     def _follow(self) -> None:
-        """Let Adam follow parameters that were replaced (`load_state_dict(assign=True)`), with the moments it had for them."""
+        """Point Adam to parameters that were replaced (`load_state_dict(assign=True)`) and keep its moments."""
         seen = _seen(self.vae)
         if len(seen) == len(self.seen) and all(map(is_, seen, self.seen)):
             return
@@ -163,6 +163,6 @@ def _trainable(vae: VAE) -> list[nn.Parameter]:
 
 
 def _seen(vae: VAE) -> list[nn.Parameter]:
-    """Return the trainable parameters as they are met, in another order than Adam's: a quick look, for every step."""
+    """Return the trainable parameters in traversal order (not Adam's); fast enough for every step."""
     parameters = (parameter for module in modules(vae) for parameter in module._parameters.values())
     return [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]

@@ -1,10 +1,10 @@
-r"""The gradient of a training step as one graph (`compiled`).
+"""The gradient of a training step as one graph (`elbowroom.inference.compiled`).
 
-    (parameters, buffers, batch, KL weight) -> (objective, ELBO, what branches test, gradients)
+    (parameters, buffers, batch, KL weight) -> (objective, ELBO, tested values of branches, gradients)
 
-A graph that is replayed has the numbers of the eager step bit for bit: the same operations, the same draws. One that is
-compiled has the same draws and agrees to rounding. A branch on a value (`if x.isnan().any()`) is followed as on the batch that
-the graph was made with; what it tests on others is an output.
+A replayed graph gives the numbers of the eager step bit for bit: the same operations, the same draws. A compiled one has the
+same draws and agrees to rounding. A branch on a value (`if x.isnan().any()`) takes the path that it took on the example
+batch; the tested value is an output, so that another outcome is noticed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from elbowroom.inference.objectives.elbo import Estimate, Objective, unchecked
 from elbowroom.models.vae import VAE, Batch
 from elbowroom.system.stages import stage
 
-# how far a graph may be from the eager run, as a share of the largest entry; rounding is less
+# largest allowed difference from the eager run, relative to the largest entry; rounding errors are smaller
 TOLERANCE: dict[Precision, float] = {"highest": 1e-3, "tf32": 1e-2, "bf16": 5e-2}
 TINY = 1e-12
 
@@ -43,14 +43,14 @@ class GradientGraph:
 
     Args:
         vae: the model and guide.
-        objective: what it is the gradient of.
-        size: number of data N for which each mini-batch stands.
+        objective: the objective to differentiate.
+        size: number of data N that each mini-batch stands for.
         batch: an example of the batches.
-        precision: of matrix products, in which the programs run wherever this is called.
+        precision: of matrix products; the caller has set it (`lowered`) at every call.
 
     Attributes:
         flops: floating-point operations of its matrix products and convolutions, counted in an eager run.
-        outcomes: what each branch came to, in order.
+        outcomes: the outcome of each branch, in order.
         weight: the KL weight of the next step, a scalar.
 
     Raises:
@@ -70,7 +70,7 @@ class GradientGraph:
         self.graph: Graph | None = None
 
     def _run(self, batch: Batch) -> list[Tensor]:
-        """Run the programs eagerly once, on copies of their state: what branches come to, operations counted, values."""
+        """Run the programs eagerly once on copies of their state; record branch outcomes and operations, return the values."""
         inputs = [value.detach().clone() for value in self._inputs(batch)]
         before = [value.clone() for value in inputs]
         branches, counter = Branches(), Operations()
@@ -78,7 +78,7 @@ class GradientGraph:
             try:
                 with again(batch["x"].device), counter:
                     values = self._gradients(inputs, branches)
-            except Exception as error:  # whatever a program raises on copies of its state; the eager step says what is wrong
+            except Exception as error:  # any error of a program; the eager step will report it
                 raise Untraceable(f"it does not run on copies of its state ({first_line(error)})") from error
             changed = hidden.changed()
         for path, value, was in zip(self.paths, inputs, before, strict=False):
@@ -107,7 +107,7 @@ class GradientGraph:
     def compile(self, batch: Batch) -> float:
         """Compile the graph and compare it with the eager run; returns the seconds it took.
 
-        On CUDA torch captures the step as a CUDA graph, or says why it does not.
+        On CUDA, torch captures the step as a CUDA graph if it can; otherwise the log gives the reason.
 
         Raises:
             Untraceable: it cannot be compiled.
@@ -124,8 +124,8 @@ class GradientGraph:
     def __call__(self, batch: Batch, kl_weight: float) -> tuple[float, float, list[Tensor | None]] | None:
         """Return objective and ELBO for all N data, and a gradient for each trained parameter.
 
-        None where the eager step has to be taken, at the same random numbers: the batch has another shape, a branch another
-        outcome, a network another mode, or a value is not finite.
+        Returns None, with the random generators restored, if the eager step must be taken: the batch has another shape, a
+        branch another outcome, a network another mode, or a value is not finite.
         """
         same = list(batch) == self.names and [value.shape for value in batch.values()] == self.shapes
         if self.graph is None or not same or modes(self.vae) != self.modes:
@@ -142,7 +142,7 @@ class GradientGraph:
         return objective, elbo, [next(found) if used else None for used in self.used]
 
     def _gradients(self, tensors: Sequence[Tensor], branches: Branches) -> tuple[Tensor, ...]:
-        """Return (objective, ELBO, what each branch tests) in one tensor, and the gradients that there are."""
+        """Return (objective, ELBO, tested value of each branch) in one tensor, then the gradients that exist."""
         many = len(self.paths)
         given = dict(zip(self.paths, tensors, strict=False))
         given.update({path: given[path].detach().requires_grad_() for path in self.trained})
@@ -158,11 +158,11 @@ class GradientGraph:
         return values, *_owned([gradient for gradient in found if gradient is not None], tensors)
 
     def _inputs(self, batch: Batch) -> list[Tensor]:
-        """Return the inputs: parameters and buffers as they are now, looked up anew, the batch and the weight."""
+        """Return the inputs: the current parameters and buffers, the batch and the KL weight."""
         return [*[place[name] for place, name in self.places], *batch.values(), self.weight]
 
     def _check_branches(self, graph: torch.fx.Graph) -> None:
-        """Raise Untraceable where a branch tests a value that is drawn or learned: only data have the same outcome again."""
+        """Raise Untraceable if a branch tests a drawn or learned value: only tests of data alone keep their outcome."""
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         trained = {node for node, path in zip(inputs, self.paths, strict=False) if path in self.trained}
         (outputs,) = graph.output_node().args
@@ -178,7 +178,7 @@ class GradientGraph:
                 waiting += node.all_input_nodes
 
     def _compare(self, batch: Batch, whose: str) -> None:
-        """Raise Untraceable where the graph has other values than the eager run, beyond rounding."""
+        """Raise Untraceable if the graph's values differ from the eager run beyond rounding."""
         assert self.graph is not None
         with again(batch["x"].device):
             values, *gradients = self.graph(*self._inputs(batch))
@@ -193,7 +193,7 @@ def compare(expected: Sequence[Tensor], found: Sequence[Tensor], whose: str, pre
 
 
 def _owned(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """Return gradients laid out as parameters are, each in memory of its own: Adam and the clipping go over it in place."""
+    """Return gradients laid out as parameters are, each in its own memory, because Adam and clipping change them in place."""
     taken = {value.untyped_storage()._cdata for value in others}
     owned = []
     for gradient in gradients:
@@ -205,7 +205,7 @@ def _owned(gradients: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Run programs without their checks, and with a parameter store that is forgotten."""
+    """Run programs without checks of values, and discard their parameter store afterwards."""
     with unchecked(), pyro.validation_enabled(False), pyro.get_param_store().scope():
         yield
 
@@ -217,19 +217,19 @@ def generators(device: torch.device) -> list[torch.Generator]:
 
 
 def states(streams: Sequence[torch.Generator]) -> list[Tensor]:
-    """Return where generators are; that of a GPU is known without waiting for it."""
+    """Return the states of generators; this does not wait for a GPU."""
     return [stream.get_state() for stream in streams]
 
 
 def put_back(streams: Sequence[torch.Generator], before: Sequence[Tensor]) -> None:
-    """Put generators back to where they were."""
+    """Restore the states of generators."""
     for stream, state in zip(streams, before, strict=True):
         stream.set_state(state)
 
 
 @contextmanager
 def again(device: torch.device) -> Iterator[None]:
-    """Draw random numbers that are drawn again afterwards."""
+    """Restore the random generators on exit, so that the same numbers can be drawn again."""
     streams = generators(device)
     before = states(streams)
     try:
@@ -239,7 +239,7 @@ def again(device: torch.device) -> Iterator[None]:
 
 
 def modules(vae: VAE) -> list[nn.Module]:
-    """Return the modules, each as often as it is used: `vae.modules()` without names and sets, for every step."""
+    """Return all modules, each as often as it is used; faster than `vae.modules()`, for use at every step."""
     found: list[nn.Module] = [vae]
     for module in found:  # which grows
         found += [child for child in module._modules.values() if child is not None]
@@ -252,7 +252,7 @@ def modes(vae: VAE) -> list[bool]:
 
 
 def _state(vae: VAE) -> tuple[list[str], list[tuple[dict[str, Any], str]]]:
-    """Return the paths of parameters and buffers, and where each is found: in which dictionary, by which name."""
+    """Return the paths of parameters and buffers, and the dictionary and name under which each is stored."""
     paths: list[str] = []
     places: list[tuple[dict[str, Any], str]] = []
     seen: set[int] = set()

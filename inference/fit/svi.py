@@ -1,9 +1,9 @@
 """The fit of a VAE by stochastic variational inference: an objective, one fused Adam, best weights by validation.
 
-Each step maximises the objective of `elbowroom.inference.objectives.elbo` on a mini-batch whose plate stands for all N data,
-so that every gradient estimates that of the objective of the whole data set (Kingma and Welling 2014,
-https://arxiv.org/abs/1312.6114; Hoffman et al. 2013, https://arxiv.org/abs/1206.7055). A step is what `pyro.infer.SVI`
-with `pyro.optim.Adam` does, with one optimiser over all parameters in place of one for each.
+Each step maximises an objective (`elbowroom.inference.objectives`) on a mini-batch. The plate of the mini-batch stands for all
+N data, so every gradient is an estimate for the whole data set (Kingma and Welling 2014, https://arxiv.org/abs/1312.6114;
+Hoffman et al. 2013, https://arxiv.org/abs/1206.7055). A step does what `pyro.infer.SVI` with `pyro.optim.Adam` does, with one
+optimiser for all parameters instead of one for each.
 
 Everything reported is in nats per datum: a `loss` is lower-better, an `elbo` is higher-better.
 """

@@ -1,12 +1,12 @@
-"""Where a fit starts: at the weights of another one, whose model may be frozen so that the guide alone is trained.
+"""The start of a fit at the weights of another one; the model may be frozen so that only the guide is trained.
 
-A frozen model p(x, z) = p(z) p(x|z) is a source of data without end. A step may draw a share s of its mini-batch from it, so
-that the guide maximises, for fixed p,
+A frozen model p(x, z) = p(z) p(x|z) gives unlimited data. A share s of each mini-batch may be drawn from it; the guide then
+maximises, for fixed p,
 
     (1 - s) E_data ELBO(x) + s E_p(x) ELBO(x),      log p(x) - ELBO(x) = KL(q(z|x) || p(z|x))
 
-Both parts are largest at q(z|x) = p(z|x), whatever s; but no encoder can learn the draws of the second part by heart, as it can
-the few data of the first. (Wake-sleep's sleep phase draws the same data for another divergence, Hinton et al. 1995,
+Both parts are largest at q(z|x) = p(z|x) for every s. An encoder can overfit the few data of the first part, but not the
+unlimited draws of the second. (The sleep phase of wake-sleep draws the same data for another divergence, Hinton et al. 1995,
 https://doi.org/10.1126/science.7761831; encoders that overfit: Cremer, Li and Duvenaud 2018, https://arxiv.org/abs/1801.03558;
 training them on the model's own data: Zhang, Hayes and Barber 2022, https://arxiv.org/abs/2205.11640.)
 """
@@ -33,7 +33,7 @@ class Start:
     """The weights that a fit starts at.
 
     Attributes:
-        weights: the state of the VAE they come from; where its guide is another one, without that.
+        weights: the state of the VAE that they come from, without its guide if that guide is of another kind.
         sha256: of those weights, names and values.
         freeze: leave the model as it is, its data-dependent constants too, and train the guide alone.
         simulated: share of each mini-batch that is drawn from the frozen model.
@@ -45,7 +45,7 @@ class Start:
     simulated: float = 0.0
 
     def apply(self, vae: VAE) -> None:
-        """Give a VAE that is adapted to its data these weights: those of the model all, those of the guide if all fit.
+        """Load the weights into a VAE that is adapted to its data: all of the model, and the guide only if all its weights fit.
 
         Raises:
             SpecError: the model is another one.
@@ -59,7 +59,7 @@ class Start:
 
     @contextmanager
     def frozen(self, vae: VAE) -> Iterator[None]:
-        """Take the model out of the training, with `freeze`: no gradients, and dropout and batch statistics as in use."""
+        """With `freeze`, exclude the model from training: no gradients, and its networks in eval mode."""
         parts = [getattr(vae, name) for name in MODEL] if self.freeze else []
         trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
         for part in parts:
@@ -73,10 +73,10 @@ class Start:
                 parameter.requires_grad_(True)
 
     def mixed(self, vae: VAE, batch: Batch) -> tuple[Batch, Tensor]:
-        """Return a mini-batch whose first rows are drawn from the model in place of data, and which rows those are, (B,).
+        """Return a mini-batch with its first rows drawn from the model, and a mask of the drawn rows, (B,).
 
-        A row that is drawn keeps the covariates, the exposure and the holes (NaN) of the one that it replaces. A draw that the
-        likelihood itself would refuse, for it was rounded to the edge of its support, is not used.
+        A drawn row keeps the covariates, the exposure and the missing values (NaN) of the row that it replaces. A draw that the
+        likelihood would refuse, because it was rounded to the edge of the support, is not used.
         """
         x = batch["x"]
         drawn_rows = torch.zeros(len(x), dtype=torch.bool, device=x.device)

@@ -1,1 +1,1 @@
-"""What Markov chains share: moves, normal and Student t approximations, diagnostics."""
+"""Shared parts of Markov chain methods: moves, normal and Student t approximations, diagnostics."""

@@ -1,24 +1,23 @@
-r"""Convergence diagnostics of Markov chains, for all data and dimensions at once.
+"""Convergence diagnostics of Markov chains, for all data and dimensions at once.
 
     R-hat = sqrt(((n - 1) / n W + B / n) / W)            B, W: variance between and within chains of n draws
     ESS   = C n / tau,  tau = -1 + 2 sum_k P_k + rho_2K   P_k = rho_2k + rho_2k+1, Geyer's initial monotone sequence
     MCSE  = sd / sqrt(ESS)
 
-R-hat and bulk ESS are taken of split, rank-normalised draws, R-hat also of the folded ones (Vehtari, Gelman, Simpson,
-Carpenter, Buerkner 2021, https://doi.org/10.1214/20-BA1221). The same numbers as ArviZ, which they are tested against and which
-loops in Python over every datum and dimension.
+R-hat and bulk ESS use split, rank-normalised draws, R-hat also the folded ones (Vehtari, Gelman, Simpson, Carpenter, Buerkner
+2021, https://doi.org/10.1214/20-BA1221). The numbers equal ArviZ's, which loops in Python over every datum and dimension.
 
-Every function takes draws (chain, draw, *batch) of any precision and device, computes in float64, and returns one number per
-column, shape *batch (`ebfmi`: one per chain and column). Columns never mix, and are taken in chunks, so that memory does not
-grow with their number. What has no answer is NaN, as in ArviZ:
+Every function takes draws (C, D, *batch) (chain, draw, batch) of any precision and device, computes in float64, and returns one
+number per column, shape *batch (`ebfmi`: one per chain and column). Fewer than two dimensions raise ValueError. Columns are
+independent, and are taken in chunks, so that memory does not grow with their number. Special cases, as in ArviZ:
 
     fewer than 4 draws; R-hat of 1 chain            NaN
     a NaN among a column's draws                    NaN for that column
-    infinite draws                                  they have ranks: R-hat, bulk and tail ESS are defined, the rest is NaN
+    infinite draws                                  R-hat, bulk and tail ESS are defined (they use ranks), the rest is NaN
     a constant column                               R-hat NaN, ESS the number of (split) draws, MCSE of mean 0, of sd NaN
     constant chains, each at another value          R-hat infinite (up to rounding)
 
-The ESS of antithetic draws exceeds their number S. It is at most S log10 S: an MCSE errs on the large side beyond.
+The ESS of antithetic draws may exceed their number S; it is capped at S log10 S, so that an MCSE can only be too large.
 """
 
 from __future__ import annotations
@@ -40,61 +39,37 @@ CONSTANT = 1e-15
 
 
 def split(draws: Tensor) -> Tensor:
-    """Split every chain into its halves.
+    """Split every chain of draws (C, D, *batch) into halves, (2 C, D // 2, *batch): all first halves, then all last halves.
 
-    Args:
-        draws: (C, D, *batch).
-
-    Returns:
-        (2 C, D // 2, *batch): all first halves, then all last halves. The middle draw of an odd number is left out.
+    The middle draw of an odd number is left out.
     """
     half = draws.shape[1] // 2
     return torch.cat((draws[:, :half], draws[:, draws.shape[1] - half :]))
 
 
 def rhat(draws: Tensor) -> Tensor:
-    """Return the rank-normalised split R-hat: the larger of that of the draws and of their distances from the median.
+    """Return the rank-normalised split R-hat, (*batch): the larger of that of the draws and of their distances from the median.
 
-    Args:
-        draws: (C, D, *batch).
-
-    Returns:
-        (*batch); 1 where the chains agree in location and scale, larger where they do not. It does not see a mode that no chain
-        has visited.
-
-    Raises:
-        ValueError: without chain and draw dimensions.
+    It is 1 where the chains agree in location and scale, larger where they do not. It cannot detect a mode that no chain has
+    visited.
     """
     return _per_column(draws, _rhat, min_chains=2)
 
 
 def ess_bulk(draws: Tensor) -> Tensor:
-    """Return the effective sample size of the rank-normalised draws: how well the bulk is explored, moments finite or not.
-
-    Args:
-        draws: (C, D, *batch).
-
-    Returns:
-        (*batch).
-
-    Raises:
-        ValueError: without chain and draw dimensions.
-    """
+    """Return the effective sample size of the rank-normalised draws, (*batch), for the bulk; needs no finite moments."""
     return _per_column(draws, lambda x: _ess(_rank_normalise(_halves(x))[0]))
 
 
 def ess_tail(draws: Tensor, prob: tuple[float, float] = (0.05, 0.95)) -> Tensor:
-    """Return the smaller of the effective sample sizes of the indicators 1{x <= quantile} at two probabilities.
+    """Return the smaller effective sample size, (*batch), of the indicators 1{x <= quantile} at two probabilities.
 
     Args:
         draws: (C, D, *batch).
         prob: the two probabilities. The default is that of the paper; arviz_stats.ess takes (1 - ci_prob, ci_prob).
 
-    Returns:
-        (*batch).
-
     Raises:
-        ValueError: without chain and draw dimensions, or a probability outside [0, 1].
+        ValueError: a probability lies outside [0, 1].
     """
     if not all(0 <= p <= 1 for p in prob):
         raise ValueError(f"prob={prob}: both must lie in [0, 1]")
@@ -102,68 +77,30 @@ def ess_tail(draws: Tensor, prob: tuple[float, float] = (0.05, 0.95)) -> Tensor:
 
 
 def ess_mean(draws: Tensor) -> Tensor:
-    """Return the effective sample size for the mean: split chains, no ranks.
+    """Return the effective sample size for the mean, (*batch): split chains, no ranks.
 
-    That of the mean of any function is `ess_mean(f(draws))`, that of a probability `ess_mean(indicator)`.
-
-    Args:
-        draws: (C, D, *batch), bool for indicators.
-
-    Returns:
-        (*batch).
-
-    Raises:
-        ValueError: without chain and draw dimensions.
+    For the mean of a function use `ess_mean(f(draws))`, for a probability `ess_mean(indicator)`.
     """
     return _per_column(draws, _ess_mean)
 
 
 def ess_sd(draws: Tensor) -> Tensor:
-    """Return the effective sample size for the standard deviation: that of the mean of (x - mean x)^2.
-
-    Args:
-        draws: (C, D, *batch).
-
-    Returns:
-        (*batch).
-
-    Raises:
-        ValueError: without chain and draw dimensions.
-    """
+    """Return the effective sample size for the standard deviation, (*batch): that of the mean of (x - mean x)^2."""
     return _per_column(draws, lambda x: _ess_mean(_square(x)))
 
 
 def mcse_mean(draws: Tensor) -> Tensor:
-    """Return the Monte Carlo standard error of the mean, sd / sqrt(ess_mean).
-
-    Args:
-        draws: (C, D, *batch).
-
-    Returns:
-        (*batch), in the units of the draws.
-
-    Raises:
-        ValueError: without chain and draw dimensions.
-    """
+    """Return the Monte Carlo standard error of the mean, sd / sqrt(ess_mean), (*batch), in the units of the draws."""
     return _per_column(draws, lambda x: x.flatten(1).std(1) / _ess_mean(x).sqrt())
 
 
 def mcse_sd(draws: Tensor) -> Tensor:
-    """Return the Monte Carlo standard error of the standard deviation, without assuming normality.
+    """Return the Monte Carlo standard error of the standard deviation, (*batch), without assuming normality.
 
         Var sd = (m4 - m2^2) / (4 m2 ess_sd),   m_j the central moments       (Kenney and Keeping 1951, p. 141; delta method)
 
     As in posterior (R) and in arviz_stats after 0.8.0. Up to 0.8.0 arviz_stats divides by `ess_mean`, which is too large where
     draws are antithetic, as those of HMC often are (https://github.com/arviz-devs/arviz-stats/issues/428).
-
-    Args:
-        draws: (C, D, *batch).
-
-    Returns:
-        (*batch), in the units of the draws.
-
-    Raises:
-        ValueError: without chain and draw dimensions.
     """
     return _per_column(draws, _mcse_sd)
 
@@ -177,9 +114,6 @@ def ebfmi(energy: Tensor) -> Tensor:
     Returns:
         (C, *batch); below about 0.3 the momenta move the energy too little to explore its distribution (Betancourt 2016,
         https://arxiv.org/abs/1604.00695). NaN for fewer than 2 draws and where the energy is constant or not finite.
-
-    Raises:
-        ValueError: without chain and draw dimensions.
     """
     _check(energy)
     energy = energy.detach().to(torch.float64)
@@ -200,7 +134,7 @@ def _per_column(draws: Tensor, function: Callable[[Tensor], Tensor], min_chains:
         return torch.full(batch, torch.nan, dtype=torch.float64, device=draws.device)
     columns = draws.detach()[..., None].flatten(2)
     width = fitting(n_chains * n_draws, CHUNK)
-    # written in place: small results kept between large temporaries would keep the allocator from giving those back
+    # written in place: small results between large temporaries would stop the allocator from freeing those
     result = torch.empty(columns.shape[2], dtype=torch.float64, device=draws.device)
     for part, out in zip(columns.split(width, 2), result.split(width), strict=True):
         x = part.permute(2, 0, 1).to(torch.float64).contiguous()
@@ -215,7 +149,7 @@ def _halves(x: Tensor) -> Tensor:
 
 
 def _argsort(flat: Tensor) -> Tensor:
-    """Sort rows. NumPy's vectorised sort of doubles takes a quarter of the time of PyTorch's on the CPU."""
+    """Sort rows; on the CPU, NumPy's vectorised sort of doubles is faster than PyTorch's."""
     return torch.from_numpy(np.argsort(flat.numpy(), axis=1)) if flat.device.type == "cpu" else flat.argsort(1)
 
 
@@ -226,13 +160,13 @@ def _sort(flat: Tensor) -> Tensor:
 def _rank_normalise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the normal scores of the average ranks (Blom 1958), of the shape of x, and the sorted values, (B, C n).
 
-    Scores are NaN for a column that has one.
+    The scores of a column that holds a NaN are NaN.
     """
     flat = x.flatten(1)
     size = flat.shape[1]
     order = _argsort(flat)
     ascending = flat.gather(1, order)
-    # the average rank of a tie from the first to the last place (from 0) is (first + last) / 2 + 1: a table over first + last
+    # a tie from place `first` to `last` (from 0) has average rank (first + last) / 2 + 1: a table over first + last
     rank = 1 + torch.arange(2 * size - 1, dtype=x.dtype, device=x.device) / 2
     score = torch.special.ndtri((rank - 3 / 8) / (size + 1 / 4))
     place = torch.arange(size, device=x.device)
@@ -250,11 +184,11 @@ def _rank_normalise(x: Tensor) -> tuple[Tensor, Tensor]:
 def _rhat(x: Tensor) -> Tensor:
     x = _halves(x)
     scores, ascending = _rank_normalise(x)
-    middle = ascending.shape[1] // 2  # halves of an even number of chains: there are two in the middle
+    middle = ascending.shape[1] // 2  # the number of draws is even, so there are two middle ones
     median = (ascending[:, middle - 1] + ascending[:, middle]) / 2
     bulk = _classic_rhat(scores)
     tail = _classic_rhat(_rank_normalise((x - median[:, None, None]).abs())[0])
-    return torch.where(tail > bulk, tail, bulk)  # two values at equal distances from the median leave a tail of NaN
+    return torch.where(tail > bulk, tail, bulk)  # the tail is NaN if all draws are equally far from the median
 
 
 def _classic_rhat(x: Tensor) -> Tensor:
@@ -264,7 +198,7 @@ def _classic_rhat(x: Tensor) -> Tensor:
 
 
 def _quantile(ascending: Tensor, prob: float) -> Tensor:
-    """Interpolate a quantile of sorted rows as NumPy does, to the last bit: draws are compared with it."""
+    """Interpolate a quantile of sorted rows exactly as NumPy does, because draws are compared with it."""
     place = prob * (ascending.shape[1] - 1)
     below = min(math.floor(place), ascending.shape[1] - 2)
     part = place - below
@@ -298,9 +232,9 @@ def _ess(x: Tensor) -> Tensor:
     n_chains, n = x.shape[1:]
     size = n_chains * n
     mean = x.mean(2)
-    length = 1 << (2 * n - 1).bit_length()  # zeros enough that no lag wraps around
+    length = 1 << (2 * n - 1).bit_length()  # padding: no lag wraps around
     spectrum = torch.fft.rfft(x - mean[:, :, None], n=length)
-    power = (spectrum.real.square() + spectrum.imag.square()).mean(1)  # chains averaged before, not after, going back
+    power = (spectrum.real.square() + spectrum.imag.square()).mean(1)  # averaged over chains before the inverse transform
     covariance = torch.fft.irfft(power, n=length)[:, :n] / n
     within = covariance[:, :1] * n / (n - 1)
     total = covariance[:, :1] + mean.var(1, keepdim=True)

@@ -1,12 +1,12 @@
-r"""Hamiltonian mechanics for many data and chains at once: one gradient of sum log p gives every datum's own.
+"""Hamiltonian dynamics for many data and chains at once: one gradient of sum log p serves all data.
 
 State z (S, N, d): chain s of datum n. With a root L per datum (L L' about the posterior's covariance), z = L u, momentum
 r ~ N(0, I) in the coordinates u, and energy H = -log p(z) + r'r / 2:
 
     r <- r + step/2 L' grad log p(z),   z <- z + step L r,   r <- r + step/2 L' grad log p(z)
 
-and the end of a trajectory is accepted with probability min(1, exp(H_0 - H_1)), each chain of each datum by itself. The root is
-only a preconditioner: the invariant distribution is p whatever it is. Neal 2011, Handbook of MCMC, chapter 5.
+The end of a trajectory is accepted with probability min(1, exp(H_0 - H_1)), separately for each chain of each datum. The root
+is only a preconditioner: the invariant distribution is p for any L. Neal 2011, Handbook of MCMC, chapter 5.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DIVERGENT = 1000.0  # nats of energy error
 
 @dataclass(frozen=True)
 class State:
-    """Where the chains are: z (S, N, d), log density (S, N), gradient (S, N, d)."""
+    """Positions z (S, N, d), log densities (S, N) and gradients (S, N, d) of the chains."""
 
     z: Tensor
     value: Tensor
@@ -43,7 +43,7 @@ class State:
 
     @classmethod
     def of(cls, z: Tensor, value: Tensor, gradient: Tensor) -> State:
-        """Take values that are known already."""
+        """Take known values."""
         return cls(z, *_finite(value, gradient))
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,10 +57,10 @@ class State:
 
 @dataclass(frozen=True)
 class Move:
-    """What one trajectory did, (S, N) each.
+    """The result of one trajectory; all but the state are (S, N).
 
     Attributes:
-        state: where the chains are now.
+        state: the new state of the chains.
         accept: acceptance probability.
         accepted: whether the proposal was taken.
         divergent: whether the energy error exceeded 1,000 nats or was not finite.
@@ -75,7 +75,7 @@ class Move:
 
 
 def _finite(value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Make non-finite densities -inf (never accepted) and their gradients 0, so that no chain touches another."""
+    """Set non-finite densities to -inf (never accepted) and their gradients to 0, so that chains cannot affect each other."""
     bad = ~(value.isfinite() & gradient.isfinite().all(-1))
     return value.masked_fill(bad, -torch.inf), gradient.masked_fill(bad.unsqueeze(-1), 0.0)
 
@@ -85,16 +85,9 @@ def leap(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Move every chain by one drift and the kick after it.
 
-    Args:
-        target: log density and gradient.
-        z: positions, (S, N, d).
-        momentum: in whitened coordinates, (S, N, d).
-        size: step sizes, broadcastable to (S, N, 1).
-        root: metric roots L, (N, d, d).
-        kick: share of a full kick: 1, or 1/2 at the end of a trajectory.
-
-    Returns:
-        Positions, momenta, log densities (S, N) and gradients, where they are not finite made -inf and 0.
+    z and momentum (in whitened coordinates) are (S, N, d), step sizes broadcastable to (S, N, 1), metric roots L (N, d, d);
+    kick is the share of a full kick: 1, or 1/2 at the end of a trajectory. Returns positions, momenta, log densities (S, N) and
+    gradients; where not finite, -inf and 0.
     """
     z = z + size * apply(root, momentum)
     value, gradient = _finite(*target(z))
@@ -116,14 +109,8 @@ def transition(
 ) -> Move:
     """Move every chain by one trajectory of `n_steps` leapfrogs and accept or reject.
 
-    Args:
-        target: log density and gradient.
-        state: of every chain.
-        root: metric roots L, (N, d, d), lower triangular.
-        step: step size in whitened coordinates, a number, (N,) or (S, N).
-        n_steps: leapfrogs.
-        generator: of momenta and acceptance.
-        leaps: `leap` of this target, where there is a faster one.
+    Metric roots L are (N, d, d), lower triangular; the step size, in whitened coordinates, is a number, (N,) or (S, N). `leaps`
+    is a faster `leap` for this target, if there is one.
     """
     leaps = leaps or partial(leap, target)
     z, value, gradient = state.z, state.value, state.gradient
@@ -136,7 +123,7 @@ def transition(
         z, momentum, value, gradient = leaps(z, momentum, size, root, full if i + 1 < n_steps else half)
     change = 0.5 * momentum.square().sum(-1) - value - energy
     change = change.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    # a chain that starts where the density is zero takes any finite place
+    # a chain that starts at zero density accepts any point with finite density
     change = torch.where(state.value.isneginf() & value.isfinite(), -torch.inf, change)
     accept = (-change).exp().clamp_max(1.0)
     accepted = torch.rand(accept.shape, dtype=z.dtype, device=z.device, generator=generator) < accept
@@ -171,7 +158,7 @@ class DualAveraging:
         self.count = 0
 
     def update(self, accept: Tensor) -> None:
-        """Take the mean acceptance probability of the last trajectory, of the shape of `step`."""
+        """Update the step sizes with the mean acceptance probability of the last trajectory, of the shape of `step`."""
         self.count += 1
         weight = 1 / (self.count + self.T0)
         self.error = (1 - weight) * self.error + weight * (self.target - accept)
@@ -181,5 +168,5 @@ class DualAveraging:
         self.step = log_step.exp()
 
     def final(self) -> Tensor:
-        """Return the averaged step sizes, to be frozen."""
+        """Return the averaged step sizes, to be used after adaptation."""
         return self.average.exp() if self.count else self.step

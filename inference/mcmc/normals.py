@@ -1,4 +1,4 @@
-"""One multivariate normal per datum: q* in unconstrained coordinates, and the metric that whitens a posterior."""
+"""Normal and Student t distributions, one per datum: q* in unconstrained coordinates, and the metric of a posterior."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-SMALL = 8  # dimensions up to which broadcasting beats a batched matrix product
+SMALL = 8  # up to this dimension, broadcasting is faster than a batched matrix product
 
 
 def apply(root: Tensor, v: Tensor) -> Tensor:
@@ -93,21 +93,21 @@ class Normals:
         return value, -torch.linalg.solve_triangular(self.root.mT, u.permute(1, 2, 0), upper=True).permute(2, 0, 1)
 
     def inflated(self, factor: float) -> Normals:
-        """Return the same with standard deviations multiplied by `factor`."""
+        """Return normals with standard deviations multiplied by `factor`."""
         return Normals(self.loc, self.root * factor)
 
     def to(self, dtype: torch.dtype) -> Normals:
-        """Return the same in another precision."""
+        """Return the normals in another precision."""
         return Normals(self.loc.to(dtype), self.root.to(dtype))
 
     def rows(self, index: Tensor) -> Normals:
-        """Return those of some of the data."""
+        """Return the normals of some of the data."""
         return Normals(self.loc[index], self.root[index])
 
 
 @dataclass(frozen=True)
 class StudentT:
-    """A multivariate Student-t per datum: tails that are heavier than those of any posterior with a normal prior.
+    """A multivariate Student t per datum, with tails heavier than those of any posterior with a normal prior.
 
         z = loc + root e sqrt(nu / c),   e ~ N(0, I),   c ~ chi^2_nu
 
@@ -145,12 +145,12 @@ class StudentT:
         return self.log_prob_grad(z)[0]
 
     def rows(self, index: Tensor) -> StudentT:
-        """Return those of some of the data."""
+        """Return the distributions of some of the data."""
         return StudentT(self.loc[index], self.root[index], self.df)
 
 
 def moments(z: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return mean (N, d) and covariance (N, d, d) of draws z (S, N, d); of particles with normalised weights (S, N)."""
+    """Return mean (N, d) and covariance (N, d, d) of draws z (S, N, d), or of particles with normalised weights (S, N)."""
     mean = z.mean(0) if weights is None else torch.einsum("sn,snd->nd", weights, z)
     centred = z - mean
     if weights is None:
@@ -163,19 +163,19 @@ Family = Literal["diagonal", "full"]
 
 @dataclass(frozen=True)
 class Refit:
-    """The best normal of a family for every datum, and how far from it the search ended.
+    """The best normal of a family for every datum, with an estimate of what the search left to gain.
 
     Attributes:
         family: `diagonal` or `full`.
         q: q*, in unconstrained coordinates; `q.root` is diagonal for the diagonal family.
-        elbo: L[q*] on draws that nothing was chosen by, (N,), in nats; -inf where log p is not finite at one of them.
+        elbo: L[q*] on fresh draws, not used in any choice, (N,), in nats; -inf where log p is not finite at one of them.
         elbo_se: its standard error over antithetic pairs, (N,).
-        shortfall: estimated remaining gain of the family near q*, (N,), nats, >= 0: twice the decrement on noise that q* has
-            not seen, which includes what the finite noise of the search cost. Local: another mode may hold a better normal.
-            inf where it is unknown.
-        converged: (N,) True where the shortfall is at most the tolerance asked for and the score is finite.
-        start: (N,) which start won: 0 the encoder, 1.. the prior draws, then those given in `also`.
-        iterations: evaluations of the objective, the longest climb of each stage added up.
+        shortfall: estimated remaining gain of the family near q*, (N,), nats, >= 0: twice the Newton decrement on fresh noise,
+            which includes the cost of the finite noise of the search. It is local: another mode may hold a better normal. inf
+            where it is unknown.
+        converged: (N,) True where the shortfall is at most the given tolerance and the score is finite.
+        start: (N,) the start that won: 0 the encoder, 1.. the prior draws, then those given in `also`.
+        iterations: evaluations of the objective, summed over stages by the longest climb of each.
     """
 
     family: Family

@@ -1,4 +1,4 @@
-"""What a fit maximises."""
+"""The objectives that a fit can maximise."""
 
 from elbowroom.inference.objectives.elbo import ELBO, Estimate, Objective
 

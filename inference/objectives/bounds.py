@@ -1,11 +1,11 @@
-r"""Objectives made of log weights: multi-sample bounds, gradients of low variance, and weighed KL parts.
+"""Objectives made of log weights: multi-sample bounds, gradients of low variance, and weighted KL parts.
 
-With l_kn = log p(x_n|z_kn) + w [ log p(z_kn) - log q(z_kn|x_n) ] of K draws for each datum (`weights`),
+With l_kn = log p(x_n|z_kn) + w [ log p(z_kn) - log q(z_kn|x_n) ] of K draws for each datum (`log_weights`),
 
     objective = (N / B) sum_{n in b} L(l_1n, ..., l_Kn)
 
-and N / B stays outside L. (Pyro's RenyiELBO has it inside the log-sum-exp: 36.6 reported where -log p(x) was 54.4.) At w = 1
-every L here but that of `beta` is a lower bound on log p(x_n), equal to it for every draw where q(z|x) = p(z|x).
+and N / B stays outside L. (Pyro's RenyiELBO has it inside the log-sum-exp; its value is no bound.) At w = 1 every L here but
+that of `beta` is a lower bound on log p(x_n), equal to it for every draw where q(z|x) = p(z|x).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Bound(Objective):
     """An objective that is a function of the log weights of K draws for each datum.
 
     Attributes:
-        path: whether log q is to depend on the guide's parameters through z alone.
+        path: whether log q depends on the guide's parameters through z alone.
     """
 
     path: ClassVar[bool] = False
@@ -95,16 +95,16 @@ class Renyi(Bound):
     def total(self, weights: LogWeights, kl_weight: Weight) -> Tensor:
         """Return sum_n log mean_k exp((1 - alpha) l_kn) / (1 - alpha)."""
         log_w, order = weights.weighed(kl_weight), 1.0 - self.alpha
-        if abs(order) < 1e-6:  # the limit; the weights' own rounding is larger than what is left out
+        if abs(order) < 1e-6:  # the limit alpha -> 1; the error is below the rounding of the weights
             return log_w.mean(0).sum()
         return log_mean_exp(order * log_w).sum() / order
 
 
 class StickingTheLanding(Bound):
-    """ELBO, whose gradient for the guide flows through z alone: without noise where the guide is the posterior.
+    """ELBO with a gradient for the guide that flows through z alone; it has no noise where the guide is the posterior.
 
-    What is left out, the gradient of log q(z|x) at fixed z, has mean zero. Roeder et al. 2017,
-    https://arxiv.org/abs/1703.09194.
+    The omitted term, the gradient of log q(z|x) at fixed z, has mean zero.
+    Roeder et al. 2017, https://arxiv.org/abs/1703.09194.
     """
 
     name = "sticking_the_landing"
@@ -119,7 +119,7 @@ class StickingTheLanding(Bound):
 
 
 class DReG(Bound):
-    """The bound of `iwae` with the doubly reparametrised gradient: less noise for the guide, whatever K.
+    """The bound of `iwae` with the doubly reparametrised gradient: less noise for the guide at every K.
 
     With v_k = exp(l_k) / sum_j exp(l_j), held constant, the gradient is
 
@@ -142,26 +142,26 @@ class DReG(Bound):
         self.particles = particles
 
     def total(self, weights: LogWeights, kl_weight: Weight) -> Tensor:
-        """Return sum_n log mean_k exp(l_kn), with a gradient of its own."""
+        """Return sum_n log mean_k exp(l_kn), with the doubly reparametrised gradient."""
         log_w = weights.weighed(kl_weight)
         v = log_w.detach().softmax(0)
         factor = (1.0 - kl_weight * (1.0 - v)).flatten()
         for z, dim in weights.values.values():
-            if z.requires_grad:  # the model's gradient gets v_k; on the way through z it gets the rest
+            if z.requires_grad:  # v_k comes from the surrogate; the hook adds the guide's further factor on the way through z
                 shape = [len(factor) if i == dim % z.dim() else 1 for i in range(z.dim())]
                 z.register_hook(partial(torch.mul, factor.to(z).reshape(shape)))
         return _valued(log_mean_exp(log_w.detach()).sum(), (v * log_w).sum())
 
 
 class Beta(Bound):
-    """The ELBO with another weight of the KL part, and with free bits: a floor under which a KL is not pressed.
+    """The ELBO with another weight of the KL part, and with free bits: a floor below which a KL is not reduced further.
 
     sum_{n in b} log p(x_n|z_n) - w beta sum_sites B max( free_bits, mean_{n in b} [ log q(z_n|x_n) - log p(z_n) ] )
 
     The KL of a latent site is its mean over the batch, at the draws; below the floor it is a constant, without a gradient. At
-    beta = 1 and free_bits = 0 this is `elbo`; for beta >= 1 a lower bound on log p(x), loose on purpose. `fit.kl_warmup`
-    sets w.
-    Higgins et al. 2017, https://openreview.net/forum?id=Sy2fzU9gl; Kingma et al. 2016 (free bits), https://arxiv.org/abs/1606.04934.
+    beta = 1 and free_bits = 0 this is `elbo`; for beta >= 1 it is a loose lower bound on log p(x). `fit.kl_warmup` sets w.
+    Higgins et al. 2017, https://openreview.net/forum?id=Sy2fzU9gl; free bits: Kingma et al. 2016,
+    https://arxiv.org/abs/1606.04934.
 
     Args:
         beta: weight of the KL part, once the warm-up is over.
@@ -197,12 +197,9 @@ def log_mean_exp(log_w: Tensor) -> Tensor:
 
 
 def finished(weights: LogWeights, total: Tensor, beside: Tensor | float = 0.0) -> Estimate:
-    """Make an estimate for N data of the total of a batch; the ELBO beside it is that of the same draws.
+    """Return the estimate for N data from the total of a batch, with the ELBO of the same draws.
 
-    Args:
-        weights: the log weights.
-        total: the objective for the batch, higher is better.
-        beside: what is added to it that does not depend on the weights.
+    `total` is the objective for the batch (higher is better); `beside` is a term to add that does not depend on the weights.
 
     Raises:
         NonFiniteSite: a log weight or the total is not finite.
@@ -213,5 +210,5 @@ def finished(weights: LogWeights, total: Tensor, beside: Tensor | float = 0.0) -
 
 
 def _valued(value: Tensor, surrogate: Tensor) -> Tensor:
-    """Return a scalar with one value and the gradient of another."""
+    """Return a scalar with the value of `value` and the gradient of `surrogate`."""
     return surrogate - surrogate.detach() + value

@@ -1,6 +1,6 @@
-r"""What the fit maximises, as a differentiable loss, beside the ELBO that is reported.
+"""The objective of a fit as a differentiable loss, with the ELBO that is reported.
 
-An objective is a component: a small class whose keyword-only options the user sets, called with a model and a guide. For
+An objective is a component: a small class with keyword-only options that the user sets, called with a model and a guide. For
 N data, of which a mini-batch b of B is seen, with z_n ~ q(z|x_n) and a KL weight w in [0, 1], the plain one (`elbo`) is
 
     ELBO   = (N / B) sum_{n in b}  log p(x_n|z_n) +   [ log p(z_n) - log q(z_n|x_n) ]       <=  sum_n log p(x_n)
@@ -8,12 +8,11 @@ N data, of which a mini-batch b of B is seen, with z_n ~ q(z|x_n) and a KL weigh
 
 The factor N / B comes from the program's own data plate; the factor w from a handler, `KLWeight`, that multiplies the
 scale of every LATENT site of model and guide. At w = 1 the loss is -ELBO, exactly Pyro's Trace_ELBO. For w < 1 it is
-the objective of an easier problem and no bound on the evidence of this model, so the unweighted ELBO (a double,
-in nats, of the very same draws) is always computed beside it; so it is beside every other objective (`bounds`,
-`enumerated`, `wake_sleep`). An `elbo` is higher-better; a `loss` is lower-better.
+no bound on the evidence of this model, so every objective also computes the unweighted ELBO (a double, in nats) of the same
+draws. An `elbo` is higher-better; a `loss` is lower-better.
 
-Estimates are tensors: no number leaves its device, so that an objective can be traced. Only the check for values that are
-not finite reads them, and `unchecked` leaves that to the caller.
+Estimates are tensors that stay on their device, so that an objective can be traced. Only the check for values that are not
+finite reads them; inside `unchecked` the caller has to do this check.
 
 Bowman et al. 2016 (KL warm-up), https://arxiv.org/abs/1511.06349.
 """
@@ -59,7 +58,7 @@ class Estimate(NamedTuple):
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Let estimates inside be what they are: nothing reads their values, and none raises NonFiniteSite."""
+    """Switch off the check for values that are not finite: no value is read, and NonFiniteSite is not raised."""
     token = _checked.set(False)
     try:
         yield
@@ -68,7 +67,7 @@ def unchecked() -> Iterator[None]:
 
 
 def checked(estimate: Estimate, model_trace: Trace, guide_trace: Trace, particles: int = 1) -> Estimate:
-    """Return an estimate, where it is finite or `unchecked`; arguments as `locate`.
+    """Return the estimate if it is finite, or inside `unchecked`; for the arguments see `locate`.
 
     Raises:
         NonFiniteSite: it is not finite.
@@ -94,7 +93,7 @@ class NonFiniteSite(ArithmeticError):
         super().__init__(self.sentence())
 
     def sentence(self) -> str:
-        """Say where: `log_prob of site 'z' in the guide is nan for 3 of 128 data`."""
+        """Return the message, such as `log_prob of site 'z' in the guide is nan for 3 of 128 data`."""
         if not self.site:
             return "every site's log_prob is finite, but their sum is not"
         data = f" for {len(self.rows)} of {self.count} data" if self.count else ""
@@ -104,8 +103,8 @@ class NonFiniteSite(ArithmeticError):
 class KLWeight(Messenger):
     """A Pyro handler that multiplies the scale of every latent sample site by `weight`; observed sites keep theirs.
 
-    `KLWeight(w)(model)` and `KLWeight(w)(guide)` weigh log p(z) and log q(z|x) by w, each with its own instance.
-    Unlike `pyro.poutine.scale` it allows w = 0.
+    `KLWeight(w)(model)` and `KLWeight(w)(guide)`, two instances, weight log p(z) and log q(z|x) by w. Unlike
+    `pyro.poutine.scale`, it allows w = 0.
 
     Args:
         weight: w >= 0, a number or a scalar; may be changed between runs.
@@ -128,16 +127,16 @@ class KLWeight(Messenger):
 
 
 class Objective(ABC):
-    """What a fit maximises.
+    """The quantity that a fit maximises.
 
-    Its public attributes are its options, and its text is its name with them: `iwae(particles=10)`.
+    Its public attributes are its options; its `repr` is its name with them, such as `iwae(particles=10)`.
 
     Attributes:
         name: the name that specs use.
         discrete: whether it works with latents that are discrete.
         continuous: whether it works with latents that are all continuous.
         reparametrized: whether the guide's draws must be differentiable in its parameters (`rsample`).
-        needs: what it needs of the latents, as the rest of a sentence; "" for nothing.
+        needs: what it requires of the latents, worded as the end of a sentence; "" if nothing.
     """
 
     name: ClassVar[str]
@@ -154,7 +153,7 @@ class Objective(ABC):
             model: Pyro program p(x, z).
             guide: Pyro program q(z|x); it takes the same arguments.
             *args: passed to model and guide.
-            kl_weight: w: log p(x|z) + w [ log p(z) - log q(z|x) ] stands wherever log p(x, z) - log q(z|x) would.
+            kl_weight: w; log p(x|z) + w [ log p(z) - log q(z|x) ] replaces log p(x, z) - log q(z|x).
             **kwargs: passed to model and guide.
 
         Raises:
@@ -164,7 +163,7 @@ class Objective(ABC):
 
     @classmethod
     def refuses(cls, discrete: bool, reparametrized: bool) -> str | None:
-        """Say what is missing and what to use, as the rest of a sentence, where the objective does not apply; else None.
+        """Return None if the objective applies; else what is missing and what to use, worded as the end of a sentence.
 
         Args:
             discrete: the model has discrete latents.
@@ -226,7 +225,7 @@ class MeanFieldELBO(Objective):
 
 
 class _TraceELBO(Trace_ELBO):
-    """Pyro's Trace_ELBO for one estimate, with the ELBO without the KL weight beside it, its numbers left in tensors."""
+    """Pyro's Trace_ELBO for one estimate, with tensors instead of numbers, and with the ELBO without the KL weight."""
 
     def __init__(self, weight: Weight) -> None:
         super().__init__()
@@ -243,7 +242,7 @@ class _TraceELBO(Trace_ELBO):
         return checked(Estimate(loss, objective, elbo), model_trace, guide_trace)
 
     def _loss(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
-        """Return -ELBO as a double, and a scalar that has its gradient: Trace_ELBO._differentiable_loss_particle."""
+        """Return -ELBO as a double, and a scalar with the gradient of Trace_ELBO._differentiable_loss_particle."""
         elbo: Any = 0.0
         surrogate: Any = 0.0
         for _, site in samples(model_trace):
@@ -262,7 +261,7 @@ class _TraceELBO(Trace_ELBO):
 
     @torch.no_grad()
     def _unweighted(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
-        """Sum the log probabilities with the plates' scales and masks, but without the KL weight."""
+        """Sum the log probabilities with the plates' scales and masks, without the KL weight."""
         total: Any = 0.0
         for program, trace, sign in (("model", model_trace, 1), ("guide", guide_trace, -1)):
             for name, site in samples(trace):
@@ -272,17 +271,17 @@ class _TraceELBO(Trace_ELBO):
 
 
 class _MeanFieldELBO(_TraceELBO, TraceMeanField_ELBO):
-    """Pyro's TraceMeanField_ELBO, likewise: its loss is not that of the draws."""
+    """Pyro's TraceMeanField_ELBO in the same form; the ELBO of the draws is computed separately from its loss."""
 
     def __init__(self, weight: Weight) -> None:
         super().__init__(weight)
         self.plain = False
 
     def _loss(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
-        """Return -ELBO as a double, and with its gradient: TraceMeanField_ELBO._differentiable_loss_particle."""
+        """Return -ELBO as a double, and with the gradient of TraceMeanField_ELBO._differentiable_loss_particle."""
         drawn = dict(samples(guide_trace))
         for name, site in drawn.items():
-            if not getattr(site["fn"], "has_rsample", False):  # Pyro would leave out its part of the gradient
+            if not getattr(site["fn"], "has_rsample", False):  # Pyro would omit its part of the gradient
                 raise ValueError(f"{MeanFieldELBO.name}: {MeanFieldELBO.needs}; those of site {name!r} are not")
         order = [name for name, _ in samples(model_trace) if name in drawn]
         if order != [name for name in drawn if name in order]:
@@ -306,7 +305,7 @@ class _MeanFieldELBO(_TraceELBO, TraceMeanField_ELBO):
 
 
 def samples(trace: Trace) -> list[tuple[str, Any]]:
-    """Return the sample sites of a trace, sub-sampling left out."""
+    """Return the sample sites of a trace, without those of sub-sampling."""
     return [
         (name, site)
         for name, site in trace.nodes.items()
@@ -315,19 +314,16 @@ def samples(trace: Trace) -> list[tuple[str, Any]]:
 
 
 def locate(model_trace: Trace, guide_trace: Trace, particles: int = 1) -> NonFiniteSite:
-    """Find the first site, guide before model, whose log probability is not finite.
+    """Find the first site, guide before model, that has a log probability which is not finite.
 
-    Args:
-        model_trace: with its log probabilities.
-        guide_trace: with its log probabilities.
-        particles: how many times the batch stands in the rightmost plate.
+    The rightmost plate of the traces holds `particles` copies of the batch.
     """
     for program, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, site in samples(trace):
             log_prob, total = site["log_prob"].detach(), site["log_prob"].detach().sum()
             if bool(total.isfinite()):
                 continue
-            # the sum may overflow although every entry is finite: then the rows are empty
+            # the sum may overflow although every entry is finite; then `rows` is empty
             bad = ~log_prob.isfinite()
             value = log_prob[bad][0] if bool(bad.any()) else total
             count = bad.shape[-1] // particles if bad.ndim else 0

@@ -1,9 +1,10 @@
-r"""The ELBO with discrete latents summed out of the expectation, not drawn.
+"""The ELBO with discrete latents summed out instead of drawn.
 
     ELBO = (N / B) sum_{n in b} sum_k q(k|x_n) [ log p(x_n|k) + w ( log p(k) - log q(k|x_n) ) ]
 
-Every discrete site of the guide is enumerated in parallel, in a dimension of its own to the left of the plates; the decoder
-broadcasts over it, (K, 1, d) -> (K, N, ...). No noise comes from the discrete sites; continuous ones are drawn.
+Every discrete site of the guide is enumerated in parallel, in its own dimension to the left of the plates; the decoder
+broadcasts over it, (K, 1, d) -> (K, N, ...). Discrete sites add no noise; continuous ones are drawn.
+
 Pyro's TraceEnum_ELBO, https://docs.pyro.ai/en/stable/inference_algos.html#pyro.infer.traceenum_elbo.TraceEnum_ELBO.
 """
 
@@ -34,7 +35,7 @@ class TraceEnum(Objective):
         self._nested: tuple[Program, Program, int] | None = None
 
     def __call__(self, model: Program, guide: Program, *args: Any, kl_weight: Weight = 1.0, **kwargs: Any) -> Estimate:
-        """Estimate loss_w and the unweighted ELBO, continuous latents drawn once per datum."""
+        """Estimate loss_w and the unweighted ELBO; continuous latents are drawn once per datum."""
         elbo = TraceEnum_ELBO(max_plate_nesting=self._nesting(model, guide, args, kwargs), strict_enumeration_warning=False)
         ((model_trace, guide_trace),) = elbo._get_traces(model, config_enumerate(guide), args, kwargs)
         latent = {name for name, _ in samples(guide_trace)}
@@ -54,7 +55,7 @@ class TraceEnum(Objective):
         if self._nested is None or self._nested[:2] != (model, guide):
             probe, pyros = TraceEnum_ELBO(), logging.getLogger("pyro.infer.elbo")
             level = pyros.level
-            pyros.setLevel(logging.WARNING)  # the number of plates is no news
+            pyros.setLevel(logging.WARNING)  # Pyro would log the number of plates
             try:
                 with undisturbed((args, kwargs)), torch.no_grad():
                     probe._guess_max_plate_nesting(model, guide, args, kwargs)
@@ -65,7 +66,7 @@ class TraceEnum(Objective):
 
 
 def _weigh(packed: dict[str, Any], weight: Weight) -> None:
-    """Multiply a latent site's log density by the KL weight; not the probabilities that the sum is taken with."""
+    """Multiply a latent site's log density by the KL weight, but not the probabilities of the sum over its values."""
     weighed: Any = packed["log_prob"] * weight
     weighed._pyro_dims = packed["log_prob"]._pyro_dims
     packed["log_prob"] = weighed

@@ -1,9 +1,9 @@
-r"""Log weights of K draws for each datum of a batch, the raw material of the multi-sample objectives.
+"""Log weights of K draws for each datum of a batch, from which the multi-sample objectives are built.
 
     log w_kn = log p(x_n|z_kn) + w [ log p(z_kn) - log q(z_kn|x_n) ],      z_kn ~ q(z|x_n),  k = 1..K,  n in b
 
-in nats for ONE datum: without the factor N / B of the data plate, which belongs outside every log-sum-exp. The K draws
-are made in one pass over the batch repeated K times along its first dimension, so any network that takes a batch will do.
+They are in nats for ONE datum, without the factor N / B of the data plate, which belongs outside every log-sum-exp. The K draws
+are made in one pass: the batch is repeated K times along its first dimension, so any network that takes a batch works.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class LogWeights:
         likelihood: sum of log p over the observed sites.
         prior: log p of each latent site.
         guide: log q of each latent site.
-        score: sum of log q over the sites whose draws are not differentiable; None where all are.
-        values: the latent values, the batch repeated K times, each with the dimension of the data, from the right.
+        score: sum of log q over the sites that have no differentiable draws; None if all have.
+        values: by site, the latent values of the repeated batch, and the dimension of the data, counted from the right.
         scale: N / B.
         traces: of model and guide.
     """
@@ -67,16 +67,10 @@ def log_weights(
     path: bool = False,
     detach: bool = False,
 ) -> LogWeights:
-    """Draw z K times for each datum and evaluate both programs there.
+    """Draw z K = `particles` times for each datum and evaluate both programs there.
 
-    Args:
-        model: p(x, z).
-        guide: q(z|x).
-        args: of both; tensors as long as the first of them are repeated.
-        kwargs: of both, likewise.
-        particles: K.
-        path: log q depends on the guide's parameters through z alone.
-        detach: z is a constant.
+    Of the arguments, tensors as long as the first one are repeated. With `path`, log q depends on the guide's parameters
+    through z alone; with `detach`, z is a constant.
 
     Raises:
         ValueError: the log weights are not defined for single data.
@@ -90,7 +84,7 @@ def log_weights(
     if path:
         guide_trace = _aliased(guide_trace)
     if path and len(samples(guide_trace)) > 1:
-        # a later site's parameters depend on earlier draws AND on the guide's own: evaluate them again with those held
+        # a later site's distribution depends on earlier draws AND on the guide's parameters: evaluate it with the latter fixed
         with _frozen(guide_trace):
             again = poutine.trace(poutine.replay(guide, trace=guide_trace)).get_trace(*more_args, **more_kwargs)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*more_args, **more_kwargs)
@@ -119,7 +113,7 @@ def log_weights(
         if not site["fn"].has_rsample:
             score = log_q[name] if score is None else score + log_q[name]
     size = plate.size
-    if many > 1 and size == many * plate.rows:  # the plate was made as long as the repeated batch; or N happens to be that
+    if many > 1 and size == many * plate.rows:  # the plate took the length of the repeated batch, or N equals it
         with undisturbed((args, kwargs)), torch.no_grad(), poutine.block():
             size = Plate.around([poutine.trace(guide).get_trace(*args, **kwargs)], rows).size
     shape = (many, plate.rows)
@@ -133,8 +127,8 @@ class Plate:
     Attributes:
         dim: its batch dimension, from the right.
         rows: the data in it, B.
-        particles: how many times they stand in it, K.
-        size: how many data it stands for, N, as it was made.
+        particles: number of copies of the data in it, K.
+        size: number of data that it stands for, N, as the program declares.
     """
 
     dim: int
@@ -144,7 +138,7 @@ class Plate:
 
     @classmethod
     def around(cls, traces: list[Trace], rows: int, particles: int = 1) -> Plate:
-        """Find the plate around every sample site, as long as the arguments are.
+        """Find the one plate around every sample site that has the length of the arguments.
 
         Raises:
             ValueError: there is none, or several.
@@ -167,7 +161,7 @@ class Plate:
         return cls(frame.dim, frame.size // particles, particles, frame.full_size or frame.size)
 
     def density(self, site: Any, log_prob: Tensor | None = None) -> Tensor:
-        """Return a site's log density for single data, (K, B): with its masks and foreign scales, without the plate's."""
+        """Return a site's log density for single data, (K, B), with its masks and other scales, without the plate's scale."""
         rows = self.particles * self.rows
         log_prob = site["unscaled_log_prob"] if log_prob is None else log_prob
         scaled = scale_and_mask(log_prob, site["scale"] * (rows / self.size), site["mask"])
@@ -175,12 +169,12 @@ class Plate:
 
 
 def length(tree: Any) -> int:
-    """Return the length of the first tensor in a tree that has one; 0 without."""
+    """Return the length of the first tensor in a tree that has a dimension; 0 if there is none."""
     return next((len(t) for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.dim()), 0)
 
 
 def repeated(tree: Any, rows: int, times: int) -> Any:
-    """Repeat every tensor of a tree that has so many rows along its first dimension."""
+    """Repeat every tensor of a tree that has `rows` rows, along its first dimension."""
 
     def repeat(t: Any) -> Any:
         fits = isinstance(t, Tensor) and t.dim() and len(t) == rows
@@ -190,7 +184,7 @@ def repeated(tree: Any, rows: int, times: int) -> Any:
 
 
 def _evaluate(model_trace: Trace, guide_trace: Trace) -> None:
-    """Compute the log probabilities; with Pyro's validation on, make the checks that its ELBOs make."""
+    """Compute the log probabilities; if Pyro's validation is on, make the checks that its ELBOs make."""
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace)
     for trace in (model_trace, guide_trace):
@@ -201,9 +195,9 @@ def _evaluate(model_trace: Trace, guide_trace: Trace) -> None:
 
 
 def _aliased(trace: Trace) -> Trace:
-    """Return the trace with each drawn value as a node of its own in the graph: a hook on it sees its direct uses, and all.
+    """Return the trace with each drawn value as a separate node of the autograd graph, so that a hook on it sees all its uses.
 
-    (A transformed distribution remembers which base value a draw came from, and would let its gradient pass the draw by.)
+    (A transformed distribution caches the base value of a draw; its gradient would bypass the draw.)
     """
     other = trace.copy()
     for name, site in samples(trace):
@@ -213,7 +207,7 @@ def _aliased(trace: Trace) -> Trace:
 
 @contextmanager
 def _frozen(trace: Trace) -> Iterator[None]:
-    """Make constants of all leaves that the draws and their distributions depend on."""
+    """Treat as constants all leaves that the draws and their distributions depend on."""
     trace.compute_log_prob()
     found = leaves([site[key] for _, site in samples(trace) for key in ("value", "log_prob")])
     for leaf in found:
@@ -228,7 +222,7 @@ def _frozen(trace: Trace) -> Iterator[None]:
 
 
 def leaves(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the leaves that tensors depend on, those that take a gradient."""
+    """Return the leaves with a gradient that tensors depend on."""
     stack: list[Any] = [t.grad_fn for t in tensors]
     found, seen = [t for t in tensors if t.requires_grad and t.is_leaf], set()
     while stack:

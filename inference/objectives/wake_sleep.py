@@ -1,12 +1,12 @@
-r"""Wake-sleep: the model learns on the guide's draws, the guide on the model's dreams.
+"""Wake-sleep: the model learns from the guide's draws, the guide from data simulated by the model ("dreams").
 
     wake    sum_n log mean_k p(x_n, z_kn) / q(z_kn|x_n),   z_kn ~ q(z|x_n)  held constant      gradient for the model alone
     sleep   sum_n log q(z'_n|x'_n),                        z', x' ~ p(z, x) held constant      gradient for the guide alone
 
-Draws are constants, so neither phase needs a differentiable guide, and the one loss -(wake + sleep) has both gradients
-without mixing them. The guide's part is the forward KL(p(z|x) || q(z|x)), averaged over dreams: it covers modes, where the
-ELBO seeks them. At K = 1 it is Hinton et al. 1995, https://doi.org/10.1126/science.7761831; for K > 1 the wake phase
-of Bornschein and Bengio 2015, https://arxiv.org/abs/1406.2751.
+Draws are constants, so neither phase needs differentiable draws, and the single loss -(wake + sleep) gives both gradients
+without mixing them. The guide minimises the forward KL(p(z|x) || q(z|x)), averaged over dreams: it covers all modes, where
+the ELBO seeks one. K = 1 is Hinton et al. 1995, https://doi.org/10.1126/science.7761831; K > 1 has the wake phase of
+Bornschein and Bengio 2015, https://arxiv.org/abs/1406.2751.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from elbowroom.inference.objectives.log_weights import Plate, length, log_weight
 
 
 class Dream(Messenger):
-    """A Pyro handler that draws the observed sites, in the type of what was observed, and keeps that in `observed`.
+    """A Pyro handler that draws the observed sites, in the dtype of the observed values, and keeps these in `observed`.
 
-    It calls `sample`, for a dream takes no gradient; `poutine.uncondition` would call `rsample`, which not every one has.
+    It calls `sample`, since no gradient is needed; `poutine.uncondition` calls `rsample`, which not every distribution has.
     """
 
     def __init__(self) -> None:
@@ -43,11 +43,11 @@ class Dream(Messenger):
 
 
 class WakeSleep(Objective):
-    """Model: log p of data at the guide's draws. Guide: log q at the model's dreams. No draw need be differentiable.
+    """Model: log p of data at the guide's draws. Guide: log q at data simulated by the model. No draw need be differentiable.
 
-    Dreams keep the covariates, the exposure and the holes of the batch. Its value adds the two parts, in nats; the KL weight
-    goes into the wake part. Hinton et al. 1995, https://doi.org/10.1126/science.7761831; Bornschein and Bengio 2015,
-    https://arxiv.org/abs/1406.2751.
+    Simulated data keep the covariates, the exposure and the missing values of the batch. The value is the sum of the two parts,
+    in nats; the KL weight applies to the wake part. Hinton et al. 1995, https://doi.org/10.1126/science.7761831; Bornschein and
+    Bengio 2015, https://arxiv.org/abs/1406.2751.
 
     Args:
         particles: draws K of z per datum in the wake phase, weighed as in `iwae`; 1 is the classical algorithm.
@@ -64,7 +64,7 @@ class WakeSleep(Objective):
             wake = log_weights(model, guide, args, kwargs, particles=self.particles, detach=True)
             wake.guide.update({name: log_q.detach() for name, log_q in wake.guide.items()})
             awake = log_mean_exp(wake.weighed(kl_weight)).sum()
-            finished(wake, awake)  # before it dreams of what is not finite
+            finished(wake, awake)  # raises if a weight is not finite
             with torch.no_grad(), Dream() as asleep:
                 dream = poutine.trace(model).get_trace(*args, **kwargs)
             dreamt = _with_dreams(dream, asleep.observed, (args, kwargs))
@@ -79,10 +79,10 @@ class WakeSleep(Objective):
 
 
 def _with_dreams(dream: Trace, observed: dict[str, Any], tree: Any) -> Any:
-    """Return the arguments with the dreamt values in place of the observed ones.
+    """Return the arguments with the simulated values in place of the observed ones.
 
     Raises:
-        ValueError: an observed value is none of the arguments, so that the guide could not be shown the dream.
+        ValueError: an observed value is not one of the arguments, so that the guide could not be given the simulated one.
     """
     for name, data in observed.items():
         dreamt = dream.nodes[name]["value"]

@@ -1,1 +1,1 @@
-"""A Pyro pair: which sites it has, how values are given to it, how its weights are held."""
+"""Pyro programs as pairs of model and guide: their sites, how values are substituted, and how weights are frozen."""

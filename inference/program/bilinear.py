@@ -1,8 +1,8 @@
-"""Log densities of all data at all points that are not multiplied out until they are all added up.
+"""Log densities of all data at all points, as sums of products that are multiplied out only once, after the summation.
 
-A log density (G, N) that factorises is a product L R' of points' columns L (G, k) and data's columns R (N, k). So are a term
-that depends on the point alone (beside a column of ones) and one that depends on the datum alone. A sum of such terms is the
-product of the concatenated columns:
+A log density (G, N) that factorises is a product L R' of points' columns L (G, k) and data's columns R (N, k). A term that
+depends on the point alone, or on the datum alone, is such a product with a column of ones. A sum of such terms is the product
+of the concatenated columns:
 
     sum_i L_i R_i' + a 1' + 1 b' = [L_1 ... a 1] [R_1 ... 1 b]'
 
@@ -22,12 +22,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Factor:
-    """One product: the columns of the points, and how to make those of the data.
+    """One product: the columns of the points, and a function that makes those of the data.
 
     Attributes:
         left: (G, k).
-        sources: what the data's columns are made from: tensors, and whatever else says how.
-        right: makes (N, k), and a term (N,) beside the product.
+        sources: everything that `right` depends on: tensors and other values.
+        right: makes (N, k), and a further term (N,).
     """
 
     left: Tensor
@@ -37,7 +37,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Bilinear:
-    """A sum of factors, of a term per point, of one per datum, and of what does not factorise.
+    """A sum of factors, a term per point, a term per datum, and a rest that does not factorise.
 
     Attributes:
         factors: the products.
@@ -80,7 +80,7 @@ class Bilinear:
         return found
 
     def columns(self, n_points: int, n_obs: int, kept: Kept) -> tuple[Tensor, Tensor]:
-        """Return the points' columns (G, K) and the data's (N, K), whose product is the sum but for `rest`."""
+        """Return the points' columns (G, K) and the data's (N, K); their product is the sum without `rest`."""
         dtype = self.dtype
         lefts = [factor.left for factor in self.factors]
         device = next((t.device for t in (*lefts, self.point, self.datum, self.rest) if isinstance(t, Tensor)), None)
@@ -94,7 +94,7 @@ class Bilinear:
             parts = [t for t, _ in made] + [like.new_ones(n_obs, 1), datum[:, None]]
             width = sum(t.shape[1] for t in parts)
             out, start = like.new_empty(n_obs, width), 0
-            for t in parts:  # the last columns are the largest: added last, they take no accuracy from the others
+            for t in parts:  # the last columns are the largest: added last, they cost the others no accuracy
                 out[:, start : start + t.shape[1]] = t
                 start += t.shape[1]
             return out
@@ -113,9 +113,9 @@ class Bilinear:
 
 
 class Kept:
-    """The last result of a computation, for as long as what it was made from is the same.
+    """The last result of a computation, valid while its inputs stay the same.
 
-    Tensors are the same where they are the same memory, not written to since, or hold the same numbers.
+    Tensors are the same if they share memory that was not written to since, or hold equal numbers.
     """
 
     def __init__(self) -> None:
@@ -124,9 +124,9 @@ class Kept:
         self._value: Tensor | None = None
 
     def __call__(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-        """Return make(), or what it returned last time if the key is the same."""
+        """Return make(), or the last result if the key is the same."""
         if self._value is None or not self._holds(key):
-            self._value = None  # not two at once
+            self._value = None  # frees the old value first
             self._value = make()
             self._key, self._versions = key, [_version(part) for part in key]
         return self._value

@@ -1,14 +1,14 @@
-"""Log densities of every datum at the same latent points, by one matrix product where the likelihood allows it.
+"""Log densities of every datum at the same latent points, by one matrix product if the likelihood allows it.
 
 For an exponential family, log p(x|z) = <T(x), eta(z)> - A(z) + h(x): with G points and N data this is a (G, k) by (k, N)
-product instead of G x N evaluations. Where entries are missing their statistics are left out, and so are their parts of A:
+product instead of G x N evaluations. Where entries are missing, their statistics and their parts of A are left out:
 
-    log p(x_seen|z) = <m T(x), eta(z)> - <m, A(z)> + <m, h(x)>,  m = 1 where an entry is there, else 0
+    log p(x_seen|z) = <m T(x), eta(z)> - <m, A(z)> + <m, h(x)>,  m = 1 where an entry is present, else 0
 
-What is returned is not multiplied out yet (`bilinear`), and T and h are not computed where they are at hand already.
+The result is not yet multiplied out (`bilinear`), and T and h are reused if they are known.
 
-It needs parameters that do not depend on the datum; Pyro's plates expand them as views, so a zero stride along the data
-dimension shows that they do not.
+The parameters must not depend on the datum. Pyro's plates expand such parameters as views, so that their stride along the
+data dimension is zero; this is how they are recognised.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from elbowroom.models.likelihoods.missing import Incomplete
 from elbowroom.models.likelihoods.mixed import Columns
 from elbowroom.models.likelihoods.multinomial import Composition
 
-EXACT = 50.0  # beyond which softplus(x) is x in double precision
-SOME = 1024  # data whose mean stands for that of all
+EXACT = 50.0  # above this, softplus(x) is x in double precision
+SOME = 1024  # a sample of this many data gives the mean
 
-Statistics = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (N, D) to T (N, k) and h (N, ...), NaN where x is
+Statistics = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (N, D) to T (N, k) and h (N, ...), NaN where x is NaN
 Terms = tuple[Tensor, Tensor, Statistics]  # eta (G, k), A (G, D), and the function of the data
 
 
@@ -44,11 +44,11 @@ class ExponentialFamily:
     """An exponential family, in the parameters of its distribution.
 
     Attributes:
-        terms: some of the data (n, D), NaN where missing, and parameters (G or 1, D, ...), to eta, A, and x -> T, h. The latter
-            may depend on parameters of one row, and on those data.
+        terms: from a sample of the data (n, D), NaN where missing, and parameters (G or 1, D, ...), makes eta, A, and the
+            function x -> T, h. That function may depend on the sample and on parameters of one row.
         parameters: names of the parameters.
-        fixed: those of them that may not depend on z.
-        trailing: dimensions of a parameter beside those of the data.
+        fixed: the parameters that may not depend on z.
+        trailing: dimensions of a parameter beyond those of the data.
     """
 
     terms: Callable[..., Terms]
@@ -71,11 +71,11 @@ def _continuous_bernoulli(some: Tensor, logits: Tensor) -> Terms:
 
 
 def _normal(some: Tensor, loc: Tensor, scale: Tensor) -> Terms:
-    centre = some.nanmean(0).nan_to_num(0.0)  # keeps the two large terms of the quadratic from cancelling
+    centre = some.nanmean(0).nan_to_num(0.0)  # avoids cancellation in the quadratic
     loc = loc - centre
     precision = scale.square().reciprocal()
     normalizer = 0.5 * loc.square() * precision + scale.log() + 0.5 * math.log(2 * math.pi)
-    if len(precision) == 1:  # the square does not meet z
+    if len(precision) == 1:  # the square has no factor that depends on z
         return loc * precision, normalizer, lambda x: (x - centre, -0.5 * precision * (x - centre).square())
     eta = torch.cat([(loc * precision).expand_as(normalizer), -0.5 * precision], -1)
     return eta, normalizer, lambda x: (torch.cat([x - centre, (x - centre).square()], -1), x.new_zeros(len(x), 1))
@@ -94,7 +94,7 @@ def _log_normal(some: Tensor, loc: Tensor, scale: Tensor) -> Terms:
 
 def _gamma(some: Tensor, concentration: Tensor, rate: Tensor) -> Terms:
     normalizer = concentration.lgamma() - concentration * rate.log()
-    if len(concentration) == 1:  # the logarithm does not meet z
+    if len(concentration) == 1:  # the logarithm has no factor that depends on z
         return -rate, normalizer, lambda x: (x, (concentration - 1) * x.log())
     eta = torch.cat([concentration, -rate.expand_as(normalizer)], -1)
     return eta, normalizer, lambda x: (torch.cat([x.log(), x], -1), -x.log())
@@ -160,11 +160,11 @@ FAMILIES: dict[type, ExponentialFamily] = {
 
 
 def log_prob(fn: TorchDistribution, value: Tensor) -> Tensor:
-    """Return fn.log_prob(value), by the shorter of two equal formulas where torch's own is slow under vmap or fails there."""
+    """Return fn.log_prob(value), by an equal formula where torch's own is slow or fails under vmap."""
     base = fn
     while isinstance(base, dist.Independent):
         base = base.base_dist
-    if type(base) is dist.Multinomial:  # torch's own indexes by a mask, and takes log x! anew for every draw of z
+    if type(base) is dist.Multinomial:  # torch's own indexes by a mask, and computes log x! again for every draw of z
         logits = base.logits.clamp_min(torch.finfo(base.logits.dtype).min)  # 0 x log 0 is 0
         terms = (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1) + (value * logits).sum(-1)
         return terms.flatten(terms.dim() - (fn.event_dim - 1)).sum(-1) if fn.event_dim > 1 else terms
@@ -175,11 +175,10 @@ def log_prob(fn: TorchDistribution, value: Tensor) -> Tensor:
 
 
 def shared_log_prob(fn: TorchDistribution, value: Tensor) -> Tensor | Bilinear:
-    """Return fn.log_prob(value) with batch shape broadcastable to (G, N), not multiplied out where it factorises.
+    """Return fn.log_prob(value), broadcastable to (G, N); a `Bilinear` where it factorises.
 
-    Args:
-        fn: distribution with batch shape (G, N), (G, 1) or (N,), whose parameters may be expanded views.
-        value: latent values (G, 1, *event) or data (N, *event).
+    fn has batch shape (G, N), (G, 1) or (N,), and parameters that may be expanded views; value holds latent values
+    (G, 1, *event) or data (N, *event).
     """
     if isinstance(fn, Incomplete):
         return _shared(fn, fn.base, value, fn.missing, (value, fn.missing))
@@ -219,15 +218,9 @@ def _product(
     points: int,
     sources: tuple[Any, ...],
 ) -> Bilinear:
-    """Return <T(x), eta(z)> - A(z) + h(x).
+    """Return <T(x), eta(z)> - A(z) + h(x) for data (N, *event) and parameters (G or 1, 1, *event, ...).
 
-    Args:
-        family: the exponential family.
-        value: the data, (N, *event).
-        missing: True where an entry is missing, broadcastable to the data.
-        parameters: (G or 1, 1, *event, ...) each.
-        points: G.
-        sources: what value and missing are made from.
+    `missing` is True where an entry is missing, broadcastable to the data; `sources` are the origins of data and mask.
     """
     event = value.shape[1:]
 

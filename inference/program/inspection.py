@@ -1,7 +1,7 @@
-"""Reading a Pyro (model, guide) pair: which plate holds the data, which sites are latent per datum, and what is refused.
+"""Inspection of a Pyro (model, guide) pair: its data plate, its latent sites per datum, and reasons to refuse it.
 
-The pair is RUN once, eagerly and validated, with the user's own arguments; everything here is learnt from those two traces.
-Nothing needs to know which argument is data, covariate or mask.
+The pair is RUN once, eagerly and validated, with the user's own arguments, and everything is read from the two traces. There is
+no need to know which argument is data, covariate or mask.
 """
 
 from __future__ import annotations
@@ -44,17 +44,10 @@ def inspect(
     kwargs: dict[str, Any],
     plate: str | None,
 ) -> Program:
-    """Run the pair once and describe it.
-
-    Args:
-        model: Pyro program p(x, z).
-        guide: Pyro program q(z|x).
-        args: arguments of both.
-        kwargs: keyword arguments of both.
-        plate: name of the data plate, where several could be meant.
+    """Run the pair p(x, z), q(z|x) once and describe it; `plate` names the data plate, if there are several candidates.
 
     Raises:
-        UnsupportedProgram: naming site or plate and the reason, when per-datum inference does not apply to the pair.
+        UnsupportedProgram: per-datum inference does not apply to the pair; names the site or plate and the reason.
     """
     _refuse_joint_guide(guide)
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -70,10 +63,10 @@ def inspect(
     name = _data_plate(latents, model_trace, plate)
     local = {k: v for k, v in latents.items() if frame_of(v, name) is not None}
     pinned, notes = _pin({k: v for k, v in latents.items() if k not in local}, guide, guide_trace, args, kwargs)
-    if pinned:  # sites after a pinned global must be seen at its pinned value
+    if pinned:  # sites after a pinned global must be run at its pinned value
         guide_trace = poutine.trace(poutine.condition(guide, data=pinned)).get_trace(*args, **kwargs)
         for global_name in pinned:
-            guide_trace.nodes[global_name]["is_observed"] = False  # conditioned to the pin; for replay it is a latent
+            guide_trace.nodes[global_name]["is_observed"] = False  # `condition` set it; for replay it is a latent
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     index = {
         node["name"]: node["value"]
@@ -200,7 +193,7 @@ def _refuse_auxiliary(guide_latents: Mapping[str, Any], latents: Mapping[str, An
 def _refuse_factors(guide_trace: Trace, model_trace: Trace) -> None:
     for name, node in guide_trace.nodes.items():
         observed = node["type"] == "sample" and node["is_observed"] and not node["infer"].get("_deterministic")
-        # a messenger guide runs the model itself and meets its observed sites; what only the guide observes is a factor
+        # a messenger guide runs the model and so has its observed sites; a site observed in the guide alone is a factor
         if observed and not site_is_subsample(node) and name not in model_trace.nodes:
             raise UnsupportedProgram(
                 f"guide site {name!r} is observed (a pyro.factor or obs= in the guide): q(z|x) would not be normalised, and "
@@ -255,7 +248,7 @@ def _pin(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Hold every global latent at the median of the guide's distribution for it, in program order."""
+    """Fix every global latent at the median of the guide's distribution, in program order."""
     pinned: dict[str, Tensor] = {}
     for name in (n for n in guide_trace.nodes if n in latents):
         trace = poutine.trace(poutine.condition(guide, data=pinned)).get_trace(*args, **kwargs) if pinned else guide_trace

@@ -1,4 +1,4 @@
-"""The latent sites of a program: where their plate lies, which values they take, and how they lie in one vector."""
+"""The latent sites of a program: the dimension of their plate, their values, and their columns in one vector."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def frame_dim(node: Mapping[str, Any], plate: str) -> int:
 
 
 def check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], plate: str) -> None:
-    """Refuse a guide site that is not local where the model's is, or whose shape differs.
+    """Refuse a guide site that lies outside the data plate, is a point mass, or has another support than the model's site.
 
     Raises:
         UnsupportedProgram: names the site.
@@ -61,7 +61,7 @@ def _kind(constraint: Any) -> str:
     while hasattr(base, "base_constraint"):
         base = base.base_constraint
     name = type(base).__name__.lstrip("_")
-    # spellings of one and the same set
+    # different names for the same set
     if name in ("GreaterThan", "GreaterThanEq") and getattr(base, "lower_bound", None) == 0:
         return "Positive"
     if name in ("RealVector", "Real"):
@@ -77,7 +77,7 @@ def _layout(node: Mapping[str, Any], plate: str) -> tuple[int, int, Tensor]:
 
 
 def continuous_site(node: Mapping[str, Any], plate: str, offset: int) -> Site:
-    """Describe a continuous latent site, whose columns of z begin at `offset`."""
+    """Describe a continuous latent site with columns of z that begin at `offset`."""
     fn = node["fn"]
     dim, batch_ndim, value = _layout(node, plate)
     support = support_of(fn)
@@ -163,7 +163,7 @@ def _values(name: str, fn: TorchDistribution) -> Tensor:
 
 
 def active_coordinates(nodes: list[Any], sites: list[Site], n_obs: int, dim: int) -> Tensor | None:
-    """Find the latent coordinates that a mask removes for some datum."""
+    """Return (N, d), False where a mask removes a latent coordinate of a datum; None if no mask does."""
     active: Tensor | None = None
     for node, site in zip(nodes, sites, strict=True):
         mask = node["mask"]

@@ -1,7 +1,7 @@
-"""Which entries of an observed site are in the likelihood: those that no `poutine.mask`, `.mask(...)` or `obs_mask=` takes out.
+"""The entries of an observed site that are in the likelihood, after `poutine.mask`, `.mask(...)` and `obs_mask=`.
 
-A mask around a site has the shape of its batch, and takes out whole events; one inside `.to_event` has the shape of the base
-distribution's batch, so that it takes out entries of an event. Both are read off the site and laid over its values.
+A mask around a site has the shape of its batch and removes whole events. A mask inside `.to_event` has the shape of the base
+distribution's batch and removes entries of an event.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from elbowroom.errors import UnsupportedProgram
 
 
 def kept(node: Mapping[str, Any]) -> Tensor | None:
-    """Return which entries of an observed site's value are in the likelihood, in the value's shape; None where all are.
+    """Return which entries of an observed site's value are in the likelihood, in the value's shape; None if all are.
 
     Args:
         node: the site's node of a trace.
 
     Raises:
-        UnsupportedProgram: where a mask takes out some copies of a value that the program broadcasts, or part of the density of
-            an entry.
+        UnsupportedProgram: a mask removes only some copies of a value that the program broadcasts, or only part of the density
+            of an entry.
     """
     fn, value = node["fn"], node["value"]
     shape = torch.Size([*fn.batch_shape, *fn.event_shape])
@@ -45,7 +45,7 @@ def kept(node: Mapping[str, Any]) -> Tensor | None:
 
 
 def _inside(fn: Any, name: str) -> Tensor | None:
-    """Return what masks within a distribution keep, broadcastable to its batch and event; None where there are none."""
+    """Return what masks inside a distribution keep, broadcastable to its batch and event; None if there are none."""
     if isinstance(fn, dist.Independent | torch.distributions.Independent | ExpandedDistribution):
         return _inside(fn.base_dist, name)
     if isinstance(fn, dist.MaskedDistribution):

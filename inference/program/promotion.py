@@ -1,11 +1,10 @@
-"""A program computed in one floating-point precision, whatever precision its own tensors have.
+"""A program computed in one floating-point precision, whatever the precision of its own tensors.
 
-A snapshot converts arguments, modules and parameters. It cannot reach a tensor that a program closes over, nor one that it
-makes with `dtype=torch.float32` or `.float()`: beside float64 latents those end in an error deep inside a matrix product.
-Here every torch function that such a program calls is met on its way (`torch.overrides.TorchFunctionMode`, which is what
-`torch.set_default_device` is made of; https://pytorch.org/docs/stable/torch.overrides.html), its floating-point arguments and
-the dtype that it names are replaced, and nothing that the user owns is changed. It costs a few microseconds a call, so it is
-done for programs that need it alone.
+A snapshot converts arguments, modules and parameters. It cannot reach a tensor in a program's closure, nor one that the program
+makes with `dtype=torch.float32` or `.float()`; next to float64 latents, these raise errors deep inside a matrix product. Here
+every torch function that the program calls is intercepted (`torch.overrides.TorchFunctionMode`,
+https://pytorch.org/docs/stable/torch.overrides.html), and its floating-point arguments and dtypes are replaced. The user's
+objects stay unchanged. This costs a few microseconds per call, so it is used only for programs that need it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
-LEFT = frozenset({"__get__", "__set__", "__setitem__", "grad", "backward"})  # what reads or changes the very tensor it is given
+LEFT = frozenset({"__get__", "__set__", "__setitem__", "grad", "backward"})  # these read or change their own argument
 
 
 class Promotion(TorchFunctionMode):
@@ -28,7 +27,7 @@ class Promotion(TorchFunctionMode):
         dtype: the type.
 
     Attributes:
-        needed: whether any function met another floating-point type so far.
+        needed: whether any function has used another floating-point type so far.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -52,7 +51,7 @@ class Promotion(TorchFunctionMode):
         return self._one(func(*given, **{key: self._one(value) for key, value in kwargs.items()}))
 
     def _one(self, value: Any) -> Any:
-        """Return a value in the one precision: a tensor, a dtype, or a list or tuple of them."""
+        """Return a tensor, a dtype, or a list or tuple of them, in the one precision."""
         if isinstance(value, Tensor):
             if value.is_floating_point() and value.dtype != self.dtype:
                 self.needed = True
@@ -67,12 +66,7 @@ class Promotion(TorchFunctionMode):
 
 
 class Promoted:
-    """A program in one precision; its attributes are the program's.
-
-    Args:
-        program: a callable.
-        dtype: the floating-point type.
-    """
+    """A program (any callable) run in one floating-point type; its attributes are the program's."""
 
     def __init__(self, program: Callable[..., Any], dtype: torch.dtype) -> None:
         self.program, self.dtype = program, dtype
@@ -83,19 +77,19 @@ class Promoted:
             return self.program(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Look up what is not the wrapper's own, e.g. `__self__` of a method."""
+        """Return attributes of the wrapped program, e.g. `__self__` of a method."""
         if name in ("program", "dtype"):
             raise AttributeError(name)
         return getattr(self.program, name)
 
 
 def mixed(error: BaseException | None) -> bool:
-    """Tell whether an error is one of torch's complaints about operands of several types."""
+    """Say whether an error is torch's complaint about operands of different types."""
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("dtype", "scalar type"))
 
 
 def mixes(run: Callable[[], Any], dtype: torch.dtype) -> bool:
-    """Tell whether what `run` does meets another floating-point type than `dtype`."""
+    """Say whether `run` uses a floating-point type other than `dtype`."""
     with Promotion(dtype) as promotion:
         run()
     return promotion.needed

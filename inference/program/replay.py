@@ -1,4 +1,4 @@
-"""The Pyro handler that replays latent values into a program and reads its log densities off, per datum."""
+"""The Pyro handler that substitutes latent values into a program and collects its log densities per datum."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from elbowroom.inference.program.sites import Program, Site, frame_of, per_datum
 
 
 class Replay(Messenger):
-    """Feed values into a program's sites in program order and collect log densities per datum.
+    """Substitute values at a program's sites, in program order, and collect log densities per datum.
 
     Args:
-        program: what is known of the pair.
+        program: the description of the pair.
         assignment: values of the discrete sites; a site without one is drawn.
-        z: unconstrained coordinates (N, d), mapped to each site's support as the program reaches it.
+        z: unconstrained coordinates (N, d), mapped to each site's support when the program reaches it.
         values: constrained values by site, instead of z.
         index: sub-sampling indices, if not the program's own.
         shared: z is (G, 1, d), the same points for every datum; densities are then sums (`Bilinear`) not multiplied out.
         draws_dim: batch dimension of an outer plate of draws; densities are then summed per draw, not per datum.
 
     Attributes:
-        values: the value of each latent site that was met.
-        distributions: its distribution, as the program stated it.
+        values: the value of each latent site that the program reached.
+        distributions: its distribution in the program.
         per_draw: log density of the latent sites per draw of the outer plate, (S,).
         log_prior: log density of the latent sites, (N,).
         log_likelihood: log density of the observed sites, (N,).
@@ -95,7 +95,7 @@ class Replay(Messenger):
     def _assigned(self, site: Site, msg: Any) -> Tensor:
         fn = msg["fn"]
         value = self.assignment[site.name]
-        batch = [1] * len(fn.batch_shape) if self.shared else fn.batch_shape  # the same for every datum, and seen to be
+        batch = [1] * len(fn.batch_shape) if self.shared else fn.batch_shape  # size 1: the same for every datum
         return value.expand(*batch, *value.shape[value.dim() - fn.event_dim :])
 
     def _jacobian(self, site: Site, transform: Any, u: Tensor, value: Tensor, mask: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is known of a Pyro (model, guide) pair after running it once: its data plate and its latent sites."""
+"""The description of a Pyro (model, guide) pair: its data plate and its latent sites."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Site:
         free_event_dim: number of event dimensions of an unconstrained value.
         columns: columns of the unconstrained vector z (N, d) that hold this site; empty for a discrete site.
         values: the values of a discrete site, (K, *event); None for a continuous one.
-        support: the prior's support, where it is the same for every value of the other sites.
-        transform: unconstrained -> constrained, where the support is the same for every value of the other sites.
+        support: the prior's support; None if it depends on other sites.
+        transform: unconstrained -> constrained; None if the support depends on other sites.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Site:
     transform: Transform | None = None
 
     def split(self, z: Tensor) -> Tensor:
-        """Take this site's columns from z (..., N, d) and lay them out as the program's batch and event dimensions."""
+        """Take this site's columns from z (..., N, d) and arrange them as the program's batch and event dimensions."""
         u = z[..., self.columns].reshape(*z.shape[:-1], *self.free_shape)
         lead = z.dim() - 2
         return u.movedim(lead, self.plate_dim - self.free_event_dim)
@@ -60,7 +60,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Program:
-    """What was learnt from running a (model, guide) pair once.
+    """The description of a (model, guide) pair, from one run.
 
     Attributes:
         plate: name of the data plate.
@@ -69,13 +69,13 @@ class Program:
         discrete: discrete latent sites of one datum, in program order.
         dim: d, the number of unconstrained continuous coordinates of one datum.
         guide_sites: names of the local sites that the guide draws.
-        pinned: values of global latents, held at the guide's median.
+        pinned: values of global latents, fixed at the guide's median.
         index: sub-sampling indices by plate name, replayed in every run.
         dropped: the unobserved halves of `obs_mask=` sites, which integrate to one.
-        active: (N, d), False where a latent is masked out of that datum; None when none is.
+        active: (N, d), False where a latent is masked out of that datum; None if none is.
         nesting: number of batch dimensions that the program's plates use.
         observed: values of the observed sites inside the data plate, name -> (N, ...).
-        notes: sentences about what was pinned, dropped or rescaled.
+        notes: sentences about sites that were pinned, dropped or rescaled.
     """
 
     plate: str
@@ -94,17 +94,19 @@ class Program:
 
     @property
     def assignments(self) -> list[dict[str, Tensor]]:
-        """Every joint value of the discrete sites; one empty assignment when there are none."""
+        """Every joint value of the discrete sites; one empty assignment if there are none."""
         names = [site.name for site in self.discrete]
         tables = [site.values for site in self.discrete if site.values is not None]
         return [dict(zip(names, combination, strict=True)) for combination in itertools.product(*tables)]
 
 
 def support_of(fn: TorchDistribution) -> Any:
-    """Return the support of a distribution as a constraint that has a transform.
+    """Return the support of a distribution as a constraint that `biject_to` accepts.
 
-    A mixture has that of its components. A von Mises angle states the real line but has period 2 pi: it is held in one period.
-    What `biject_to(positive)` carries states the real line too, for that map ends with an affine one that changes nothing.
+    Three kinds of distribution need special treatment. A mixture gets the support of its components. A von Mises distribution
+    declares the real line, but its angle has period 2 pi; it gets one period. A transformed distribution may declare a support
+    that is too wide: the map of `biject_to(positive)` ends with an affine map 0 + 1 x, so its codomain is declared as the real
+    line. Such identity maps are skipped.
     """
     base, wrapped = fn, 0
     while isinstance(base, dist.Independent):
@@ -125,7 +127,7 @@ def support_of(fn: TorchDistribution) -> Any:
 
 
 def _image(transform: Transform) -> Any:
-    """Return the codomain of a transform, seen past affine maps by 0 + 1 x at its end."""
+    """Return the codomain of a transform; identity maps at its end are skipped."""
     if isinstance(transform, IndependentTransform):
         return constraints.independent(_image(transform.base_transform), transform.reinterpreted_batch_ndims)
     if not isinstance(transform, ComposeTransform):
@@ -153,12 +155,12 @@ def is_real(support: Any) -> bool:
 
 
 def frame_of(msg: Mapping[str, Any], plate: str) -> Any | None:
-    """Return the conditional-independence frame of `plate` at a site, or None when the site is outside it."""
+    """Return the conditional-independence frame of `plate` at a site, or None if the site lies outside it."""
     return next((frame for frame in msg["cond_indep_stack"] if frame.name == plate), None)
 
 
 def per_datum(log_prob: Tensor, dim: int, n_obs: int) -> Tensor:
-    """Sum a site's log density over every batch dimension but the data plate's: (N,)."""
+    """Sum a site's log density over all batch dimensions except the data plate's: (N,)."""
     if log_prob.dim() < -dim:
         log_prob = log_prob.expand(*[1] * (-dim - log_prob.dim()), *log_prob.shape)
     log_prob = log_prob.movedim(dim, 0)
@@ -168,7 +170,7 @@ def per_datum(log_prob: Tensor, dim: int, n_obs: int) -> Tensor:
 
 
 def constrained(sites: Sequence[Site], z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Constrain z (N, d) where no support depends on a value: values by site, and the log Jacobian (N,)."""
+    """Map z (N, d) to constrained values by site, and return the log Jacobian (N,); no support may depend on other sites."""
     values, log_det = {}, z.new_zeros(len(z))
     for site in sites:
         transform = site.transform
@@ -184,7 +186,7 @@ def constrained(sites: Sequence[Site], z: Tensor) -> tuple[dict[str, Tensor], Te
 
 
 def saturated(sites: Sequence[Site], z: Tensor) -> Tensor:
-    """Return (S, N) True where a constrained value has rounded to its support's edge, so that z cannot be had back."""
+    """Return (S, N), True where a constrained value was rounded to the edge of its support, so that z cannot be recovered."""
 
     def lost(u: Tensor) -> Tensor:
         bad = torch.zeros(len(u), dtype=torch.bool, device=u.device)

@@ -1,8 +1,8 @@
-"""A snapshot of everything a program's numbers come from, swapped in for the time of a computation.
+"""A snapshot of everything that a program's numbers depend on, swapped in during a computation.
 
-A Pyro program reads weights from modules that it closes over and from Pyro's parameter store. To evaluate it in float64, in
-eval mode and at fixed weights, without changing anything that the user owns, the tensors' storage is exchanged inside a scope
-and put back after it.
+A Pyro program reads weights from modules in its closure and from Pyro's parameter store. The snapshot lets it run in float64,
+in eval mode and at fixed weights without changing the user's objects: the storage of the tensors is exchanged inside a scope
+and restored afterwards.
 """
 
 from __future__ import annotations
@@ -29,11 +29,6 @@ STORE = ("_params", "_param_to_name", "_constraints")  # the mappings of Pyro's 
 class Snapshot:
     """Copies of the arguments and weights of a pair of programs.
 
-    Args:
-        programs: the callables.
-        args: their arguments.
-        kwargs: their keyword arguments.
-
     Attributes:
         args: copies of the arguments, in `dtype`.
         kwargs: likewise.
@@ -47,7 +42,7 @@ class Snapshot:
         self.take(None)
 
     def take(self, dtype: torch.dtype | None) -> None:
-        """Copy weights and arguments as they are now, in `dtype` where they are floating point."""
+        """Copy the current weights and arguments, floating-point ones in `dtype`."""
 
         def convert(t: Any) -> Any:
             return self.convert(t, dtype) if isinstance(t, Tensor) else t
@@ -60,7 +55,7 @@ class Snapshot:
         self._weights = [(t, self.convert(t, dtype)) for t in self.leaves() if id(t) not in arguments]
 
     def converted(self, dtype: torch.dtype) -> Snapshot:
-        """Return the same weights and arguments, of the moment this snapshot was taken, in another precision."""
+        """Return a copy of this snapshot in another precision, without reading the current weights."""
 
         def convert(t: Any) -> Any:
             return self.convert(t, dtype) if isinstance(t, Tensor) else t
@@ -77,7 +72,7 @@ class Snapshot:
         return t.detach().clone() if dtype is None or not t.is_floating_point() else t.detach().to(dtype, copy=True)
 
     def leaves(self) -> list[Tensor]:
-        """Every tensor that the programs' numbers come from: arguments, parameters, buffers, the parameter store."""
+        """Return every tensor that the programs depend on: arguments, parameters, buffers, the parameter store."""
         tensors = [t for t in pytree.tree_leaves(self._original) if isinstance(t, Tensor)]
         for module in self._modules:
             tensors += [*module.parameters(), *module.buffers()]
@@ -85,7 +80,7 @@ class Snapshot:
         return list({id(t): t for t in tensors}.values())
 
     def identity(self) -> tuple[int, ...]:
-        """Return what tells these weights, as objects, from others; not their values."""
+        """Return a key for the weight tensors as objects, not for their values."""
         return tuple(id(t) for t, _ in self._weights)
 
     def size(self) -> int:
@@ -94,7 +89,7 @@ class Snapshot:
 
     @contextlib.contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """Put every module into eval mode, and back."""
+        """Put every module into eval mode, and restore its mode on exit."""
         training = [m for root in self._modules for m in root.modules() if m.training]
         for module in training:
             module.training = False
@@ -108,7 +103,7 @@ class Snapshot:
     def scope(self) -> Iterator[None]:
         """Swap the copies in, in eval mode, without gradients in the weights and without Pyro's validation.
 
-        Within it, further scopes cost nothing: hold one around many evaluations.
+        Nested scopes cost nothing: open one around many evaluations.
         """
         if self._depth:
             yield
@@ -124,7 +119,7 @@ class Snapshot:
                 for tensor, value in self._weights:
                     if tensor.is_leaf:
                         tensor.requires_grad_(False)
-                        tensor.grad = None  # of another precision, perhaps
+                        tensor.grad = None  # it may have another precision
                     tensor.data = value
                 torch.set_default_dtype(self.dtype or default)
                 self._depth += 1
@@ -144,11 +139,11 @@ class Snapshot:
 def _find_modules(*roots: Any) -> list[torch.nn.Module]:
     """Collect the nn.Modules that callables can reach.
 
-    That is: a module itself, a method's owner, closures, partials, attributes of plain objects, containers, and globals that
-    a function or a function within it names.
+    The search covers a module itself, the owner of a method, closures, partials, attributes of plain objects, containers, and
+    globals that a function or a nested function names.
     """
     found: dict[int, torch.nn.Module] = {}
-    seen: dict[int, Any] = {}  # holds the items, so that no id is used twice
+    seen: dict[int, Any] = {}  # keeps the items alive, so that no id is reused
 
     def visit(item: Any) -> None:
         if id(item) in seen or isinstance(item, Tensor | str | bytes | int | float | types.ModuleType | type):
@@ -186,7 +181,7 @@ def _find_modules(*roots: Any) -> list[torch.nn.Module]:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """Global names that a function's code uses, functions within it included."""
+    """Global names that a function's code uses, nested functions included."""
     nested = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return set(code.co_names).union(*nested)
 
@@ -197,7 +192,7 @@ def _is_users(item: Any) -> bool:
 
 
 def program_in(dtype: torch.dtype, program: Program) -> Program:
-    """Return a program whose pinned values and tables of discrete values are in `dtype`, where they are floating point."""
+    """Return a program with its pinned values and tables of discrete values in `dtype`, if they are floating point."""
     pinned = {name: Snapshot.convert(value, dtype) for name, value in program.pinned.items()}
     tables = [site.values for site in program.discrete]
     discrete = tuple(

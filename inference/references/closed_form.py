@@ -1,7 +1,4 @@
-r"""Exact posteriors: the closed form of a linear-Gaussian VAE.
-
-p(z|x) = N(m, M^-1),   log p(x) by `elbowroom.models.linear_gaussian`
-"""
+"""The exact posterior of a linear-Gaussian VAE in closed form, p(z|x) = N(m, M^-1); see `elbowroom.models.linear_gaussian`."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ class ClosedForm(Reference):
     name: ClassVar[str] = "closed_form"
 
     def refusal(self, log_joint: LogJoint) -> str | None:
-        """Only a VAE with normal prior, linear decoder and gaussian likelihood of constant scale has one."""
+        """Refuse all but a VAE with normal prior, linear decoder and gaussian likelihood of constant scale."""
         if self._oracle(log_joint) is None:
             return (
                 "closed_form needs a VAE with normal prior, linear decoder and gaussian likelihood whose scale is not `decoder`"

@@ -1,9 +1,9 @@
-r"""The exact posterior of models whose latents are all discrete, by enumeration of their joint values.
+"""The exact posterior of models with only discrete latents, by enumeration of their joint values.
 
     log p(x_n) = log sum_c p(x_n, c),   p(c | x_n) = p(x_n, c) / p(x_n),   c = 1 .. A
 
-Beside continuous latents the discrete ones are summed out by the log joint, so that a grid integrates over the continuous ones
-alone; `discrete.discrete_draws` then draws them given each draw of the continuous ones.
+In models that also have continuous latents, the log joint sums out the discrete ones, so that a grid integrates only over the
+continuous ones; `discrete_draws` of `elbowroom.inference.target.discrete` then draws the discrete ones given each draw.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from elbowroom.inference.target.log_joint import LogJoint
 
 
 class Enumeration(Reference):
-    """The exact posterior and evidence of a model whose latents are all discrete, by summing over their joint values."""
+    """The exact posterior and evidence of a model with only discrete latents, by summing over their joint values."""
 
     name: ClassVar[str] = "enumeration"
 
     def refusal(self, log_joint: LogJoint) -> str | None:
-        """A continuous latent cannot be enumerated."""
+        """Refuse a model with continuous latents."""
         if log_joint.dim == 0:
             return None
         return f"enumeration needs a model whose latents are all discrete, this one has {log_joint.dim} continuous dimensions"
@@ -32,7 +32,7 @@ class Enumeration(Reference):
     def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
         """Return p(c | x_n) of every joint value, (N, A), as `probabilities`, the evidence, and independent draws.
 
-        It is one pass over the joint values, which `until` does not cut short.
+        `until` does not interrupt the single pass over the joint values.
 
         Raises:
             UnsupportedProgram: see `discrete.table`.
@@ -40,7 +40,7 @@ class Enumeration(Reference):
         found = discrete.table(log_joint)
         index = discrete.draw(found.log_posterior, keep, seed)
         value = found.log_evidence
-        # each term is rounded at its own size, and the sum of A of them once more
+        # rounding errors of each term, relative to its size, and of the sum of A terms
         size = torch.where(found.log_joint.isfinite(), found.log_joint.abs(), 0).amax(0)
         error = torch.finfo(value.dtype).eps * (4 * size + math.log2(len(found.log_joint)) + 1)
         n = log_joint.n_obs

@@ -1,1 +1,1 @@
-"""What is learnt of a posterior before a reference runs: modes, best normals, tempered chains."""
+"""Searches before a reference runs: modes, best normals, tempered chains."""

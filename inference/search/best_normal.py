@@ -1,4 +1,4 @@
-r"""The best normal of a family for every datum at once: q* = argmax_q L[q], L[q] = E_q[log p(x, z)] + H[q].
+"""The best normal of a family for every datum at once: q* = argmax_q L[q], L[q] = E_q[log p(x, z)] + H[q].
 
 With z = m + R e and noise e that is fixed, antithetic and variance-matched (mean e = 0, mean e e' = I exactly), the objective
 
@@ -7,17 +7,18 @@ With z = m + R e and noise e that is fixed, antithetic and variance-matched (mea
 has, with g_s = grad log p at z_s, the whitened gradient b = mean R' g_s in m and -(tril(C) - I) in R, where
 C = -mean (R' g_s) e_s' estimates the whitened expected curvature R' E_q[-hess log p] R (Stein's identity; exact for a quadratic
 under matched noise). A Newton step moves m by rho R C^-1 b and the whitened precision I to (1 - rho) I + rho C (its diagonal,
-for the diagonal family): on a normal posterior one step ends at q*, whatever the correlation. rho is halved per datum until F
-rises. What is left by the same quadratic model, the decrement
+for the diagonal family): on a normal posterior one step ends at q*, whatever the correlation. rho is reduced per datum until F
+rises. The decrement, the remaining gain by the same quadratic model,
 
     full:      1/2 b' C^-1 b + 1/2 (tr C - log|C| - d)
     diagonal:  1/2 b' C^-1 b + 1/2 sum_j (C_jj - log C_jj - 1)
 
-measures nats of the objective, not of its gradient; it stops the climb, and twice its value on fresh noise is the stated
-shortfall: exact models need no such factor, but the quadratic one ignores how the curvature changes with q.
+is in nats of the objective. It stops the climb, and twice its value on fresh noise is the reported shortfall; the factor two
+allows for the change of curvature with q, which the quadratic model ignores.
 
-Starts: the encoder's moments, and normals narrower than the prior at prior draws. Few draws climb them all; fresh draws choose
-one per datum; more draws refine it, until the shortfall on noise that it has not seen is small; other draws score it.
+Starts: the encoder's moments, and normals narrower than the prior at prior draws. All starts climb on a few draws; fresh draws
+choose one per datum; more draws refine it, until the shortfall on unused noise is small; other draws score it.
+
 All values are in nats, per datum. Opper and Archambeau 2009, Neural Computation 21 (the fixed point); Khan and Rue 2023,
 JMLR 24 (its damped form).
 """
@@ -39,16 +40,16 @@ from elbowroom.system.memory import LARGE_ARRAY, fitting
 
 Target = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-CURVATURE_FLOOR = 0.01  # smallest whitened curvature that a covariance follows: scales grow at most tenfold a step
-CONCAVE = 0.1  # whitened curvature put in the place of smaller ones where log p is not concave on average
+CURVATURE_FLOOR = 0.01  # lower limit of the whitened curvature in a step: scales grow at most tenfold
+CONCAVE = 0.1  # lower limit of the whitened curvature where log p is not concave on average
 SMALLEST_STEP = 1e-5
 ARMIJO = 0.05
 NARROW = 0.3  # scale of a start at a prior draw, in prior standard deviations
 LOOSE = 0.02  # decrement (nats) at which the starts are compared
 TIE = 1e-3  # nats within which the earlier start wins
-GROWTH, ROUNDS = 4, 2  # more noise for data whose shortfall the noise itself causes
+GROWTH, ROUNDS = 4, 2  # factor of further noise, and rounds, for data with a shortfall due to noise
 HALVINGS = 30
-SAFETY = 2.0  # the quadratic model of a posterior that is not normal understates what is left: 1.4-fold for one datum in ten
+SAFETY = 2.0  # the quadratic model understates the remaining gain if a posterior is not normal
 
 
 def refit(
@@ -68,12 +69,12 @@ def refit(
     Args:
         log_joint: model and guide.
         family: `diagonal` or `full` covariance.
-        starts: prior draws to start from, beside the encoder.
+        starts: prior draws to start from, besides the encoder.
         also: further starts, e.g. the diagonal solution for the full family.
         draws: noise draws S of the refinement; default max(64, 10 d), at least 2 d.
         score_draws: draws of the ELBO; default max(128, S).
-        tolerance: shortfall, in nats, up to which a datum counts as converged; data above it are given more noise. Default
-            0.04, or 0.004 d beyond ten dimensions.
+        tolerance: shortfall, in nats, up to which a datum counts as converged; data above it get more noise. Default 0.04, or
+            0.004 d beyond ten dimensions.
         max_iterations: evaluations of the objective per stage.
         seed: random seed.
 
@@ -135,7 +136,7 @@ class _Search:
         owner = self.everyone.repeat(count)
         q = Normals(torch.cat([b.loc for b in begin]), torch.cat([b.root for b in begin]))
         climbed = self._climb(q, owner, self._noise(max(8, 4 * self.d)), LOOSE)
-        # fresh noise chooses: the noise of the climb flatters whoever fitted it best
+        # fresh noise for the choice: the climb has overfitted its own noise
         value = self._values(climbed, self._noise(max(32, 4 * self.d))).reshape(count, self.n)
         start = (value >= value.amax(0) - TIE).int().argmax(0)
         chosen = start * self.n + self.everyone
@@ -156,12 +157,12 @@ class _Search:
     # -- starts ---------------------------------------------------------------------------------------------------------
 
     def _in_family(self, q: Normals) -> Normals:
-        """Keep the variances of q only, for the diagonal family."""
+        """Keep only the variances of q if the family is diagonal."""
         loc, root = q.loc.double(), q.root.double()
         return Normals(loc, root if self.family == "full" else torch.diag_embed(root.square().sum(-1).sqrt()))
 
     def _encoder(self) -> Normals:
-        """Return the encoder's moments; N(0, I) where no draw of it is finite."""
+        """Return the encoder's moments; N(0, I) where too few of its draws are finite."""
         z = self.joint.draw("guide", max(64, 10 * self.d), self.seed).double()
         good = z.isfinite().all(-1, keepdim=True)
         z = torch.where(good, z, 0.0)
@@ -188,12 +189,12 @@ class _Search:
         return matched_noise(n_draws, self.d, self.generator)
 
     def _target(self, owner: Tensor) -> Target:
-        """Return log p and its gradient at z (S, P, d), where the p-th place belongs to datum owner[p]."""
+        """Return log p and its gradient at z (S, P, d); position p belongs to datum owner[p]."""
         if len(owner) == self.n and bool((owner == self.everyone).all()):
             return self.joint.grad
         if self.joint.separable():
             return self.joint.subset(owner).grad
-        # all data are evaluated, as many times as the datum asked for most often, with places to spare filled by valid values
+        # evaluate all data, as often as the most frequent datum occurs; unused positions hold valid values
         order = torch.argsort(owner, stable=True)
         first = torch.searchsorted(owner[order], owner[order])
         turn = torch.empty_like(owner)
@@ -213,7 +214,7 @@ class _Search:
     ) -> _Point:
         """Evaluate the objective and its quadratic model; value -inf where log p is not finite at some draw.
 
-        `seen`: the curvature that is stationary where F is, the lower triangle of C; else its symmetric part, which has less
+        If `seen`, the curvature is the lower triangle of C, which is stationary where F is; else its symmetric part, with less
         noise.
         """
         target = target or self._target(owner)
@@ -235,7 +236,7 @@ class _Search:
         return _Point(loc, root, value, slope, curvature, self._decrement(slope, curvature))
 
     def _values(self, point: _Point, noise: Tensor) -> Tensor:
-        """Return F of whole blocks of all data, one after the other, (starts N,)."""
+        """Return F for several blocks of all data in sequence, (starts N,)."""
         blocks = zip(point.loc.split(self.n), point.root.split(self.n), strict=True)
         values = [
             torch.cat(
@@ -249,7 +250,7 @@ class _Search:
         return torch.where(value.isfinite() & point.value.isfinite(), value, -torch.inf)
 
     def _decrement(self, slope: Tensor, curvature: Tensor) -> Tensor:
-        """Return what the quadratic model says is left, (P,), inf where it has no maximum."""
+        """Return the remaining gain by the quadratic model, (P,), inf where it has no maximum."""
         factor, info = torch.linalg.cholesky_ex(curvature)
         diagonal = curvature.diagonal(dim1=-2, dim2=-1)
         good = (info == 0) & (diagonal > 0).all(-1)
@@ -286,7 +287,7 @@ class _Search:
         return loc, at.root @ inverse.mT.flip(-1, -2)
 
     def _climb(self, q: Normals, owner: Tensor, noise: Tensor, enough: float) -> _Point:
-        """Raise F by damped Newton steps, each place by itself, until its decrement is at most `enough`."""
+        """Raise F by damped Newton steps, independently at each position, until its decrement is at most `enough`."""
         point = self._finite_start(q, owner, noise)
         size = torch.ones(len(owner), dtype=torch.float64, device=self.device)
         open_ = (point.decrement > enough) & point.value.isfinite()
@@ -322,16 +323,16 @@ class _Search:
     # -- the end --------------------------------------------------------------------------------------------------------
 
     def _climb_and_step(self, q: Normals, owner: Tensor, noise: Tensor, decrement: float) -> Normals:
-        """Climb well below this decrement, then take the step that the last evaluation suggests: it costs nothing."""
+        """Climb well below this decrement, then take the Newton step of the last evaluation, which is free."""
         enough = min(decrement / 20, LOOSE)
         point = self._climb(q, owner, noise, enough)
         near = point.decrement <= enough
-        loc, root = self._step(point, near.double())  # unseen noise will judge it
+        loc, root = self._step(point, near.double())  # to be judged on fresh noise
         near &= loc.isfinite().all(-1) & root.isfinite().all(-1).all(-1)
         return Normals(torch.where(near[:, None], loc, point.loc), torch.where(near[:, None, None], root, point.root))
 
     def _until_unseen_noise_agrees(self, q: Normals, decrement: float) -> _Point:
-        """Measure what is left on fresh noise; climb again on more noise where that is above this decrement."""
+        """Measure the decrement on fresh noise; climb again on more noise where it exceeds this limit."""
         draws = max(self.draws, default_draws(self.d))
         check = self._measure(q.loc, q.root, self.everyone, self._noise(draws), seen=False)
         for _ in range(ROUNDS):
@@ -347,7 +348,8 @@ class _Search:
     def _score(self, point: _Point, n_draws: int) -> tuple[Tensor, Tensor]:
         """Return L[q] and its standard error, on plain antithetic draws.
 
-        The quadratic model, whose expectation is known, is the control variate: it comes from other draws, hence no bias.
+        The quadratic model, which has a known expectation, is the control variate. It comes from other draws, so there is no
+        bias.
         """
         half = torch.randn(n_draws // 2, self.d, dtype=torch.float64, device=self.device, generator=self.generator)
         curvature = point.curvature.nan_to_num(0.0, 0.0, 0.0)

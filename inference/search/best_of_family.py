@@ -1,29 +1,28 @@
-r"""The best member of any family for every datum at once: the encoder's output, set free.
+"""The best member of any family for every datum at once: the variational parameters are optimised instead of encoded.
 
-An amortized guide is q(z|x_n) = q(z; phi_n) with phi_n = encoder(x_n). Here phi_n (P numbers a datum) is a free variable,
+An amortized guide is q(z|x_n) = q(z; phi_n) with phi_n = encoder(x_n). Here phi_n (P numbers per datum) is a free variable,
 
     phi*_n = argmax_phi L_n(phi),   L_n(phi) = E_q(z; phi) [log p(x_n, z) - log q(z; phi)]
 
-and what the data share (the weights of a flow) stays as it is: L[q*] - L[q] is what the encoder misses of its own family.
+and parameters shared by the data (the weights of a flow) stay fixed: L[q*] - L[q] is the gap between the encoder and the best
+member of its family.
 
-Ascent by natural gradients (Amari 1998, https://doi.org/10.1162/089976698300017746). With scores s = d log q(z; phi) / d phi of
-draws of q, and log w = log p(x_n, z) - log q(z; phi),
+Ascent is by natural gradients (Amari 1998, https://doi.org/10.1162/089976698300017746). With scores
+s = d log q(z; phi) / d phi of draws of q, and log w = log p(x_n, z) - log q(z; phi),
 
     g = cov(s, log w) = grad L,    F = cov(s, s), the family's Fisher information,    step = F^-1 g
 
 is the least-squares regression of log w on the scores (Salimans and Knowles 2013, https://arxiv.org/abs/1206.6679). It has no
-noise where q is the posterior, is a Newton step of KL(q || p) near it, whatever units the parameters are in, and asks neither
-for gradients of the model nor for differentiable draws: those of a mixture say next to nothing of its weights once components
-lie apart. Both are running means over steps; a step is at most `RADIUS` standard deviations long.
+noise where q is the posterior, is a Newton step of KL(q || p) near it, does not depend on the units of the parameters, and
+needs neither gradients of the model nor differentiable draws (which carry almost no information about the weights of a
+mixture with separated components). g and F are running means over steps; a step is at most `RADIUS` standard deviations long.
 
-Starts: the encoder's output, its mean over the data (which knows nothing of x_n), and the encoder's output drawn to the best
-normal where that is known, by the same steps up E_normal[log q(z; phi)], which ask nothing of the model. After a few steps
-from each the best goes on, in stages, each of which ends with the mean of its later half; steps are halved once a stage gains
-little. Draws that no step has seen choose between the old parameters and the new, and further ones score the choice beside
-the encoder, with common random numbers. The shortfall, what more stages would gain if they went on as the last two did, and
-the error of that gain, is an estimate: no bound, and local to the optimum that was found.
-
-All values in nats, per datum.
+Starts: the encoder's output, its mean over the data, and, if the best normal is known, the encoder's output moved towards it by
+the same steps up E_normal[log q(z; phi)], which do not evaluate the model. After a few steps from each, the best continues in
+stages. Each stage ends with the mean of its later half; steps are halved once a stage gains little. Draws that no step has
+used choose between the old parameters and the new; further draws score the choice and the encoder with common random numbers.
+The shortfall is an estimate of what more stages would gain, extrapolated from the last two, plus the error of that gain. It is
+no bound, and local to the optimum that was found. All values in nats, per datum.
 """
 
 from __future__ import annotations
@@ -49,34 +48,34 @@ Family = Callable[[Tensor], TorchDistribution]
 Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 OFFER = "variational_parameters"
-EXACT = 1e-6  # relative difference of log densities let pass
+EXACT = 1e-6  # allowed relative difference of log densities
 TESTED = 8  # draws at which the offered density must be the guide's
 DRAWS = 64  # of a step
 PILOT = 25  # steps from each start
 STEPS = 50  # of a stage
-SHAKEN = 0.1  # of the encoder's output: equal components, or directions of length 0, would stay so for ever
+SHAKEN = 0.1  # noise on the encoder's output: equal components, or directions of length 0, would never change
 STAGES = 8
 SIZE = 0.5  # of the natural gradient, halved after each stage that gained little
-SLOWEST = 0.9  # ratio of one stage's gain to that before, from which what is left is reckoned
+SLOWEST = 0.9  # largest ratio of successive gains in the extrapolation
 RADIUS = 0.5  # length of a step in standard deviations: at most 1/8 nat of KL
 MEMORY = 0.9  # of the running means
 DAMPING = 0.01  # of the Fisher information's diagonal
-FLOOR = 0.01  # information, in units of the encoder's output, below which a parameter is left nearly where it is
-MATRIX = 128  # parameters up to which F is a matrix; beyond, its diagonal
-ENOUGH = 0.01  # gain of a stage (nats) from which on another follows
+FLOOR = 0.01  # information, in units of the encoder's output, below which a parameter hardly moves
+MATRIX = 128  # up to this many parameters F is a matrix; beyond, its diagonal
+ENOUGH = 0.01  # a stage that gains more (nats) is followed by another
 CHOOSING, SCORING = 512, 1024  # draws
 LIMIT = 600.0  # seconds
-TIMED = 5  # steps after which it is known how long all will take
+TIMED = 5  # steps after which the total time is predicted
 
 
 @dataclass(frozen=True)
 class OfferedFamily:
-    """What a guide says of itself: the parameters of each datum, and the family that makes q of them.
+    """The parameters of each datum and the family of distributions that a guide offers.
 
     Attributes:
         params: phi, (N, P), the encoder's output.
         family: phi (..., N, P) -> distribution of the one latent site, batch shape (..., N).
-        log_joint: the log joint, whose site it is.
+        log_joint: the log joint with this site.
     """
 
     params: Tensor
@@ -84,13 +83,13 @@ class OfferedFamily:
     log_joint: LogJoint
 
     def constrained(self, u: Tensor) -> Tensor:
-        """Carry unconstrained u (S, N, d) to values of the site, (S, N, *event)."""
+        """Map unconstrained u (S, N, d) to values of the site, (S, N, *event)."""
         (site,) = self.log_joint.sites
         assert site.transform is not None
         return site.transform(site.split(u))
 
     def free(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Carry values of the site, (S, N, *event), to unconstrained u (S, N, d); and log |d value / d u|, (S, N)."""
+        """Map values of the site, (S, N, *event), to unconstrained u (S, N, d); and log |d value / d u|, (S, N)."""
         (site,) = self.log_joint.sites
         assert site.transform is not None
         u = site.transform.inv(value)
@@ -115,7 +114,7 @@ class OfferedFamily:
             return self.log_joint(u).double() - (self.family(params).log_prob(value) + log_det).double()
 
     def log_weights(self, params: Tensor, n_draws: int, seed: int) -> Tensor:
-        """Return log p(x_n, z) - log q(z; phi) at draws of q, (S, N), whose noise is that of the seed."""
+        """Return log p(x_n, z) - log q(z; phi) at draws of q, (S, N); the seed determines the noise."""
         size = fitting(64 * len(params) * self.log_joint.dim, ARRAY)
         with self.log_joint.frozen_weights(), torch.no_grad(), seeded(seed):
             q = self.family(params)
@@ -126,15 +125,15 @@ class OfferedFamily:
 
 @dataclass(frozen=True)
 class FamilyRefit:
-    """The best member of the guide's own family for every datum, beside the encoder's.
+    """The best member of the guide's own family for every datum, compared with the encoder's.
 
     Attributes:
         params: phi*, (N, P); the encoder's own where nothing better was found.
-        elbo: L[q*], (N,), on draws that nothing was chosen by; -inf where log p is not finite at one of them.
+        elbo: L[q*], (N,), on fresh draws, not used in any choice; -inf where log p is not finite at one of them.
         elbo_se: its standard error.
         gain: L[q*] - L[q], by common random numbers.
         gain_se: its standard error.
-        shortfall: estimate of what more steps would gain, >= 0: what the last stages gained, and its standard error.
+        shortfall: estimated gain of further steps, >= 0: extrapolated from the last stages, plus its standard error.
     """
 
     params: Tensor
@@ -150,11 +149,11 @@ class TooSlow(Exception):
 
 
 def offered(log_joint: LogJoint) -> OfferedFamily | None:
-    """Return the parameters and the family that the guide offers, where they are its density indeed; else None.
+    """Return the parameters and the family that the guide offers, if they give its density; else None.
 
-    A guide offers them by a method or attribute `variational_parameters`, of its own or of the object whose bound method it
-    is, that takes the arguments of the program and returns phi (N, P) and a function from phi (..., N, P) to the distribution
-    of its one latent site with batch shape (..., N); or None.
+    A guide offers them by a method or attribute `variational_parameters`, of its own or of the object that it is a bound method
+    of. It takes the arguments of the program and returns None, or phi (N, P) and a function from phi (..., N, P) to the
+    distribution of its one latent site with batch shape (..., N).
     """
     guide: Any = log_joint.guide
     offer = getattr(guide, OFFER, None) or getattr(getattr(guide, "__self__", None), OFFER, None)
@@ -190,13 +189,13 @@ def offered(log_joint: LogJoint) -> OfferedFamily | None:
 def refit_family(
     offer: OfferedFamily, *, near: Normals | None = None, seed: int, until: float = math.inf
 ) -> FamilyRefit | None:
-    """Find the best member of the guide's own family for every datum; None, with a note, where there is no time for it.
+    """Find the best member of the guide's own family for every datum; None, with a note, if there is not enough time.
 
     Args:
-        offer: what the guide offers.
-        near: normals in unconstrained coordinates that one start is drawn to.
+        offer: the guide's parameters and family.
+        near: normals in unconstrained coordinates that one start is moved towards.
         seed: random seed.
-        until: when it has to be done, on the monotonic clock.
+        until: deadline, on the monotonic clock.
     """
     log_joint = offer.log_joint
     width = offer.params.shape[-1]
@@ -250,12 +249,12 @@ class _Search:
                 break
         before, after = (self.offer.log_weights(phi, SCORING, self.seed + 300) for phi in (encoder, best))
         gain, error = _mean(after - before)
-        kept = ~(gain >= -error)  # the encoder's own, where they are clearly better
+        kept = ~(gain >= -error)  # keep the encoder's own where they are clearly better
         best, after = torch.where(kept[:, None], encoder, best), torch.where(kept, before, after)
         return FamilyRefit(best, *_mean(after), *_mean(after - before), shortfall)
 
     def _of(self, rows: Tensor) -> tuple[_Search, Tensor]:
-        """Return the search of some of the data, where they can be taken apart, else of all; and which they are."""
+        """Return the search for some of the data, or for all if they cannot be separated; and the rows that it holds."""
         part, rows, _ = self.joint.some(rows)
         some = copy.copy(self)
         some.offer, some.joint = OfferedFamily(self.offer.params[rows], self.family, part), part
@@ -263,13 +262,14 @@ class _Search:
         return some, rows
 
     def _judged(self, params: Tensor) -> Tensor:
-        """Return the log weights that choose among parameters, on the same draws always, which no step has seen."""
+        """Return the log weights for choosing among parameters, always on the same draws, which no step uses."""
         return self.offer.log_weights(params, CHOOSING, self.seed + 1)
 
     def _better(self, old: Tensor, value: Tensor, new: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the best of several parameters of each datum, its log weights, and the gain of the last with its error.
+        """Return the best of several parameters of each datum, its log weights, and the gain of the last one with its error.
 
-        A single new one is taken unless it is clearly worse: ascent is likelier to gain than to lose what cannot be seen.
+        A single new one is accepted unless it is clearly worse: ascent more often gains than loses what is too small to
+        measure.
         """
         best, of_best = old.clone(), value.clone()
         gain, error = _mean(value - value)
@@ -281,7 +281,7 @@ class _Search:
         return best, of_best, gain, error
 
     def _ascend(self, params: Tensor, steps: int, size: float | Tensor, gradients: Gradients | None = None) -> Tensor:
-        """Take natural-gradient steps up L, or up what else has these gradients; return the mean of the later half."""
+        """Take natural-gradient steps up L, or up the objective of other `gradients`; return the mean of the later half."""
         gradients = gradients or self._gradients
         phi, total = params.clone(), torch.zeros_like(params)
         full = params.shape[-1] <= MATRIX
@@ -301,7 +301,7 @@ class _Search:
         return total / (steps // 2)
 
     def _natural(self, slope: Tensor, information: Tensor) -> Tensor:
-        """Return (F + damping)^-1 g; both running means lack the same factor."""
+        """Return (F + damping)^-1 g; the start-up bias of both running means cancels."""
         if information.dim() == 2:
             return slope / ((1 + DAMPING) * information + self.floor)
         diagonal = DAMPING * information.diagonal(dim1=-2, dim2=-1) + self.floor
@@ -332,13 +332,13 @@ class _Search:
     def _scores(self, params: Tensor, value: Tensor) -> Tensor:
         """Return d log q(z_s; phi) / d phi, (S, N, P); 0 where it is not finite."""
         with torch.enable_grad():
-            # a copy of phi for every draw: one backward pass gives the gradient of each by itself
+            # with a copy of phi for every draw, one backward pass gives a gradient for each
             still = params.expand(len(value), *params.shape).clone().requires_grad_()
             (scores,) = torch.autograd.grad(self.family(still).log_prob(value).sum(), still, materialize_grads=True)
         return torch.where(scores.isfinite().all(-1, keepdim=True), scores, 0.0)
 
     def _watch(self) -> None:
-        """Give up early where it can be foreseen that time will not do."""
+        """Stop early if the time will foreseeably not suffice."""
         self.steps += 1
         spent = time.monotonic() - self.began
         if self.steps == TIMED:

@@ -1,14 +1,15 @@
-r"""Mode search: many short runs per datum that start from the prior and are annealed into the posterior.
+"""Mode search: many short runs per datum that start from the prior and are annealed into the posterior.
 
-The path is p(z) p(x|z)^b. Each datum raises b by itself, as far as a conditional effective sample size of its particles allows
-(adaptive tempering: Del Moral, Doucet and Jasra 2012), with one trajectory per temperature; at b = 1 the runs go on for some
-trajectories, whose mean is kept. The increments of log p(x|z) give every run its annealing weight.
+The path is p(z) p(x|z)^b. Each datum raises b independently, as far as a conditional effective sample size of its particles
+allows (adaptive tempering: Del Moral, Doucet and Jasra 2012), with one trajectory per temperature. At b = 1 the runs continue
+for some trajectories, and the mean of these is kept. The increments of log p(x|z) give every run its annealing weight.
 
-A mode is unseen by other chains when a run's mean lies farther from them (in their own covariance) than the means of as many
-of their own consecutive states do in all but one of a hundred cases, and the runs there weigh more than the chains' own visits:
-R-hat does not see what few chains visit rarely or never; this does, whatever the number of long chains.
+A mode is unseen by other chains if a run's mean lies farther from them (in their own covariance) than 99 % of the means of
+equally many consecutive states of theirs, and the runs there have more weight than the chains' own visits. Unlike R-hat, this
+detects modes that the chains visit rarely or never, however many chains there are.
+
 Runs start from independent draws of the prior: a basin that holds a share s of the prior is missed by all P runs with
-probability (1 - s)^P; annealing only improves on it.
+probability (1 - s)^P, and annealing only lowers it.
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ from elbowroom.system.stages import stage
 
 RUNS = 256
 TEMPERATURES = 40
-SETTLE, KEPT = 6, 8  # trajectories at b = 1 before the mean is taken, and those that it is taken over
+SETTLE, KEPT = 6, 8  # trajectories at b = 1 before the mean, and in the mean
 LEAPFROGS = 3
 MAX_LEAPFROGS = 8
 QUARTER = math.pi / 2
-JITTER = 0.6  # smallest factor on step sizes: no run stays at its own period
-CESS = 0.7  # conditional effective sample size that one rise of b may cost
-ACCEPT, GAIN = 0.75, 0.5  # acceptance aimed at, and how fast step sizes follow
+JITTER = 0.6  # smallest random factor on step sizes, against periodic runs
+CESS = 0.7  # smallest conditional effective sample size, as a share, after one rise of b
+ACCEPT, GAIN = 0.75, 0.5  # target acceptance, and the rate at which step sizes adapt
 MISS = 1e-3
-OFTEN = 0.99  # of the chains' segments: what lies beyond was seen rarely, if at all
-SLACK, FACTOR = 4.0, 1.5  # a run is unseen beyond FACTOR x (the far segments) + SLACK, in squared standard deviations
-NEGLIGIBLE = 0.005  # share of the mass of unseen runs that is let pass
-LIGHT = 0.1  # of the average weight, below which a run is no start
-ENOUGH = 5.0  # effective runs, below which their weights tell nothing
+OFTEN = 0.99  # quantile of the chains' segments; points beyond it were seen rarely, if at all
+SLACK, FACTOR = 4.0, 1.5  # a run is unseen beyond FACTOR x (that quantile) + SLACK, in squared standard deviations
+NEGLIGIBLE = 0.005  # ignored share of the mass in unseen runs
+LIGHT = 0.1  # of the average weight; a lighter run is not used as a start
+ENOUGH = 5.0  # with fewer effective runs, the weights are not used
 PRIOR_DRAWS = 200
 
 
 @dataclass(frozen=True)
 class Unseen:
-    """What the runs found that other chains have not seen, per datum.
+    """Result of the runs that other chains have not seen, per datum.
 
     Attributes:
         share: estimated share of the posterior's mass in the unseen runs, less that of the chains' own rare visits, (N,).
-        matters: whether the share is too large to be ignored, or cannot be told, (N,).
+        matters: whether the share is too large to be ignored, or unknown, (N,).
     """
 
     share: Tensor
@@ -65,8 +66,8 @@ class Modes:
         end: each run's last state, (P, N, d).
         level: mean log joint of each run's last states, (P, N).
         log_weight: annealing weights, unnormalised, (P, N).
-        ladder: inverse temperatures that each datum went through, (T, N), from 0, ending at 1.
-        length: number of consecutive states whose mean a run's is compared with.
+        ladder: inverse temperatures of each datum, (T, N), from 0 to 1.
+        length: number of consecutive states in a mean that is compared with a run's.
     """
 
     mean: Tensor
@@ -82,19 +83,14 @@ class Modes:
         return 1 - MISS ** (1 / len(self.mean))
 
     def rows(self, index: Tensor) -> Modes:
-        """Return those of some of the data."""
+        """Return the runs of some of the data."""
         parts = (self.mean[:, index], self.end[:, index], self.level[:, index], self.log_weight[:, index])
         return Modes(*parts, self.ladder[:, index], self.length)
 
     def starts(self, q: Normals, count: int) -> Tensor:
-        """Return ends of `count` runs to start chains from, (count, N, d): the two farthest, then runs as they came.
+        """Return ends of `count` runs to start chains from, (count, N, d): the two farthest from q, then the others in order.
 
-        Chains that start in every mode that the runs know show by their R-hat whether they mix; chains that start at random
-        mostly start in the same one.
-
-        Args:
-            q: normals that other chains start from.
-            count: number of starts.
+        If chains start in every mode that the runs found, R-hat shows whether they mix; random starts mostly share one mode.
         """
         u = whiten(q.root, self.mean.to(q.root.dtype) - q.loc)
         weighty = torch.softmax(self.log_weight.double(), 0) > LIGHT / len(self.mean)
@@ -118,19 +114,19 @@ class Modes:
         kept: int = KEPT,
         finest: float = JITTER,
     ) -> Modes:
-        """Return the runs after `settle` further trajectories and those that the mean is taken over.
+        """Continue the runs by `settle` trajectories, then by `kept` more, and return them with the mean over the latter.
 
-        A run that a slow start held back joins the others; one in a mode of its own stays.
+        A run that a slow start held back joins the others; one in a separate mode stays.
 
         Args:
             log_joint: the same data.
             root: metric roots, (N, d, d).
             step: step sizes, (N,).
-            settle: trajectories before the mean is taken.
+            settle: trajectories before the mean.
             generator: of all randomness.
-            kept: trajectories that the mean is taken over.
-            finest: smallest factor on the step sizes while settling, log-uniform up to 1: no run is held by steps too large for
-                its place. The mean is taken at full steps, like those of the chains that it is compared with.
+            kept: trajectories in the mean.
+            finest: smallest factor on the step sizes while settling, log-uniform up to 1, so that a run can leave a narrow
+                region. The mean uses full steps, like the chains that it is compared with.
         """
         state, sums, level = State.at(log_joint.grad, self.end), torch.zeros_like(self.end), torch.zeros_like(self.level)
         for i in range(settle + kept):
@@ -146,12 +142,9 @@ class Modes:
         return Modes(sums / kept, state.z, level / kept, self.log_weight, self.ladder, self.length)
 
     def unseen_by(self, draws: Tensor, lp: Tensor, *, hops: bool = False) -> Unseen:
-        """Compare the runs with chains.
+        """Compare the runs with chains (C, S, N, d) that have the log joint lp (C, S, N).
 
-        Args:
-            draws: (C, S, N, d).
-            lp: their log joint, (C, S, N).
-            hops: whether consecutive draws jump between modes, as replicas do: then single states are compared, not means.
+        With `hops`, consecutive draws jump between modes, as replicas do, and single states are compared instead of means.
         """
         draws, lp = draws.double(), lp.double()
         centre, covariance = moments(draws.flatten(0, 1))
@@ -166,7 +159,7 @@ class Modes:
         weight = torch.softmax(self.log_weight.double(), 0)
         share = ((weight * unseen).sum(0) - (far > limit).double().mean(0)).clamp_min(0)
         ess = 1 / weight.square().sum(0)
-        # few effective weights tell little: then the height of log p(x, z) speaks, as if the volumes were equal
+        # with few effective weights, compare the heights of log p(x, z) instead, as if the volumes were equal
         height = torch.where(unseen, self.level, -torch.inf).amax(0) - lp.flatten(0, 1).mean(0)
         reliable = ess > ENOUGH
         matters = torch.where(reliable, share > NEGLIGIBLE, (share > NEGLIGIBLE) | (height.exp() > NEGLIGIBLE))
@@ -175,14 +168,7 @@ class Modes:
 
 @stage("modes")
 def search(log_joint: LogJoint, q: Normals, *, runs: int = RUNS, seed: int = 0) -> Modes:
-    """Send short annealed runs from the prior into every posterior.
-
-    Args:
-        log_joint: the model and guide.
-        q: normals near the posteriors, for the metric only.
-        runs: number P of runs per datum.
-        seed: random seed.
-    """
+    """Run short annealed runs from the prior into every posterior; the normals q give only the metric."""
     generator = torch.Generator(device=log_joint.device).manual_seed(seed + 1)
     with log_joint.frozen_weights():
         metric = Metric.of(log_joint, q, seed + 2)
@@ -218,7 +204,7 @@ class Metric:
 
     @classmethod
     def of(cls, log_joint: LogJoint, q: Normals, seed: int) -> Metric:
-        """Take the prior's scale from quartiles of draws of it: heavy tails have no variance."""
+        """Estimate the prior's scale from quantiles of its draws, because heavy tails may have no variance."""
         draws = log_joint.sample_prior(PRIOR_DRAWS, seed).to(q.loc.dtype)
         low, high = torch.quantile(draws, torch.tensor([0.16, 0.84], dtype=draws.dtype, device=draws.device), dim=0)
         scale = ((high - low) / 2).clamp_min(1e-6)
@@ -236,7 +222,7 @@ def _follow(step: Tensor, accept: Tensor) -> Tensor:
 
 
 def _raise(b: Tensor, likelihood: Tensor) -> Tensor:
-    """Return the largest next b, per datum, whose incremental weights keep CESS of the particles, by bisection."""
+    """Return the largest next b, per datum, for which the incremental weights keep CESS of the particles, by bisection."""
     low, high = b, torch.ones_like(b)
     for _ in range(20):
         middle = (low + high) / 2
@@ -249,7 +235,7 @@ def _raise(b: Tensor, likelihood: Tensor) -> Tensor:
 
 
 def floor_nan(log_p: Tensor) -> Tensor:
-    """Read NaN as no density."""
+    """Replace NaN by -inf."""
     return torch.where(log_p.isnan(), torch.full_like(log_p, -torch.inf), log_p)
 
 
@@ -257,16 +243,9 @@ STEPS = 16
 
 
 def climb(log_joint: LogJoint, z: Tensor, scale: Tensor, steps: int = STEPS) -> tuple[Tensor, Tensor]:
-    """Climb from every start by steps along the gradient, only ever upwards.
+    """Climb from every start (S, N, d) by steps along the gradient; steps downwards are rejected.
 
-    Args:
-        log_joint: the model and guide.
-        z: starts, (S, N, d).
-        scale: lengths that steps are measured in, (d,) or (N, d).
-        steps: number of steps.
-
-    Returns:
-        Where the climbs end, (S, N, d), and log p(x, z) there, (S, N).
+    `scale` is the unit of length of the steps, (d,) or (N, d). Returns the ends, (S, N, d), and log p(x, z) there, (S, N).
     """
     best, gradient = log_joint.grad(z)
     best = floor_nan(best)

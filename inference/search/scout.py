@@ -1,7 +1,7 @@
-"""What is learnt of every posterior before a reference runs: q*, the best normal, and a search for modes.
+"""Searches of every posterior before a reference runs: q*, the best normal, and the modes.
 
-Both are computed once per `LogJoint` and shared by all methods that start from them. They are preconditioners, starting points
-and alarms: no reference's answer depends on them being right.
+Both are computed once per `LogJoint` and shared by all methods. They are preconditioners, starting points and alarms: no
+reference's answer depends on their correctness.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from elbowroom.inference.search.single_precision import in_precision
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
 
-SEED = 1_000_003  # of its own, whatever the methods use
+SEED = 1_000_003  # independent of the methods' seeds
 
 _known: weakref.WeakKeyDictionary[LogJoint, Scout] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Scout:
-    """What is known of every posterior.
+    """The searches' results for every posterior.
 
     Attributes:
         refit: q*, the best normal with full covariance.
@@ -37,7 +37,7 @@ class Scout:
 
 
 def scout(log_joint: LogJoint) -> Scout:
-    """Return what is known of the posteriors of a `LogJoint`, computing it the first time."""
+    """Return the searches' results for a `LogJoint`; they are computed at the first call."""
     found = _known.get(log_joint)
     if found is None:
         with log_joint.frozen_weights(), stage("refit"):

@@ -1,7 +1,7 @@
-"""Single precision where it is enough: half the time of a gradient, for chains whose errors are far larger than its rounding.
+"""Single precision for chains, if it is sufficient: it halves the time of a gradient.
 
-It is enough, for a datum's chains, where the rounding of log p(x, z) differs between draws by less than 1e-3 nats, which no
-accept/reject step notices, and where z itself is not so far from zero, in posterior standard deviations, that it is rounded.
+It is sufficient for a datum if the rounding error of log p(x, z) varies between draws by less than 1e-3 nats, too little to
+affect accept/reject steps, and if z is not so far from zero, in posterior standard deviations, that rounding changes it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,9 @@ GRAIN = 1e-3  # posterior sd, as a share of the mean
 
 
 def in_precision(log_joint: LogJoint, q: Normals, wanted: Precision, generator: torch.Generator) -> LogJoint:
-    """Return the densities in single precision where that is asked for, or enough for every datum at draws of q.
+    """Return the densities in single precision if asked for, or if sufficient for every datum at draws of q.
 
-    Args:
-        log_joint: in double precision.
-        q: normals near the posteriors.
-        wanted: `auto` measures; `single` and `double` do not.
-        generator: of the draws.
+    `auto` measures the rounding; `single` and `double` do not.
     """
     if wanted == "double" or log_joint.dtype != torch.float64:
         return log_joint

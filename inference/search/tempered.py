@@ -1,7 +1,7 @@
-r"""Chains on the densities between prior and posterior, p(z) p(x|z)^b, at any b per chain and datum.
+"""Chains on the densities between prior and posterior, p(z) p(x|z)^b, with any b per chain and datum.
 
-log p(z), log p(x|z) and their gradients are carried with every chain, so that changing b, by annealing or by swapping replicas,
-costs no evaluation.
+Every chain stores log p(z), log p(x|z) and their gradients, so that changing b, by annealing or by swapping replicas, needs no
+evaluation.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from elbowroom.inference.target.log_joint import LogJoint
 
 
 class TemperedChains:
-    """Chains z (S, *batch, N, d); each place in the batch, such as a temperature, has steps and metrics of its own.
+    """Chains z (S, *batch, N, d); each batch position, such as a temperature, has its own steps and metrics.
 
     Args:
         log_joint: the model and guide.
-        z: where the chains start.
+        z: start of the chains.
 
     Attributes:
-        z: where the chains are.
+        z: current states.
         parts: log p(z), log p(x|z), each (S, *batch, N), and their gradients, (S, *batch, N, d).
     """
 
@@ -41,14 +41,9 @@ class TemperedChains:
         return self.parts[0] + self.parts[1]
 
     def move(self, b: Tensor, root: Tensor, step: Tensor, n_steps: int, generator: torch.Generator) -> Move:
-        """Move every chain by one trajectory at its b; what is returned is laid out as (S, batch N).
+        """Move every chain by one trajectory at its b (*batch, N); the result has shape (S, batch N).
 
-        Args:
-            b: inverse temperatures, (*batch, N).
-            root: metric roots, (batch N, d, d).
-            step: step sizes, (batch N,).
-            n_steps: leapfrogs.
-            generator: of momenta and acceptance.
+        Metric roots are (batch N, d, d), step sizes (batch N,).
         """
         shape, last = self.z.shape, self.parts
 
@@ -76,7 +71,7 @@ class TemperedChains:
         return move
 
     def replace(self, place: int, z: Tensor) -> None:
-        """Put new states (S, N, d) at one place of the batch."""
+        """Put new states (S, N, d) at one position of the batch."""
         self.z = self.z.clone()
         self.z[:, place] = z
         parts = tuple(part.clone() for part in self.parts)
@@ -85,7 +80,7 @@ class TemperedChains:
         self.parts = parts
 
     def permute(self, index: Tensor) -> None:
-        """Exchange places within the batch: place k of a chain takes what is at index (S, K, N)."""
+        """Permute positions within the batch: position k of a chain takes the state at index (S, K, N)."""
         self.z = self.z.gather(1, index.unsqueeze(-1).expand_as(self.z))
         self.parts = tuple(
             part.gather(1, index.unsqueeze(-1).expand_as(part) if part.dim() > index.dim() else index) for part in self.parts

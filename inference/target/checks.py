@@ -1,7 +1,7 @@
-"""What a `LogJoint` is tested for when it is built, on values drawn from guide and prior.
+"""Tests of a new `LogJoint`, at values drawn from guide and prior.
 
-The density must be finite and deterministic, the data must not be coupled, nothing observed outside the plate may depend on a
-latent, and every faster evaluation must equal one draw at a time.
+The density must be finite and deterministic, the data must not be coupled, the density of values observed outside the plate
+must not depend on a latent, and every faster evaluation must equal one draw at a time.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, Assertion
 
 
 def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype: torch.dtype | None) -> Tensor:
-    """Test a new `LogJoint`, set its dtype and mode, and return the values it was tested at, (S, N, d).
+    """Test a new `LogJoint`, set its dtype and mode, and return the values used, (S, N, d).
 
     Raises:
-        UnsupportedProgram: naming what is wrong with the pair.
+        UnsupportedProgram: the pair fails a test; names the fault.
     """
     try:
         from_guide = draw("guide", DRAWS, 0)
@@ -96,7 +96,7 @@ def _check_local(joint: PlainLogJoint, z: Tensor, values: Tensor) -> None:
 
 
 def _check_outside(joint: PlainLogJoint, z: Tensor) -> None:
-    """The density of what is observed outside the plate must not change with the latents."""
+    """Check that the density of values observed outside the plate does not depend on the latents."""
     if joint.dim == 0:
         return
     with joint.snapshot.scope():
@@ -109,10 +109,10 @@ def _check_outside(joint: PlainLogJoint, z: Tensor) -> None:
 
 
 def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor) -> None:
-    """Choose the fastest evaluation whose values are right."""
+    """Choose the fastest evaluation that gives correct values."""
     for mode in ("vmap", "repeat"):
         if mode == "repeat" and joint.n_obs == 1:
-            continue  # a branch on the only datum's z is legal, and would see an average over draws
+            continue  # with one datum the program may branch on its z, which has no single value when draws are repeated
         joint.mode = mode
         try:
             again = joint(z)

@@ -1,9 +1,9 @@
-r"""Discrete local latents: joint values, their exact probabilities, and draws of them. Mechanics, not a method.
+"""Discrete local latents: joint values, their exact probabilities, and draws of them.
 
-    p(c | x, z) = p(x, z, c) / sum_c' p(x, z, c')          q(c | x, z) likewise, where the guide draws the sites
+    p(c | x, z) = p(x, z, c) / sum_c' p(x, z, c')          q(c | x, z) likewise, if the guide draws the sites
 
-c runs over the A joint values (`program.assignments`) of a datum's discrete sites. `given` holds the sites at one of them, so
-that everything a `LogJoint` computes is computed for that one. All densities are in nats.
+c runs over the A joint values (`program.assignments`) of a datum's discrete sites. `given` fixes the sites at one of them, so
+that a `LogJoint` computes everything for that value. All densities are in nats.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from elbowroom.inference.program.replay import Which
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import ARRAY, fitting
 
-TOLERANCE = 1e-5  # of a sum of probabilities: the program may compute in float32
+TOLERANCE = 1e-5  # of a sum of probabilities; the program may compute in float32
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError)
 
 
@@ -30,7 +30,7 @@ class Table:
     Attributes:
         log_prior: log p(c).
         log_likelihood: log p(x_n | c).
-        log_guide: log q(c | x_n); log p(c | x_n) where the guide leaves all discrete sites to be summed out.
+        log_guide: log q(c | x_n); log p(c | x_n) if the guide leaves all discrete sites to be summed out.
         amortized: whether the guide draws the discrete sites.
     """
 
@@ -56,12 +56,7 @@ class Table:
 
 
 def given(log_joint: LogJoint, assignment: dict[str, Tensor]) -> LogJoint:
-    """Return the same object with the discrete sites held at one joint value c: log p(x, z, c) and log q(z, c | x).
-
-    Args:
-        log_joint: the model and guide.
-        assignment: one of `log_joint.program.assignments`.
-    """
+    """Return a copy with the discrete sites fixed at one joint value c: log p(x, z, c) and log q(z, c | x)."""
     held = log_joint.copy()
     sites = tuple(dataclasses.replace(site, values=assignment[site.name][None]) for site in log_joint.program.discrete)
     held.program = dataclasses.replace(log_joint.program, discrete=sites)
@@ -69,14 +64,11 @@ def given(log_joint: LogJoint, assignment: dict[str, Tensor]) -> LogJoint:
 
 
 def table(log_joint: LogJoint) -> Table:
-    """Evaluate model and guide at every joint value of the discrete sites.
-
-    Args:
-        log_joint: a model whose latents are all discrete (d = 0).
+    """Evaluate model and guide at every joint value of the discrete sites; all latents must be discrete (d = 0).
 
     Raises:
-        UnsupportedProgram: where a conditional of model or guide does not sum to one over the model's values (a mask around
-            a discrete site, a guide that draws other values), or where one datum's value moves another's density.
+        UnsupportedProgram: a conditional of model or guide does not sum to one over the model's values (a mask around a
+            discrete site, a guide that draws other values), or one datum's value changes another's density.
     """
     program = log_joint.program
     z = torch.zeros(1, log_joint.n_obs, 0, dtype=log_joint.dtype or log_joint.own_dtype, device=log_joint.device)
@@ -116,11 +108,11 @@ def _check_sum(what: str, names: str, log_probability: Tensor) -> None:
 
 
 def _check_local(log_joint: LogJoint, log_p: Tensor, z: Tensor) -> None:
-    """Give each datum a value of its own: it must keep the density that it has when all data share that value."""
+    """Mix values between data: each datum must keep the density that it has if all data share its value."""
     n = log_joint.n_obs
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(len(log_p), (n,), generator=generator).to(z.device)
-    index[: min(n, len(log_p))] = torch.arange(min(n, len(log_p)), device=z.device)  # no value twice where it can be helped
+    index[: min(n, len(log_p))] = torch.arange(min(n, len(log_p)), device=z.device)  # use every value once if possible
     stacked = _stacked(log_joint)
     mixed = {}
     for site in log_joint.program.discrete:
@@ -144,7 +136,7 @@ def _check_local(log_joint: LogJoint, log_p: Tensor, z: Tensor) -> None:
 
 
 def _stacked(log_joint: LogJoint) -> dict[str, Tensor]:
-    """Return the discrete sites' values in every assignment, as the program states them: name -> (A, *site)."""
+    """Return the discrete sites' values in every assignment, in the program's type: name -> (A, *site)."""
     assignments = log_joint.program.assignments
     return {
         site.name: torch.stack([assignment[site.name] for assignment in assignments]).reshape(len(assignments), *site.shape)
@@ -153,20 +145,16 @@ def _stacked(log_joint: LogJoint) -> dict[str, Tensor]:
 
 
 def values(log_joint: LogJoint) -> dict[str, Tensor]:
-    """Return the discrete sites' values in every assignment: name -> (A, *site), int64 where all of them are whole numbers."""
+    """Return the discrete sites' values in every assignment: name -> (A, *site), int64 if all are whole numbers."""
     stacked = _stacked(log_joint)
     return {name: value.long() if torch.equal(value, value.round()) else value for name, value in stacked.items()}
 
 
 def at(log_joint: LogJoint, index: Tensor) -> dict[str, Tensor]:
-    """Look the sites' values up.
-
-    Args:
-        log_joint: the model and guide.
-        index: assignment of each draw, (S, N), int64; -1 where none could be drawn.
+    """Look up the sites' values for assignments (S, N), int64; -1 marks a draw that failed.
 
     Returns:
-        Values by site, (S, N, *site): integers, or floats where a -1 makes a NaN of a draw.
+        Values by site, (S, N, *site): integers, or floats with NaN for failed draws.
     """
     found = {}
     for name, value in values(log_joint).items():
@@ -188,7 +176,7 @@ def sample(log_probability: Tensor, uniform: Tensor) -> Tensor:
     """
     cumulative = torch.softmax(log_probability.movedim(0, -1), -1).cumsum(-1).contiguous()
     broken = ~cumulative[..., -1].isfinite()
-    # divided by its rounded end: a uniform number lies below the last value, and a value not above its predecessor is skipped
+    # divide by the rounded total, so that every uniform number lies below the last value; equal neighbours are skipped
     cumulative /= cumulative[..., -1:].clone()
     index = torch.searchsorted(cumulative, uniform.movedim(0, -1).contiguous(), right=True).movedim(-1, 0)
     return torch.where(broken, -1, index)
@@ -203,7 +191,7 @@ def draw(log_probability: Tensor, n_draws: int, seed: int) -> Tensor:
 
 
 def discrete_draws(log_joint: LogJoint, z: Tensor, seed: int, *, which: Which = "model") -> dict[str, Tensor]:
-    """Draw the discrete sites given draws of the continuous ones, one for each: c ~ p(c | x, z), or q(c | x, z).
+    """Draw the discrete sites once for each draw of the continuous ones: c ~ p(c | x, z), or q(c | x, z).
 
     If z ~ p(z|x), the pairs (z, c) are draws of the joint posterior, and the share of a value estimates p(c|x).
 
@@ -211,7 +199,7 @@ def discrete_draws(log_joint: LogJoint, z: Tensor, seed: int, *, which: Which = 
         log_joint: the model and guide.
         z: (S, N, d), unconstrained.
         seed: random seed.
-        which: `model` for p(c | x, z); `guide` for q(c | x, z), which is p(c | x, z) where the guide does not draw the sites.
+        which: `model` for p(c | x, z); `guide` for q(c | x, z), which is p(c | x, z) if the guide does not draw the sites.
 
     Returns:
         Values by site, (S, N, *site), integers; NaN (and then floats) where log p(x, z) is not finite.

@@ -1,8 +1,8 @@
-"""Draws from a program run forward, in unconstrained coordinates: all at once in an outer plate where that is right.
+"""Draws from a program, in unconstrained coordinates: all at once in an outer plate, if that is correct.
 
 An outer plate shifts dimensions that a program counts from the left (`dim=1`, `z[:, 0]`), so a program can broadcast and yet
-draw from the wrong distribution. The first batch is therefore checked: the density of its draws, as the batched run states it,
-must equal their density in a run of one draw at a time. Where it does not, every draw is a run of its own.
+draw from the wrong distribution. The first batch is therefore checked: the density of its draws in the batched run must equal
+their density in runs of one draw. If it does not, draws are made one at a time.
 """
 
 from __future__ import annotations
@@ -17,17 +17,11 @@ from elbowroom.inference.program.replay import Replay, Which
 from elbowroom.inference.program.sites import support_of
 from elbowroom.inference.target.plain import PlainLogJoint
 
-CHECKED = 3  # draws whose density is compared
+CHECKED = 3  # number of draws in the check
 
 
 def forward(joint: PlainLogJoint, which: Which, n_draws: int) -> Tensor:
-    """Draw the local latents from a program, in the joint's scope: (S, N, d).
-
-    Args:
-        joint: the log joint.
-        which: `model` (the prior) or `guide`.
-        n_draws: S.
-    """
+    """Draw the local latents from the model (the prior) or the guide, in the joint's scope: (S, N, d)."""
     if joint.dim == 0:  # every latent is discrete, and summed out
         return torch.zeros(n_draws, joint.n_obs, 0, dtype=joint.dtype or joint.own_dtype, device=joint.device)
     if joint.batched_draws[which] is None:
@@ -54,7 +48,7 @@ def _batched(joint: PlainLogJoint, which: Which, n_draws: int) -> tuple[dict[str
 
 
 def _batches(joint: PlainLogJoint, which: Which) -> bool:
-    """Find out whether a program may be drawn in an outer plate."""
+    """Check whether a program may be drawn in an outer plate."""
     try:
         values, replay = _batched(joint, which, CHECKED)
         stated = replay.per_draw
@@ -74,7 +68,7 @@ def free(joint: PlainLogJoint, values: dict[str, Tensor], which: Which) -> Tenso
     """Map constrained values (S, batch, event) of all local sites to unconstrained coordinates (S, N, d).
 
     Raises:
-        UnsupportedProgram: when the guide drew values outside the prior's support, where the ELBO is minus infinity.
+        UnsupportedProgram: the guide drew values outside the prior's support, where the ELBO is minus infinity.
     """
     n_draws = len(next(iter(values.values()))) if values else 0
     program = joint.program

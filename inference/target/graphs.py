@@ -1,13 +1,13 @@
-r"""The densities of a pair of programs as graphs over rows: any number of draws, of any of the data, by one graph.
+"""The densities of a pair of programs as graphs over rows: one graph for any number of draws and any of the data.
 
 A graph is traced for ONE datum, with its arguments as inputs, under `vmap` over the data and over draws of each:
 
     z (S, N, d), x (N, ...)  ->  log p(x_n, z_sn) (S, N), its gradient (S, N, d), or a whole leapfrog of a trajectory
 
-with S and N left open: a subset of the data, a bucket of chains or a block of a million rows need no graph of their own. Every
-graph is compared with plain evaluation of every datum before it is used, and the same graph serves other data of the same
-program (`_shared`), compared again with those. What a program reads beside tensors, such as a number in a global variable, is a
-constant of its graph: where a graph that is shared agrees much worse than it did when it was made, it is made anew.
+S and N may vary, so a subset of the data, a bucket of chains and a block of a million rows share one graph. Before use, a
+graph is compared with plain evaluation of every datum. It is shared with other data of the same program (`_shared`) and
+compared again with those. Values other than tensors, such as a number in a global variable, are constants of the graph: a
+shared graph that agrees much worse than at first is traced again.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from elbowroom.inference.target.tracing import Kind, OneDatum, by_graph, leapfro
 
 EVALUATIONS: dict[Kind, float] = {"joint": 2e4, "terms": 1e4, "guide": 1e4, "grad": 1e4, "parts": 1e5, "leap": 3e4}
 """Evaluations per datum that an audit makes, roughly, a gradient counted as three."""
-SMALL = 1e4  # numbers put out for one datum, beside products, that go uncounted
-REUSED = 100  # times that a weight is used for one datum, at most: by convolutions
-CHECKED = 2  # draws at which a graph is compared
-FLOPS, ELEMENT = 8e10, 1.3e-9  # of products per second, seconds per number from anything else; double precision, two cores
-TRACE, COMPILE = 5.0, 20.0  # predicted seconds ahead that are worth a trace (about 1 s), and a compilation (2 to 10 s)
+SMALL = 1e4  # output entries per datum, other than of products, that are not counted
+REUSED = 100  # largest number of uses of a weight for one datum (convolutions)
+CHECKED = 2  # number of draws in the comparison
+FLOPS, ELEMENT = 8e10, 1.3e-9  # products: operations per second; others: seconds per output entry (double precision, two cores)
+TRACE, COMPILE = 5.0, 20.0  # predicted seconds of work above which a trace (about 1 s) and a compilation (2 to 10 s) pay off
 CLOSE = {torch.float64: 1e-7, torch.float32: 1e-3}
-WORSE, ROUNDING = 10, 1e-2  # times the difference of a new graph, and shares of CLOSE, above which a shared one is made anew
+WORSE, ROUNDING = 10, 1e-2  # a shared graph is traced again above WORSE x (its first difference) and ROUNDING x CLOSE
 
 
 @dataclass
 class _Entry:
-    """What is known of one kind of graph of one pair of programs, whatever their data.
+    """One kind of graph of one pair of programs, for any data.
 
     Attributes:
-        graphs: the graphs, or why there is none, by what branches come to.
-        differences: from plain evaluation where each was made, as shares of what is tolerated; infinite where it was refused.
-        slow: why graphs are not compiled; "" where nothing speaks against it.
+        graphs: by the outcomes of branches: the graph, or the reason why there is none.
+        differences: first difference from plain evaluation, as a share of the tolerance; infinite if the graph was refused.
+        slow: why graphs are not compiled; "" if they may be.
     """
 
     graphs: dict[tuple[bool, ...], Graph | str] = field(default_factory=dict)
@@ -60,11 +60,11 @@ _shared: weakref.WeakKeyDictionary[Any, dict[Any, _Entry]] = weakref.WeakKeyDict
 class Graphs:
     """The graphs of one `LogJoint` and of its parts.
 
-    Traces and kernels are shared with other data of the same programs. Which of them is used follows from these data alone.
+    Traces and kernels are shared with other data of the same programs; the choice among them depends on these data alone.
 
     Attributes:
-        used: what evaluates each kind; None where Pyro's handlers do.
-        reasons: why they do, by kind.
+        used: the function that evaluates each kind; None for Pyro's handlers.
+        reasons: why Pyro's handlers are used, by kind.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Graphs:
         self._decided: dict[tuple[Kind, Compile, int, float], Function | None] = {}
 
     def ready(self, joint: PlainLogJoint, kind: Kind) -> Function | None:
-        """Return what to evaluate data with; None where plain evaluation is better, or all there is."""
+        """Return the function to evaluate data with; None if plain evaluation is better, or the only way."""
         wanted, data = current_policy(), data_ahead(joint.root.n_obs)
         if wanted == "never":
             return None
@@ -115,7 +115,7 @@ class Graphs:
         return graph
 
     def _agreeing(self, root: PlainLogJoint, kind: Kind, entry: _Entry) -> Graph:
-        """Return a graph that agrees with plain evaluation on these data: a shared one, or one that is traced for them.
+        """Return a graph that agrees with plain evaluation on these data: a shared one, or a new one.
 
         Raises:
             Untraceable: there is none.
@@ -135,7 +135,7 @@ class Graphs:
         return graph
 
     def _trace(self, root: PlainLogJoint, kind: Kind, entry: _Entry) -> tuple[Graph, tuple[bool, ...]]:
-        """Return the graph for what branches come to on these data, traced anew where there is none, and what they come to."""
+        """Return the graph for the outcomes of branches on these data, traced if there is none yet, and the outcomes."""
         if root.program.index:
             raise Untraceable("the plate is sub-sampled")
         if not root.separable():
@@ -155,10 +155,10 @@ class Graphs:
 
 
 def _check(root: PlainLogJoint, kind: Kind, graph: Function) -> float:
-    """Compare a graph with plain evaluation, at tested points of every datum; returns the difference as a share of `CLOSE`.
+    """Compare a graph with plain evaluation at tested points of every datum; return the difference as a share of `CLOSE`.
 
     Raises:
-        Untraceable: a value differs, or is finite in one alone, or none is finite, so that nothing could be compared.
+        Untraceable: a value differs, or is finite in only one of them, or no value is finite.
     """
     z = root.probe_points[:CHECKED]
     with root.frozen_weights():
@@ -172,7 +172,7 @@ def _check(root: PlainLogJoint, kind: Kind, graph: Function) -> float:
         finite = theirs.isfinite()
         if not finite.any() or not torch.equal(ours.isfinite(), finite):
             raise Untraceable(f"{WORDS[kind]} by the graph is finite elsewhere than plain evaluation, or nowhere")
-        close = max(CLOSE.get(t.dtype, 1e-3) for t in (z, theirs))  # a double made of singles is rounded as they are
+        close = max(CLOSE.get(t.dtype, 1e-3) for t in (z, theirs))  # a double computed from singles has their rounding
         difference, expected = (ours[finite] - theirs[finite]).abs(), theirs[finite].abs()
         share = max(share, float((difference / (close + close * expected)).max()))
         if not share <= 1:
@@ -192,7 +192,7 @@ WORDS: dict[Kind, str] = {
 
 
 def _plainly(joint: PlainLogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
-    """Evaluate by Pyro's handlers, whatever graphs there are."""
+    """Evaluate by Pyro's handlers, even if there is a graph."""
     if kind == "joint":
         return (PlainLogJoint.__call__(joint, z),)
     if kind == "guide":
@@ -206,7 +206,7 @@ def _plainly(joint: PlainLogJoint, kind: Kind, z: Tensor) -> tuple[Tensor, ...]:
 
 
 def work_ahead(root: PlainLogJoint, kind: Kind, data: int) -> float:
-    """Predict the seconds of plain evaluation that so many data take here, from the operations of one more draw."""
+    """Predict the seconds of plain evaluation for `data` data, from the operations of one more draw."""
     each = data * evaluations_ahead(EVALUATIONS[kind]) / root.n_obs
     if each * root.n_obs * (2 * REUSED * root.snapshot.size() / FLOPS + SMALL * ELEMENT) < TRACE:  # not worth counting
         return 0.0
@@ -220,7 +220,7 @@ def work_ahead(root: PlainLogJoint, kind: Kind, data: int) -> float:
 
 
 def _signature(root: PlainLogJoint) -> Any:
-    """Return what a graph depends on beside the values of its inputs."""
+    """Return everything that a graph depends on, other than the values of its inputs."""
     leaves = [_kind_of(t, dim) for t, dim in zip(root.leaves(), root.data_dims, strict=True)]
     tables = [(site.name, None if site.values is None else str(site.values.tolist())) for site in root.program.discrete]
     facts = (
@@ -241,8 +241,8 @@ def _kind_of(leaf: Any, dim: int | None) -> Any:
 
 
 def _identity(program: Any) -> Any:
-    """Return what tells programs apart, without keeping them alive."""
-    inner = getattr(program, "program", None)  # of a promoted one
+    """Return a key of a program that does not keep it alive."""
+    inner = getattr(program, "program", None)  # if it is `Promoted`
     if inner is not None and not isinstance(program, torch.nn.Module):
         return type(program), _identity(inner)
     owner = getattr(program, "__self__", program)
@@ -253,7 +253,7 @@ def _identity(program: Any) -> Any:
 
 
 def _entries_of(model: Any) -> dict[Any, _Entry]:
-    """Return the entries that all data of a program share; new ones where it cannot be told from others."""
+    """Return the entries shared by all data of a program; new ones if the program cannot be a key."""
     inner = getattr(model, "program", model)
     try:
         return _shared.setdefault(getattr(inner, "__self__", inner), {})

@@ -1,4 +1,4 @@
-"""The log joint: one object that everything below training consumes.
+"""The log joint: the one object that all methods after training use.
 
 A `LogJoint` is built from any Pyro `(model, guide, *args, **kwargs)` by running the pair. It offers, for all data n at once
 and in unconstrained coordinates z (N, d):
@@ -7,8 +7,8 @@ and in unconstrained coordinates z (N, d):
     log q(z_n | x_n) in the same coordinates, draws from q, draws from the prior
     the map to the constrained values of the program's own sites
 
-Latents masked out of a datum are flat in the program, hence improper; they are given a N(0, 1) density in model and guide,
-which changes no evidence and no other coordinate. Discrete local sites are summed out. All values are in nats.
+Latents masked out of a datum are flat in the program, hence improper; they get a N(0, 1) density in model and guide, which
+changes no evidence and no other coordinate. Discrete local sites are summed out. All values are in nats.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ log = logging.getLogger("elbowroom")
 class LogJoint(PlainLogJoint):
     """log p(x_n, z) of any Pyro (model, guide) pair, per datum, in unconstrained coordinates.
 
-    The weights are those of the moment of construction (a snapshot), evaluated in `dtype` with every module in eval mode;
-    modules, Pyro's validation and the parameter store are put back after each call.
+    The weights are a snapshot, taken at construction and evaluated in `dtype` with every module in eval mode. Modules, Pyro's
+    validation and the parameter store are restored after each call.
 
     Args:
         model: Pyro program p(x, z), with a data plate.
         guide: Pyro program q(z|x), with the same plate.
         *args: arguments of both programs.
-        plate: name of the data plate, where several could be meant.
-        dtype: floating-point type of all computations, of tensors too that the programs close over or make in a type that
-            they name; None keeps the program's own.
+        plate: name of the data plate, if there are several candidates.
+        dtype: floating-point type of all computations, including tensors in the programs' closures and tensors that they
+            make with an explicit dtype; None keeps the program's own.
         **kwargs: keyword arguments of both programs.
 
     Attributes:
-        program: what was learnt from running the pair.
+        program: the description of the pair.
         n_obs: number of data N.
         dim: number of unconstrained continuous coordinates d per datum.
         args: copies of the arguments that the programs are run with.
@@ -65,14 +65,14 @@ class LogJoint(PlainLogJoint):
         mode: how draws are evaluated together: `vmap`, `repeat` or `loop`.
         batched_draws: whether model and guide may be drawn from in an outer plate of draws; None until the first draw.
         shares: whether one grid can be evaluated for all data at once; None until it was tried.
-        factorises: whether it is then a matrix product and nothing else.
-        separates: whether the arguments can be taken apart by datum; empty until it was tried.
+        factorises: whether that evaluation is a single matrix product.
+        separates: whether the arguments can be separated by datum; empty until it was tried.
         data_dims: dimension of the data in each argument, leaf by leaf; None where it has none.
         probe_points: (S, N, d), draws of guide and prior that the construction was tested at.
-        notes: sentences about what was pinned, dropped, ignored or slowed down, and why.
+        notes: sentences about sites that were pinned, dropped or ignored and methods that were slowed down, and why.
 
     Raises:
-        UnsupportedProgram: naming site or plate and the reason.
+        UnsupportedProgram: the pair is not supported; names the site or plate and the reason.
     """
 
     def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str | None, dtype: torch.dtype | None) -> None:
@@ -84,7 +84,7 @@ class LogJoint(PlainLogJoint):
         with policy("never"):
             self.probe_points = probe(self, self.draw, dtype)
 
-    # -- densities: by a graph where there is one --------------------------------------------------------------------------
+    # -- densities: by a graph if there is one -------------------------------------------------------------------------------
 
     @stage("log joint", often=True)
     def __call__(self, z: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class LogJoint(PlainLogJoint):
     def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(z) with the Jacobian and log p(x_n|z), each (S, N).
 
-        Where discrete sites are summed out, log p(z) is the marginal of the continuous ones, and log p(x_n|z) likewise.
+        If discrete sites are summed out, log p(z) is the marginal of the continuous ones, and log p(x_n|z) likewise.
         """
         found = self._fast("terms", z)
         if found is None:
@@ -125,9 +125,7 @@ class LogJoint(PlainLogJoint):
     def tempered(self, z: Tensor, b: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Return log p(z), log p(x_n|z), (S, N) each, and the gradient of log p(z) + b log p(x_n|z), (S, N, d).
 
-        Args:
-            z: (S, N, d).
-            b: inverse temperature, a number or broadcastable to (S, N).
+        b is the inverse temperature, a number or broadcastable to (S, N).
         """
         prior, likelihood, of_prior, of_likelihood = self.parts(z)
         power = torch.as_tensor(b, dtype=z.dtype, device=z.device).expand(z.shape[:2])[..., None]
@@ -142,7 +140,7 @@ class LogJoint(PlainLogJoint):
     def leap(
         self, z: Tensor, momentum: Tensor, size: Tensor, root: Tensor, kick: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Move chains by one leapfrog of this density: `mcmc.leapfrog.leap`, as one graph where there is one."""
+        """Move chains by one leapfrog of this density: `mcmc.leapfrog.leap`, as one graph if there is one."""
         graph = self.graphs.ready(self, "leap")
         if graph is None:
             return leap(self.grad, z, momentum, size, root, kick)
@@ -151,7 +149,7 @@ class LogJoint(PlainLogJoint):
         return z, momentum, value, gradient
 
     def _fast(self, kind: Kind, z: Tensor) -> tuple[Tensor, ...] | None:
-        """Evaluate by a graph; None where there is none yet, or the caller wants to differentiate."""
+        """Evaluate by a graph; None if there is none yet, or the caller wants to differentiate."""
         if self.dim == 0 or z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim):
             return None
         if z.requires_grad and torch.is_grad_enabled():
@@ -167,11 +165,11 @@ class LogJoint(PlainLogJoint):
         return z, self.log_guide(z)
 
     def sample_prior(self, n_draws: int, seed: int) -> Tensor:
-        """Draw the latents from the generative program, ignoring the data: z (S, N, d), unconstrained."""
+        """Draw the latents from the model, ignoring the data: z (S, N, d), unconstrained."""
         return self.draw("model", n_draws, seed)
 
     def draw(self, which: Which, n_draws: int, seed: int) -> Tensor:
-        """Run a program forward and read off the local sites, in unconstrained coordinates: (S, N, d)."""
+        """Run a program and return its local sites, in unconstrained coordinates: (S, N, d)."""
         with seeded(seed), self.snapshot.scope(), torch.no_grad():
             z = torch.cat([forward(self, which, size) for size in sizes(n_draws, fitting(self.n_obs, 8 * ROWS))])
             if self.program.active is not None:
@@ -180,7 +178,7 @@ class LogJoint(PlainLogJoint):
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Map z (S, N, d) to the program's own sites: name -> (S, N, *shape); NaN where a latent is masked out."""
-        fixed = all(site.transform is not None for site in self.sites)  # else a support may depend on an earlier site
+        fixed = all(site.transform is not None for site in self.sites)  # otherwise a support may depend on an earlier site
 
         def values(u: Tensor) -> Tensor:
             drawn = {} if fixed else self.run("model", self.program.assignments[0], z=u).values
@@ -203,7 +201,7 @@ class LogJoint(PlainLogJoint):
         return out
 
     def saturated(self, z: Tensor) -> Tensor:
-        """Return (S, N) True where a constrained value has rounded to its support's edge, so that z cannot be had back."""
+        """Return (S, N), True where a constrained value was rounded to the edge of its support and z cannot be recovered."""
         return saturated(self.sites, z)
 
     def data(self) -> Tensor:
@@ -216,18 +214,18 @@ class LogJoint(PlainLogJoint):
     # -- all data at the same points, and some of the data -------------------------------------------------------------------
 
     def shared(self, z: Tensor) -> Tensor:
-        """Return log p(x_n, z_g) of every datum at the same points, (G, N), for z of shape (G, d).
+        """Return log p(x_n, z_g) of every datum at the same points, (G, N), for z of shape (G, d); without gradient.
 
-        Where the program broadcasts over a leading dimension and its likelihood factorises, z is decoded once and the data
-        enter through one matrix product; this is checked against plain evaluation and left where they differ. It has no
-        gradient. The data's side of the product is kept for the next call.
+        If the program broadcasts over a leading dimension and its likelihood factorises, z is decoded once and the data enter
+        through one matrix product. This is checked against plain evaluation, and not used if they differ. The data's side of
+        the product is kept for the next call.
         """
         if self.can_share():
             return shared_points.evaluate(self, z, self._kept, factorises=self.factorises)
         return self(z[:, None].expand(-1, self.n_obs, -1))
 
     def shared_over(self, z: Tensor, blocks: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield `shared` of the data `rows` of each block in turn, (G, len(rows)), decoding z once where that is possible."""
+        """Yield `shared` for each block of data in turn, (G, len(rows)), decoding z only once if possible."""
         held = shared_points.columns(self, z) if self.can_share() and self.factorises and len(blocks) > 1 else None
         for rows in blocks:
             if held is not None:
@@ -245,9 +243,9 @@ class LogJoint(PlainLogJoint):
         return self.shares
 
     def some(self, rows: Tensor) -> tuple[Self, Tensor, Tensor]:
-        """Return the log joint to evaluate where some of the data are wanted, the data it holds, and where `rows` are in it.
+        """Return a log joint that holds the data `rows`, the data that it holds, and the positions of `rows` in it.
 
-        It holds `rows` alone; but all data, in order, where the arguments cannot be taken apart or nothing is left out.
+        It holds only `rows` if the arguments can be separated by datum; otherwise all data, in order.
         """
         every = torch.arange(self.n_obs, device=self.device)
         if len(rows) < self.n_obs and self.separable():
@@ -255,12 +253,12 @@ class LogJoint(PlainLogJoint):
         return self, every, rows
 
     def blocks(self, size: int) -> list[Tensor]:
-        """Return all data, in order, in blocks of at most `size` rows; in one where the arguments cannot be taken apart."""
+        """Return all data, in order, in blocks of at most `size` rows; one block if the arguments cannot be separated."""
         every = torch.arange(self.n_obs, device=self.device)
         return list(every.split(size)) if self.n_obs > size and self.separable() else [every]
 
     def copy(self) -> Self:
-        """Return a copy whose arguments or program may be replaced."""
+        """Return a copy with arguments and program that may be replaced."""
         other = super().copy()
         other.graphs = Graphs()
         return other

@@ -1,7 +1,7 @@
-"""The log joint by Pyro's handlers: log p(x_n, z) of any (model, guide) pair, one evaluation after the other.
+"""The log joint by Pyro's handlers: log p(x_n, z) of any (model, guide) pair.
 
-`PlainLogJoint` holds all that runs the two programs. `LogJoint` (log_joint.py) is the same with compiled graphs, shared points
-and draws on top; what it returns is compared with the evaluations here.
+`PlainLogJoint` contains everything that runs the two programs. `LogJoint` (log_joint.py) adds compiled graphs, shared points
+and draws; its results are compared with the evaluations here.
 """
 
 from __future__ import annotations
@@ -34,16 +34,13 @@ log = logging.getLogger("elbowroom")
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 ROWS = 2**15  # decoder rows (draws x data) evaluated at once
-ENTRIES = 2**20  # rows x width of a datum evaluated at once on a CPU: what its caches hold
+ENTRIES = 2**20  # rows x width of a datum evaluated at once on a CPU, to fit its caches
 
 
 class PlainLogJoint:
     """log p(x_n, z) and log q(z|x_n) per datum in unconstrained coordinates, by running the programs.
 
-    See `LogJoint` for the meaning of arguments and attributes.
-
-    Raises:
-        UnsupportedProgram: naming site or plate and the reason.
+    See `LogJoint` for arguments, attributes and errors.
     """
 
     args: tuple[Any, ...]
@@ -63,7 +60,7 @@ class PlainLogJoint:
         self.snapshot = Snapshot((model, guide), args, kwargs)
         try:
             self._build(args, kwargs, plate, dtype)
-        except (RuntimeError, UnsupportedProgram) as error:  # e.g. a prior, never drawn from in training, or data from NumPy
+        except (RuntimeError, UnsupportedProgram) as error:  # e.g. from a prior never drawn in training, or NumPy data
             if dtype is None or not (mixed(error) or mixed(error.__cause__)):
                 raise
             self.model, self.guide = Promoted(model, dtype), Promoted(guide, dtype)
@@ -74,7 +71,7 @@ class PlainLogJoint:
         with self.snapshot.eval_mode(), seeded(0), torch.no_grad(), pyro.validation_enabled(True):
             try:
                 self.program = inspect(self.model, self.guide, args, kwargs, plate)
-            except ZeroDivisionError as error:  # Pyro's word for a plate without entries
+            except ZeroDivisionError as error:  # Pyro raises it for a plate without entries
                 raise UnsupportedProgram("model: a plate is empty; is there no row of data?") from error
         self.n_obs, self.dim, self.sites = self.program.n_obs, self.program.dim, self.program.sites
         self.plate = self.program.plate
@@ -96,10 +93,7 @@ class PlainLogJoint:
         return self._map(self.density, z)
 
     def terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log p(z) with the Jacobian and log p(x_n|z), each (S, N).
-
-        Where discrete sites are summed out, log p(z) is the marginal of the continuous ones, and log p(x_n|z) likewise.
-        """
+        """Return log p(z) with the Jacobian and log p(x_n|z), each (S, N), with discrete sites summed out."""
         prior, likelihood = self._map(lambda u: torch.stack(self.densities(u), -1), z).unbind(-1)
         return prior, likelihood
 
@@ -155,14 +149,14 @@ class PlainLogJoint:
     def _guide_density(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
         if self.program.active is None and all(site.transform is not None for site in self.sites):
             values, log_det = constrained(self.sites, z)
-        else:  # a support depends on an earlier site, or a mask on the site: the model says how
+        else:  # a support or a mask depends on other sites: run the model
             model = self.run("model", assignment or self.program.assignments[0], z=z)
             values, log_det = model.values, model.log_det
         replay = self.run("guide", assignment, values=values)
         return replay.log_prior + log_det + self._padding(z)
 
     def _guide_assignments(self) -> list[dict[str, Tensor]]:
-        """The discrete values to sum over in q: those of the sites that the guide draws."""
+        """Return the discrete values to sum over in q: those of the sites that the guide draws."""
         if any(site.name in self.program.guide_sites for site in self.program.discrete):
             names = {s.name for s in self.program.discrete} - self.program.guide_sites
             if names:
@@ -184,7 +178,7 @@ class PlainLogJoint:
     # -- running the programs ----------------------------------------------------------------------------------------------
 
     def run(self, which: Which, assignment: dict[str, Tensor], **options: Any) -> Replay:
-        """Run one of the two programs once, inside the snapshot's scope, and return what was read off."""
+        """Run one of the two programs once, inside the snapshot's scope, and return the handler with the densities."""
         with Replay(self.program, assignment, index=self._index, **options) as replay:
             (self.model if which == "model" else self.guide)(*self.args, **self.kwargs)
         return replay
@@ -202,14 +196,14 @@ class PlainLogJoint:
             first = self._map_chunk(function, parts[0])
             if len(parts) == 1 or first.requires_grad:
                 return torch.cat([first, *(self._map_chunk(function, part) for part in parts[1:])])
-            out = first.new_empty(len(z), *first.shape[1:])  # small results between large ones would tear the heap apart
+            out = first.new_empty(len(z), *first.shape[1:])  # small results between large ones would fragment the heap
             out[:chunk] = first
             for i, part in enumerate(parts[1:], 1):
                 out[i * chunk : (i + 1) * chunk] = self._map_chunk(function, part)
             return out
 
     def _checked(self, z: Tensor) -> Tensor:
-        """Return z in the precision of the computations; it must hold draws of all data."""
+        """Return z, draws of all data, in the precision of the computations."""
         if z.dim() != 3 or tuple(z.shape[1:]) != (self.n_obs, self.dim):
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (draws, {self.n_obs}, {self.dim})")
         return z.to(self.dtype or self.own_dtype)
@@ -226,7 +220,7 @@ class PlainLogJoint:
     def _backward(self, z: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Evaluate with gradients, keeping the graph of few rows at a time."""
         z = self._checked(z)
-        # the backward pass reads the weights too: both happen in one scope
+        # the backward pass also reads the weights, so it needs the same scope
         with self.snapshot.scope(), torch.enable_grad():
             parts = [evaluate(u.detach().requires_grad_()) for u in z.split(fitting(self.n_obs, self._rows))]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -252,12 +246,12 @@ class PlainLogJoint:
     # -- some of the data --------------------------------------------------------------------------------------------------
 
     def subset(self, rows: Tensor) -> Self:
-        """Return the same object for some of the data, (len(rows),) indices, in any order; itself for all in order.
+        """Return the log joint of some of the data, (len(rows),) indices in any order; itself for all data in order.
 
         The tensors among the arguments are indexed along the dimension that has N entries.
 
         Raises:
-            UnsupportedProgram: the arguments cannot be taken apart; ask `separable` first, or use `some`.
+            UnsupportedProgram: the arguments cannot be separated by datum; call `separable` first, or use `some`.
         """
         if len(rows) == self.n_obs and bool((rows == torch.arange(self.n_obs, device=rows.device)).all()):
             return self
@@ -279,9 +273,9 @@ class PlainLogJoint:
         return part
 
     def separable(self) -> bool:
-        """Whether the arguments can be taken apart by datum.
+        """Whether the arguments can be separated by datum.
 
-        Found out the first time: the result for most data in another order is compared with the full evaluation.
+        Determined at the first call: the result for most data in another order is compared with the full evaluation.
         """
         if not self.separates:
             self.separates.append(not self.program.index and self._separable())
@@ -318,12 +312,12 @@ class PlainLogJoint:
         return self._whole or self
 
     def _data_dimensions(self) -> list[int | None]:
-        """Return the dimension with N entries of each leaf of the arguments, the first where there are several."""
+        """Return the dimension with N entries of each leaf of the arguments, the first if there are several."""
         leaves, n = self.leaves(), self.n_obs
         return [list(t.shape).index(n) if isinstance(t, Tensor) and n in t.shape else None for t in leaves]
 
     def copy(self) -> Self:
-        """Return a copy whose arguments or program may be replaced."""
+        """Return a copy with arguments and program that may be replaced."""
         other = copy.copy(self)
         other._whole, other.batched_draws = None, dict(self.batched_draws)
         return other
@@ -338,7 +332,7 @@ class PlainLogJoint:
         self.program = program_in(dtype or self.own_dtype, self.program)
 
     def promote(self, dtype: torch.dtype) -> None:
-        """Compute both programs in `dtype` throughout, where one of them holds or makes numbers of another precision."""
+        """Compute both programs in `dtype` throughout, if one of them holds or makes numbers of another precision."""
         if isinstance(self.model, Promoted):
             return
         with seeded(0), self.snapshot.scope(), torch.no_grad():
@@ -346,7 +340,7 @@ class PlainLogJoint:
                 self.model, self.guide = Promoted(self.model, dtype), Promoted(self.guide, dtype)
 
     def converted(self, dtype: torch.dtype) -> Self:
-        """Return the same densities, of the same weights and arguments, evaluated in another precision."""
+        """Return the same densities, with the same weights and arguments, in another precision."""
         other = self.copy()
         other.snapshot = self.snapshot.converted(dtype)
 
@@ -361,7 +355,7 @@ class PlainLogJoint:
         return other
 
     def _rows_at_once(self) -> int:
-        """Return how many rows (draws x data) to evaluate together: wide data in small parts, which stay in the caches."""
+        """Return how many rows (draws x data) to evaluate together: fewer for wide data, to stay in the caches."""
         if self.device.type != "cpu":
             return ROWS
         leaves = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and self.n_obs in t.shape]
@@ -375,7 +369,7 @@ class PlainLogJoint:
 
     @property
     def own_dtype(self) -> torch.dtype:
-        """The floating-point type that the programs themselves compute in."""
+        """The floating-point type of the programs themselves."""
         floating = (t.dtype for t in self.snapshot.leaves() if t.is_floating_point())
         return next(floating, torch.get_default_dtype())
 

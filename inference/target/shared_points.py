@@ -1,7 +1,7 @@
-"""log p(x_n, z_g) of every datum n at the same points z_g: decoded once, and multiplied out once.
+"""log p(x_n, z_g) of every datum n at the same points z_g, with one decoding and one matrix product.
 
-A program that broadcasts over a leading dimension is run at z (G, 1, d). What its log density then consists of factorises or
-not (`sharing`); where all of it does, the sum over prior, sites, normalizers and Jacobians is one matrix product (`bilinear`).
+A program that broadcasts over a leading dimension is run at z (G, 1, d). If every term of its log density factorises
+(`factorised`), the sum over prior, sites, normalizers and Jacobians is one matrix product (`bilinear`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from elbowroom.inference.program.bilinear import Bilinear, Kept
 from elbowroom.inference.target.plain import PlainLogJoint
 from elbowroom.system.memory import fitting, slices
 
-DECODED = 4  # times the rows of a plain evaluation: decoded points need not stay in the caches
+DECODED = 4  # times the rows of a plain evaluation; decoded points need not fit the caches
 MOST = 2**15  # points decoded at once
-ASSIGNED = 2**22  # points x data x assignments multiplied out at once where there are several assignments
-DENSE = 2**18  # points x data evaluated at once where the likelihood does not factorise
-HELD = 2**26  # numbers that both sides of the product may hold while blocks of data pass by
+ASSIGNED = 2**22  # points x data x assignments multiplied out at once, if there are several assignments
+DENSE = 2**18  # points x data evaluated at once if the likelihood does not factorise
+HELD = 2**26  # largest number of entries in both sides of the product, for evaluation by blocks
 
 
 def settle(joint: PlainLogJoint) -> tuple[bool, bool]:
-    """Return whether the program broadcasts over points, with a note where it does not, and whether its density factorises."""
+    """Return whether the program broadcasts over points, with a note if not, and whether its density factorises."""
     if any(site.plate_dim != -1 or site.batch_ndim != 1 for site in joint.sites) or joint.program.active is not None:
         return False, False
-    points = 3 if joint.n_obs != 3 else 4  # as many as data would hide a mistaken broadcast
+    points = 3 if joint.n_obs != 3 else 4  # not N, which would hide a mistaken broadcast
     some = joint.probe_points.flatten(0, 1)
     some = some[torch.linspace(0, len(some) - 1, points, device=some.device).long()]
     try:
@@ -46,7 +46,7 @@ def settle(joint: PlainLogJoint) -> tuple[bool, bool]:
 
 
 def evaluate(joint: PlainLogJoint, z: Tensor, kept: Kept, *, factorises: bool) -> Tensor:
-    """Return log p(x_n, z_g), (G, N), without gradient; `kept` holds the data's side of the product between calls."""
+    """Return log p(x_n, z_g), (G, N), without gradient; `kept` stores the data's side of the product between calls."""
     with joint.snapshot.scope(), torch.no_grad():
         z = z.to(joint.dtype or joint.own_dtype)
         out: Tensor | None = None
@@ -60,7 +60,6 @@ def evaluate(joint: PlainLogJoint, z: Tensor, kept: Kept, *, factorises: bool) -
 
 
 def _rows(joint: PlainLogJoint, factorises: bool) -> int:
-    """Return how many points to run the program at together."""
     return min(DECODED * joint._rows, MOST) if factorises else min(fitting(joint.n_obs, DENSE), joint._rows)
 
 
@@ -85,7 +84,7 @@ def _write(totals: Sequence[Bilinear], out: Tensor, kept: Kept) -> None:
 
 
 def columns(joint: PlainLogJoint, z: Tensor) -> tuple[list[Tensor], Tensor] | None:
-    """Return the points' columns of every assignment, (G, K), and the data's, (N, K); None where they are too many."""
+    """Return the points' columns of every assignment, (G, K), and the data's, (N, K); None if they are too large."""
     kept = Kept()
     found: list[list[tuple[Tensor, Tensor]]] = []
     with joint.snapshot.scope(), torch.no_grad():
@@ -96,7 +95,7 @@ def columns(joint: PlainLogJoint, z: Tensor) -> tuple[list[Tensor], Tensor] | No
             if any(total.rest is not None for total in totals) or (len(totals) * len(z) + joint.n_obs) * width > HELD:
                 return None
     right = found[0][0][1]
-    if any(other is not right for chunk in found for _, other in chunk):  # the data's side is another at other points
+    if any(other is not right for chunk in found for _, other in chunk):  # the data's side depends on the points
         return None
     return [torch.cat([left for left, _ in of_assignment]) for of_assignment in zip(*found, strict=True)], right
 

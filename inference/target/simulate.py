@@ -1,7 +1,7 @@
-"""Data simulated from the model: (z, x) from the joint as a log joint of its own, and x from p(x|z) at given z.
+"""Data simulated from the model: (z, x) from the joint, as a new log joint, and x from p(x|z) at given z.
 
-For simulated data one exact draw of the posterior is known, which makes evidence bounds two-sided without any reference
-(bidirectional Monte Carlo: Grosse, Ancha and Roy 2016, https://arxiv.org/abs/1606.02275) and calibration checkable.
+For simulated data one exact draw of the posterior is known. It gives two-sided evidence bounds without any reference
+(bidirectional Monte Carlo: Grosse, Ancha and Roy 2016, https://arxiv.org/abs/1606.02275), and allows checks of calibration.
 """
 
 from __future__ import annotations
@@ -23,27 +23,23 @@ from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.draws import free
 from elbowroom.inference.target.log_joint import LogJoint
 
-FLOAT = torch.float32  # at least, where there is a NaN
+FLOAT = torch.float32  # smallest type for values with NaN
 AGAIN = 86_028_121  # seed of a second run, at other latents
 
 
 def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
-    """Draw (z, x) from the generative program and return the log joint of the new x with the z it came from.
+    """Draw (z, x) from the model and return the log joint of the new x with the z that it came from.
 
-    The observed values must be among the arguments, where the simulated ones take their place; everything else (covariates,
-    masks, weights) stays, and what is missing (NaN) in the data, or masked, is missing in the simulated ones too. What stands
-    in the argument there stays where it is one number (NaN, or 0: a mark), else it is simulated too.
-
-    Args:
-        log_joint: the model and guide.
-        seed: random seed.
+    The observed values must be among the arguments; simulated ones replace them. Everything else (covariates, masks, weights)
+    stays the same. Entries that are missing (NaN) or masked in the data are so in the simulated data too. If masked entries of
+    the argument all hold one number (NaN, or 0, as a mark), they keep it; otherwise they are simulated.
 
     Returns:
         A LogJoint of as many simulated data, and z (N, d) in unconstrained coordinates.
 
     Raises:
-        UnsupportedProgram: when an observed site's values are not an argument, a plate is sub-sampled, or a mask moves with the
-            latents or with the values of the data.
+        UnsupportedProgram: an observed site's values are not an argument, a plate is sub-sampled, or a mask depends on the
+            latents or on the values of the data.
     """
     program = log_joint.program
     model = _unobserved(log_joint)
@@ -78,15 +74,15 @@ def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict
 
     Args:
         log_joint: the model and guide.
-        sites: constrained values of all latent sites, the discrete ones too, name -> (S, N, *shape): those of a `Posterior`,
-            its chains joined.
+        sites: constrained values of all latent sites, also the discrete ones, name -> (S, N, *shape): those of a `Posterior`
+            with its chains joined.
         seed: random seed.
 
     Returns:
         Values of the observed sites, name -> (S, N, *event), NaN where the data are missing or masked.
 
     Raises:
-        UnsupportedProgram: when a latent site has no value, a plate is sub-sampled, or a mask moves with the latents.
+        UnsupportedProgram: a latent site has no value, a plate is sub-sampled, or a mask depends on the latents.
     """
     program = log_joint.program
     model, latents = _unobserved(log_joint), (*program.sites, *program.discrete)
@@ -111,7 +107,7 @@ def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict
 
 
 class _Values(Messenger):
-    """Keeps the value of every sample site, and nothing else: a trace would hold on to the run until garbage is collected."""
+    """Keeps only the value of every sample site; a trace would keep the whole run in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +118,7 @@ class _Values(Messenger):
 
 
 def _unobserved(log_joint: LogJoint) -> Any:
-    """Return the model with its observed sites drawn, and its global latents where they are pinned."""
+    """Return the model with its observed sites drawn, and with its global latents fixed if they are pinned."""
     program = log_joint.program
     if program.index:
         raise UnsupportedProgram("simulate: a plate is sub-sampled; give the sub-sample as the data")
@@ -177,10 +173,10 @@ class _Given:
 def in_likelihood(log_joint: LogJoint) -> dict[str, Tensor]:
     """Return the data: values of the observed sites, name -> (N, ...), NaN where they are missing or masked.
 
-    Sites of which a mask takes out everything are left out.
+    Sites that are entirely masked are left out.
 
     Raises:
-        UnsupportedProgram: where a mask moves with the latents, or takes out no whole entries.
+        UnsupportedProgram: a mask depends on the latents, or removes only a part of an entry.
     """
     with seeded(0), log_joint.snapshot.scope(), torch.no_grad():
         given = _given(log_joint)
@@ -195,7 +191,7 @@ def in_likelihood(log_joint: LogJoint) -> dict[str, Tensor]:
 
 
 def _given(log_joint: LogJoint) -> dict[str, _Given]:
-    """Return the observed sites inside the data plate, in the scope; masks must be the same in two runs, at two z."""
+    """Return the observed sites inside the data plate; masks must be the same in two runs with different z."""
     found = {name: _Given(node, kept(node)) for name, node in _observed(log_joint).items()}
     if any(one.kept is not None for one in found.values()):
         with seeded(AGAIN):
@@ -219,7 +215,7 @@ def _by_datum(log_joint: LogJoint, node: Any, value: Tensor) -> Tensor:
 
 
 def _in_place(site: Site, value: Tensor) -> Tensor:
-    """Lay a value (N, *shape) out as the program has it."""
+    """Arrange a value (N, *shape) as the program does."""
     return value.movedim(0, site.plate_dim - site.event_dim)
 
 
@@ -228,12 +224,12 @@ def _tensors(log_joint: LogJoint) -> list[Tensor]:
 
 
 def _same(argument: Tensor, one: _Given) -> bool:
-    """Whether an argument holds the values of a site, where they are in the likelihood."""
+    """Whether an argument holds the values of a site, in the entries that are in the likelihood."""
     value, seen = one.node["value"], one.kept
     if argument.numel() != value.numel():
         return False
     mine, theirs = argument.flatten().to(value.dtype).nan_to_num(), value.flatten().nan_to_num()
     if seen is None:
         return torch.equal(mine, theirs)
-    # a mask that is an argument too is no data
+    # an argument that is a mask is not data
     return argument.dtype != torch.bool and torch.equal(mine[seen.flatten()], theirs[seen.flatten()])

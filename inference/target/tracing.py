@@ -1,4 +1,4 @@
-"""Functions of all draws and data, from programs for one datum: what graphs are traced from, and how one is evaluated."""
+"""Functions of all draws and data, made from programs for one datum; graphs are traced from them and evaluated here."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from elbowroom.system.memory import fitting, slices
 Kind = Literal["joint", "terms", "guide", "grad", "parts", "leap"]
 GRADIENTS = frozenset({"grad", "parts", "leap"})
 PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79)
-FINER = 4  # graphs have no handlers to wait for: smaller parts still, which stay in the nearer caches
+FINER = 4  # graphs have no overhead of handlers, so parts can be smaller and fit the inner caches
 
 
 def inputs(joint: PlainLogJoint) -> list[tuple[Tensor, int | None]]:
-    """Return the tensors that a graph takes beside z, for these data, each with the dimension of the data."""
+    """Return the tensors that a graph takes besides z, for these data, each with the dimension of the data."""
     found = [(t, dim) for t, dim in zip(joint.leaves(), joint.data_dims, strict=True) if isinstance(t, Tensor)]
     if joint.program.active is not None:
         found.append((joint.program.active, 0))
@@ -34,18 +34,14 @@ def inputs(joint: PlainLogJoint) -> list[tuple[Tensor, int | None]]:
 
 
 def by_graph(joint: PlainLogJoint, graph: Function, z: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
-    """Evaluate a graph of this module at z (S, N, d), in parts that stay in the caches.
+    """Evaluate a graph of this module at z (S, N, d), in parts that fit the caches.
 
-    Args:
-        joint: the log joint of these data.
-        graph: with outputs (S, N, ...).
-        z: (S, N, d).
-        *beside: what it takes beside z and the data: (S or 1, N, ...) or numbers.
+    `beside` are inputs besides z and the data: (S or 1, N, ...) or numbers. Outputs are (S, N, ...).
     """
     n, draws = joint.n_obs, len(z)
     given_data = inputs(joint)
     rows = max(64, joint._rows // FINER) if joint.device.type == "cpu" else joint._rows
-    several = -(-n // rows)  # blocks of equal size, of about so many data
+    several = -(-n // rows)  # number of blocks of equal size
     block = -(-n // several)
     chunk = fitting(block, rows)
     out: list[Tensor] = []
@@ -65,7 +61,7 @@ def by_graph(joint: PlainLogJoint, graph: Function, z: Tensor, *beside: Tensor) 
 
 
 class OneDatum:
-    """The programs for one datum, whose arguments are inputs."""
+    """The programs for one datum, with its arguments as inputs."""
 
     def __init__(self, root: PlainLogJoint) -> None:
         self.root = root
@@ -75,7 +71,7 @@ class OneDatum:
         self.one.n_obs = 1
 
     def graph(self, kind: Kind, outcomes: tuple[bool, ...]) -> Graph:
-        """Trace one kind with sizes that no other dimension has."""
+        """Trace one kind, with sizes of draws and data that differ from all other dimensions."""
         function, root = self._functions()[kind], self.root
         given = inputs(root)
         taken = {size for t, _ in given for size in t.shape} | {root.dim}
@@ -93,7 +89,7 @@ class OneDatum:
             return Graph(followed, [z, *beside, *some], varying=(draws, data))
 
     def record(self, kind: Kind) -> tuple[bool, ...]:
-        """Return what the branches of a kind come to, on all data."""
+        """Return the outcomes of the branches of a kind, on all data."""
         function = self._functions()["guide" if kind == "guide" else "terms"]
         given = inputs(self.root)
         branches = Branches(allowed=lambda tensor: self.level not in levels(tensor))
@@ -133,7 +129,7 @@ class OneDatum:
         return {"joint": joint, "terms": terms, "guide": guide, "grad": grad, "parts": parts, "leap": leapfrog}
 
     def _over(self, density: Callable[[Tensor], tuple[Tensor, ...]]) -> Function:
-        """Return a function of all draws and data, from one of one row z (1, d)."""
+        """Return a function of all draws and data, made from a function of one row z (1, d)."""
 
         def row(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
             self.level = max(levels(z)) - 1 if torch._C._functorch.is_batchedtensor(z) else 0
@@ -158,7 +154,7 @@ class OneDatum:
 
 
 def leapfrog_arguments(kind: Kind, z: Tensor) -> list[Tensor]:
-    """Return arguments of a leapfrog of which none could be left out or transposed unseen, for tracing and comparing."""
+    """Return arguments of a leapfrog for tracing and comparing; an error in any of them would change the result."""
     if kind != "leap":
         return []
     n, d = z.shape[1:]

@@ -1,4 +1,4 @@
-"""Families of guides q(z|x), one class each; `base` says what a family is."""
+"""Families of guides q(z|x), one class each; `base` defines the interface of a family."""
 
 from elbowroom.models.guides.base import AmortizedGuide, Family, positive_scale
 

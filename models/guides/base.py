@@ -1,6 +1,6 @@
-"""Guides q(z|x): an encoder that gives the parameters and a family that turns them into a distribution.
+"""Guides q(z|x): an encoder gives the parameters, and a family turns them into a distribution.
 
-A guide is a module that returns a distribution: `q = guide(x)`. A family states `param_dim`, the encoder's output width.
+A guide is a module that returns a distribution: `q = guide(x)`. A family sets `param_dim`, the encoder's output width.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Family(nn.Module, ABC):
         latent_dim: width d of z.
         param_dim: width of the parameters, which is the encoder's output width.
         space: the set that z lives in.
-        sites: names of the sample sites that `draw` draws.
+        sites: names of the sample sites of `draw`.
         reparametrized: whether draws are differentiable in the parameters (`rsample`).
     """
 
@@ -60,18 +60,12 @@ class Family(nn.Module, ABC):
         return pyro.sample("z", self(params))
 
     def refined(self, params: Tensor, log_joint: LogDensity) -> Tensor:
-        """Return better parameters than the encoder's, (N, param_dim), where the family looks for them; else the same."""
+        """Return improved parameters, (N, param_dim), if the family refines those of the encoder; else the same."""
         return params
 
 
 class Onto(Family):
-    """A family on R^m carried onto another space by that space's standard map (exp; stick breaking).
-
-    Args:
-        base: the family on R^m.
-        space: where z is to live.
-        latent_dim: width of z there.
-    """
+    """A family on R^m mapped to another space by that space's standard map (exp; stick breaking)."""
 
     def __init__(self, base: Family, space: Space, latent_dim: int) -> None:
         super().__init__()
@@ -82,7 +76,7 @@ class Onto(Family):
         self.reparametrized = base.reparametrized  # type: ignore[misc]
 
     def forward(self, params: Tensor) -> TorchDistribution:
-        """Turn parameters into the carried distribution."""
+        """Turn parameters into the mapped distribution."""
         return carried(self.base(params), self.space)
 
     def refined(self, params: Tensor, log_joint: LogDensity) -> Tensor:
@@ -97,9 +91,9 @@ class Onto(Family):
 
 
 def carried(base: TorchDistribution, space: Space) -> TorchDistribution:
-    """Carry a distribution on R^m onto another space.
+    """Map a distribution on R^m to another space.
 
-    The map remembers its latest draw: inverted from z alone, a draw that rounded to the edge of the space has no density.
+    The map caches its latest draw, because a draw that was rounded to the edge of the space cannot be inverted from z alone.
     """
     return dist.TransformedDistribution(base, [spaces.onto(space).with_cache(1)], validate_args=False)
 
@@ -107,7 +101,7 @@ def carried(base: TorchDistribution, space: Space) -> TorchDistribution:
 class AmortizedGuide(nn.Module):
     """q(z|x, c) = family(encoder(standardised x, marks of missing entries, covariates)), the amortized guide.
 
-    Columns of a table are standardised one by one, images and sequences (whose entries share a unit) by one number.
+    Columns of a table are standardised separately; images and sequences, where all entries share a unit, by one number.
 
     Args:
         encoder: network from x to `family.param_dim` numbers.
@@ -129,7 +123,7 @@ class AmortizedGuide(nn.Module):
         """Centre and scale the encoder's input by the mean and standard deviation of training data (N, *event)."""
         if not x.is_floating_point():
             raise UserError("the encoder needs floating-point data")
-        wide = x.double()  # the square of 1e30 is no float32
+        wide = x.double()  # the square of 1e30 overflows in float32
         seen = ~wide.isnan()
         loc = wide.nansum(0) / seen.sum(0).clamp_min(1)
         centred = torch.where(seen, wide - (loc if x.dim() == 2 else wide.nansum() / seen.sum().clamp_min(1)), 0.0)
@@ -152,7 +146,7 @@ class AmortizedGuide(nn.Module):
         """Return q(z|x) with batch shape (N,) and event shape (d,) for x of shape (N, *event).
 
         Args:
-            x: what the encoder sees of the data; NaN where missing.
+            x: the encoder's view of the data; NaN where missing.
             covariates: (N, C), standardised.
             log_joint: z (..., N, d) -> log p(x_n, z_n), (..., N), for families that refine the encoder's parameters.
         """
@@ -165,9 +159,9 @@ class AmortizedGuide(nn.Module):
     def variational_parameters(
         self, x: Tensor, covariates: Tensor | None = None, log_joint: LogDensity | None = None
     ) -> tuple[Tensor, Family] | None:
-        """Return phi (N, P) of each datum, refined where the family does so, and the family that makes q of it.
+        """Return phi (N, P) of each datum, refined if the family does so, and the family that makes q from it.
 
-        None where q has several sites. Arguments as `forward`.
+        None if q has several sites. Arguments as in `forward`.
         """
         return (self._refined(x, covariates, log_joint), self.family) if self.family.sites == Family.sites else None
 

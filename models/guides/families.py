@@ -22,10 +22,8 @@ _DF_ZERO = -2.4423470353692043  # logit(0.08): an encoder that outputs 0 gives 1
 class StudentT(Family):
     """q(z|x) is a multivariate Student t, z = mu + L y / sqrt(g), y ~ N(0, I), g ~ Gamma(df / 2, df / 2).
 
-    All coordinates share g: the contours are ellipses, and one far out in one direction is likely far out in the others, as
-    in the posterior of a datum that determines z poorly. Independent t's have star-shaped contours, heavy along the axes
-    alone, and no correlation; they are not offered. As df grows it becomes `full_rank_normal`.
-
+    All coordinates share g: the contours are ellipses, and a draw far out in one direction is likely far out in the others, as
+    in the posterior of a datum that determines z poorly. As df grows it becomes `full_rank_normal`.
     Log density, with r = |L^-1 (z - mu)|:
     lgamma((df + d) / 2) - lgamma(df / 2) - d/2 log(df pi) - log det L - (df + d)/2 log(1 + r^2 / df).
 
@@ -43,7 +41,7 @@ class StudentT(Family):
     def forward(self, params: Tensor) -> TorchDistribution:
         """Turn parameters [mu, s, strict lower triangle, and one for df if it is learned] into the t distribution."""
         mu, scale_tril = self.normal.parts(params[..., : self.normal.param_dim])
-        if self.df == "learned":  # bounded: the difference of two lgamma of a large number is rounding error
+        if self.df == "learned":  # bounded, because lgamma differences of large numbers are only rounding error
             df = DF_FLOOR + DF_RANGE * torch.sigmoid(params[..., -1] + _DF_ZERO)
         else:
             df = torch.full_like(mu[..., 0], float(self.df))
@@ -53,8 +51,9 @@ class StudentT(Family):
 class Mixture(Family):
     """q(z|x) = sum_k w_k N(mu_k, diag(sigma_k^2)), for posteriors with several modes.
 
-    Draws are differentiable in everything, the weights included (`MixtureOfNormals`). The gradient grows noisy when the
-    components lie many standard deviations apart, and `gradient_clip` then helps; at an encoder output of 0 all coincide.
+    Draws are differentiable in all parameters, including the weights (`MixtureOfNormals`). The gradient is noisy when
+    components lie many standard deviations apart; `gradient_clip` then helps. At an encoder output of 0 all components
+    coincide.
 
     Args:
         latent_dim: width of z (a fact).
@@ -76,7 +75,7 @@ class Mixture(Family):
 class LogNormal(Family):
     """q(z|x) = independent log-normals, log z_j ~ N(mu_j, sigma_j^2), for positive latents.
 
-    The same as `diagonal_normal` carried onto the positive numbers.
+    It equals `diagonal_normal` mapped to the positive numbers.
     """
 
     space: ClassVar[Space] = "positive"
@@ -95,8 +94,8 @@ class LogNormal(Family):
 class LogisticNormal(Family):
     """q(z|x) = logistic normal on the simplex: u ~ N(mu, diag(sigma^2)) in d - 1 coordinates, z by stick breaking.
 
-    z_j = v_j prod_{i < j} (1 - v_i), v_j = sigmoid(u_j - log(d - j)), and the last is what is left; u = 0 gives equal parts.
-    The same as `diagonal_normal` carried onto the simplex, and torch's LogisticNormal.
+    z_j = v_j prod_{i < j} (1 - v_i), v_j = sigmoid(u_j - log(d - j)), and z_d is the remainder; u = 0 gives equal parts.
+    It equals `diagonal_normal` mapped to the simplex, and torch's LogisticNormal.
 
     Args:
         latent_dim: number d of parts of the simplex (a fact).

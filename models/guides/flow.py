@@ -1,4 +1,4 @@
-"""A guide whose density is a normalizing flow that the encoder conditions."""
+"""A guide with a normalizing flow as its density, conditioned by the encoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elbowroom.models.priors.flow import FlowDistribution, Kind, build_flow
 
 
 class FlowFamily(Family):
-    """q(z|x), a normalizing flow that reads a vector h(x) from the encoder: a guide of nearly any shape.
+    """q(z|x), a normalizing flow conditioned on a vector h(x) from the encoder: a guide of nearly any shape.
 
     Its transformations share their weights over the data, and it starts close to N(0, I) for every x.
 
@@ -26,7 +26,7 @@ class FlowFamily(Family):
         context: width of h(x), the encoder's output.
 
     Raises:
-        ValueError: the kind does not go with the number of latents.
+        ValueError: the kind does not fit the number of latents.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class HierarchicalFamily(Family):
         return conditional_normal(guess + self.correction(both))
 
     def forward(self, params: Tensor) -> TorchDistribution:
-        """Return the marginal q(z|x), which can be drawn from and has no density in closed form."""
+        """Return the marginal q(z|x), which can be sampled but has no density in closed form."""
         return Ancestral(self.top(params), lambda z_top: self.given(params, z_top), self.latent_dim)
 
     def draw(self, params: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
-"""A mixture of diagonal normals whose draws are differentiable in all parameters, the weights included.
+"""A mixture of diagonal normals with draws that are differentiable in all parameters, including the weights.
 
-Draw z, component first. Let F_j(z; theta) be the distribution function of z_j given z_1 .. z_{j-1},
+The coordinates of a draw z are taken in order. Let F_j(z; theta) be the distribution function of z_j given z_1 .. z_{j-1},
 
     F_j = sum_k w_kj Phi((z_j - mu_kj) / sigma_kj),    w_kj proportional to pi_k prod_{i < j} N(z_i; mu_ki, sigma_ki)
 
-F(z; theta) is uniform on the cube whatever theta is. Holding it fixed while theta moves carries the draw along:
+F(z; theta) is uniform on the cube for every theta. Holding it fixed while theta changes gives the derivative of the draw:
 
     dz / dtheta = -(dF/dz)^-1 dF/dtheta,    dF/dz lower triangular with diagonal p(z_j | z_1 .. z_{j-1})
 
-That is implicit reparametrisation (Figurnov et al. 2018, https://arxiv.org/abs/1805.08498; Graves 2016,
-https://arxiv.org/abs/1607.05690). `pyro.distributions.MixtureOfDiagNormals` has a pathwise gradient too, but not in one
-dimension, and NaN where two components have the same centre.
+This is implicit reparametrisation (Figurnov et al. 2018, https://arxiv.org/abs/1805.08498; Graves 2016,
+https://arxiv.org/abs/1607.05690). `pyro.distributions.MixtureOfDiagNormals` also has a pathwise gradient, but not in one
+dimension, and it is NaN where two components have the same centre.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 class MixtureOfNormals(TorchDistribution):
     """sum_k pi_k N(mu_k, diag(sigma_k^2)), reparametrised.
 
-    Args:
-        logits: log pi up to a constant, (..., K).
-        loc: mu, (..., K, d).
-        scale: sigma, (..., K, d).
+    logits are log pi up to a constant, (..., K); loc mu and scale sigma are (..., K, d).
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -46,7 +43,7 @@ class MixtureOfNormals(TorchDistribution):
         super().__init__(batch, loc.shape[-1:], validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> MixtureOfNormals:
-        """Return the same with another batch shape."""
+        """Return the distribution with another batch shape."""
         batch = torch.Size(batch_shape)
         k, d = self.loc.shape[-2:]
         return MixtureOfNormals(
@@ -81,7 +78,7 @@ class MixtureOfNormals(TorchDistribution):
     def _drawn(self, shape: torch.Size) -> Tensor:
         k, d = self.loc.shape[-2:]
         like: dict[str, Any] = {"dtype": self.loc.dtype, "device": self.loc.device}
-        # the largest of Gumbel-perturbed log weights is a draw of k; unlike torch.multinomial it takes any batch shape
+        # the Gumbel-max trick draws k; unlike torch.multinomial it works for any batch shape
         uniform = torch.rand(*shape, k, **like).clamp_min(torch.finfo(self.loc.dtype).tiny)
         which = (self.log_weights - (-uniform.log()).log()).argmax(-1, keepdim=True)
         chosen = (which == torch.arange(k, device=self.loc.device))[..., None].to(self.loc.dtype)
@@ -89,14 +86,14 @@ class MixtureOfNormals(TorchDistribution):
         return (chosen * self.loc).sum(-2) + (chosen * self.scale).sum(-2) * noise
 
     def differentiable(self, z: Tensor) -> Tensor:
-        """Return the draw z itself, with dz/dtheta = -(dF/dz)^-1 dF/dtheta; z comes without a gradient."""
+        """Return the draw z, given without a gradient, with dz/dtheta = -(dF/dz)^-1 dF/dtheta."""
         standard, log_normal = self._log_normals(z)
         before = log_normal.cumsum(-1) - log_normal  # over i < j
         weights = (self.log_weights[..., None] + before).softmax(-2)  # w_kj, (..., K, d)
         below = 0.5 * (1 + torch.erf(standard * math.sqrt(0.5)))
         F = (weights * below).sum(-2)
         with torch.no_grad():
-            density = (weights * log_normal.exp()).sum(-2)  # > 0: a draw has the density of its own component
+            density = (weights * log_normal.exp()).sum(-2)  # > 0 at a draw, from its own component
             # for i < j, dF_j/dz_i = sum_k w_kj (score_ki - sum_l w_lj score_li) Phi_kj
             score = -standard / self.scale
             with_score = torch.einsum("...kj,...kj,...ki->...ji", weights, below, score)

@@ -15,7 +15,7 @@ from elbowroom.models.guides.base import Family, positive_scale
 
 
 class NormalFamily(Family):
-    """A family of normals, whose draws are smooth images of standard normal noise.
+    """A family of normals; draws are smooth functions of standard normal noise.
 
     Attributes:
         noise_dim: width of the noise.
@@ -25,13 +25,13 @@ class NormalFamily(Family):
 
     @abstractmethod
     def place(self, params: Tensor, noise: Tensor) -> Tensor:
-        """Return the draws (..., N, d) that noise (..., 1 or N, noise_dim) becomes under parameters (N, param_dim)."""
+        """Return the draws (..., N, d) for noise (..., 1 or N, noise_dim) and parameters (N, param_dim)."""
 
     @abstractmethod
     def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
         """Return the direction P g of steepest ascent in the family's own units, (N, param_dim), for a gradient g.
 
-        P is positive definite, and such that g' P g does not change when z is measured in other units.
+        P is positive definite, and g' P g does not depend on the units of z.
         """
 
 
@@ -55,7 +55,7 @@ class DiagonalNormal(NormalFamily):
         return mu + positive_scale(s) * noise
 
     def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient, that of mu times sigma^2."""
+        """Return the gradient, with the part of mu times sigma^2."""
         scale = positive_scale(params.chunk(2, -1)[1])
         of_mu, of_s = gradient.chunk(2, -1)
         return torch.cat([scale.square() * of_mu, of_s], -1)
@@ -87,7 +87,7 @@ class FullRankNormal(NormalFamily):
         return mu, self._triangle(lower) + torch.diag_embed(positive_scale(s))
 
     def _triangle(self, lower: Tensor) -> Tensor:
-        # built from one-hot rows and columns, not by index assignment: that keeps it a pure function for vmap
+        # built from one-hot rows and columns: index assignment is not a pure function, which vmap needs
         eye = torch.eye(self.latent_dim, dtype=lower.dtype, device=lower.device)
         return torch.einsum("...k,ki,kj->...ij", lower, eye[self.rows], eye[self.columns])
 
@@ -97,7 +97,7 @@ class FullRankNormal(NormalFamily):
         return mu + (scale_tril @ noise[..., None]).squeeze(-1)
 
     def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient in units of L: of mu times L L', and of L's strict triangle as that of A in L A."""
+        """Return the gradient in units of L: the part of mu times L L', that of L's strict triangle as that of A in L A."""
         d = self.latent_dim
         scale_tril = self.parts(params)[1]
         of_mu, of_s, of_lower = gradient.split([d, d, gradient.shape[-1] - 2 * d], -1)
@@ -109,8 +109,8 @@ class FullRankNormal(NormalFamily):
 class LowRankNormal(NormalFamily):
     """q(z|x) = N(mu, S (I + V V') S) with S = diag(sigma) and V of shape (d, rank): a few directions of correlation.
 
-    V counts in units of sigma, so that the matrix to be factorised, I + V' V, does not worsen as the posterior narrows.
-    Its density costs O(d rank^2), that of a full covariance O(d^2), which also needs d (d - 1) / 2 more encoder outputs.
+    V is in units of sigma, so that the conditioning of I + V' V, which is factorised, does not worsen as the posterior narrows.
+    Its density costs O(d rank^2). A full covariance costs O(d^2) and d (d - 1) / 2 more encoder outputs.
 
     Args:
         latent_dim: width of z (a fact).
@@ -142,7 +142,7 @@ class LowRankNormal(NormalFamily):
         return mu + scale * ((v @ along[..., None]).squeeze(-1) + own)
 
     def uphill(self, params: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient, that of mu times the covariance."""
+        """Return the gradient, with the part of mu times the covariance."""
         _, scale, v = self._split(params)
         of_mu, rest = gradient.split([self.latent_dim, gradient.shape[-1] - self.latent_dim], -1)
         whitened = scale * of_mu

@@ -1,16 +1,16 @@
-r"""Semi-amortized inference: the encoder's parameters, improved for each datum by a few steps up its own ELBO.
+"""Semi-amortized inference: the encoder's parameters, improved for each datum by a few steps up its own ELBO.
 
 With fixed noise e_1 .. e_S, the same for every datum, quasi-random, antithetic (e and -e) and of covariance I, the ELBO of
-datum n is a function of the parameters alone, and the exact one where log p(x, z) is quadratic in z,
+datum n is a function of the parameters alone, and exact if log p(x, z) is quadratic in z,
 
     L_n(lambda) = (1/S) sum_s log p(x_n, z_s) - log q(z_s; lambda),    z_s = mu + L e_s
 
-so lambda_n = refined(encoder(x_n)) is a deterministic function of x_n, and q(z|x) an ordinary density.
+so lambda_n = refined(encoder(x_n)) is a deterministic function of x_n, and q(z|x) has an ordinary density.
 
-Each step goes from the best parameters so far along P g, the gradient in the family's own units (so that a narrow posterior
-needs no other step size than a wide one), by at most one standard deviation. It is taken where it raises the ELBO on a second
-set of fixed noise, the judges, which the gradient has not seen: parameters that fit the few points of the first are no gain.
-A datum that is refused stays where it is and tries a smaller step: no step makes it worse, whatever the model does far out.
+Each step goes from the best parameters so far along P g, the gradient in the family's own units (so that narrow and wide
+posteriors need the same step size), by at most one standard deviation. It is accepted if it raises the ELBO on a second set of
+fixed noise, which the gradient does not use (`judges`): overfitting the few points of the first set is no gain. After a
+rejected step the datum stays where it is and tries a smaller one. Thus no step makes the ELBO worse.
 
 Kim et al. 2018, https://arxiv.org/abs/1802.02550. They take plain gradient steps on fresh draws and always accept them.
 """
@@ -28,15 +28,15 @@ from torch import Tensor
 from elbowroom.models.guides.base import Family, LogDensity
 from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal, LowRankNormal, NormalFamily
 
-GROW, SHRINK = 1.5, 0.3  # of a datum's step size after a step that raised its ELBO, and after one that did not
+GROW, SHRINK = 1.5, 0.3  # factors of a datum's step size after a step that raised its ELBO, and after one that did not
 
 
 class SemiAmortized(Family):
-    """q(z|x) = a normal whose parameters are the encoder's, improved by gradient steps on the datum's own ELBO.
+    """q(z|x) = a normal with the encoder's parameters, improved by gradient steps on the datum's own ELBO.
 
-    Training differentiates through the steps, though not through which of them are refused: the encoder learns a start from
-    which they go far, and the decoder what the refined posterior asks of it. Every use of the guide takes the steps, so it
-    costs about 5 `steps` x `draws` decodings. Without them the encoder is no good guide: it learns where to start.
+    Training differentiates through the accepted steps: the encoder learns a good start, and the decoder is trained for the
+    refined posterior. Every use of the guide takes the steps, so it costs about 5 `steps` x `draws` decodings. The encoder
+    without the steps is not a good guide, because it only learns where to start.
 
     Args:
         latent_dim: width of z (a fact).
@@ -78,7 +78,7 @@ class SemiAmortized(Family):
         return self.base(params)
 
     def elbo(self, params: Tensor, log_joint: LogDensity) -> Tensor:
-        """Return each datum's ELBO on the judges' noise, (N,), in nats: `refined` never lowers it."""
+        """Return each datum's ELBO on the judges' noise, (N,), in nats; `refined` never lowers it."""
         return self._elbo(params, log_joint, self.judges)
 
     def _elbo(self, params: Tensor, log_joint: LogDensity, noise: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ class SemiAmortized(Family):
         return (log_joint(z) - self.base(params).log_prob(z)).mean(0)
 
     def refined(self, params: Tensor, log_joint: LogDensity) -> Tensor:
-        """Return the best of the iterates for each datum, the encoder's own among them; (N, param_dim)."""
-        # a step too far may leave the range where densities are finite: that is a step to refuse, not an error
+        """Return the best of the iterates for each datum, including the encoder's own; (N, param_dim)."""
+        # a long step may reach non-finite densities; it is rejected, not an error
         with pyro.validation_enabled(False):
             if self.through and torch.is_grad_enabled():
                 return self._climbed(params, log_joint)
@@ -99,7 +99,7 @@ class SemiAmortized(Family):
         slope = torch.func.grad(lambda candidate: self._elbo(candidate, log_joint, self.noise).sum())
         best = params
         with torch.no_grad():
-            value = self.elbo(best, log_joint).nan_to_num(nan=-torch.inf)  # anything beats a start that has no ELBO
+            value = self.elbo(best, log_joint).nan_to_num(nan=-torch.inf)  # any finite ELBO is better
         size = params.new_full((*params.shape[:-1], 1), self.step_size)
         for _ in range(self.steps):
             gradient = slope(best)
@@ -117,10 +117,7 @@ class SemiAmortized(Family):
 
 
 def _noise(draws: int, width: int, seed: int) -> Tensor:
-    """Return at least `draws` and at least 2 `width` points e, -e of covariance I, (S, 1, width).
-
-    From a generator and a dtype of its own: the same numbers whatever the caller's seed and precision are.
-    """
+    """Return at least `draws` and 2 `width` points e, -e of covariance I, (S, 1, width), whatever the caller's seed."""
     count = max((draws + 1) // 2, width)
     uniform = torch.quasirandom.SobolEngine(width, scramble=True, seed=seed).draw(count, dtype=torch.float64)
     uniform = uniform.clamp(1e-6, 1 - 1e-6)

@@ -1,4 +1,4 @@
-"""Likelihoods p(x|z), one class each; `base` says what a likelihood is."""
+"""Likelihoods p(x|z), one class each; `base` defines the interface of a likelihood."""
 
 from elbowroom.models.likelihoods.base import Likelihood
 

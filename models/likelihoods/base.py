@@ -1,7 +1,7 @@
 """Likelihoods p(x|z): from the decoder's output to a distribution over one datum.
 
-A likelihood states `param_dim` (the decoder's output width), checks data against its support and says how to mend them,
-and returns a Pyro distribution whose event is one datum.
+A likelihood sets `param_dim` (the decoder's output width), checks data against its support, suggests a remedy, and returns a
+Pyro distribution with one datum as its event.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def first_bad(x: Tensor, bad: Tensor) -> str:
 
 
 def suited(x: Tensor) -> str:
-    """Name the likelihoods whose support holds the values of x, the likeliest first."""
+    """Name the likelihoods with a support that holds the values of x, the most likely first."""
     if bool(((x >= 0) & (x == x.round())).all()):
         return "bernoulli" if bool((x <= 1).all()) else "poisson or negative_binomial"
     if bool(((x >= 0) & (x <= 1)).all()):
@@ -35,7 +35,7 @@ def suited(x: Tensor) -> str:
 
 
 def refusal(name: str, needs: str, x: Tensor, bad: Tensor, cure: str = "") -> str | None:
-    """Say that `name` needs other values than the bad ones of x, and which likelihood would take them; None without any."""
+    """Say that `name` needs other values than the bad ones of x, and which likelihood accepts them; None if no value is bad."""
     if not bool(bad.any()):
         return None
     return f"{name} needs {needs}, found {first_bad(x, bad)}: {cure}use model.likelihood = {suited(x)}"
@@ -49,8 +49,8 @@ class Likelihood(nn.Module, ABC):
     Attributes:
         event_shape: shape of one datum.
         width: number of entries of one datum.
-        param_dim: the decoder's output width; a multiple k of `width`, laid out (k, *event_shape), unless entries differ.
-        inside: a value of the support, a number or (*event_shape), that stands in for missing entries.
+        param_dim: the decoder's output width; a multiple k of `width`, arranged (k, *event_shape), unless entries differ.
+        inside: a value of the support, a number or (*event_shape), used in place of missing entries.
         takes_exposure: whether `forward` takes an exposure (N,), which multiplies the rate of counts.
     """
 
@@ -71,13 +71,10 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def problem(self, x: Tensor) -> str | None:
-        """Say in one sentence why x, without holes, lies outside the support, and the remedy; None when it lies inside."""
+        """Say in one sentence why complete data x lie outside the support, and the remedy; None if they lie inside."""
 
     def check(self, x: Tensor) -> None:
-        """Refuse data that this likelihood cannot have produced.
-
-        Args:
-            x: data, (N, *event_shape); NaN where an entry is missing.
+        """Refuse data (N, *event_shape), NaN where missing, that this likelihood cannot have produced.
 
         Raises:
             DataError: for a wrong shape, infinities, or values outside the support; names the first place.
@@ -95,20 +92,20 @@ class Likelihood(nn.Module, ABC):
             raise DataError(f"data: {problem}")
 
     def incomplete(self, p: TorchDistribution, missing: Tensor) -> TorchDistribution:
-        """Return p(x|z) of the entries that are there; `missing` (N, *event_shape) is True where one is not."""
+        """Return p(x|z) of the observed entries; `missing` (N, *event_shape) is True where an entry is not observed."""
         return Incomplete(p, missing, self.inside)
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
-        """Shape of what an encoder sees of one datum."""
+        """Shape of the encoder's view of one datum."""
         return self.event_shape
 
     def features(self, x: Tensor) -> Tensor:
-        """Return what an encoder sees of x (N, *event_shape): (N, *feature_shape), NaN where an entry is missing."""
+        """Return the encoder's view of x (N, *event_shape): (N, *feature_shape), NaN where an entry is missing."""
         return x
 
     def centre(self, p: TorchDistribution) -> Tensor:
-        """Return E[x|z] of p, (..., *event_shape); where x has no mean (categories, heavy tails), its mode or median."""
+        """Return E[x|z] of p, (..., *event_shape), or its mode or median if x has no mean (categories, heavy tails)."""
         return p.mean
 
     def adapt(self, x: Tensor) -> None:

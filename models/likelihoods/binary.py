@@ -1,4 +1,4 @@
-"""Likelihoods of pixels: black or white, and grey values between."""
+"""Likelihoods of pixels: black or white, and grey values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Bernoulli(Likelihood):
         return dist.Bernoulli(logits=self._shaped(params), validate_args=False).to_event(len(self.event_shape))
 
     def problem(self, x: Tensor) -> str | None:
-        """Only 0 and 1 are allowed."""
+        """Refuse entries other than 0 and 1."""
         bad = (x != 0) & (x != 1)
         if not bad.any():
             return None
@@ -31,7 +31,7 @@ class Bernoulli(Likelihood):
 
 
 class Grey(dist.ContinuousBernoulli):
-    """A continuous Bernoulli that is exact at any logit l: torch's own stops at those whose probability rounds to 0 or 1."""
+    """A continuous Bernoulli that is exact at any logit l, also where torch's own rounds the probability to 0 or 1."""
 
     def _apart(self) -> tuple[Tensor, Tensor]:
         """Return where l is too small for formulas that divide by it, and l with 1 there."""
@@ -39,7 +39,7 @@ class Grey(dist.ContinuousBernoulli):
         return small, torch.where(small, 1.0, self.logits)
 
     def _cont_bern_log_norm(self) -> Tensor:
-        """Return log(l / tanh(l / 2)), what the density of a Bernoulli with grey x lacks."""
+        """Return log(l / tanh(l / 2)), the normalising constant of the density."""
         small, l = self._apart()
         square = torch.where(small, self.logits, 0.0).square()
         series = math.log(2) + square / 12 - 7 * square.square() / 1440
@@ -79,7 +79,7 @@ class ContinuousBernoulli(Likelihood):
         return Grey(logits=logits, validate_args=False).to_event(len(self.event_shape))
 
     def problem(self, x: Tensor) -> str | None:
-        """Entries must lie in [0, 1]."""
+        """Refuse entries outside [0, 1]."""
         bad = (x < 0) | (x > 1)
         if not bad.any():
             return None

@@ -34,7 +34,7 @@ def number_of_levels(option: str, chosen: int | None, levels: int | None, least:
 
 
 def frequencies(x: Tensor, levels: int) -> Tensor:
-    """Return the share of each code among the entries that are there, (levels, *event), half a count added to each."""
+    """Return the share of each code among the observed entries, (levels, *event), with half a count added to each."""
     counts = torch.stack([(x == k).sum(0) for k in range(levels)]).double() + 0.5
     return counts / counts.sum(0)
 
@@ -84,7 +84,7 @@ class Categorical(Likelihood):
         self.register_buffer("log_frequency", torch.zeros(self.categories, *self.event_shape))
 
     def adapt(self, x: Tensor) -> None:
-        """Take the frequencies of the codes of each column."""
+        """Store the frequencies of the codes of each column."""
         self.log_frequency = frequencies(x, self.categories).log().to(self.log_frequency)
 
     def forward(self, params: Tensor) -> TorchDistribution:
@@ -94,12 +94,12 @@ class Categorical(Likelihood):
         return Codes(logits=l.movedim(-1 - n, -1), validate_args=False).to_event(n)
 
     def problem(self, x: Tensor) -> str | None:
-        """Entries must be codes."""
+        """Refuse entries that are not codes."""
         bad = not_a_code(x, self.categories)
         return refusal("categorical", f"codes from 0 to {self.categories - 1}", x, bad, more(x, "categories", 1))
 
     def centre(self, p: TorchDistribution) -> Tensor:
-        """Return the likeliest code."""
+        """Return the most likely code."""
         return p.base_dist.logits.argmax(-1).to(p.base_dist.logits.dtype) if self.event_shape else p.logits.argmax(-1)
 
     @property
@@ -143,7 +143,7 @@ class Ordinal(Likelihood):
         self.register_buffer("gaps", torch.ones(*self.event_shape, self.categories - 2))
 
     def adapt(self, x: Tensor) -> None:
-        """Take the cutpoints that give the frequencies of each column at output 0."""
+        """Set the cutpoints to those that give the frequencies of each column at output 0."""
         below = frequencies(x, self.categories).cumsum(0)[:-1].clamp(1e-9, 1 - 1e-9).logit().movedim(0, -1)
         self.first = below[..., :1].to(self.first)
         self.gaps = below.diff(dim=-1).clamp_min(1e-3).to(self.gaps)
@@ -154,7 +154,7 @@ class Ordinal(Likelihood):
         return torch.cat([first, first + (self.gaps * (softplus(self.raw_gaps + UNIT) + 1e-3)).cumsum(-1)], -1)
 
     def forward(self, params: Tensor) -> TorchDistribution:
-        """Return the categorical distribution with p(k) = sigmoid(b) - sigmoid(a), a and b the ends of k.
+        """Return the categorical distribution with p(k) = sigmoid(b) - sigmoid(a), where a and b are the cutpoints around k.
 
         log p(k) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b)), which neither cancels nor underflows.
         """
@@ -167,7 +167,7 @@ class Ordinal(Likelihood):
         return Codes(logits=log_p, validate_args=False).to_event(len(self.event_shape))
 
     def problem(self, x: Tensor) -> str | None:
-        """Entries must be codes."""
+        """Refuse entries that are not codes."""
         bad = not_a_code(x, self.categories)
         return refusal("ordinal", f"codes from 0 to {self.categories - 1}", x, bad, more(x, "categories", 1))
 
@@ -178,13 +178,7 @@ class Ordinal(Likelihood):
 
 
 class Quantised(TorchDistribution):
-    """A logistic distribution rounded to 0, 1, ..., levels - 1, its tails on the outermost two.
-
-    Args:
-        loc: m.
-        scale: s, of the same shape.
-        levels: number of values.
-    """
+    """A logistic distribution (loc m, scale s) rounded to 0, 1, ..., levels - 1; the outermost two values get its tails."""
 
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
 
@@ -199,7 +193,7 @@ class Quantised(TorchDistribution):
         return constraints.integer_interval(0, self.levels - 1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Quantised:
-        """Return the same with another batch shape."""
+        """Return the distribution with another batch shape."""
         return Quantised(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -221,7 +215,7 @@ class Quantised(TorchDistribution):
     def _tails(self, power: int) -> Tensor:
         """Return E[x^power] = sum_k (k^power - (k - 1)^power) p(x >= k)."""
         total = torch.zeros_like(self.loc)
-        for k in range(1, self.levels):  # not stacked: 256 levels of an image would fill the memory
+        for k in range(1, self.levels):  # not stacked, because 256 levels of an image would fill the memory
             total = total + (k**power - (k - 1) ** power) * torch.sigmoid((self.loc - k + 0.5) / self.scale)
         return total
 
@@ -264,7 +258,7 @@ class DiscretizedLogistic(LocationScale):
         self.values = number_of_levels("values", values, levels)
 
     def adapt(self, x: Tensor) -> None:
-        """Take mean and scale of each column; a logistic density has standard deviation 1.81 s."""
+        """Set mean and scale of each column; a logistic density has standard deviation 1.81 s."""
         loc, unit = standard_units(x)
         self.set_units(loc, (unit * 0.5513).clamp_min(0.05))
 
@@ -273,6 +267,6 @@ class DiscretizedLogistic(LocationScale):
         return Quantised(*self.location_scale(params), self.values).to_event(len(self.event_shape))
 
     def problem(self, x: Tensor) -> str | None:
-        """Entries must be whole numbers from 0 to L - 1."""
+        """Refuse entries other than whole numbers from 0 to L - 1."""
         bad = not_a_code(x, self.values)
         return refusal("discretized_logistic", f"whole numbers from 0 to {self.values - 1}", x, bad, more(x, "values", 1))

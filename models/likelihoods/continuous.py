@@ -1,7 +1,7 @@
-"""Likelihoods of continuous entries beside the Gaussian: heavy tails, positive numbers, proportions.
+"""Likelihoods of continuous entries: normal, heavy tails, positive numbers, proportions.
 
-Decoders work in the data's own scale: where the decoder's output is 0, each column has the location and spread of its
-training data. Numbers that are exponentials of the output use `spread.bounded`, so that no outlier z overflows.
+Decoders work in the data's own scale: if the decoder's output is 0, each column has the location and spread of its training
+data. Exponentials of the output use `scales.bounded`, so that no outlier z overflows.
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ from elbowroom.models.likelihoods.scales import UNIT, Positive, Source, bounded,
 
 
 class LocationScale(Likelihood):
-    """Entries with a location m = loc + unit * output and a scale s.
-
-    Args:
-        event_shape: shape of one datum.
-        scale: where s comes from.
-        floor: smallest s, in units of the data's spread.
-    """
+    """Entries with a location m = loc + unit * output and a scale s; `floor` bounds s below, in units of the data's spread."""
 
     def __init__(
         self, event_shape: tuple[int, ...], *, scale: Source = "per_dimension", floor: Annotated[float, Gt(0)] = 1e-3
@@ -51,7 +45,7 @@ class LocationScale(Likelihood):
         self.noise.adapt(unit)
 
     def problem(self, x: Tensor) -> str | None:
-        """Every real number is allowed."""
+        """Accept every real number."""
         return None
 
 
@@ -76,7 +70,7 @@ class Laplace(LocationScale):
     """
 
     def adapt(self, x: Tensor) -> None:
-        """Take median and mean absolute deviation of each column."""
+        """Set median and mean absolute deviation of each column."""
         middle, unit, off = _about_the_median(x)
         mean_off = off.nanmean(0).nan_to_num(0.0)
         self.set_units(middle, torch.where(mean_off > 1e-3 * unit, mean_off, unit))
@@ -115,7 +109,7 @@ class StudentT(LocationScale):
             self.raw_df = nn.Parameter(torch.zeros(self.event_shape))
 
     def adapt(self, x: Tensor) -> None:
-        """Take the median of each column and the median distance from it."""
+        """Set the median of each column and the median distance from it."""
         middle, unit, off = _about_the_median(x)
         near = off.nanmedian(0).values.nan_to_num(0.0) / 0.6745
         self.set_units(middle, torch.where(near > 1e-3 * unit, near, unit))
@@ -128,7 +122,7 @@ class StudentT(LocationScale):
 
 
 class LogNormal(LocationScale):
-    """Independent positive entries whose logarithm is normal: log x ~ N(m, s^2), x > 0.
+    """Independent positive entries with a normal logarithm: log x ~ N(m, s^2), x > 0.
 
     m = loc + unit * output in log x; loc and unit are mean and standard deviation of log x in the training data
     (Limpert, Stahel and Abbt 2001, https://doi.org/10.1641/0006-3568(2001)051[0341:LNDATS]2.0.CO;2).
@@ -142,7 +136,7 @@ class LogNormal(LocationScale):
     inside = 1.0
 
     def adapt(self, x: Tensor) -> None:
-        """Take mean and standard deviation of the logarithm of each column."""
+        """Set mean and standard deviation of the logarithm of each column."""
         self.set_units(*standard_units(x.double().log().to(x.dtype)))
 
     def forward(self, params: Tensor) -> TorchDistribution:
@@ -153,7 +147,7 @@ class LogNormal(LocationScale):
         return dist.LogNormal(m, s, validate_args=False).to_event(len(self.event_shape))
 
     def problem(self, x: Tensor) -> str | None:
-        """Entries must be positive."""
+        """Refuse entries that are not positive."""
         return refusal("log_normal", "values > 0", x, x <= 0)
 
     def features(self, x: Tensor) -> Tensor:
@@ -186,7 +180,7 @@ class Gamma(Likelihood):
         self.register_buffer("log_mean", torch.zeros(self.event_shape))
 
     def adapt(self, x: Tensor) -> None:
-        """Take mean and coefficient of variation of each column; a constant one counts as varying by a tenth."""
+        """Set mean and coefficient of variation of each column; a constant column gets a coefficient of 0.1."""
         n, mean, variance = moments(x)
         mean = torch.where(mean > 0, mean, 1.0)
         self.log_mean = mean.log().to(self.log_mean)
@@ -201,7 +195,7 @@ class Gamma(Likelihood):
         return dist.Gamma(a, a / m, validate_args=False).to_event(len(self.event_shape))
 
     def problem(self, x: Tensor) -> str | None:
-        """Entries must be positive."""
+        """Refuse entries that are not positive."""
         return refusal("gamma", "values > 0", x, x <= 0)
 
     def features(self, x: Tensor) -> Tensor:
@@ -210,7 +204,7 @@ class Gamma(Likelihood):
 
 
 class OpenBeta(dist.Beta):
-    """A beta distribution whose draws never round to 0 or 1, nor would in single precision."""
+    """A beta distribution with draws that never round to 0 or 1, not even in single precision."""
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw x in the open interval."""
@@ -239,13 +233,13 @@ class Beta(Likelihood):
     ) -> None:
         super().__init__(event_shape)
         self.variation = Positive(self.event_shape, concentration, floor)
-        self.variation.adapt(torch.full(self.event_shape, 0.1))  # k = 10 before there are data, not a flat density
+        self.variation.adapt(torch.full(self.event_shape, 0.1))  # k = 10 until data are given, not a flat density
         self.param_dim = self.width * (1 + self.variation.outputs)
         self.logit_mean: Tensor
         self.register_buffer("logit_mean", torch.zeros(self.event_shape))
 
     def adapt(self, x: Tensor) -> None:
-        """Take mean and concentration of each column; a constant one takes k = 100."""
+        """Set mean and concentration of each column; a constant column gets k = 100."""
         n, mean, variance = moments(x)
         mean = torch.where(n > 0, mean, 0.5).clamp(1e-12, 1 - 1e-12)
         self.logit_mean = mean.logit().to(self.logit_mean)
@@ -262,7 +256,7 @@ class Beta(Likelihood):
         return OpenBeta(a, b, validate_args=False).to_event(len(self.event_shape))
 
     def problem(self, x: Tensor) -> str | None:
-        """Entries must lie strictly between 0 and 1."""
+        """Refuse entries that do not lie strictly between 0 and 1."""
         return refusal("beta", "values strictly between 0 and 1", x, (x <= 0) | (x >= 1))
 
 
@@ -300,18 +294,18 @@ class Gaussian(Likelihood):
             self.raw_scale = nn.Parameter(torch.zeros(self.event_shape))
 
     def adapt(self, x: Tensor) -> None:
-        """Take the location and unit of each column from training data; a constant column takes the overall unit."""
+        """Set the location and unit of each column from training data; a constant column gets the overall unit."""
         if len(x) < 2:
             return
         loc, unit = standard_units(x)
         self.loc, self.unit = loc.to(x.dtype), unit.to(x.dtype)
 
     def noise_scale(self, raw: Tensor | None = None) -> Tensor:
-        """Return s in the data's units, broadcastable to the event shape; `raw` is the decoder's half if it gives s."""
+        """Return s in the data's units, broadcastable to the event shape; `raw` is the decoder's output for s, if any."""
         if isinstance(self.scale, int | float):
             return torch.full_like(self.loc, float(self.scale))
         if self.scale == "shared":
-            largest = self.unit.max()  # the square of 1e30 is no float32
+            largest = self.unit.max()  # the square of 1e30 overflows in float32
             return largest * (self.unit / largest).square().mean().sqrt() * (softplus(self.raw_scale) + self.floor)
         return self.unit * (softplus(self.raw_scale if raw is None else raw) + self.floor)
 
@@ -326,5 +320,5 @@ class Gaussian(Likelihood):
         return dist.Normal(mean, noise, validate_args=False).to_event(len(self.event_shape))
 
     def problem(self, x: Tensor) -> str | None:
-        """Every real number is allowed."""
+        """Accept every real number."""
         return None

@@ -1,8 +1,8 @@
 """Likelihoods of counts. Their mean is exposure * exp(log mean of the training data + output).
 
 An exposure e_n multiplies the mean of all counts of datum n: the depth of a sequencing run, the time under observation
-(McCullagh and Nelder 1989, ch. 6, https://doi.org/10.1007/978-1-4899-3242-6). The exponential is that of `spread.bounded`, so
-that no outlier z overflows.
+(McCullagh and Nelder 1989, ch. 6, https://doi.org/10.1007/978-1-4899-3242-6). The output is bounded (`scales.bounded`), so that
+no outlier z overflows.
 """
 
 from __future__ import annotations
@@ -21,12 +21,7 @@ from elbowroom.models.likelihoods.scales import Free, Positive, Source, bounded,
 
 
 class Counts(Likelihood):
-    """Entries 0, 1, 2, ... with a rate, perhaps with a dispersion and a gate of further zeros.
-
-    Args:
-        event_shape: shape of one datum.
-        outputs: how many of the decoder's outputs an entry takes.
-    """
+    """Entries 0, 1, 2, ... with `outputs` decoder outputs each: a rate, and in some subclasses a dispersion and a gate."""
 
     takes_exposure: ClassVar[bool] = True
     name: ClassVar[str]
@@ -47,7 +42,7 @@ class Counts(Likelihood):
         return log_rate if exposure is None else log_rate + exposure.log().reshape(-1, *[1] * len(self.event_shape))
 
     def adapt(self, x: Tensor, exposure: Tensor | None = None) -> None:
-        """Take the mean of each column per unit of exposure, half a count standing for none at all."""
+        """Set the mean of each column per unit of exposure; a column without counts counts as half a count."""
         e = torch.ones_like(x) if exposure is None else exposure.reshape(-1, *[1] * (x.dim() - 1)).expand_as(x)
         wide, e = x.double(), torch.where(x.isnan(), torch.nan, e.double())
         base = e.nansum(0)
@@ -59,7 +54,7 @@ class Counts(Likelihood):
         self.log_mean = mean.log().to(self.log_mean)
 
     def problem(self, x: Tensor) -> str | None:
-        """Entries must be whole numbers, not negative."""
+        """Refuse entries other than whole numbers >= 0."""
         return refusal(self.name, "whole numbers >= 0", x, (x < 0) | (x != x.round()))
 
     def features(self, x: Tensor) -> Tensor:
@@ -68,14 +63,14 @@ class Counts(Likelihood):
 
 
 def _dispersion(x: Tensor, e: Tensor) -> Tensor:
-    """Return (variance - mean E[1/e]) / mean^2 of the rates x / e, by moments, from 0.01 to 100; 0.1 of too few data."""
+    """Return (variance - mean E[1/e]) / mean^2 of the rates x / e, clipped to 0.01 .. 100; 0.1 if data are too few."""
     n, mean, variance = moments(x / e)
     excess = (variance - mean * e.reciprocal().nanmean(0)) / mean.square().clamp_min(1e-30)
     return torch.where((n > 1) & (mean > 0), excess.clamp(0.01, 100.0), 0.1)
 
 
 class Poisson(Counts):
-    """Independent counts whose variance is their mean: p(x|z) = r^x e^(-r) / x!, x = 0, 1, 2, ...
+    """Independent counts with variance equal to the mean: p(x|z) = r^x e^(-r) / x!, x = 0, 1, 2, ...
 
     r = exposure * exp(log mean + output) (Poisson 1837; for VAEs, Gronbech et al. 2020,
     https://doi.org/10.1093/bioinformatics/btaa293).
@@ -93,7 +88,7 @@ class Poisson(Counts):
 
 
 class NegativeBinomial(Counts):
-    """Independent counts that vary more than their mean: a Poisson whose rate is gamma distributed, x = 0, 1, 2, ...
+    """Independent counts that vary more than their mean: a Poisson with a gamma distributed rate, x = 0, 1, 2, ...
 
     p(x|z) = Gamma(x + 1/a) / (Gamma(1/a) x!) (1 + a r)^(-1/a) (a r / (1 + a r))^x, mean r, variance r + a r^2, with
     r = exposure * exp(log mean + output) and the dispersion a (Lopez et al. 2018,
@@ -127,7 +122,7 @@ class NegativeBinomial(Counts):
 
 
 def _excess_zeros(x: Tensor, explained: Tensor) -> Tensor:
-    """Return the share of zeros beyond those that are explained, (N, *event) probabilities, from 0.02 to 0.98."""
+    """Return the share of zeros, (*event), beyond those with the given probabilities (N, *event), clipped to 0.02 .. 0.98."""
     n = (~x.isnan()).sum(0).clamp_min(1)
     zero = explained.nansum(0) / n
     return (((x == 0).sum(0) / n - zero) / (1 - zero).clamp_min(1e-12)).clamp(0.02, 0.98)
@@ -196,7 +191,7 @@ class ZeroInflatedNegativeBinomial(Counts):
         self.register_buffer("gate_logit", torch.zeros(self.event_shape))
 
     def marginal(self, x: Tensor, e: Tensor, mean: Tensor) -> None:
-        """Set log mean, dispersion (that of all counts: an upper bound of that behind the gate) and gate."""
+        """Set log mean, dispersion (that of all counts, an upper bound of that without additional zeros) and gate."""
         a = _dispersion(x, e)
         gate = _excess_zeros(x, (-torch.log1p(a * mean * e) / a).exp())
         self.log_mean, self.gate_logit = (mean / (1 - gate)).log().to(self.log_mean), gate.logit().to(self.gate_logit)
@@ -235,7 +230,7 @@ class Binomial(Likelihood):
         self.register_buffer("logit", torch.zeros(self.event_shape))
 
     def adapt(self, x: Tensor) -> None:
-        """Take the share of successes of each column; half a success and half a failure are added."""
+        """Set the share of successes of each column; half a success and half a failure are added."""
         n, mean, _ = moments(x)
         share = (n * mean + 0.5) / (n * self.total_count + 1)
         self.logit = share.clamp(1e-12, 1 - 1e-12).logit().to(self.logit)
@@ -247,7 +242,7 @@ class Binomial(Likelihood):
         return dist.Binomial(n, logits=logits, validate_args=False).to_event(len(self.event_shape))
 
     def problem(self, x: Tensor) -> str | None:
-        """Entries must be whole numbers from 0 to n."""
+        """Refuse entries other than whole numbers from 0 to n."""
         bad = (x < 0) | (x != x.round()) | (x > self.total_count)
         return refusal(
             "binomial", f"whole numbers from 0 to total_count = {self.total_count}", x, bad, more(x, "total_count", 0)
@@ -255,6 +250,6 @@ class Binomial(Likelihood):
 
 
 def more(x: Tensor, option: str, above: int) -> str:
-    """Name the value of an option with which whole numbers x would fit; nothing where none would."""
+    """Suggest a value of an option that would accept the whole numbers x; "" if no value would."""
     whole = bool(((x >= 0) & (x == x.round())).all())
     return f"set model.likelihood.{option} = {int(x.max()) + above}, or " if whole else ""

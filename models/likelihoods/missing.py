@@ -1,9 +1,9 @@
-r"""Data with holes: NaN in x is an entry that was not observed, and its factor is left out of p(x|z).
+"""Data with missing entries: NaN in x is an entry that was not observed, and its factor is left out of p(x|z).
 
     log p(x_seen | z) = sum_{i seen} log p(x_i | z)
 
-for a likelihood whose entries are independent given z (Nazabal et al. 2020, https://arxiv.org/abs/1807.03653). That is the
-exact marginal likelihood of what was seen, if what is missing does not depend on its own value (missing at random).
+for a likelihood with independent entries given z (Nazabal et al. 2020, https://arxiv.org/abs/1807.03653). This is the exact
+marginal likelihood of the observed entries, if missingness does not depend on the missing value (missing at random).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def entrywise(p: TorchDistribution, x: Tensor) -> Tensor:
-    """Return log p of each entry of x, (..., *event), for a distribution whose entries are independent.
+    """Return log p of each entry of x, (..., *event), for a distribution with independent entries.
 
     Such a distribution is an `Independent` over scalars, or has a method `log_prob_entries`.
 
@@ -35,12 +35,12 @@ def entrywise(p: TorchDistribution, x: Tensor) -> Tensor:
 
 
 class Incomplete(TorchDistribution):
-    """p(x|z) of the entries of x that are there; a draw has NaN where they are not.
+    """p(x|z) of the observed entries of x; a draw has NaN at the others.
 
     Args:
-        base: p(x|z), its entries independent.
+        base: p(x|z), with independent entries.
         missing: True where an entry is missing, broadcastable to (..., *event).
-        inside: a value of the support, a number or (*event): it stands in where an entry is missing and is never counted.
+        inside: a value of the support, a number or (*event), used in place of missing entries; its density is not counted.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -51,21 +51,21 @@ class Incomplete(TorchDistribution):
 
     @property
     def support(self) -> Any:
-        """That of the base."""
+        """The support of the base."""
         return self.base.support
 
     @property
     def mean(self) -> Tensor:
-        """Mean of every entry, seen or not."""
+        """Mean of every entry, observed or not."""
         return self.base.mean
 
     @property
     def variance(self) -> Tensor:
-        """Variance of every entry, seen or not."""
+        """Variance of every entry, observed or not."""
         return self.base.variance
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Incomplete:
-        """Return the same with another batch shape."""
+        """Return the distribution with another batch shape."""
         return Incomplete(self.base.expand(batch_shape), self.missing, self.inside)
 
     def filled(self, x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Incomplete(TorchDistribution):
         return torch.where(self.missing, torch.as_tensor(self.inside, dtype=x.dtype, device=x.device), x)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Return the sum of log p over the entries that are there, (...)."""
+        """Return the sum of log p over the observed entries, (...)."""
         entries = torch.where(self.missing, 0.0, entrywise(self.base, self.filled(x)))
         n = len(self.event_shape)
         return entries.flatten(entries.dim() - n).sum(-1) if n else entries

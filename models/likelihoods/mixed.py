@@ -1,4 +1,4 @@
-"""A table whose columns are of several kinds, each with a likelihood of its own."""
+"""A table with columns of several kinds, each with its own likelihood."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ONE_COLUMN: dict[str, str] = {
 
 
 class _RowSupport(constraints.Constraint):
-    """Rows each of whose columns lies in its own support."""
+    """Rows with each column in its own support."""
 
     event_dim = 1
 
@@ -63,11 +63,7 @@ class _RowSupport(constraints.Constraint):
 
 
 class Columns(TorchDistribution):
-    """A row whose groups of columns are independent.
-
-    Args:
-        parts: the columns of each group, and its distribution with event shape (number of these columns,).
-    """
+    """A row with independent groups of columns; `parts` holds the columns of each group and their joint distribution."""
 
     arg_constraints: dict[str, Any] = {}
 
@@ -80,13 +76,13 @@ class Columns(TorchDistribution):
 
     @property
     def support(self) -> Any:
-        """That of every column."""
+        """The support of every column."""
         if len(self.parts) == 1:
             return self.parts[0][1].support
         return _RowSupport([(index, p.support) for index, p in self.parts])
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Columns:
-        """Return the same with another batch shape."""
+        """Return the distribution with another batch shape."""
         return Columns([(index, p.expand(torch.Size(batch_shape))) for index, p in self.parts])
 
     def log_prob_entries(self, x: Tensor) -> Tensor:
@@ -103,7 +99,7 @@ class Columns(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Mean of each column; that of codes, where they are codes."""
+        """Mean of each column; the mean code for columns of codes."""
         return self._joined([p.mean for _, p in self.parts])
 
     @property
@@ -116,11 +112,11 @@ class Columns(TorchDistribution):
 
 
 class Mixed(Likelihood):
-    """One likelihood per column of a table, by what its values are: log p(x|z) = sum_j log p_j(x_j|z).
+    """One likelihood per column of a table, chosen by the kind of its values: log p(x|z) = sum_j log p_j(x_j|z).
 
     By default real columns are gaussian, positive ones log_normal, proportions beta, counts negative_binomial, binary
     ones bernoulli, ordered codes ordinal and unordered ones categorical (HI-VAE; Nazabal et al. 2020,
-    https://arxiv.org/abs/1807.03653). Every learned scale, shape or dispersion is that of its column. An exposure multiplies
+    https://arxiv.org/abs/1807.03653). Every column has its own learned scale, shape or dispersion. An exposure multiplies
     the means of counts. An encoder sees one-hot categories, logarithms of positive numbers and of 1 + counts, and ordered
     codes as numbers.
 
@@ -182,7 +178,7 @@ class Mixed(Likelihood):
         return Columns(parts)
 
     def problem(self, x: Tensor) -> str | None:
-        """Every column must lie in its own support."""
+        """Refuse a column with values outside its own support."""
         which = {j: part for index, part in self._each() for j in index}
         for j, name in enumerate(self.names):
             problem = which[j].problem(x[:, j])
@@ -200,15 +196,15 @@ class Mixed(Likelihood):
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
-        """Number of what an encoder sees of the columns, side by side."""
+        """Total width of the encoder's view of the columns."""
         return (sum(part.feature_shape[0] for _, part in self._each()),)
 
     def features(self, x: Tensor) -> Tensor:
-        """Return what an encoder sees, group of columns by group of columns."""
+        """Return the encoder's view, one group of columns after the other."""
         return torch.cat([part.features(x[:, index]) for index, part in self._each()], -1)
 
     def centre(self, p: TorchDistribution) -> Tensor:
-        """Return the mean of each column, the likeliest category, the median of ordered codes."""
+        """Return the mean of each column, the most likely category, the median of ordered codes."""
         centres = [part.centre(q) for (_, part), (_, q) in zip(self._each(), p.parts, strict=True)]
         return torch.cat(centres, -1)[..., p.back]
 
@@ -224,7 +220,7 @@ def _needs_levels(name: str) -> bool:
 
 
 def _one_column(name: str, n: int, levels: int, first: str) -> Likelihood:
-    """Build the likelihood of a group of n columns, the first of which is named `first`."""
+    """Build the likelihood of a group of n columns; `first` is the name of its first column."""
     if name == "gaussian":
         from elbowroom.models.likelihoods.continuous import Gaussian
 

@@ -1,4 +1,4 @@
-"""The likelihood of a whole row of counts given its total: multinomial, whose entries are not independent."""
+"""The likelihood of a whole row of counts given its total: multinomial, with dependent entries."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from elbowroom.models.likelihoods.base import Likelihood, refusal
 
-NEVER = -1e30  # the logit of an entry that is not there
+NEVER = -1e30  # the logit of a missing entry
 
 
 class Composition(TorchDistribution):
-    """p(x | sum x) of a row of counts: multinomial over the entries that are there.
+    """p(x | sum x) of a row of counts: multinomial over the observed entries.
 
     Args:
         logits: (..., *event), not normalised.
@@ -38,17 +38,17 @@ class Composition(TorchDistribution):
         return constraints.independent(constraints.nonnegative_integer, self.event_dim)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Composition:
-        """Return the same with another batch shape."""
+        """Return the distribution with another batch shape."""
         logits = self.logits.expand(torch.Size(batch_shape) + self.event_shape)
         return Composition(logits, self.total, self.event_dim, self.missing)
 
     def log_shares(self) -> Tensor:
-        """Return the log probabilities of the entries that are there, flat: (..., width)."""
+        """Return the log probabilities of the observed entries, flat: (..., width)."""
         logits = self.logits if self.missing is None else torch.where(self.missing, NEVER, self.logits)
         return logits.flatten(logits.dim() - self.event_dim).log_softmax(-1)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Return log n! - sum_i log x_i! + sum_i x_i log p_i over the entries that are there; n is their total."""
+        """Return log n! - sum_i log x_i! + sum_i x_i log p_i over the observed entries; n is their total."""
         x = x if self.missing is None else torch.where(self.missing, 0.0, x)
         x = x.flatten(x.dim() - self.event_dim)
         return (x.sum(-1) + 1).lgamma() - (x + 1).lgamma().sum(-1) + (x * self.log_shares()).sum(-1)
@@ -75,9 +75,9 @@ class Composition(TorchDistribution):
 class Multinomial(Likelihood):
     """A whole row of counts given its total n: p(x|z, n) = n! / (x_1! ... x_D!) q_1^x_1 ... q_D^x_D.
 
-    q = softmax(log share in the training data + output), over all entries of a datum of any shape. The total says nothing of z.
-    Where entries are missing, the others are multinomial given their own total, with q renormalised over them. Draws and
-    means have the mean total of the training data (Liang et al. 2018, https://arxiv.org/abs/1802.05814).
+    q = softmax(log share in the training data + output), over all entries of a datum of any shape. The total carries no
+    information about z. If entries are missing, the others are multinomial given their own total, with q renormalised over
+    them. Draws and means use the mean total of the training data (Liang et al. 2018, https://arxiv.org/abs/1802.05814).
     """
 
     def __init__(self, event_shape: tuple[int, ...]) -> None:
@@ -88,9 +88,9 @@ class Multinomial(Likelihood):
         self.register_buffer("total", torch.tensor(float(self.width)))
 
     def adapt(self, x: Tensor) -> None:
-        """Take the share of each entry, half a count added to its total, and the mean total of a row.
+        """Set the share of each entry, with half a count added to its total, and the mean total of a row.
 
-        A column with holes is taken at its mean.
+        A column with missing entries contributes its mean.
         """
         wide = x.double()
         n = (~wide.isnan()).sum(0).clamp_min(1)
@@ -103,11 +103,11 @@ class Multinomial(Likelihood):
         return Composition(self.log_share + self._shaped(params), self.total, len(self.event_shape))
 
     def incomplete(self, p: TorchDistribution, missing: Tensor) -> TorchDistribution:
-        """Return the multinomial distribution of the entries that are there, given their own total."""
+        """Return the multinomial distribution of the observed entries, given their own total."""
         return Composition(p.logits, p.total, p.event_dim, missing)
 
     def problem(self, x: Tensor) -> str | None:
-        """Entries must be whole numbers, not negative."""
+        """Refuse entries other than whole numbers >= 0."""
         return refusal("multinomial", "whole numbers >= 0", x, (x < 0) | (x != x.round()))
 
     def features(self, x: Tensor) -> Tensor:

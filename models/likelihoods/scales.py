@@ -1,7 +1,7 @@
-"""Positive numbers that a likelihood learns: scales, shapes, concentrations, dispersions; and an exponential that stays finite.
+"""Positive parameters of likelihoods: scales, shapes, concentrations, dispersions; and an exponential that stays finite.
 
 Each is one number for all entries (`shared`), one per entry (`per_dimension`), or an output of the decoder (`decoder`), in
-units of what the training data show, so that zero is where a fit of the marginal would start.
+units of its value in the training data, so that zero corresponds to a fit of the marginal distribution.
 """
 
 from __future__ import annotations
@@ -16,24 +16,19 @@ from torch.nn.functional import softplus
 Source = Literal["shared", "per_dimension", "decoder"]
 
 UNIT = math.log(math.e - 1)  # softplus(UNIT) = 1
-EDGE = 15.0  # e^15 = 3.3e6 times what is typical
+EDGE = 15.0  # e^15 = 3.3e6 times the typical value
 
 
 def bounded(a: Tensor) -> Tensor:
-    """Return a for |a| <= 15, and sign(a) (15 + log(1 + |a| - 15)) beyond: exp of it never overflows.
+    """Return a for |a| <= 15, and sign(a) (15 + log(1 + |a| - 15)) beyond, so that its exponential never overflows.
 
-    It increases strictly and has a continuous derivative, so that an outlier z still feels where it should go.
+    It increases strictly and has a continuous derivative, so that an outlier z still has a gradient.
     """
     return a.clamp(-EDGE, EDGE) + a.sign() * torch.log1p((a.abs() - EDGE).clamp_min(0.0))
 
 
 class Free(nn.Module):
-    """A number per entry that is a parameter, or the last of the decoder's parts.
-
-    Args:
-        event_shape: shape of one datum.
-        source: where it comes from.
-    """
+    """A number per entry: a parameter (`shared`, `per_dimension`), or the last of the decoder's parts (`decoder`)."""
 
     def __init__(self, event_shape: tuple[int, ...], source: Source) -> None:
         super().__init__()
@@ -43,18 +38,12 @@ class Free(nn.Module):
             self.raw = nn.Parameter(torch.zeros(event_shape if source == "per_dimension" else ()))
 
     def forward(self, parts: list[Tensor]) -> Tensor:
-        """Return the number, broadcastable to (..., *event); it is taken off the end of `parts` if the decoder gives it."""
+        """Return the number, broadcastable to (..., *event); if the decoder gives it, it is removed from the end of `parts`."""
         return parts.pop() if self.source == "decoder" else self.raw
 
 
 class Positive(nn.Module):
-    """A positive number per entry: typical * (softplus(raw + log(e - 1)) + floor), which is typical (1 + floor) at raw = 0.
-
-    Args:
-        event_shape: shape of one datum.
-        source: where raw comes from.
-        floor: its smallest value, as a fraction of what is typical.
-    """
+    """A positive number per entry: typical * (softplus(raw + log(e - 1)) + floor), which is typical (1 + floor) at raw = 0."""
 
     def __init__(self, event_shape: tuple[int, ...], source: Source, floor: float) -> None:
         super().__init__()
@@ -69,25 +58,25 @@ class Positive(nn.Module):
         return self.typical * (softplus(self.free(parts) + UNIT) + self.floor)
 
     def adapt(self, typical: Tensor) -> None:
-        """Set what is typical, (*event); a shared number takes the mean over the entries."""
+        """Set the typical values, (*event); a shared number takes the mean over the entries."""
         self.typical = (typical.mean().expand_as(typical) if self.free.source == "shared" else typical).to(self.typical).clone()
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return number, mean and variance of the entries of each column of x (N, *event) that are not NaN, in float64.
 
-    The mean of nothing is 0, and so is the variance of fewer than two.
+    The mean of no entries is 0, and so is the variance of fewer than two.
     """
-    wide = x.double()  # the square of 1e30 is no float32
+    wide = x.double()  # the square of 1e30 overflows in float32
     n = (~wide.isnan()).sum(0).double()
     mean = wide.nansum(0) / n.clamp_min(1)
     return n, mean, (wide - mean).square().nansum(0) / (n - 1).clamp_min(1)
 
 
 def standard_units(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each column of x (N, *event) with NaN; a constant one takes the overall unit.
+    """Return mean and standard deviation of each column of x (N, *event) with NaN; a constant column gets the overall unit.
 
-    A column is constant whose standard deviation is rounding error.
+    A column is constant if its standard deviation is only rounding error.
     """
     _, loc, variance = moments(x)
     unit = variance.sqrt()

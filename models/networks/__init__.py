@@ -1,4 +1,4 @@
-"""Encoders and decoders; `base` says what a network is."""
+"""Encoders and decoders; `base` defines the interface of a network."""
 
 from elbowroom.models.networks.base import Network
 

@@ -1,4 +1,4 @@
-"""What encoders and decoders have in common."""
+"""The base class of encoders and decoders."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Network(nn.Module):
 
     @classmethod
     def joined_shape(cls, shape: tuple[int, ...], *, marks: bool, covariates: int) -> tuple[int, ...]:
-        """Return the `in_shape` of an encoder that reads x (*shape) with marks and so many covariates."""
+        """Return the `in_shape` of an encoder that reads x (*shape) with marks and `covariates` covariates."""
         return (math.prod(shape) * (1 + marks) + covariates,) if marks or covariates else tuple(shape)
 
     def join(self, x: Tensor, seen: Tensor | None, covariates: Tensor | None) -> Tensor:
-        """Lay out what an encoder reads as one tensor (N, *in_shape).
+        """Join the inputs of an encoder into one tensor (N, *in_shape).
 
         Args:
             x: (N, *shape), zero where an entry is missing.
-            seen: (N, *shape), 1 where an entry is there and 0 where it is missing; None for data without holes.
+            seen: (N, *shape), 1 where an entry is observed and 0 where it is missing; None for complete data.
             covariates: (N, C) or None.
         """
         parts = [x.flatten(1), *(() if seen is None else (seen.flatten(1),)), *(() if covariates is None else (covariates,))]

@@ -1,8 +1,8 @@
 """Convolutional networks for images: one class that reads an image as an encoder and makes one as a decoder.
 
 Radford et al. 2016 (https://arxiv.org/abs/1511.06434): convolutions with stride 2 halve the image, transposed convolutions
-double it back, with no pooling between them. Images of any height and width: each halving rounds up, ceil(n / 2), and its
-mirror in the decoder returns to exactly the size before.
+double it, without pooling. Images may have any height and width: each halving rounds up, ceil(n / 2), and its mirror in the
+decoder restores exactly the previous size.
 """
 
 from __future__ import annotations
@@ -21,15 +21,7 @@ from elbowroom.models.networks.mlp import ACTIVATIONS, Activation
 
 
 class ImageEncoder(nn.Module):
-    """Convolutions with stride 2, then one affine layer: (..., C*H*W) -> (..., out_dim).
-
-    Args:
-        image: (C, H, W).
-        out_dim: width of the output.
-        channels: channels after each convolution.
-        kernel: height and width of the kernels, odd.
-        activation: the nonlinearity after each convolution.
-    """
+    """Convolutions with stride 2 and odd kernels, then one affine layer: (..., C*H*W) -> (..., out_dim)."""
 
     def __init__(
         self, image: tuple[int, int, int], out_dim: int, channels: Sequence[int], kernel: int, activation: Activation
@@ -50,15 +42,7 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """One affine layer, then transposed convolutions with stride 2: (..., d) -> (..., C*H*W).
-
-    Args:
-        width: d.
-        image: (C, H, W).
-        channels: channels before each transposed convolution.
-        kernel: height and width of the kernels, odd.
-        activation: the nonlinearity before each transposed convolution.
-    """
+    """One affine layer, then transposed convolutions with stride 2 and odd kernels: (..., d) -> (..., C*H*W)."""
 
     def __init__(
         self, width: int, image: tuple[int, int, int], channels: Sequence[int], kernel: int, activation: Activation
@@ -71,7 +55,7 @@ class ImageDecoder(nn.Module):
         for (n_in, n_out), (small, large) in zip(
             itertools.pairwise([*channels, image[0]]), itertools.pairwise(sizes), strict=True
         ):
-            # n pixels become 2 n - 1, or 2 n with one pixel more at the end: that undoes either kind of ceil(n / 2)
+            # n pixels become 2 n - 1, or 2 n with one more pixel at the end, which reverses ceil(n / 2) for odd and even sizes
             more = (large[0] - (2 * small[0] - 1), large[1] - (2 * small[1] - 1))
             up = nn.ConvTranspose2d(n_in, n_out, kernel, stride=2, padding=kernel // 2, output_padding=more)
             layers += [ACTIVATIONS[activation](), up]
@@ -126,13 +110,13 @@ class Conv(Network):
 
     @classmethod
     def joined_shape(cls, shape: tuple[int, ...], *, marks: bool, covariates: int) -> tuple[int, ...]:
-        """Return (C (1 + marks) + covariates, H, W); an image alone stays what it is."""
-        if len(shape) not in (2, 3) or not (marks or covariates):  # `__init__` refuses what is no image
+        """Return (C (1 + marks) + covariates, H, W); an image alone keeps its shape."""
+        if len(shape) not in (2, 3) or not (marks or covariates):  # `__init__` refuses other shapes
             return tuple(shape)
         return (math.prod(shape[:-2]) * (1 + marks) + covariates, *shape[-2:])
 
     def join(self, x: Tensor, seen: Tensor | None, covariates: Tensor | None) -> Tensor:
-        """Stack image, marks and covariates along the channels: (N, C', H, W). Arguments as `Network.join`."""
+        """Stack image, marks and covariates along the channels: (N, C', H, W). Arguments as in `Network.join`."""
         if seen is None and covariates is None:
             return x
         n, size = len(x), x.shape[-2:]
@@ -148,7 +132,7 @@ def _image(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _halvings(size: Sequence[int], times: int) -> list[tuple[int, ...]]:
-    """Return a height and width, and what is left of them after each halving."""
+    """Return a height and width, and their sizes after each halving."""
     sizes = [tuple(size)]
     for _ in range(times):
         sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))

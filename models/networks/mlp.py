@@ -1,8 +1,7 @@
-"""Networks: deterministic maps from a tensor of known shape to a vector of known width. They know no distributions.
+"""Networks: deterministic maps from a tensor of known shape to a vector of known width, without distributions.
 
-An encoder may read more than x: where entries are missing, marks that say which (1 seen, 0 missing), and covariates. How they
-join x is the network's own affair: side by side in a vector (here), as further channels of an image, as features of every
-step of a sequence.
+An encoder may read more than x: marks of missing entries (1 observed, 0 missing) and covariates. Each network joins them to x
+in its own way: side by side in a vector (here), as further channels of an image, as features of every step of a sequence.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation of the last dimension of (..., width), over all leading dimensions together.
 
     Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167. A batch of one has no spread: it is normalised by the running
-    statistics, and leaves them as they are.
+    statistics, which it does not change.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class Residual(nn.Sequential):
-    """y = x + f(x), f the layers in their order (He et al. 2016, https://arxiv.org/abs/1512.03385)."""
+    """y = x + f(x), where f applies the layers in order (He et al. 2016, https://arxiv.org/abs/1512.03385)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x to a tensor of the same shape."""
@@ -112,6 +111,6 @@ class MLP(Network):
             layers.append(ACTIVATIONS[activation]())
             if dropout:
                 layers.append(nn.Dropout(dropout))
-            # an input that happens to be as wide as the first hidden layer is not added: the data do not choose the layers
+            # an input with the width of the first hidden layer is not added, so that the layers do not depend on the data
             body += [Residual(*layers)] if residual and i and n_in == n_out else layers
         super().__init__(in_shape, out_dim, nn.Sequential(*body, nn.Linear(widths[-1], out_dim)))

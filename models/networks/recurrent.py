@@ -5,9 +5,8 @@ Cho et al. 2014 (https://arxiv.org/abs/1406.1078), in the form of `torch.nn.GRU`
     r = sigmoid(A_r x + a_r + B_r h + b_r)           u = sigmoid(A_u x + a_u + B_u h + b_u)
     c = tanh(A_c x + a_c + r (B_c h + b_c))          h' = (1 - u) c + u h
 
-The steps are written out, in ordinary tensor operations on (..., hidden): `torch.nn.GRU` takes one batch dimension, has no
-rule for `torch.func.vmap`, and multiplies A x anew at each step even where x is always the same z. On a CPU this loop is the
-faster of the two.
+The steps are written as ordinary tensor operations on (..., hidden). `torch.nn.GRU` takes only one batch dimension, does not
+support `torch.func.vmap`, and computes A x again at each step even if x is always the same z; on a CPU it is slower.
 """
 
 from __future__ import annotations
@@ -46,12 +45,9 @@ class Cell(nn.Module):
         return torch.lerp(c, h, u)
 
     def unrolled(self, given: Sequence[Tensor], h: Tensor, counts: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Return the state after each step.
+        """Return the state after each step, from the initial state h and A x + a of each step (`given`).
 
-        Args:
-            given: A x + a of each step.
-            h: the initial state.
-            counts: for each step, (..., 1), whether it counts; a step that does not leaves the state as it is.
+        `counts` says for each step, (..., 1), whether it counts; other steps leave the state unchanged.
         """
         states = []
         for t, x in enumerate(given):
@@ -64,14 +60,8 @@ class Cell(nn.Module):
 class SequenceEncoder(nn.Module):
     """The last states of gated recurrent layers, and one affine layer: (..., T*F) -> (..., out_dim).
 
-    Args:
-        steps: T.
-        width: F.
-        out_dim: width of the output.
-        hidden: width of the states.
-        layers: number of layers; each reads the states of the one below.
-        bidirectional: also read backwards, from the last step that counts.
-        marks: the last feature of each step says whether it counts.
+    Each layer reads the states of the one below. With `bidirectional` it also reads backwards, from the last step that counts.
+    With `marks` the last feature of each step says whether the step counts.
     """
 
     def __init__(
@@ -107,11 +97,7 @@ class SequenceEncoder(nn.Module):
 class SequenceDecoder(nn.Module):
     """Gated recurrent layers that start from z and read z at each step, and one affine layer: (..., d) -> (..., k*T*F).
 
-    Args:
-        width: d.
-        out_shape: (k, T, F).
-        hidden: width of the states.
-        layers: number of layers; each reads the states of the one below.
+    Each further layer reads the states of the one below.
     """
 
     def __init__(self, width: int, out_shape: tuple[int, int, int], hidden: int, layers: int) -> None:
@@ -135,9 +121,9 @@ class SequenceDecoder(nn.Module):
 class GRU(Network):
     """A gated recurrent network for sequences (T, F).
 
-    As an encoder it takes the state after the last step at which anything was seen: padding at the end (NaN) does not reach
-    it, with `marks`; without them every step counts. Marks of missing entries and covariates are features of each step.
-    As a decoder it makes each step from z, its state and nothing of x: given z the steps are independent,
+    As an encoder it takes the state after the last step with an observed entry: with `marks`, padding at the end (NaN) has no
+    effect; without them every step counts. Marks of missing entries and covariates are features of each step.
+    As a decoder it makes each step from z and its state alone: given z the steps are independent,
     log p(x|z) = sum_t log p(x_t|z).
 
     Args:
@@ -150,7 +136,7 @@ class GRU(Network):
         bidirectional: an encoder also reads backwards, from the last step to the first.
     """
 
-    sequences: ClassVar[bool] = True  # figures draw a datum step by step; without it (T, F) may be taken for an image
+    sequences: ClassVar[bool] = True  # figures draw a datum step by step; otherwise (T, F) may be drawn as an image
 
     def __init__(
         self,
@@ -180,15 +166,15 @@ class GRU(Network):
 
     @classmethod
     def joined_shape(cls, shape: tuple[int, ...], *, marks: bool, covariates: int) -> tuple[int, ...]:
-        """Return (T, F (1 + marks) + covariates + marks); a sequence alone stays what it is."""
-        if len(shape) != 2 or not (marks or covariates):  # `__init__` refuses what is no sequence
+        """Return (T, F (1 + marks) + covariates + marks); a sequence alone keeps its shape."""
+        if len(shape) != 2 or not (marks or covariates):  # `__init__` refuses other shapes
             return tuple(shape)
         return (shape[0], shape[1] * (1 + marks) + covariates + marks)
 
     def join(self, x: Tensor, seen: Tensor | None, covariates: Tensor | None) -> Tensor:
-        """Lay features, marks, covariates, and 1 up to the last step at which anything was seen, side by side at each step.
+        """Join features, marks, covariates, and a flag that is 1 up to the last step with an observed entry: (N, T, F').
 
-        Arguments as `Network.join`; returns (N, T, F').
+        Arguments as in `Network.join`.
         """
         if seen is None and covariates is None:
             return x
@@ -199,13 +185,13 @@ class GRU(Network):
             parts.append(covariates[:, None, :].expand(-1, x.shape[1], -1))
         if seen is not None:
             counts = seen.amax(-1, keepdim=True).flip(1).cummax(1).values.flip(1)
-            # where nothing was seen at all, one step says so, and lets the covariates in
+            # without any observed entry, the first step counts, so that the covariates are read
             parts.append(torch.cat([torch.ones_like(counts[:, :1]), counts[:, 1:]], 1))
         return torch.cat(parts, -1)
 
 
 def _cells(cells: nn.ModuleList) -> list[Cell]:
-    return cast(list[Cell], list(cells))  # nn.ModuleList does not say what it holds
+    return cast(list[Cell], list(cells))  # nn.ModuleList has no element type
 
 
 def _states(cell: Cell, x: Tensor, counts: Sequence[Tensor] | None) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Priors p(z), one class each; `base` says what a prior is."""
+"""Priors p(z), one class each; `base` defines the interface of a prior."""
 
 from elbowroom.models.priors.base import Prior
 

@@ -21,13 +21,13 @@ from elbowroom.models.spaces import Space
 class Prior(nn.Module, ABC):
     """A Pyro program that draws the local latent sites of one datum.
 
-    A prior of one site says its `distribution`; one of several overrides `forward` and `sites` as well.
+    A prior with one site implements `distribution`; one with several also overrides `forward` and `sites`.
 
     Attributes:
         latent_dim: width d of the tensor that `forward` returns.
         space: the set that z lives in.
         sites: names of the sample sites, in program order.
-        covariates: whether it is p(z|c): `distribution` and `forward` are then given c.
+        covariates: whether it is p(z|c); then `distribution` and `forward` get c.
     """
 
     latent_dim: int
@@ -44,7 +44,7 @@ class Prior(nn.Module, ABC):
         return pyro.sample("z", self.distribution(covariates))
 
     def adapt(self, features: Tensor) -> None:
-        """Set data-dependent constants from what the encoder sees of training data, (N, *feature)."""
+        """Set data-dependent constants from the encoder's view of training data, (N, *feature)."""
 
     @property
     def free_dim(self) -> int:
@@ -53,15 +53,10 @@ class Prior(nn.Module, ABC):
 
 
 class Located(Prior):
-    """A prior on R^d around a location: the origin, or a linear map of the covariates, A c.
+    """A prior on R^d around a location: the origin, or, with `covariates`, a linear map of the covariates, A c.
 
-    The covariates arrive standardised and the map has no intercept, so that the average datum has the prior that there is
-    without covariates; the decoder has an intercept of its own.
-
-    Args:
-        latent_dim: width d of z.
-        covariate_dim: number C of covariates that the data have.
-        covariates: whether the location is A c.
+    The covariates are standardised and the map has no intercept, so the average datum has the same prior as without
+    covariates; the decoder has its own intercept.
 
     Raises:
         ValueError: covariates were asked for and there are none.

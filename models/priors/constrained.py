@@ -1,4 +1,4 @@
-"""Priors on positive latents and on the simplex. A guide family on R^m is carried onto the same set (`guides.Onto`)."""
+"""Priors on positive latents and on the simplex. A guide family on R^m is mapped to the same set (`guides.base.Onto`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNIT = math.log(math.expm1(1.0))  # softplus(_UNIT) = 1
 
 
 class _Carried(Prior):
-    """A normal with independent entries on R^m, to be carried onto another space; standard, or learned."""
+    """A normal with independent entries on R^m, standard or learned, to be mapped to another space."""
 
     loc: Tensor
     scale: Tensor
@@ -47,7 +47,7 @@ class _Carried(Prior):
 
 
 class LogNormal(_Carried):
-    """Positive latents whose logarithms are normal: log z ~ N(0, I_d), or with learned location and scale.
+    """Positive latents with normal logarithms: log z ~ N(0, I_d), or with learned location and scale.
 
     Log density: log p(z) = sum_j log N(log z_j; m_j, s_j^2) - log z_j.
 
@@ -88,7 +88,7 @@ class LogisticNormal(_Carried):
         super().__init__(latent_dim, learned)
 
     def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
-        """Return the carried normal, event shape (d,)."""
+        """Return the mapped normal, event shape (d,)."""
         base = dist.Normal(*self.moments()).to_event(1)
         return dist.TransformedDistribution(base, [spaces.onto("simplex")], validate_args=False)
 

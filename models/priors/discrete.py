@@ -1,4 +1,4 @@
-"""Discrete latents: one of d categories, or d binary entries; priors, and the guide families of the same space.
+"""Discrete latents: one of d categories, or d binary entries; priors, and a distribution that the guide families share.
 
 Their values can be listed, so that inference sums over them: the log joint for exact posteriors, Pyro's TraceEnum_ELBO for a
 loss without the noise of draws. Draws are not differentiable in the parameters.
@@ -24,11 +24,11 @@ MAX_BITS = 12  # 4096 joint values
 
 
 class Binary(TorchDistribution):
-    """d independent Bernoulli entries as one joint distribution on {0, 1}^d, whose 2^d values can be listed.
+    """d independent Bernoulli entries as one joint distribution on {0, 1}^d, with 2^d values that can be listed.
 
     log p(z) = sum_j z_j log sigmoid(l_j) + (1 - z_j) log sigmoid(-l_j)
 
-    An `Independent` of Bernoulli entries lists only the 2 values at which all its entries are equal.
+    An `Independent` of Bernoulli entries lists only the 2 values with all entries equal.
 
     Args:
         logits: l, (*batch, d).
@@ -59,7 +59,7 @@ class Binary(TorchDistribution):
         return (value * logsigmoid(self.logits) + (1 - value) * logsigmoid(-self.logits)).sum(-1)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Return all values, (2^d, *batch, d); with expand=False the batch dimensions have size 1. The last entry runs first.
+        """Return all values, (2^d, *batch, d), the last entry varying fastest; with expand=False batch dimensions have size 1.
 
         Raises:
             NotImplementedError: more than 12 entries.
@@ -89,7 +89,7 @@ class Binary(TorchDistribution):
 
 
 class Categorical(Prior):
-    """One of d categories, as a one-hot vector z: a mixture model whose component decides what is decoded.
+    """One of d categories, as a one-hot vector z: a mixture model; the decoder reads the component.
 
     p(z = e_k) = softmax(l)_k, learned from equal weights, or fixed at 1 / d.
 
@@ -155,7 +155,7 @@ def check_categories(latent_dim: int) -> None:
 
 
 def check_bits(latent_dim: int) -> None:
-    """Refuse more bits than can be summed over."""
+    """Refuse more binary entries than can be summed over."""
     if latent_dim > MAX_BITS:
         raise ValueError(
             f"latent_dim: {latent_dim} binary latents have 2^{latent_dim} joint values, too many to sum over; "

@@ -1,9 +1,9 @@
-"""Normalizing flows, as a prior and as a guide family: zuko's transformations, as distributions that Pyro's handlers take.
+"""Normalizing flows, as a prior and for a guide family: zuko's transformations as Pyro distributions.
 
     z = f^-1(e),   e ~ N(0, I_d),   log p(z) = log N(f(z); 0, I) + log |det df / dz|
 
 A density takes one pass of each transformation's network, a draw takes d (nsf, maf) or 2 (realnvp). The networks are smooth,
-so that densities are too and a quadrature of them converges quickly.
+so densities are smooth too, and quadrature of them converges quickly.
 """
 
 from __future__ import annotations
@@ -26,15 +26,11 @@ torch.distributions.Distribution.set_default_validate_args(_checks)
 
 Kind = Literal["nsf", "maf", "realnvp"]
 
-START = 0.1  # how far from the identity a flow starts: its networks' last weights, relative to their usual size
+START = 0.1  # initial size of the networks' last weights, relative to the usual: the flow starts near the identity
 
 
 class FlowDistribution(TorchDistribution):
-    """A zuko distribution in the interface that Pyro's handlers expect.
-
-    Args:
-        flow: a `zuko.distributions.NormalizingFlow` over vectors.
-    """
+    """A `zuko.distributions.NormalizingFlow` over vectors, in the interface that Pyro's handlers expect."""
 
     arg_constraints: dict[str, Any] = {}
     support = constraints.independent(constraints.real, 1)

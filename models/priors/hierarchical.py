@@ -1,4 +1,4 @@
-"""Two levels of latents, z_top above z: the prior, and the guide family that follows it from the top down.
+"""Two levels of latents, z_top above z: the prior, and the top-down structure of its guide family.
 
     p(z_top, z)   = N(z_top; 0, I)                N(z; m(z_top),    diag s(z_top)^2)
     q(z_top, z|x) = N(z_top; m_t(x), s_t(x)^2)    N(z; m(x, z_top), diag s(x, z_top)^2)
@@ -30,7 +30,7 @@ SITES = ("z_top", "z")
 
 
 class Ancestral(TorchDistribution):
-    """The marginal distribution of z under z_top ~ p_top, z | z_top ~ p(z|z_top): it can be drawn from.
+    """The marginal distribution of z under z_top ~ p_top, z | z_top ~ p(z|z_top); it can only be sampled.
 
     Its density and moments are integrals over z_top without a closed form, and raise NotImplementedError.
 
@@ -57,11 +57,7 @@ class Ancestral(TorchDistribution):
         return self.below(self.top.rsample(Size(sample_shape))).rsample()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Raise NotImplementedError: the density of z alone is an integral over z_top.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Raise NotImplementedError, because the density of z alone is an integral over z_top."""
         raise NotImplementedError("z of a hierarchy has no density in closed form; score z_top and z as two sites")
 
 
@@ -97,7 +93,7 @@ class Hierarchical(Prior):
         return conditional_normal(self.below(z_top))
 
     def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
-        """Return the marginal p(z), which can be drawn from and has no density in closed form."""
+        """Return the marginal p(z), which can be sampled but has no density in closed form."""
         return Ancestral(self.top(), self.given, self.latent_dim)
 
     def forward(self, covariates: Tensor | None = None) -> Tensor:

@@ -49,9 +49,9 @@ class GaussianMixture(Located):
 class Vamp(Prior):
     """The variational mixture of posteriors: p(z) = 1/K sum_k q(z | u_k), with learned pseudo-inputs u_k.
 
-    q is the guide of the model, so that the prior trains the encoder too. The pseudo-inputs live in the space of what the
-    encoder sees of a datum; they start as rows of the training data, a missing entry at its column's mean. Where the
-    encoder reads covariates as well, each pseudo-input has learned ones of its own: p(z) itself does not depend on c.
+    q is the guide of the model, so that the prior trains the encoder too. The pseudo-inputs live in the space of the encoder's
+    view of a datum; they start as rows of the training data, with missing entries at their column's mean. If the encoder also
+    reads covariates, each pseudo-input has its own learned ones: p(z) itself does not depend on c.
     Tomczak and Welling 2018, https://arxiv.org/abs/1705.07120.
 
     Args:
@@ -83,7 +83,7 @@ class Vamp(Prior):
                 "or another prior"
             )
         self.latent_dim = latent_dim
-        object.__setattr__(self, "guide", guide)  # not a submodule: the VAE owns it, and saves it, once
+        object.__setattr__(self, "guide", guide)  # not a submodule, because the VAE owns and saves it
         beside = _beside(guide, feature_shape, covariate_dim)
         # in units of the encoder's input, so that one learning rate suits data of any scale
         self.inputs = nn.Parameter(torch.randn(components, *feature_shape))
@@ -102,16 +102,16 @@ class Vamp(Prior):
         return _mixture(self.inputs.new_zeros(len(self.inputs)), q)
 
     def adapt(self, features: Tensor) -> None:
-        """Start the pseudo-inputs at rows of the training data, (N, *feature), once: trained ones are left alone.
+        """Initialise the pseudo-inputs with rows of the training data, (N, *feature), once; trained ones stay unchanged.
 
-        That it was done is part of the state, so that a model that was loaded keeps its pseudo-inputs too.
+        A flag in the state records this, so that a loaded model keeps its pseudo-inputs.
         """
         if bool(self.adapted) or len(features) == 0:
             return
         k, n = len(self.inputs), len(features)
         rows = torch.linspace(0, n - 1, k).round().long().to(features.device) if k <= n else torch.arange(k) % n
         standard = ((features[rows] - self.guide.loc) / self.guide.scale).nan_to_num(nan=0.0)
-        if k > n:  # two equal pseudo-inputs would stay equal for ever
+        if k > n:  # equal pseudo-inputs would stay equal
             noise = torch.randn(standard.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             standard = standard + 0.1 * noise.to(standard)
         with torch.no_grad():
@@ -127,7 +127,7 @@ def _mixture(logits: Tensor, components: TorchDistribution) -> TorchDistribution
 
 
 def _beside(guide: Any, feature_shape: tuple[int, ...], covariate_dim: int) -> int:
-    """Return how many numbers the encoder reads beside features and marks: covariates, and perhaps a log exposure."""
+    """Return how many numbers the encoder reads besides features and marks: covariates, and perhaps a log exposure."""
     shape = tuple(guide.encoder.in_shape)
     for count in (covariate_dim, covariate_dim + 1):
         if tuple(guide.encoder.joined_shape(feature_shape, marks=guide.marks, covariates=count)) == shape:

@@ -1,9 +1,9 @@
 """Elbowroom: how much room is there between your ELBO and the truth?
 
-A VAE workbench on Pyro. Declare a prior, a likelihood, networks and a guide; fit them; then see, datum by datum, how
-far the amortized posterior q(z|x) is from the true p(z|x). `audit` does the latter for any Pyro model and guide.
+A VAE workbench on Pyro. Declare a prior, a likelihood, networks and a guide; fit them; then see for each datum how far the
+amortized posterior q(z|x) is from the true p(z|x). `audit` makes this comparison for any Pyro model and guide.
 
-Importing this module imports neither torch nor Pyro: each name is loaded when it is first used.
+Each name is loaded when it is first used, so that the import itself needs neither torch nor Pyro.
 """
 
 from __future__ import annotations

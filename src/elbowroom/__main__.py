@@ -1,4 +1,4 @@
-"""`python -m elbowroom` is the command line."""
+"""Runs the command line: `python -m elbowroom`."""
 
 from elbowroom.cli import main
 

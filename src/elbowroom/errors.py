@@ -1,7 +1,7 @@
-"""Every error that Elbowroom raises on purpose.
+"""All errors that Elbowroom raises on purpose.
 
-A `UserError` is the user's to mend: the command line prints its one line and exits with code 2. Anything else that
-escapes is our fault (exit code 1).
+The user can correct the cause of a `UserError`: the command line prints its one line and exits with code 2. Any other exception
+is a bug in Elbowroom (exit code 1).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterable
 
 
 class ElbowroomError(Exception):
-    """Base class of all of Elbowroom's errors."""
+    """Base class of all errors of Elbowroom."""
 
 
 class UserError(ElbowroomError):
-    """Something the user gave cannot be used.
+    """The user's input cannot be used.
 
     Args:
-        message: one line that names the place (file, dotted path, site), what was wrong, and the cure.
+        message: one line that names the place (file, dotted path, site), what is wrong, and how to correct it.
     """
 
     def __init__(self, message: str) -> None:
@@ -34,7 +34,7 @@ class DataError(UserError):
 
 
 class RunFolderError(UserError):
-    """A run folder is missing, foreign, incomplete or in the way."""
+    """A run folder is missing or incomplete, was not made by Elbowroom, or would be overwritten."""
 
 
 class UnsupportedProgram(UserError):
@@ -42,11 +42,11 @@ class UnsupportedProgram(UserError):
 
 
 class NonFiniteLoss(UserError):
-    """Training met a loss that is not finite."""
+    """The loss was not finite during training."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest allowed word, or the list of the allowed ones."""
+    """Return `; did you mean 'x'?` for the most similar allowed word; where none is similar, the list of allowed words."""
     options = sorted(allowed)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if close:
@@ -55,6 +55,6 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters of it; its type where it has none."""
+    """Return the first line of an error's message, cut at 200 characters; the error's type where there is no message."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""A run: what `fit` makes and `Run.load` opens, the one object that users hold."""
+"""A run: the object that `fit` returns and `Run.load` opens."""
 
 from __future__ import annotations
 
@@ -36,34 +36,34 @@ def fit(
 ) -> Run:
     """Fit an experiment into a run folder.
 
-    Everything is checked before the folder is made: bad input leaves nothing behind.
+    Everything is checked before the folder is made, so that wrong input leaves no files.
 
     Args:
         experiment: the experiment, or the path of its spec.
-        out: the folder; `runs/<name of the spec>` by default.
-        overwrite: move a run that is there aside (to `<out>.1`).
-        resume: go on with the run that is there; start where there is none.
+        out: the run folder; `runs/<name of the spec>` by default.
+        overwrite: rename an existing run folder (to `<out>.1`) first.
+        resume: continue an existing run; start a new one if there is none.
         report: called as report(plan, row) after each epoch.
-        allow_python: as in `Experiment.load`, where the path of a spec is given.
+        allow_python: as in `Experiment.load`, for the path of a spec.
 
     Returns:
-        The run.
+        The fitted run.
 
     Raises:
-        UserError: spec, data or folder cannot be used, or the loss is not finite.
+        UserError: the spec, the data or the folder cannot be used, or the loss is not finite.
     """
     model = fitting.fit(experiment, out, overwrite=overwrite, resume=resume, report=report, allow_python=allow_python)
     return Run.of(model)
 
 
-class Run(Questions):
-    """A fitted experiment in its folder: audit it, improve it, ask it.
+class Run(Questions, FittedModel):
+    """A fitted experiment in its folder, with methods to audit it, improve it and query it.
 
     Attributes:
         path: the folder.
         experiment: the experiment.
         vae: the VAE with its best weights, in eval mode.
-        summary: what the fit did, in a sentence; empty for a run that was loaded.
+        summary: a sentence about the fit; empty for a run that was loaded.
 
     Example:
         >>> import elbowroom as er
@@ -86,31 +86,31 @@ class Run(Questions):
         budget: float | str | None = None,
         resume: bool = False,
     ) -> Audit:
-        """Compare the guide with reference posteriors, datum by datum, and write what was found.
+        """Compare the guide with reference posteriors for each datum, and write the results.
 
-        Parts that are done are kept in `parts/` until the audit is: one that was killed goes on with `resume`.
+        Finished parts are kept in `parts/` until the audit is complete, so that `resume` can continue an interrupted audit.
 
         Args:
             data: a file, an array (N, *event) or a frame to audit; by default the test split of the run.
-            out: where the files go; by default the run folder, for other data `audits/<name>` in it.
-            device: where to compute: auto, cpu, cuda; by default where the spec says.
-            progress: called before each piece of work with a `Progress`: a sentence that knows the time left and the plan too.
+            out: the output folder; by default the run folder, for other data `audits/<name>` in it.
+            device: auto, cpu or cuda; by default the device of the spec.
+            progress: called before each piece of work with a `Progress`: a sentence, the time left and the plan.
             budget: seconds that the audit may take, or a text such as `10m`; by default the spec's `audit.budget`.
-            resume: return the audit that is there, if it is whole and the same; else go on from the parts of one that was
-                killed, with the same result bit for bit where there is no budget.
+            resume: return the existing audit if it is complete and of the same settings; else continue an interrupted one.
+                Without a budget the result is the same, bit for bit, as without the interruption.
 
         Returns:
             The audit.
 
         Raises:
-            UserError: the data do not fit the model, a reference refuses it, or the budget is no time.
+            UserError: the data do not fit the model, a reference cannot be used on it, or the budget is not a time.
         """
         return auditing.audit(self, data, out=out, device=device, progress=progress, budget=budget, resume=resume)
 
     def plan(
         self, data: str | Path | np.ndarray | pd.DataFrame | None = None, *, budget: float | str | None = None
     ) -> AuditPlan:
-        """Check that an audit could start, and say what it would do and how long it would take; write nothing (`--dry-run`).
+        """Check that an audit could start, and estimate its work and its time. Nothing is written (`--dry-run`).
 
         Args:
             data: as in `audit`.
@@ -127,7 +127,7 @@ class Run(Questions):
     def audited(
         self, data: str | Path | np.ndarray | pd.DataFrame | None = None, *, out: str | Path | None = None
     ) -> Audit | None:
-        """Return the audit that is there, if it is whole and the one that `audit` would make; else None."""
+        """Return the existing audit if it is complete and `audit` would make the same one; else None."""
         return auditing.audited(self, data, out=out)
 
     def audit_folder(self, data: str | Path | np.ndarray | pd.DataFrame | None = None, out: str | Path | None = None) -> Path:
@@ -135,21 +135,21 @@ class Run(Questions):
         return auditing.audit_folder(self, data, out)
 
     def report(self) -> Path:
-        """Write `report.html` and the figures from the files of the run; return the report's path."""
+        """Write `report.html` and the figures from the files of the run; return the path of the report."""
         return auditing.report(self)
 
     def improve(self, **options: Any) -> Improvement:
-        """Carry out the audit's advice in a new run folder, audit the same data there, and compare; this run is kept.
+        """Follow the audit's advice in a new run folder, audit the same data there, and compare. This run is not changed.
 
         Args:
             **options: those of `runs.improve.improve`: retrain, out, set, overwrite, resume, budget, report, progress,
                 allow_python.
 
         Returns:
-            Before and after; print it.
+            The comparison of both runs; print it.
 
         Raises:
-            UserError: the run is not audited, or an option or the new folder cannot be used.
+            UserError: the run has no audit, or an option or the new folder cannot be used.
         """
         from elbowroom.runs.improve import improve
 

@@ -1,4 +1,4 @@
-"""A VAE as a scikit-learn transformer: rows to latents and back, in a Pipeline."""
+"""A VAE as a scikit-learn transformer, for use in a Pipeline."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ POSTERIORS = ("encoder", "corrected")
 
 
 class VAETransformer(TransformerMixin, BaseEstimator):
-    """Fit a VAE to rows, and turn rows into posterior means of their latents, and latents into E[x|z].
+    """Fit a VAE to rows; transform rows to posterior means of their latents, and latents to E[x|z].
 
-    X is (n, columns), an array or a frame; NaN is missing. A seventh of the rows is held out of training to choose the best
-    epoch (`split`). Options of the networks are those of specs; `spec` says all that has no parameter of its own.
+    X is (n, columns), an array or a frame; NaN means missing. By default a seventh of the rows validates: it chooses the best
+    epoch (`split`). The networks take the same options as in a spec; `spec` sets everything that has no parameter here.
 
     Args:
         latent_dim: number of latents.
         likelihood: its name, or a dictionary with its options, such as gaussian, bernoulli, poisson, mixed.
         prior: likewise.
-        family: of the guide, likewise.
+        family: family of the guide, likewise.
         hidden: widths of the hidden layers of encoder and decoder.
         epochs: passes over the training rows.
         batch_size: rows in a mini-batch.
-        learning_rate: of Adam.
-        posterior: what `transform` returns the mean of: `encoder` is q(z|x), one pass; `corrected` is the best posterior that
-            can be had, see `Run.encode` (exact for up to three latents; slower).
-        split: fractions of the rows that train, validate and stay untouched.
-        spec: blocks of a spec (`model`, `guide`, `fit`, ...) that are laid over all that.
+        learning_rate: learning rate of Adam.
+        posterior: the posterior whose mean `transform` returns. `encoder`: q(z|x), fast. `corrected`: the best posterior
+            available, see `Run.encode` (exact for up to three latents; slower).
+        split: fractions of the rows for training, validation and test; test rows are not used.
+        spec: blocks of a spec (`model`, `guide`, `fit`, ...), which override the parameters above.
         random_state: random seed, a whole number.
-        out: the run folder; a temporary one, removed with the object, where there is none. Keep it: `Run.load` opens it.
+        out: the run folder, which `Run.load` can open later. By default a temporary folder, removed together with the object.
         device: auto, cpu or cuda.
 
     Attributes:
@@ -127,7 +127,7 @@ class VAETransformer(TransformerMixin, BaseEstimator):
 
         run = self._fitted()
         rows = given_rows(run, self._rows(X), label="X")
-        vae, found = copy.deepcopy(run.vae).double(), []  # double: a row's latents do not depend on the rows beside it
+        vae, found = copy.deepcopy(run.vae).double(), []  # in double precision latents do not depend on the other rows
         with torch.no_grad(), seeded(run.experiment.spec.seed):
             for index in np.array_split(rows.index, max(1, -(-len(rows) // BLOCK))):
                 batch = {name: value.double() for name, value in rows.experiment.batch(index).items()}
@@ -135,13 +135,13 @@ class VAETransformer(TransformerMixin, BaseEstimator):
         return torch.cat(found).numpy()
 
     def inverse_transform(self, Z: np.ndarray) -> np.ndarray:
-        """Return E[x|z], (n, columns), or what stands for it where x has no mean (see `Likelihood.centre`).
+        """Return E[x|z], (n, columns); where x has no mean, the value that `Likelihood.centre` defines.
 
         Raises:
             DataError: Z has another number of columns than there are latents, or the model needs covariates.
         """
         run = self._fitted()
-        z = torch.as_tensor(np.array(Z), dtype=run.experiment.dtype)  # a copy: those of frames cannot be written to
+        z = torch.as_tensor(np.array(Z), dtype=run.experiment.dtype)  # a copy: arrays of frames may be read-only
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise DataError(f"Z: has shape {tuple(z.shape)}; expected (n, {self.latent_dim})")
         with torch.no_grad():
@@ -151,8 +151,8 @@ class VAETransformer(TransformerMixin, BaseEstimator):
     def score_samples(self, X: np.ndarray | pd.DataFrame) -> np.ndarray:
         """Return log p(x) of each row, (n,), in nats: exact or an estimate.
 
-        Where neither can be had, a lower bound stands in its place, the ELBO, and a warning says at how many rows; `Run.score`
-        keeps the two apart.
+        Where neither is available, the value is the ELBO, a lower bound, and a warning gives the number of these rows.
+        `Run.score` reports estimates and bounds separately.
         """
         found = self._corrected(X)
         known = has_value(found)
@@ -161,7 +161,7 @@ class VAETransformer(TransformerMixin, BaseEstimator):
         return np.where(known, found["log_evidence"].values, found["elbo"].values)
 
     def score(self, X: np.ndarray | pd.DataFrame, y: Any = None) -> float:
-        """Return the mean of `score_samples`, nats per row: larger is better."""
+        """Return the mean of `score_samples`, in nats per row; higher is better."""
         return float(self.score_samples(X).mean())
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
@@ -176,7 +176,7 @@ class VAETransformer(TransformerMixin, BaseEstimator):
             raise SpecError(f"random_state: a whole number is needed, got {self.random_state!r}")
 
     def _tree(self) -> dict[str, Any]:
-        """Return the spec that the parameters stand for."""
+        """Return the spec that follows from the parameters."""
         hidden = [int(width) for width in self.hidden]
         tree: dict[str, Any] = {
             "schema": 1,
@@ -202,7 +202,7 @@ class VAETransformer(TransformerMixin, BaseEstimator):
         return tree
 
     def _rows(self, X: Any, *, fitting: bool = False) -> Any:
-        """Check X as scikit-learn does; a frame with text in it as the fit of a spec does."""
+        """Check X as scikit-learn does; frames with text are checked as data of a spec are."""
         if hasattr(X, "dtypes") and not all(getattr(dtype, "kind", "O") in "biuf" for dtype in X.dtypes):
             validate_data(self, X, reset=fitting, skip_check_array=True)
             return X
@@ -211,20 +211,19 @@ class VAETransformer(TransformerMixin, BaseEstimator):
         return X if hasattr(X, "iloc") else checked
 
     def __sklearn_tags__(self) -> Any:
-        """Say that NaN is missing."""
         tags = super().__sklearn_tags__()
         tags.input_tags.allow_nan = True
         return tags
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give the run as the bytes of its files: pickled by others, it holds no code."""
+        """Store the run as the bytes of its files: a pickle of these holds no code."""
         state = {key: value for key, value in super().__getstate__().items() if key != "run_"}
         if hasattr(self, "run_"):
             state["_files"] = {name: (self.run_.path / name).read_bytes() for name in (SPEC, SPLIT, WEIGHTS)}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open the run again, from a temporary folder."""
+        """Write the files of the run into a temporary folder and open it."""
         from elbowroom.run import Run
 
         files = state.pop("_files", None)
@@ -236,7 +235,7 @@ class VAETransformer(TransformerMixin, BaseEstimator):
             self.run_ = Run.load(folder)
 
     def _folder(self) -> Path:
-        """Return a folder that goes with this object."""
+        """Return a temporary folder that is removed together with this object."""
         folder = tempfile.mkdtemp(prefix="elbowroom-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return Path(folder)

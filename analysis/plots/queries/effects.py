@@ -1,4 +1,4 @@
-"""Figures of what latents do: effect curves, states, traversals, the plane of E[x|z]."""
+"""Figures of the effects of latents: effect curves, states, traversals, the plane of E[x|z]."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def effects(
     """Draw the mean of each column along the latents with the highest rate, with the band over the other latents.
 
     Args:
-        found: of `explanation.explain`.
+        found: the result of `latents.effects.explain`.
         x: data, (n, D).
         columns: names of the columns.
-        sequence: the data are sequences.
-        standard: the prior is the standard normal.
+        sequence: whether the data are sequences.
+        standard: whether the prior is the standard normal.
     """
     shown = _order(found)[:CURVES]
     curve = found["effect"].values[shown]
@@ -88,7 +88,7 @@ def _legend(found: xr.Dataset, k: int) -> str:
 
 
 def _telling(curve: np.ndarray, labels: Sequence[str]) -> list[int]:
-    """Return the cells to show, in their order: of each column the one that moves most, then further levels."""
+    """Return the cells to show, in their order: of each column the one that changes most, then further levels."""
     span = np.ptp(curve, axis=1).max(0)
     ranked = np.argsort(-span, kind="stable").tolist()
     column = [label.split("=", 1)[0] for label in labels]
@@ -100,7 +100,7 @@ def _telling(curve: np.ndarray, labels: Sequence[str]) -> list[int]:
 def states(
     found: xr.Dataset, x: np.ndarray, columns: Sequence[str], *, sequence: bool = False, standard: bool = True
 ) -> Plot | Absent:
-    """Draw E[x|z] of each state, with how often data are in it. Arguments as `effects`."""
+    """Draw E[x|z] of each state, with its frequency in the data. Arguments as in `effects`."""
     name, event = "states", x.shape[1:]
     image = None if sequence else image_shape(event)
     use, prior = found["state_use"].values, found["state_prior"].values
@@ -180,7 +180,7 @@ def _states_caption(found: xr.Dataset) -> str:
 def traversals(
     found: xr.Dataset, x: np.ndarray, columns: Sequence[str], *, sequence: bool = False, standard: bool = True
 ) -> Plot | Absent:
-    """Draw E[x|z] as one latent after the other moves, the highest rate first. Arguments as `effects`."""
+    """Draw E[x|z] as each latent moves in turn, the highest rate first. Arguments as in `effects`."""
     name, event, order = "traversals", x.shape[1:], _order(found)[:ROWS]
     image = None if sequence else image_shape(event)
     z, expected = found["traversal_z"].values, found["traversal"].values
@@ -226,7 +226,7 @@ def traversals(
         lines, labels = (expected - np.nanmean(x, 0)) / np.where(sd > 0, sd, 1.0), [f"x[{j}]" for j in range(x.shape[1])]
     figure = canvas(WIDE, 3.6, title)
     panels = figure.subplots(1, len(few), sharey=True, squeeze=False)[0]
-    first = np.argsort(-np.ptp(lines[few], axis=1).max(0), kind="stable")[:LINES]  # in one colour in all panels
+    first = np.argsort(-np.ptp(lines[few], axis=1).max(0), kind="stable")[:LINES]  # same colour in all panels
     for axes, k in zip(panels, few, strict=True):
         axes.plot(z[k], lines[k], color=INK, alpha=0.25, lw=0.9)
         for j, shade in zip(first.tolist(), sns.color_palette("colorblind", LINES), strict=False):
@@ -240,7 +240,7 @@ def traversals(
 def plane(
     found: xr.Dataset, x: np.ndarray, columns: Sequence[str], *, sequence: bool = False, standard: bool = True
 ) -> Plot | Absent:
-    """Draw E[x|z] over two latents, as the report does. Arguments as `effects`."""
+    """Draw E[x|z] over two latents, as in the report. Arguments as in `effects`."""
     coords: dict[str, Any] = {key: found[key] for key in ("z_column", "z_row") if key in found}
     flat = xr.Dataset({"expected_x": found["plane"]}, coords=coords, attrs={"latents": found.attrs["plane_of"]})
     attrs: dict[str, Any] = {"event_shape": list(x.shape[1:]), "latent_dim": found.attrs["latent_dim"]}

@@ -1,4 +1,4 @@
-"""The figure of an encoding: are mu and sigma right, row by row?"""
+"""The figure of an encoding: the errors of mu and sigma, row by row."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from elbowroom.analysis.measures.table import FEW, TRUSTED
 from elbowroom.analysis.plots.style import EXACT, GUIDE, INK, MUTED, WIDE, Absent, Plot, canvas, percent, say, styled
 
 SHOWN = 12  # rows whose intervals are drawn
-FAR, NARROW, BROAD = 0.5, 0.8, 1.25  # posterior sd; ratios of sd: beyond these mu or sigma is called off
+FAR, NARROW, BROAD = 0.5, 0.8, 1.25  # posterior sd; ratios of sd: beyond these mu or sigma counts as off
 
 
 @styled
 def encoding(found: xr.Dataset) -> Plot | Absent:
     """Draw the encoder's error in the mean against its ratio of standard deviations, and some rows' intervals.
 
-    Args:
-        found: what `encode` returned, with `mu`, `sigma`, `mean`, `sd` of the latents z.
+    `found` is the result of `encode`, with `mu`, `sigma`, `mean`, `sd` of the latents z.
     """
     name = "encoding"
     if "mu" not in found or found["mu"].ndim != 2:
@@ -55,7 +54,7 @@ def encoding(found: xr.Dataset) -> Plot | Absent:
 
 
 def _intervals(axes: Axes, rows: xr.Dataset, off: np.ndarray) -> None:
-    """Draw mu and mean with their 90 % intervals in the worst latent, of rows from the best to the worst."""
+    """Draw mu and mean with 90 % intervals in the worst latent, for rows from the best to the worst."""
     worst = off.max(1)
     order = np.argsort(worst)
     some = order[np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int)]
@@ -75,7 +74,7 @@ def _intervals(axes: Axes, rows: xr.Dataset, off: np.ndarray) -> None:
 
 
 def caption(off: np.ndarray, ratio: np.ndarray, left_out: int) -> str:
-    """Say how many means and standard deviations are off, and which way."""
+    """Report how many means and standard deviations are off, and in which direction."""
     far = float((np.abs(off).max(1) > FAR).mean())
     narrow, broad = float((ratio.min(1) < NARROW).mean()), float((ratio.max(1) > BROAD).mean())
     matters = max(far, narrow, broad) > FEW

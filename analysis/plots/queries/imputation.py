@@ -1,4 +1,4 @@
-"""Figures of imputed data: images with holes beside what the model puts there, and how often intervals hold hidden values."""
+"""Figures of imputed data: images with missing entries and their imputations, and the coverage of intervals."""
 
 from __future__ import annotations
 
@@ -10,38 +10,22 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.image import AxesImage
 
-from elbowroom.analysis.plots.style import (
-    EXACT,
-    GUIDE,
-    HALF,
-    MUTED,
-    Absent,
-    Plot,
-    canvas,
-    count,
-    percent,
-    say,
-    show_tiles,
-    styled,
-    tone,
-)
+from elbowroom.analysis.plots import style
+from elbowroom.analysis.plots.style import Absent, Plot, styled
 from elbowroom.analysis.queries.imputation import share
 from elbowroom.models.columns import image_shape
 
 ROWS = 6
-FEWEST = 20  # cells that a share is drawn of
+FEWEST = 20  # smallest number of cells for which a share is drawn
 LEVELS = np.linspace(0.02, 0.98, 49)
 UNSEEN = "#f3e3d3"
 
 
 @styled
 def images(answer: xr.Dataset, x: np.ndarray, shape: Sequence[int]) -> Plot | Absent:
-    """Draw some images: as they were, what was seen, the mean, two draws, and the width of the interval.
+    """Draw some images: the original, the observed part, the mean, two draws, and the width of the interval.
 
-    Args:
-        answer: of `impute`.
-        x: (n, *shape), NaN where missing; hidden cells as they were.
-        shape: of one datum.
+    `answer` is of `impute`; x (n, *shape) is NaN where missing, and hidden cells have their true values.
     """
     name, size = "imputation", image_shape(shape)
     if size is None:
@@ -63,17 +47,18 @@ def images(answer: xr.Dataset, x: np.ndarray, shape: Sequence[int]) -> Plot | Ab
     }
     shown |= {f"draw {i + 1}": tile(answer["samples"].values[i]) for i in range(min(2, answer.sizes.get("sample", 0)))}
     title = "What was hidden, and what the model puts there" if "truth" in answer else "What the model puts into the holes"
-    figure = canvas(0.95 * (len(shown) + 1) + 0.9, 0.75 + 0.95 * len(rows), title)
+    figure = style.canvas(0.95 * (len(shown) + 1) + 0.9, 0.75 + 0.95 * len(rows), title)
     axes = figure.subplots()
-    _tiles(axes, shown, missing, tone(x))
+    _tiles(axes, shown, missing, style.tone(x))
     wide = _overlay(axes, np.ma.masked_where(~missing, tile(spread)), len(shown), "cividis")
     axes.set_xticks(range(len(shown) + 1), [*shown, label])
     axes.set_xlim(-0.5, len(shown) + 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     figure.colorbar(wide, ax=axes, shrink=0.5, label=f"{label.replace(chr(10), ' ')}, units of the data", pad=0.02)
-    middle = f"{say(float(np.nanmedian(spread)))} in the median over all missing pixels"
+    middle = f"{style.say(float(np.nanmedian(spread)))} in the median over all missing pixels"
     caption = (
-        f"{count(len(rows), 'image', 'images')} of {len(x):,}. The tinted part was not seen. The mean is the average of what "
+        f"{style.count(len(rows), 'image', 'images')} of {len(x):,}. The tinted part was not seen. The mean is the average of "
+        "what "
         "could stand there, and no image; a draw is one image that could. "
         + (
             f"Where the seen part leaves a pixel open its probability is far from 0 and 1: its sd is {middle}."
@@ -89,15 +74,15 @@ def images(answer: xr.Dataset, x: np.ndarray, shape: Sequence[int]) -> Plot | Ab
 
 
 def _binary(answer: xr.Dataset) -> bool:
-    """Say whether entries are 0 or 1: intervals of these say nothing that their probability does not."""
+    """Return whether entries are 0 or 1: their intervals add nothing to the probability."""
     there = ~np.isnan(answer["point"].values)
     high = answer["high"].values[there]
     return bool(np.isfinite(answer["likeliest"].values[there]).all() and np.isfinite(high).all() and high.max() <= 1)
 
 
 def _tiles(axes: Axes, shown: dict[str, np.ndarray], missing: np.ndarray, limits: tuple[float, float]) -> None:
-    """Draw images in columns, and tint what was not seen."""
-    show_tiles(axes, np.stack(list(shown.values()), 1), limits)
+    """Draw images in columns, and tint the missing entries."""
+    style.show_tiles(axes, np.stack(list(shown.values()), 1), limits)
     axes.xaxis.tick_top()
     axes.set_yticks([])
     tint = np.ma.masked_where(~missing, np.ones(missing.shape))
@@ -105,7 +90,7 @@ def _tiles(axes: Axes, shown: dict[str, np.ndarray], missing: np.ndarray, limits
 
 
 def _overlay(axes: Axes, images: np.ma.MaskedArray, column: int, colours: str | ListedColormap) -> AxesImage:
-    """Draw images (rows, height, width) over a column of tiles, on one scale of colours."""
+    """Draw images (rows, height, width) over a column of tiles, on one colour scale."""
     height, width = images.shape[1:]
     limits = (0.0, float(images.max() or 1.0))
     inset = 0.03
@@ -119,8 +104,7 @@ def _overlay(axes: Axes, images: np.ma.MaskedArray, column: int, colours: str | 
 def coverage(answer: xr.Dataset) -> Plot | Absent:
     """Draw the share of hidden values within central intervals of every level, by the posterior and by the guide.
 
-    Args:
-        answer: of `impute` with cells that were hidden.
+    `answer` is an answer of `impute` with hidden cells.
     """
     name = "coverage"
     if "truth" not in answer:
@@ -130,12 +114,15 @@ def coverage(answer: xr.Dataset) -> Plot | Absent:
     ranks = {way: answer["rank" + way].values.reshape(answer.sizes["obs_id"], -1) for way in ("", "_guide")}
     if not np.isfinite(ranks[""]).any():
         return Absent(name, "No coverage of intervals: the hidden cells are categories.")
-    figure = canvas(HALF, 4.2, "Do intervals hold what was hidden?")
+    figure = style.canvas(style.HALF, 4.2, "Do intervals hold what was hidden?")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=":", label="intervals that are right")
-    for way, label, colour, style in (("", "best posterior", EXACT, "-"), ("_guide", "encoder's own draws", GUIDE, "--")):
+    axes.plot([0, 1], [0, 1], color=style.MUTED, lw=0.9, ls=":", label="intervals that are right")
+    for way, label, colour, look in (
+        ("", "best posterior", style.EXACT, "-"),
+        ("_guide", "encoder's own draws", style.GUIDE, "--"),
+    ):
         values = np.array([share(_inside(ranks[way], level)) for level in LEVELS])
-        axes.plot(LEVELS, values[:, 0], color=colour, ls=style, label=label)
+        axes.plot(LEVELS, values[:, 0], color=colour, ls=look, label=label)
         axes.fill_between(
             LEVELS, values[:, 0] - 2 * values[:, 1], values[:, 0] + 2 * values[:, 1], color=colour, alpha=0.15, lw=0
         )
@@ -154,12 +141,15 @@ def coverage(answer: xr.Dataset) -> Plot | Absent:
 
 
 def _reliability(answer: xr.Dataset) -> Plot | Absent:
-    """Draw the share of hidden cells that are 1 against the probability that was stated for it."""
-    figure = canvas(HALF, 4.2, "Are the probabilities of hidden cells right?")
+    """Draw the share of hidden cells that are 1 against the predicted probability."""
+    figure = style.canvas(style.HALF, 4.2, "Are the probabilities of hidden cells right?")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=":", label="probabilities that are right")
+    axes.plot([0, 1], [0, 1], color=style.MUTED, lw=0.9, ls=":", label="probabilities that are right")
     truth, words = answer["truth"].values.reshape(answer.sizes["obs_id"], -1), []
-    for way, label, colour, mark in (("", "best posterior", EXACT, "o"), ("_guide", "encoder's own draws", GUIDE, "s")):
+    for way, label, colour, mark in (
+        ("", "best posterior", style.EXACT, "o"),
+        ("_guide", "encoder's own draws", style.GUIDE, "s"),
+    ):
         p = np.where(np.isnan(truth), np.nan, answer["mean" + way].values.reshape(truth.shape))
         place = np.minimum(np.nan_to_num(p) * 10, 9).astype(int)
         points = []
@@ -172,7 +162,7 @@ def _reliability(answer: xr.Dataset) -> Plot | Absent:
         x, y, error = np.array(points).T
         axes.errorbar(x, y, 2 * error, color=colour, marker=mark, ms=4, lw=1.2, capsize=2, label=label)
         brier, right = np.nanmean((p - truth) ** 2), np.nanmean(p * (1 - p))
-        words.append(f"{label}: Brier score {say(brier)}, {say(right)} if its probabilities were right")
+        words.append(f"{label}: Brier score {style.say(brier)}, {style.say(right)} if its probabilities were right")
     axes.set_xlabel("stated probability of 1")
     axes.set_ylabel("share of these cells that are 1")
     axes.set_aspect("equal")
@@ -189,10 +179,10 @@ def _inside(ranks: np.ndarray, level: float) -> np.ndarray:
 
 
 def _held(answer: xr.Dataset) -> str:
-    """Say how many of the hidden cells lie within the interval, by ranks, which are exact for whole numbers too."""
+    """Report how many hidden cells lie within the interval, by ranks, which are also exact for integers."""
     level, words = float(answer.attrs["level"]), []
     for way, label in (("", "the best posterior"), ("_guide", "the encoder's own draws")):
         ranks = answer["rank" + way].values.reshape(answer.sizes["obs_id"], -1)
         mean, error = share(_inside(ranks, level))
-        words.append(f"{percent(mean)} ± {100 * error:.1f} points by {label}")
+        words.append(f"{style.percent(mean)} ± {100 * error:.1f} points by {label}")
     return f"Of the hidden values, {level:.0%} intervals hold {' and '.join(words)}."

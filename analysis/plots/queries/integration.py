@@ -1,4 +1,4 @@
-"""The figure of how p(x) can be integrated: estimates of log p(x) by each method against what they cost."""
+"""The figure of the integration of p(x): estimates of log p(x) by each method against their cost."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from elbowroom.analysis.queries.integration import CLOSE, SHARE, WORDS
 COLOURS = {"prior": ALARM, "encoder": GUIDE, "refit": EXACT, "ais": "#009E73"}
 MARKS = {"prior": "s", "encoder": "o", "refit": "^", "ais": "D"}
 SHORT = {"prior": "the prior", "encoder": "the encoder", "refit": "the refitted q*", "ais": "annealing"}
-DEPTH, HEIGHT = 12.0, 3.0  # nats below and above log p(x) that are shown at most
+DEPTH, HEIGHT = 12.0, 3.0  # largest range shown below and above log p(x), nats
 FLOOR = 1e-4  # nats
 
 
 @styled
 def integration(found: xr.Dataset) -> Plot:
-    """Draw the estimates of each method against the evaluations behind them, with the line that they should reach.
+    """Draw the estimates of each method against their evaluations, with log p(x) as the target.
 
-    Args:
-        found: what `integration.integrate` returned.
+    `found` is the result of `queries.integration.integrate`.
     """
     figure = canvas(WIDE, 4.4, "How p(x) can be integrated: one integral, several ways")
     known = math.isfinite(float(found["log_evidence"]))
@@ -57,7 +56,7 @@ def integration(found: xr.Dataset) -> Plot:
 
 
 def _levels(axes: Axes, found: xr.Dataset) -> None:
-    """Draw log p(x), or the bounds on it, and keep what is shown near them."""
+    """Draw log p(x), or its bounds, and limit the axis to values near them."""
     line, low, high = (float(found[f"log_evidence{end}"]) for end in ("", "_lower", "_upper"))
     if math.isfinite(line):
         method = found.attrs["evidence_method"]
@@ -77,7 +76,7 @@ def _levels(axes: Axes, found: xr.Dataset) -> None:
 
 
 def caption(found: xr.Dataset) -> str:
-    """Say what to conclude: how much each method needs, and why."""
+    """Return the conclusion: how much each method needs, and why."""
     if not math.isfinite(float(found["log_evidence"])):
         return (
             "No method gives a value of log p(x) that can be trusted here, only bounds (dotted); that estimates agree with "

@@ -1,4 +1,4 @@
-"""Figures of generated data: draws of each source beside held-out data, interpolations, reconstructions with intervals."""
+"""Figures of generated data: draws of each source with held-out data, interpolations, reconstructions with intervals."""
 
 from __future__ import annotations
 
@@ -12,25 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from elbowroom.analysis.plots import sequence as plots_sequence
-from elbowroom.analysis.plots.style import (
-    EXACT,
-    GUIDE,
-    HALF,
-    INK,
-    MUTED,
-    WIDE,
-    Absent,
-    Plot,
-    canvas,
-    percent,
-    say,
-    show_tiles,
-    styled,
-    tone,
-)
+from elbowroom.analysis.plots import style
+from elbowroom.analysis.plots.style import Absent, Plot, styled
 from elbowroom.models.columns import image_shape
 
-COLOURS = {"data": INK, "aggregate": EXACT, "prior": GUIDE}
+COLOURS = {"data": style.INK, "aggregate": style.EXACT, "prior": style.GUIDE}
 WORDS = {"data": "held-out data", "aggregate": "draws: aggregate posterior", "prior": "draws: prior"}
 PANELS = 12  # columns shown
 SIDE = 8  # tiles
@@ -43,15 +29,15 @@ Texts = Mapping[str, Sequence[str]]
 def samples(
     found: xr.Dataset, shown: Sets | None, columns: Sequence[str], texts: Texts, *, caption: str, sequence: bool = False
 ) -> Plot | Absent:
-    """Draw held-out data beside draws of each source; without a test the draws and their E[x|z].
+    """Draw held-out data and draws of each source; without a test the draws and their E[x|z].
 
     Args:
         found: x and mean (sample, *event); auc (source) where there was a test.
         shown: `data`, `prior`, `aggregate` -> x (n, *event); None without a test.
         columns: names of a table's columns.
-        texts: column -> the texts behind its codes.
-        caption: what the test shows.
-        sequence: the data are sequences, no images.
+        texts: column -> the texts of its codes.
+        caption: the conclusion of the test.
+        sequence: whether the data are sequences, not images.
     """
     name, event = "samples", found["x"].shape[1:]
     sets = {WORDS[key]: shown[key] for key in COLOURS if key in shown} if shown is not None else {}
@@ -62,20 +48,20 @@ def samples(
     alt = "Held-out data beside draws from the aggregate posterior and from the prior."
     if image is not None:
         tiles = sets or {"draws of p(x|z)": found["x"].values, "E[x|z] of the same": found["mean"].values}
-        figure = canvas(3.4 * len(tiles) + 0.2, 3.95, title)
-        limits = tone(np.concatenate([x.ravel() for x in tiles.values()]))
+        figure = style.canvas(3.4 * len(tiles) + 0.2, 3.95, title)
+        limits = style.tone(np.concatenate([x.ravel() for x in tiles.values()]))
         for axes, (words, x) in zip(figure.subplots(1, len(tiles)), tiles.items(), strict=True):
-            show_tiles(axes, _square(x, image), limits)
+            style.show_tiles(axes, _square(x, image), limits)
             axes.set(xticks=[], yticks=[], title=_titled(words, found))
         return Plot(name, figure, alt, caption, wide=True)
     if len(event) == 2 and sequence:
-        figure = canvas(WIDE, 4.0, title)
+        figure = style.canvas(style.WIDE, 4.0, title)
         plots_sequence.draws(figure, dict(list((sets or {"draws": found["x"].values}).items())[::-2]))
         return Plot(name, figure, alt, caption, wide=True)
     if len(event) != 1:
         return Absent(name, "No picture of the draws: a datum is no image, table or sequence.")
     named = list(columns) or [f"entry {j}" for j in range(event[0])]
-    figure = canvas(WIDE, 0.9 + 1.75 * math.ceil(min(len(named), PANELS) / 4), title)
+    figure = style.canvas(style.WIDE, 0.9 + 1.75 * math.ceil(min(len(named), PANELS) / 4), title)
     _margins(figure, sets or {"draws": found["x"].values}, named, texts)
     if len(named) > PANELS:
         caption += f" Shown are the first {PANELS} of {len(named)} columns, one by one; the test sees them together."
@@ -118,7 +104,7 @@ def _margins(figure: Any, sets: Sets, names: Sequence[str], texts: Texts) -> Non
                 data = words == WORDS["data"]
                 axes.hist(
                     np.clip(x, bins[0], bins[-1]), bins, density=True, histtype="stepfilled" if data else "step",
-                    color=shades.get(words, EXACT), alpha=0.2 if data else 1.0, lw=1.3, label=words,
+                    color=shades.get(words, style.EXACT), alpha=0.2 if data else 1.0, lw=1.3, label=words,
                 )  # fmt: skip
             axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_yticks([])
@@ -136,7 +122,12 @@ def _bars(axes: Axes, values: Sets, shades: Mapping[str, str], texts: Sequence[s
     for k, (words, share) in enumerate(counts.items()):
         at = np.arange(len(order)) + (k - (len(counts) - 1) / 2) * width
         axes.bar(
-            at, share[order], width, color=shades.get(words, EXACT), alpha=0.35 if words == WORDS["data"] else 1, label=words
+            at,
+            share[order],
+            width,
+            color=shades.get(words, style.EXACT),
+            alpha=0.35 if words == WORDS["data"] else 1,
+            label=words,
         )
     named = [str(texts[i])[:11] for i in order] if texts else [f"{places[i]:g}" for i in order]
     axes.set_xticks(range(len(order)), named, rotation=30 if texts else 0, ha="right" if texts else "center", fontsize=7)
@@ -146,15 +137,9 @@ def _bars(axes: Axes, values: Sets, shades: Mapping[str, str], texts: Sequence[s
 def interpolation(
     found: xr.Dataset, ends: np.ndarray, columns: Sequence[str], texts: Texts, *, caption: str, sequence: bool = False
 ) -> Plot | Absent:
-    """Draw E[x|z] and one draw of x along the line between two rows, with these at the ends.
+    """Draw E[x|z] and one draw of x along the line between two rows, the `ends` (2, *event), which are drawn at its ends.
 
-    Args:
-        found: t, x and mean over sample.
-        ends: the two rows, (2, *event).
-        columns: names of a table's columns.
-        texts: column -> the texts behind its codes.
-        caption: how far it leads.
-        sequence: the data are sequences, no images.
+    `found` holds t, x and mean over sample. The other arguments are as in `samples`.
     """
     event, t = found["x"].shape[1:], found["t"].values
     title = "From one row to another"
@@ -162,33 +147,33 @@ def interpolation(
     image = None if sequence else image_shape(event)
     if image is not None:
         n = len(t)
-        figure = canvas(min(WIDE, 0.9 * (n + 2) + 1.2), 2.5, title)
+        figure = style.canvas(min(style.WIDE, 0.9 * (n + 2) + 1.2), 2.5, title)
         strip = np.full((2, n + 2, *image), np.nan)
         for i, of in enumerate(("mean", "x")):
             strip[i, 1:-1] = found[of].values.reshape(n, *image)
         strip[0, 0], strip[0, -1] = ends.reshape(2, *image)
         axes = figure.subplots()
-        show_tiles(axes, strip, tone(strip))
+        style.show_tiles(axes, strip, style.tone(strip))
         axes.set_xticks(range(n + 2), [f"row {first}", *[f"{v:.2f}" for v in t], f"row {last}"])
         axes.set_yticks([0, 1], ["E[x|z]", "a draw of x"])
         axes.set_xlabel("t: z = (1 - t) E[z|first row] + t E[z|last row]")
         return Plot("interpolation", figure, f"E[x|z] between rows {first} and {last}.", caption, wide=True)
     if sequence and len(event) == 2:
-        figure = canvas(WIDE, 3.0, title)
+        figure = style.canvas(style.WIDE, 3.0, title)
         plots_sequence.along(figure, [("t", t, found["mean"].values)])
         return Plot("interpolation", figure, f"E[x|z] between rows {first} and {last}.", caption, wide=True)
     if len(event) != 1:
         return Absent("interpolation", "No picture of the interpolation: a datum is no image, table or sequence.")
     names = list(columns) or [f"entry {j}" for j in range(event[0])]
     number = min(len(names), PANELS)
-    figure = canvas(WIDE, 0.7 + 1.75 * math.ceil(number / 4), title)
+    figure = style.canvas(style.WIDE, 0.7 + 1.75 * math.ceil(number / 4), title)
     grid = figure.subplots(math.ceil(number / min(4, number)), min(4, number), squeeze=False)
     for j, panel in enumerate(grid.flat):
         if j >= number:
             panel.remove()
             continue
-        panel.plot(t, found["mean"].values[:, j], color=EXACT, label="E[x|z]; of text the likeliest level")
-        panel.plot([0, 1], ends[:, j], color=INK, linestyle="none", marker="o", ms=5, label=f"rows {first} and {last}")
+        panel.plot(t, found["mean"].values[:, j], color=style.EXACT, label="E[x|z]; of text the likeliest level")
+        panel.plot([0, 1], ends[:, j], color=style.INK, linestyle="none", marker="o", ms=5, label=f"rows {first} and {last}")
         if names[j] in texts:
             panel.set_yticks(range(len(texts[names[j]])), [str(v)[:11] for v in texts[names[j]]], fontsize=7)
             panel.set_ylim(-0.4, len(texts[names[j]]) - 0.6)
@@ -199,13 +184,9 @@ def interpolation(
 
 @styled
 def reconstructions(found: xr.Dataset, shape: Sequence[int], names: Sequence[str], *, sequence: bool = False) -> Plot | Absent:
-    """Draw rows beside their reconstructions: images as tiles, columns of numbers against their means with intervals.
+    """Draw rows with their reconstructions: images as tiles, columns of numbers against their means with intervals.
 
-    Args:
-        found: truth, mean, low, high, sd, samples over obs_id.
-        shape: of one datum.
-        names: of the columns.
-        sequence: the data are sequences, no images.
+    `found` holds truth, mean, low, high, sd, samples over obs_id; `shape` is of one datum; `names` are of the columns.
     """
     name, level = "reconstructions", float(found.attrs["level"])
     image = None if sequence else image_shape(shape)
@@ -216,8 +197,8 @@ def reconstructions(found: xr.Dataset, shape: Sequence[int], names: Sequence[str
     off = np.sqrt(np.where(there, np.square(truth - mean), 0.0).sum(1) / np.maximum(there.sum(1), 1))
     held = _inside(found)
     caption = (
-        f"Rows whose reconstruction is best (left) to worst (right) by root mean squared error: {say(float(off.min()))} "
-        f"to {say(float(off.max()))}, median {say(float(np.median(off)))}. {held}"
+        f"Rows whose reconstruction is best (left) to worst (right) by root mean squared error: {style.say(float(off.min()))} "
+        f"to {style.say(float(off.max()))}, median {style.say(float(np.median(off)))}. {held}"
     )
     if image is not None:
         order = np.argsort(off, kind="stable")
@@ -226,21 +207,23 @@ def reconstructions(found: xr.Dataset, shape: Sequence[int], names: Sequence[str
         shown = {"datum": truth[rows], "E[x|datum]": mean[rows]}
         for i in range(min(2, found.sizes.get("sample", 0))):
             shown[f"draw {i + 1}"] = found["samples"].values[i].reshape(len(truth), -1)[rows]
-        figure = canvas(WIDE, 0.9 + 0.78 * (len(shown) + 1), "What the model makes of rows that it sees: E[x|datum]")
+        figure = style.canvas(
+            style.WIDE, 0.9 + 0.78 * (len(shown) + 1), "What the model makes of rows that it sees: E[x|datum]"
+        )
         top, bottom = figure.subplots(2, 1, height_ratios=[len(shown), 1])
-        show_tiles(top, np.stack([v.reshape(-1, *image) for v in shown.values()]), tone(truth))
+        style.show_tiles(top, np.stack([v.reshape(-1, *image) for v in shown.values()]), style.tone(truth))
         top.set_yticks(range(len(shown)), list(shown))
         top.set_xticks([])
-        show_tiles(bottom, sd[rows].reshape(1, -1, *image), (0.0, float(np.nanmax(sd[rows]))))
+        style.show_tiles(bottom, sd[rows].reshape(1, -1, *image), (0.0, float(np.nanmax(sd[rows]))))
         bottom.set_yticks([0], ["sd"])
         bottom.set_xticks(range(len(rows)), [str(found["obs_id"].values[r]) for r in rows])
         bottom.set_xlabel("row")
-        caption += f" sd: dark where the datum leaves a pixel open, at most {say(float(np.nanmax(sd[rows])))}."
+        caption += f" sd: dark where the datum leaves a pixel open, at most {style.say(float(np.nanmax(sd[rows])))}."
         return Plot(name, figure, "Data, their reconstructions and the standard deviation of each pixel.", caption, wide=True)
     if sequence and len(shape) == 2:
         order = np.argsort(off, kind="stable")
         rows = order[np.unique(np.linspace(0, len(order) - 1, min(3, len(order))).round().astype(int))]
-        figure = canvas(WIDE, 4.0, "What the model makes of rows that it sees: E[x|datum]")
+        figure = style.canvas(style.WIDE, 4.0, "What the model makes of rows that it sees: E[x|datum]")
         x, expected = (of[rows].reshape(len(rows), *shape) for of in (truth, mean))
         plots_sequence.beside(figure, x, expected, [f"row {found['obs_id'].values[r]}" for r in rows], "E[x|datum]")
         return Plot(name, figure, "Sequences and their reconstructions.", caption, wide=True)
@@ -248,8 +231,10 @@ def reconstructions(found: xr.Dataset, shape: Sequence[int], names: Sequence[str
     if len(shape) != 1 or not numbers:
         return Absent(name, "No picture of reconstructions: a datum is no image, and has no columns of numbers.")
     across = min(4, len(numbers))
-    figure = canvas(
-        WIDE if across > 2 else HALF, 0.7 + 2.3 * math.ceil(len(numbers) / across), "Columns, and what is made of them"
+    figure = style.canvas(
+        style.WIDE if across > 2 else style.HALF,
+        0.7 + 2.3 * math.ceil(len(numbers) / across),
+        "Columns, and what is made of them",
     )
     grid = figure.subplots(math.ceil(len(numbers) / across), across, squeeze=False)
     low, high = (found[key].values.reshape(truth.shape) for key in ("low", "high"))
@@ -259,10 +244,10 @@ def reconstructions(found: xr.Dataset, shape: Sequence[int], names: Sequence[str
             axes.remove()
             continue
         x, m = truth[few, numbers[k]], mean[few, numbers[k]]
-        axes.vlines(x, low[few, numbers[k]], high[few, numbers[k]], color=EXACT, alpha=0.25, lw=1)
-        axes.plot(x, m, linestyle="none", marker="o", ms=2.5, color=EXACT)
+        axes.vlines(x, low[few, numbers[k]], high[few, numbers[k]], color=style.EXACT, alpha=0.25, lw=1)
+        axes.plot(x, m, linestyle="none", marker="o", ms=2.5, color=style.EXACT)
         ends = [np.nanmin(x), np.nanmax(x)]
-        axes.plot(ends, ends, color=MUTED, lw=0.9, ls=":")
+        axes.plot(ends, ends, color=style.MUTED, lw=0.9, ls=":")
         axes.set(title=names[numbers[k]], xlabel="datum", ylabel="" if k % across else f"mean, {level:.0%} interval")
     caption = f"Where the points follow the dotted line z carries the column; a flat cloud says that it does not. {held}"
     return Plot(name, figure, "Means and intervals of reconstructed columns against the data.", caption, wide=across > 2)
@@ -274,4 +259,4 @@ def _inside(found: xr.Dataset) -> str:
     if not there.any():
         return ""
     share = float(((low <= truth) & (truth <= high))[there].mean())
-    return f"{float(found.attrs['level']):.0%} intervals hold {percent(share)} of the cells."
+    return f"{float(found.attrs['level']):.0%} intervals hold {style.percent(share)} of the cells."

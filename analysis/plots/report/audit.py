@@ -1,6 +1,6 @@
 """Figures of the audit's table: the distribution of the gap, trust in importance weights, guide against reference.
 
-Data whose reference is neither exact nor certified are counted and named, and enter no average.
+Data whose reference is neither exact nor certified are counted in the captions, and left out of averages.
 """
 
 from __future__ import annotations
@@ -14,69 +14,51 @@ from scipy.stats import spearmanr
 
 from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, ESTIMATE, counts, estimated
 from elbowroom.analysis.measures.table import GOOD_K, LARGE_GAP, SMALL_GAP, Z95, best_reference, column, in_words, trusted
-from elbowroom.analysis.plots.style import (
-    ALARM,
-    EXACT,
-    FAINT,
-    GUIDE,
-    HALF,
-    INK,
-    MUTED,
-    PAPER,
-    WIDE,
-    Absent,
-    Plot,
-    canvas,
-    count,
-    percent,
-    say,
-    styled,
-)
+from elbowroom.analysis.plots import style
+from elbowroom.analysis.plots.style import Absent, Plot, styled
 
 
 @styled
 def gaps(table: xr.Dataset, bits_per: int | None = None) -> Plot | Absent:
     """Draw the distribution of the gap over data.
 
-    Args:
-        table: the audit.
-        bits_per: number of entries of one datum, where nats may be turned into bits per entry (discrete data).
+    `bits_per` is the number of entries of one datum, to convert nats to bits per entry (discrete data).
     """
     everything = column(table, "gap_total")
     gap = np.sort(everything[np.isfinite(everything)])
     if gap.size < 2:
-        n = count(int(gap.size))
+        n = style.count(int(gap.size))
         return Absent("gaps", f"No distribution of the gap: log p(x), hence the gap, is known for {n} of {everything.size}.")
     low, middle, high = np.quantile(gap, [0.25, 0.5, 0.75])
     stretched, unit = bool(gap[-1] > 8 * max(high, 1e-12)), max(float(middle), 1e-6)
-    figure = canvas(WIDE, 3.3, "The room between ELBO and log p(x)")
+    figure = style.canvas(style.WIDE, 3.3, "The room between ELBO and log p(x)")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     bins = _bins(gap, stretched, unit)
     for axes in (left, right):
-        axes.axvspan(low, high, color=FAINT, alpha=0.7, linewidth=0)
-        axes.axvline(middle, color=GUIDE, linewidth=1.5)
+        axes.axvspan(low, high, color=style.FAINT, alpha=0.7, linewidth=0)
+        axes.axvline(middle, color=style.GUIDE, linewidth=1.5)
         if stretched:
             _asinh_axis(axes, gap, unit)
         axes.set_xlabel("gap = log p(x) − ELBO (nats)")
-    left.hist(gap[gap >= 0], bins, color=EXACT, edgecolor=PAPER, linewidth=0.5, alpha=0.9)
+    left.hist(gap[gap >= 0], bins, color=style.EXACT, edgecolor=style.PAPER, linewidth=0.5, alpha=0.9)
     if (gap < 0).any():
-        left.hist(gap[gap < 0], bins, color=ALARM, edgecolor=PAPER, linewidth=0.5, alpha=0.9, label="negative")
+        left.hist(gap[gap < 0], bins, color=style.ALARM, edgecolor=style.PAPER, linewidth=0.5, alpha=0.9, label="negative")
         left.legend(loc="upper right")
-    sns.rugplot(x=gap, ax=left, height=0.03, color=INK, alpha=0.6, linewidth=0.6)
+    sns.rugplot(x=gap, ax=left, height=0.03, color=style.INK, alpha=0.6, linewidth=0.6)
     left.set_ylabel("number of data")
     left.yaxis.set_major_locator(MaxNLocator(integer=True))
     left.annotate(
-        f"median {say(float(middle))}",
+        f"median {style.say(float(middle))}",
         (middle, 1),
         xycoords=("data", "axes fraction"),
         xytext=(4, -2),
         textcoords="offset points",
-        color=GUIDE,
+        color=style.GUIDE,
         fontsize=8,
         va="top",
-        bbox={"boxstyle": "round,pad=0.15", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.85},
+        bbox={"boxstyle": "round,pad=0.15", "facecolor": style.PAPER, "edgecolor": "none", "alpha": 0.85},
     )
-    sns.ecdfplot(x=gap, ax=right, color=EXACT)
+    sns.ecdfplot(x=gap, ax=right, color=style.EXACT)
     for axes in (left, right):
         axes.set_xlim(min(0.0, float(bins[0])), float(bins[-1]))
     right.set(ylabel="share of data with a smaller gap", ylim=(0, 1.01))
@@ -109,18 +91,19 @@ def _asinh_axis(axes: Axes, values: np.ndarray, unit: float) -> None:
 
 def _gap_caption(table: xr.Dataset, gap: np.ndarray, n: int, bits_per: int | None, stretched: bool) -> str:
     low, middle, high = (float(v) for v in np.quantile(gap, [0.25, 0.5, 0.75]))
-    text = f"Half of the data lose less than {say(middle)} nats, the middle half between {say(low)} and {say(high)} (shaded)"
+    between = f"the middle half between {style.say(low)} and {style.say(high)} (shaded)"
+    text = f"Half of the data lose less than {style.say(middle)} nats, {between}"
     if bits_per:
-        text += f"; the median is {say(middle / (bits_per * np.log(2)), 2)} bits per dimension"
+        text += f"; the median is {style.say(middle / (bits_per * np.log(2)), 2)} bits per dimension"
     tail = gap[-max(1, gap.size // 20) :]
     share = float(tail.sum() / gap.sum()) if gap.sum() > 0 else np.nan
     even = tail.size / gap.size
     worst = f"worst of {gap.size} data carries" if tail.size == 1 else f"{tail.size} worst of {gap.size} data carry"
-    text += f". The mean is {say(float(gap.mean()))}, and the {worst} {percent(share)} of the sum"
+    text += f". The mean is {style.say(float(gap.mean()))}, and the {worst} {style.percent(share)} of the sum"
     if share > max(0.25, 3 * even):
         text += ": the guide fails on a few data, not on all."
     elif share > 3 * even:
-        text += f", where {percent(even)} would be an even share: few data weigh heavily."
+        text += f", where {style.percent(even)} would be an even share: few data weigh heavily."
     else:
         text += ": the loss is spread over the data."
     negative = int((gap < 0).sum())
@@ -129,15 +112,15 @@ def _gap_caption(table: xr.Dataset, gap: np.ndarray, n: int, bits_per: int | Non
         below = int((column(table, "gap_total") < -3 * se).sum())
         beyond = "all within 3 standard errors of 0" if not below else f"{below} of them by more than 3 standard errors"
         verb = "has" if negative == 1 else "have"
-        text += f" {count(negative)} {verb} a negative gap, {beyond}: the ELBO is itself estimated."
+        text += f" {style.count(negative)} {verb} a negative gap, {beyond}: the ELBO is itself estimated."
     if gap.size < n:
-        text += f" {count(n - gap.size)} of {n} have no known log p(x); they are not in this figure."
+        text += f" {style.count(n - gap.size)} of {n} have no known log p(x); they are not in this figure."
     kind = counts(table)
     if kind[CONTRADICTED]:
-        wrong = count(kind[CONTRADICTED])
+        wrong = style.count(kind[CONTRADICTED])
         text += f" For {wrong} log p(x) is contradicted: it lies below the ELBO by more than the errors allow."
     if kind[ESTIMATE]:
-        text += f" For {count(kind[ESTIMATE])} log p(x) is itself an {estimated(table)[0]}."
+        text += f" For {style.count(kind[ESTIMATE])} log p(x) is itself an {estimated(table)[0]}."
     return text + (" The axis is linear near 0 and logarithmic beyond the median." if stretched else "")
 
 
@@ -147,19 +130,19 @@ def trust(table: xr.Dataset) -> Plot | Absent:
     gap, k = column(table, "gap_total"), column(table, "pareto_k")
     both = np.isfinite(gap) & np.isfinite(k)
     if both.sum() < 2:
-        return Absent("trust", f"No comparison of gap and k-hat: both are known for {count(int(both.sum()))}.")
+        return Absent("trust", f"No comparison of gap and k-hat: both are known for {style.count(int(both.sum()))}.")
     good = both & (k < GOOD_K)
     bad = both & ~good
-    figure = canvas(HALF, 4.0, "Can importance sampling mend it?")
+    figure = style.canvas(style.HALF, 4.0, "Can importance sampling mend it?")
     axes = figure.subplots()
-    axes.axvline(GOOD_K, color=ALARM, linewidth=0.9, linestyle="--")
-    for rows, marker, size, colour, sign in ((good, "o", 15, EXACT, "<"), (bad, "^", 20, ALARM, "≥")):
+    axes.axvline(GOOD_K, color=style.ALARM, linewidth=0.9, linestyle="--")
+    for rows, marker, size, colour, sign in ((good, "o", 15, style.EXACT, "<"), (bad, "^", 20, style.ALARM, "≥")):
         label = f"k-hat {sign} {GOOD_K}: {int(rows.sum())}"
         axes.scatter(k[rows], gap[rows], s=size, marker=marker, color=colour, alpha=0.7, linewidth=0, label=label)
     axes.margins(x=0.02)
     left, right = axes.get_xlim()
     right = max(right, 1.05)
-    axes.axvspan(GOOD_K, right, color=ALARM, alpha=0.06, linewidth=0)
+    axes.axvspan(GOOD_K, right, color=style.ALARM, alpha=0.06, linewidth=0)
     axes.set_xlim(left, right)
     if (gap[both] > 0).all() and gap[both].max() > 20 * np.median(gap[both]):
         axes.set_yscale("log")
@@ -186,19 +169,19 @@ def _trust_caption(gap: np.ndarray, k: np.ndarray, both: np.ndarray, bad: np.nda
     hidden = both & (k < GOOD_K) & (gap > max(LARGE_GAP, float(np.quantile(gap[both], 0.95))))
     text = (
         f"Where k-hat is below {GOOD_K}, weighted draws from the guide can stand for the posterior; that is so for "
-        f"{percent(float((~bad & both).sum()), float(both.sum()))} of the data. {relation}"
+        f"{style.percent(float((~bad & both).sum()), float(both.sum()))} of the data. {relation}"
     )
     if gap[largest] >= SMALL_GAP:
-        text += f" The datum with the largest gap has k-hat {say(float(k[largest]), 2)}."
+        text += f" The datum with the largest gap has k-hat {style.say(float(k[largest]), 2)}."
     if hidden.any():
         verb = "passes" if hidden.sum() == 1 else "pass"
-        text += f" {count(int(hidden.sum()))} among the 5% with the largest gaps {verb} k-hat."
+        text += f" {style.count(int(hidden.sum()))} among the 5% with the largest gaps {verb} k-hat."
     return text
 
 
 @styled
 def comparison(table: xr.Dataset) -> Plot | Absent:
-    """Draw how the guide's mean, width and whole shape differ from the reference's, over data."""
+    """Draw how the guide's mean, width and shape differ from the reference's, over data."""
     reference = best_reference(table)
     if reference is None:
         return Absent("comparison", "No comparison of guide and reference: no reference is exact or certified for any datum.")
@@ -215,7 +198,9 @@ def comparison(table: xr.Dataset) -> Plot | Absent:
             else "none is known"
         )
         return Absent("comparison", f"No comparison of means and widths: {why}.")
-    figure = canvas(WIDE, 3.2, f"The guide against the {in_words(reference)} posterior, over {count(int(rows.sum()))}")
+    figure = style.canvas(
+        style.WIDE, 3.2, f"The guide against the {in_words(reference)} posterior, over {style.count(int(rows.sum()))}"
+    )
     first, second, third = figure.subplots(1, 3)
     _histogram(first, mean, "largest error of a mean (posterior sd)")
     first.set_ylabel("number of data")
@@ -228,11 +213,11 @@ def comparison(table: xr.Dataset) -> Plot | Absent:
             marks = [m for m in marks if m not in fine]
     second.set(xlim=(-reach, reach))
     second.set_xticks(np.log2(marks), [f"{m:g}" if m >= 0.5 else f"1/{1 / m:g}" for m in marks])
-    second.axvline(0, color=INK, linewidth=1)
-    second.annotate("too narrow", (0.02, 0.97), xycoords="axes fraction", fontsize=8, color=MUTED, va="top")
-    second.annotate("too wide", (0.98, 0.97), xycoords="axes fraction", fontsize=8, color=MUTED, va="top", ha="right")
-    sns.ecdfplot(x=floor, ax=third, color=MUTED, linestyle="--", label="noise floor: reference against itself")
-    sns.ecdfplot(x=distance, ax=third, color=GUIDE, label="guide against reference")
+    second.axvline(0, color=style.INK, linewidth=1)
+    second.annotate("too narrow", (0.02, 0.97), xycoords="axes fraction", fontsize=8, color=style.MUTED, va="top")
+    second.annotate("too wide", (0.98, 0.97), xycoords="axes fraction", fontsize=8, color=style.MUTED, va="top", ha="right")
+    sns.ecdfplot(x=floor, ax=third, color=style.MUTED, linestyle="--", label="noise floor: reference against itself")
+    sns.ecdfplot(x=distance, ax=third, color=style.GUIDE, label="guide against reference")
     third.set(xlabel="sliced Wasserstein distance (posterior sd)", ylabel="share of data below", ylim=(0, 1.01), xlim=(0, None))
     third.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
     alt = "Histograms of mean error and sd ratio of the guide, and distribution of its distance beside the noise floor."
@@ -243,7 +228,7 @@ def comparison(table: xr.Dataset) -> Plot | Absent:
 
 
 def _both_ways(forward: np.ndarray, gap: np.ndarray) -> str:
-    """Say what the two directions of the divergence tell together."""
+    """Return the conclusion from both directions of the KL divergence."""
     both = np.isfinite(forward) & np.isfinite(gap)
     if not both.any():
         return ""
@@ -255,28 +240,31 @@ def _both_ways(forward: np.ndarray, gap: np.ndarray) -> str:
         if back > max(SMALL_GAP, 1.5 * there)
         else "neither direction stands out"
     )
-    return f" KL(p || q) has a median of {say(there, 2)} nats beside {say(back, 2)} of the gap, KL(q || p): {tells}."
+    return (
+        f" KL(p || q) has a median of {style.say(there, 2)} nats beside {style.say(back, 2)} of the gap, KL(q || p): {tells}."
+    )
 
 
 def _histogram(axes: Axes, values: np.ndarray, label: str, *, zero: bool = True) -> None:
     values = values[np.isfinite(values)]
     if values.size:
         bins = np.linspace(0 if zero else values.min(), max(values.max(), values.min() + 1e-9), 31)
-        sns.histplot(x=values, bins=bins, ax=axes, color=EXACT, edgecolor=PAPER, linewidth=0.5, alpha=0.9)
-        axes.axvline(np.median(values), color=GUIDE, linewidth=1.5)
+        sns.histplot(x=values, bins=bins, ax=axes, color=style.EXACT, edgecolor=style.PAPER, linewidth=0.5, alpha=0.9)
+        axes.axvline(np.median(values), color=style.GUIDE, linewidth=1.5)
     axes.set(xlabel=label, ylabel="")
 
 
 def _comparison_caption(mean: np.ndarray, ratio: np.ndarray, distance: np.ndarray, floor: np.ndarray, left_out: int) -> str:
-    narrow = percent(float((ratio < 1 / 1.1).sum()), float(ratio.size))
-    wide = percent(float((ratio > 1.1).sum()), float(ratio.size))
-    above = percent(float((distance > 2 * floor).sum()), float(distance.size))
+    narrow = style.percent(float((ratio < 1 / 1.1).sum()), float(ratio.size))
+    wide = style.percent(float((ratio > 1.1).sum()), float(ratio.size))
+    above = style.percent(float((distance > 2 * floor).sum()), float(distance.size))
     text = (
-        f"Medians (orange): a mean is off by {say(float(np.median(mean)), 2)} posterior sd, a width by a factor of "
-        f"{say(float(np.median(ratio)), 2)}, each in the datum's worst latent. By more than 10%, the guide is too narrow for "
+        f"Medians (orange): a mean is off by {style.say(float(np.median(mean)), 2)} posterior sd, a width by a factor of "
+        f"{style.say(float(np.median(ratio)), 2)}, each in the datum's worst latent. By more than 10%, the guide is too narrow "
+        "for "
         f"{narrow} of the data and too wide for {wide}. {above} lie farther from their reference than twice the noise floor: "
         "a difference that draws of this number can show."
     )
     if left_out:
-        text += f" {count(left_out)} without an exact or certified reference {'is' if left_out == 1 else 'are'} left out."
+        text += f" {style.count(left_out)} without an exact or certified reference {'is' if left_out == 1 else 'are'} left out."
     return text

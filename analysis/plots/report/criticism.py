@@ -1,6 +1,6 @@
 """Figures of the model's criticism: checks against their nulls, PIT of the data given z, and predictive distributions.
 
-A check fails by the rule of the verdict `model misfit`: a small familywise p-value and an effect that matters.
+A check fails by the rule of the verdict `model misfit`: a small familywise p-value and an effect above its threshold.
 """
 
 from __future__ import annotations
@@ -15,29 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from elbowroom.analysis.measures.table import LEVEL
-from elbowroom.analysis.plots.style import (
-    ALARM,
-    EXACT,
-    FAINT,
-    GUIDE,
-    INK,
-    MUTED,
-    WIDE,
-    Absent,
-    Plot,
-    canvas,
-    percent,
-    say,
-    styled,
-)
+from elbowroom.analysis.plots import style
+from elbowroom.analysis.plots.style import Absent, Plot, styled
 from elbowroom.analysis.verdict.thresholds import EFFECTS, MEASURED, effect_in_words
 
-FAR = 6.0  # null sd, from which on the axis is logarithmic
-SITES = 3  # observed sites with a row of their own
+FAR = 6.0  # null sd, beyond which the axis is logarithmic
+SITES = 3  # observed sites with their own row
 
 
 def failing(found: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Return which checks fail, and which deviate too clearly to be chance but by less than matters, (statistic,) each."""
+    """Return which checks fail, and which deviate significantly but by less than the threshold, (statistic,) each."""
     clear = found["p_adjusted"].values <= LEVEL
     limit = np.array([EFFECTS[kind] for kind in found["effect_kind"].values.astype(str)])
     bad = clear & (np.abs(found["effect"].values) > limit)
@@ -46,7 +33,7 @@ def failing(found: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 @styled
 def checks(found: xr.Dataset | None) -> Plot | Absent:
-    """Draw each statistic of the data within its null, in standard deviations of the null, with p-value and effect."""
+    """Draw each statistic of the data and its null, in standard deviations of the null, with p-value and effect."""
     if found is None or not found.sizes.get("statistic"):
         why = ": diagnosis.nc has none"
         if found is not None:
@@ -55,7 +42,7 @@ def checks(found: xr.Dataset | None) -> Plot | Absent:
         return Absent("checks", f"No checks of the model{why}.")
     bad, slight = failing(found)
     k = found.sizes["statistic"]
-    figure = canvas(WIDE, 1.3 + 0.36 * k, "Each statistic of the data within what the model gives")
+    figure = style.canvas(style.WIDE, 1.3 + 0.36 * k, "Each statistic of the data within what the model gives")
     axes = figure.subplots()
     sd = found["null_sd"].values
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -64,23 +51,23 @@ def checks(found: xr.Dataset | None) -> Plot | Absent:
     for row in range(k):
         draws = null[row][np.isfinite(null[row])]
         if draws.size:
-            axes.fill_betweenx([row - 0.3, row + 0.3], *np.quantile(draws, [0.025, 0.975]), color=FAINT, linewidth=0)
-            axes.plot(draws, np.full(draws.size, float(row)), "|", color=MUTED, alpha=0.25, markersize=5)
+            axes.fill_betweenx([row - 0.3, row + 0.3], *np.quantile(draws, [0.025, 0.975]), color=style.FAINT, linewidth=0)
+            axes.plot(draws, np.full(draws.size, float(row)), "|", color=style.MUTED, alpha=0.25, markersize=5)
     kinds = (
-        (bad, "fails: unlikely, and by more than matters", ALARM, "X"),
-        (slight, "unlikely, but by less than matters", GUIDE, "^"),
-        (~(bad | slight), "no clear deviation", EXACT, "o"),
+        (bad, "fails: unlikely, and by more than matters", style.ALARM, "X"),
+        (slight, "unlikely, but by less than matters", style.GUIDE, "^"),
+        (~(bad | slight), "no clear deviation", style.EXACT, "o"),
     )
     for rows, label, colour, marker in kinds:
         if rows.any():
-            style: dict[str, Any] = {"color": colour, "marker": marker, "s": 42, "linewidth": 0, "zorder": 4}
-            axes.scatter(z[rows], np.flatnonzero(rows), label=f"{label}: {int(rows.sum())}", **style)
+            look: dict[str, Any] = {"color": colour, "marker": marker, "s": 42, "linewidth": 0, "zorder": 4}
+            axes.scatter(z[rows], np.flatnonzero(rows), label=f"{label}: {int(rows.sum())}", **look)
     for row in range(k):
-        style = {"fontsize": 8, "va": "center", "color": ALARM if bad[row] else INK}
+        look = {"fontsize": 8, "va": "center", "color": style.ALARM if bad[row] else style.INK}
         text = f"p {_p(found, row)}   effect {_effect(found, row)}"
-        axes.annotate(text, (1.01, row), xycoords=axes.get_yaxis_transform(), annotation_clip=False, **style)
+        axes.annotate(text, (1.01, row), xycoords=axes.get_yaxis_transform(), annotation_clip=False, **look)
     axes.set_yticks(range(k), [_short(word) for word in found["words"].values.astype(str)])
-    axes.tick_params(axis="y", labelcolor=INK, labelsize=7.5)
+    axes.tick_params(axis="y", labelcolor=style.INK, labelsize=7.5)
     axes.set_ylim(k - 0.4, -0.6)
     _wide_axis(axes, z)
     axes.set_xlabel("observed value, in standard deviations of the null from its mean (ticks: what the model gives, grey: 95%)")
@@ -150,21 +137,22 @@ def _checks_caption(found: xr.Dataset, bad: np.ndarray, slight: np.ndarray) -> s
 def pit(groups: Mapping[str, xr.Dataset]) -> Plot | Absent:
     """Draw the PIT of the data given z against uniform, of all entries and by column.
 
-    Args:
-        groups: `pit`, or `pit_<site>` for each of several observed sites.
+    `groups` is `pit`, or `pit_<site>` for each of several observed sites.
     """
     if not groups:
         return Absent("pit", "No PIT of the data given z: diagnosis.nc has none.")
     shown = dict(list(groups.items())[:SITES])
-    figure = canvas(WIDE, 0.5 + 2.7 * len(shown), "Where x lies within what the model gives for it at the z of its posterior")
+    figure = style.canvas(
+        style.WIDE, 0.5 + 2.7 * len(shown), "Where x lies within what the model gives for it at the z of its posterior"
+    )
     panels = figure.subplots(len(shown), 2, squeeze=False)
     words = []
     for (left, right), (name, found) in zip(panels, shown.items(), strict=True):
         u, difference, band = found["u"].values, found["difference"].values, float(found["band"])
-        left.fill_between([0, 1], -band, band, color=FAINT, linewidth=0, label="95% band")
-        left.axhline(0, color=MUTED, linewidth=0.8)
+        left.fill_between([0, 1], -band, band, color=style.FAINT, linewidth=0, label="95% band")
+        left.axhline(0, color=style.MUTED, linewidth=0.8)
         outside = bool(np.nanmax(np.abs(difference)) > band)
-        left.plot(u, difference, color=ALARM if outside else EXACT, label="all entries")
+        left.plot(u, difference, color=style.ALARM if outside else style.EXACT, label="all entries")
         left.set(xlabel="u (PIT)", ylabel="ECDF − u", xlim=(0, 1))
         top, bottom = (max(band, float(np.nanmax(sign * difference))) for sign in (1, -1))
         left.set_ylim(-1.2 * bottom, 1.45 * top)
@@ -172,12 +160,12 @@ def pit(groups: Mapping[str, xr.Dataset]) -> Plot | Absent:
         low = found["p_value"].values <= 0.05
         effect, column = found["effect"].values, found["column"].values
         for rows, colour, marker, label in (
-            (~low, EXACT, "o", "p above 0.05"),
-            (low, ALARM, "X", "p at most 0.05, each by itself"),
+            (~low, style.EXACT, "o", "p above 0.05"),
+            (low, style.ALARM, "X", "p at most 0.05, each by itself"),
         ):
             if rows.any():
-                style: dict[str, Any] = {"s": 18, "linewidth": 0, "color": colour, "marker": marker}
-                right.scatter(column[rows], effect[rows], label=f"{label}: {int(rows.sum())}", **style)
+                look: dict[str, Any] = {"s": 18, "linewidth": 0, "color": colour, "marker": marker}
+                right.scatter(column[rows], effect[rows], label=f"{label}: {int(rows.sum())}", **look)
         right.set(xlabel="column of x", ylabel="largest |ECDF − u|", ylim=(0, 1.25 * max(1e-9, float(np.nanmax(effect)))))
         right.set_xlim(column.min() - 0.5 - 0.02 * column.size, column.max() + 0.5 + 0.02 * column.size)
         right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -195,18 +183,14 @@ def pit(groups: Mapping[str, xr.Dataset]) -> Plot | Absent:
 
 def _pit_words(site: str, difference: np.ndarray, band: float, outside: bool, low: np.ndarray) -> str:
     largest = float(np.nanmax(np.abs(difference)))
-    begin = f"{site}: " if site else ""
+    begin, apart = f"{site}: " if site else "", f"largest difference {style.say(largest, 2)}"
     if outside and largest > EFFECTS["difference"]:
-        said = (
-            f"leaves its band (largest difference {say(largest, 2)}): the model is off about single entries, in mean or shape."
-        )
+        said = f"leaves its band ({apart}): the model is off about single entries, in mean or shape."
     elif outside:
-        said = f"leaves its band by less than matters (largest difference {say(largest, 2)})."
+        said = f"leaves its band by less than matters ({apart})."
     else:
-        said = (
-            f"stays within its 95% band (largest difference {say(largest, 2)}): no fault of single entries shows on the whole."
-        )
-    chance = percent(float(low.mean())) if low.size else "none"
+        said = f"stays within its 95% band ({apart}): no fault of single entries shows on the whole."
+    chance = style.percent(float(low.mean())) if low.size else "none"
     return (
         f"{begin}The PIT of all entries {said} {int(low.sum())} of {low.size} columns ({chance}) have a p-value of 0.05 or "
         "less; 5% would by chance."

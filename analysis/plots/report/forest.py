@@ -1,4 +1,4 @@
-"""The figure of intervals: guide and reference side by side for a few data, drawn by ArviZ from `posteriors/*.nc`."""
+"""The figure of intervals: guide and reference for a few data, drawn by ArviZ from `posteriors/*.nc`."""
 
 from __future__ import annotations
 
@@ -19,25 +19,22 @@ SHOWN = 4  # latents
 
 @styled
 def intervals(table: xr.Dataset, posteriors: Mapping[str, xr.DataTree], latent: xr.DataTree | None = None) -> Plot | Absent:
-    """Draw central intervals of guide and reference for a few data, through ArviZ's plot_forest.
+    """Draw central intervals of guide and reference for a few data, with ArviZ's plot_forest.
 
-    Args:
-        table: the audit.
-        posteriors: method -> DataTree with group `posterior`, dims chain, draw, obs_id, ...
-        latent: `latent.nc`, which knows the rate of each latent: the highest are drawn, as in the pictures of the latent space.
+    `posteriors` maps each method to its tree. `latent` is `latent.nc`: the latents with the highest rates are drawn.
     """
     reference = best_reference(table)
     if reference is None or reference not in posteriors or "guide" not in posteriors:
         return Absent("intervals", "No intervals of guide and reference: the run folder does not hold the draws of both.")
     if "total_variation" in table and np.isfinite(table["total_variation"].sel(reference=reference).values).any():
-        return Absent(  # a distance between probabilities is known only where every latent is discrete
+        return Absent(  # total variation is known only where every latent is discrete
             "intervals",
             "No intervals: every latent is discrete, and its values have no quantiles to speak of. Where they are few, their "
             "joint probabilities are drawn as bars; total_variation of the table says how far the guide is off.",
         )
     gap, least = column(table, "gap_total"), column(table, "gap_total_lower")
     known = np.isfinite(gap)
-    gap = np.where(known, gap, least)  # where only a bound is known, the gap is at least the bound's
+    gap = np.where(known, gap, least)  # where only a bound is known, use its gap, a lower bound
     gap[~trusted(table, reference)] = np.nan
     order = np.argsort(gap)[: int(np.isfinite(gap).sum())]
     if not len(order):
@@ -64,15 +61,14 @@ def intervals(table: xr.Dataset, posteriors: Mapping[str, xr.DataTree], latent: 
 
 
 def _rate(latent: xr.DataTree | None) -> np.ndarray | None:
-    """Return the rate of each latent, None where it is not known."""
     encoding = group(latent, "encoding")
     return encoding["rate"].values if encoding is not None and "rate" in encoding else None
 
 
 def _slice(tree: xr.DataTree, obs_id: np.ndarray, names: list[str], draws: int, rate: np.ndarray | None = None) -> xr.Dataset:
-    """Return some scalar latents of the chosen data, each a variable over `datum`, as one chain of so many draws.
+    """Return some scalar latents of the chosen data, each a variable over `datum`, as one chain of `draws` draws.
 
-    They are the `SHOWN` of the highest rate, where the rates are those of these latents, else the first.
+    They are the `SHOWN` latents with the highest rate, or the first where the rates do not belong to these latents.
     """
     posterior = tree["posterior"].to_dataset().sel(obs_id=obs_id)
     every: dict[str, Any] = {}
@@ -91,7 +87,7 @@ def _slice(tree: xr.DataTree, obs_id: np.ndarray, names: list[str], draws: int, 
 
 
 def _forest(slices: Mapping[str, xr.Dataset]) -> Figure:
-    """Draw the intervals with arviz-plots, and dress its figure as ours."""
+    """Draw the intervals with arviz-plots in this project's style."""
     import arviz_plots
     from matplotlib import pyplot
 

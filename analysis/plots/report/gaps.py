@@ -1,6 +1,6 @@
-"""The figure of the gap's parts, side by side for the splits of the data and for data drawn from the model.
+"""The figure of the gap's parts, for the splits of the data and for data simulated from the model.
 
-Only data with a value of log p(x) and a certified posterior are drawn. Data with nothing but bounds are counted in the caption.
+Only data with a value of log p(x) and a certified posterior are drawn. Data with bounds alone are counted in the caption.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ PARTS = {
     "gap_total": ("total", "log p(x) − ELBO"),
 }
 PLATE = {"boxstyle": "round,pad=0.05", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8}
-ENOUGH = 2  # data of a split, to have a median with an interval
+ENOUGH = 2  # data of a split needed for a median with an interval
 
 
 @styled
 def parts(tables: Mapping[str, xr.Dataset]) -> Plot | Absent:
     """Draw medians, their 95 % intervals and the quartiles of the parts of the gap.
 
-    Args:
-        tables: audits by the name of their data, the audited ones first, such as `test`, `train`, `validation`, `simulated`.
+    `tables` holds audits by the name of their data, such as `test`, `train`, `simulated`, the audited ones first.
     """
     name = "parts"
     known = {split: thresholds_known(table) for split, table in tables.items()}
@@ -62,7 +61,7 @@ def parts(tables: Mapping[str, xr.Dataset]) -> Plot | Absent:
 
 
 def _parts_of(table: xr.Dataset, known: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the parts that add up to the gap: approximation is shown whole where the guide is no normal, else in two."""
+    """Return the parts that add up to the gap; approximation is split in two where the guide is normal."""
     found = {part: _finite(column(table, part)[known]) for part in PARTS if part in table}
     whole = found.get("gap_approximation", _finite([])).size >= ENOUGH > found.get("gap_covariance", _finite([])).size
     left_out = ("gap_covariance", "gap_shape") if whole else ("gap_approximation",)
@@ -79,7 +78,7 @@ def _finite(values: np.ndarray | list[float]) -> np.ndarray:
 
 
 def _limits(values: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[float, float]:
-    """Return the range that quartiles and intervals span, with room for the numbers; the tails lie beyond it."""
+    """Return the range of quartiles and intervals, with room for the numbers; tails lie outside."""
     ends = [0.0]
     for found in values.values():
         for part in found.values():
@@ -139,7 +138,7 @@ def _caption(
 
 
 def _cause(found: Mapping[str, np.ndarray]) -> str:
-    """Say which part of the gap is largest, and what that asks for."""
+    """Name the largest part of the gap and its remedy."""
     if np.median(found["gap_total"]) <= SMALL_GAP:
         return f"not above {SMALL_GAP} nats, so little is to be gained for a typical datum by any part."
     medians = {
@@ -166,7 +165,7 @@ def _cause(found: Mapping[str, np.ndarray]) -> str:
 
 
 def _against(first: str, split: str, values: Mapping[str, Mapping[str, np.ndarray]]) -> str:
-    """Say how a split's median gap differs from that of the audited data, or its amortization where only that does."""
+    """Describe how a split's median gap, or its amortization, differs from that of the audited data."""
     medians = {part: [median(values[which].get(part, _finite([]))) for which in (first, split)] for part in PARTS}
     apart = lambda here, there: here[2] < there[1] or there[2] < here[1]
     part = next((name for name in ("gap_total", "gap_amortization") if apart(*medians[name])), None)

@@ -1,4 +1,4 @@
-"""The figure of what each latent carries: rate, active variance, the decoder's sensitivity, and the information in all."""
+"""The figure of the information in each latent: rate, active variance, sensitivity of the decoder, mutual information."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from elbowroom.analysis.plots.style import ALARM, EXACT, GUIDE, INK, MUTED, WIDE, Absent, Plot, canvas, count, say, styled
 
-UNUSED = 0.01  # nats of rate, prior variances: the limits of `analysis.information`
-FLOOR = 1e-4  # where zero is drawn on a log scale
-NAMED = 20  # latents with a row of their own
+UNUSED = 0.01  # nats of rate, prior variances: the limits of `latents.information`
+FLOOR = 1e-4  # position of zero on a log scale
+NAMED = 20  # latents with their own row
 STRETCH = 30.0
 PANELS = (
     ("rate_coordinate_mean", "rate of the guide\n(nats)", UNUSED),
@@ -30,10 +30,9 @@ KINDS = (
 
 @styled
 def information(found: xr.Dataset | None) -> Plot | Absent:
-    """Draw rate, active variance and sensitivity of each latent, and bounds on the mutual information beside the rate.
+    """Draw rate, active variance and sensitivity of each latent, and bounds on the mutual information with the rate.
 
-    Args:
-        found: what `analysis.information` found.
+    `found` is the result of `latents.information.information`.
     """
     if found is None or "rate_mean" not in found:
         return Absent("information", "No figure of what the latents carry: diagnosis.nc has no information.")
@@ -66,14 +65,13 @@ def information(found: xr.Dataset | None) -> Plot | Absent:
 
 
 def _order(found: xr.Dataset) -> np.ndarray:
-    """Return the latents by rate, the highest first."""
     if "rate_coordinate_mean" not in found:
         return np.array([], dtype=int)
     return np.argsort(-np.nan_to_num(found["rate_coordinate_mean"].values, nan=-1.0), kind="stable")
 
 
 def _kinds(found: xr.Dataset) -> np.ndarray:
-    """Return `active`, `ignored` or `collapsed` for each latent; one that is merely weak counts as used."""
+    """Return `active`, `ignored` or `collapsed` for each latent; a weak latent counts as active."""
     kinds = np.full(found.sizes.get("coordinate", 0), "active", dtype=object)
     for name in ("ignored", "collapsed"):
         if name in found:
@@ -118,7 +116,7 @@ def _latents(axes: Axes, found: xr.Dataset, name: str, limit: float, order: np.n
 
 
 def _mutual(found: xr.Dataset) -> tuple[float, float, float, float]:
-    """Return the bounds on I(x; z) and their 95 % ends; the upper one is at most the rate, where that is a bound, too."""
+    """Return the bounds on I(x; z) and their 95 % ends; the upper bound is at most the rate, where that is a bound."""
     value = lambda name: float(found[name]) if name in found else math.nan
     low, high = value("information_lower"), value("information_upper")
     if "aggregate_kl" not in found.attrs and math.isfinite(high):
@@ -197,7 +195,7 @@ def _caption(found: xr.Dataset, kind: np.ndarray) -> str:
 
 
 def _aggregate(found: xr.Dataset) -> str:
-    """Say whether the aggregate posterior is the prior, and by what the rate exceeds the information."""
+    """Report whether the aggregate posterior equals the prior, and how far the rate exceeds the information."""
     text = ""
     if "aggregate_kl_lower" in found and np.isfinite(found["aggregate_kl_lower"]):
         error = lambda end: 1.96 * float(np.nan_to_num(found.get(f"aggregate_kl_{end}_se", 0.0)))

@@ -1,4 +1,4 @@
-"""Figures of the latent space: where the guide puts the data, and E[x|z] over it. Drawn from `latent.nc` alone."""
+"""Figures of the latent space: the guide's means, and E[x|z] over the space. Drawn from `latent.nc` alone."""
 
 from __future__ import annotations
 
@@ -14,23 +14,9 @@ from matplotlib.ticker import MaxNLocator
 
 from elbowroom.analysis.measures.table import Z95
 from elbowroom.analysis.plots import sequence as plots_sequence
+from elbowroom.analysis.plots import style
 from elbowroom.analysis.plots.events import NO_LATENT, event_image, event_sequence, group, units_of_rows
-from elbowroom.analysis.plots.style import (
-    EXACT,
-    HALF,
-    INK,
-    MUTED,
-    PAPER,
-    WIDE,
-    Absent,
-    Plot,
-    canvas,
-    percent,
-    say,
-    show_tiles,
-    styled,
-    tone,
-)
+from elbowroom.analysis.plots.style import Absent, Plot, styled
 
 
 @styled
@@ -50,8 +36,8 @@ def latent_space(latent: xr.DataTree | None) -> Plot | Absent:
     standard = latent is None or bool(latent.attrs.get("standard", 1))
     prior = None if standard else encoding["prior_z"].values
     unit = " (prior sd)" if standard else ""
-    line = loc.shape[1] == 1 or (space == "simplex" and loc.shape[1] == 2)  # two shares that sum to one are one number
-    figure = canvas(WIDE, 3.2, "The latent space") if line else canvas(HALF, 5.0, "The latent space")
+    line = loc.shape[1] == 1 or (space == "simplex" and loc.shape[1] == 2)  # two shares that sum to one are a single number
+    figure = style.canvas(style.WIDE, 3.2, "The latent space") if line else style.canvas(style.HALF, 5.0, "The latent space")
     axes = figure.subplots()
     if line:
         _latent_line(axes, loc[:, 0], label, None if prior is None else prior[:, 0])
@@ -66,19 +52,19 @@ def latent_space(latent: xr.DataTree | None) -> Plot | Absent:
 
 
 def _usage(encoding: xr.Dataset, label: np.ndarray | None, space: str) -> Plot:
-    """Draw how often each category (each binary latent) is on, under the guide over data and under the prior."""
+    """Draw how often each category (or binary latent) is on, under the guide over data and under the prior."""
     loc, prior = encoding["loc"].values, encoding["prior_z"].values.mean(0)
-    figure = canvas(WIDE, 3.2, "The latent space")
+    figure = style.canvas(style.WIDE, 3.2, "The latent space")
     axes = figure.subplots()
     values = [None] if label is None else list(np.unique(label))
-    palette = [EXACT] if label is None else sns.color_palette("colorblind", max(len(values), 10))
+    palette = [style.EXACT] if label is None else sns.color_palette("colorblind", max(len(values), 10))
     bottom, place = np.zeros(loc.shape[1]), np.arange(loc.shape[1])
     for value, colour in zip(values, palette, strict=False):
         part = loc if value is None else loc * (label == value)[:, None]
         name = "guide, mean over data" if value is None else str(value)
         axes.bar(place, part.mean(0), bottom=bottom, color=colour, label=name)
         bottom = bottom + part.mean(0)
-    axes.plot(place, prior, linestyle="none", marker="_", markersize=16, color=INK, label="prior")
+    axes.plot(place, prior, linestyle="none", marker="_", markersize=16, color=style.INK, label="prior")
     what = "category" if space == "one_hot" else "latent"
     axes.set(xlabel=what, ylabel="probability" if space == "one_hot" else "probability of 1")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -90,7 +76,7 @@ def _usage(encoding: xr.Dataset, label: np.ndarray | None, space: str) -> Plot:
         f"How often each {what} is {'chosen' if space == 'one_hot' else 'on'}, by the guide over these data (bars"
         f"{', by label' if label is not None else ''}) and by the prior (dashes). {used} of {loc.shape[1]} are in use "
         f"({'most probable for some datum' if space == 'one_hot' else 'variance of the probability above 0.01'}); the guide's "
-        f"choice has a mean probability of {percent(sure)}. Rate: {say(rate)} nats per datum."
+        f"choice has a mean probability of {style.percent(sure)}. Rate: {style.say(rate)} nats per datum."
     )
     return Plot("latent_space", figure, f"Use of each {what} under guide and prior.", text, wide=True)
 
@@ -105,30 +91,34 @@ def _latent_line(axes: Axes, loc: np.ndarray, label: np.ndarray | None, prior: n
     )
     if prior is None:
         z = np.linspace(bins[0], bins[-1], 300)
-        axes.plot(z, np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi), color=INK, linestyle="--", label="prior density")
+        axes.plot(z, np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi), color=style.INK, linestyle="--", label="prior density")
     else:
-        axes.hist(prior, bins.tolist(), density=True, histtype="step", color=INK, linestyle="--", label="draws from the prior")
+        axes.hist(
+            prior, bins.tolist(), density=True, histtype="step", color=style.INK, linestyle="--", label="draws from the prior"
+        )
     axes.legend(loc="upper right", ncols=2)
 
 
 def _latent_plane(axes: Axes, loc: np.ndarray, scale: np.ndarray, label: np.ndarray | None, prior: np.ndarray | None) -> None:
     if prior is not None:
-        axes.scatter(prior[:, 0], prior[:, 1], s=5, color=MUTED, alpha=0.35, edgecolor="none", zorder=0.5)
+        axes.scatter(prior[:, 0], prior[:, 1], s=5, color=style.MUTED, alpha=0.35, edgecolor="none", zorder=0.5)
     for mass in (0.5, 0.9, 0.99) if prior is None else ():
         radius = math.sqrt(-2 * math.log(1 - mass))
-        axes.add_patch(Ellipse((0, 0), 2 * radius, 2 * radius, fill=False, edgecolor=MUTED, linestyle=(0, (4, 3)), lw=0.8))
+        axes.add_patch(
+            Ellipse((0, 0), 2 * radius, 2 * radius, fill=False, edgecolor=style.MUTED, linestyle=(0, (4, 3)), lw=0.8)
+        )
         axes.annotate(
             f"{mass:.0%}",
             (radius * math.cos(-0.7), radius * math.sin(-0.7)),
             fontsize=7,
-            color=MUTED,
+            color=style.MUTED,
             ha="center",
             va="center",
-            bbox={"boxstyle": "round,pad=0.15", "facecolor": PAPER, "edgecolor": "none"},
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": style.PAPER, "edgecolor": "none"},
             zorder=3.5,
         )
     values = [None] if label is None else list(np.unique(label))
-    palette = [EXACT] if label is None else sns.color_palette("colorblind", max(len(values), 10))
+    palette = [style.EXACT] if label is None else sns.color_palette("colorblind", max(len(values), 10))
     cover = float(scale.prod(1).sum()) / 4  # how often the halos would cover a disc of two prior sd
     alpha = float(np.clip(0.5 / max(cover, 1e-9), 0.012, 0.15))
     for value, colour in zip(values, palette, strict=False):
@@ -139,7 +129,7 @@ def _latent_plane(axes: Axes, loc: np.ndarray, scale: np.ndarray, label: np.ndar
         )
         spread.set(facecolor=colour, alpha=alpha, edgecolor="none")
         axes.add_collection(spread)
-        axes.scatter(loc[rows, 0], loc[rows, 1], s=11, color=colour, edgecolor=PAPER, linewidth=0.3, zorder=3)
+        axes.scatter(loc[rows, 0], loc[rows, 1], s=11, color=colour, edgecolor=style.PAPER, linewidth=0.3, zorder=3)
     if prior is None:
         extent = max(3.2, 1.04 * float(np.abs(loc).max()))
         middle, half = np.zeros(2), np.full(2, extent)
@@ -157,16 +147,22 @@ def _latent_plane(axes: Axes, loc: np.ndarray, scale: np.ndarray, label: np.ndar
             weight="bold",
             ha="center",
             va="center",
-            color=INK,
+            color=style.INK,
             zorder=4,
-            bbox={"boxstyle": "circle,pad=0.18", "facecolor": PAPER, "edgecolor": MUTED, "linewidth": 0.6, "alpha": 0.85},
+            bbox={
+                "boxstyle": "circle,pad=0.18",
+                "facecolor": style.PAPER,
+                "edgecolor": style.MUTED,
+                "linewidth": 0.6,
+                "alpha": 0.85,
+            },
         )
     axes.set(xlim=middle[0] + half[0] * np.array([-1, 1]), ylim=middle[1] + half[1] * np.array([-1, 1]))
     axes.set_aspect("equal" if prior is None else "auto")
 
 
 def _apart(places: list[np.ndarray], distance: float) -> list[np.ndarray]:
-    """Push points (2,) apart until they keep `distance`, each pair sharing the way, for at most 100 rounds."""
+    """Push points (2,) apart until they are `distance` apart, each pair equally, for at most 100 rounds."""
     moved = [place.astype(float) + 1e-6 * n for n, place in enumerate(places)]
     for _ in range(100):
         crowded = False
@@ -194,7 +190,7 @@ def _latent_caption(
     draws = loc + scale * np.random.default_rng(0).standard_normal((200, *loc.shape))
     inside, low, high = _mean_interval((np.square(draws[..., shown]).sum(-1) < _radius2(len(shown))).mean(0))
     order = np.argsort(-rate, kind="stable")
-    rates = ", ".join(f"latent {j}: {say(rate[j])}" for j in order[:6]) + (" and so on" if d > 6 else "")
+    rates = ", ".join(f"latent {j}: {style.say(rate[j])}" for j in order[:6]) + (" and so on" if d > 6 else "")
     stacked = ", stacked by label" if labelled else ""
     what = f"The distribution of the means of q(z|x) over data{stacked}, beside the prior's density. "
     if d > 1:
@@ -206,8 +202,8 @@ def _latent_caption(
     else:
         fit = f"is {'close to' if abs(inside - 0.9) < 0.03 else 'wider than' if inside < 0.9 else 'narrower than'} the prior"
     verdict = (
-        f"{percent(inside)} of the draws from q over these data lie where 90% of the prior does (95% interval over data: "
-        f"{percent(low)} to {percent(high)}): as a whole, q {fit}."
+        f"{style.percent(inside)} of the draws from q over these data lie where 90% of the prior does (95% interval over data: "
+        f"{style.percent(low)} to {style.percent(high)}): as a whole, q {fit}."
     )
     if not standard:
         verdict = "Where the dots leave the prior's draws, the model's own samples do not look like these data."
@@ -248,29 +244,29 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
         flat = expected if len(axes_z) == 2 else expected[None]
         tiles = flat.reshape(*flat.shape[:2], *image)
         figure = (
-            canvas(HALF, 5.0, "What the decoder makes of it: E[x|z]")
+            style.canvas(style.HALF, 5.0, "What the decoder makes of it: E[x|z]")
             if len(axes_z) == 2
-            else canvas(WIDE, 1.5, "What the decoder makes of it: E[x|z]")
+            else style.canvas(style.WIDE, 1.5, "What the decoder makes of it: E[x|z]")
         )
         axes = figure.subplots()
-        show_tiles(axes, tiles[::-1], tone(expected))
+        style.show_tiles(axes, tiles[::-1], style.tone(expected))
         scale, digits = ("value", 1) if space == "binary" else ("prior quantiles", 2)
         ticks = np.unique(np.linspace(0, len(axes_z[0]) - 1, 5 if vertex is None else 10).round().astype(int))
-        axes.set_xticks(ticks, [say(axes_z[0][t], digits) if vertex is None else str(t) for t in ticks])
+        axes.set_xticks(ticks, [style.say(axes_z[0][t], digits) if vertex is None else str(t) for t in ticks])
         axes.set_xlabel(f"latent {latents[0]} ({scale})" if vertex is None else vertex)
         if len(axes_z) == 2:
-            axes.set_yticks(len(axes_z[1]) - 1 - ticks, [say(axes_z[1][t], digits) for t in ticks])
+            axes.set_yticks(len(axes_z[1]) - 1 - ticks, [style.say(axes_z[1][t], digits) for t in ticks])
             axes.set_ylabel(f"latent {latents[1]} ({scale})")
         else:
             axes.set_yticks([])
     elif event_sequence(latent) is not None:
-        figure = canvas(WIDE, 0.6 + 2.4 * len(axes_z), "What the decoder makes of it: E[x|z]")
+        figure = style.canvas(style.WIDE, 0.6 + 2.4 * len(axes_z), "What the decoder makes of it: E[x|z]")
         cuts = [_cut(expected, k, len(axes_z)) for k in range(len(axes_z))]
         named = [vertex or f"latent {latents[k]}{unit}" for k in range(len(axes_z))]
         plots_sequence.along(figure, list(zip(named, axes_z, cuts, strict=True)))
     else:
-        size = (WIDE, 3.4) if len(axes_z) == 1 else (HALF, 5.0)
-        figure = canvas(*size, "What the decoder makes of it: E[x|z]")
+        size = (style.WIDE, 3.4) if len(axes_z) == 1 else (style.HALF, 5.0)
+        figure = style.canvas(*size, "What the decoder makes of it: E[x|z]")
         panels = np.atleast_1d(figure.subplots(len(axes_z), 1))
         for k, (axes, z) in enumerate(zip(panels, axes_z, strict=True)):
             cut = _cut(expected, k, len(axes_z))
@@ -281,18 +277,18 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
     if columns:
         caption += units_of_rows(latent)
         caption = caption.replace("data units", "sd of the data").replace("the data's units", "sd of the data")
-    return Plot("plane", figure, alt, caption, wide=figure.get_figwidth() > HALF)
+    return Plot("plane", figure, alt, caption, wide=figure.get_figwidth() > style.HALF)
 
 
 def _cut(expected: np.ndarray, k: int, d: int) -> np.ndarray:
-    """Return E[x|z] (value, *event) along the k-th of d latents, the other one in its middle."""
+    """Return E[x|z] (value, *event) along the k-th of d latents, the other at its middle value."""
     if d == 1:
         return expected
     return expected[expected.shape[0] // 2] if k == 0 else expected[:, expected.shape[1] // 2]
 
 
 def _in_column_units(latent: xr.DataTree | None, expected: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Return E[x|z] of a table in standard deviations of the audited data, and its columns; x that is no table as it is."""
+    """Return E[x|z] of a table in standard deviations of the audited data, and its columns; other x unchanged."""
     beside = group(latent, "reconstruction")
     if latent is None or beside is None or "columns" not in latent.attrs:
         return expected, []
@@ -302,7 +298,7 @@ def _in_column_units(latent: xr.DataTree | None, expected: np.ndarray) -> tuple[
 
 
 def _profile(axes: Axes, z: np.ndarray, expected: np.ndarray, label: str, columns: list[str], *, first: bool) -> None:
-    """Draw expected entries (z, entry): a line each when they are few, else a heatmap."""
+    """Draw expected entries (z, entry): as lines if there are few, else as a heat map."""
     unit = "sd of the data" if columns else "data units"
     if expected.shape[1] <= 8:
         palette = sns.color_palette("colorblind", 8)
@@ -323,7 +319,8 @@ def _vertex_caption(expected: np.ndarray, vertex: str) -> str:
     between = np.sqrt(np.square(flat[:, None] - flat[None]).mean(-1)) + np.where(np.eye(len(flat)) > 0, np.inf, 0)
     i, j = np.unravel_index(int(between.argmin()), between.shape)
     return (
-        f"The expected datum of each {vertex}. The two most alike, {i} and {j}, differ by {say(float(between[i, j]))} (root "
+        f"The expected datum of each {vertex}. The two most alike, {i} and {j}, differ by {style.say(float(between[i, j]))} "
+        "(root "
         "mean square per entry, in the data's units): alike ones share a meaning, and one of them may be spare."
     )
 
@@ -334,18 +331,18 @@ def _plane_caption(expected: np.ndarray, d: int, latents: list[int], rest: str) 
         change = float(np.sqrt(np.square(flat - flat.mean(0)).mean()))
         return (
             f"The expected datum along latent {latents[0]}, at evenly spaced prior quantiles{rest}. Over the prior it varies "
-            f"by {say(change)} (root mean square per entry, in the data's units)."
+            f"by {style.say(change)} (root mean square per entry, in the data's units)."
         )
     along = [float(np.sqrt(np.square(flat - flat.mean(axis, keepdims=True)).mean())) for axis in (1, 0)]
     ratio = max(along) / max(min(along), 1e-12)
     most = latents[int(np.argmax(along))]
     verdict = (
-        f"latent {most} does {say(ratio, 2)} times as much as the other"
+        f"latent {most} does {style.say(ratio, 2)} times as much as the other"
         if ratio > 1.5
         else "the two latents share the work about evenly"
     )
     return (
         f"Equal steps are equal shares of the prior{rest}, so this is what the model believes data to look like. Moving along "
-        f"latent {latents[0]} changes an entry of E[x|z] by {say(along[0])} (root mean square, data units), along latent "
-        f"{latents[1]} by {say(along[1])}: {verdict}."
+        f"latent {latents[0]} changes an entry of E[x|z] by {style.say(along[0])} (root mean square, data units), along latent "
+        f"{latents[1]} by {style.say(along[1])}: {verdict}."
     )

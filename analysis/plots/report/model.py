@@ -1,4 +1,4 @@
-"""Figures of the model alone: draws of the prior beside data, and reconstructions."""
+"""Figures of the model alone: draws from the prior and reconstructions, with data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from elbowroom.analysis.plots.style import EXACT, GUIDE, INK, WIDE, Absent, Plot
 
 @styled
 def prior_samples(latent: xr.DataTree | None, observed: np.ndarray | None) -> Plot | Absent:
-    """Draw data from the prior, beside real ones where these are kept."""
+    """Draw data from the prior, with observed data where these are stored."""
     data = group(latent, "prior")
     if data is None:
         return Absent("prior_samples", f"No draws from the prior: {NO_LATENT}.")
@@ -94,7 +94,7 @@ def _prior_caption(latent: xr.DataTree | None, x: np.ndarray, real: np.ndarray |
 
 @styled
 def reconstructions(latent: xr.DataTree | None) -> Plot | Absent:
-    """Draw data beside the decoder's expectation under the guide, in the order of the gap."""
+    """Draw data and the decoder's expectation under the guide, in the order of the gap."""
     data = group(latent, "reconstruction")
     if data is None or not data.sizes["obs_id"]:
         return Absent("reconstructions", f"No reconstructions: {NO_LATENT}.")
@@ -143,7 +143,7 @@ def reconstructions(latent: xr.DataTree | None) -> Plot | Absent:
 
 
 def _few(n: int) -> np.ndarray:
-    """Return the places of at most four of n data, evenly spread."""
+    """Return the positions of at most four of n data, evenly spread."""
     return np.unique(np.linspace(0, n - 1, min(n, 4)).round().astype(int))
 
 
@@ -160,7 +160,7 @@ def _reconstruction_caption(error: np.ndarray, gap: np.ndarray, unit: str) -> st
     sides = (error[:half], error[half:])
     low, high = (float(side.mean()) for side in sides)
     noise = [float(side.std(ddof=1)) / math.sqrt(len(side)) if len(side) > 1 else math.nan for side in sides]
-    clear = not high - low <= 2 * math.hypot(*noise)  # also of so few that the errors are not known
+    clear = not high - low <= 2 * math.hypot(*noise)  # also true for NaN errors, of very few data
     verdict = (
         "data with a large gap are also reconstructed worse"
         if high > 1.15 * low and clear

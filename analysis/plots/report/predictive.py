@@ -13,7 +13,7 @@ from elbowroom.analysis.plots.style import EXACT, GUIDE, INK, MUTED, WIDE, Absen
 GROUPS = ("observed_data", "posterior_predictive", "prior_predictive")
 SITES = 3
 OFF = "which is"
-DIFFERENT = 0.1  # of the observed sd: a shift of the mean, a relative change of the sd
+DIFFERENT = 0.1  # reported: a shift of the mean in observed sd, or a relative change of the sd
 LINES = {"posterior_predictive": (EXACT, "-", "posterior predictive"), "prior_predictive": (GUIDE, "--", "prior predictive")}
 
 
@@ -28,8 +28,7 @@ class Panel(NamedTuple):
 def predictive(tree: xr.DataTree | None) -> Plot | Absent:
     """Draw a statistic of each datum, and the mean of each entry, of observed and of predicted data.
 
-    Args:
-        tree: holds `observed_data`, `posterior_predictive` and `prior_predictive`.
+    `tree` holds `observed_data`, `posterior_predictive` and `prior_predictive`.
     """
     if tree is None or "observed_data" not in tree.children:
         return Absent("predictive", "No predictive distributions beside the data: diagnosis.nc has none.")
@@ -81,7 +80,7 @@ def _sites(tree: xr.DataTree) -> dict[str, Panel]:
 
 
 def _statistic(x: np.ndarray, like: np.ndarray) -> tuple[np.ndarray, str]:
-    """Return the sum (discrete data) or the mean (others) of each datum's entries, and its name, of what is known."""
+    """Return the sum (discrete data) or the mean (others) of each datum's finite entries, and its name."""
     if x.shape[-1] == 1:
         return x[..., 0], "x"
     known = like[np.isfinite(like)]
@@ -104,7 +103,7 @@ def _bins(values: np.ndarray, whole: bool) -> np.ndarray:
 
 
 def _distribution(axes: Axes, site: Panel) -> str:
-    """Draw the statistic's distribution over data and return what it is."""
+    """Draw the statistic's distribution over data and return the statistic's name."""
     observed, label = _statistic(site.observed, site.observed)
     every = {group: _statistic(y, site.observed)[0].ravel() for group, y in site.replicates.items()}
     pooled = np.concatenate([observed, *every.values()])

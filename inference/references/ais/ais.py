@@ -1,12 +1,13 @@
-r"""Annealed importance sampling as a reference: bounds on log p(x) and weighted draws from two starts.
+"""Annealed importance sampling as a reference: bounds on log p(x) and weighted draws from two starts.
 
 Every datum is annealed from the prior, and from its inflated refitted normal q*. The start with the larger lower bound (less
-an allowance for noise) is run again with fresh random numbers, and that run is reported: the larger of two noisy bounds would
-not be one.
+an allowance for noise) is run again with fresh random numbers, and only that second run is reported, because the larger of two
+noisy bounds is not a valid bound.
 
-q* has missed a mode where chains from the prior find more than those from q* by more than their errors, or where a share of
-their weight ends at places that no chain from q* went to (a small share: and they find as much more as it is worth). That is an
-alarm, and the starts' agreement is no proof. Where chains from q* find more, those from the prior had too few temperatures.
+q* has missed a mode if chains from the prior give a bound that is larger by more than the errors, or if a share of their weight
+ends at points that no chain from q* reached (a small share counts only if their bound is larger by as much as that share is
+worth). Such an alarm is reliable; agreement of the two starts proves nothing. If chains from q* give the larger bound, the
+prior's chains had too few temperatures.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from elbowroom.inference.search.scout import scout
 from elbowroom.inference.target.log_joint import LogJoint
 
 ALARM = 3.0  # standard errors between the two starts
-CAUTION = 2.0  # standard errors taken off each start's bound before they are compared: of two noisy ones the noisier is larger
-FEW = 4.0  # effective chains, below which there is no standard error to speak of
-LUCK = 3.0  # nats that are taken off then: a bound is as much too high once in 20 at most
-UNSEEN, PLAIN = 0.05, 0.25  # shares of the mass that q*'s chains may have missed: let pass; told by itself
-HINT = 2.0  # standard errors between the starts that support a share between the two
-FACTOR, SLACK = 1.5, 4.0  # a chain lies outside beyond FACTOR x (the farthest of q*'s chains) + SLACK, in squared deviations
-MATTERS = 0.1  # nats between them that are let pass however small the errors
+CAUTION = 2.0  # standard errors subtracted from each bound before the comparison, because a noisier bound tends to be larger
+FEW = 4.0  # below so many effective chains the standard error is unreliable
+LUCK = 3.0  # nats subtracted in that case; a bound is too high by this much at most once in 20
+UNSEEN, PLAIN = 0.05, 0.25  # shares of mass missed by chains from q*: ignored up to UNSEEN, an alarm by itself above PLAIN
+HINT = 2.0  # standard errors between the starts that make a share between the two an alarm
+FACTOR, SLACK = 1.5, 4.0  # a chain lies outside beyond FACTOR x (q*'s farthest chain) + SLACK, in squared deviations
+MATTERS = 0.1  # differences of so many nats are ignored, however small the errors
 
 
 class Annealed(Reference):
@@ -64,7 +65,7 @@ class Annealed(Reference):
         self.start, self.inflation = start, inflation
 
     def refusal(self, log_joint: LogJoint) -> str | None:
-        """Without a continuous latent there is nothing to anneal."""
+        """Refuse a model without continuous latents."""
         return "ais needs a continuous latent, this model has none" if log_joint.dim == 0 else None
 
     def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
@@ -77,7 +78,7 @@ class Annealed(Reference):
         paths = self._paths(log_joint, q_star, seeds[0])
         found = _Found.empty(log_joint, q_star, keep)
         blocks = log_joint.blocks(block_size(log_joint, self.chains))
-        # streams of random numbers differ between blocks as well
+        # each block has its own random numbers
         more = torch.randint(2**62, (len(blocks), 7), generator=torch.Generator().manual_seed(seeds[1])).tolist()
         with torch.no_grad():
             for rows, own in zip(blocks, more, strict=True):
@@ -121,7 +122,7 @@ class Annealed(Reference):
         spread = (found.error["prior"].square() + found.error["refit"].square()).sqrt()
         apart = (prior - refit) / spread.clamp_min(1e-12)
         missed = self._missed(prior - refit, spread, found.unseen)
-        known = found.draws.nan_to_num()  # a program need not take NaN
+        known = found.draws.nan_to_num()  # a program may not accept NaN
         lost = found.draws.isnan().any(-1).any(0)
         blank = lambda value: value.masked_fill(lost.reshape(1, -1, *[1] * (value.dim() - 2)), torch.nan)
         stats = {
@@ -149,7 +150,7 @@ class Annealed(Reference):
 
     @staticmethod
     def _missed(gap: Tensor, spread: Tensor, share: Tensor) -> Tensor:
-        """Whether q* has missed a mode, (N,): one of share s costs its chains -log(1 - s) nats."""
+        """Whether q* has missed a mode, (N,): a missed share s lowers the bound of its chains by -log(1 - s) nats."""
         told = (gap > ALARM * spread) & (gap > MATTERS)
         worth = -torch.log1p(-share.clamp_max(1 - 1e-12))
         return told | (share > PLAIN) | ((share > UNSEEN) & (gap > worth / 2) & (gap > HINT * spread))
@@ -180,7 +181,7 @@ class Annealed(Reference):
 
 @dataclass
 class _Found:
-    """What the runs gave, (N, ...) each; NaN where no run has been."""
+    """Results of the runs, (N, ...) each; NaN where there was no run."""
 
     value: dict[str, Tensor]
     error: dict[str, Tensor]
@@ -209,7 +210,7 @@ class _Found:
         )
 
     def take(self, rows: Tensor, first: AnnealedBound, again: AnnealedBound, name: str, seed: int) -> None:
-        """Take the winner's second run as the bound, and the chains of both as particles."""
+        """Store the winner's second run as the bound, and the chains of both runs as particles."""
         self.bound[rows], self.bound_error[rows] = again.value, again.error
         self.ess[rows], self.failed[rows] = again.ess, again.failed
         self.sure[rows] = sure_bound(again.log_weights)
@@ -229,8 +230,8 @@ class _Found:
 def unseen(prior: AnnealedBound, refit: AnnealedBound, q_star: Normals) -> Tensor:
     """Return the estimated share of p(x) that chains from the prior found where no chain from q* went, (N,).
 
-    A chain lies outside where its squared Mahalanobis distance from q* exceeds 1.5 times that of the farthest chain from q*,
-    plus 4. With Z_out = mean_s w_s over the prior's chains outside, the share is Z_out / (Z_out + Z_refit).
+    A chain lies outside if its squared Mahalanobis distance from q* exceeds 1.5 times that of the farthest chain from q*, plus
+    4. With Z_out = mean_s w_s over the prior's chains outside, the share is Z_out / (Z_out + Z_refit).
     """
     far = [whiten(q_star.root, bound.z - q_star.loc).square().sum(-1) for bound in (prior, refit)]
     farthest = far[1].masked_fill(~refit.log_weights.isfinite(), 0.0).amax(0)

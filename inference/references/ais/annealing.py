@@ -1,4 +1,4 @@
-r"""Annealed importance sampling, forward and reverse, for every datum at once: bounds on log p(x) from both sides.
+"""Annealed importance sampling, forward and reverse, for every datum at once: bounds on log p(x) from both sides.
 
 Along a path gamma_b = base + b slope (`paths`) with 0 = b_0 < ... < b_T = 1, chains start at an exact draw of gamma_0 and make
 one Metropolis-corrected trajectory at each b_t:
@@ -6,9 +6,9 @@ one Metropolis-corrected trajectory at each b_t:
     forward   log w = sum_t (b_t - b_{t-1}) slope(z_{t-1}),   E[w] = p(x),      lower = log mean_s w_s
     reverse   the same sum from an exact draw of p(z|x) down, E[1/w] = 1/p(x),  upper = -log mean_s 1/w_s
 
-so by Markov's inequality P(lower > log p + c) <= exp(-c) and P(upper < log p - c) <= exp(-c), however badly the chains mix:
-mixing decides only how far the bounds lie apart. This holds while the kernels do not depend on the chains they move: step sizes
-are tuned per (datum, bin of temperatures) in a pilot run of its own seed, then frozen.
+By Markov's inequality, P(lower > log p + c) <= exp(-c) and P(upper < log p - c) <= exp(-c), however badly the chains mix:
+mixing only decides how far apart the bounds are. This requires kernels that do not depend on the chains they move, so step
+sizes are tuned per (datum, bin of temperatures) in a pilot run with another seed, then fixed.
 
 Neal 2001, https://doi.org/10.1023/A:1008923215028; schedule and reverse chains: Grosse, Ghahramani and Adams 2015,
 https://arxiv.org/abs/1511.02543; Wu, Burda, Salakhutdinov and Grosse 2017, https://arxiv.org/abs/1611.04273.
@@ -33,11 +33,11 @@ from elbowroom.system.stages import stage
 RADIUS = 4.0  # of the sigmoid schedule
 ACCEPT = 0.8  # aimed at
 QUARTER = math.pi / 2  # trajectory, in whitened units, that forgets where it started
-JITTER = 0.3  # of the step, each trajectory of each chain: no orbit stays periodic
+JITTER = 0.3  # relative noise of each step size, so that no orbit is periodic
 BINS, TRIALS, FIRST_TRIALS = 12, 4, 12  # of the pilot: trajectories per bin, and in the first one
 PILOT_CHAINS = 8
 GAIN = 1.0
-ROWS = {"cpu": 2**13, "cuda": 2**17}  # chains x data moved together
+ROWS = {"cpu": 2**13, "cuda": 2**17}  # chains x data per block
 
 
 def schedule(temperatures: int, radius: float = RADIUS) -> Tensor:
@@ -48,12 +48,12 @@ def schedule(temperatures: int, radius: float = RADIUS) -> Tensor:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Everything about a run that is fixed before it starts.
+    """The settings of a run, fixed before it starts.
 
     Attributes:
         b: inverse temperatures, (T + 1,), from 0 up.
         steps: step sizes in whitened units, (bins, N).
-        bins: the bin of each of b, T + 1 of them.
+        bins: the bin of each element of b.
         leapfrogs: per trajectory.
     """
 
@@ -69,16 +69,16 @@ class Ladder:
 
 @dataclass(frozen=True)
 class AnnealedBound:
-    """A bound on log p(x) per datum, in nats, and the chains that it comes from.
+    """A bound on log p(x) per datum, in nats, and its chains.
 
     Attributes:
         value: (N,).
-        error: its standard error sqrt(1/ESS - 1/S), (N,), by the delta method; inf where no chain has any weight. It takes the
-            chains as independent and says nothing about what all of them missed.
+        error: its standard error sqrt(1/ESS - 1/S), (N,), by the delta method; inf where no chain has any weight. It assumes
+            independent chains and cannot include a mode that all of them missed.
         ess: effective number of the chains, (N,).
-        z: where the chains ended, (S, N, d).
+        z: ends of the chains, (S, N, d).
         log_weights: of the chains, (S, N): log w forward, -log w in reverse.
-        failed: number of chains that met a density that is not finite, (N,); they have weight 0, which keeps the bound one.
+        failed: number of chains that met a density that is not finite, (N,); their weight is 0, so that the bound stays valid.
     """
 
     value: Tensor
@@ -112,13 +112,13 @@ def _jittered(step: Tensor, chains: int, generator: torch.Generator) -> Tensor:
 
 
 def block_size(log_joint: LogJoint, chains: int) -> int:
-    """Return how many data to anneal together: enough for the processor, few enough for memory and a clock to be read."""
+    """Return how many data to anneal together: enough for the processor, few enough for memory and the time limit."""
     rows = ROWS.get(log_joint.device.type, ROWS["cpu"])
     return min(fitting(chains, rows), fitting(log_joint.dim * (chains + log_joint.dim), ARRAY))
 
 
 def _blocks(path: Path, chains: int, seed: int, until: float) -> Iterator[tuple[Tensor, Path, torch.Generator]]:
-    """Yield the data in blocks until the time is up, each with its path and a stream of random numbers of its own."""
+    """Yield the data in blocks until the time is up, each with its path and its own random generator."""
     seeds = torch.Generator().manual_seed(seed)
     for rows in path.log_joint.blocks(block_size(path.log_joint, chains)):
         if time.monotonic() > until:
@@ -132,17 +132,11 @@ def _blocks(path: Path, chains: int, seed: int, until: float) -> Iterator[tuple[
 
 @stage("pilot")
 def tune(path: Path, *, temperatures: int, leapfrogs: int, seed: int, until: float = math.inf) -> Ladder:
-    """Tune step sizes in a pilot run that is thrown away.
+    """Tune step sizes in a pilot run with its own seed; its chains are discarded.
 
-    A few chains climb the path, making several trajectories in the middle of each bin of temperatures; after each one the step
-    is multiplied by exp(accept - 0.8), and stays below a quarter of a period of a normal with the metric's covariance.
-
-    Args:
-        path: of all data.
-        temperatures: T.
-        leapfrogs: per trajectory.
-        seed: of the pilot; the scored run needs another.
-        until: as in `lower`; data not reached get the largest step.
+    A few chains climb the path and make several trajectories in the middle of each bin of temperatures. After each one the step
+    is multiplied by exp(accept - 0.8); it stays below a quarter of a period of a normal with the metric's covariance. Data not
+    reached before `until` get the largest step.
     """
     b = schedule(temperatures).tolist()
     n_bins = max(1, min(temperatures - 1, BINS))
@@ -186,35 +180,19 @@ def _pilot(path: Path, at: Sequence[float], leapfrogs: int, generator: torch.Gen
 def lower(path: Path, plan: Ladder, *, chains: int, seed: int, until: float = math.inf) -> AnnealedBound:
     """Return a probabilistic lower bound on log p(x) per datum: log mean_s w_s of forward chains.
 
-    With a plan whose temperatures end at b < 1 the value is one of log Z_b instead.
-
-    Args:
-        path: of all data.
-        plan: from `tune` with another seed.
-        chains: S.
-        seed: random seed.
-        until: value of `time.monotonic()` after which no further block of data is begun; those data get NaN.
-
-    Returns:
-        A Bound; P(value > log p + c) <= exp(-c).
+    P(value > log p + c) <= exp(-c). The plan must be from `tune` with another seed. If its temperatures end at b < 1, the value
+    is a bound on log Z_b instead. No block of data is begun after `until` (`time.monotonic()`); its data get NaN.
     """
     return _over_blocks(path, chains, until, lambda part, rows, g: _forward(part, plan.rows(rows), chains, g), seed)
 
 
 @stage("reverse")
 def upper(path: Path, plan: Ladder, draws: Tensor, *, seed: int, until: float = math.inf) -> AnnealedBound:
-    """Return a probabilistic upper bound on log p(x) per datum: -log mean_s 1/w_s of reverse chains.
+    """Return a probabilistic upper bound on log p(x) per datum: -log mean_s 1/w_s of reverse chains, from draws (S, N, d).
 
-    It is one only as far as the draws are of the posterior. Chains that begin at the same draw share its error: their mean
-    still satisfies P(value < log p - c) <= exp(-c), but `error` and `ess` then say nothing about the start. Give one draw per
-    chain where there are many.
-
-    Args:
-        path: of all data.
-        plan: from `tune` with another seed.
-        draws: of the posterior, one per chain, (S, N, d).
-        seed: random seed.
-        until: as in `lower`.
+    It is valid only if the draws follow the posterior. Chains that start at the same draw share its error: their mean still
+    satisfies P(value < log p - c) <= exp(-c), but `error` and `ess` then do not cover the start. Give one draw per chain if
+    there are many. Plan and `until` are as in `lower`.
     """
     start = lambda part, rows, g: _reverse(part, plan.rows(rows), draws[:, rows], g)
     return _over_blocks(path, len(draws), until, start, seed)
@@ -250,7 +228,7 @@ def _reverse(path: Path, plan: Ladder, draws: Tensor, generator: torch.Generator
 def _walk(
     path: Path, plan: Ladder, z: Tensor, rungs: range, sign: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Move chains along the rungs; return where they ended, the log weights gathered and who met a non-finite density."""
+    """Move chains along the rungs; return their ends, their log weights, and which of them met a density that is not finite."""
     log_w = torch.zeros(z.shape[:2], dtype=z.dtype, device=z.device)
     bad = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
     for t in rungs:

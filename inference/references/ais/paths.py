@@ -1,12 +1,11 @@
-r"""Annealing paths: a line of densities from one that can be drawn from to the posterior, and the metric along it.
+"""Annealing paths: a line of densities from a density that can be sampled to the posterior, and the metric along it.
 
     log gamma_b(z) = base(z) + b slope(z),   0 <= b <= 1,   gamma_0 normalised,   Z_1 = p(x)
-
     from the prior:  base = log p(z),   slope = log p(x|z)
     from q0:         base = log q0(z),  slope = log p(x, z) - log q0(z)
 
-The metric at b is the root of a covariance whose precision is interpolated between those of the two ends, which is exact for
-a linear-Gaussian model. It is only a preconditioner. All densities in nats, in unconstrained coordinates.
+The metric at b is the root of a covariance; its precision is interpolated between those of the two ends, which is exact for a
+linear-Gaussian model. It is only a preconditioner. All densities are in nats, in unconstrained coordinates.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from torch import Tensor
 from elbowroom.inference.mcmc.normals import Normals, StudentT
 from elbowroom.inference.target.log_joint import LogJoint
 
-PRIOR_DRAWS, FEWEST = 256, 32  # for the scale of the prior, fewer where there are many data
+PRIOR_DRAWS, FEWEST = 256, 32  # draws for the scale of the prior; fewer if there are many data
 ENTRIES = 2**23  # of those draws
-QUANTILES = (0.15865525, 0.84134475)  # one standard deviation to either side, of a normal
+QUANTILES = (0.15865525, 0.84134475)  # one standard deviation of a normal to either side
 FLOOR = 1e-12  # least eigenvalue of q*'s covariance, relative to the prior's
 
 
 class Start(Protocol):
-    """A normalised density per datum that can be drawn from: `Normals`, `StudentT`."""
+    """A normalised density per datum that can be sampled: `Normals`, `StudentT`."""
 
     def sample(self, n_draws: int, generator: torch.Generator) -> Tensor:
         """Draw z (S, N, d)."""
@@ -41,10 +40,10 @@ class Start(Protocol):
 
 @dataclass(frozen=True)
 class Metric:
-    """Metric roots along a path: basis diag((1 - b) first + b last)^(-1/2), whose columns are directions common to both ends.
+    """Metric roots along a path, basis diag((1 - b) first + b last)^(-1/2).
 
     Attributes:
-        basis: (N, d, d).
+        basis: (N, d, d); its columns are directions common to both ends.
         first: precision along the columns at b = 0, (N, d).
         last: at b = 1, (N, d).
     """
@@ -58,15 +57,15 @@ class Metric:
         return self.basis * ((1 - b) * self.first + b * self.last).rsqrt()[:, None, :]
 
     def rows(self, index: Tensor) -> Metric:
-        """Return those of some of the data."""
+        """Return the metric of some of the data."""
         return Metric(self.basis[index], self.first[index], self.last[index])
 
     @classmethod
     def between(cls, scale: Tensor, last: Normals | None) -> Metric:
-        """Return the metric from independent coordinates of standard deviations `scale` (N, d) to `last`, if there is one.
+        """Return the metric from independent coordinates with standard deviations `scale` (N, d) to `last`, if given.
 
         With D = diag(scale) and D^-1 C D^-1 = V diag(l) V', the interpolated precision is
-        D^-1 V diag((1 - b) + b / l) V' D^-1. Data whose `last` is not finite keep `scale` all along.
+        D^-1 V diag((1 - b) + b / l) V' D^-1. Data with a `last` that is not finite keep `scale` throughout.
         """
         one = torch.ones_like(scale)
         if last is None:
@@ -108,11 +107,8 @@ class Path(ABC):
 class PriorPath(Path):
     """From the prior to the posterior: p(z) p(x|z)^b.
 
-    Args:
-        log_joint: the log joint.
-        q_star: a normal near each posterior, for the metric; None keeps the prior's scale.
-        seed: of the draws that measure the prior's scale.
-        metric: instead of measuring it.
+    q_star, a normal near each posterior, is for the metric; None keeps the prior's scale, measured on draws. With `metric`, the
+    scale is not measured.
     """
 
     name = "prior"
@@ -141,7 +137,7 @@ class PriorPath(Path):
         return self.log_joint.tempered(z, b)
 
     def rows(self, index: Tensor) -> PriorPath:
-        """Return the path of some of the data; see `LogJoint.subset`."""
+        """Return the path of some of the data."""
         part = self.log_joint.subset(index)
         return self if part is self.log_joint else PriorPath(part, metric=self.metric.rows(index))
 
@@ -149,11 +145,7 @@ class PriorPath(Path):
 class RefitPath(Path):
     """From an inflated q* to the posterior: q0(z)^(1 - b) p(x, z)^b.
 
-    Args:
-        log_joint: the log joint.
-        q_star: a normal near each posterior.
-        inflation: factor of its standard deviations in q0.
-        df: degrees of freedom of a Student-t in place of the normal; None for the normal.
+    q0 has the standard deviations of q* times `inflation`; it is a Student-t with `df` degrees of freedom, or normal for None.
     """
 
     name = "refit"
@@ -176,6 +168,6 @@ class RefitPath(Path):
         return base, value - base, (1 - b) * base_gradient + b * gradient
 
     def rows(self, index: Tensor) -> RefitPath:
-        """Return the path of some of the data; see `LogJoint.subset`."""
+        """Return the path of some of the data."""
         part, q = self.log_joint.subset(index), self.q_star.rows(index)
         return self if part is self.log_joint else RefitPath(part, q, inflation=self.inflation, df=self.df)

@@ -1,18 +1,18 @@
-r"""The exact posterior by quadrature on a grid, for up to three latent dimensions.
+"""The exact posterior by quadrature on a grid, for up to three latent dimensions.
 
     log p(x_n) = log sum_g h_n p(x_n, z_ng),   weights W_ng = p(x_n, z_ng) / sum_g p(x_n, z_ng)
 
 1. A coarse grid over the prior, which all data share, and climbing from draws of guide and prior find the landmarks of each
    posterior (`landmarks`). A likelihood that factorises needs one matrix product for the coarse grid.
-2. A local box per datum, whitened by the moments found so far (z = m + L t, t on a lattice) and as wide as the posterior above
-   exp(-26) of its peak, is moved and rescaled until it cuts nothing off, then grown until it holds every landmark.
-3. The evidence on the final box is computed on three lattices: one, the same shifted, and a shifted one 1.4 times finer,
-   whose value counts. Shifts turn the phase of the aliasing error, so that two lattices cannot agree by chance alone. The
-   stated error is three times the largest change, and the rounding of log p. Data whose error exceeds the tolerance, or with a
-   landmark that the lattice has not seen, are refined again, up to `max_points`.
+2. A local box per datum is whitened by the moments found so far (z = m + L t, t on a lattice) and covers the posterior above
+   exp(-26) of its peak. It is moved and rescaled until it cuts nothing off, then grown until it holds every landmark.
+3. The evidence on the final box is computed on three lattices: one, the same shifted, and a shifted one 1.4 times finer; the
+   value of the last is reported. Shifts turn the phase of the aliasing error, so that lattices cannot agree by chance alone.
+   The stated error is three times the largest change, plus the rounding of log p. Data with an error above the tolerance, or
+   with a landmark that the lattice missed, are refined again, up to `max_points`.
 
-For a smooth integrand that vanishes at the border the equidistant rule converges exponentially; kinks (relu) make it
-algebraic. A datum that any of these checks speaks against is `uncertified`, with the reason.
+For a smooth integrand that vanishes at the border the equidistant rule converges exponentially; with kinks (relu), at an
+algebraic rate. A datum that fails any of these checks is `uncertified`, with the reason.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from elbowroom.system.stages import stage
 MAX_DIM = 3
 LOCAL = {1: 41, 2: 19, 3: 13}
 FINAL = {1: 65, 2: 27, 3: 19}
-SPACING = 1.0  # largest spacing, in posterior scales, at which a lattice is worth summing
+SPACING = 1.0  # largest useful spacing of a lattice, in posterior scales
 MAX_POINTS = {1: 20_001, 2: 601, 3: 97}
 SHIFTS = ((0.5, 0.27, 0.13), (0.23, 0.41, 0.09))
 SAFETY = 3.0
 BORDER_MASS = 1e-6
 MAX_TURNS = 10
 WITHIN = 15.0  # landmarks this close to the peak (nats) must lie inside the box
-MARGIN = 8.0  # and this far from its border, in posterior scales
+MARGIN = 8.0  # distance of such landmarks from the border of the box, in posterior scales
 
 
 class Grid(Reference):
@@ -59,7 +59,7 @@ class Grid(Reference):
         self.max_points = max_points
 
     def refusal(self, log_joint: LogJoint) -> str | None:
-        """More than three latent dimensions are too many for a grid; without a continuous latent there is none."""
+        """Refuse more than three latent dimensions, and models without continuous latents."""
         if log_joint.dim > MAX_DIM:
             return f"grid needs at most {MAX_DIM} latent dimensions, this model has {log_joint.dim}"
         if log_joint.dim == 0:
@@ -92,7 +92,7 @@ class Grid(Reference):
     @staticmethod
     @stage("settle")
     def _settle(log_joint: LogJoint, marks: Landmarks) -> Box:
-        """Whiten until nothing is cut off and the scales stand still, then take in every landmark that matters."""
+        """Whiten until nothing is cut off and the scales are stable, then include every landmark near the peak."""
         n, d, box = log_joint.n_obs, log_joint.dim, marks.box
         peak = marks.log_p.amax(0)
         for turn in range(MAX_TURNS):
@@ -144,7 +144,7 @@ class Grid(Reference):
 
     @staticmethod
     def _saturated(log_joint: LogJoint, draws: Tensor) -> Tensor:
-        """Share of the draws whose constrained value has rounded to the support's edge, (N,)."""
+        """Return the share of draws with a constrained value that was rounded to the edge of its support, (N,)."""
         return log_joint.saturated(draws).double().mean(0)
 
     def _judge(self, found: _Found, saturated: Tensor) -> tuple[list[Status], list[str]]:
@@ -158,7 +158,7 @@ class Grid(Reference):
                 sentence = f"a point near the peak lies {u:.2g} nats above all that the grid saw around it: it missed a mode"
             elif not e <= self.tolerance:
                 sentence = f"log p(x) still changes by {e:.2g} nats under refinement (tolerance {self.tolerance:g})"
-                if e <= 1e-2:  # a kink, in prior or decoder, makes convergence slow and not wrong
+                if e <= 1e-2:  # a kink in prior or decoder makes convergence slow, not wrong
                     sentence += f"; {{name: grid, tolerance: {1e-3 if e <= 1e-3 else 1e-2:g}}} would accept it"
             elif not b <= BORDER_MASS:
                 sentence = f"a share {b:.2g} of the mass lies at the grid's border"
@@ -174,7 +174,7 @@ class Grid(Reference):
 
 
 class _Found:
-    """What the refinement has found so far, per datum."""
+    """Results of the refinement so far, per datum."""
 
     mean: Tensor
     covariance: Tensor
@@ -205,7 +205,7 @@ class _Found:
         keep: int,
         generator: torch.Generator,
     ) -> None:
-        """Take the values of the data `rows` from lattices in which they are the rows `local`."""
+        """Store the values of the data `rows`; in the lattices they are the rows `local`."""
         mean, covariance = second.moments()
         self.mean[rows], self.covariance[rows] = mean[local], covariance[local]
         value = second.log_evidence
@@ -218,7 +218,7 @@ class _Found:
 
 
 def _unseen(found: Quadrature, box: Box, marks: Landmarks) -> Tensor:
-    """Return how far a landmark near the peak rises above the lattice points around it, (N,); 0 where all were seen."""
+    """Return how far a landmark near the peak rises above the lattice points around it, (N,); 0 if all were covered."""
     peak = torch.maximum(found.log_p.amax(0), marks.log_p.amax(0))
     matters = marks.log_p > peak - WITHIN
     d = marks.z.shape[-1]

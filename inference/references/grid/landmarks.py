@@ -1,7 +1,7 @@
-"""Landmarks: high points of each posterior, found from far apart, that a grid must contain and must have seen.
+"""Landmarks: high points of each posterior, found from distant starts, that a grid must contain and resolve.
 
 They come from the local maxima of a coarse grid over the prior, and from climbing from draws of the guide and of the prior. A
-guide on one mode alone would hide the others.
+guide that covers only one mode would hide the others.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import fitting
 
 COARSE = {1: 2001, 2: 161, 3: 41}
-COARSE_PER_DATUM = {1: 401, 2: 49, 3: 19}  # where the coarse grid costs one program evaluation per datum
+COARSE_PER_DATUM = {1: 401, 2: 49, 3: 19}  # used if the coarse grid needs a program evaluation per datum
 MAXIMA = 6  # local maxima of the coarse grid, per datum
 STARTS: dict[Which, int] = {"guide": 4, "model": 6}  # draws to climb from, per datum
 EXPANSIONS = 8
-COARSE_BLOCK = 2**21  # points x data held at once: 16 MB an array, of which there are a dozen
+COARSE_BLOCK = 2**21  # points x data held at once: 16 MB for each of a dozen arrays
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Landmarks:
     box: Box
 
     def rows(self, index: Tensor) -> Landmarks:
-        """Return those of some of the data."""
+        """Return the landmarks of some of the data."""
         return Landmarks(self.z[:, index], self.log_p[:, index], self.box.rows(index))
 
 
@@ -54,7 +54,7 @@ def survey(log_joint: LogJoint, seed: int) -> Landmarks:
 
 
 def _coarse(log_joint: LogJoint, low: Tensor, high: Tensor) -> tuple[Box, Tensor]:
-    """Lay one grid over the prior for all data; widen it for the data whose posterior reaches its border."""
+    """Evaluate one grid over the prior for all data; widen it for data with a posterior that reaches its border."""
     n, d = log_joint.n_obs, log_joint.dim
     size = (COARSE if log_joint.can_share() else COARSE_PER_DATUM)[d]
     box = Box(*(torch.zeros(n, *shape, dtype=low.dtype, device=low.device) for shape in ((d,), (d, d), (d,), (d,))))
@@ -79,7 +79,7 @@ def _coarse(log_joint: LogJoint, low: Tensor, high: Tensor) -> tuple[Box, Tensor
 
 
 def _extent(z: Tensor, log_p: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return centre, root and half-width (in whitened units) of the region that a coarse grid sees."""
+    """Return centre, root and half-width (in whitened units) of the region with mass on a coarse grid."""
     weight = torch.softmax(log_p.clamp_min(torch.finfo(log_p.dtype).min / 4), 0)
     mean = torch.einsum("gn,gd->nd", weight, z)
     second = torch.einsum("gn,gd,ge->nde", weight, z, z) - mean.unsqueeze(-1) * mean.unsqueeze(-2)
@@ -92,7 +92,7 @@ def _extent(z: Tensor, log_p: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _local_maxima(z: Tensor, log_p: Tensor, size: int, dim: int) -> Tensor:
-    """Return the highest local maxima of a coarse grid, (MAXIMA, N, d); the highest repeated where there are fewer."""
+    """Return the highest local maxima of a coarse grid, (MAXIMA, N, d); the highest is repeated if there are fewer."""
     field = log_p.T.reshape(-1, 1, *[size] * dim)
     field = field.clamp_min(torch.finfo(field.dtype).min / 4)
     pool = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}[dim]

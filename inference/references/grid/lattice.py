@@ -1,4 +1,4 @@
-"""Lattices in whitened boxes, one box per datum, and what a sum over them says."""
+"""Lattices in whitened boxes, one box per datum, and sums over them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Box:
 
 @dataclass
 class Quadrature:
-    """What one lattice of n_points^d says about every datum.
+    """The sums over one lattice of n_points^d for every datum.
 
     Attributes:
         z: the points, (G, N, d).
@@ -94,19 +94,19 @@ class Quadrature:
 
 
 def lattice(n_points: int, dim: int, like: Tensor, shift: Sequence[float] = NO_SHIFT) -> Tensor:
-    """Unit-cube lattice (n_points^d, d) of cell centres, moved by `shift` cells along each axis."""
+    """Return the cell centres of a unit-cube lattice, (n_points^d, d), moved by `shift` cells along each axis."""
     index = torch.arange(n_points, dtype=like.dtype, device=like.device) + 0.5
     return torch.cartesian_prod(*[(index + s) / n_points for s in shift[:dim]]).reshape(-1, dim)
 
 
 def border(n_points: int, dim: int, device: torch.device) -> Tensor:
-    """Mask (n_points^d,) of the outermost layer of a lattice."""
+    """Return a mask of the outermost layer of a lattice, (n_points^d,)."""
     index = torch.cartesian_prod(*[torch.arange(n_points, device=device)] * dim).reshape(-1, dim)
     return ((index == 0) | (index == n_points - 1)).any(-1)
 
 
 def root_of(covariance: Tensor) -> Tensor:
-    """Return a Cholesky factor that always exists: of the matrix, else of its diagonal, else of the smallest positive scale."""
+    """Return a Cholesky factor that always exists: of the matrix, else of its diagonal, with a smallest positive scale."""
     tiny = torch.finfo(covariance.dtype).tiny ** 0.5
     variance = covariance.diagonal(dim1=-2, dim2=-1).nan_to_num(1.0, 1.0, 1.0).clamp_min(tiny)
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
@@ -125,7 +125,7 @@ def quadrature(log_joint: LogJoint, box: Box, n_points: int, shift: Sequence[flo
     log_p = floor_nan(log_joint(z))
     volume = (width / n_points).log().sum(-1) + box.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     total = torch.logsumexp(log_p, 0)
-    # a datum without any mass gets equal weights: its evidence is -inf and says so
+    # a datum without any mass gets equal weights; its evidence is -inf
     log_weight = torch.where(total.isfinite(), log_p - total, torch.full_like(log_p, -math.log(len(log_p))))
     mass = torch.logsumexp(log_weight[border(n_points, dim, z.device)], 0).exp()
     return Quadrature(z, log_p, log_weight, total + volume, mass, width / n_points, shift, n_points)
@@ -144,7 +144,7 @@ def whitened(found: Quadrature) -> tuple[Box, Tensor]:
     inside = (found.log_weight > found.log_weight.max(0).values - DEPTH).unsqueeze(-1)
     low = torch.where(inside, t, torch.inf).amin(0)
     high = torch.where(inside, t, -torch.inf).amax(0)
-    # one cell beyond the last point above the threshold; half the width where the old box ended before the region did
+    # pad by one cell beyond the last point above the threshold, or by half the width where the old box cut the region off
     index = torch.cartesian_prod(*[torch.arange(n_points, device=mean.device)] * dim).reshape(-1, 1, dim)
     cut_low = (inside & (index == 0)).any(0)
     cut_high = (inside & (index == n_points - 1)).any(0)

@@ -1,1 +1,1 @@
-"""Posteriors by many Hamiltonian chains at once, and what certifies them."""
+"""Posteriors by many Hamiltonian chains at once, and their certificates."""

@@ -1,10 +1,9 @@
-"""Certificates of Markov chains, per datum: whether these draws may be trusted, by what, and if not why not.
+"""Certificates of Markov chains: whether the draws of a datum can be trusted, with the reason.
 
-All of: rank-normalised split R-hat < 1.01 of every latent and of the log density; bulk ESS >= 1,000; tail ESS and the ESS of
-mean and sd >= 400 (the latter are not rank-normalised, so that a rare mode shows); no divergence; E-BFMI > 0.3; chains
-started from q* and from the prior agree within 4.5 standard errors in mean and spread; no mode that the annealed runs found is
-unseen.
-A datum that fails any of these is `uncertified`, and the reason says which.
+A certificate requires all of: rank-normalised split R-hat < 1.01 for every latent and for the log density; bulk ESS >= 1,000;
+tail ESS and the ESS of mean and sd >= 400 (the latter are not rank-normalised, so that a rare mode shows); no divergence;
+E-BFMI > 0.3; means and spreads of chains started from q* and from the prior that agree within 4.5 standard errors; and no mode
+that the annealed runs found and the chains did not. Otherwise the datum is `uncertified`, and the reason names the criterion.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ RHAT = 1.01
 ESS_BULK, ESS_TAIL = 1000, 400
 BFMI = 0.3
 AGREE = 4.5  # standard errors
-STUCK = 1.3  # an R-hat that more of the same chains will not mend
+STUCK = 1.3  # an R-hat that longer chains will not repair
 
 
 @dataclass(frozen=True)
 class Chains:
-    """Draws of some data and what the sampler noted of each; the second half of the chains started from the prior.
+    """Draws of some data with the sampler's statistics; the second half of the chains started from the prior.
 
     Attributes:
         draws: (C, S, N, d).
         lp: log joint, (C, S, N).
-        energy: Hamiltonian at the start of each trajectory, (C, S, N); None where the chains have none.
+        energy: Hamiltonian at the start of each trajectory, (C, S, N); None if the chains have none.
         accept: acceptance probabilities, (C, S, N).
         divergent: (C, S, N).
     """
@@ -52,7 +51,7 @@ class Chains:
         return self.draws.shape[1]
 
     def rows(self, index: Tensor) -> Chains:
-        """Return those of some of the data."""
+        """Return the chains of some of the data."""
         return self._each(lambda values: values[0][:, :, index])
 
     def then(self, more: Chains) -> Chains:
@@ -60,7 +59,7 @@ class Chains:
         return self._each(lambda values: torch.cat(values, 1), more)
 
     def after(self, first: int) -> Chains:
-        """Return the same without the first draws."""
+        """Return the chains without their first draws."""
         return self._each(lambda values: values[0][:, first:])
 
     def _each(self, change: Callable[[list[Tensor]], Tensor], *others: Chains) -> Chains:
@@ -75,7 +74,7 @@ class Chains:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Diagnostics per datum, (N,) each, and whether they hold together."""
+    """Diagnostics per datum, (N,) each, and whether they meet the criteria."""
 
     rhat_max: Tensor
     ess_bulk_min: Tensor
@@ -90,7 +89,7 @@ class Certificate:
     smallest_basin: float
 
     def rows(self, index: Tensor) -> Certificate:
-        """Return those of some of the data."""
+        """Return the certificates of some of the data."""
         columns: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -98,7 +97,7 @@ class Certificate:
         return Certificate(**columns)
 
     def amended(self, index: Tensor, unseen: Unseen) -> Certificate:
-        """Return the same with another finding about the modes of some of the data."""
+        """Return a copy with a new result about the modes of some of the data."""
         share, matters = self.unseen_share.clone(), self.unseen.clone()
         share[index], matters[index] = unseen.share, unseen.matters
         return replace(self, unseen_share=share, unseen=matters)
@@ -119,7 +118,7 @@ class Certificate:
 
     @property
     def stuck(self) -> Tensor:
-        """(N,) True where running the same chains on is no use."""
+        """(N,) True where longer chains would not help."""
         return ~(self.rhat_max < STUCK) | self.unseen
 
     def stats(self) -> dict[str, Tensor]:
@@ -184,12 +183,9 @@ class Certificate:
 
 
 def certify(chains: Chains, modes: Modes, *, hops: bool = False) -> Certificate:
-    """Judge the chains of every datum.
+    """Judge the chains of every datum; their second half started from the prior.
 
-    Args:
-        chains: their second half started from the prior.
-        modes: annealed runs from the prior, of the same data.
-        hops: whether consecutive draws jump between modes, as replicas do.
+    `modes` are annealed runs from the prior, of the same data; `hops` says whether draws jump between modes, as replicas do.
     """
     draws = chains.draws.double()
     n = draws.shape[2]
@@ -215,7 +211,7 @@ def certify(chains: Chains, modes: Modes, *, hops: bool = False) -> Certificate:
 
 
 def _disagreement(draws: Tensor) -> Tensor:
-    """Return the largest difference, in standard errors, of means and spreads between the two halves of the chains, (N,)."""
+    """Return the largest difference of means and spreads between the two halves of the chains, in standard errors, (N,)."""
     centre = draws.mean((0, 1))
     worst = torch.zeros(draws.shape[2], dtype=draws.dtype, device=draws.device)
     for quantity in (draws, (draws - centre).square()):

@@ -1,4 +1,4 @@
-"""The chains of batched HMC: warm-up, then frozen step sizes and jittered trajectories, in buckets of similar step size."""
+"""The chains of batched HMC: warm-up, then fixed step sizes and jittered trajectories, in buckets of similar step size."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from elbowroom.inference.references.hmc.certificate import Chains
 from elbowroom.inference.search.scout import Scout
 from elbowroom.inference.target.log_joint import LogJoint
 
-# a tenth beyond a quarter of the period of a standard normal's oscillation: successive states are slightly opposed, with the
-# jitter E cos = -0.15: a draw of a normal posterior is worth 1.36 independent ones for its mean, 0.88 for its variance
-# (at the quarter, with half as much jitter again: 1 and 0.87)
+# a tenth more than a quarter of a standard normal's period: successive states are slightly anti-correlated (with the jitter
+# E cos = -0.15), so that a draw of a normal posterior counts as 1.36 independent ones for its mean, 0.88 for its variance
 LENGTH = 1.1 * math.pi / 2
 JITTER = (0.8, 1.2)
-ACCEPTANCE = 0.7  # aimed at: whole numbers of leapfrogs bring it above 0.9
+ACCEPTANCE = 0.7  # target; rounding up to whole leapfrogs raises it above 0.9
 WARMUP = (60, 50)  # trajectories before and after the metric is re-estimated
-SMALLEST = 1e-9  # step size: a chain that needs less stands still
+SMALLEST = 1e-9  # smallest step size; a chain that needs a smaller one cannot move
 WARM_LEAPFROGS, MAX_LEAPFROGS = 8, 64
-JITTERS = tuple(JITTER[0] + (JITTER[1] - JITTER[0]) * (i + 0.5) / 6 for i in range(6))  # lengths that stand for the jitter
-OVERHEAD = 500  # chains x data whose gradient costs as much as the call itself
+JITTERS = tuple(JITTER[0] + (JITTER[1] - JITTER[0]) * (i + 0.5) / 6 for i in range(6))  # lengths that represent the jitter
+OVERHEAD = 500  # fixed cost of a gradient call, in units of chains x data
 CUTS = 24  # quantiles of the step sizes at which buckets may be cut
-PRIOR_DRAWS_WORTH = 5  # draws per dimension that q*'s covariance counts for beside the chains' own
+PRIOR_DRAWS_WORTH = 5  # weight of q*'s covariance, in draws per dimension
 
 
 @dataclass
 class Sampler:
-    """Chains of some data with their frozen metric and step sizes.
+    """Chains of some data with their fixed metric and step sizes.
 
     Attributes:
         log_joint: the data's densities.
-        state: where the chains are.
+        state: of the chains.
         root: metric roots, (N, d, d).
         step: step sizes in whitened coordinates, (N,).
         generator: of all randomness.
@@ -97,7 +96,7 @@ class Sampler:
         self.step[rows] /= 2
 
     def _buckets(self, rows: Tensor) -> list[tuple[Tensor, LogJoint]]:
-        """Group data by step size, with their log joints; all data in one group where the arguments cannot be taken apart."""
+        """Group data by step size, with their log joints; one group for all if the arguments cannot be separated by datum."""
         steps, order = self.step[rows].sort()
         groups = [group.sort().values for group in rows[order].tensor_split(cuts(steps.tolist(), len(self.state.z)))]
         if len(groups[0]) < self.log_joint.n_obs and self.log_joint.separable():
@@ -106,12 +105,12 @@ class Sampler:
 
 
 def cuts(steps: list[float], chains: int) -> list[int]:
-    """Return where to cut ascending step sizes into buckets, so that all trajectories together cost least.
+    """Return where to cut ascending step sizes into buckets, so that the total cost of all trajectories is least.
 
     A bucket of n data costs (OVERHEAD + n x chains) per leapfrog, and its smallest step size sets the number of leapfrogs.
     """
     n = len(steps)
-    slow = sum(step * MAX_LEAPFROGS < LENGTH for step in steps)  # whose trajectories are cut short: a bucket of their own
+    slow = sum(step * MAX_LEAPFROGS < LENGTH for step in steps)  # data with truncated trajectories get their own bucket
     places = sorted({0, slow, *(slow + (n - slow) * i // CUTS for i in range(CUTS))} - {n})
     best: dict[int, tuple[float, list[int]]] = {n: (0.0, [])}
     for start in reversed(places):
@@ -127,7 +126,7 @@ def cuts(steps: list[float], chains: int) -> list[int]:
 def _adapt(
     log_joint: LogJoint, state: State, root: Tensor, step: Tensor, length: int, generator: torch.Generator
 ) -> tuple[State, Tensor, Tensor]:
-    """Run trajectories under dual averaging: state, final step sizes, and the draws (length, C, N, d)."""
+    """Run trajectories with dual averaging; return the state, final step sizes, and the draws (length, C, N, d)."""
     adaptation, draws = DualAveraging(step, ACCEPTANCE), []
     for _ in range(length):
         n_steps = min(max(1, math.ceil(LENGTH / float(adaptation.step.median()))), WARM_LEAPFROGS)
@@ -139,7 +138,7 @@ def _adapt(
 
 
 def _reestimated(root: Tensor, draws: Tensor) -> Tensor:
-    """Return roots of the covariance within chains, drawn towards that of q* as a few draws per dimension would."""
+    """Return roots of the covariance within chains, shrunk towards that of q*."""
     length, chains, _, d = draws.shape
     dtype, root, draws = root.dtype, root.double(), draws.double()
     centred = draws - draws.mean(0)

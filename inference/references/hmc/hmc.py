@@ -1,15 +1,13 @@
-r"""Batched Hamiltonian Monte Carlo: thousands of small posteriors at once, each certified or openly not.
+"""Batched Hamiltonian Monte Carlo: thousands of small posteriors at once, each certified or marked as uncertified.
 
 1. Every datum has its own chains, half of them started from the refitted q*, half from the ends of the mode search's annealed
    runs from the prior; its own metric (dense, from q*, re-estimated from its own draws), its own step size (dual averaging,
-   then frozen), its own accept/reject.
-2. Trajectories of length 1.1 (pi / 2) U(0.8, 1.2) in whitened coordinates: on a normal posterior the next state is slightly
-   opposed to the last, which is worth more for means than it costs for squares. Data are run in buckets of similar step size,
-   so that one number of leapfrogs fits all of them.
-3. Chains run on until the datum's certificate holds or the budget ends. What is left over, stuck or multimodal, goes to
+   then fixed), its own accept/reject.
+2. Trajectories have length 1.1 (pi / 2) U(0.8, 1.2) in whitened coordinates: on a normal posterior successive states are
+   slightly anti-correlated, which helps means more than it harms squares. Data are run in buckets of similar step size, so that
+   one number of leapfrogs fits all of them.
+3. Chains run until the datum's certificate holds (`certificate`) or the budget ends. Data that are stuck or multimodal go to
    parallel tempering.
-
-What a certificate asks for: `certificate`.
 """
 
 from __future__ import annotations
@@ -34,11 +32,11 @@ from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import LARGE_ARRAY, fitting
 from elbowroom.system.stages import stage
 
-HALVINGS = 5  # of the step sizes of a datum with divergent trajectories
-DEAD = 1e-3  # acceptance of chains that stand still
+HALVINGS = 5  # at most, of the step size of a datum with divergent trajectories
+DEAD = 1e-3  # acceptance of chains that do not move
 CLIMB = 40  # steps up of runs that look like an unseen mode
 CONFIRM = 200  # further trajectories of runs that look like an unseen mode
-FINEST = 0.05  # of their step sizes: what holds a run back may be a narrow place
+FINEST = 0.05  # smallest share of their step sizes: a narrow region may hold a run back
 BLOCK_STEP = 15_485_863  # between the seeds of blocks of data
 
 
@@ -71,11 +69,11 @@ class HMC(Reference):
         self.precision = precision
 
     def refusal(self, log_joint: LogJoint) -> str | None:
-        """Without a continuous latent there is nothing to move."""
+        """Refuse a model without continuous latents."""
         return "hmc needs a continuous latent, this model has none" if log_joint.dim == 0 else None
 
     def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
-        """Run every datum's chains until it is certified, tempering the rest; returns draws, moments and certificates."""
+        """Run every datum's chains until it is certified, with tempering for the rest; return draws and certificates."""
         parts = enumerate(log_joint.blocks(fitting(self.chains * self.draws * log_joint.dim, LARGE_ARRAY)))
         return concatenate([self._block(log_joint.subset(rows), keep, seed + BLOCK_STEP * k, until) for k, rows in parts])
 
@@ -97,17 +95,12 @@ class HMC(Reference):
         return found.posterior()
 
     def _run(self, engine: Sampler | Tempering, names: Tensor, modes: Modes, found: Found, until: float) -> Tensor:
-        """Run chains on until each datum is certified, stuck, or out of budget; returns the data that are not certified.
+        """Run chains until each datum is certified, stuck, or out of budget; returns the data that are not certified.
 
-        Args:
-            engine: what draws.
-            names: place in `found` of each datum of the engine.
-            modes: mode search of the engine's data.
-            found: takes the draws and certificates of closed data.
-            until: when to stop.
+        `names` holds the row in `found` of each datum of the engine; `found` takes the draws and certificates of finished data.
         """
         halvings = torch.zeros_like(names)
-        # replicas that hop between modes forget slowly: twice the draws before their R-hat and ESS are believed
+        # replicas that hop between modes mix slowly: R-hat and ESS need twice the draws
         first = 2 * self.draws if isinstance(engine, Tempering) else self.draws
         groups, left = [_Group(torch.arange(len(names), device=names.device))], []
         while groups:
@@ -122,7 +115,7 @@ class HMC(Reference):
                     after.append(group)
                     continue
                 chains, certificate = self._judge(engine, group, modes)
-                dead = chains.accept.double().mean((0, 1)) < DEAD  # no step size will help a density without support
+                dead = chains.accept.double().mean((0, 1)) < DEAD  # no step size helps where the density is zero
                 mend = ~dead & (certificate.diverging_count > 0) & (halvings[group.rows] < HALVINGS) & (not late)
                 closed = (certificate.holds | dead | self._hopeless(engine, certificate) | late) & ~mend
                 closed |= ~mend & (2 * group.length > self.max_draws)
@@ -140,7 +133,7 @@ class HMC(Reference):
 
     @stage("certificate")
     def _judge(self, engine: Sampler | Tempering, group: _Group, modes: Modes) -> tuple[Chains, Certificate]:
-        """Judge all draws of a group; or, where that certifies more of it, those after a longer warm-up."""
+        """Judge all draws of a group, or only the second half if that certifies more data (a longer warm-up)."""
         chains = group.joined()
         certificate = self._certify(engine, chains, modes.rows(group.rows), group.rows)
         if chains.length <= 2 * self.draws or bool(certificate.holds.all()):
@@ -151,12 +144,12 @@ class HMC(Reference):
 
     @staticmethod
     def _hopeless(engine: Sampler | Tempering, certificate: Certificate) -> Tensor:
-        """Return where more of the same chains will not help; replicas that swap may always need more."""
+        """Return where longer chains will not help; replicas that swap may always need more draws."""
         return certificate.stuck if isinstance(engine, Sampler) else torch.zeros_like(certificate.unseen)
 
     @staticmethod
     def _certify(engine: Sampler | Tempering, chains: Chains, modes: Modes, rows: Tensor) -> Certificate:
-        """Judge the chains; where a run looks like an unseen mode, let it go on before it is believed."""
+        """Judge the chains; where a run suggests an unseen mode, continue that run before deciding."""
         hops = isinstance(engine, Tempering)
         certificate = certify(chains, modes, hops=hops)
         some = certificate.unseen.nonzero()[:, 0]
@@ -165,7 +158,7 @@ class HMC(Reference):
         part = engine.log_joint.subset(rows[some])
         root, step = engine.metric(rows[some])
         held = modes.rows(some)
-        with part.frozen_weights():  # a run that is held by a steep place, not by a mode, climbs out of it
+        with part.frozen_weights():  # a run that a steep region held back, not a mode, climbs out of it
             scale = root.square().sum(-1).sqrt()
             held = replace(held, end=climb(part, held.end.to(root.dtype), scale, CLIMB)[0])
             longer = held.longer(part, root, step, CONFIRM, engine.generator, kept=4 * held.length, finest=FINEST)
@@ -173,17 +166,17 @@ class HMC(Reference):
 
 
 class _Group:
-    """Data with equally many draws since their step sizes were last changed: what divergences left out would be biased."""
+    """Data with equally many draws since their last change of step size; earlier draws, with divergences, would be biased."""
 
     def __init__(self, rows: Tensor, parts: list[Chains] | None = None) -> None:
         self.rows, self.parts = rows, parts or []
 
     def add(self, new: Chains, offset: int) -> None:
-        """Add the draws of these data, which stand in `new` from `offset`."""
+        """Add the draws of these data, which begin in `new` at `offset`."""
         self.parts.append(new.rows(torch.arange(offset, offset + len(self.rows), device=self.rows.device)))
 
     def due(self, first: int) -> bool:
-        """Whether the draws have doubled since the last look."""
+        """Whether the draws have doubled since the last check."""
         rounds = self.length // first
         return rounds & (rounds - 1) == 0
 
@@ -207,14 +200,7 @@ class _Group:
 
 
 class Found:
-    """What was found of each datum so far, thinned to the draws that are kept.
-
-    Args:
-        log_joint: the model and guide.
-        method: name of the method.
-        chains: chains per datum.
-        keep: draws kept per chain.
-    """
+    """Results per datum so far, thinned to `keep` draws per chain."""
 
     def __init__(self, log_joint: LogJoint, method: str, chains: int, keep: int) -> None:
         n, d = log_joint.n_obs, log_joint.dim
@@ -227,7 +213,7 @@ class Found:
         self.reason = [""] * n
 
     def take(self, rows: Tensor, chains: Chains, certificate: Certificate, engine: Sampler | Tempering, note: str) -> None:
-        """Take the draws and certificates of some of the data; tempering's only where they hold."""
+        """Store the draws and certificates of some of the data; from tempering, only certified ones."""
         way = "parallel tempering" if isinstance(engine, Tempering) else ""
         if way:
             held = certificate.holds.nonzero()[:, 0]

@@ -1,1 +1,1 @@
-"""Posteriors by importance sampling, and the k-hat that certifies it."""
+"""Posteriors by importance sampling, certified by k-hat."""

@@ -1,4 +1,4 @@
-r"""Importance sampling from the guide, and Pareto-smoothed diagnostics of its weights, for all data at once.
+"""Importance sampling from the guide, and Pareto-smoothed diagnostics of its weights, for all data at once.
 
     w_s = p(x, z_s) / q(z_s|x),   z_s ~ q(z|x)
     ELBO            = mean_s log w_s
@@ -6,8 +6,8 @@ r"""Importance sampling from the guide, and Pareto-smoothed diagnostics of its w
                     the weights is small and the effective sample size is large
 
 k is the shape of the generalised Pareto distribution fitted to the largest weights (Vehtari, Simpson, Gelman, Yao, Gabry 2024,
-https://jmlr.org/papers/v25/19-556.html), by the estimator of Zhang and Stephens 2009. The same computation as ArviZ's psislw,
-which it is tested against, for all data at once and on any device.
+https://jmlr.org/papers/v25/19-556.html), by the estimator of Zhang and Stephens 2009. The numbers equal those of ArviZ's
+psislw, computed for all data at once and on any device.
 """
 
 from __future__ import annotations
@@ -25,21 +25,16 @@ from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
 
 MIN_ESS = 400
-SEED_STEP = 32_452_843  # between draws for estimates and draws that are kept
+SEED_STEP = 32_452_843  # between the seeds of draws for estimates and of draws that are kept
 FINITE_K = 0.5  # weights with a larger tail index have no variance, hence no standard error
 
 
 def evidence(log_weights: Tensor, pareto_k: Tensor, ess_fraction: Tensor) -> tuple[Evidence, Tensor]:
-    """Turn importance weights into evidence: an estimate where they can be trusted, a lower bound elsewhere.
-
-    Args:
-        log_weights: (S, N), raw.
-        pareto_k: (N,).
-        ess_fraction: (N,).
+    """Turn raw importance log weights (S, N) into evidence, with a mask of the data where it can be trusted.
 
     Returns:
-        log mean w with its delta-method standard error sqrt((1 / ESS - 1 / S)), and (N,) True where it may be read as an
-        estimate with that error: k < 1/2, beyond which the weights have no variance, and ESS >= 400.
+        log mean w with its delta-method standard error sqrt((1 / ESS - 1 / S)), and (N,) True where it is an estimate with that
+        error: k < 1/2 (above, the weights have no variance) and ESS >= 400.
     """
     n_draws = log_weights.shape[0]
     value = torch.logsumexp(log_weights, 0) - math.log(n_draws)
@@ -50,16 +45,11 @@ def evidence(log_weights: Tensor, pareto_k: Tensor, ess_fraction: Tensor) -> tup
 
 
 def split_bounds(log_weights: Tensor) -> dict[str, Tensor]:
-    """Return log mean w of the first half of the draws, by which a bound may be chosen, and the bound by the second half.
+    """Return bounds from the two halves of the draws, (N,) each, in nats, from raw log weights (S, N).
 
-    The largest of several noisy bounds is none; the one that was largest on other draws is.
-
-    Args:
-        log_weights: (S, N), raw.
-
-    Returns:
-        bound_first, bound_sure (see `sure_bound`), and bound_all, sure too and by all draws, where there is nothing to choose;
-        (N,) each, in nats.
+    The largest of several noisy bounds is not a bound; the one that was largest on other draws is. So bound_first, log mean w
+    of the first half, is for choosing among bounds, and bound_sure, `sure_bound` of the second half, is reported. bound_all,
+    `sure_bound` of all draws, is for use when there is no choice.
     """
     first, fresh = log_weights.tensor_split(2)
     return {
@@ -71,19 +61,13 @@ def split_bounds(log_weights: Tensor) -> dict[str, Tensor]:
 
 @stage("guide")
 def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Posterior:
-    """Draw from the guide and measure it by its importance weights.
-
-    Args:
-        log_joint: the model and guide.
-        draws: number of draws S per datum for the estimates.
-        keep: number of draws per datum kept in the result.
-        seed: random seed.
+    """Draw from the guide and evaluate it by its importance weights, with S = `draws` draws per datum; `keep` of them are kept.
 
     Returns:
         The guide as a `Posterior`, status `amortized`, with stats elbo, elbo_se (standard error over draws), pareto_k,
         ess_fraction, importance_trusted (1 or 0), rate E_q log q/p(z) and distortion -E_q log p(x|z), in nats (NaN where
-        discrete sites are summed out), and importance-sampling evidence. Where every latent is discrete, sums take the place of
-        draws, see `_amortized_discrete`.
+        discrete sites are summed out), and importance-sampling evidence. If every latent is discrete, sums replace draws, see
+        `_amortized_discrete`.
     """
     if log_joint.dim == 0:
         return _amortized_discrete(log_joint, draws=draws, keep=keep, seed=seed)
@@ -129,21 +113,14 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
 
 
 def _amortized_discrete(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Posterior:
-    r"""Measure a guide whose latents are all discrete: sums over its joint values where draws are not needed.
+    """Evaluate a guide with only discrete latents, by sums over joint values instead of draws where possible.
 
         ELBO = sum_c q(c|x) log [p(x, c) / q(c|x)],   KL(q || p) = log p(x) - ELBO
         ESS / S -> 1 / sum_c p(c|x)^2 / q(c|x),       0 where q excludes a value that p allows
 
-    Args:
-        log_joint: a model whose latents are all discrete.
-        draws: number of draws S per datum for the importance-sampling evidence.
-        keep: number of draws per datum kept in the result.
-        seed: random seed.
-
-    Returns:
-        As `amortized`, with elbo, rate, distortion and ess_fraction exact (elbo_se 0), and `probabilities` q(c|x),
-        (N, A). The weights take A values, so there is no tail to fit: pareto_k is -inf where S draws have an effective size
-        of 400 or more, NaN elsewhere. A guide that leaves all discrete sites to be summed out is p(c|x) itself.
+    Arguments and result are as in `amortized`, with elbo, rate, distortion and ess_fraction exact (elbo_se 0), and
+    `probabilities` q(c|x), (N, A). The weights take A values, so there is no tail to fit: pareto_k is -inf where S draws have
+    an effective size of 400 or more, NaN elsewhere. A guide that leaves all discrete sites to be summed out is p(c|x) itself.
 
     Raises:
         UnsupportedProgram: see `discrete.table`.
@@ -152,7 +129,7 @@ def _amortized_discrete(log_joint: LogJoint, *, draws: int, keep: int, seed: int
     log_q, log_p = found.log_guide, found.log_joint
     q = log_q.exp()
 
-    def expected(term: Tensor) -> Tensor:  # a value that q excludes counts nothing, whatever its density
+    def expected(term: Tensor) -> Tensor:  # a value that q excludes counts as 0
         return torch.where(q > 0, q * term, 0).sum(0)
 
     twice = torch.where(found.log_posterior == -torch.inf, -torch.inf, 2 * found.log_posterior - log_q)

@@ -1,12 +1,12 @@
-r"""Importance sampling as a reference: weighted draws of every posterior, its evidence, and a certificate.
+"""Importance sampling as a reference: weighted draws of every posterior, its evidence, and a certificate.
 
-The proposal is not the guide. A pilot draws from the refitted normal q* with heavier tails; its Pareto-smoothed mean m and
-covariance C, which unlike q* look at all of the posterior that the pilot reaches, give the proposal of the scored run:
+The proposal is not the guide. A pilot draws from the refitted normal q* with heavier tails. Its Pareto-smoothed mean m and
+covariance C, which cover all of the posterior that the pilot reaches, give the proposal of the scored run:
 
     r(z) = 1/2 N(z; m, C) + 1/2 t_4(z; m, 1.6^2 C),   w = p(x, z) / r(z),   z ~ r independent
 
-The t half keeps the weights bounded where a posterior's tails end no later than a polynomial of that order (a normal prior's
-do), the normal half keeps them even in many dimensions.
+The t half keeps the weights bounded if a posterior's tails are no heavier than its own (as with a normal prior); the normal
+half keeps them even in many dimensions.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from elbowroom.system.memory import LARGE_ARRAY, fitting
 
 DF, INFLATION = 4, 1.6  # of the Student-t half of the proposal
 PILOT = 2000
-PILOT_ESS = 10  # per dimension, at which its covariance is believed
+PILOT_ESS = 10  # per dimension; with fewer, its covariance is not used
 MIN_ESS = 1000
-SAMPLED = 100  # effective draws from which on what lies outside counts as seen by the draws themselves
-NEGLIGIBLE = 2e-3  # share of the mass of unseen runs that is let pass
+SAMPLED = 100  # effective draws outside, from which on a mode counts as seen
+NEGLIGIBLE = 2e-3  # ignored share of the mass in unseen runs
 TAIL = 3.09  # normal quantile of 0.999
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A normal, half of it replaced by a wider Student-t, per datum.
+    """A mixture of a normal and a wider Student-t, half each, per datum.
 
     Attributes:
         narrow: the normal.
@@ -67,7 +67,7 @@ class Proposal:
         return z, torch.logaddexp(self.narrow.log_prob(z), self.wide.log_prob(z)) - math.log(2)
 
     def adapted(self, log_joint: LogJoint, generator: torch.Generator) -> Proposal:
-        """Return the proposal around a pilot's weighted moments, where its weights are worth enough draws for them."""
+        """Return the proposal around a pilot's weighted moments, where the weights have enough effective draws."""
         draws = _Weighted.of(log_joint, self, PILOT, generator)
         mean, covariance = draws.moments()
         d = mean.shape[-1]
@@ -78,14 +78,14 @@ class Proposal:
         return Proposal.around(Normals(better.loc, root))
 
     def beyond(self, z: Tensor) -> Tensor:
-        """Whether z (S, N, d) lies farther out than draws of the normal do, 1.5 x their 0.999 quantile + 4, (S, N)."""
+        """Whether z (S, N, d) lies outside the reach of the normal's draws, (S, N): 1.5 x their 0.999 quantile + 4."""
         d = z.shape[-1]
         quantile = d * (1 - 2 / (9 * d) + TAIL * math.sqrt(2 / (9 * d))) ** 3  # of chi^2_d, Wilson and Hilferty
         distance = whiten(self.narrow.root, z.to(self.narrow.loc.dtype) - self.narrow.loc).square().sum(-1)
         return distance > FACTOR * quantile + SLACK
 
     def rows(self, index: Tensor) -> Proposal:
-        """Return those of some of the data."""
+        """Return the proposals for some of the data."""
         return Proposal(self.narrow.rows(index), self.wide.rows(index))
 
 
@@ -105,7 +105,7 @@ class _Weighted:
     def of(cls, log_joint: LogJoint, proposal: Proposal, n_draws: int, generator: torch.Generator) -> _Weighted:
         z, log_r = proposal.sample(n_draws, generator)
         log_p = log_joint(z).to(log_r.dtype)
-        # a density that is not a number tells nothing of log p: weight 0 keeps the bound a bound
+        # NaN says nothing about log p; weight 0 keeps the bound valid
         log_w = torch.where(log_p.isnan() | log_p.isposinf(), -torch.inf, log_p) - log_r
         none = ~log_w.isfinite().any(0)
         log_w = torch.where(none, 0.0, log_w)
@@ -121,11 +121,11 @@ class _Weighted:
 class ImportanceSampling(Reference):
     """Importance sampling from the refitted q* with heavier tails, Pareto-smoothed; certified datum by datum.
 
-    A datum is certified where k-hat < 1/2 (the weights have a variance), they are worth at least 1,000 independent draws, and
-    no mode is unseen. One is where annealed runs from the prior ended beyond the reach of the proposal's normal (1.5 x the
-    0.999 quantile of its squared distances, plus 4) and hold more than 0.2 % of the mass, while the draws out there hold less
-    than a quarter of that, or are worth fewer than 100: the few heavy ones that a wide tail may have put into a mode say that
-    it is there, not how much it holds.
+    A datum is certified if k-hat < 1/2 (the weights have a variance), the weights are worth at least 1,000 independent draws,
+    and no mode is unseen. A mode is unseen if annealed runs from the prior ended beyond the reach of the proposal's normal (1.5
+    x the 0.999 quantile of its squared distances, plus 4) and hold more than 0.2 % of the mass, while the draws out there hold
+    less than a quarter of that, or are worth fewer than 100 draws: a few heavy draws show that a mode exists, not how much mass
+    it holds.
 
     Args:
         draws: number of draws S per datum.
@@ -137,14 +137,14 @@ class ImportanceSampling(Reference):
         self.draws = draws
 
     def refusal(self, log_joint: LogJoint) -> str | None:
-        """Without a continuous latent there is no density to draw from."""
+        """Refuse a model without continuous latents."""
         return "importance needs a continuous latent, this model has none" if log_joint.dim == 0 else None
 
     def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
         """Return weighted moments, resampled draws, evidence and certificates.
 
-        Where the data can be taken apart, the memory for draws does not grow with their number. Data not reached before
-        `until` have NaN everywhere.
+        If the data can be separated, the memory for draws does not grow with their number. Data not reached before `until` have
+        NaN everywhere.
         """
         known = scout(log_joint)
         start = Proposal.around(known.refit.q)
@@ -203,7 +203,7 @@ class ImportanceSampling(Reference):
         error: Tensor,
         stats: dict[str, Tensor],
     ) -> Posterior:
-        """Return the result, NaN for data that are lost; `kept` holds draws and their log density side by side."""
+        """Return the result, NaN for lost data; the last column of `kept` is the log density of the draws."""
 
         def blank(t: Tensor, dim: int) -> Tensor:
             return t.masked_fill(lost.reshape([-1 if i == dim else 1 for i in range(t.dim())]), torch.nan)
@@ -256,7 +256,7 @@ def _unseen(modes: Modes, proposal: Proposal, draws: _Weighted) -> tuple[Tensor,
     share = (weight * away).sum(0)
     outside = draws.weights * proposal.beyond(draws.z)
     effective = outside.sum(0).square() / outside.square().sum(0).clamp_min(1e-300)
-    # few effective weights tell little: then the height of log p(x, z) speaks, as if the volumes were equal
+    # with few effective weights, compare the heights of log p(x, z) instead, as if the volumes were equal
     level = torch.where(draws.log_p.isfinite(), draws.log_p, 0.0)
     height = torch.where(away, modes.level, -torch.inf).amax(0) - (draws.weights * level).sum(0)
     reliable = 1 / weight.square().sum(0) > len(weight) / 10

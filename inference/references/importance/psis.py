@@ -1,4 +1,4 @@
-"""Pareto smoothed importance sampling of many data at once."""
+"""Pareto-smoothed importance sampling for many data at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PRIOR_WEIGHT = 10  # observations that the weak prior on k counts for, as in the loo package
+PRIOR_WEIGHT = 10  # weight of the weak prior on k, in observations, as in the loo package
 
 
 def good_k(n_draws: int) -> float:
@@ -17,13 +17,9 @@ def good_k(n_draws: int) -> float:
 
 
 def fit_generalized_pareto(excess: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit a generalised Pareto distribution to each column (Zhang and Stephens 2009).
+    """Fit a generalised Pareto distribution to each column of positive, ascending exceedances (M, N) (Zhang and Stephens 2009).
 
-    Args:
-        excess: exceedances over the threshold, ascending along dim 0, (M, N), positive.
-
-    Returns:
-        Shape k and scale sigma, (N,) each. k includes the weak prior that draws it towards 0.5 as 10 observations would.
+    Returns shape k and scale sigma, (N,) each. A weak prior pulls k towards 0.5, with the weight of 10 observations.
     """
     n = excess.shape[0]
     m_bs = 30 + int(n**0.5)
@@ -46,7 +42,7 @@ class Smoothed:
 
     Attributes:
         log_weights: normalised smoothed log weights, (S, N).
-        pareto_k: tail index, (N,); -inf where the largest weights of a datum are all equal, NaN where it cannot be had.
+        pareto_k: tail index, (N,); -inf where the largest weights of a datum are all equal, NaN where it is undefined.
         ess_fraction: 1 / (S sum_s W_s^2) of the normalised raw weights, (N,).
     """
 
@@ -56,14 +52,7 @@ class Smoothed:
 
 
 def psis(log_weights: Tensor) -> Smoothed:
-    """Pareto-smooth importance log weights per datum.
-
-    Args:
-        log_weights: (S, N), unnormalised, S >= 25.
-
-    Returns:
-        The smoothed weights, k and the effective sample size as a fraction of S.
-    """
+    """Pareto-smooth importance log weights (S, N) per datum; they may be unnormalised, S >= 25."""
     n_draws = log_weights.shape[0]
     tail = int(min(0.2 * n_draws, 3 * math.sqrt(n_draws)))
     shifted = (log_weights - log_weights.max(0).values).T.contiguous()  # (N, S): one datum's weights side by side
@@ -72,7 +61,7 @@ def psis(log_weights: Tensor) -> Smoothed:
     top, place = shifted.topk(tail + 1, dim=1)  # descending; the last is the threshold
     cutoff = top[:, -1].clamp_min(math.log(torch.finfo(shifted.dtype).tiny))
     excess = (top[:, :-1].exp() - cutoff.exp()[:, None]).T.flip(0)  # ascending, (tail, N)
-    # numerically equal weights have no tail: rounding noise must not be fitted
+    # numerically equal weights have no tail; rounding noise must not be fitted
     spread = excess[-1] > 1e-10
     safe = torch.where(spread, excess, torch.linspace(0.1, 1, tail, dtype=excess.dtype, device=excess.device)[:, None])
     k, sigma = fit_generalized_pareto(safe.clamp_min(torch.finfo(excess.dtype).tiny))

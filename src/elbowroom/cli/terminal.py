@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elbowroom.components.signatures import argument_docs, first_sentence
+from elbowroom.queries.questions import Questions
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,7 +32,9 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object and no
 AllowPython = Annotated[
     bool, typer.Option("--allow-python", help="execute the user's own files and modules that are named as python:...")
 ]
-Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:1")]
+SHARED = argument_docs(Questions)
+"""What the options that all questions share say."""
+Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help=first_sentence(SHARED["device"]))]
 
 Profile = Annotated[
     bool, typer.Option("--profile", help="print where the time goes and write it to profile/ beside the output (stages.csv)")

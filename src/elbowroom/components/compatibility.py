@@ -1,7 +1,7 @@
-"""Which components go together: one table of rules, each with the reason and the remedy.
+"""Rules for which components can be combined, each with its reason and a remedy.
 
-The rules read class attributes alone (`space`, `sites`, `reparametrized`, what an objective needs), so that a spec is refused
-before anything is built, and a user's own component obeys them like ours.
+The rules read class attributes only (`space`, `sites`, `reparametrized`, what an objective needs). A spec is therefore refused
+before anything is built, and the rules hold for a user's own components too.
 """
 
 from __future__ import annotations
@@ -26,39 +26,33 @@ NATURAL = {
     "one_hot": "categorical",
     "binary": "bernoulli",
 }
-"""The family to name where another does not fit a prior's space."""
+"""Space of a prior -> the family to suggest when another one does not fit."""
 
 
 def transform_inserted(prior: type, family: type) -> bool:
-    """Say whether the family, on the real line, is carried onto the prior's continuous space."""
+    """Say whether a family on the real line is transformed to the prior's continuous space."""
     theirs = space_of(prior)
     return theirs != "real" and space_of(family) == "real" and theirs not in spaces.DISCRETE
 
 
 def space_of(cls: type) -> Any:
-    """Return the space that a prior or a family states; the real line where it says nothing."""
+    """Return the space that a prior or a family declares; by default the real line."""
     return getattr(cls, "space", "real")
 
 
 def refines(family: type) -> bool:
-    """Say whether a guide family improves the encoder's parameters by the model's own density."""
+    """Say whether a guide family refines the encoder's parameters with the model's density."""
     return getattr(family, "refined", None) not in (None, Family.refined)
 
 
 def free_dim(prior: Any, latent_dim: int) -> int:
-    """Return the number of unconstrained continuous coordinates of all sites of a chosen prior."""
+    """Return the number of unconstrained continuous dimensions of the prior, over all sites."""
     p = registry.component("prior", prior.name).cls
     return spaces.free_dim(space_of(p), latent_dim) + (getattr(prior, "top_dim", 0) or 0)
 
 
 def clash(prior: Any, family: Any, objective: Any) -> str | None:
-    """Say why a prior, a guide family and an objective of a spec do not go together; None where they do.
-
-    Args:
-        prior: the chosen block of the spec.
-        family: likewise.
-        objective: likewise.
-    """
+    """Say why the chosen prior, guide family and objective of a spec cannot be combined; None where they can."""
     p = registry.component("prior", prior.name).cls
     q = registry.component("guide", family.name).cls
     mine, theirs = getattr(p, "sites", ("z",)), getattr(q, "sites", ("z",))
@@ -86,7 +80,7 @@ def clash(prior: Any, family: Any, objective: Any) -> str | None:
 
 
 def notes(prior: Any, family: Any, objective: Any) -> list[str]:
-    """Return sentences about what was done for a combination that the user did not ask for word by word."""
+    """Return sentences about what this combination implies, such as an inserted transform."""
     p = registry.component("prior", prior.name).cls
     q = registry.component("guide", family.name).cls
     said = []

@@ -1,13 +1,14 @@
-"""Components that do not come with Elbowroom: those of installed packages, and those in a user's own file.
+"""Components from outside Elbowroom: from installed packages, and from a user's own file.
 
 An installed package offers components as entry points of the group `elbowroom.components`, under `kind.name`:
 
     [project.entry-points."elbowroom.components"]
     "prior.wide" = "my_package.priors:Wide"
 
-They are listed by their metadata alone; a package is imported when one of its components is asked for, as any installed
-package is. A name `python:my_file.py:Wide` or `python:my_module:Wide` stands for a class of one's own: to read it is to
-execute it, so that nobody's spec or run folder does so unless the user says `--allow-python`.
+Listing them reads package metadata only. A package is imported when one of its components is used.
+
+A name `python:my_file.py:Wide` or `python:my_module:Wide` stands for a user's own class. Reading the class executes the file,
+so this needs `--allow-python`: otherwise a spec or run folder from others could run code.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Offer:
         name: the name for specs.
         target: `module:Class`.
         package: the package that offers it, with its version.
-        problem: why it cannot be used, as far as its metadata tell; empty where they are in order.
+        problem: why it cannot be used, if the metadata show a problem; else empty.
     """
 
     kind: str
@@ -54,11 +55,7 @@ class Offer:
     problem: str = ""
 
     def load(self) -> type:
-        """Import it.
-
-        Raises:
-            SpecError: one line that says which package is to blame.
-        """
+        """Import the class; a SpecError names the package at fault."""
         if self.problem:
             raise SpecError(self.problem)
         module, _, attribute = self.target.partition(":")
@@ -67,16 +64,12 @@ class Offer:
             return _class(importlib.import_module(module), attribute, who)
         except SpecError:
             raise
-        except (Exception, SystemExit) as error:  # whatever a foreign module raises when it is imported
+        except (Exception, SystemExit) as error:  # a third-party module may raise anything when it is imported
             raise SpecError(f"{who} cannot be imported ({_reason(error)}); mend or uninstall it") from error
 
 
 def offers(own: Mapping[str, Collection[str]]) -> tuple[Offer, ...]:
-    """Return what installed packages offer, sorted by kind and name; nothing is imported.
-
-    Args:
-        own: kind -> names that are taken.
-    """
+    """Return what installed packages offer, sorted; `own` maps kinds to the names in use. Nothing is imported."""
     found = [_offer(kind, name, target, package, own) for kind, name, target, package in _entry_points()]
     count = {(o.kind, o.name): [p.package for p in found if (p.kind, p.name) == (o.kind, o.name)] for o in found}
     return tuple(
@@ -112,18 +105,18 @@ def _entry_points() -> tuple[tuple[str, str, str, str], ...]:
 
 
 def forget() -> None:
-    """Look for installed packages and execute files anew the next time."""
+    """Clear the caches, so that packages are searched and files are executed again at the next use."""
     _entry_points.cache_clear()
     _executed.clear()
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a `python:` name stands for.
+    """The file or module, and the class in it, that a `python:` name refers to.
 
     Attributes:
         source: the absolute path of a file, or the dotted name of a module.
-        attribute: the class in it.
+        attribute: name of the class.
     """
 
     source: str
@@ -131,30 +124,26 @@ class Place:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a file; else a module."""
+        """Whether the source is a file, not a module."""
         return self.source.endswith(".py")
 
     @property
     def asks(self) -> str:
-        """What is said to a user who has not allowed it."""
+        """The message for a user who has not allowed the execution."""
         what = self.source if self.is_file else f"the module {self.source}"
         return f"would execute {what}; allow it with --allow-python (in Python: allow_python=True) if you trust it"
 
     @property
     def name(self) -> str:
-        """The name under which it is registered: that of a file holds its absolute path."""
+        """The registered name; for a file it contains the absolute path."""
         return f"{PREFIX}{self.source}:{self.attribute}"
 
 
 def place(name: str, folder: Path) -> Place:
-    """Return what a `python:` name stands for; nothing is executed.
-
-    Args:
-        name: `python:file.py:Class` or `python:module:Class`.
-        folder: where the path of a file starts.
+    """Parse a `python:` name; a relative path starts from `folder`. Nothing is executed.
 
     Raises:
-        SpecError: it has another form, or there is no such file.
+        SpecError: the name has another form, or the file does not exist.
     """
     source, _, attribute = name.removeprefix(PREFIX).rpartition(":")
     if not source or not attribute.isidentifier():
@@ -170,7 +159,7 @@ def place(name: str, folder: Path) -> Place:
 
 
 def short(name: str) -> str:
-    """Return a name without the folder of its file: what stays the same where the file is moved."""
+    """Return a name without the folder of its file, so that it stays the same when the file is moved."""
     if not name.startswith(PREFIX):
         return name
     source, _, attribute = name.removeprefix(PREFIX).rpartition(":")
@@ -178,15 +167,15 @@ def short(name: str) -> str:
 
 
 def execute(where: Place, pinned: Any = None, folder: Path | None = None) -> tuple[type, str]:
-    """Execute a file or import a module; return the class and the SHA-256 of the source. The user has allowed it.
+    """Execute a file or import a module; return the class and the SHA-256 of the source. Call it only if the user allows it.
 
     Args:
-        where: what to execute. What is unchanged is not executed again.
+        where: what to execute; an unchanged file is not executed again.
         pinned: the hash that the source must have; None for any.
-        folder: the spec's, to say where a module might have been meant as a file.
+        folder: folder of the spec, for a hint in the message where a file was given as a module.
 
     Raises:
-        SpecError: it has changed, it cannot be executed, or it holds no such class.
+        SpecError: the source has changed, cannot be executed, or does not define the class.
     """
     name = short(where.name)
     source, digest = _read(where, folder)
@@ -199,7 +188,7 @@ def execute(where: Place, pinned: Any = None, folder: Path | None = None) -> tup
     if key not in _executed:
         try:
             _executed[key] = _run(where, source, digest) if where.is_file else importlib.import_module(where.source)
-        except (Exception, SystemExit) as error:  # whatever a user's file raises
+        except (Exception, SystemExit) as error:  # a user's file may raise anything
             raise SpecError(f"{name} cannot be executed ({_reason(error, where.source)}); correct {where.source}") from error
         if not where.is_file and _imported.setdefault(where.source, digest) != digest:
             del _executed[key]
@@ -225,7 +214,7 @@ def _read(where: Place, folder: Path | None) -> tuple[bytes, str]:
 
 
 class _Source(importlib.abc.InspectLoader):
-    """Runs the very bytes that were hashed: nothing is read twice, and nothing is cached beside the user's file."""
+    """Executes exactly the bytes that were hashed; the file is not read again, and no cache is written next to it."""
 
     def __init__(self, source: bytes, path: str) -> None:
         self.source, self.path = source, path
@@ -269,7 +258,7 @@ def _class(module: ModuleType, attribute: str, who: str) -> type:
 
 
 def _reason(error: BaseException, path: str = "") -> str:
-    """Return an error in a few words, with the line of the user's file that it came from."""
+    """Describe an error in a few words, with the line of the user's file that raised it."""
     line = error.lineno if isinstance(error, SyntaxError) else None
     trace = error.__traceback__
     while trace is not None:

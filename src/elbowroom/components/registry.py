@@ -1,9 +1,9 @@
-"""The registry: which priors, likelihoods, networks, guides, references and data sets can be named in a spec.
+"""The registry: the priors, likelihoods, networks, guides, references and data sets that a spec can name.
 
-A component is an ordinary class. The POSITIONAL parameters of its constructor are facts (`FACTS`), the KEYWORD-ONLY
-ones are the user's options; the schema, the checks and the list that `elbowroom components` prints are derived from
-them, and the docs from the docstring's `Args`. Nothing here imports torch until a component is asked for. Where those that
-do not come with Elbowroom are found: see `plugins`.
+A component is an ordinary class. The POSITIONAL parameters of its constructor are facts that Elbowroom passes (`FACTS`); the
+KEYWORD-ONLY ones are the user's options. The schema, the checks and the list of `elbowroom components` are derived from them,
+the documentation from the docstring's `Args`. Importing this module does not import torch. Components of installed packages
+and of a user's own files are found by `plugins`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from elbowroom.components import plugins, schema
-from elbowroom.components.schema import Block, Option
+from elbowroom.components import plugins, schema, signatures
+from elbowroom.components.schema import Block
+from elbowroom.components.signatures import Option
 from elbowroom.components.table import BASES, FACTS, PLACES, TABLE
 from elbowroom.errors import SpecError, nearest
 
@@ -40,8 +41,8 @@ class Component:
         summary: the first line of its docstring.
         options: its keyword-only parameters.
         facts: its positional parameters.
-        origin: the package that offers it; empty for Elbowroom's own and for what Python code registered.
-        sha256: of the user's own file that it was read from, else empty.
+        origin: the package that offers it; empty for Elbowroom's own and for components registered by Python code.
+        sha256: hash of the user's own file that defines it, else empty.
     """
 
     kind: str
@@ -55,32 +56,32 @@ class Component:
 
 
 def kinds() -> list[str]:
-    """Return the kinds of component."""
+    """Return all kinds of component."""
     return list(TABLE)
 
 
 def names(kind: str) -> list[str]:
-    """Return the names that a spec can use for a kind, sorted: our own, registered, or offered by installed packages."""
+    """Return the names that a spec can use for a kind, sorted: built-in, registered, or offered by installed packages."""
     return sorted({*table_of(kind), *_offered(kind)})
 
 
 def own_names(kind: str) -> list[str]:
-    """Return the names that come with Elbowroom, sorted."""
+    """Return the names of the built-in components of a kind, sorted."""
     table_of(kind)
     return sorted(_own[kind])
 
 
 def broken() -> list[plugins.Offer]:
-    """Return what installed packages offer and nobody can use, for reasons that their metadata tell."""
+    """Return the offers of installed packages that cannot be used, as far as their metadata show it."""
     return [offer for offer in plugins.offers(_own) if offer.problem]
 
 
 @functools.cache
 def component(kind: str, name: str) -> Component:
-    """Return a component, imported, with its constructor checked.
+    """Import a component, check its constructor, and return it.
 
     Raises:
-        SpecError: for an unknown kind or name, with the nearest one.
+        SpecError: unknown kind or name; the message suggests the most similar one.
     """
     entry, origin, digest = table_of(kind).get(name), "", ""
     if name in python_classes[kind]:
@@ -96,15 +97,15 @@ def component(kind: str, name: str) -> Component:
         entry = _named(entry)
         _protocol(kind, name, entry)
         _check_constructor(kind, name, entry)
-    options, facts = tuple(schema.options(entry)), tuple(schema.facts(entry))
-    return Component(kind, name, entry, schema.summary(entry), options, facts, origin, digest)
+    options, facts = tuple(signatures.options(entry)), tuple(signatures.facts(entry))
+    return Component(kind, name, entry, signatures.summary(entry), options, facts, origin, digest)
 
 
 def register(kind: str, name: str, cls: type) -> None:
     """Add a component, so that specs can name it.
 
-    The constructor's positional parameters must be facts of its kind, its options keyword-only and annotated. The
-    constructor is wrapped in place: what Python code passes by keyword is checked like a spec.
+    The positional parameters of the constructor must be facts of its kind; options must be keyword-only and annotated. The
+    constructor is wrapped in place: keyword arguments from Python code are checked like options in a spec.
 
     Args:
         kind: `data`, `prior`, `likelihood`, `network`, `guide`, `objective` or `reference`.
@@ -112,7 +113,7 @@ def register(kind: str, name: str, cls: type) -> None:
         cls: the class.
 
     Raises:
-        SpecError: if the kind is unknown, the name is taken, or the constructor does not follow the protocol.
+        SpecError: the kind is unknown, the name is in use, or the constructor does not follow these rules.
 
     Example:
         >>> import elbowroom as er
@@ -133,16 +134,16 @@ def register(kind: str, name: str, cls: type) -> None:
 
 
 def prepare(tree: Mapping[str, Any], *, folder: Path, allow_python: bool = False, label: str = "spec") -> dict[str, Any]:
-    """Make the components that a spec names known: import those of installed packages, and execute the user's own files.
+    """Make the components of a spec available: import those of installed packages, and execute the user's own files.
 
     Args:
-        tree: the spec; it is left alone.
-        folder: where the paths of files start.
-        allow_python: execute the files and modules of `python:` names. Without it they are refused, unread.
-        label: of the spec, for messages.
+        tree: the spec; it is not changed.
+        folder: the folder that paths of files start from.
+        allow_python: execute the files and modules of `python:` names; without it they are refused unread.
+        label: name of the spec in messages.
 
     Returns:
-        The spec, its `python:` names with absolute paths.
+        The spec, with absolute paths in its `python:` names.
 
     Raises:
         SpecError: a `python:` name is not allowed, or something cannot be imported.
@@ -170,16 +171,12 @@ def prepare(tree: Mapping[str, Any], *, folder: Path, allow_python: bool = False
 
 
 def python(kind: str, name: str, *, folder: Path, sha256: Any = None) -> str:
-    """Execute what a `python:` name stands for and make it known; return the name with the file's absolute path.
+    """Execute the source of a `python:` name and register the class; return the name with the absolute path of the file.
 
-    Args:
-        kind: its kind.
-        name: `python:file.py:Class` or `python:module:Class`.
-        folder: where the path of a file starts.
-        sha256: the hash that the source must have; None for any.
+    A relative path starts from `folder`; `sha256` is the hash that the source must have, None for any.
 
     Raises:
-        SpecError: there is no such class, it cannot be executed, or it is no component of this kind.
+        SpecError: the class does not exist, cannot be executed, or is not a component of this kind.
     """
     table_of(kind)
     where = plugins.place(name, folder)
@@ -194,14 +191,14 @@ def python(kind: str, name: str, *, folder: Path, sha256: Any = None) -> str:
 
 
 def portable(tree: Any) -> Any:
-    """Return a spec whose `python:` names hold no folder, so that moving a file makes no other experiment."""
+    """Return a spec without the folders in `python:` names, so that moving a file does not change the experiment."""
     if isinstance(tree, Mapping):
         return {k: plugins.short(v) if k == "name" and isinstance(v, str) else portable(v) for k, v in tree.items()}
     return [portable(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def use_all() -> None:
-    """Make every component that installed packages offer known to the schema, as far as it can be imported."""
+    """Add every importable component of installed packages to the schema."""
     for kind in kinds():
         for name in _offered(kind):
             with suppress(SpecError):
@@ -219,7 +216,7 @@ def options_model(kind: str, name: str) -> type[Block]:
 
 
 def on_change(clear: Callable[[], None]) -> None:
-    """Have `clear` called whenever the registry changes (cached schemas)."""
+    """Register a function that is called whenever the registry changes, to clear cached schemas."""
     _on_change.append(clear)
 
 
@@ -243,7 +240,7 @@ def _offered(kind: str) -> dict[str, plugins.Offer]:
 
 
 def _known(kind: str, given: Any, folder: Path, allow_python: bool) -> Any:
-    """Make one component of a spec known; return what stands there, a `python:` name with its absolute path."""
+    """Make one component of a spec available; return its entry, a `python:` name with the absolute path."""
     name = given.get("name") if isinstance(given, Mapping) else given
     if not isinstance(name, str):
         return given
@@ -262,17 +259,17 @@ def _known(kind: str, given: Any, folder: Path, allow_python: bool) -> Any:
 def _named(target: str) -> type:
     module, _, attribute = target.partition(":")
     found = getattr(importlib.import_module(module), attribute)
-    assert isinstance(found, type)  # the tables above name classes
+    assert isinstance(found, type)  # the entries of TABLE are classes
     return found
 
 
 def _foreign(kind: str, name: str, cls: type) -> None:
-    """Refuse a class of another kind, or one whose options no schema can be made of: it would spoil those of the others."""
+    """Refuse a class of another kind, or one whose options have no schema, which would break the schema of all components."""
     if not issubclass(cls, _named(BASES[kind])):
         module, _, base = BASES[kind].partition(":")
         raise SpecError(f"{kind} {name}: {cls.__name__} is no {kind}; derive it from {module}.{base}")
     _protocol(kind, name, cls)
-    for option in schema.options(cls):
+    for option in signatures.options(cls):
         try:
             model = schema.block(option.name, [option])
             model.model_json_schema()
@@ -281,7 +278,7 @@ def _foreign(kind: str, name: str, cls: type) -> None:
         except ValidationError as error:
             said = schema.one_problem(error, {option.name: option.default})[1]
             raise SpecError(f"{kind} {name}: option {option.name}: its default {said}") from error
-        except Exception as error:  # pydantic says it in several ways
+        except Exception as error:  # pydantic raises errors of several types here
             raise SpecError(
                 f"{kind} {name}: option {option.name}: {option.type_text} cannot be written in a spec; use numbers, text, "
                 "true or false, Literal, lists or mappings of them"
@@ -291,8 +288,8 @@ def _foreign(kind: str, name: str, cls: type) -> None:
 def _protocol(kind: str, name: str, cls: type) -> None:
     """Refuse a class whose options cannot be listed, or which asks for facts that its kind does not have."""
     try:
-        asked = schema.facts(cls)
-        found = schema.options(cls)
+        asked = signatures.facts(cls)
+        found = signatures.options(cls)
     except (TypeError, NameError) as error:
         raise SpecError(f"{kind} {name}: {error}") from error
     for fact in asked:
@@ -308,11 +305,11 @@ def _protocol(kind: str, name: str, cls: type) -> None:
 
 
 def _check_constructor(kind: str, name: str, cls: type) -> None:
-    """Wrap `cls.__init__` in place, so that its options are validated like a spec's. Done once per class."""
+    """Wrap `cls.__init__` in place, once, so that its options are validated as in a spec."""
     original = cls.__init__  # type: ignore[misc]
-    if getattr(cls.__dict__.get("__init__"), "checked_by_elbowroom", False) or not schema.options(cls):
+    if getattr(cls.__dict__.get("__init__"), "checked_by_elbowroom", False) or not signatures.options(cls):
         return
-    model = schema.block(f"{kind}_{name}_options", schema.options(cls))
+    model = schema.block(f"{kind}_{name}_options", signatures.options(cls))
 
     @functools.wraps(original)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,23 +1,20 @@
-"""From a signature to a schema: keyword-only parameters become fields of a pydantic model, and its errors one line.
+"""From options to a schema: they become fields of a pydantic model, and its errors one line.
 
-A component's constructor takes facts by position and the user's options by keyword. `options` reads the latter, `block`
-makes a strict model of them (a quoted number is no number, `no` is no boolean), and `one_problem` turns pydantic's
-error into a dotted path in the user's own words and one sentence.
+`block` makes a strict model of the options that `signatures.options` reads (a quoted number is no number, `no` is no boolean),
+and `one_problem` turns pydantic's error into a dotted path in the user's own words and one sentence.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
-import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
+from elbowroom.components.signatures import Option
 from elbowroom.errors import nearest
 
 
@@ -49,48 +46,6 @@ class Block(BaseModel):
         return given
 
 
-@dataclass(frozen=True)
-class Option:
-    """One keyword-only parameter: its name, annotation, default (`inspect.Parameter.empty` if required), and docs."""
-
-    name: str
-    annotation: Any
-    default: Any
-    doc: str
-
-    @property
-    def required(self) -> bool:
-        """Whether the user must give it."""
-        return self.default is inspect.Parameter.empty
-
-    @property
-    def type_text(self) -> str:
-        """The annotation in words, e.g. `number > 0, or one of shared, per_dimension`."""
-        return type_text(self.annotation)
-
-
-def options(function: Callable[..., Any] | type) -> list[Option]:
-    """Return the keyword-only parameters of a function or of a class's constructor, with their docs.
-
-    Raises:
-        TypeError: if the signature has *args or **kwargs (its options could not be listed or checked) or an option has
-            no annotation.
-    """
-    keyword = [p for p in _parameters(function) if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    holder = type("Holder", (), {"__annotations__": {p.name: p.annotation for p in keyword}})
-    hints = get_type_hints(holder, globalns=_globals(function), include_extras=True)
-    for p in keyword:
-        if p.annotation is inspect.Parameter.empty:
-            raise TypeError(f"{function.__qualname__}: option {p.name} has no type annotation")
-    docs = argument_docs(function)
-    return [Option(p.name, hints[p.name], p.default, docs.get(p.name, "")) for p in keyword]
-
-
-def facts(function: Callable[..., Any] | type) -> list[str]:
-    """Return the names of the positional parameters: what the program knows and the user does not choose."""
-    return [p.name for p in _parameters(function) if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-
-
 def block(title: str, found: Iterable[Option], extra: Mapping[str, Any] | None = None) -> type[Block]:
     """Make a strict pydantic model of options; `extra` are further fields, as for `pydantic.create_model`."""
     fields: dict[str, Any] = dict(extra or {})
@@ -114,61 +69,6 @@ def strict(annotation: Any) -> Any:
     if origin is not None and isinstance(origin, type) and arguments:
         return origin[tuple(a if a is Ellipsis else strict(a) for a in arguments)]  # type: ignore[index]
     return annotation
-
-
-def summary(documented: Any) -> str:
-    """Return the first line of a docstring."""
-    text = inspect.getdoc(documented) or ""
-    return text.split("\n", 1)[0].strip()
-
-
-def argument_docs(documented: Any) -> dict[str, str]:
-    """Return name -> text from the `Args:` section of a Google-style docstring."""
-    lines = iter((inspect.getdoc(documented) or "").splitlines())
-    docs: dict[str, str] = {}
-    if not any(line.strip() == "Args:" for line in lines):
-        return docs
-    name, indent = "", 0
-    for line in lines:
-        if line.strip() and not line.startswith(" "):
-            break
-        entry = re.match(r"(\s+)(\w+)(?: \([^)]*\))?:\s*(.*)", line)
-        if entry and (not name or len(entry[1]) <= indent):
-            indent, name = len(entry[1]), entry[2]
-            docs[name] = entry[3].strip()
-        elif name and line.strip():
-            docs[name] = f"{docs[name]} {line.strip()}".strip()
-    return docs
-
-
-def type_text(annotation: Any) -> str:
-    """Say an annotation in words for the list of components."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation is type(None):
-        return "nothing"
-    if origin is Annotated:
-        bounds = [
-            f"{sign} {getattr(m, attribute):g}"
-            for m in annotation.__metadata__
-            for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-            if getattr(m, attribute, None) is not None
-        ]
-        return " ".join([type_text(arguments[0]), " and ".join(bounds)]).strip()
-    if origin in (Union, types.UnionType):
-        return ", or ".join(type_text(a) for a in arguments if a is not type(None)) + (
-            ", or nothing" if type(None) in arguments else ""
-        )
-    words = {int: "whole number", float: "number", bool: "true or false", str: "text"}
-    if annotation in words:
-        return words[annotation]
-    if origin is not None and str(origin).endswith("Literal"):
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"mapping of {type_text(arguments[0])} to {type_text(arguments[1])}"
-    if origin is not None and arguments:
-        return f"list of {type_text(arguments[0])}".replace("number", "numbers", 1)
-    name = getattr(annotation, "__name__", str(annotation))
-    return "path" if name == "Path" else name
 
 
 def one_problem(error: ValidationError, given: Any) -> tuple[tuple[str | int, ...], str]:
@@ -210,21 +110,6 @@ def short(value: Any) -> str:
 def dotted(path: tuple[str | int, ...]) -> str:
     """Join a path with dots."""
     return ".".join(map(str, path))
-
-
-def _parameters(function: Callable[..., Any] | type) -> list[inspect.Parameter]:
-    parameters = list(inspect.signature(function).parameters.values())
-    for p in parameters:
-        if p.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
-            star = "**" if p.kind is inspect.Parameter.VAR_KEYWORD else "*"
-            raise TypeError(f"{function.__qualname__} takes {star}{p.name}: name every option, so that it can be checked")
-    return parameters
-
-
-def _globals(function: Callable[..., Any] | type) -> dict[str, Any]:
-    initializer = inspect.unwrap(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
-    module = sys.modules.get(function.__module__)
-    return {**(vars(module) if module else {}), **getattr(initializer, "__globals__", {})}
 
 
 def _path(given: Any, error: Any) -> tuple[str | int, ...]:

@@ -1,4 +1,4 @@
-"""Places in a spec that hold a component: how they are validated, and how the component is built."""
+"""Fields of a spec that hold a component: how they are validated, and how the component is built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from elbowroom.errors import SpecError
 
 
 def slot(kind: str) -> Any:
-    """Return the annotation of a spec field that names a component; a bare string is short for `{name: ...}`."""
+    """Return the annotation of a spec field that names a component; a plain string is short for `{name: ...}`."""
     known = sorted({*table_of(kind), *in_use[kind], *python_classes[kind]})
     models = [options_model(kind, name) for name in known]
     union: Any = models[0] if len(models) == 1 else Annotated[Union[tuple(models)], Field(discriminator="name")]  # noqa: UP007
@@ -31,7 +31,7 @@ def slot(kind: str) -> Any:
         if not isinstance(given, Mapping):
             raise PydanticCustomError("no_component", "must be a name, or a block with a name")
         if "name" not in given:
-            if any(":" in str(key) for key in given):  # YAML takes {name:gamma} for one key without a value
+            if any(":" in str(key) for key in given):  # YAML reads {name:gamma} as one key without a value
                 spaced = ", ".join(
                     re.sub(r":\s*", ": ", str(k), count=1) + ("" if v is None else f": {v}") for k, v in given.items()
                 )
@@ -46,7 +46,7 @@ def slot(kind: str) -> Any:
 
 
 class _Own(BaseModel):
-    """A class of one's own, for editors: what options it has is known only when it is executed."""
+    """A user's own class in the JSON schema; its options are known only after its file is executed."""
 
     model_config = ConfigDict(extra="allow", title="python")
 
@@ -54,16 +54,16 @@ class _Own(BaseModel):
 
 
 def build(kind: str, chosen: Block, *, where: str = "", **facts: Any) -> Any:
-    """Construct a component from its validated options and the facts it asks for.
+    """Construct a component from its validated options and the facts that it asks for.
 
     Args:
         kind: the kind.
         chosen: an instance of `options_model(kind, name)`.
         where: the dotted path in the spec, for messages.
-        facts: everything known of `FACTS[kind]`; only what the constructor asks for is passed.
+        facts: all known facts of `FACTS[kind]`; only those that the constructor asks for are passed.
 
     Raises:
-        SpecError: if the constructor refuses a combination of options (ValueError).
+        SpecError: the constructor refuses a combination of options (ValueError).
     """
     found = component(kind, chosen.name)  # type: ignore[attr-defined]
     given = {option.name: getattr(chosen, option.name) for option in found.options}

@@ -1,4 +1,4 @@
-"""The table of Elbowroom's own components: kind -> name -> where its class is. A new one is one line here."""
+"""Elbowroom's own components: kind -> name -> location of the class. A new component is one more line here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FACTS: dict[str, frozenset[str]] = {
     "objective": frozenset(),
     "reference": frozenset(),
 }
-"""kind -> the positional arguments that a constructor of this kind may ask for."""
+"""kind -> positional arguments that a constructor of this kind may ask for."""
 TABLE: dict[str, dict[str, str | type]] = {
     "data": {
         "adult": "elbowroom.data.repositories:Adult",
@@ -108,7 +108,7 @@ PLACES: dict[str, str] = {
     "fit.objective": "objective",
     "audit.references": "reference",
 }
-"""Where a spec names a component -> its kind."""
+"""Place in a spec that names a component -> kind of the component."""
 BASES = {
     "data": "elbowroom.data:Source",
     "prior": "elbowroom.models.priors:Prior",

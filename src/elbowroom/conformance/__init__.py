@@ -1,1 +1,1 @@
-"""Does a component keep its promises? Checks that run over the list of all of them."""
+"""Checks that components of each kind follow the rules of their kind."""

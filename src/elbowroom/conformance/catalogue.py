@@ -1,4 +1,4 @@
-"""The list of components, as a page for people: `elbowroom components`, and docs/components.md."""
+"""The list of components for `elbowroom components` and docs/components.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from elbowroom.components import compatibility, plugins, registry
 from elbowroom.components.registry import Component
-from elbowroom.components.schema import Option
+from elbowroom.components.signatures import Option
 from elbowroom.errors import SpecError
 from elbowroom.spec import document
 
@@ -28,24 +28,21 @@ HEADINGS = {
     "objective": ("fit.objective", "what the fit maximises"),
     "reference": ("audit.references", "what the guide is compared with; auto chooses"),
 }
-"""kind -> where a spec names it, and what it is."""
+"""kind -> the place in a spec that names it, and its description."""
 
 COLUMN = 20  # width of the names in the list
 
 Broken = tuple[str, str, str]
-"""Kind and name of what cannot be used, and why."""
+"""Kind and name of a component that cannot be used, and the reason."""
 
 
 def collect(kind: str | None, name: str | None, *, allow_python: bool = False) -> tuple[list[Component], list[Broken]]:
-    """Return the components of a kind (all: None), or one of them, and those that cannot be used.
+    """Return the components of a kind (None: all), or a single one, and those that cannot be used.
 
-    Args:
-        kind: the kind.
-        name: the name; `python:file.py:Class` starts from the working folder.
-        allow_python: execute what a `python:` name stands for.
+    The path in a name `python:file.py:Class` starts from the working folder.
 
     Raises:
-        SpecError: an unknown kind, or the one that was asked for cannot be used.
+        SpecError: the kind is unknown, or the named component cannot be used.
     """
     if kind is not None and kind.startswith(plugins.PREFIX):
         raise SpecError(f"{kind}: say its kind first, such as `elbowroom components prior {kind}`")
@@ -71,11 +68,7 @@ def collect(kind: str | None, name: str | None, *, allow_python: bool = False) -
 
 
 def options_of(given: Iterable[str] | None, name: str | None) -> dict[str, Any]:
-    """Return the options that `--set OPTION=VALUE` gives one component.
-
-    Raises:
-        SpecError: no component was named, or it is not written so.
-    """
+    """Return the options that `--set OPTION=VALUE` gives to one component; a SpecError if none was named."""
     if given and name is None:
         raise SpecError("--set: name the component that it is for, such as `components --check prior student_t --set df=3`")
     return {".".join(path): value for path, value in document.assignments(given or []).items()}
@@ -84,13 +77,9 @@ def options_of(given: Iterable[str] | None, name: str | None) -> dict[str, Any]:
 def check(
     found: Iterable[Component], broken: Iterable[Broken], options: Mapping[str, Any], say: Callable[[str], Any] | None
 ) -> dict[str, list[str]]:
-    """Test that components keep their promises; return `kind name` -> the broken ones.
+    """Test components, and return `kind name` -> the checks that failed; unusable components fail.
 
-    Args:
-        found: the components.
-        broken: those that cannot be used, which keep none.
-        options: for a single one.
-        say: called with each line: `ok`, or a broken promise.
+    `options` are those of a single component; `say` is called with each line, `ok` or a failed check.
     """
     from elbowroom.conformance.conformance import problems_of
 
@@ -112,7 +101,7 @@ def check(
 def as_json(
     found: Iterable[Component], broken: Iterable[Broken], problems: Mapping[str, list[str]] | None
 ) -> list[dict[str, Any]]:
-    """Return the list as JSON holds it."""
+    """Return the list of components for JSON."""
     listed: list[dict[str, Any]] = []
     for c in found:
         entry: dict[str, Any] = {"kind": c.kind, "name": c.name, "summary": c.summary}
@@ -125,14 +114,7 @@ def as_json(
 
 
 def show(found: Sequence[Component], broken: Iterable[Broken], console: Console, *, whole: bool) -> None:
-    """Print the list.
-
-    Args:
-        found: the components.
-        broken: those that cannot be used.
-        console: where to.
-        whole: with the meaning of every option, the formula, and what goes with what; else two lines each.
-    """
+    """Print the list: with all options, formulas and partners if `whole`, else two lines for each component."""
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -176,7 +158,7 @@ def show(found: Sequence[Component], broken: Iterable[Broken], console: Console,
 
 
 def markdown() -> str:
-    """Return docs/components.md: all that comes with Elbowroom."""
+    """Return the text of docs/components.md: all components of Elbowroom."""
     lines = [
         "# Components",
         "",
@@ -214,7 +196,7 @@ def _section(c: Component) -> list[str]:
 
 
 def _together(c: Component) -> dict[str, str | list[str]]:
-    """Return what can be said of a component's partners, from the rules that a spec is checked by."""
+    """Return which components can be combined with this one, by the rules that a spec is checked with."""
     if c.kind == "prior":
         return {
             "z_lives_on": compatibility.WORDS.get(compatibility.space_of(c.cls), compatibility.space_of(c.cls)),
@@ -236,7 +218,7 @@ def _together(c: Component) -> dict[str, str | list[str]]:
 
 
 def _suit(prior: str, guide: str) -> bool:
-    """Say whether a spec can name both; elbo takes any pair that fits."""
+    """Say whether a spec can name both; with the objective elbo, which accepts every valid pair."""
     return compatibility.clash(*(SimpleNamespace(name=name) for name in (prior, guide, "elbo"))) is None
 
 
@@ -248,14 +230,14 @@ def _body(cls: type) -> list[str]:
 
 
 def _formulas(cls: type) -> list[str]:
-    """Return the paragraphs of a docstring's body that hold a formula."""
+    """Return the paragraphs of a docstring's body that contain a formula."""
     paragraphs = re.split(r"\n\s*\n", "\n".join(_body(cls)))
     formula = re.compile(r"(?:^|\s)(?:=|~|<=|is proportional to)\s")
     return [" ".join(p.split()) for p in paragraphs if formula.search(p)]
 
 
 def _example(kind: str, found: Sequence[Component] = ()) -> str:
-    """Return a line of a spec, of the one component that is shown or of a usual one."""
+    """Return a line of a spec as an example: of the single component that is shown, or of a common one."""
     if len(found) == 1:
         options = [o for o in found[0].options if o.default is not None]
         given = [f"{o.name}: {'...' if o.required else json.dumps(_plain(o), default=str)}" for o in options]
@@ -299,7 +281,7 @@ def _capital(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Keep Markdown from reading formulas as emphasis or tags; code in backticks stays as it is."""
+    """Escape formulas so that Markdown does not read them as emphasis or tags; code in backticks is unchanged."""
     parts = text.split("`")
     return "`".join(part if i % 2 else re.sub(r"([*<])", r"\\\1", part) for i, part in enumerate(parts))
 

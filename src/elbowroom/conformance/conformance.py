@@ -1,6 +1,6 @@
-"""What every component promises, tested on small facts: `elbowroom components --check`, and the property tests.
+"""Checks of every component on small facts, for `elbowroom components --check` and the property tests.
 
-A component that is registered is checked by existing. Priors, likelihoods and guides: see `promises`.
+They run over all registered components. Those of priors, likelihoods and guides are in `properties`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,9 @@ N, WIDTH, DIM = 6, 3, 2
 
 
 def problems_of(kind: str, name: str, **options: Any) -> list[str]:
-    """Build a component on small facts and return what it does not keep of its kind's protocol; [] when all is well.
+    """Build a component on small facts and return the rules of its kind that it breaks; [] if it breaks none.
 
-    Args:
-        kind: its kind.
-        name: its name.
-        options: its options; required ones must be given, except for the data set `file`.
+    Required options must be given, except for the data set `file`.
     """
     problems: list[str] = []
 
@@ -68,7 +65,7 @@ def problems_of(kind: str, name: str, **options: Any) -> list[str]:
                 check = {"data": _data, "reference": _reference, "objective": _objective}[kind]
                 check(build(kind, chosen, folder=Path(folder)), expect)
             expect(bool(cls.__doc__), "has a docstring")
-        except Exception as error:  # whatever a component raises is its failure
+        except Exception as error:  # any error of a component is a failed check
             problems.append(f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return problems
 
@@ -77,14 +74,14 @@ Expect = Callable[[bool, str], None]
 
 
 def _round_trip(kind: str, name: str, chosen: Any, expect: Expect) -> None:
-    """What a resolved spec says of the component builds it again, also after YAML."""
+    """Check that the options of a component survive writing to and reading from a spec."""
     written = document.write(chosen.model_dump(mode="json"))
     again = registry.options_model(kind, name).model_validate(document.parse(written, name))
     expect(again == chosen, "its options come back from a spec as they were")
 
 
 def _prior(kind: str, name: str, options: dict[str, Any], expect: Expect) -> None:
-    """Test the shape of z first: a wrong one breaks everything after it."""
+    """Check the shape of z first, on which all later checks depend."""
     chosen = registry.options_model(kind, name).model_validate({"name": name, **options})
     family = DiagonalNormal(DIM)
     guide = AmortizedGuide(Linear((WIDTH,), family.param_dim), family)
@@ -99,7 +96,7 @@ def _prior(kind: str, name: str, options: dict[str, Any], expect: Expect) -> Non
 
 def _data(source: Any, expect: Expect) -> None:
     expect(len(source.split) == 3, "split holds three fractions")
-    if source.missing() is not None:  # nothing is downloaded for a check
+    if source.missing() is not None:  # checks do not download data
         return
     dataset = source.load()
     dataset.check()
@@ -111,7 +108,7 @@ SHAPES: tuple[tuple[int, ...], ...] = ((WIDTH,), (6, 6), (2, 9, 7))
 
 
 def _network(chosen: Any, expect: Expect) -> None:
-    """Test a network as an encoder and as a decoder, of vectors, images or sequences: whatever it takes."""
+    """Check a network as an encoder and as a decoder of each kind of data that it supports: vectors, images, sequences."""
     roles = 0
     for shape in SHAPES:
         for in_shape, out_shape in ((shape, (4,)), ((DIM,), (2, *shape))):
@@ -150,7 +147,7 @@ def _maps(network: nn.Module, in_shape: tuple[int, ...], out_dim: int, expect: E
 
 
 def _objective(objective: Any, expect: Expect) -> None:
-    """Test an objective: finite, a gradient for every parameter, and the estimate for N data N / B times the batch's."""
+    """Check an objective: finite, a gradient for every parameter, and N / B times the batch's estimate for N data."""
     discrete = not objective.continuous
     vae = properties.vae_with("prior", "categorical" if discrete else "normal", {}, facts=properties.TABLE)
     batch = properties.simulated(vae)
@@ -176,7 +173,7 @@ def _objective(objective: Any, expect: Expect) -> None:
 
 
 def _mixture(loc: Tensor, weights: Tensor, logits: Tensor) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
-    """Return a mixture of normals and its guide, categories as the one latent."""
+    """Return a mixture of normals and its guide; the category is the only latent."""
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -239,7 +236,6 @@ def _discrete_reference(reference: Any, refusal: str, expect: Expect) -> None:
 
 
 def _promised(reference: Any, log_joint: Any, dim: int, expect: Expect) -> Any:
-    """Run a reference and check the layout of what it returns."""
     posterior = reference(log_joint, keep=400, seed=0, until=math.inf)
     expect(posterior.method == type(reference).name, "names itself in its posterior")
     expect(tuple(posterior.draws.shape[2:]) == (N, dim), "draws of shape (chain, draw, N, d)")
@@ -248,7 +244,7 @@ def _promised(reference: Any, log_joint: Any, dim: int, expect: Expect) -> Any:
 
 
 def _gradient(module: nn.Module, value: Tensor, expect: Expect, *inputs: Tensor) -> None:
-    """Expect a gradient of `value` for every parameter and input that is finite and not zero everywhere."""
+    """Check that `value` has a finite gradient that is not zero everywhere, for every parameter and input."""
     named = [*module.named_parameters(), *((f"input {i}", x) for i, x in enumerate(inputs))]
     if not named:
         return

@@ -1,8 +1,8 @@
-"""What priors, likelihoods and guide families promise, each tested inside a small VAE that is assembled as a user's would be.
+"""Checks of priors, likelihoods and guide families inside a small VAE, assembled from a spec.
 
-Densities integrate (or sum) to one, draws have the moments of the density, NaN leaves out just its own factor, the log
-joint equals the trace's, single precision agrees with double, weights come back from a state dict, and a gradient reaches every
-parameter. Nothing here knows a component by name: a user's own are tested alike.
+Densities integrate or sum to one; draws have the moments of the density; NaN removes only its own factor; the log joint equals
+Pyro's trace; single precision agrees with double; a state dict restores the weights; a gradient reaches every parameter.
+No component is named here, so that a user's own components get the same checks.
 """
 
 from __future__ import annotations
@@ -39,17 +39,13 @@ TABLE = Facts(
     covariates=("dose", "age"),
 )
 PRIORS = {"real": "normal", "positive": "log_normal", "simplex": "dirichlet", "one_hot": "categorical", "binary": "bernoulli"}
-"""A prior that goes with each space of a guide family."""
+"""Space of a guide family -> a prior with this space."""
 
 
 def vae_with(
     kind: str, name: str, options: Mapping[str, Any], *, latent_dim: int = 2, facts: Facts = TABLE, seed: int = 0
 ) -> VAE:
-    """Assemble a small VAE around one component, with partners that suit it, in double precision.
-
-    Raises:
-        SpecError: the component does not take these options or facts.
-    """
+    """Assemble a small VAE around one component (a SpecError if it refuses options or facts), in double precision."""
     cls = registry.component(kind, name).cls
     chosen: dict[str, Any] = {"name": name, **options}
     prior: dict[str, Any] = {"name": "normal"}
@@ -61,7 +57,7 @@ def vae_with(
         )
     if kind == "guide":
         family, prior = chosen, {"name": "hierarchical" if len(_sites(cls)) > 1 else PRIORS[compatibility.space_of(cls)]}
-    for block in (prior, family):  # one unconstrained dimension for each level: the smallest plane there is
+    for block in (prior, family):  # one unconstrained dimension for each level, so that the density is integrated over a plane
         if block["name"] == "hierarchical" and latent_dim == 1 and "top_dim" not in block:
             block["top_dim"] = 1
     if family["name"] == "hierarchical":
@@ -77,7 +73,7 @@ def vae_with(
             },
             "guide": {"family": family, "encoder": {"name": "mlp", "hidden": [8]}},
         },
-        allow_python=True,  # a component that was found above is one that the user has let in
+        allow_python=True,  # the user has allowed the component already, since it was found above
     )
     torch.manual_seed(seed)
     return assemble(loaded.spec, facts).double()
@@ -88,18 +84,15 @@ def _sites(cls: type) -> tuple[str, ...]:
 
 
 def simulated(vae: VAE, facts: Facts = TABLE, n: int = N) -> dict[str, Tensor]:
-    """Draw data from the model's prior, covariates from N(0, 1); return the arguments of its programs."""
+    """Draw x from the model, covariates from N(0, 1); return the arguments of model and guide."""
     c = len(facts.covariates)
     beside: dict[str, Any] = {"covariates": torch.randn(n, c, dtype=torch.float64)} if c else {}
     with torch.no_grad():
         return {"x": vae.model(**beside, n=n).double(), **beside}
 
 
-# -- priors and guides ----------------------------------------------------------------------------------------------------
-
-
 def check_latents(kind: str, name: str, options: Mapping[str, Any], expect: Expect) -> None:
-    """Test a prior or a guide family."""
+    """Check a prior or a guide family."""
     least = 2 if compatibility.space_of(registry.component(kind, name).cls) in ("simplex", "one_hot") else 1
     small = vae_with(kind, name, options, latent_dim=least)
     batch = simulated(small, n=2)
@@ -120,9 +113,9 @@ def check_latents(kind: str, name: str, options: Mapping[str, Any], expect: Expe
 
 
 def _normalised(joint: LogJoint, kind: str, expect: Expect, *, real: bool) -> None:
-    """Integrate the density over its unconstrained coordinates, and compare bounded moments with those of draws."""
+    """Check that the density integrates to 1 over its unconstrained coordinates, and that draws have its bounded moments."""
     log_stretch: Tensor | float = 0.0
-    if joint.dim == 1 and real:  # as far as heavy tails reach
+    if joint.dim == 1 and real:  # a very wide range, for heavy tails
         axis = torch.linspace(-30, 30, 24_001, dtype=torch.float64)
         z, cell, log_stretch = axis.sinh()[:, None], float(axis[1] - axis[0]), axis.cosh().log()[:, None]
     elif joint.dim == 1:
@@ -144,11 +137,8 @@ def _normalised(joint: LogJoint, kind: str, expect: Expect, *, real: bool) -> No
         expect(bool((error < SIGMAS).all()), f"draws have the density's mean of {what}, off by {float(error.max()):.1f} SE")
 
 
-# -- likelihoods ------------------------------------------------------------------------------------------------------------
-
-
 def check_likelihood(name: str, options: Mapping[str, Any], expect: Expect) -> None:
-    """Test a likelihood, with and without holes in the data."""
+    """Check a likelihood, with and without missing entries in the data."""
     vae = vae_with("likelihood", name, options)
     batch = simulated(vae, n=40)
     vae.adapt(**batch)
@@ -177,7 +167,7 @@ def check_likelihood(name: str, options: Mapping[str, Any], expect: Expect) -> N
 
 
 def _moments(likelihood: Likelihood, p: Any, expect: Expect) -> None:
-    """Compare the stated mean of each entry with that of draws, where there is one."""
+    """Compare the stated mean of each entry, if it exists, with that of draws."""
     try:
         mean, variance = p.mean, p.variance
     except NotImplementedError:
@@ -185,12 +175,12 @@ def _moments(likelihood: Likelihood, p: Any, expect: Expect) -> None:
     draws = p.sample((4000,)).double()
     error = (draws.mean(0) - mean).abs() / ((variance / len(draws)).sqrt() + 1e-9)
     known = mean.isfinite() & variance.isfinite()
-    # 120 means at once; single draws of a heavy tail make the normal limit slow
+    # 120 means are compared, and heavy tails converge slowly to normality: hence the wider tolerance
     expect(bool((error[known] < SIGMAS + 1).all()), "draws have the stated mean")
 
 
 def _holes(likelihood: Likelihood, p: Any, x: Tensor, expect: Expect) -> None:
-    """A missing entry counts for nothing; where entries are independent, the factors of the others stay as they are."""
+    """Check that missing entries have no effect; for independent entries, the factors of the others do not change."""
 
     def log_prob(seen: list[int], value: Tensor = x) -> Tensor:
         missing = torch.ones_like(x, dtype=torch.bool)
@@ -209,13 +199,13 @@ def _holes(likelihood: Likelihood, p: Any, x: Tensor, expect: Expect) -> None:
 
 
 def _one_entry(name: str, options: Mapping[str, Any], expect: Expect) -> None:
-    """Integrate or sum p(x|z) of a datum of one entry."""
+    """Check that p(x|z) of a datum with a single entry integrates or sums to 1."""
     for column in TABLE.columns or ():
         facts = Facts(event_shape=(1,), levels=TABLE.levels, columns=(column,))
         vae = vae_with("likelihood", name, options, facts=facts)
         vae.adapt(**simulated(vae, facts, n=20))
         if type(vae.likelihood).incomplete is not Likelihood.incomplete:
-            return  # given the total of its entries, one entry is no random variable
+            return  # given the total, a single entry is not random
         with torch.no_grad():
             p = vae.decode(torch.randn(1, 2, dtype=torch.float64))
             base: Any = p.support
@@ -228,7 +218,7 @@ def _one_entry(name: str, options: Mapping[str, Any], expect: Expect) -> None:
             else:
                 to = biject_to(base)
                 u = torch.linspace(-60, 60, 240_001, dtype=torch.float64)
-                wide = base is constraints.real  # as far as heavy tails reach
+                wide = base is constraints.real  # a wide range, for heavy tails
                 x = u.sinh() if wide else to(u)
                 stretch = u.cosh().log() if wide else to.log_abs_det_jacobian(u, x)
                 density = (p.log_prob(x[:, None]) + stretch).exp()
@@ -236,17 +226,14 @@ def _one_entry(name: str, options: Mapping[str, Any], expect: Expect) -> None:
             expect(abs(float(mass) - 1) < 2e-3, f"p(x|z) of one entry adds up to 1, got {float(mass):.5f}")
 
 
-# -- all ----------------------------------------------------------------------------------------------------------------------
-
-
 def check_program(vae: VAE, batch: Mapping[str, Tensor], part: nn.Module, expect: Expect, *, gradient: str) -> None:
-    """Test a component where it is used: in the VAE's programs, through the log joint.
+    """Check a component in the model and guide of a VAE, through the log joint.
 
     Args:
         vae: in double precision.
-        batch: arguments of its programs.
+        batch: arguments of model and guide.
         part: the component.
-        expect: called with each promise.
+        expect: called with each check.
         gradient: kind of the component whose parameters a gradient must reach; "" for none.
     """
     batch = {key: value.float().double() for key, value in batch.items()}  # the same numbers in either precision
@@ -271,7 +258,7 @@ def check_program(vae: VAE, batch: Mapping[str, Tensor], part: nn.Module, expect
 
 
 def _same_as_trace(vae: VAE, batch: Mapping[str, Tensor], joint: LogJoint, z: Tensor, value: Tensor, expect: Expect) -> None:
-    """The log joint, summed over data, is Pyro's log probability of the trace, with the Jacobian."""
+    """Check that the log joint, summed over data, equals Pyro's log probability of the trace plus the log Jacobian."""
     beside: dict[str, Any] = dict(batch)
     jacobian = torch.zeros((), dtype=torch.float64)
     sites: dict[str, Tensor] = {}
@@ -295,7 +282,7 @@ def _same_as_trace(vae: VAE, batch: Mapping[str, Tensor], joint: LogJoint, z: Te
 
 
 def _gradient(vae: VAE, batch: Mapping[str, Tensor], part: nn.Module, expect: Expect) -> None:
-    """Expect a gradient of the ELBO for every parameter that is finite and, over a few draws, not zero everywhere."""
+    """Check that the ELBO has a finite gradient for every parameter that is, over a few draws, not zero everywhere."""
     vae.train()
     named, arguments = list(part.named_parameters()), dict[str, Any](batch)
     total = {name: torch.zeros_like(parameter) for name, parameter in named}

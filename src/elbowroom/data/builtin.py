@@ -74,7 +74,7 @@ class LinearGaussianData(Source):
         self.split = split
 
     def load(self) -> Dataset:
-        """Return x of shape (n, dim) in float64, with its truth."""
+        """Return x of shape (n, dim) in float64; `Dataset.truth` is the program that made it."""
         import torch
 
         from elbowroom.models.linear_gaussian import LinearGaussian

@@ -15,10 +15,10 @@ from elbowroom.errors import DataError, nearest
 from elbowroom.models.columns import Column, Kind
 
 MISSING = frozenset({"", "nan", "NaN", "NAN", "NA", "<NA>", "N/A", "null", "NULL", "?"})
-"""Cells of a CSV file that say that a value is missing."""
+"""Cells of a CSV file that count as missing."""
 MOST_LEVELS = 1000
 FEW_LEVELS = 50
-"""So many different texts are never taken for a name that hardly ever repeats."""
+"""A column with at most this many different texts counts as categorical, even if it has few rows."""
 CODED = ("categorical", "ordinal")
 DATE = re.compile(
     r"(\d{4}[-/.]\d{1,2}([-/.]\d{1,2})?|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))"
@@ -31,10 +31,10 @@ class Cells:
     """One column as it was read.
 
     Attributes:
-        name: of the column.
-        values: numbers, (N,), NaN where missing; of text the codes.
-        levels: the texts that codes 0, 1, ... stand for; None for numbers.
-        ordered: the levels have an order of their own.
+        name: name of the column.
+        values: numbers, (N,), NaN where missing; for text the codes.
+        levels: the texts behind the codes 0, 1, ...; None for numbers.
+        ordered: whether the levels have an order.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Cells:
 
     @classmethod
     def of_text(cls, name: str, texts: Sequence[str | None], levels: Iterable[str] | None = None) -> Cells:
-        """Take texts, None for missing; levels are sorted, numbers by size, unless they are given in order."""
+        """Make codes of texts, None for missing. Levels not given are sorted: numbers by size, then other texts."""
         known = tuple(sorted({t for t in texts if t is not None}, key=_by_size) if levels is None else levels)
         codes = {level: float(i) for i, level in enumerate(known)}
         values = np.array([np.nan if t is None else codes[t] for t in texts])
@@ -60,16 +60,16 @@ class Cells:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a table are what.
+    """The roles of the columns of a table.
 
     Attributes:
-        x: columns to model; None for all that have no other role.
+        x: columns to model; None for all columns without another role.
         covariates: columns to condition on.
         exposure: the column of exposures.
         labels: the column of labels.
         kinds: column -> kind.
-        levels: column -> the texts behind its codes, of the columns that are coded.
-        fitted: it comes from data that were read: other rows must have the same columns, but for the labels.
+        levels: column -> the texts behind its codes, for coded columns.
+        fitted: it belongs to data of a fit: other rows must have the same columns, except for the labels.
     """
 
     x: tuple[str, ...] | None = None
@@ -89,11 +89,7 @@ class Layout:
         labels: str | None,
         kinds: Mapping[str, Kind] | None,
     ) -> Layout:
-        """Take the user's choice, as the options of a data set have it.
-
-        Raises:
-            ValueError: a column is named twice or has two roles.
-        """
+        """Make a layout of the options of a data set; a ValueError if a column is named twice or has two roles."""
         found = cls(None if x is None else tuple(x), tuple(covariates or ()), exposure, labels, dict(kinds or {}))
         for option, names in (("x", found.x or ()), ("covariates", found.covariates)):
             if repeated := [name for name in names if names.count(name) > 1]:
@@ -109,21 +105,17 @@ class Layout:
         return () if given is None else (given,) if isinstance(given, str) else tuple(given)
 
     def others(self) -> list[tuple[str, str]]:
-        """Return (option, column) of everything beside x."""
+        """Return (option, column) for every column that is not in x."""
         return [(f"data.{option}", name) for option in ("covariates", "exposure", "labels") for name in self._names(option)]
 
     @property
     def textual(self) -> frozenset[str]:
-        """The columns in which numbers and text may stand together."""
+        """The columns that may hold both numbers and text."""
         coded = [name for name, kind in self.kinds.items() if kind in CODED]
         return frozenset([*coded, *self.levels, *self._names("labels")])
 
     def require(self, names: Sequence[str], label: str) -> None:
-        """Refuse a table that lacks a column; of other rows than those of a fit, labels may be left out.
-
-        Raises:
-            DataError: names the column.
-        """
+        """Raise a DataError if the table lacks a column of this layout; rows other than those of the fit need no labels."""
         wanted = [("data.x", name) for name in self.x or ()] + self.others() + [("data.kinds", name) for name in self.kinds]
         for option, name in wanted:
             if name not in names and not (self.fitted and option in ("data.labels", "data.kinds")):
@@ -131,7 +123,7 @@ class Layout:
                 raise DataError(f"{label}:{where} there is no column {name!r}{nearest(name, names)}")
 
     def tree(self) -> dict[str, Any]:
-        """Return it as a record can hold it: lists and texts; what is empty is left out."""
+        """Return the layout as lists and texts for a record; empty entries are left out."""
         plain: dict[str, Any] = {
             "x": None if self.x is None else list(self.x),
             "covariates": list(self.covariates),
@@ -144,7 +136,7 @@ class Layout:
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Layout:
-        """Read it from a record."""
+        """Read a layout from a record."""
         levels = {name: tuple(found) for name, found in tree.get("levels", {}).items()}
         x = None if tree.get("x") is None else tuple(tree["x"])
         covariates, kinds = tuple(tree.get("covariates", ())), dict(tree.get("kinds", {}))
@@ -152,11 +144,7 @@ class Layout:
 
 
 def of_array(name: str, values: np.ndarray, label: str) -> Cells:
-    """Take one column of numbers or text from an array.
-
-    Raises:
-        DataError: it holds neither.
-    """
+    """Make cells of one column of an array; a DataError if it holds neither numbers nor text."""
     if values.dtype.kind == "U":
         return Cells.of_text(name, [None if t.strip() in MISSING else t.strip() for t in values.tolist()])
     if values.dtype.kind not in "buif":
@@ -172,20 +160,20 @@ def describe_columns(
     *,
     name: str = "data",
 ) -> tuple[Column, ...]:
-    """Say what kind of values each column of a table holds.
+    """Return the name, kind and number of levels of each column of a table.
 
-    A declared kind is checked. Else only 0 and 1 are binary, other whole numbers from 0 a count, other numbers above 0
-    positive, and the rest real. Proportions, ordinal and categorical numbers look like these, so they must be declared.
+    A declared kind is checked. Otherwise a column of only 0 and 1 is binary, other whole numbers from 0 are a count, other
+    numbers above 0 are positive, and the rest is real. Proportions, ordinal and categorical numbers must be declared.
 
     Args:
         x: (N, D), NaN where missing.
         names: D names.
         kinds: column -> declared kind.
         categories: column -> the texts behind its codes.
-        name: what messages call the table.
+        name: name of the table in messages.
 
     Raises:
-        DataError: values are not of the declared kind; names the first place.
+        DataError: a value is not of the declared kind; names the first place.
     """
     for column in kinds:
         if column not in names:
@@ -225,7 +213,7 @@ def describe_columns(
 
 
 def _allowed(values: np.ndarray, kind: Kind) -> np.ndarray:
-    """Say which values a column of a kind may hold."""
+    """Say which values a column of this kind may hold."""
     if kind == "real":
         return np.ones(len(values), dtype=bool)
     if kind == "positive":
@@ -238,12 +226,12 @@ def _allowed(values: np.ndarray, kind: Kind) -> np.ndarray:
 
 
 def whole(values: np.ndarray) -> np.ndarray:
-    """Return codes as int64 where none is missing, else as they are."""
+    """Return codes as int64 if none is missing, else unchanged."""
     return values if np.isnan(values).any() else values.astype(np.int64)
 
 
 def _by_size(text: str) -> tuple[int, float, str]:
-    """Order numbers by size, before all other texts, which are in alphabetical order."""
+    """Sort key: numbers by size, then other texts in alphabetical order."""
     try:
         return 0, float(text), text
     except ValueError:

@@ -1,7 +1,7 @@
-"""Data sets: where x comes from, what can be wrong with it, and how it is split.
+"""Data sets: the `Dataset` itself, its checks, and its split.
 
-A data set is a component of kind `data`: a class whose `load()` returns a `Dataset`. Everything here is NumPy; tensors
-are made by the experiment, in its own precision.
+A data set is a component of kind `data`: a class whose `load()` returns a `Dataset`. This module uses NumPy; the experiment
+makes tensors in the precision of the fit.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Fractions = Annotated[Sequence[Fraction], Len(3, 3)]
 
 @dataclass(frozen=True, eq=False)
 class Hidden:
-    """Entries of x that were taken away although they are known: what imputation is judged by.
+    """Known entries of x that were removed, to measure the quality of imputation.
 
     Attributes:
-        rows: of x, (M,), counted from 0.
-        columns: of x, (M,).
-        values: what stood there, (M,).
+        rows: row numbers in x, (M,), counted from 0.
+        columns: column numbers in x, (M,).
+        values: the removed values, (M,).
     """
 
     rows: np.ndarray
@@ -54,20 +54,20 @@ class Dataset:
     """Observed data.
 
     Attributes:
-        x: real numbers, (N, *event); perhaps memory-mapped. NaN is missing; so is the padding of sequences.
-        name: what to call it in messages.
-        labels: one label per datum, (N,), whole numbers or text, for colours in figures only.
-        truth: the program that made them, where it is known.
-        columns: the names of the columns of x, where it has any.
-        split: the rows that train, validate and test, where whoever published the data says so.
-        grey: where x is one draw from Bernoulli(grey / 255), the grey values, (N, *event) uint8: training draws anew.
-        covariates: what p(z|c) is conditioned on, (N, C) float64, as they are in the file; text is one-hot.
-        covariate_names: C names; those of text are such as `batch=a`.
-        exposure: what the rate of counts is multiplied by, (N,) float64, positive.
-        kinds: column -> kind, as far as it was declared or seen in the type of the column.
-        categories: column -> the texts that the codes 0, 1, ... of a column of x stand for.
-        layout: which columns of a table became what, so that another table is read the same way.
-        hidden: entries that were taken away, with their true values.
+        x: real numbers, (N, *event); may be memory-mapped. NaN marks missing entries and the padding of sequences.
+        name: name of the data in messages.
+        labels: one label per datum, (N,), whole numbers or text; only used to colour figures.
+        truth: the program that simulated the data, where it is known.
+        columns: names of the columns of x, where they have names.
+        split: the training, validation and test rows, where the publisher defines them.
+        grey: where x is one draw from Bernoulli(grey / 255), the grey values, (N, *event) uint8; training draws x anew.
+        covariates: the c in p(z|c), (N, C) float64, in the units of the file; text is one-hot.
+        covariate_names: C names; for text such as `batch=a`.
+        exposure: factor on the rate of counts, (N,) float64, positive.
+        kinds: column -> kind, where it was declared or follows from the column's type.
+        categories: column of x -> the texts behind its codes 0, 1, ...
+        layout: the roles of the columns, so that other tables are read in the same way.
+        hidden: removed entries with their true values.
     """
 
     x: np.ndarray
@@ -100,7 +100,7 @@ class Dataset:
 
     @cached_property
     def levels(self) -> int | None:
-        """1 + the largest value where all observed values are whole numbers from 0, else None."""
+        """1 + the largest value if all observed values are whole numbers from 0, else None."""
         largest = 0
         for _, part in rows_of(self.x):
             if part.dtype.kind == "f":
@@ -126,13 +126,13 @@ class Dataset:
         return describe_columns(self.x, names, self.kinds, self.categories, name=self.name)
 
     def take(self, index: np.ndarray | slice) -> Dataset:
-        """Return some of the rows, with what stands beside them; a split and hidden entries have no meaning there."""
+        """Return some of the rows, with covariates, exposure, labels and grey values, but without split and hidden entries."""
         beside = {name: getattr(self, name) for name in ("labels", "grey", "covariates", "exposure")}
         some: dict[str, Any] = {name: None if value is None else value[index] for name, value in beside.items()}
         return replace(self, x=self.x[index], split=None, hidden=None, **some)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of shape, type and values of x, and of the values of what stands beside it."""
+        """Return the SHA-256 of shape, type and values of x, and of grey values, covariates and exposure."""
 
         def parts() -> Iterator[bytes]:
             yield f"{self.x.shape} {self.x.dtype.str}".encode()
@@ -143,16 +143,16 @@ class Dataset:
         return sha256_of(parts())
 
     def large(self, itemsize: int) -> bool:
-        """Say whether x takes more than BUDGET bytes at so many bytes per number."""
+        """Say whether x takes more than BUDGET bytes, at `itemsize` bytes per number."""
         return self.x.size * itemsize > BUDGET
 
     @property
     def mapped(self) -> bool:
-        """Whether x is a memory map too large to be read without need."""
+        """Whether x is a memory map that is too large to be read as a whole."""
         return isinstance(self.x, np.memmap) and self.large(self.x.itemsize)
 
     def stamp(self) -> str | None:
-        """Return size and time of change of the file behind a large memory map: while they stay, its content is taken to."""
+        """Return size and modification time of the file behind a large memory map; None for other data."""
         filename = self.x.filename if isinstance(self.x, np.memmap) and self.mapped else None
         if filename is None:
             return None
@@ -160,16 +160,16 @@ class Dataset:
         return f"{stat.st_size} {stat.st_mtime_ns}"
 
     def check(self, *, values: bool = True, whole: bool = True) -> None:
-        """Refuse what no model can use.
+        """Refuse data that no model can use.
 
         Args:
-            values: look at every number; else at shape and type alone.
-            whole: these are all the data: every column of a table needs an observed value. Else they are some rows, of which
-                nothing need be observed: the answer to them is the prior.
+            values: check every number; else only shape and type.
+            whole: these are all the data: every column of a table needs an observed value. Else they are some rows, which may
+                have no observed value: their posterior is the prior.
 
         Raises:
-            DataError: for an array of the wrong kind or shape, for infinities, for a column of which nothing is observed, and
-                for covariates and exposures that are missing; names the first place.
+            DataError: x has the wrong type or shape, infinite values, or a column without observed values; or covariates or
+                exposures are missing. Names the first place.
         """
         x = self.x
         if x.dtype.kind not in "buif":
@@ -199,7 +199,7 @@ class Dataset:
             raise DataError(f"{self.name}: column {column} has no observed value; {cure}")
 
     def _check_beside(self) -> None:
-        """Check what stands beside x: as many rows, finite, exposures positive."""
+        """Check labels, covariates and exposures: as many rows as x, finite, exposures positive."""
         exposure = None if self.exposure is None else self.exposure[:, None]
         names = {"covariates": self.covariate_names, "exposure": ((self.layout and self.layout.exposure) or "exposure",)}
         for kind, values in (("covariates", self.covariates), ("exposure", exposure)):
@@ -217,11 +217,11 @@ class Dataset:
                 raise DataError(f"{self.name}: {needed}, it is {what} at row {row}, column {names[kind][column]!r}; {cure}")
 
     def column(self, number: int) -> str:
-        """Name one column of x for people."""
+        """Name one column of x in a message."""
         return repr(self.columns[number]) if self.columns else str(number)
 
     def place(self, row: int, index: np.ndarray) -> str:
-        """Name one entry of x for people; rows and columns are counted from 0."""
+        """Name one entry of x in a message; rows and columns are counted from 0."""
         if len(index) != 1:
             return f"row {row}, position {tuple(int(i) for i in index)}"
         return f"row {row}, column {self.column(int(index[0]))}"
@@ -229,7 +229,7 @@ class Dataset:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Which rows train, which choose the best weights, and which are audited: int64 row numbers, disjoint.
+    """Row numbers for training, for choosing the best weights, and for the audit: int64, disjoint.
 
     The test rows are in random order, so that the first k of them are a random sample; the others are sorted.
     """
@@ -242,17 +242,17 @@ class Split:
 def split_rows(n: int, fractions: Sequence[float], seed: int, name: str = "data") -> Split:
     """Split n rows at random; the same n, fractions and seed always give the same split.
 
-    The test rows come first from the permutation: other fractions of training and validation leave them alone.
+    The test rows come first in the permutation, so that they do not depend on how the rest is divided.
 
     Args:
         n: number of rows.
         fractions: of train, validation and test; they sum to 1. Each part with a positive fraction gets a row.
-        seed: of the permutation.
-        name: of the data, for messages.
+        seed: seed of the permutation.
+        name: name of the data in messages.
 
     Raises:
-        SpecError: if the fractions do not sum to 1 or leave nothing to train on or to audit.
-        DataError: if there are too few rows.
+        SpecError: the fractions do not sum to 1, or leave no rows for training or for the audit.
+        DataError: there are too few rows.
     """
     if not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
         raise SpecError(f"data.split: train, validation and test must sum to 1, got {sum(fractions):g}")
@@ -279,7 +279,7 @@ class Source(ABC):
     split: Sequence[float]
 
     def missing(self) -> str | None:
-        """Say what `load` needs that this machine does not have; None where it can read or make the data."""
+        """Say what `load` needs that is missing on this machine; None if it can read or make the data."""
         return None
 
     @abstractmethod
@@ -287,7 +287,7 @@ class Source(ABC):
         """Read or make the data.
 
         Raises:
-            DataError: one line that names file, row and column, and the cure.
+            DataError: one line that names file, row and column, and the remedy.
         """
 
 

@@ -65,11 +65,7 @@ class File(Source):
         return dataset
 
     def read(self, layout: Layout) -> Dataset:
-        """Read the file as another table was read, without a look at the values.
-
-        Args:
-            layout: which columns are what; `Dataset.layout` of the other one.
-        """
+        """Read the file with a given layout, for example `Dataset.layout` of another table; values are not checked."""
         path, label = self.path, self.label
         readers = {
             ".npz": self._npz,
@@ -123,7 +119,7 @@ class File(Source):
         return beside(x, found, layout, self.label if self.key is None else f"{self.label}[{self.key}]")
 
     def _choose(self, keys: list[str]) -> str:
-        """Name the array of an archive to use."""
+        """Choose the array of an archive."""
         if self.key is not None:
             return self.key
         if len(keys) != 1 and "x" not in keys:
@@ -139,15 +135,15 @@ def _numpy_problem(error: Exception) -> str:
 
 
 def read_like(given: Any, layout: Layout | None, folder: Path) -> Dataset:
-    """Read other rows as the data of a fit were read: the same columns in the same roles, text with the same codes.
+    """Read new rows with the layout of the data of a fit: the same columns in the same roles, the same codes for text.
 
     Args:
         given: a path, an array or a frame.
         layout: `Dataset.layout` of the data of the fit; None where they had no named columns.
-        folder: where relative paths start.
+        folder: the folder that relative paths start from.
 
     Raises:
-        DataError: a column of the fit is not there, or holds a text that the fit has not seen.
+        DataError: a column of the fit is missing, or holds a text that did not occur in the fit.
     """
     layout = layout or AS_IT_IS
     if isinstance(given, str | Path):

@@ -1,4 +1,4 @@
-"""Tables: frames and arrays from Python, parquet and CSV files, as rows of numbers with the names of their columns."""
+"""Tables from frames and arrays in Python, and from parquet and CSV files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 AS_IT_IS = Layout()
-"""All columns are x."""
+"""The layout in which all columns are x."""
 
 
 class Memory(Source):
@@ -54,36 +54,36 @@ class Memory(Source):
         self.split = split
 
     def missing(self) -> str | None:
-        """The rows themselves."""
+        """Say that the rows must be passed from Python."""
         return "the rows come from Python"
 
     def load(self) -> Dataset:
-        """Refuse: there is nothing to read."""
+        """Raise an error: the rows are not in a file."""
         raise DataError(
             "data: these rows came from Python and are in no file; hand them over again: er.Experiment.load(spec, data=...) "
             "or er.Run.load(run, data=...); from the command line name rows, DATA (and --calibration FILE of score)"
         )
 
     def hand_over(self, given: Any) -> Dataset:
-        """Take the rows, columns by the options."""
+        """Make a data set of rows from Python, by the options of this source."""
         return from_python(given, layout=self.layout)
 
 
 def from_python(given: Any, name: str = "data", *, layout: Layout = AS_IT_IS) -> Dataset:
-    """Take rows from a NumPy array or a pandas DataFrame, without a copy where none is needed.
+    """Make a data set of a NumPy array or a pandas DataFrame, without a copy where possible.
 
     Args:
         given: the array, (N, *event), or the frame.
-        name: what messages call it.
-        layout: which columns are what.
+        name: name of the data in messages.
+        layout: roles of the columns.
 
     Raises:
-        DataError: it is neither, or a column holds neither numbers nor text; names the column.
+        DataError: `given` is neither, or a column holds neither numbers nor text; names the column.
     """
     if isinstance(given, np.ma.MaskedArray):
         mask = np.ma.getmaskarray(given)
         given = given.data
-        if mask.any() and given.dtype.kind in "buif":  # anything else is refused by its type
+        if mask.any() and given.dtype.kind in "buif":  # arrays of other types are refused below
             given = np.where(mask, np.nan, given.astype(given.dtype if given.dtype.kind == "f" else np.float64))
     if isinstance(given, np.ndarray):
         return unnamed(given, layout, name)
@@ -96,7 +96,7 @@ def from_python(given: Any, name: str = "data", *, layout: Layout = AS_IT_IS) ->
 
 
 def from_frame(frame: pd.DataFrame, name: str, layout: Layout = AS_IT_IS) -> Dataset:
-    """Take the rows of a frame as numbers; the names of the columns are kept.
+    """Make a data set of a frame; the names of the columns are kept.
 
     Raises:
         DataError: a name appears twice, or a column holds neither numbers nor text; names the column.
@@ -142,7 +142,7 @@ def _cells(column: pd.Series[Any], label: str, name: str) -> Cells:
 
 
 def _is_missing(value: Any) -> bool:
-    """Say whether a cell of a frame is None, NaN, <NA> or a text that stands for it."""
+    """Say whether a cell of a frame is None, NaN, <NA> or a text in `MISSING`."""
     import pandas as pd
 
     if isinstance(value, str):
@@ -151,15 +151,10 @@ def _is_missing(value: Any) -> bool:
 
 
 def read_parquet(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
-    """Read a parquet file of numbers and text.
-
-    Args:
-        path: the file.
-        label: its name for messages.
-        layout: which columns are what.
+    """Read a parquet file of numbers and text; `label` is its name in messages.
 
     Raises:
-        DataError: pyarrow is not installed, or the file is damaged or holds other than numbers and text.
+        DataError: pyarrow is not installed, or the file is damaged or holds columns of other types.
     """
     try:
         import pyarrow.parquet as parquet
@@ -177,17 +172,12 @@ def read_parquet(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
 
 
 def read_csv(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
-    """Read cells separated by commas, semicolons or tabs; a first line with text in it is the header.
+    """Read cells separated by commas, semicolons or tabs; a first line that contains text is the header.
 
-    Without a header the columns are called 0, 1, ...
-
-    Args:
-        path: the file.
-        label: its name for messages.
-        layout: which columns are what.
+    Without a header the columns are called 0, 1, ... `label` is the name of the file in messages.
 
     Raises:
-        DataError: names the line (counted from 1) that is ragged, or line and column of text in a column of numbers.
+        DataError: a line has another number of cells (lines are counted from 1), or a column of numbers contains text.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -208,7 +198,7 @@ def read_csv(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
         raise DataError(f"{label}: a header and no rows")
     columns = tuple(cells) if header else tuple(str(i) for i in range(len(cells)))
     if layout.fitted and layout.x is not None and not header and len(layout.x) == len(columns):
-        columns = layout.x  # by their places
+        columns = layout.x  # columns are named by their positions
     x = _numbers(body, delimiter)
     if x is not None and x.shape[1] == len(columns):
         found = [Cells(name, x[:, i]) for i, name in enumerate(columns)]
@@ -221,7 +211,7 @@ def read_csv(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
 
 
 def _numbers(body: str, delimiter: str) -> np.ndarray | None:
-    """Read a table of numbers alone, fast; None where it holds anything else."""
+    """Read a table that holds only numbers, fast; None for other tables."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -259,7 +249,7 @@ def _mixed(
 
 
 def _column(name: str, cells: list[str], label: str, lines: list[int], textual: bool) -> Cells:
-    """Return a column as numbers where all its cells are, else as text where none is or it may be."""
+    """Return a column as numbers if all cells are numbers; as text if none is, or if `textual` allows both."""
     known = [cell not in MISSING for cell in cells]
     numeric = [is_known and _is_number(cell) for cell, is_known in zip(cells, known, strict=True)]
     if numeric == known:

@@ -1,7 +1,7 @@
-"""Data sets as their publishers ship them: downloaded once, checked by the published checksums, split as published.
+"""Data sets in the files and splits of their publishers: downloaded once, and checked by their checksums.
 
-`ELBOWROOM_DATA` names a folder that already holds the files (plain, or with `.gz`); without it they are fetched once into
-pooch's cache. What is checked is always the uncompressed content.
+`ELBOWROOM_DATA` names a folder that already holds the files (plain or `.gz`); otherwise they are downloaded into pooch's cache.
+Checksums are always those of the uncompressed content.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from elbowroom.system.memory import slices
 VARIABLE = "ELBOWROOM_DATA"
 SHAPE = (28, 28)
 HELD_OUT = 10_000
-"""The last rows of MNIST's 60,000 training images, which serve for validation."""
+"""Number of MNIST's 60,000 training images, the last ones, that serve for validation."""
 
-_TEST_ORDER, _DRAW = 20_251, 20_252  # seeds of the order of the test rows and of the fixed binarization
-_LARGEST = 2**28  # bytes that a published file may unpack to
+_TEST_ORDER, _DRAW = 20_251, 20_252  # seeds: order of the test rows, fixed binarization
+_LARGEST = 2**28  # largest allowed size of an uncompressed file, in bytes
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Published:
     """One published file.
 
     Attributes:
-        name: of the uncompressed file.
-        url: where its publisher keeps it, perhaps compressed.
-        download: checksum of what the URL gives, for pooch.
-        md5: of the uncompressed content.
-        sha256: of the uncompressed content.
+        name: name of the uncompressed file.
+        url: URL of the publisher's file, possibly compressed.
+        download: checksum of the file at the URL, for pooch.
+        md5: checksum of the uncompressed content.
+        sha256: likewise.
     """
 
     name: str
@@ -137,18 +137,18 @@ FILES: dict[str, Published] = {
 
 
 class PublishedSource(Source):
-    """A data set that its publisher keeps in files: `ELBOWROOM_DATA` names a folder that holds them, or they are downloaded.
+    """A published data set: its files are in the folder `ELBOWROOM_DATA`, or are downloaded.
 
     Attributes:
-        split: fractions of train, validation and test; MNIST's, whose published split is kept.
-        keys: of the files in `FILES`.
+        split: fractions of train, validation and test; not used where the published split is kept.
+        keys: keys of its files in `FILES`.
     """
 
     split: Sequence[float] = (5 / 7, 1 / 7, 1 / 7)
     keys: Sequence[str]
 
     def missing(self) -> str | None:
-        """Say which file is not on this machine (it would be downloaded, or is not in `ELBOWROOM_DATA`)."""
+        """Say which file is not on this machine and would be downloaded, or is not in `ELBOWROOM_DATA`."""
         for key in self.keys:
             file = FILES[key]
             places = [path for folder in _folders() for path in (folder / file.name, folder / f"{file.name}.gz")]
@@ -158,7 +158,7 @@ class PublishedSource(Source):
 
     @abstractmethod
     def load(self) -> Dataset:
-        """Read the files, downloading what is not there."""
+        """Read the files; missing ones are downloaded."""
 
 
 class BinarizedMNIST(PublishedSource):
@@ -202,7 +202,7 @@ class MNIST(PublishedSource):
         self.scale = scale
 
     def load(self) -> Dataset:
-        """Return x of shape (70000, 28, 28), uint8 where it is binarized, with the digits as labels."""
+        """Return x of shape (70000, 28, 28), uint8 if binarized, with the digits as labels."""
         found = [_parse_idx(FILES[key].name, content(FILES[key])) for key in self.keys]
         for images, labels in ((0, 1), (2, 3)):
             if len(found[images]) != len(found[labels]):
@@ -217,7 +217,7 @@ class MNIST(PublishedSource):
 
 
 def published_split(n_train: int, n_validation: int, n_test: int) -> Split:
-    """Keep rows in the order train, validation, test; the test rows in a random order that never changes."""
+    """Return the split of rows in the order train, validation, test; the test rows are in a fixed random order."""
     order = np.random.default_rng([_TEST_ORDER, n_test]).permutation(n_test)
     first_test = n_train + n_validation
     return Split(
@@ -228,7 +228,7 @@ def published_split(n_train: int, n_validation: int, n_test: int) -> Split:
 
 
 def draw(grey: np.ndarray, seed: int) -> np.ndarray:
-    """Draw every pixel once from Bernoulli(grey / 255), (N, *event) uint8 of 0 and 1; the same seed, the same draw."""
+    """Draw every pixel once from Bernoulli(grey / 255), (N, *event) uint8 of 0 and 1; the seed determines the draw."""
     rng = np.random.default_rng(seed)
     x = np.empty_like(grey)
     for some in slices(len(grey), 5000):
@@ -237,11 +237,7 @@ def draw(grey: np.ndarray, seed: int) -> np.ndarray:
 
 
 def content(file: Published) -> bytes:
-    """Return the uncompressed content of a published file, its checksums checked.
-
-    Raises:
-        DataError: it is not there, cannot be downloaded or read, or is not the published file.
-    """
+    """Return the uncompressed content of a published file; a DataError if it is not available or its checksum differs."""
     path = _find(file)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as handle:
@@ -261,7 +257,7 @@ def _cure(file: Published) -> str:
 
 
 def _folders() -> list[Path]:
-    """Return where the files may lie: the folder that the user names, else pooch's cache."""
+    """Return the folders to search: the one that the user names, else pooch's cache."""
     named = os.environ.get(VARIABLE)
     if named:
         return [Path(named).expanduser()]
@@ -271,7 +267,7 @@ def _folders() -> list[Path]:
 
 
 def _find(file: Published) -> Path:
-    """Return the path of a published file; download it where no folder is named and the cache does not hold it."""
+    """Return the path of a published file; download it if no folder is named and the cache does not hold it."""
     (folder,) = _folders()
     for path in (folder / file.name, folder / f"{file.name}.gz"):
         if path.is_file():
@@ -288,7 +284,7 @@ def _find(file: Published) -> Path:
     place = folder / (file.name + ".gz" * file.url.endswith(".gz"))
     try:
         return Path(pooch.retrieve(file.url, known_hash=file.download, fname=place.name, path=place.parent))
-    except Exception as error:  # requests, urllib3, sockets and pooch itself raise what they like
+    except Exception as error:  # requests, urllib3, sockets and pooch raise errors of many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         raise DataError(
             f"{file.name}: could not be downloaded from {file.url} ({reason}); "

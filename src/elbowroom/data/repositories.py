@@ -1,4 +1,4 @@
-"""Published data sets that are no images: a table of mixed columns with entries missing, and music of different lengths."""
+"""Published data sets that are not images: a mixed table with missing entries, and music of different lengths."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ADULT = (
     "capital_loss",
     "hours_per_week",
 )
-"""The names that the UCI repository gives to the columns; HI-VAE's file has none."""
+"""Column names of the UCI repository; HI-VAE's file has none."""
 
 _KINDS: dict[str, Kind] = {"count": "count", "cat": "categorical", "pos": "positive", "ordinal": "ordinal", "real": "real"}
 LOWEST, HIGHEST = 21, 108
@@ -76,7 +76,7 @@ class Adult(PublishedSource):
         return Dataset(x, "adult", columns=ADULT, kinds=kinds, categories=categories, layout=layout, hidden=hidden)
 
     def _hidden(self, x: np.ndarray) -> Hidden:
-        """Return the listed entries whose values are known."""
+        """Return the entries on the list whose values are known."""
         name = FILES["adult.missing"].name
         listed = _matrix(name, content(FILES["adult.missing"]))
         if listed.shape[1] != 2 or np.isnan(listed).any() or (listed < 1).any() or (listed > x.shape).any():
@@ -116,7 +116,6 @@ class JSBChorales(PublishedSource):
 
 
 def _matrix(name: str, raw: bytes) -> np.ndarray:
-    """Parse lines of numbers."""
     try:
         return np.loadtxt(io.StringIO(raw.decode("ascii")), delimiter=",", ndmin=2, comments=None)
     except ValueError:
@@ -124,7 +123,7 @@ def _matrix(name: str, raw: bytes) -> np.ndarray:
 
 
 def _types(name: str, raw: bytes) -> tuple[dict[str, Kind], dict[str, int]]:
-    """Parse HI-VAE's types: kind of each column, and number of levels of those that have any."""
+    """Parse HI-VAE's types: kind of each column, and number of levels of categorical and ordinal ones."""
     try:
         rows = list(csv.DictReader(io.StringIO(raw.decode("ascii"), newline="")))
         kinds = {column: _KINDS[row["type"]] for column, row in zip(ADULT, rows, strict=False)}

@@ -1,7 +1,7 @@
-"""Tables: which columns are x, which stand beside it, how text becomes numbers, and what kind of values a column holds.
+"""Tables: roles of the columns, codes for text, and detection of text that was misread.
 
-A column arrives as `Cells`: numbers with NaN for what is missing; text as codes into its sorted levels. A `Layout` says which
-columns are what; the one that a `Dataset` keeps also holds the levels, so that other rows get the same codes.
+A column arrives as `Cells`: numbers with NaN for missing; text as codes into its sorted levels. A `Layout` gives the roles of
+the columns; the layout in a `Dataset` also keeps the levels, so that other rows get the same codes.
 """
 
 from __future__ import annotations
@@ -22,19 +22,14 @@ _MISREAD = (
     (DATE, "dates", "convert them to numbers, such as days since the first one"),
     (_COMMA, "numbers with commas", "write them with a decimal point and without thousands separators"),
 )
-"""Text that is no category by nature: what it looks like, and the cure."""
+"""Text that should be numbers: pattern, description, remedy."""
 
 
 def assemble(cells: Sequence[Cells], layout: Layout, label: str) -> Dataset:
     """Make a data set of the columns of a table.
 
-    Args:
-        cells: the columns, all of one length.
-        layout: which are what.
-        label: what messages call the table.
-
     Raises:
-        DataError: a column is not there, or cannot be what it should be; names it.
+        DataError: a column is missing, or cannot have its declared role or kind; names the column.
     """
     by_name = {c.name: c for c in cells}
     layout.require([c.name for c in cells], label)
@@ -69,11 +64,7 @@ def assemble(cells: Sequence[Cells], layout: Layout, label: str) -> Dataset:
 
 
 def unnamed(x: np.ndarray, layout: Layout, label: str) -> Dataset:
-    """Take an array whose columns have no names.
-
-    Raises:
-        DataError: columns were chosen by name.
-    """
+    """Make a data set of an array without column names; a DataError if the layout chooses columns by name."""
     chosen = [("data.x", name) for name in layout.x or () if not layout.fitted]
     needed = [(option, name) for option, name in layout.others() if not (layout.fitted and option == "data.labels")]
     if chosen or needed:
@@ -92,11 +83,11 @@ def beside(x: np.ndarray, found: Mapping[str, np.ndarray], layout: Layout, label
     Args:
         x: the data.
         found: name -> the covariates (N,) or (N, C), exposures (N,) and labels (N,) that the layout names.
-        layout: which are what.
-        label: what messages call them.
+        layout: their roles.
+        label: name of the data in messages.
 
     Raises:
-        DataError: an array has another shape, or holds what it should not; names it.
+        DataError: an array has the wrong shape or type; names the array.
     """
     if layout.x is not None and not layout.fitted:
         raise DataError(f"{label}: data.x: an array has no columns with names; choose the array with data.key")
@@ -123,11 +114,7 @@ def beside(x: np.ndarray, found: Mapping[str, np.ndarray], layout: Layout, label
 
 
 def _refuse_misread(cells: Cells, layout: Layout, label: str) -> None:
-    """Refuse a column of text most of whose cells are dates, or numbers with commas, unless its kind was declared.
-
-    Raises:
-        DataError: names the column, a cell and the cure.
-    """
+    """Raise a DataError for a text column with mostly dates or numbers with commas, unless its kind was declared."""
     name = cells.name
     if cells.levels is None or cells.ordered or name in layout.kinds or name in layout.levels:
         return
@@ -143,14 +130,14 @@ def _refuse_misread(cells: Cells, layout: Layout, label: str) -> None:
 
 
 def _coded(cells: Cells, layout: Layout, label: str, *, one_hot: bool) -> Cells:
-    """Give a column of x or a covariate its codes, those of the layout where it has any."""
+    """Return a column of x or a covariate with codes, those of the layout if it has any."""
     name, kind = cells.name, layout.kinds.get(cells.name)
     if layout.fitted and cells.levels is not None and name not in layout.levels:
         raise DataError(
             f"{label}: column {name!r} holds text, such as {cells.levels[0]!r}, where the fit had numbers; give it numbers"
         )
     if cells.levels is None and name not in layout.levels and (kind not in CODED or layout.fitted):
-        return cells  # of a fit to codes without texts, numbers are these codes: of few rows the texts would get other ones
+        return cells  # the fit had numbers as codes, and these are the same codes: coding them anew could change them
     if kind is not None and kind not in (*CODED, "binary"):
         raise DataError(
             f"{label}: data.kinds: column {name!r} is declared {kind} and holds text, such as "
@@ -215,7 +202,7 @@ def _beside(dataset: Dataset, cells: Mapping[str, Cells], layout: Layout) -> Dat
 
 
 def constant(data: Dataset) -> list[str]:
-    """Return the columns of x, where these have names, that hold one value in all rows where they are not missing."""
+    """Return the named columns of x that hold a single value in all rows where they are observed."""
     if data.columns is None or len(data.event_shape) != 1:
         return []
     low, high = np.full(len(data.columns), np.inf), np.full(len(data.columns), -np.inf)

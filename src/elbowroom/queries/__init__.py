@@ -1,1 +1,1 @@
-"""The questions that a fitted run answers."""
+"""Queries of a fitted run, such as encode, score, impute and sample."""

@@ -1,4 +1,4 @@
-"""What a question to a fitted model gives: numbers with units, in the kind of array that was asked with, and in files."""
+"""The result of a query: numbers with units, in the array type of the input, and in files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SUFFIXES = (".nc", ".csv", ".parquet", ".npz")
 
 @dataclass(frozen=True)
 class Form:
-    """The kind of array that a question was asked with, so that the answer comes in the same.
+    """The array type of a query's input, so that the answer has the same type.
 
     Attributes:
-        kind: `numpy` also for files.
-        index: the rows' labels of a frame.
+        kind: `numpy` (also for files), `torch` or `pandas`.
+        index: row labels of a frame.
         like: a tensor whose device and precision the answer takes.
     """
 
@@ -41,7 +41,7 @@ class Form:
 
     @classmethod
     def of(cls, given: Any) -> tuple[Any, Form]:
-        """Return what was given as a path, an array or a frame, and its form."""
+        """Return the input as a path, an array or a frame, and its form."""
         if isinstance(given, torch.Tensor):
             plain = given.detach().cpu()  # numpy has no bfloat16
             return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy(), cls("torch", like=given)
@@ -50,7 +50,7 @@ class Form:
         return given, cls()
 
     def back(self, value: xr.DataArray) -> Any:
-        """Return a variable in this form: an array, a tensor, or a Series or frame over the rows that were given."""
+        """Return a variable in this form: an array, a tensor, or a Series or frame over the input rows."""
         if self.kind == "torch" and value.dtype.kind in "fiub":
             tensor = torch.as_tensor(value.values.copy())
             if self.like is None:
@@ -68,13 +68,13 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """An answer: `answer["mean"]` in the kind of array that was given, `answer.frame()`, `answer.dataset`, `answer.save(path)`.
+    """An answer: `answer["mean"]` in the array type of the input, `answer.frame()`, `answer.dataset`, `answer.save(path)`.
 
     Attributes:
-        dataset: every number, over `obs_id` and its own dimensions, with units and a long name; attributes say what it is of.
-        said: what to conclude, in sentences.
-        form: the kind of array that `answer[...]` gives.
-        drawings: what draws its figures, in the order in which they are shown; see `figures`.
+        dataset: all numbers, over `obs_id` and other dimensions, with units and long names; its attributes name run and data.
+        said: the conclusions, in sentences.
+        form: the array type that `answer[...]` returns.
+        drawings: functions that draw the figures, in order; see `figures`.
     """
 
     dataset: xr.Dataset
@@ -84,12 +84,12 @@ class Answer:
 
     @cached_property
     def figures(self) -> Mapping[str, Plot | Absent]:
-        """Figures with their captions, by name, drawn when they are first asked for; `Absent` says why one cannot be."""
+        """Figures with captions by name, drawn at the first access; an `Absent` says why its figure cannot be drawn."""
         found = [draw() for draw in self.drawings]
         return {one.name: one for one in found}
 
     def __getitem__(self, name: str) -> Any:
-        """Return a variable in the kind of array that was given: numpy, torch or pandas."""
+        """Return a variable in the array type of the input: numpy, torch or pandas."""
         if name not in self.dataset:
             raise UserError(f"answer[{name!r}]: there is {', '.join(map(str, self.dataset.data_vars))}")
         return self.form.back(self.dataset[name])
@@ -97,7 +97,7 @@ class Answer:
     def frame(self) -> pd.DataFrame:
         """Return one line per row and one column per number, such as `mean[0]`, `quantile[0,0.5]`; covariances are left out.
 
-        An answer that is not about rows has one line per combination of its dimensions.
+        An answer without rows has one line per combination of its dimensions.
         """
         if "obs_id" not in self.dataset.dims:
             return self.dataset.to_dataframe().reset_index()
@@ -108,14 +108,14 @@ class Answer:
 
     @stage("files")
     def save(self, path: str | Path) -> Path:
-        """Write the answer to one file, whole or not at all.
+        """Write the answer to one file, atomically.
 
         Args:
-            path: .nc holds everything; .csv and .parquet hold `frame()` (a column of numbers and texts as text); .npz every
-                array by its name.
+            path: .nc holds everything; .csv and .parquet hold `frame()` (a column of numbers and texts as text); .npz holds
+                each array by its name.
 
         Raises:
-            UserError: the suffix is none of these, or pyarrow is not installed.
+            UserError: the file has another suffix, or pyarrow is not installed.
         """
         path = check_suffix(Path(path))
         if path.suffix == ".nc":
@@ -136,7 +136,7 @@ class Answer:
 
     @stage("figures")
     def save_figures(self, path: str | Path) -> list[Path]:
-        """Write the figures that could be drawn beside `path`: the first to `<stem>.png`, the others to `<stem>-<name>.png`."""
+        """Write the available figures beside `path`: the first to `<stem>.png`, the others to `<stem>-<name>.png`."""
         if not self.drawings:
             return []
         from elbowroom.analysis.plots.style import DPI, Plot
@@ -157,11 +157,7 @@ class Answer:
 
 
 def check_suffix(path: Path) -> Path:
-    """Check that a file of this name can be written.
-
-    Raises:
-        UserError: one line.
-    """
+    """Return the path; a UserError if its suffix is unknown, it is a folder, or pyarrow is missing."""
     if path.suffix not in SUFFIXES:
         raise SpecError(f"{path}: cannot write {path.suffix or 'a file without a suffix'}; use {', '.join(SUFFIXES)}")
     if path.is_dir():
@@ -175,9 +171,10 @@ def check_suffix(path: Path) -> Path:
 
 
 def flat(dataset: xr.Dataset) -> pd.DataFrame:
-    """Return the variables over `obs_id` as columns, such as `mean[0]`: one more dimension, or two of which one is short.
+    """Return the variables over `obs_id` as columns, such as `mean[0]`.
 
-    Short are states and quantiles: `probability[0,1]`, `quantile[0,0.5]`.
+    Variables have at most one more dimension, or two if one of them holds states or quantiles: `probability[0,1]`,
+    `quantile[0,0.5]`.
     """
     import pandas as pd
 
@@ -193,7 +190,7 @@ def flat(dataset: xr.Dataset) -> pd.DataFrame:
 
 
 def _one_kind(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the frame with its columns of numbers and texts as text: a column of a parquet file has one type."""
+    """Return the frame with mixed columns as text, since a column of a parquet file has one type."""
     mixed = [i for i, dtype in enumerate(frame.dtypes) if dtype.kind == "O" and frame.iloc[:, i].map(type).nunique() > 1]
     text = {frame.columns[i]: frame.iloc[:, i].map(str, na_action="ignore") for i in mixed}
     return frame.assign(**text)

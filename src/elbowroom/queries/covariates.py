@@ -1,4 +1,4 @@
-"""What a conditional model is told beside z: covariates and exposure, given by name, in a file, or those of training rows."""
+"""Covariates and exposures for a conditional model: by name, from a file, or from training rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def conditional(run: FittedModel) -> bool:
 
 
 def needed(run: FittedModel) -> list[str]:
-    """Return the names of what must be given, as the user's data have them: covariates first, then the exposure."""
+    """Return the names of the required columns in the user's data: covariates first, then the exposure."""
     facts, layout = run.experiment.facts, layout_of(run)
     if layout is None or layout.x is None:
         exposure = (layout.exposure if layout is not None else None) or "exposure"
@@ -37,17 +37,17 @@ def needed(run: FittedModel) -> list[str]:
 
 
 def read(run: FittedModel, covariates: Any = None, given: Mapping[str, Any] | None = None, *, seed: int = 0) -> Beside | None:
-    """Return covariates (m, C) and exposure (m,), in their own units; None for a model that has none.
+    """Return covariates (m, C) and exposure (m,), in their own units; None for a model without them.
 
     Args:
         run: the run.
-        covariates: a file (.csv, .parquet) or a frame with their columns, an array (m, C), or `training`: those of the
+        covariates: a file (.csv, .parquet) or a frame with their columns, an array (m, C), or `training` for those of the
             training rows in random order.
-        given: name -> value, the same for all rows; alone, or for columns that `covariates` lacks.
-        seed: of the order of the training rows.
+        given: name -> value, the same for all rows; for all columns or those that `covariates` lacks.
+        seed: seed of the order of the training rows.
 
     Raises:
-        UserError: something is missing or has no such name; a level that the fit has not seen; a model without covariates.
+        UserError: a column is missing or unknown, a level did not occur in the fit, or the model has no covariates.
     """
     names, values = needed(run), dict(given or {})
     for name in values:
@@ -110,7 +110,7 @@ def _arrays(run: FittedModel, covariates: Any, values: Mapping[str, Any], names:
 
 
 def _frame(covariates: Any, values: Mapping[str, Any], names: list[str]) -> Any:
-    """Return what is given as one frame with the columns of that name."""
+    """Return covariates and constant values as one frame with the named columns."""
     import pandas as pd
 
     if covariates is None:
@@ -147,7 +147,7 @@ def _one_hot(codes: np.ndarray, levels: tuple[str, ...] | None) -> np.ndarray:
 
 
 def _checked(run: FittedModel, found: Beside, label: str) -> Beside:
-    """Refuse covariates that are no numbers, and exposures that are not positive."""
+    """Refuse covariates that are not numbers, and exposures that are not positive."""
     for name, values in found.items():
         bad = ~np.isfinite(values) if name == "covariates" else ~((values > 0) & np.isfinite(values))
         if bad.any():

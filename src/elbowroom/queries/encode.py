@@ -1,7 +1,7 @@
-r"""Encode: what the encoder says of each row (mu, sigma), and beside it what is true of the row: the corrected posterior.
+r"""Encode: the encoder's mu and sigma for each row, and the corrected posterior.
 
-mu and sigma are parameters of an approximation, q(z|x); whether they are right is another question for each row. The corrected
-posterior is the best that can be had (see `analysis.reading`), with its source, its status and the k-hat of the encoder.
+mu and sigma are parameters of an approximation, q(z|x), which can be wrong for some rows. The corrected posterior is the best
+one available (see `analysis.queries.best_posterior`), with its source, its status and the k-hat of the encoder.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def ask(
     out: Path | None,
     resume: bool,
 ) -> Answer:
-    """Encode rows; arguments and errors as `Run.encode`, which is this."""
+    """Encode rows; arguments and errors as `Run.encode`."""
     given, form = Form.of(data)
     rows, place = query_rows(run, given), place_of(run, device)
     methods = references_for(run, rows, references, place)
@@ -88,14 +88,14 @@ def ask(
 def encoder(
     vae: VAE, methods: Sequence[Reference], *, draws: int, keep: int, samples: int = 0
 ) -> Callable[[Chunk], xr.Dataset]:
-    """Return what encodes one chunk of rows.
+    """Return a function that encodes one chunk of rows.
 
     Args:
         vae: the VAE, on the device.
         methods: references, best first.
-        draws: draws per row of the guide's estimates and importance weights.
-        keep: draws per row of the corrected posterior that quantiles are taken from.
-        samples: how many of these the answer holds.
+        draws: draws per row for the guide's estimates and importance weights.
+        keep: draws per row of the corrected posterior, for its quantiles.
+        samples: number of these draws that the answer contains.
     """
 
     def answer(chunk: Chunk) -> xr.Dataset:
@@ -137,12 +137,12 @@ def _flat(draws: Tensor) -> Tensor:
 
 
 def _continuous(site: Site, found: Reading, vae: VAE, chunk: Chunk) -> dict[str, tuple[tuple[str, ...], Tensor]]:
-    """Return moments of guide and posterior of a site, and quantiles: name -> dims beside obs_id, values."""
+    """Return moments of guide and posterior of a site, and quantiles: name -> dims without obs_id, values."""
     dims = tuple(site_dims(site.name, site.shape))
     q, p = (_flat(of.sites[site.name]).double() for of in (found.guide, found.posterior))
     mu, sigma, mean, sd = q.mean(0), q.std(0), p.mean(0), p.std(0)
     out: dict[str, tuple[tuple[str, ...], Tensor]] = {}
-    if is_real(site.support):  # then the better-known moments of unconstrained coordinates are those of the site
+    if is_real(site.support):  # the moments of unconstrained coordinates, which are more precise, are then those of the site
         best = found.posterior
         assert best.mean is not None
         assert best.covariance is not None
@@ -164,7 +164,7 @@ def _continuous(site: Site, found: Reading, vae: VAE, chunk: Chunk) -> dict[str,
 
 
 def _said(vae: VAE, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
-    """Return mean and standard deviation of q(z|x) as its distribution states them; None where it does not."""
+    """Return the analytic mean and standard deviation of q(z|x); None where its distribution has none."""
     with torch.no_grad():
         try:
             q = vae.encode(**chunk.batch)
@@ -176,17 +176,15 @@ def _said(vae: VAE, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
 def _discrete(
     site: Site, found: Reading, sums: tuple[Table, Mapping[str, Tensor]] | None
 ) -> dict[str, tuple[tuple[str, ...], Tensor]]:
-    """Return the probabilities of a site's values by guide and posterior.
+    """Return the probabilities of a site's values under guide and posterior.
 
-    Args:
-        site: the discrete site.
-        found: guide and posterior, whose draws' shares are the probabilities beside continuous latents.
-        sums: every joint value with its probabilities, where all latents are discrete: then they are exact.
+    They are exact if all latents are discrete: `sums` are then all joint values with their probabilities. Else they are
+    frequencies of draws.
     """
     dims = (*site_dims(site.name, site.shape), f"{site.name}_state")
     assert site.values is not None
     states = [int(v) for v in site.values.flatten().unique().tolist()]
-    if sums is not None:  # exact where all joint values were looked at
+    if sums is not None:  # exact: all joint values are enumerated
         table, values = sums
         of_state = torch.stack([values[site.name] == state for state in states], -1).double()  # (A, *site, K)
         logs = (table.log_guide, table.log_posterior)
@@ -198,7 +196,7 @@ def _discrete(
 
 
 def conclude(dataset: xr.Dataset) -> list[str]:
-    """Say what the answer rests on, and how far the encoder's numbers are from it."""
+    """Say how reliable the answer is, and how far the encoder's numbers are from it."""
     n, status = dataset.sizes["obs_id"], dataset["status"].values.astype(str)
     sources = Counter(dataset["source"].values.astype(str).tolist())
     said = [f"{n:,} rows; corrected posterior: " + ", ".join(f"{name} at {count:,}" for name, count in sources.most_common())]
@@ -224,7 +222,7 @@ def conclude(dataset: xr.Dataset) -> list[str]:
 
 
 def draw(dataset: xr.Dataset) -> Plot | Absent:
-    """Draw whether mu and sigma are right."""
+    """Draw the encoder's mu and sigma against the corrected posterior."""
     from elbowroom.analysis.plots.queries.encoding import encoding
 
     return encoding(dataset)

@@ -1,4 +1,4 @@
-"""Explain: what each latent does to E[x|z], and which of them matter; see `analysis.explanation`."""
+"""Explain: the effect of each latent on E[x|z], and which latents matter; see `analysis.latents.effects`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from elbowroom.runs.fitted import FittedModel
     from elbowroom.runs.rows import QueryRows
 
-MOST = 1_000  # rows behind rates and the aggregate posterior
-NAMED = 8  # latents that sentences name
+MOST = 1_000  # rows used for rates and the aggregate posterior
+NAMED = 8  # most latents named in a sentence
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explained(Answer):
-    """What each latent does: `answer["plane"]`, `["traversal"]`, `["effect"]`, `["state_x"]`, and `frame()`."""
+    """The effect of each latent: `answer["plane"]`, `["traversal"]`, `["effect"]`, `["state_x"]`, and `frame()`."""
 
     def frame(self) -> pd.DataFrame:
         """Return one line per latent, step and column with the effect; without effect curves one line per latent (state)."""
@@ -71,7 +71,7 @@ def explain(
     seed: int | None,
     device: str | None,
 ) -> Explained:
-    """Explain; arguments and errors as `Run.explain`, which is this."""
+    """Explain the latents; arguments and errors as `Run.explain`."""
     if others not in SOURCES:
         raise SpecError(f"others: unknown source {others!r}{nearest(others, SOURCES)}; one of {', '.join(SOURCES)}")
     for name, value, least in (("points", points, 2), ("steps", steps, 2), ("draws", draws, 20)):
@@ -108,7 +108,7 @@ def explain(
 
 
 def _cells(run: FittedModel, rows: QueryRows, place: torch.device) -> Cells | None:
-    """Name what effect curves are of."""
+    """Return names of the cells that have effect curves."""
     vae, layout = run.vae, layout_of(run)
     few = {name: value[:1].to(place) for name, value in rows.experiment.batch(rows.index[:1]).items() if name != "x"}
     columns = run.experiment.facts.columns if isinstance(vae.likelihood, Mixed) else None
@@ -121,7 +121,7 @@ def _cells(run: FittedModel, rows: QueryRows, place: torch.device) -> Cells | No
 
 
 def conclude(found: xr.Dataset) -> list[str]:
-    """Say which latents matter, and what the answer is about."""
+    """Say which latents matter, and what the answer describes."""
     order, d = [int(k) for k in np.atleast_1d(found.attrs["order"])], int(found.attrs["latent_dim"])
     rate, total = found["rate"].values, float(found["rate_mean"])
     listed = ", ".join(f"latent {k} {rate[k]:.2f}" for k in order[:NAMED]) + (" and so on" if d > NAMED else "")
@@ -157,7 +157,7 @@ def conclude(found: xr.Dataset) -> list[str]:
 
 
 def _strongest(found: xr.Dataset) -> str:
-    """Name the columns whose E[x|z] the most important latent decides alone."""
+    """Name the columns with the largest share of variance of E[x|z] from the most important latent."""
     k = int(np.atleast_1d(found.attrs["order"])[0])
     share = found["share"].sel(latent=k).values
     first = np.argsort(-share, kind="stable")[:3]
@@ -167,7 +167,7 @@ def _strongest(found: xr.Dataset) -> str:
 
 
 def _drawings(run: FittedModel, found: xr.Dataset, carried: xr.Dataset, batch: Batch) -> list[Any]:
-    """Return what draws the figures: effects of a table, states, traversals, the plane, what latents carry."""
+    """Return the functions that draw the figures: effects of a table, states, traversals, the plane, information of latents."""
     x = batch["x"].double().cpu().numpy()
     sequence = any(getattr(network, "sequences", False) for network in (run.vae.decoder, run.vae.posterior.encoder))
     columns, standard = Samples.columns_of(run), bool(_standard(run))

@@ -1,4 +1,4 @@
-"""Integrate: how p(x) of one row comes about, by naive Monte Carlo, by the encoder, by a refitted normal, by annealing."""
+"""Integrate: p(x) of one row, by naive Monte Carlo, the encoder, a refitted normal, and annealing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def integrate(
     run: FittedModel, data: Any, datum: int | None, *, seed: int | None, device: str | None, **options: Any
 ) -> Answer:
-    """Integrate p(x) of one row of the data; see `Questions.integrate`."""
+    """Integrate p(x) of one row of the data; arguments and errors as `Run.integrate`."""
     from elbowroom.queries.answer import Form
 
     given, _ = Form.of(data)

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from elbowroom.runs.fitted import FittedModel, as_specified
+from elbowroom.components.signatures import shared_docs
+from elbowroom.runs.as_specified import as_specified
 from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
@@ -17,10 +18,31 @@ if TYPE_CHECKING:
     from elbowroom.queries.answer import Answer
     from elbowroom.queries.impute.answer import Imputed
     from elbowroom.queries.stream import Report
+    from elbowroom.runs.fitted import FittedModel
+else:  # the command line reads these signatures, and their modules would import torch; a `Run` is a `FittedModel`
+    FittedModel = Reference = Report = object
 
 
+@shared_docs
 class Questions(FittedModel):
-    """The questions: methods of every `Run`."""
+    """The questions: methods of every `Run`, and commands. What their options say here, they say of every question.
+
+    Args:
+        data: the rows (.npz, .npy, .csv, .parquet); the run's test split by default. From Python also an array (n, *event), a
+            tensor or a frame.
+        references: auto, or names such as grid,importance,hmc, or none: the encoder's own draws, reweighted (fast). `auto` is
+            exact where there are closed forms, finitely many states or at most three latents, else importance sampling from
+            the refitted normal. From Python a list of names, or of references; none is the empty one.
+        draws: draws per row behind ELBO, k-hat and importance weights.
+        keep: draws per row behind means, quantiles and intervals.
+        level: probability of the intervals.
+        seed: random seed; the run's by default.
+        device: where to compute: auto, cpu, cuda or cuda:1; by default where the spec says.
+        report: called as report(rows done, rows in all).
+        out: the file that the answer goes to (.nc, .csv, .parquet, .npz). It is written by `Answer.save`; finished chunks are
+            kept beside it until then.
+        resume: go on from the rows that are done. They lie beside `out`.
+    """
 
     @as_specified
     def encode(
@@ -37,21 +59,10 @@ class Questions(FittedModel):
         out: str | Path | None = None,
         resume: bool = False,
     ) -> Answer:
-        """Say what the encoder makes of each row (mu, sigma), and what is true: the corrected posterior p(z|x) beside it.
+        """Say what the encoder makes of each row (mu, sigma), and the corrected posterior beside it, with k-hat and status.
 
         Args:
-            data: a file, an array (n, *event), a tensor or a frame; by default the test split of the run.
-            references: `auto`: exact where there are closed forms, finitely many states or at most three latents, else
-                importance sampling from the refitted normal; or names of references; an empty list for the encoder's own
-                draws, reweighted (fast).
-            samples: draws of the corrected posterior per row that the answer holds (`draws`), at most `keep`.
-            draws: draws per row behind ELBO, k-hat and importance weights.
-            keep: draws per row of the corrected posterior, behind its quantiles.
-            seed: random seed; the run's by default.
-            device: where to compute: auto, cpu, cuda; by default where the spec says.
-            report: called as report(rows done, rows in all).
-            out: the file that the answer will be saved to: finished chunks are kept beside it until it is.
-            resume: go on from these chunks.
+            samples: draws of the corrected posterior per row, too (at most `keep`). The answer calls them `draws`.
 
         Returns:
             Over `obs_id` and `latent`: mu, sigma, mean, sd, quantile (5 %, 50 %, 95 %), covariance; probabilities for
@@ -78,7 +89,7 @@ class Questions(FittedModel):
         data: Any = None,
         *,
         references: Literal["auto"] | Sequence[str | Reference] = "auto",
-        band: str | Sequence[float] = (2.5, 97.5),
+        band: str | Sequence[float] = "2.5-97.5",
         fdr: float = 0.1,
         calibration: Any = None,
         most: int = 2_000,
@@ -92,28 +103,20 @@ class Questions(FittedModel):
         out: str | Path | None = None,
         resume: bool = False,
     ) -> Answer:
-        """Give log p(x) of each row with its kind and error, and say whether the row is like those of the fit.
+        """Give log p(x) of each row with its error, and say which rows are unlike those that the model was fitted to.
 
         The scores of the calibration rows are kept in `answers/` of the run folder, so that a second question is quicker.
 
         Args:
-            data: as in `encode`.
-            references: as in `encode`: what log p(x) is computed by.
-            band: the percentiles of the calibration rows that rows are expected between; their level is that of p-values too.
-            fdr: the share of valid rows that is allowed among those flagged over all rows.
-            calibration: rows known to be valid that the fit has not seen: a file, an array or a frame; by default the
-                validation split. (It has chosen the epoch of the weights: a slight breach of the rule.)
-            most: calibration rows that are used, at most.
-            simulated: rows drawn from the model for `p_model`, at most as many as calibration rows; 0 for none.
-            holes: rows with missing cells are compared with calibration rows that have the same (`pattern`), or as many
-                (`count`).
-            gaps: refit the guide's family to every row, for `gap_amortization` (slow).
-            draws: draws per row behind ELBO and k-hat.
-            seed: random seed; the run's by default.
-            device: where to compute.
-            report: called as report(rows done, rows in all).
-            out: the file that the answer will be saved to; see `resume`.
-            resume: go on from the rows that lie beside `out`.
+            band: percentiles of the calibration rows that rows are expected between. Their level is that of p-values too.
+            fdr: share of valid rows allowed among the flagged. They are flagged over all rows, by adjusted p-values.
+            calibration: valid rows that the fit has not seen; the validation split by default. (It has chosen the epoch of the
+                weights: a slight breach of the rule.) A file, an array or a frame.
+            most: calibration rows, at most.
+            simulated: rows drawn from the model to compare with; 0 for none. At most as many as calibration rows; they give
+                `p_model`.
+            holes: compare rows with the same holes (pattern), or as many (count).
+            gaps: the amortization gap of every row, too (slow). The guide's family is refitted to each.
 
         Returns:
             Over `obs_id`: log_evidence with error, bounds and kind, bits per dimension, elbo, rate, distortion, pareto_k,
@@ -153,26 +156,17 @@ class Questions(FittedModel):
         out: str | Path | None = None,
         resume: bool = False,
     ) -> Imputed:
-        """Say what may stand in missing cells: p(x_missing | x_observed), with the encoder's own answer beside it.
+        """Fill the holes of a table, an image, a sequence: mean, interval and probabilities of each missing cell.
 
-        Missing are NaN, None, empty cells and masked entries, in any pattern. A row of which nothing is observed gets the
-        model's marginal. Steps after the end of a sequence are padding, and are not imputed.
+        They are those of p(x_missing | x_observed), with the encoder's own answer beside it. Missing are NaN, None, empty cells
+        and masked entries, in any pattern. A row of which nothing is observed gets the model's marginal. Steps after the end of
+        a sequence are padding, and are not imputed.
 
         Args:
-            data: as in `encode`.
-            hide: observed cells to hide and to score: names of columns, a share such as "20%", of images "left", "right",
-                "top" or "bottom"; or truth values, (*event) or (n, *event).
+            hide: hide known cells and score them: columns (A,B,...), a share (20%), or left, right, top, bottom. The last four
+                are halves of images; from Python also truth values, (*event) or (n, *event).
             of: the columns to impute; all by default.
-            level: of the intervals.
-            samples: completed rows that the answer holds (`samples`): draws of all missing cells together.
-            references: as in `encode`: where draws of p(z | x_observed) come from.
-            draws: draws per row behind k-hat and importance weights.
-            keep: draws per row behind means, probabilities and intervals.
-            seed: random seed; the run's by default.
-            device: where to compute.
-            report: called as report(rows done, rows in all).
-            out: the file that the answer will be saved to; see `resume`.
-            resume: go on from the rows that lie beside `out`.
+            samples: completed rows, too: so many draws of all holes together. The answer calls them `samples`.
 
         Returns:
             Over `obs_id` (rows with missing cells) and columns, NaN where nothing is missing: point, mean with mean_error, sd,
@@ -237,28 +231,19 @@ class Questions(FittedModel):
         out: str | Path | None = None,
         resume: bool = False,
     ) -> Answer:
-        """Generate: draws of (z, x) from the joint; between two rows; or posterior predictive reconstructions of rows.
+        """Generate: draws from the model, between two rows, or reconstructions of rows; and test whether they pass for data.
 
         Args:
-            n: draws, 100 by default; with `data` the first so many rows.
-            source: where z comes from: `prior`, or `aggregate`: q(z|x) at random training rows.
-            covariates: of a conditional model: a file, a frame, an array (m, C), or `training`, those of training rows. The
-                aggregate's are those of its rows by default.
-            given: covariate or exposure -> one value for all draws.
-            test: test draws of both sources against held-out data (`auc`, `p_value`); or how many rows to use, at most.
-            interpolate: two rows (of `data`, or of the test split): points between their posterior means.
+            n: draws; 100 by default, or one per row of the covariates. With `data` the first so many rows.
+            source: where z comes from: prior or aggregate. The latter is q(z|x) at random training rows.
+            covariates: of a conditional model: a table, or training. From Python also a frame or an array (m, C); `training`
+                are those of training rows. The aggregate's are those of its rows by default.
+            given: one covariate or the exposure, for all draws.
+            test: test draws against held-out data. Draws of both sources (`auc`, `p_value`); or how many rows to use, at most.
+            interpolate: points between the posterior means of two rows, of `data` or of the test split.
             steps: points of an interpolation.
-            data: rows to reconstruct, or to interpolate between: as in `encode`, or `train`, `validation`, `test`.
-            level: of the intervals of reconstructions.
-            samples: draws per row that reconstructions hold.
-            references: as in `encode`: what posteriors of rows come from.
-            draws: draws per row behind k-hat and importance weights.
-            keep: draws per row behind means and intervals.
-            seed: random seed; the run's by default.
-            device: where to compute.
-            report: called as report(rows done, rows in all).
-            out: the file that the answer will be saved to; see `resume`.
-            resume: go on from the rows that lie beside `out`.
+            data: rows to reconstruct or to interpolate between; or train, validation, test.
+            samples: draws per reconstructed row.
 
         Returns:
             Over `sample`: z, x and mean = E[x|z]; over `source` (prior, aggregate): auc, auc_se, p_value of the tests. Its
@@ -295,20 +280,17 @@ class Questions(FittedModel):
         seed: int | None = None,
         device: str | None = None,
     ) -> Answer:
-        """Say what each latent does: E[x|z] as z moves, by how much, and which latents matter.
+        """Say what each latent does: E[x|z] over a plane, along each latent, in each state; and which latents matter.
 
         Args:
-            data: rows behind rates and the aggregate posterior, as in `encode`; by default the test split, or `train`, ...
-            datum: a row of them that traversals start at: the posterior mean of its z; by default the prior's median.
-            latents: one or two latents for the plane; by default those with the highest rate.
-            others: where effect curves draw the other latents from: `prior` or `aggregate`.
-            given: covariates and exposure that E[x|z] is given at; by default their mean over the rows, or the datum's.
+            data: rows behind rates and the aggregate posterior; or train, validation, test; the run's test split by default.
+            datum: the row that traversals start at; the prior's median by default. They start at its posterior mean.
+            latents: of the plane; by default those of the highest rate. From Python one or two.
+            others: where effect curves draw the other latents from: prior or aggregate.
+            given: covariates and exposure, all of them; by default their means over the rows, or the datum's.
             points: per side of the plane.
-            steps: values of a latent in traversals and effect curves, at prior quantiles.
+            steps: values of a latent in traversals and effect curves. They stand at prior quantiles.
             draws: of the other latents, behind an effect curve.
-            references: as in `encode`: what the posterior of the datum comes from.
-            seed: random seed; the run's by default.
-            device: where to compute.
 
         Returns:
             `plane` (row, column, *event) at z_row, z_column; `traversal` (latent, step, *event) at traversal_z; rate and reach
@@ -343,18 +325,16 @@ class Questions(FittedModel):
         seed: int | None = None,
         device: str | None = None,
     ) -> Answer:
-        """Integrate p(x) of one row by several methods with more and more samples, beside the exact value.
+        """Show how p(x) of one row can be integrated: naive Monte Carlo, the encoder, a refitted normal, annealing, exactly.
+
+        Each method takes more and more samples; what they are compared with, the exact value, comes from `references`.
 
         Args:
-            data: a file, an array, a tensor or a frame; by default the run's own test split.
-            datum: the number of the row; by default the first.
+            datum: the row; the first by default.
             samples: evaluations of p(x, z) behind the largest estimate.
-            repeats: how often that is made, for the bands.
+            repeats: estimates of that size, for the bands.
             temperatures: of annealed importance sampling.
-            methods: some of prior (naive Monte Carlo), encoder, refit, ais.
-            references: what log p(x) is compared with, as in `encode`.
-            seed: random seed; the run's by default.
-            device: where to compute.
+            methods: some of prior,encoder,refit,ais. `prior` is naive Monte Carlo.
 
         Returns:
             Over (estimator, size): evaluations, estimate, low, high, off, ...; see `analysis.integration.integrate`. Its figure

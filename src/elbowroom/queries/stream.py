@@ -1,7 +1,7 @@
-"""Many rows, a few at a time: memory is bounded, progress is told, and a command that was killed goes on where it stopped.
+"""Queries on many rows in chunks: bounded memory, progress reports, and continuation of interrupted commands.
 
-The rows go through one chunk at a time. With a file to write to, each finished chunk lies beside it in `<file>.parts/`, named
-by the hash of all that it depends on, until all are joined; what a chunk gives depends on its place, not on the others.
+If the answer goes to a file, each finished chunk is kept beside it in `<file>.parts/`, named by a hash of everything that it
+depends on, until all chunks are joined. The result of a chunk depends on its position, not on other chunks.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from elbowroom.runs.fitted import FittedModel
     from elbowroom.runs.rows import QueryRows
 
-SIZE = 500  # rows
+SIZE = 500  # rows in a chunk
 DATUM = re.compile(r"\bdatum (\d+)\b")
-SEED_STEP = 104_711  # between chunks: shared noise would hide in the error of means
+SEED_STEP = 104_711  # between the seeds of chunks: with shared noise, standard errors of means would be too small
 Report = Callable[[int, int], None]
 
 
@@ -52,7 +52,7 @@ class Chunk:
         log_joint: the log joint of model, guide and these rows.
         batch: the arguments of model and guide: `x` (n, *event), NaN where missing, and `covariates`, `exposure`.
         rows: their numbers in the data, (n,).
-        seed: random seed, this chunk's own.
+        seed: random seed of this chunk.
     """
 
     log_joint: LogJoint
@@ -76,29 +76,29 @@ def stream(
     size: int = SIZE,
     unable: Callable[[Batch, str], xr.Dataset] | None = None,
 ) -> xr.Dataset:
-    """Put rows through `compute`, chunk by chunk, and join what it returns along `obs_id`.
+    """Apply `compute` to rows chunk by chunk, and join the results along `obs_id`.
 
     Args:
         run: the fitted run.
-        rows: the data, and which rows of them.
-        compute: one chunk's answer, over `obs_id` (labels are put on here).
-        question: what is computed: part of the identity of chunks that are kept.
-        options: all else that it depends on.
+        rows: the data and the selected rows.
+        compute: returns the answer of one chunk, over `obs_id`; the labels are added here.
+        question: name of the query, part of the identity of stored chunks.
+        options: everything else that the result depends on.
         seed: random seed.
         device: where to compute.
-        out: the file that the answer will be written to, by the caller; chunks are kept beside it.
-        resume: use chunks that are there; else they are removed.
+        out: the file that the caller will write; chunks are stored beside it.
+        resume: use stored chunks; else they are removed.
         report: called as report(rows done, rows in all) before the first chunk and after each.
         size: rows in a chunk.
-        unable: given a row at which the model cannot be evaluated and the reason, returns what stands for it; by default such
-            a row ends the answer.
+        unable: called with a row at which the model cannot be evaluated and the reason; returns the answer for this row. By
+            default such a row is an error.
 
     Returns:
         The joined dataset, whose attributes name run, data and weights.
 
     Raises:
-        RunFolderError: another process is at it.
-        UnsupportedProgram: the model cannot be evaluated at a row, which is named.
+        RunFolderError: another process computes the same answer.
+        UnsupportedProgram: the model cannot be evaluated at a row; names the row.
     """
     attributes = provenance(run, rows.dataset)
     identity = {**attributes, **options, "seed": seed, "size": size, "device": device.type, "torch": metadata.version("torch")}
@@ -138,11 +138,11 @@ def _computed(
     compute: Callable[[Chunk], xr.Dataset],
     unable: Callable[[Batch, str], xr.Dataset] | None,
 ) -> xr.Dataset:
-    """Compute one chunk; a row at which the model cannot be evaluated is left out of it where something stands for it."""
+    """Compute one chunk; a row at which the model cannot be evaluated gets the answer of `unable`, if there is one."""
     try:
         with stage("rows"):
             return compute(Chunk(log_joint_of(vae, batch), batch, some, seed)).assign_coords(obs_id=some)
-    except UnsupportedProgram as error:  # which counts the data of the chunk
+    except UnsupportedProgram as error:  # its message counts data from the start of the chunk
         found = DATUM.search(str(error))
         reason = DATUM.sub(lambda match: f"row {some[int(match[1])]}", str(error))
         if unable is None or found is None:
@@ -158,36 +158,28 @@ def _computed(
 
 
 def place_of(run: FittedModel, device: str | None) -> torch.device:
-    """Return the device that is asked for, by default that of the spec.
-
-    Raises:
-        UserError: there is no such device.
-    """
+    """Return the requested device, by default that of the spec; a UserError if it does not exist."""
     return resolve_device(device or run.experiment.spec.fit.device)
 
 
 def references_for(run: FittedModel, rows: QueryRows, references: Methods, device: torch.device) -> list[Reference]:
-    """Return the references to read posteriors off, chosen by a look at a few rows.
-
-    Raises:
-        UserError: an unknown name, or one that cannot be used on this model.
-    """
+    """Return the references for posteriors, chosen with the model at a few rows; a UserError if one cannot be used."""
     few = {name: value.to(device) for name, value in rows.experiment.batch(rows.index[:2]).items()}
     return methods_for(log_joint_of(run.vae.to(device), few), references)
 
 
 def finish(out: Path) -> None:
-    """Remove the chunks of an answer that is written."""
+    """Remove the stored chunks of a finished answer."""
     shutil.rmtree(out.with_name(f"{out.name}.parts"), ignore_errors=True)
 
 
 def key_of(facts: Sequence[Any], rows: QueryRows) -> str:
-    """Return what the files of an answer are named by: a hash of all that it depends on, and of which rows it is about."""
+    """Return a hash that names the files of an answer: of everything that it depends on, and of the selected rows."""
     return sha256(json.dumps([*facts, sha256(rows.index.tobytes())], sort_keys=True, default=repr).encode())[:16]
 
 
 def kept(path: Path | None) -> xr.Dataset | None:
-    """Return an answer that is there, whole; a damaged one is computed again."""
+    """Return a stored answer; None where it is missing or damaged."""
     if path is None or not path.is_file():
         return None
     try:
@@ -197,7 +189,7 @@ def kept(path: Path | None) -> xr.Dataset | None:
 
 
 def _joined(parts: list[xr.Dataset]) -> xr.Dataset:
-    """Join the chunks' answers along `obs_id`; what is not over it is the same in all."""
+    """Join the chunks' answers along `obs_id`; variables without this dimension are the same in all chunks."""
     if len(parts) == 1:
         return parts[0]
     together: dict[str, Any] = {"data_vars": "minimal", "coords": "minimal", "compat": "override", "combine_attrs": "override"}

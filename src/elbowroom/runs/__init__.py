@@ -1,1 +1,1 @@
-"""What is done to a run: fit, audit, advice, comparison, improvement."""
+"""Operations on a run: fit, audit, advice, comparison, improvement."""

@@ -1,8 +1,8 @@
-"""What to change after an audit: a richer family, a larger encoder, more steps, from the medians of the gap's parts.
+"""Settings to change after an audit, chosen by the medians of the gap and its parts.
 
-| setting                | changed to                                                              | where                     |
+| setting                | changed to                                                              | when                      |
 |------------------------|-------------------------------------------------------------------------|---------------------------|
-| `guide.family`         | `mixture`                                                               | modes are missed at 5 %   |
+| `guide.family`         | `mixture`                                                               | modes missed at 5 %       |
 | `guide.family`         | `flow`, from a normal                                                   | the shape part is large   |
 | `guide.family`         | `full_rank_normal`, from a diagonal or low-rank one                     | covariance > 0.01 nats    |
 | `guide.encoder.hidden` | twice as wide, and one layer more (`channels` of a convolution: wider)  | always                    |
@@ -10,7 +10,7 @@
 | `fit.batch_size`       | half, at least 32                                                       | the model is kept         |
 | `fit.start`            | the run's own weights, frozen; half of each batch simulated from them   | the model is kept         |
 
-What the user sets wins.
+Settings that the user gives take precedence.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from elbowroom.system import durations
 if TYPE_CHECKING:
     from elbowroom.runs.fitted import FittedModel
 
-EPOCHS = 3  # times as many
-SMALLER = 2  # by which batches are divided: more steps, for the data that the model draws are endless
+EPOCHS = 3  # factor on the number of epochs
+SMALLER = 2  # divisor of the batch size: more steps per epoch, and simulated data do not run out
 LEAST_BATCH = 32
 SIMULATED = 0.5
-COVARIANCE = 0.01  # nats from which on a full covariance is worth its outputs
-WIDTHS = ("hidden", "channels")  # options of networks that are twice as large in a larger one
-DEEPER = "hidden"  # a list of layers that gets one more
+COVARIANCE = 0.01  # nats; a larger covariance part of the gap justifies a full covariance
+WIDTHS = ("hidden", "channels")  # options of networks that are doubled
+DEEPER = "hidden"  # option that lists layers, and gets one more
 
 
 class Change(NamedTuple):
-    """One setting that is changed, and why."""
+    """One changed setting, and the reason."""
 
     path: str
     old: Any
@@ -61,12 +61,12 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Changes:
-    """The experiment that carries out an audit's advice.
+    """The experiment that follows an audit's advice.
 
     Attributes:
         experiment: the new experiment.
-        out: the folder that its run goes to.
-        changes: what is changed and why, those that the user gave last.
+        out: the folder of its run.
+        changes: what is changed and why; the user's changes come last.
         retrain: whether the model is trained anew.
     """
 
@@ -89,19 +89,19 @@ def propose(
     budget: float | str | None = None,
     allow_python: bool = False,
 ) -> Changes:
-    """Choose what to change by the audit of a run; nothing is written.
+    """Choose what to change after the audit of a run; nothing is written.
 
     Args:
         run: an audited run.
         retrain: train prior, decoder and likelihood anew too.
         out: the new folder; by default `<run>-improved` or `<run>-retrained`.
-        set: changes of the user's, `a.b=c`; they win.
-        budget: time that the audit may take; by default as much as the old one might.
+        set: the user's changes, `a.b=c`, which take precedence.
+        budget: time that the audit may take; by default the budget of the old one.
         allow_python: as in `Experiment.load`.
 
     Raises:
-        RunFolderError: the run is not audited.
-        SpecError: a change cannot be used, or the test data would be others.
+        RunFolderError: the run has no audit.
+        SpecError: a change cannot be used, or would change the test data.
     """
     table = audited(run)
     given = document.assignments(set)
@@ -139,11 +139,8 @@ def propose(
     return Changes(experiment, place, tuple(changes), retrain)
 
 
-# -- what to change ---------------------------------------------------------------------------------------------------------
-
-
 def _advised(tree: Mapping[str, Any], table: xr.Dataset, retrain: bool) -> list[Change]:
-    """Return the changes that the table speaks for."""
+    """Return the changes that the audit's table suggests."""
     certain = known(table)
     part = {name: median(column(table, f"gap_{name}")[certain])[0] for name in ("total", "amortization", "covariance", "shape")}
     lost = column(table, "missed_mass")[certain] > MISSED
@@ -172,12 +169,9 @@ def _advised(tree: Mapping[str, Any], table: xr.Dataset, retrain: bool) -> list[
 
 
 def _family(family: str, part: Mapping[str, float], lost: float) -> tuple[str | None, str]:
-    """Return a richer guide family and why, where the parts of the gap ask for one.
+    """Return a richer guide family and the reason, if the parts of the gap suggest one.
 
-    Args:
-        family: the name of the guide's.
-        part: medians of the gap and its parts, NaN where they are not known.
-        lost: share of the data at which a mode is missed.
+    `part` are medians of the gap and its parts, NaN where unknown; `lost` is the share of data at which a mode is missed.
     """
     covariance, shape = part["covariance"], part["shape"]
     normals = ("diagonal_normal", "low_rank_normal", "full_rank_normal")
@@ -192,7 +186,7 @@ def _family(family: str, part: Mapping[str, float], lost: float) -> tuple[str | 
 
 
 def _goes(tree: Mapping[str, Any], family: str) -> bool:
-    """Say whether a guide family goes with the prior and the objective."""
+    """Say whether a guide family fits the prior and the objective."""
 
     class Named(NamedTuple):
         name: str
@@ -202,7 +196,7 @@ def _goes(tree: Mapping[str, Any], family: str) -> bool:
 
 
 def _permit(key: tuple[str, ...], retrain: bool) -> None:
-    """Refuse changes that would make before and after another comparison."""
+    """Refuse changes that would make before and after incomparable."""
     told = f"--set {'.'.join(key)}"
     if key[0] == "data":
         raise SpecError(f"{told}: before and after are compared on the same data")
@@ -213,7 +207,7 @@ def _permit(key: tuple[str, ...], retrain: bool) -> None:
 
 
 def _covers(key: tuple[str, ...], path: str) -> bool:
-    """Say whether a change of the user's concerns the same setting: a path, what it is in, or what is in it."""
+    """Say whether a change of the user's concerns this setting: the same path, a parent or a child."""
     other = tuple(path.split("."))
     n = min(len(key), len(other))
     return key[:n] == other[:n]
@@ -231,9 +225,6 @@ def _at(tree: Any, path: Iterable[str]) -> Any:
     for part in path:
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree.get("name") if isinstance(tree, Mapping) and "name" in tree else tree
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------------
 
 
 def audited(run: FittedModel) -> xr.Dataset:

@@ -1,4 +1,4 @@
-"""The audit of a fitted model: which rows, into which folder, with which parts kept for `--resume`."""
+"""The audit of a fitted model: rows to audit, output folder, and parts kept for `--resume`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from elbowroom.inference.fit.plan import resolve_device
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.models import measure
-from elbowroom.runs.fitted import FittedModel, as_specified
+from elbowroom.runs.as_specified import as_specified
+from elbowroom.runs.fitted import FittedModel
 from elbowroom.runs.rows import given_rows, own_rows, provenance
 from elbowroom.spec import run_folder
 from elbowroom.system import durations
@@ -47,7 +48,7 @@ def audit(
     budget: float | str | None = None,
     resume: bool = False,
 ) -> Audit:
-    """Audit a fitted model and write what was found; arguments and errors as `Run.audit`, which is this."""
+    """Audit a fitted model; arguments and errors as `Run.audit`."""
     if budget is not None:
         return audit(run.with_budget(budget), data, out=out, device=device, progress=progress, resume=resume)
     audit_spec, place = run.experiment.spec.audit, resolve_device(device or run.experiment.spec.fit.device)
@@ -84,7 +85,7 @@ def audit(
         seed = run.experiment.spec.seed
         with stage("latent space"):
             described = summary.describe(run.vae, batch, result.table, labels, columns=columns, seed=seed)
-        (target / run_folder.AUDIT).unlink(missing_ok=True)  # it is written last: where it is, the others belong to it
+        (target / run_folder.AUDIT).unlink(missing_ok=True)  # it is written last, as a sign that the other files belong to it
         for stale in (target / run_folder.POSTERIORS).glob("*.nc"):
             if stale.stem not in result.posteriors:
                 stale.unlink()
@@ -98,7 +99,7 @@ def audit(
 def plan(
     run: FittedModel, data: str | Path | np.ndarray | pd.DataFrame | None = None, *, budget: float | str | None = None
 ) -> AuditPlan:
-    """Plan an audit; arguments and errors as `Run.plan`, which is this."""
+    """Plan an audit; arguments and errors as `Run.plan`."""
     dataset, obs_id = _audited(run, data)
     budget = durations.seconds(run.experiment.spec.audit.budget if budget is None else budget)
     return run.experiment.plan(run.vae, dataset, obs_id, budget)
@@ -107,7 +108,7 @@ def plan(
 def audited(
     run: FittedModel, data: str | Path | np.ndarray | pd.DataFrame | None = None, *, out: str | Path | None = None
 ) -> Audit | None:
-    """Return the audit that is there, if it is whole and the one that `audit` would make; else None."""
+    """Return the existing audit if it is complete and `audit` would make the same one; else None."""
     target = audit_folder(run, data, out)
     if not (target / run_folder.AUDIT).is_file() or not (target / run_folder.LATENT).is_file():
         return None
@@ -119,7 +120,7 @@ def audited(
     wanted = _attributes(run, dataset) | {"seed": str(run.experiment.spec.seed)}
     whole = {"guide", *found.table["reference"].values.astype(str)} <= set(found.posteriors)
     whole &= (target / DIAGNOSIS).is_file() or not run.experiment.spec.audit.diagnose
-    same = all(found.table.attrs.get(key) == value for key, value in wanted.items() if key != "data")  # a mere name
+    same = all(found.table.attrs.get(key) == value for key, value in wanted.items() if key != "data")  # "data" is only a name
     return found if whole and same and np.array_equal(found.table["obs_id"].values, obs_id) else None
 
 
@@ -135,7 +136,7 @@ def audit_folder(
 
 
 def report(run: FittedModel) -> Path:
-    """Write `report.html` and the figures from the files of the run; return the report's path."""
+    """Write `report.html` and the figures from the files of the run; return the path of the report."""
     from elbowroom.analysis.report.report import write_report
 
     with locked(run.path):
@@ -143,7 +144,7 @@ def report(run: FittedModel) -> Path:
 
 
 def _audited(run: FittedModel, data: str | Path | np.ndarray | pd.DataFrame | None) -> tuple[Dataset, np.ndarray]:
-    """Return the data to audit and the rows of them, sorted."""
+    """Return the data to audit and their row numbers, sorted."""
     observations = run.experiment.spec.audit.observations
     most = None if observations == "all" else observations
     found = own_rows(run) if data is None else given_rows(run, data, most)
@@ -157,7 +158,7 @@ def _audited(run: FittedModel, data: str | Path | np.ndarray | pd.DataFrame | No
 
 @contextmanager
 def _claimed(run: FittedModel, target: Path, foreign: bool) -> Iterator[None]:
-    """Lock the folder that an audit goes to, and the run's own unless it cannot be written to."""
+    """Lock the output folder of an audit, and the run's own folder if it is writable."""
     if target.resolve() != run.path.resolve() and (target / run_folder.SPEC).exists():
         raise RunFolderError(f"{target}: is another run's folder; name another with --out")
     if target.exists() and not target.is_dir():
@@ -172,7 +173,7 @@ def _claimed(run: FittedModel, target: Path, foreign: bool) -> Iterator[None]:
 
 
 def _beside(run: FittedModel, place: torch.device, own: bool) -> dict[str, LogJoint]:
-    """Return log joints of some training and validation data, whose gaps stand beside those of the test data."""
+    """Return log joints of some training and validation data, whose gaps are compared with those of the test data."""
     if not own:
         return {}
     split, found = run_folder.read_split(run.path / run_folder.SPLIT), {}
@@ -186,7 +187,7 @@ def _beside(run: FittedModel, place: torch.device, own: bool) -> dict[str, LogJo
 
 
 def _identity(attributes: Mapping[str, str], obs_id: np.ndarray, place: torch.device) -> dict[str, Any]:
-    """Return all that the parts of an audit depend on beside the references' own seeds; not its budget."""
+    """Return what the parts of an audit depend on, apart from the references' seeds; the budget is not part of it."""
     chosen = {key: value for key, value in json.loads(attributes["audit"]).items() if key != "budget"}
     rows = sha256(np.ascontiguousarray(obs_id, dtype=np.int64).tobytes())
     return {**attributes, "audit": chosen, "rows": rows, "device": place.type, "torch": metadata.version("torch")}

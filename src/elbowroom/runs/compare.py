@@ -1,17 +1,17 @@
-"""Runs against each other on the same held-out data: which is better, and by how much more than noise.
+"""Comparison of runs on the same held-out data, with standard errors.
 
-For runs r and held-out data n the estimand is the mean difference of log evidence, paired datum by datum,
+For runs r and held-out data n the estimand is the mean difference of log evidence, paired by datum,
 
     D_r = (1/N) sum_n [ log p_r(x_n) - log p_best(x_n) ],      se = sd_n(difference) / sqrt(N),      z = D_r / se
 
-in nats per datum. Each model is judged by its own exact or estimated log p(x), not by its ELBO, which would mix the model with
-the quality of its guide; the gaps stand beside it for that. A bound is no value: data where some run has but a bound are left
-out of the difference and counted, and decided by intervals that do not overlap, where they do not.
+in nats per datum. Models are compared by exact or estimated log p(x), not by the ELBO, which also depends on the guide; the
+gaps show the quality of the guide. A bound is not an estimate: data for which a run has only a bound are left out of the
+difference and counted. Intervals that do not overlap can still decide.
 
-Why not PSIS-LOO (`az.compare`): its estimand is log p(x_n | x_-n), and it takes log p(x_n|z_n, theta) at posterior draws as the
-pointwise likelihood. Here z_n is local, a latent of datum n alone: without x_n its posterior is the prior, from which no
-importance weights lead back, so k-hat fails where it matters and the sum rewards a latent that remembers its datum. The decoder
-is fixed and the data are held out: log p(x_n) itself, with z_n integrated out, is what LOO would estimate.
+PSIS-LOO (`az.compare`) is not suitable. It estimates log p(x_n | x_-n) with log p(x_n|z_n, theta) at posterior draws as the
+pointwise likelihood. Here z_n is a local latent: without x_n its posterior is the prior, which importance weights from
+p(z_n|x_n) do not reach. k-hat then fails, and the sum favours latents that memorise their datum. Since the decoder is fixed and
+the data are held out, log p(x_n) with z_n integrated out is the quantity that LOO would estimate.
 Vehtari, Gelman and Gabry 2017, https://arxiv.org/abs/1507.04544; Merkle, Furr and Rabe-Hesketh 2019 (local latents),
 https://arxiv.org/abs/1802.04452.
 """
@@ -28,8 +28,8 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, has_value, kinds
-from elbowroom.analysis.measures.table import GOOD_K, bad_k, column, mean_se
-from elbowroom.analysis.verdict.thresholds import known, median
+from elbowroom.analysis.measures.table import GOOD_K, column
+from elbowroom.analysis.verdict.thresholds import bad_k, known, mean_se, median
 from elbowroom.errors import RunFolderError, SpecError
 from elbowroom.models import measure
 from elbowroom.runs.advice import audited
@@ -51,8 +51,8 @@ PER_DATUM = (
     "missed_mass",
     "pareto_k",
 )
-CLEAR = 2.0  # standard errors from which on a difference is called one
-SAME = 1e-3  # nats by which no datum differs where two runs are called the same
+CLEAR = 2.0  # standard errors; a larger difference counts as one
+SAME = 1e-3  # nats; two runs are the same if no datum differs by more
 PER_RUN = {
     "known": ("1", "data whose log p(x) is a value, exact or a trusted estimate"),
     "certified": ("1", "data with a certified posterior and a value of log p(x)"),
@@ -75,7 +75,7 @@ PER_RUN = {
 
 @dataclass(frozen=True, eq=False)
 class Versus:
-    """What a comparison found; print it.
+    """Result of a comparison; print it.
 
     Attributes:
         table: over `run` (means, paired differences to the best, gaps) and over (`run`, `obs_id`) (evidence and gaps of each
@@ -86,16 +86,16 @@ class Versus:
 
     @property
     def best(self) -> str:
-        """The run with the highest mean log p(x); "" where none is known."""
+        """The run with the highest mean log p(x); "" if none is known."""
         return str(self.table.attrs["best"])
 
     @property
     def notes(self) -> list[str]:
-        """What limits the comparison, in sentences."""
+        """Sentences on what limits the comparison."""
         return str(self.table.attrs["notes"]).splitlines()
 
     def lines(self) -> list[tuple[str, ...]]:
-        """Return the rows of the table, a column for each run, from best to worst; the first row is its head."""
+        """Return the rows of the printed table, the head first, with one column for each run, from best to worst."""
         order = np.argsort(-np.nan_to_num(self.table["mean"].values, nan=-np.inf), kind="stable")
         head = (
             "",
@@ -137,7 +137,7 @@ class Versus:
         )
 
     def verdict(self) -> list[str]:
-        """Return what to conclude, in sentences."""
+        """Return the conclusions, in sentences."""
         if not self.best:
             return ["log p(x) is known for none of the data in any run: bounds alone rank no models."]
         said = []
@@ -184,17 +184,17 @@ class Versus:
 
 
 def compare(runs: Iterable[str | Path | FittedModel], *, allow_python: bool = False) -> Versus:
-    """Compare audited runs by their held-out log p(x), paired on the same data.
+    """Compare audited runs by their held-out log p(x), paired by datum.
 
     Args:
-        runs: two or more runs, or their folders; each audited on the same rows of the same data.
-        allow_python: as in `Run.load`, where folders are given.
+        runs: two or more runs or their folders, each audited on the same rows of the same data.
+        allow_python: as in `Run.load`, for folders.
 
     Returns:
-        The comparison; print it, or see `.table`.
+        The comparison; print it, or read `.table`.
 
     Raises:
-        RunFolderError: a run is missing or not audited, its audit is not of its weights, or the data are others.
+        RunFolderError: a run is missing or has no audit, its audit is of other weights, or the data differ.
         SpecError: there are fewer than two runs.
 
     Example:
@@ -218,12 +218,9 @@ def compare(runs: Iterable[str | Path | FittedModel], *, allow_python: bool = Fa
 
 
 def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence[str] = ()) -> xr.Dataset:
-    """Lay audits of the same data out over `run` and `obs_id`, with paired differences to the best run.
+    """Arrange tables of audits over `run` and `obs_id`, with paired differences to the best run.
 
-    Args:
-        names: of the runs.
-        tables: their audits' tables, with equal `obs_id` in any order.
-        notes: sentences to keep in the attributes.
+    The tables have the same `obs_id` in any order; `notes` are sentences for the attributes.
     """
     labels = np.sort(tables[0]["obs_id"].values)
     ordered = [table.sel(obs_id=labels) for table in tables]
@@ -233,7 +230,7 @@ def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence
     common = value.all(0)
     per_run: dict[str, list[float]] = {name: [] for name in PER_RUN}
     means = [float(row[common].mean()) if common.any() else math.nan for row in evidence]
-    if not common.any():  # the best by what is known of each
+    if not common.any():  # no datum is known in all runs: each run is ranked by its own known data
         means = [float(row[there].mean()) if there.any() else math.nan for row, there in zip(evidence, value, strict=True)]
     best = int(np.nanargmax(means)) if np.isfinite(means).any() else None
     for i, table in enumerate(ordered):
@@ -296,12 +293,12 @@ def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence
 
 
 def _with_error(mean: float, error: float, sign: str = "+") -> str:
-    """Write mean +- standard error; of a single datum there is none."""
+    """Format a mean with its standard error, which a single datum does not have."""
     return f"{mean:{sign}.3f} +- {error:.3f}" if math.isfinite(error) else f"{mean:{sign}.3f} (one datum, no error)"
 
 
 def _table(run: FittedModel) -> xr.Dataset:
-    """Return the audit of a run's own test data, if it is of the weights that are there."""
+    """Return the audit of a run's own test data; refuse one of other weights."""
     from elbowroom.spec.warm_start import fingerprint
 
     table = audited(run)
@@ -324,13 +321,13 @@ def _check(first: FittedModel, a: xr.Dataset, other: FittedModel, b: xr.Dataset)
 
 
 def _names(runs: Sequence[FittedModel]) -> list[str]:
-    """Return the folders' names where they tell the runs apart, else their paths."""
+    """Return the folders' names if they are distinct, else their paths."""
     names = [run.path.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
 def _notes(runs: Sequence[FittedModel]) -> list[str]:
-    """Warn of masses that are compared with densities."""
+    """Return a warning if probability masses are compared with densities."""
     kinds = {str(run.path): measure.kind(run.vae) for run in runs}
     if len(set(kinds.values())) < 2:
         return []

@@ -1,13 +1,12 @@
-"""A fitted model: an experiment in its run folder, with its weights. Questions, audits and comparisons are asked of it."""
+"""A fitted model: an experiment in its run folder, with its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from elbowroom.data.columns import Layout
 from elbowroom.data.dataset import Dataset
 from elbowroom.data.file import read_like
 from elbowroom.errors import RunFolderError, SpecError
-from elbowroom.inference.compiled.policies import policy
 from elbowroom.models.vae import VAE
 from elbowroom.spec import document, run_folder, spec
 from elbowroom.spec.assembly import restore
@@ -30,10 +28,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
 @dataclass(eq=False)
 class FittedModel:
     """A fitted experiment in its folder.
@@ -42,7 +36,7 @@ class FittedModel:
         path: the folder.
         experiment: the experiment.
         vae: the VAE with its best weights, in eval mode.
-        summary: what the fit did, in a sentence; empty for a run that was loaded.
+        summary: a sentence about the fit; empty for a run that was loaded.
     """
 
     path: Path
@@ -67,12 +61,12 @@ class FittedModel:
 
         Args:
             path: the folder.
-            set: changes to the audit, `audit.x=y`; what was fitted cannot be changed.
-            data: the rows that it was fitted to, where they came from Python.
-            allow_python: execute the files and modules that its spec names as `python:...`; else they are refused, unread.
+            set: changes to the audit, `audit.x=y`; settings of the fit cannot be changed.
+            data: the rows that it was fitted to, if they came from Python.
+            allow_python: execute the files and modules that its spec names as `python:...`; else they are refused unread.
 
         Raises:
-            RunFolderError: it is missing, no run folder, not finished, or its files do not belong together.
+            RunFolderError: it is missing, not a run folder, not finished, or its files do not belong together.
         """
         path = Path(path)
         if not (path / run_folder.SPEC).is_file():
@@ -103,7 +97,7 @@ class FittedModel:
         """The data that the run was fitted to.
 
         Raises:
-            RunFolderError: they are not what they were when the run was fitted.
+            RunFolderError: they have changed since the fit.
         """
         record, stamp = self.experiment.spec.record, self.experiment.data.stamp()
         untouched = record is not None and stamp is not None and stamp == record.data_stamp
@@ -122,25 +116,13 @@ class FittedModel:
             }
         )
         experiment = Experiment(replace(self.experiment.loaded, spec=tree), self.experiment.given)
-        known = ("data", "data_sha256")  # read and hashed once
+        known = ("data", "data_sha256")  # keep these cached values: data are read and hashed once
         experiment.__dict__.update({key: self.experiment.__dict__[key] for key in known if key in self.experiment.__dict__})
         return replace(self, experiment=experiment)
 
 
-def as_specified(method: Callable[P, R]) -> Callable[P, R]:
-    """Compile programs inside a method of a fitted model where its spec's `audit.compile` says so."""
-
-    @wraps(method)
-    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        model = cast("FittedModel", args[0])
-        with policy(model.experiment.spec.audit.compile):
-            return method(*args, **kwargs)
-
-    return inside
-
-
 def _known(record: Any, label: str) -> None:
-    """Refuse the record of a newer Elbowroom, which says more than this one understands."""
+    """Refuse a record with unknown keys, which a newer version of Elbowroom has written."""
     unknown = [key for key in record if key not in spec.Record.model_fields] if isinstance(record, dict) else []
     if unknown:
         theirs, ours = record.get("elbowroom", "unknown"), metadata.version("elbowroom")
@@ -150,7 +132,6 @@ def _known(record: Any, label: str) -> None:
 
 
 def _load_weights(vae: VAE, path: Path) -> None:
-    """Load the weights of a run folder."""
     try:
         check_stored(path)
         state = torch.load(path, map_location="cpu", weights_only=True)

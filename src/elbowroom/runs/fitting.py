@@ -28,7 +28,7 @@ def fit(
     report: Callable[[Schedule, Row], None] | None = None,
     allow_python: bool = False,
 ) -> FittedModel:
-    """Fit an experiment into a run folder; arguments and errors as `elbowroom.fit`, which is this."""
+    """Fit an experiment into a run folder; arguments and errors as `elbowroom.fit`."""
     if not isinstance(experiment, Experiment):
         experiment = Experiment.load(experiment, allow_python=allow_python)
     path, use = ready(experiment, out, overwrite=overwrite, resume=resume)
@@ -38,7 +38,7 @@ def fit(
     options = {name: getattr(experiment.spec.fit, name) for name in type(experiment.spec.fit).model_fields}
     options["objective"] = build("objective", options["objective"], where="fit.objective")
     del options["start"]
-    with locked(path):  # look again: another process may have been here first
+    with locked(path):  # check again: another process may have written to the folder meanwhile
         use = run_folder.check(path, experiment.identity, tree, overwrite=overwrite, resume=resume)
         run_folder.claim(path, tree, use)
         into(path)
@@ -60,7 +60,7 @@ def fit(
 def ready(
     experiment: Experiment, out: str | Path | None = None, *, overwrite: bool = False, resume: bool = False
 ) -> tuple[Path, run_folder.Use]:
-    """Check all that `fit` needs, the folder too, and write nothing (`--dry-run`).
+    """Check everything that `fit` needs, also the folder, and write nothing (`--dry-run`).
 
     Returns:
         The run folder, and how it would be used: `new`, `resume` or `replace`.
@@ -69,7 +69,7 @@ def ready(
         UserError: as `fit`.
     """
     path = Path(out) if out is not None else default_folder(experiment)
-    if overwrite and resume:  # told first, before the data are read
+    if overwrite and resume:  # reported before the data are read
         raise SpecError("--overwrite and --resume contradict each other: one starts anew, the other goes on")
     experiment.check()
     if experiment.start is not None and warm_start.path_of(experiment.loaded).resolve() == path.resolve():
@@ -88,6 +88,6 @@ def ready(
 
 
 def default_folder(experiment: Experiment) -> Path:
-    """Return `runs/<the spec's stem>`; for the spec of a run folder, that folder's name."""
+    """Return `runs/<stem of the spec>`; for the spec in a run folder, `runs/<name of that folder>`."""
     label = Path(experiment.label)
     return Path("runs") / run_folder.name_for(experiment.loaded.folder.name if label.name == run_folder.SPEC else label)

@@ -1,13 +1,13 @@
-"""Carry out the advice of an audit: fit again, audit the same data again, and say side by side what it brought.
+"""Follow the advice of an audit: fit again, audit the same data again, and compare.
 
-Two ways, which answer different questions.
+There are two ways, which answer different questions.
 
-* Frozen (the default): prior, decoder and likelihood are those of the old run, bit for bit, and only the guide is trained. Then
-  log p(x) cannot change, and since gap = log p(x) - ELBO = KL(q(z|x) || p(z|x)), a smaller gap is a better q for the same p.
-* Retrained: everything is trained anew under the changed spec. That is another p with posteriors of its own: a decoder that
-  ignores z shrinks the gap to nothing. A smaller gap is good news only if held-out log p(x) does not fall.
+* Frozen (the default): prior, decoder and likelihood stay as they are, bit for bit, and only the guide is trained. log p(x)
+  cannot change. Since gap = log p(x) - ELBO = KL(q(z|x) || p(z|x)), a smaller gap means a better q for the same p.
+* Retrained: everything is trained anew under the changed spec. This gives another p with other posteriors; for example, a
+  decoder that ignores z has no gap at all. A smaller gap is an improvement only if held-out log p(x) does not fall.
 
-The comparison is paired: the same data, datum by datum. Cremer, Li and Duvenaud 2018, https://arxiv.org/abs/1801.03558.
+The comparison is paired by datum. Cremer, Li and Duvenaud 2018, https://arxiv.org/abs/1801.03558.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 import xarray as xr
 
-from elbowroom.analysis.measures.table import GOOD_K, bad_k, column, mean_se
+from elbowroom.analysis.measures.table import GOOD_K, column
 from elbowroom.analysis.verdict.summary import mean_in_words
-from elbowroom.analysis.verdict.thresholds import known, median
+from elbowroom.analysis.verdict.thresholds import bad_k, known, mean_se, median
 from elbowroom.errors import RunFolderError
 from elbowroom.inference.fit.warm_start import GUIDE
 from elbowroom.runs import auditing, fitting
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from elbowroom.inference.fit.record import Row
     from elbowroom.runs.fitted import FittedModel
 
-ERRORS, ROUNDING = 4.5, 1e-3  # standard errors, nats: what log p(x) of one and the same model may differ by
+ERRORS, ROUNDING = 4.5, 1e-3  # standard errors and nats by which two estimates of the same log p(x) may differ
 
 
 def improve(
@@ -53,22 +53,22 @@ def improve(
     progress: Callable[[Progress], None] | None = None,
     allow_python: bool = False,
 ) -> Improvement:
-    """Carry out an audit's advice in a new run folder, audit the same data, and compare; the old run is not touched.
+    """Follow an audit's advice in a new run folder, audit the same data, and compare; the old run is not changed.
 
     Args:
         run: an audited run.
-        retrain: as in `propose`; likewise `out`, `set`, `budget` and `allow_python`.
-        out: the new folder.
-        set: changes of the user's.
-        overwrite: move a run that is in the new folder aside.
-        resume: go on with the fit or the audit that is there.
+        retrain: as in `propose`.
+        out: as in `propose`.
+        set: as in `propose`.
+        overwrite: rename an existing run in the new folder first.
+        resume: continue an existing fit or audit.
         budget: time that the audit may take.
         report: called as report(plan, row) after each epoch.
         progress: called before each piece of work of the audit.
-        allow_python: execute the user's own files.
+        allow_python: as in `Experiment.load`.
 
     Raises:
-        UserError: before anything is written, or as `fit` and `Run.audit` raise it.
+        UserError: as `propose` and `check` before anything is written; later as `fit` and `Run.audit`.
     """
     proposal = propose(run, retrain=retrain, out=out, set=set, budget=budget, allow_python=allow_python)
     return carry_out(run, proposal, overwrite=overwrite, resume=resume, report=report, progress=progress)
@@ -83,7 +83,7 @@ def carry_out(
     report: Callable[[Schedule, Row], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Improvement:
-    """Fit and audit a proposal, write its report, and compare it with the run it comes from; arguments as `improve`."""
+    """Fit and audit a proposal, write its report, and compare it with the old run; arguments as `improve`."""
     check(run, proposal, overwrite=overwrite, resume=resume)
     before, path = audited(run), proposal.out
     with locked(path):
@@ -94,11 +94,7 @@ def carry_out(
 
 
 def check(run: FittedModel, proposal: Changes, *, overwrite: bool = False, resume: bool = False) -> None:
-    """Check all that carrying out a proposal needs, and write nothing.
-
-    Raises:
-        UserError: the folder or the experiment cannot be used.
-    """
+    """Check everything that `carry_out` needs, and write nothing; a UserError if folder or experiment cannot be used."""
     new, old = proposal.out.resolve(), run.path.resolve()
     where = "is" if new == old else "lies in" if new.is_relative_to(old) else "holds" if old.is_relative_to(new) else None
     if where is not None:
@@ -110,13 +106,13 @@ def check(run: FittedModel, proposal: Changes, *, overwrite: bool = False, resum
 
 @dataclass(frozen=True, eq=False)
 class Improvement:
-    """A run and what became of it, audited on the same data.
+    """A run before and after its improvement, audited on the same data.
 
     Attributes:
         old: the run before.
-        run: the run after, in a folder of its own.
+        run: the run after, in its own folder.
         before: the table of the old audit, over `obs_id`.
-        after: that of the new one.
+        after: the table of the new audit.
         proposal: what was changed and why.
     """
 
@@ -141,7 +137,7 @@ class Improvement:
         return *mean_se(d), int(d.size)
 
     def removed(self) -> float:
-        """Return the share of the median gap that is gone, over data whose gap is known in both."""
+        """Return by which share the median gap fell, over data whose gap is known in both audits."""
         before, after = (float(np.median(part)) if part.size else math.nan for part in self._both("gap_total"))
         return 1 - after / before if before > 0 else math.nan
 
@@ -164,7 +160,7 @@ class Improvement:
         return rows
 
     def verdict(self) -> list[str]:
-        """Return what to conclude, in sentences."""
+        """Return the conclusions, in sentences."""
         said = [self._data(), self._gap(), self._retrained() if self.proposal.retrain else self._frozen(), self._tails()]
         return [sentence for sentence in said if sentence]
 
@@ -193,25 +189,25 @@ class Improvement:
         return "\n".join([f"{self.old.path} -> {self.run.path}", head, rows, *self.verdict()])
 
     def _shared(self) -> tuple[xr.Dataset, xr.Dataset]:
-        """Return the rows of both tables whose data are in both audits."""
+        """Return both tables, restricted to the data of both audits."""
         both = np.intersect1d(self.before["obs_id"].values, self.after["obs_id"].values)
         return self.before.sel(obs_id=both), self.after.sel(obs_id=both)
 
     def _bad_k(self) -> tuple[int, int]:
-        """Return how many of the shared data have a k-hat that is too large or not known, before and after."""
+        """Return how many of the shared data have a k-hat that is too large or unknown, before and after."""
         before, after = self._shared()
         return bad_k(before), bad_k(after)
 
     def _data(self) -> str:
-        """Say which data are compared, where the two audits are not of the same."""
+        """Say which data are compared, if the audits are of different data."""
         old, new, shared = (table.sizes["obs_id"] for table in (self.before, self.after, self._shared()[0]))
         return "" if old == new == shared else f"Compared are the {shared} data of both audits ({old} before, {new} after)."
 
     def _both(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return a column before and after, of the data that are known in both audits and have it in both."""
+        """Return a column before and after, for data that are certified and have a value in both audits."""
         both = _common(self.before, self.after)
         a, b = (column(table.sel(obs_id=both), name) for table in (self.before, self.after))
-        if np.isnan(a).all() or np.isnan(b).all():  # such as the parts of a gap under a guide that is no normal
+        if np.isnan(a).all() or np.isnan(b).all():  # for example the parts of a gap under a guide that is not normal
             return a[~np.isnan(a)], b[~np.isnan(b)]
         there = ~np.isnan(a) & ~np.isnan(b)
         return a[there], b[there]
@@ -289,7 +285,7 @@ def _median(values: np.ndarray) -> str:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Return None for values that are not finite, which JSON cannot hold."""
     return float(value) if math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""The rows that a question to a fitted run is about: the run's own, or the user's, read and checked as the fit's were."""
+"""The rows that a query is about: the run's own rows or the user's, read and checked like the data of the fit."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class QueryRows:
 
     Attributes:
         dataset: the data.
-        index: numbers of the rows that are meant, (n,).
-        experiment: the run's experiment on these data.
+        index: numbers of the selected rows, (n,).
+        experiment: the run's experiment with these data.
     """
 
     dataset: Dataset
@@ -43,9 +43,7 @@ class QueryRows:
 
 
 def own_rows(run: FittedModel, part: str = "test") -> QueryRows:
-    """Return the rows of the run's own data that it was tested on, or another part of its split.
-
-    They stand in the split's random order: the first of them are a sample.
+    """Return the rows of one part of the run's own split, in the random order of the split.
 
     Raises:
         UserError: there is no such part, or the data have changed since the fit.
@@ -64,11 +62,11 @@ def given_rows(run: FittedModel, data: Any, most: int | None = None, *, label: s
     Args:
         run: the run.
         data: a path, an array or a frame.
-        most: at most so many rows, from the first.
-        label: what messages call an array or a frame.
+        most: read only the first rows, at most this many.
+        label: name of an array or a frame in messages.
 
     Raises:
-        DataError: they do not fit the model; names file, row and column.
+        DataError: the rows do not fit the model; names file, row and column.
     """
     experiment = run.experiment
     dataset = read_like(data, layout_of(run), Path.cwd())
@@ -76,7 +74,7 @@ def given_rows(run: FittedModel, data: Any, most: int | None = None, *, label: s
         dataset = replace(dataset, name=label)
     dataset.check(values=False)
     if most is not None:
-        dataset = dataset.take(slice(most))  # of a memory map, the rest is not read
+        dataset = dataset.take(slice(most))  # the rest of a memory map is not read
     dataset.check(whole=False)
     shape = run.vae.likelihood.event_shape
     if dataset.event_shape != shape:
@@ -91,7 +89,7 @@ def given_rows(run: FittedModel, data: Any, most: int | None = None, *, label: s
 
 
 def layout_of(run: FittedModel) -> Layout | None:
-    """Return which columns of a table became what: as the run's folder records it or, just fitted, its data have it."""
+    """Return the roles of the columns: from the record in the run folder, or of the data right after a fit."""
     record = run.experiment.spec.record
     if record is None:
         return run.experiment.data.layout
@@ -99,13 +97,13 @@ def layout_of(run: FittedModel) -> Layout | None:
 
 
 def query_rows(run: FittedModel, data: Any = None, *, part: str = "test") -> QueryRows:
-    """Return the rows of the user's data, or where there are none those of a part of the run's own."""
+    """Return the user's rows; without any, a part of the run's own, sorted."""
     found = own_rows(run, part) if data is None else given_rows(run, data)
     return replace(found, index=np.sort(found.index))
 
 
 def provenance(run: FittedModel, dataset: Dataset | None) -> Mapping[str, str]:
-    """Return what files say that they are of: experiment, data (None: those of the fit, unread), weights, versions."""
+    """Return experiment, data (None: those of the fit, not read), weights and versions, as attributes for output files."""
     record = run.experiment.spec.record
     theirs = run.experiment.data_sha256 if record is None else record.data_sha256
     return {

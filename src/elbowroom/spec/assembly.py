@@ -1,4 +1,4 @@
-"""From a spec and the facts of its data to a VAE."""
+"""Builds a VAE from a spec and the facts of its data."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a VAE must know of its data before it is built. A run folder records it, so that it is built again without them.
+    """Properties of the data that the VAE is built from; a run folder records them, so that it can be opened without the data.
 
     Attributes:
         event_shape: shape of one datum.
-        levels: 1 + the largest value where all values are whole numbers from 0, else None.
-        columns: of a table, one for each entry of x; None for images and sequences.
+        levels: 1 + the largest value if all values are whole numbers from 0, else None.
+        columns: one for each entry of x in a table; None for images and sequences.
         covariates: names of the covariates.
         exposure: whether counts have an exposure.
         missing: whether entries are missing.
@@ -43,7 +43,7 @@ class Facts:
 
     @classmethod
     def of(cls, data: Dataset) -> Facts:
-        """Read the facts off data."""
+        """Derive the facts from data."""
         return cls(
             event_shape=data.event_shape,
             levels=data.levels,
@@ -55,7 +55,7 @@ class Facts:
 
     @classmethod
     def recorded(cls, record: Record) -> Facts:
-        """Read the facts off a run folder's record."""
+        """Read the facts from a run folder's record."""
         return cls(
             event_shape=tuple(record.event_shape),
             levels=record.levels,
@@ -66,7 +66,7 @@ class Facts:
         )
 
     def tree(self) -> dict[str, Any]:
-        """Return the facts as a record holds them; what is as usual is left out."""
+        """Return the facts for a record, without those that have their usual value."""
         tree: dict[str, Any] = {"event_shape": list(self.event_shape)}
         if self.levels is not None:
             tree["levels"] = self.levels
@@ -79,11 +79,7 @@ class Facts:
 
 
 def assemble(spec: Spec, facts: Facts) -> VAE:
-    """Build the VAE of a spec with fresh weights.
-
-    Raises:
-        SpecError: the options of a component do not go together, or with the data.
-    """
+    """Build the VAE of a spec with fresh weights; a SpecError if options do not fit each other or the data."""
     model, guide, d = spec.model, spec.guide, spec.model.latent_dim
     likelihood = build(
         "likelihood",
@@ -130,10 +126,10 @@ def assemble(spec: Spec, facts: Facts) -> VAE:
 
 
 def restore(vae: VAE, state: Mapping[str, Tensor]) -> None:
-    """Give a VAE its weights; buffers take the shapes that the training data gave them.
+    """Load weights into a VAE; buffers take the shapes that they have in `state`.
 
     Raises:
-        RuntimeError, TypeError, AttributeError: the weights are those of another model.
+        RuntimeError, TypeError, AttributeError: the weights belong to another model.
     """
     for name, _ in list(vae.named_buffers()):
         owner, _, leaf = name.rpartition(".")
@@ -143,7 +139,7 @@ def restore(vae: VAE, state: Mapping[str, Tensor]) -> None:
 
 
 def _family(prior: Any, chosen: Any, latent_dim: int) -> Family:
-    """Build the guide family, carried onto the prior's space where it lives on the real line and the prior does not."""
+    """Build the guide family, transformed from the real line to the prior's space if that is another one."""
     p, q = registry.component("prior", prior.name).cls, registry.component("guide", chosen.name).cls
     space, inserted = compatibility.space_of(p), compatibility.transform_inserted(p, q)
     family: Family = build(

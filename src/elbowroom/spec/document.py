@@ -1,8 +1,8 @@
-"""A spec as text: YAML read without its surprises, and `--set a.b=c`.
+"""A spec as text: strict YAML, and `--set a.b=c`.
 
-YAML 1.1 as PyYAML reads it takes `1e-3` for text, `no` for a boolean, `010` for eight, and lets a later key silently
-replace an earlier one. `read` follows YAML 1.2's core schema instead, refuses repeated keys, anchors and tags, and runs
-no code. Everything wrong is a `SpecError` with line and column.
+PyYAML follows YAML 1.1: it reads `1e-3` as text, `no` as a boolean, `010` as eight, and a later key replaces an earlier one
+without a warning. `read` follows YAML 1.2's core schema instead, refuses repeated keys, anchors and tags, and executes no code.
+Every error is a `SpecError` with line and column.
 """
 
 from __future__ import annotations
@@ -83,17 +83,7 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a spec file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        What it says, as dictionaries, lists and scalars; nothing is checked yet.
-
-    Raises:
-        SpecError: one line naming the file and, where there is one, line and column.
-    """
+    """Read a spec file as dictionaries, lists and scalars, unchecked; a SpecError names file, line and column."""
     path = Path(path)
     label = path.name
     try:
@@ -132,12 +122,12 @@ def parse(text: str, label: str) -> Any:
 
 
 def write(tree: Any) -> str:
-    """Return a tree as YAML text that `parse` reads back equal: short lists on one line, keys in their order."""
+    """Return YAML text that `parse` reads back unchanged, with short lists on one line and keys in their order."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=110)
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what `_Loader` would not read as text, and writes lists of scalars in flow style."""
+    """SafeDumper that quotes texts that `_Loader` would read as other types, and writes lists of scalars in flow style."""
 
     yaml_implicit_resolvers = {
         first: [
@@ -172,7 +162,7 @@ def assignments(given: Iterable[str]) -> dict[tuple[str, ...], Any]:
     """Parse `a.b=c` strings; a value is YAML, and a comma makes a list (`grid,hmc`). `a.name=c` is the same as `a=c`.
 
     Raises:
-        SpecError: for one without `=`, an empty part, or a path that is set twice.
+        SpecError: a string has no `=` or an empty part, or a path is set twice.
     """
     found: dict[tuple[str, ...], Any] = {}
     for text in given:
@@ -191,12 +181,12 @@ def assignments(given: Iterable[str]) -> dict[tuple[str, ...], Any]:
 
 
 def assign(tree: dict[str, Any], changes: dict[tuple[str, ...], Any]) -> tuple[dict[str, Any], list[str]]:
-    """Apply assignments to a spec tree. Their order never matters: outer ones come first.
+    """Apply assignments to a spec tree, outer paths first, whatever their order.
 
-    Naming another component drops the options of the one before (they are another's), and a note says so.
+    Naming another component drops the options of the old one, and a note says so.
 
     Args:
-        tree: what the file says; it is left alone.
+        tree: the content of the file; it is not changed.
         changes: path -> value, from `assignments`.
 
     Returns:
@@ -215,7 +205,7 @@ def assign(tree: dict[str, Any], changes: dict[tuple[str, ...], Any]) -> tuple[d
         old = node.get(key)
         if isinstance(value, str) and isinstance(old, dict) and "name" in old:
             if old["name"] == value:
-                continue  # the name has not changed: the options stay
+                continue  # the name is the same, so the options stay
             dropped = [option for option in old if option != "name"]
             if dropped:
                 notes.append(f"--set {dotted(path)}={value}: the options of {old['name']} were reset ({', '.join(dropped)})")
@@ -228,7 +218,7 @@ def assign(tree: dict[str, Any], changes: dict[tuple[str, ...], Any]) -> tuple[d
 
 
 def _child(node: Any, part: str, path: tuple[str, ...]) -> Any:
-    """Step into `part`, making room for it: an absent block is made, a bare name becomes a block."""
+    """Step into `part`; a missing block is created, and a plain name becomes a block."""
     if isinstance(node, list):
         position = _position(node, part, path)
         if isinstance(node[position], str):

@@ -42,19 +42,19 @@ if TYPE_CHECKING:
 
     from elbowroom.analysis.audit.plan import Plan as AuditPlan
 
-MOST_COLUMNS = 100  # whose kinds are recorded where the likelihood does not need them
-PILOT = 64  # data that the cost of an audit is estimated from
+MOST_COLUMNS = 100  # columns whose kinds are recorded if the likelihood does not need them
+PILOT = 64  # data used to estimate the cost of an audit
 
 VERSIONS_OF = ("torch", "pyro-ppl", "numpy", "xarray", "arviz-base", "scikit-learn")
 
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """A spec that has been checked, with its data.
+    """A checked spec with its data.
 
     Attributes:
-        loaded: the resolved spec, its file's name, and where relative paths start.
-        given: the data, where they came from Python.
+        loaded: the resolved spec, the name of its file, and the folder that relative paths start from.
+        given: data passed from Python, else None.
 
     Example:
         >>> import elbowroom as er
@@ -79,8 +79,8 @@ class Experiment:
         Args:
             path: the file.
             set: changes `a.b=c`, as on the command line.
-            data: rows to use in place of the spec's data: an array (N, *event) or a frame. Of the spec's own `data` the
-                roles of columns and `split` count then.
+            data: rows that replace the spec's data: an array (N, *event) or a frame. Of the spec's own `data` only the roles of
+                columns and `split` are used then.
             allow_python: execute the files and modules that the spec names as `python:...`; else they are refused.
 
         Raises:
@@ -115,12 +115,12 @@ class Experiment:
 
     @classmethod
     def _handed(cls, loaded: spec.Loaded, data: Any) -> Experiment:
-        """Take rows from Python, columns by the options of the spec's data."""
+        """Use rows from Python; the options of the spec's data give the roles of columns."""
         experiment = cls(loaded)
         with experiment._labelled():
             given = cast(Memory, experiment._source).hand_over(data)
             given.check(values=False)
-            _ = given.described  # a declared kind that does not fit is found now
+            _ = given.described  # raises an error now if a declared kind does not fit
         return cls(loaded, given)
 
     def __repr__(self) -> str:
@@ -133,7 +133,7 @@ class Experiment:
 
     @property
     def label(self) -> str:
-        """What messages call the spec."""
+        """Name of the spec in messages."""
         return self.loaded.label
 
     @functools.cached_property
@@ -151,7 +151,7 @@ class Experiment:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences for the user: those of the spec, and of a table's columns that never change."""
+        """Notes of the spec, and a note on columns of a table that hold a single value."""
         columns = constant(self.data)
         if not columns:
             return self.loaded.notes
@@ -165,25 +165,25 @@ class Experiment:
     @functools.cached_property
     @stage("split")
     def split(self) -> Split:
-        """The rows that train, choose the best weights, and are audited."""
+        """The rows for training, for choosing the best weights, and for the audit."""
         if self.data.split is not None:
             return self.data.split
-        if self.spec.fit.start is not None:  # whatever the seed: what was held out there stays held out
+        if self.spec.fit.start is not None:  # rows held out in that run stay held out, whatever the seed
             return read_split(warm_start.path_of(self.loaded) / SPLIT)
         with self._labelled():
             return split_rows(len(self.data), self._source.split, self.spec.seed, self.data.name)
 
     @functools.cached_property
     def identity(self) -> str:
-        """SHA-256 of everything that the fit depends on: data, model, guide, fit (not its device) and seed."""
+        """SHA-256 of everything that the fit depends on: data, model, guide, fit (without its device) and seed."""
         return identity(self.spec.tree(), self.data_sha256, None if self.start is None else self.start.sha256)
 
     @functools.cached_property
     def start(self) -> Start | None:
-        """The weights that the fit starts at; None where it starts anew.
+        """The weights that the fit starts from; None for fresh weights.
 
         Raises:
-            SpecError: `fit.start` names no run, or one of other data or another model.
+            SpecError: `fit.start` is not a run, or a run with other data or another model.
         """
         if self.spec.fit.start is None:
             return None
@@ -206,13 +206,7 @@ class Experiment:
         return cast(torch.dtype, getattr(torch, self.spec.fit.dtype))
 
     def rows(self, index: np.ndarray) -> torch.Tensor:
-        """Return data as a tensor in the precision of the fit.
-
-        Args:
-            index: row numbers, (n,).
-
-        Returns:
-            (n, *event).
+        """Return data as a tensor (n, *event) in the precision of the fit; `index` holds n row numbers.
 
         Raises:
             DataError: a number is too large for the precision.
@@ -235,20 +229,20 @@ class Experiment:
         return x
 
     def beside(self, index: np.ndarray) -> dict[str, torch.Tensor]:
-        """Return what model and guide take beside x, by name: `covariates` (n, C) and `exposure` (n,), where there are any."""
+        """Return the existing ones of `covariates` (n, C) and `exposure` (n,), which model and guide take together with x."""
         found = {"covariates": self.data.covariates, "exposure": self.data.exposure}
         return {name: torch.from_numpy(value[index]).to(self.dtype) for name, value in found.items() if value is not None}
 
     def batch(self, index: np.ndarray) -> Batch:
-        """Return the arguments of model and guide for some rows: x (n, *event), and what stands beside it."""
+        """Return the arguments of model and guide for some rows: x (n, *event), covariates and exposure."""
         return {"x": self.rows(index), **self.beside(index)}
 
     def part(self, index: np.ndarray, *, training: bool = False) -> Rows:
-        """Return data for a fit: in memory, or read as they are needed where all data would take more than `data.BUDGET`.
+        """Return rows for a fit: in memory, or read when needed if all data would take more than `data.chunks.BUDGET` bytes.
 
         Args:
             index: row numbers, (n,).
-            training: these are to be drawn anew in each epoch, where the data are a draw from grey values.
+            training: draw the rows anew in each epoch, where the data are a draw from grey values.
         """
         shape, grey = (len(index), *self.data.event_shape), self.data.grey
         if self.data.large(max(self.dtype.itemsize, self.data.x.itemsize)) and grey is None:
@@ -258,7 +252,7 @@ class Experiment:
 
     @functools.cached_property
     def facts(self) -> Facts:
-        """What the VAE must know of the data: from the data, or from the record of a run folder."""
+        """The facts that the VAE is built from: those of the data, or of the record of a run folder."""
         record = self.spec.record
         if record is not None:
             return Facts.recorded(record)
@@ -267,7 +261,7 @@ class Experiment:
         return replace(facts, columns=None) if wide and self.spec.model.likelihood.name != "mixed" else facts
 
     def build(self) -> VAE:
-        """Build the VAE with fresh weights, which depend on the seed alone."""
+        """Build the VAE with fresh weights, which depend only on the seed."""
         with self._labelled(), torch.random.fork_rng(devices=[]):
             build = lambda: assemble(self.spec, self.facts).to(self.dtype)
             check_size(build)
@@ -275,7 +269,7 @@ class Experiment:
             return build()
 
     def references(self) -> str | list[Reference]:
-        """Return the references that the audit will use, built; `auto` as it is."""
+        """Build the references of the audit; `auto` is returned unchanged."""
         chosen = self.spec.audit.references
         if isinstance(chosen, str):
             return chosen
@@ -284,13 +278,13 @@ class Experiment:
 
     @stage("checks")
     def check(self) -> None:
-        """Check everything that can be wrong before a fit: data, split, support, options, references. Writes nothing.
+        """Check everything that can be wrong before a fit: data, split, support, options, references. Nothing is written.
 
         Raises:
             UserError: one line.
         """
         options, observations = self.spec.fit, self.spec.audit.observations
-        _ = self.start  # before its split is read
+        _ = self.start  # errors of the start are reported before its split is read
         n_test = len(self.split.test)
         with self._labelled():
             if observations != "all" and observations > n_test:
@@ -299,7 +293,7 @@ class Experiment:
             plan(len(self.split.train), **{name: getattr(options, name) for name in type(options).model_fields})
         vae = self.build()
         check_support(vae, self.data, likelihood=self.spec.model.likelihood.name, label=self.label)
-        for start, part in rows_of(self.data.x):  # too large for the precision: found now, not in mid-fit
+        for start, part in rows_of(self.data.x):  # finds numbers that are too large for the precision, before the fit
             self.rows(np.arange(start, start + len(part)))
         references = self.references()
         if not isinstance(references, str):
@@ -314,13 +308,13 @@ class Experiment:
         """Return what an audit would do and how long it would take.
 
         Args:
-            vae: the fitted VAE, or one with fresh weights for a first idea.
+            vae: the fitted VAE, or one with fresh weights for a first estimate.
             data: the data.
-            obs_id: rows of them that are audited.
+            obs_id: numbers of the rows that are audited.
             budget: seconds that the audit may take.
 
         Raises:
-            SpecError: a reference that was asked for cannot be used on this model.
+            SpecError: a requested reference cannot be used on this model.
         """
         from elbowroom.analysis.audit.auditor import block_size
         from elbowroom.analysis.audit.plan import choose
@@ -332,7 +326,7 @@ class Experiment:
         return choose(references, log_joint, draws=audit.draws, keep=audit.keep, budget=budget, size=size, n_obs=n)
 
     def foreseen(self) -> AuditPlan:
-        """Return the plan of the audit before the fit, from fresh weights."""
+        """Return the plan of the audit before the fit, estimated with fresh weights."""
         vae, obs_id = self.build(), self.split.test
         vae.adapt(**self.batch(self.split.train[:100]))
         if self.spec.audit.observations != "all":
@@ -346,7 +340,7 @@ class Experiment:
         return other
 
     def tree(self) -> dict[str, Any]:
-        """Return the resolved spec as a run folder records it: paths absolute, versions and hashes with it."""
+        """Return the resolved spec for the run folder, with absolute paths, versions and hashes."""
         tree = self.spec.tree()
         if isinstance(self._source, File):
             tree["data"]["path"] = str(self._source.path)

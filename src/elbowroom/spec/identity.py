@@ -1,4 +1,4 @@
-"""What makes two fits the same fit: a hash of spec, data and starting weights."""
+"""The identity of a fit: a hash of spec, data and starting weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from elbowroom.system.files import sha256
 
 
 def identity(tree: Mapping[str, Any], data_sha256: str, start_sha256: str | None = None) -> str:
-    """Return the SHA-256 of what a fit depends on: data, model, guide, fit (not its device) and seed of a resolved spec.
+    """Return the SHA-256 of everything that a fit depends on: data, model, guide, fit (without its device) and seed.
 
-    Args:
-        tree: the resolved spec.
-        data_sha256: of the data.
-        start_sha256: of the weights that the fit starts at; where they lie does not matter.
+    The weights that the fit starts from count by their hash, not by their path.
     """
     skip = {"data": "path", "fit": "device"}
     parts = {key: tree.get(key) for key in ("data", "model", "guide", "fit", "seed")}
@@ -28,6 +25,6 @@ def identity(tree: Mapping[str, Any], data_sha256: str, start_sha256: str | None
     if isinstance(fitted, Mapping) and "start" in fitted:
         block = fitted["start"]
         others = {name: value for name, value in fitted.items() if name != "start"}
-        # without one the hash is that of specs which do not know the word
+        # without a start the entry is removed, so that the hash equals that of specs without this field
         parts["fit"] = {**others, "start": {**block, "run": start_sha256}} if isinstance(block, Mapping) else others
     return sha256(json.dumps([registry.portable(parts), data_sha256], sort_keys=True).encode())

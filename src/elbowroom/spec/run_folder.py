@@ -1,4 +1,4 @@
-"""The run folder: what lies in it, when it may be written to, and whose it is."""
+"""The run folder: names of its files, and checks before it is written to."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ Use = Literal["new", "resume", "replace"]
 
 
 def check(path: Path, identity: str, tree: Mapping[str, Any], *, overwrite: bool, resume: bool) -> Use:
-    """Say how a folder may be used for a fit; nothing is written.
+    """Say how a folder can be used for a fit; nothing is written.
 
     Args:
-        path: the folder, which may not exist yet.
-        identity: hash of all that the fit depends on.
-        tree: the resolved spec, to say in what another experiment differs.
-        overwrite: move a run that is there aside.
-        resume: go on with the run that is there.
+        path: the folder, which need not exist.
+        identity: hash of everything that the fit depends on.
+        tree: the resolved spec, to name the first difference from another experiment.
+        overwrite: rename an existing run first.
+        resume: continue an existing run.
 
     Raises:
-        RunFolderError: it is in the way, is no run folder, belongs to another experiment, or cannot be written to.
+        RunFolderError: the folder is used and neither option was given, is not a run folder, belongs to another experiment, or
+            cannot be written to.
     """
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path}: this is a file; name a folder with --out")
@@ -64,12 +65,9 @@ def check(path: Path, identity: str, tree: Mapping[str, Any], *, overwrite: bool
 
 
 def claim(path: Path, tree: Mapping[str, Any], use: Use) -> None:
-    """Bring a locked folder to where a fit can start: the old run aside, `spec.yaml` in place.
+    """Prepare a locked folder for a fit: rename the old run, write `spec.yaml`.
 
-    Args:
-        path: the folder.
-        tree: the resolved spec.
-        use: what `check` said. On `resume` the record stays; what a fit does not depend on (audit, device) may change.
+    `use` is the result of `check`. `resume` keeps the record; settings that the fit does not depend on may change.
     """
     if use == "replace":
         move_aside(path)
@@ -82,7 +80,7 @@ def claim(path: Path, tree: Mapping[str, Any], use: Use) -> None:
 
 
 def name_for(path: str | Path) -> str:
-    """Return a folder's name for a file: its stem without leading dots, so that no name leads out of a folder."""
+    """Return a folder name for a file: its stem without leading dots, so that it cannot lead to another folder."""
     return Path(path).stem.lstrip(".") or "unnamed"
 
 
@@ -93,11 +91,7 @@ def write_split(path: Path, split: Split) -> None:
 
 
 def read_split(path: Path) -> Split:
-    """Read `split.npz`.
-
-    Raises:
-        RunFolderError: it is missing or damaged.
-    """
+    """Read `split.npz`; a RunFolderError if it is missing or damaged."""
     try:
         rows = read_npz(path, ("train", "validation", "test"))
     except FileNotFoundError:
@@ -110,7 +104,7 @@ def read_split(path: Path) -> Split:
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """Name the first setting in which two specs differ, of those that the fit depends on."""
+    """Name the first setting that differs between two specs, of those that the fit depends on."""
     parts = ("data", "model", "guide", "fit", "seed")
     old = dict(_leaves({part: theirs.get(part) for part in parts}))
     new = dict(_leaves({part: ours.get(part) for part in parts}))

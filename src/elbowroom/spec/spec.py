@@ -1,7 +1,7 @@
-"""The spec: what a user declares, checked as a whole before anything is built.
+"""The spec: the user's settings, checked as a whole before anything is built.
 
-The blocks are derived from the signatures of the components and of `elbowroom.inference.fit.svi.fit`, so that an option is
-written once. Errors are one line: file, dotted path in the user's own words, what is wrong, the nearest allowed name.
+The blocks are derived from the signatures of the components and of `elbowroom.inference.fit.svi.fit`, so that each option is
+defined once. An error is one line: the file, the dotted path, what is wrong, and the most similar allowed name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import BeforeValidator, Field, Strict, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 
-from elbowroom.components import compatibility, registry, schema
+from elbowroom.components import compatibility, registry, schema, signatures
 from elbowroom.components.schema import Block, dotted
 from elbowroom.components.slots import slot as slots_slot
 from elbowroom.errors import SpecError, nearest
@@ -31,7 +31,7 @@ Draws = Annotated[int, Strict(), Ge(100), Le(1_000_000)]
 
 
 def _budget(given: Any) -> Any:
-    """Check a time; a bare number is one of seconds."""
+    """Check a time budget; a plain number means seconds."""
     if given is None:
         return None
     try:
@@ -89,7 +89,7 @@ class StartBlock(Block):
 
 
 def _start(given: Any) -> Any:
-    """A bare folder is short for a block."""
+    """Expand a plain folder to a block."""
     return {"run": given} if isinstance(given, str) else given
 
 
@@ -138,11 +138,11 @@ class Spec(Block):
 
 @functools.cache
 def spec_model() -> type[Spec]:
-    """Return the model of specs over the components that are registered now."""
+    """Return the pydantic model of specs, for the components that are registered now."""
     from elbowroom.inference.fit import svi
 
     slot = slots_slot
-    trained = [option for option in schema.options(svi.fit) if option.name != "objective"]
+    trained = [option for option in signatures.options(svi.fit) if option.name != "objective"]
     objective = (slot("objective"), Field("elbo", description="what is maximised"))
     start = (Start, Field(None, description="the run whose weights the fit starts at; null starts anew"))
     fit = schema.block("fit", trained, {"objective": objective, "start": start})
@@ -186,18 +186,18 @@ registry.on_change(spec_model.cache_clear)
 
 
 def _listed(given: Any) -> Any:
-    """A single reference is short for a list of one."""
+    """Expand a single reference to a list."""
     return [given] if isinstance(given, Mapping) or (isinstance(given, str) and given != "auto") else given
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checked spec and where it came from.
+    """A checked spec and its origin.
 
     Attributes:
         spec: the resolved spec.
-        label: the file's name, for messages.
-        folder: where relative paths start.
+        label: name of the file, for messages.
+        folder: the folder that relative paths start from.
         notes: sentences for the user, e.g. that options were reset.
     """
 
@@ -208,12 +208,12 @@ class Loaded:
 
 
 def load(path: str | Path, changes: Iterable[str] = (), *, in_memory: bool = False, allow_python: bool = False) -> Loaded:
-    """Read a spec file, apply `--set` changes, check everything that can be checked without the data.
+    """Read a spec file, apply `--set` changes, and check everything that can be checked without the data.
 
     Args:
         path: the file.
-        changes: strings `a.b=c`; their order never matters.
-        in_memory: the data come from Python; of the spec's own only `split` counts.
+        changes: strings `a.b=c`, in any order.
+        in_memory: the data come from Python; of the spec's own data only the roles of columns and `split` are used.
         allow_python: execute the files and modules that the spec names as `python:...`; else they are refused.
 
     Raises:
@@ -231,7 +231,7 @@ def load(path: str | Path, changes: Iterable[str] = (), *, in_memory: bool = Fal
 
 
 def of_memory(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a spec whose data come from Python, with the roles of columns and the split as it says."""
+    """Return the spec for data from Python; it keeps the roles of columns and the split."""
     own = tree.get("data")
     options = {option.name for option in registry.component("data", "memory").options}
     kept = {key: own[key] for key in own if key in options} if isinstance(own, Mapping) else {}
@@ -250,10 +250,10 @@ def validate(
 
     Args:
         tree: dictionaries, lists and scalars.
-        label: its name for messages.
-        folder: where relative paths start; the working folder by default.
-        assigned: paths that came from `--set`, which messages name instead of the file.
-        allow_python: execute the files and modules that the tree names as `python:...`; else they are refused.
+        label: its name in messages.
+        folder: the folder that relative paths start from; the working folder by default.
+        assigned: paths set by `--set`; messages name `--set` instead of the file.
+        allow_python: as in `load`.
 
     Raises:
         SpecError: one line.
@@ -281,7 +281,7 @@ def validate(
 
 
 def contradiction(spec: Spec) -> str | None:
-    """Say in one sentence which parts of a spec do not go together; None when all do."""
+    """Say in one sentence which parts of a spec contradict each other; None if none do."""
     from elbowroom.inference.references.grid.grid import MAX_DIM
 
     model, audit = spec.model, spec.audit
@@ -333,11 +333,7 @@ def shipped() -> list[str]:
 
 
 def shipped_text(name: str) -> str:
-    """Return the text of a spec that comes with Elbowroom.
-
-    Raises:
-        SpecError: there is none of this name.
-    """
+    """Return the text of a spec that comes with Elbowroom; a SpecError if there is none of this name."""
     if name not in shipped():
         raise SpecError(f"there is no spec {name!r} in elbowroom{nearest(name, shipped())}")
     return resources.files("elbowroom.experiments").joinpath(f"{name}.yaml").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Can the likelihood have produced the data, and do the networks fit into memory? Asked before a fit."""
+"""Checks before a fit: are the data in the likelihood's support, and do the networks fit into memory?"""
 
 from __future__ import annotations
 
@@ -16,13 +16,9 @@ from elbowroom.system.archive import SHARE, amount, memory
 
 
 def check_support(vae: VAE, data: Dataset, *, likelihood: str, label: str) -> None:
-    """Check all data against the likelihood's support, a few million entries at a time.
+    """Check all data against the support of the VAE's likelihood, a few million entries at a time.
 
-    Args:
-        vae: whose likelihood it is.
-        data: all of them.
-        likelihood: its name in the spec.
-        label: what messages call the spec.
+    `likelihood` is its name in the spec, `label` the name of the spec in messages.
 
     Raises:
         DataError: names the first place and the remedy.
@@ -46,13 +42,13 @@ def check_support(vae: VAE, data: Dataset, *, likelihood: str, label: str) -> No
 
 
 def check_size(assemble: Callable[[], VAE]) -> None:
-    """Refuse networks that cannot be trained on this machine: weights, gradient and Adam's two moments are held at once."""
+    """Refuse networks that are too large for this machine: training needs weights, gradient and Adam's two moments at once."""
     try:
-        with torch.device("meta"):  # shapes only
+        with torch.device("meta"):  # shapes only, without memory
             needed = 4.0 * sum(p.numel() * p.element_size() for p in assemble().parameters())
     except (RuntimeError, OverflowError, TypeError) as error:
         if not re.search("overflow|too large|too big|invalid combination|out of range", str(error), re.IGNORECASE):
-            return  # not made for this; it will be seen when it is built
+            return  # this component cannot be built on the meta device, so its size is not checked
         needed = float("inf")
     if needed > SHARE * memory():
         size = f"{amount(needed)} to train" if needed < 1e18 else "more memory than there is"
@@ -63,5 +59,5 @@ def check_size(assemble: Callable[[], VAE]) -> None:
 
 
 def _shift_row(message: str, start: int) -> str:
-    """Add the number of rows before a part of the data to the row that a message names."""
+    """Shift the row number in a message from a part of the data to all data."""
     return re.sub(r"\brow (\d+)", lambda match: f"row {int(match[1]) + start}", message)

@@ -1,4 +1,4 @@
-"""`fit.start`: another run's weights, checked against the experiment that is to start at them."""
+"""`fit.start`: weights of another run, checked against the new experiment."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ MODEL = ("latent_dim", "prior", "decoder", "likelihood")
 
 
 def path_of(loaded: spec.Loaded) -> Path:
-    """Return the folder of the run that a fit starts at; a relative path counts from the spec's folder."""
+    """Return the folder of the run that a fit starts from; a relative path starts from the spec's folder."""
     given = Path(loaded.spec.fit.start.run)
-    with suppress(RuntimeError):  # a user without a home: the name is taken as it is
+    with suppress(RuntimeError):  # the user has no home folder: `~` is kept as it is
         given = given.expanduser()
     path: Path = loaded.folder / given
     return path.absolute()
 
 
 def read(loaded: spec.Loaded, data_sha256: Callable[[], str], build: Callable[[], VAE]) -> Start:
-    """Read the weights that a fit starts at.
+    """Read the weights that a fit starts from.
 
     Args:
         loaded: the spec of the new fit.
-        data_sha256: gives the hash of its data.
-        build: makes its VAE, with fresh weights.
+        data_sha256: returns the hash of its data.
+        build: builds its VAE, with fresh weights.
 
     Raises:
-        SpecError: there is no such run, or its data or its model are others; it says which.
+        SpecError: the run does not exist, or has other data or another model; says which.
     """
     chosen, path = loaded.spec.fit.start, path_of(loaded)
     theirs = _spec(path)
@@ -76,7 +76,6 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def _spec(path: Path) -> dict[str, Any]:
-    """Read the spec of a run folder."""
     if not (path / run_folder.SPEC).is_file():
         what = "is not a run folder" if path.is_dir() else "no such run folder"
         raise SpecError(f"{WHERE}: {path}: {what} (no {run_folder.SPEC})")
@@ -86,7 +85,7 @@ def _spec(path: Path) -> dict[str, Any]:
         raise SpecError(f"{WHERE}: {path}: has no record of a run; fit it first")
     try:
         same = identity(tree, str(record.get("data_sha256")), record.get("start_sha256")) == record.get("experiment")
-    except (TypeError, ValueError):  # such as a date, which no run folder holds
+    except (TypeError, ValueError):  # for example a date, which no run folder contains
         same = False
     if not same:
         raise SpecError(f"{WHERE}: {path}: its {run_folder.SPEC} was changed after the fit")
@@ -110,7 +109,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 
 def _apart(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | None:
-    """Return the first setting in which two blocks differ, with both values; options that an older run does not know agree."""
+    """Return the first setting that differs between two blocks, with both values; options unknown to an old run agree."""
     known = dict(_leaves(registry.portable(old), name))
     for key, value in _leaves(registry.portable(new), name):
         if key in known and known.pop(key) != value:

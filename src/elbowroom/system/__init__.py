@@ -1,1 +1,1 @@
-"""Files, archives, memory, times: nothing here knows of models."""
+"""Files, archives, memory, time measurement: code that does not depend on models."""

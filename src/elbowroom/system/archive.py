@@ -1,7 +1,7 @@
-"""Archives from outside: sizes are looked at before anything is unpacked, and nothing in them is ever run.
+"""Safe reading of archives: sizes are checked before anything is unpacked, and nothing in an archive is executed.
 
-A zip archive of a few kilobytes can claim, or truly hold, more than any machine's memory. What an archive says of itself
-is compared with what it holds and with the memory of this machine, before a byte of it is read.
+A small zip archive can declare, or unpack to, more bytes than a machine has memory. The declared size, the size of the contents
+and the memory of this machine are compared before any data are read.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 from elbowroom.errors import DataError
 
 SHARE = 0.5
-"""Largest share of this machine's memory that one array from a file may take."""
+"""Largest share of this machine's memory that one array of a file may take."""
 
 
 def memory() -> int:
-    """Return the bytes of memory of this machine; 8 GB where that is not known."""
+    """Return the bytes of memory of this machine; 8 GB where that is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # pragma: no cover - not POSIX
@@ -29,14 +29,14 @@ def memory() -> int:
 
 
 def too_large(size: float) -> str | None:
-    """Say why something of so many bytes is not read into memory; None when it fits."""
+    """Say why so many bytes cannot be read into memory; None if they fit."""
     if size <= SHARE * memory():
         return None
     return f"unpacks to {amount(size)}, and this machine has {amount(memory())} of memory"
 
 
 def amount(size: float) -> str:
-    """Return a number of bytes in words, such as `3.2 GB`."""
+    """Format a number of bytes, such as `3.2 GB`."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:,.{0 if size >= 100 * factor else 1}f} {unit}"
@@ -44,16 +44,13 @@ def amount(size: float) -> str:
 
 
 def check_npz(source: str | Path | IO[bytes], key: str, label: str) -> None:
-    """Check the size of one array of an .npz: what it says, what it holds, and what fits into memory.
+    """Check that one array of an .npz fits into memory, and that its header agrees with its contents.
 
-    Args:
-        source: the archive.
-        key: the array's name.
-        label: the file's name for messages.
+    `label` is the name of the file in messages.
 
     Raises:
         DataError: it is too large, or its header and its contents disagree.
-        zipfile.BadZipFile, ValueError: it is no archive, or the array no array.
+        zipfile.BadZipFile, ValueError: the file is not an archive, or its entry is not an array.
     """
     with zipfile.ZipFile(source) as archive:
         members = archive.namelist()
@@ -63,7 +60,7 @@ def check_npz(source: str | Path | IO[bytes], key: str, label: str) -> None:
         with archive.open(info) as member:
             shape, dtype = _header(member)
             if dtype.hasobject:
-                return  # NumPy refuses it in its own words
+                return  # NumPy raises its own error
             said = member.tell() + math.prod(shape) * dtype.itemsize
         if said != info.file_size:
             sizes = f"{key} should take {amount(said)}, it holds {amount(info.file_size)}"
@@ -78,15 +75,11 @@ def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def read_npz(path: Path, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """Read arrays of an .npz into memory, sizes first, no Python objects ever.
-
-    Args:
-        path: the archive.
-        names: which arrays; all by default.
+    """Read arrays of an .npz (all if `names` is empty); sizes are checked first, Python objects are refused.
 
     Raises:
         DataError: an array is too large, or disagrees with its header.
-        Exception: whatever NumPy and zipfile say of a damaged file.
+        Exception: any error that NumPy and zipfile raise on a damaged file.
     """
     with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
         if not isinstance(arrays, np.lib.npyio.NpzFile):
@@ -99,10 +92,10 @@ def read_npz(path: Path, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
 
 
 def check_stored(path: Path) -> None:
-    """Refuse a zip archive whose members are packed: PyTorch never packs, and what is not packed cannot swell.
+    """Refuse a zip archive with compressed members; PyTorch writes none, and only compressed members can grow when read.
 
     Raises:
-        ValueError: a member is packed, or claims to be larger than the file.
+        ValueError: a member is compressed, or declares more bytes than the file has.
     """
     if not zipfile.is_zipfile(path):
         return

@@ -1,4 +1,4 @@
-"""Times in words: `90s`, `10m`, `1h`."""
+"""Durations as text: `90s`, `10m`, `1h`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ WANTED = "must be a time above 0, such as 90s, 10m or 1h"
 
 
 def seconds(budget: float | str | None, where: str = "budget") -> float:
-    """Return a budget in seconds; infinity where there is none.
+    """Return a budget in seconds; infinity for None.
 
     Args:
-        budget: a number of seconds, or one with a unit: `s`, `m`, `h`.
-        where: what messages call it.
+        budget: a number of seconds, or a number with a unit: `s`, `m`, `h`.
+        where: name of the budget in messages.
 
     Raises:
-        SpecError: it is no time above 0.
+        SpecError: the budget is not a time above 0.
     """
     if budget is None:
         return math.inf
@@ -35,7 +35,7 @@ def seconds(budget: float | str | None, where: str = "budget") -> float:
 
 
 def words(time: float) -> str:
-    """Return a number of seconds as a person would say it: `0.4 s`, `12 s`, `3 min`, `2.5 h`."""
+    """Format a number of seconds for people: `0.4 s`, `12 s`, `3 min`, `2.5 h`."""
     if not math.isfinite(time):
         return "an unknown time"
     for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):

@@ -1,8 +1,8 @@
-"""Files that are whole or absent, and folders that one process writes to at a time.
+"""Atomic writing of files, and locks of folders.
 
-A file is written under a temporary name in its own folder, synced, and renamed; then the folder is synced. A process that
-is killed on the way leaves at most a temporary file, which the next one removes. A folder is claimed by a lock that the
-kernel drops with the process, so that a dead process never leaves one behind.
+A file is written under a temporary name in its own folder, synced, and renamed; then the folder is synced. A process that is
+killed before that leaves at most a temporary file, which the next process removes. The kernel releases the lock of a folder
+when its process ends, so that a dead process never leaves a lock.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from elbowroom.errors import RunFolderError
 fcntl: Any
 try:
     import fcntl
-except ImportError:  # pragma: no cover - Windows has no flock: there, nobody is told
+except ImportError:  # pragma: no cover - Windows has no flock: folders are not locked there
     fcntl = None
 
 LOCK = ".lock"
@@ -35,10 +35,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure it is removed.
 
     Args:
-        path: the file to write. Its folder is created. What a dead process left of it is removed.
+        path: the file to write. Its folder is created, and temporary files of dead processes for it are removed.
 
     Yields:
-        The temporary path to write to. It ends in the suffix of `path`, for writers that look at it.
+        The temporary path to write to, with the suffix of `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk; where a file system cannot, nothing is done."""
+    """Write a folder's entries to disk; does nothing where the file system cannot."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
         try:
@@ -65,17 +65,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_ours(name: str) -> bool:
-    """Say whether a name is that of a lock or of a temporary file, which make no folder a used one."""
+    """Say whether a name is that of a lock or a temporary file; a folder with only these counts as empty."""
     return name == LOCK or _TEMPORARY.fullmatch(name) is not None
 
 
 def sweep(folder: Path, *, of: Path | None = None) -> None:
-    """Remove temporary files of dead processes.
+    """Remove temporary files of dead processes from a folder, not from its subfolders.
 
     Args:
-        folder: where to look, not below it.
-        of: only those of this file, and only where their process is dead; None means all but this process's own, for a
-            folder that this process has locked.
+        folder: the folder.
+        of: only temporary files of this file whose process is dead. None removes all but those of this process, for a folder
+            that this process has locked.
     """
     if not folder.is_dir():
         return
@@ -100,15 +100,15 @@ def _alive(pid: int) -> bool:
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Claim a folder for this process, and remove what dead ones left half-written in it.
+    """Lock a folder for this process, and remove temporary files that dead processes left in it.
 
-    Claims nest: a folder that this process holds is given again at once.
+    Locks nest: a process can lock a folder again that it holds.
 
     Args:
-        folder: it is created; one that was created and stays empty is removed at the end.
+        folder: it is created if needed; a folder that was created here and stays empty is removed at the end.
 
     Raises:
-        RunFolderError: another process holds it.
+        RunFolderError: another process holds the lock.
     """
     folder = Path(folder)
     key = folder.resolve()
@@ -124,19 +124,16 @@ def locked(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            (folder / LOCK).unlink()  # whoever waits for it looks whether it is still the one in the folder
+            (folder / LOCK).unlink()  # a waiting process checks that its lock file is still the one in the folder
             if made and not os.listdir(folder):
                 folder.rmdir()
         os.close(_held.pop(key))
 
 
 def move_aside(folder: Path) -> Path:
-    """Rename a folder that this process has locked to the first free `<name>.1`, `<name>.2`, ...; claim the old name anew.
+    """Rename a folder that this process has locked to the first free `<name>.1`, `<name>.2`, ...; lock the old name again.
 
-    The rename is one step: at any moment the old folder is whole under one of the two names.
-
-    Returns:
-        The new path of the old folder.
+    The rename is one step: at any moment the old folder is complete under one of the two names. Returns its new path.
     """
     key, number = folder.resolve(), 1
     while True:
@@ -159,12 +156,11 @@ def move_aside(folder: Path) -> Path:
 
 
 def _acquire(folder: Path) -> int:
-    """Lock the lock file of a folder and return its handle."""
     path = folder / LOCK
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o644)
-        except FileNotFoundError:  # another process has just given the folder up
+        except FileNotFoundError:  # another process has just removed the folder
             folder.mkdir(parents=True, exist_ok=True)
             continue
         if fcntl is None:  # pragma: no cover
@@ -201,7 +197,7 @@ def sha256(*parts: bytes) -> str:
 
 
 def sha256_of(parts: Iterable[bytes]) -> str:
-    """Return the hexadecimal SHA-256 digest of parts that are made one after the other, so that one is held at a time."""
+    """Return the hexadecimal SHA-256 digest of the concatenated parts, which an iterator may produce one at a time."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

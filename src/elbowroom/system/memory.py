@@ -1,4 +1,4 @@
-"""Memory: how much work fits into a part of it, and what was freed but is still held by this process."""
+"""Memory: splitting work into parts that fit, and returning freed memory to the system."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import ctypes
 import functools
 from collections.abc import Callable
 
-ARRAY = 2**22  # numbers in a working array, of which several are held at once: 32 MB each in double precision
+ARRAY = 2**22  # numbers in a working array: 32 MB in double precision; several are held at once
 LARGE_ARRAY = 2**24  # numbers in the largest array of a method
 
 
 def fitting(each: int, budget: int) -> int:
-    """Return how many rows of `each` numbers fit into a budget of numbers; one at least."""
+    """Return how many rows of `each` numbers fit into a budget of numbers; at least one."""
     return max(1, budget // max(1, each))
 
 
 def slices(total: int, size: int) -> list[slice]:
-    """Split 0 .. total - 1 into parts of `size`; the last holds what is left."""
+    """Split 0 .. total - 1 into slices of `size`; the last may be shorter."""
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def sizes(total: int, size: int) -> list[int]:
-    """Return how many each of the `slices` holds."""
+    """Return the length of each of the `slices`."""
     return [part.stop - part.start for part in slices(total, size)]
 
 
 def trim() -> None:
-    """Give free pages back to the system, where the C library can (glibc).
+    """Return free memory pages to the system, where the C library can (glibc).
 
-    Work in blocks frees large arrays and keeps small ones. Small ones that come to lie in the gaps make these too short for the
-    next block's arrays, so that the heap grows by a block each time, though next to nothing in it is in use.
-    `man malloc_trim`; https://distributed.dask.org/en/stable/worker-memory.html
+    Computing in blocks frees large arrays and keeps small ones, which fragment the heap: the large arrays of the next block no
+    longer fit into the gaps, and the heap grows with each block. See `man malloc_trim` and
+    https://distributed.dask.org/en/stable/worker-memory.html
     """
     give_back = _trim()
     if give_back is not None:
@@ -41,6 +41,6 @@ def trim() -> None:
 def _trim() -> Callable[[int], int] | None:
     try:
         found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library; Windows has no name for the process itself
+    except (OSError, AttributeError, TypeError):  # another C library, or Windows, where CDLL(None) fails
         return None
     return found

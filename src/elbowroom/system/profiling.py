@@ -1,12 +1,12 @@
-"""Where the time goes: `--profile`, and `elbowroom.profile` in Python.
+"""Profiles of where the time goes: `--profile`, and `elbowroom.profile` in Python.
 
     with er.profile("runs/digits/profile") as profile:
         er.fit("digits.yaml").audit()
     print(profile)
 
-Time is taken where the code says `with stage("name")` (see `stages`), which costs a few microseconds: the seconds are those of
-a run that is not profiled. Which functions and operators they go to is a second question, whose answer costs time itself:
-Python's own `cProfile` and torch's own profiler are asked only for `functions=True`, and what is written then says so.
+Time is measured at each `with stage("name")` in the code (see `stages`), which costs a few microseconds, so that the seconds
+are those of an unprofiled run. Times of single functions and operators cost time to measure: Python's `cProfile` and torch's
+profiler run only for `functions=True`, and the files then say so.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ FOLDER = "profile"
 TABLE, LINES, PROGRAM, FUNCTIONS, OPERATORS = "stages.txt", "stages.csv", "profile.prof", "functions.txt", "operators.txt"
 FILES = (TABLE, LINES, FUNCTIONS, OPERATORS, PROGRAM)
 HEAD = ("stage", "calls", "seconds", "share", "cores", "peak", "raised")
-SHOWN, SHOWN_REST = 0.01, 0.005  # shares of the whole from which a stage, and the rest of one, have a line on the terminal
+SHOWN, SHOWN_REST = 0.01, 0.005  # least share of the total time for a line on the terminal: of a stage, of unattributed time
 TOP = 40  # functions
-LOOKS, TOP_OPERATORS = (1, 4), 20  # calls at which torch's profiler looks, and what is shown of each
-MOST = 10.0  # seconds for torch's profiler, after which it looks no more
+LOOKS, TOP_OPERATORS = (1, 4), 20  # numbers of the calls that torch's profiler records, and operators shown of each
+MOST = 10.0  # seconds in torch's profiler, after which it records no more
 OVERHEAD = (
     "Taken with cProfile on, which slows Python code and not torch's operators: the seconds include that. Those of the table "
     "without it are the true ones."
@@ -46,13 +46,13 @@ OVERHEAD = (
 
 @dataclass(eq=False)
 class Profile:
-    """Where the time went; print it, or see `root`.
+    """Result of a profile: print it, or read `root`.
 
     Attributes:
-        root: the tree of stages, whole once the context has ended.
-        folder: where the files are; None where nothing was written.
-        ended: what ended it early, in words; empty where nothing did.
-        files: their names.
+        root: the tree of stages, complete when the context has ended.
+        folder: the folder of the files; None where none were written.
+        ended: why the profile ended early; empty where it did not.
+        files: names of the files.
         functions: whether cProfile was on.
     """
 
@@ -63,7 +63,7 @@ class Profile:
     functions: bool = False
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per stage, with its place in the tree, in the order of first calls; what `stages.csv` holds."""
+        """Return one row per stage, with its place in the tree, in the order of first calls: the rows of `stages.csv`."""
         found: list[dict[str, Any]] = []
         path: list[str] = []
         for depth, node in self.root.walk():
@@ -112,7 +112,7 @@ class Profile:
         return node.wall / self.root.wall if self.root.wall else 0.0
 
     def _shown(self, node: Node, depth: int) -> Iterator[tuple[str, Node]]:
-        """Yield what is printed: short stages in one line, what is unattributed in its own."""
+        """Yield the printed stages; short stages share one line, unattributed time has its own."""
         yield "  " * depth + node.name, node
         if not node.children:
             return
@@ -129,23 +129,24 @@ class Profile:
 
 @contextmanager
 def profile(folder: str | Path | None = None, *, functions: bool = False, command: str | None = None) -> Iterator[Profile]:
-    """Find out where the time goes while the context is open; write it when it ends, by an exception too.
+    """Measure where the time goes while the context is open; write the profile when it ends, also after an exception.
 
-    Results are the same with it and without it. On a GPU, stages wait for what they have started there (training steps and
-    gradients, which come by the thousand, do not), which can cost some speed.
+    The results of the program do not change. On a GPU each stage waits for the work that it started, which can cost some speed;
+    training steps and gradients, which come in thousands, do not wait.
 
     Args:
-        folder: where `stages.csv` and `stages.txt` (the tree of stages: calls, seconds, share, processor time, peak memory) go;
-            they replace those of an earlier profile. None writes nothing.
+        folder: folder for `stages.csv` and `stages.txt` (the tree of stages: calls, seconds, share, processor time, peak
+            memory); files of an earlier profile are replaced. None writes nothing.
         functions: also write `profile.prof` (for pstats or snakeviz) and `functions.txt`, by Python's cProfile, and
             `operators.txt`, by torch's profiler over a few training steps and gradients. This slows Python code.
-        command: of the command line: without a folder the files then go to `profile/<command>` where the output goes.
+        command: name of the command of the command line. If no folder is given, the files go to `profile/<command>` in the
+            output folder.
 
     Yields:
         The profile, to print once the context has ended.
 
     Raises:
-        UserError: one is on already, or another tool profiles this process.
+        UserError: a profile is already on, or another tool profiles this process.
     """
     if stages.current() is not None:
         raise UserError("profile: one is on already; they do not nest")
@@ -162,7 +163,7 @@ def profile(folder: str | Path | None = None, *, functions: bool = False, comman
         found.ended = type(error).__name__
         _end(tree, counter)
         found.folder = _place(folder, command, tree)
-        with suppress(OSError):  # the reason that it ended is the one to tell
+        with suppress(OSError):  # report the first error, not this one
             _write(found, counter, watch)
         raise
     else:
@@ -174,7 +175,6 @@ def profile(folder: str | Path | None = None, *, functions: bool = False, comman
 
 
 def _counter() -> Any:
-    """Return Python's profiler, running."""
     import cProfile
 
     if sys.getprofile() is not None:
@@ -200,7 +200,7 @@ def _place(folder: str | Path | None, command: str | None, tree: Stages) -> Path
 
 
 def _write(found: Profile, counter: Any, watch: _Operators | None) -> None:
-    """Write the files, each whole or not at all; those of an earlier profile go first."""
+    """Write the files, each atomically, after those of an earlier profile are removed."""
     folder = found.folder
     if folder is None:
         return
@@ -222,7 +222,7 @@ def _write(found: Profile, counter: Any, watch: _Operators | None) -> None:
 
 
 def _functions(counter: Any) -> str:
-    """Return the functions that take most time by themselves, then with all that they call."""
+    """Return the slowest functions as text, by own time and by cumulative time."""
     import pstats
 
     parts = [f"{OVERHEAD}\nMore: python -m pstats {PROGRAM}, or snakeviz {PROGRAM}.\n"]
@@ -234,9 +234,9 @@ def _functions(counter: Any) -> str:
 
 
 class _Operators:
-    """Asks torch's own profiler about two calls of each stage that comes often: memory and time stay bounded.
+    """Runs torch's profiler on two calls of each frequent stage, so that memory and time stay bounded.
 
-    The first call is looked at, for there may be no other, and in its place the fourth, which no longer allocates or compiles.
+    The first call is recorded because it may be the only one. The fourth replaces it: it no longer allocates or compiles.
     """
 
     def __init__(self, counter: Any) -> None:
@@ -249,24 +249,24 @@ class _Operators:
         self._path = ""
 
     def begin(self, path: str) -> None:
-        """Count a call of a stage; look at some."""
+        """Count a call of a stage; start the profiler for some calls."""
         self._calls[path] += 1
         if self._asked is not None or self._calls[path] not in LOOKS or self._spent > MOST:
             return
         with stage("torch's profiler"), self._counted():
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would say on stderr that it starts and stops
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps its messages on start and stop off stderr
             from torch import profiler
 
             self._asked, self._path, self._frame = profiler.profile(), path, None
             self._asked.start()
 
     def begun(self, frame: object) -> None:
-        """Take note of the call that is looked at."""
+        """Remember the frame of the recorded call."""
         if self._frame is None:
             self._frame = frame
 
     def end(self, frame: object) -> None:
-        """Stop looking, and keep the table of operators."""
+        """Stop the profiler, and keep the table of operators."""
         if self._asked is None or frame is not self._frame:
             return
         asked, self._asked = self._asked, None
@@ -281,7 +281,7 @@ class _Operators:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         began = time.perf_counter()
-        self._counter.disable()  # these functions are not the user's
+        self._counter.disable()  # do not count the profiler's own functions
         try:
             yield
         finally:
@@ -290,7 +290,6 @@ class _Operators:
 
 
 def _sum(nodes: list[Node]) -> Node:
-    """Return several stages as one."""
     total = Node(f"({len(nodes)} shorter)" if len(nodes) > 1 else nodes[0].name)
     for node in nodes:
         total.calls += node.calls
@@ -306,7 +305,7 @@ def _cores(node: Node) -> str:
 
 
 def _gpu() -> str:
-    """Say how much of a GPU's memory was taken, where one was used."""
+    """Return a phrase with the peak memory of the GPU, empty where none was used."""
     cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
     if cuda is None or not cuda.is_initialized():
         return ""

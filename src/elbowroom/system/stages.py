@@ -1,6 +1,6 @@
-"""Named stages of a computation, and the time they take: nothing is measured unless a profile is on (see `profiling`).
+"""Named stages of a computation, which are timed only while a profile is on (see `profiling`).
 
-    from elbowroom.stages import stage
+    from elbowroom.system.stages import stage
 
     with stage("compile"):
         ...
@@ -8,9 +8,8 @@
     @stage("survey")
     def survey(...): ...
 
-Stages nest: their names make a tree, in which equal names in the same place are one line with as many calls. Where no profile
-is on, a stage looks at one context variable and does nothing else. It stands outside functions that are compiled, and records
-nothing in threads other than the one that profiles.
+Stages nest: their names form a tree. Stages of equal name in the same place are counted together. While no profile is on, a
+stage only reads one context variable. Compiled functions must not contain stages. Only the thread that profiles is recorded.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RARELY = 5e-3  # seconds between looks at the memory, each of which takes some 30 microseconds
+RARELY = 5e-3  # seconds between reads of the memory, each of which takes some 30 microseconds
 UNNAMED = "(unattributed)"
 
 
 class stage(ContextDecorator):
-    """A part of a computation that a profile counts and times; a context manager, or a decorator of a function.
+    """A part of a computation that a profile counts and times: a context manager, or a decorator of a function.
 
     Args:
-        name: what its line is called.
-        often: it comes by the thousand: a GPU is not waited for at its ends, and torch's profiler may look at some calls.
+        name: name of the stage.
+        often: the stage comes in thousands: it does not wait for the GPU, and torch's profiler may record some of its calls.
     """
 
     def __init__(self, name: str, *, often: bool = False) -> None:
@@ -50,22 +49,22 @@ class stage(ContextDecorator):
             self._on.leave(self._frame)
 
     def _recreate_cm(self) -> stage:
-        """A decorated function may call itself: each call is a stage of its own."""
+        """Return a new stage for each call, since a decorated function may call itself."""
         return stage(self.name, often=self.often)
 
 
 @dataclass(eq=False)
 class Node:
-    """A stage in its place in the tree, over all its calls.
+    """The totals of a stage at one place in the tree, over all its calls.
 
     Attributes:
-        name: its name.
-        calls: how often it was entered.
+        name: name of the stage.
+        calls: number of calls.
         wall: seconds.
-        cpu: seconds of processor time of all threads of this process.
-        memory: peak resident bytes of the process so far, at the end of its last call.
-        raised: by how much its calls raised that peak.
-        children: the stages in it.
+        cpu: seconds of processor time, over all threads of this process.
+        memory: peak resident bytes of the process up to the end of the last call.
+        raised: increase of that peak during its calls.
+        children: the stages inside it.
     """
 
     name: str
@@ -77,14 +76,14 @@ class Node:
     children: dict[str, Node] = field(default_factory=dict)
 
     def rest(self) -> Node:
-        """Return what is in none of the stages in it."""
+        """Return the time and memory that belong to none of its children."""
         wall = self.wall - sum(child.wall for child in self.children.values())
         cpu = self.cpu - sum(child.cpu for child in self.children.values())
         raised = self.raised - sum(child.raised for child in self.children.values())
         return Node(UNNAMED, 0, max(0.0, wall), max(0.0, cpu), self.memory, max(0, raised))
 
     def walk(self, depth: int = 0) -> Iterator[tuple[int, Node]]:
-        """Yield (depth, stage) of this stage and all in it, what is unattributed after the others."""
+        """Yield (depth, stage) for this stage and all inside it; unattributed time comes last."""
         yield depth, self
         for child in self.children.values():
             yield from child.walk(depth + 1)
@@ -94,7 +93,7 @@ class Node:
 
 @dataclass(eq=False)
 class _Frame:
-    """A stage that has been entered and not left."""
+    """A stage that has begun and not ended."""
 
     node: Node
     often: bool
@@ -107,10 +106,10 @@ class Stages:
     """The tree of stages while it grows.
 
     Args:
-        name: of the whole.
-        wall: the clock, seconds.
-        cpu: processor seconds of the process.
-        memory: peak resident bytes.
+        name: name of the root.
+        wall: returns the time, seconds.
+        cpu: returns the processor time of the process, seconds.
+        memory: returns the peak resident bytes.
     """
 
     def __init__(
@@ -125,11 +124,11 @@ class Stages:
         self._open: list[_Frame] = []
         self._looked, self._peak = -math.inf, 0
         self.output: Path | None = None
-        self.watch: Any = None  # told of the begin and end of stages that come often, where operators are asked for
+        self.watch: Any = None  # is called at the begin and end of frequent stages, where operators are profiled
         self._frame = self._begin(self.root)
 
     def enter(self, name: str, often: bool = False) -> _Frame:
-        """Begin a stage in the one that is open; return what `leave` wants."""
+        """Begin a stage inside the open one; return the frame for `leave`."""
         inside = self._open[-1].node.children if self._open else self.root.children
         if (node := inside.get(name)) is None:
             node = inside[name] = Node(name)
@@ -143,7 +142,7 @@ class Stages:
         return frame
 
     def leave(self, frame: _Frame) -> None:
-        """End a stage, and those in it that were not left; one that has been ended is left alone."""
+        """End a stage and all open stages inside it; a stage that has ended already is ignored."""
         if frame not in self._open:
             return
         if not frame.often:
@@ -163,7 +162,7 @@ class Stages:
                 return
 
     def close(self) -> Node:
-        """End the whole and return it."""
+        """End the root and return it."""
         self._looked = -math.inf
         self.leave(self._frame)
         return self.root
@@ -175,7 +174,7 @@ class Stages:
         return frame
 
     def _look(self, now: float) -> int:
-        """Return the peak of the memory, as of not long ago."""
+        """Return the peak memory, at most `RARELY` seconds old."""
         if now - self._looked >= RARELY:
             self._looked, self._peak = now, self._memory()
         return self._peak
@@ -185,12 +184,12 @@ _on: ContextVar[Stages | None] = ContextVar("elbowroom_profile", default=None)
 
 
 def current() -> Stages | None:
-    """Return the profile that is on, if one is."""
+    """Return the profile that is on, or None."""
     return _on.get()
 
 
 def switch(on: Stages) -> Token[Stages | None]:
-    """Turn a profile on; return what `reset` wants."""
+    """Turn a profile on; return the token for `reset`."""
     return _on.set(on)
 
 
@@ -200,15 +199,15 @@ def reset(token: Token[Stages | None]) -> None:
 
 
 def into(folder: Path) -> None:
-    """Say which folder the output goes to, that of a profile too; the first one that is said counts."""
+    """Set the output folder, where the profile may go too; only the first call counts."""
     on = _on.get()
     if on is not None and on.output is None:
         on.output = folder
 
 
 def peak_memory() -> int:
-    """Return the most memory that this process has held so far, resident, in bytes; 0 where the system does not tell."""
-    try:  # which, unlike getrusage, knows nothing of the process that started this one
+    """Return the peak resident memory of this process in bytes; 0 where the system does not report it."""
+    try:  # unlike getrusage, this does not include the parent process
         with open("/proc/self/status", "rb") as status:
             for line in status:
                 if line.startswith(b"VmHWM:"):
@@ -223,7 +222,7 @@ def peak_memory() -> int:
 
 
 def _wait_for_gpu() -> None:
-    """Let a GPU finish what it was given, so that its time is that of the stage that gave it."""
+    """Wait until the GPU has finished, so that its time is counted in the stage that started the work."""
     torch: Any = sys.modules.get("torch")
     cuda = getattr(torch, "cuda", None)
     if cuda is not None and cuda.is_initialized() and not cuda.is_current_stream_capturing():

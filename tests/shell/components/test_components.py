@@ -180,7 +180,7 @@ def test_check_names_the_broken_promise(plug_in):
 
 
 def test_types_in_words():
-    from elbowroom.components.schema import options, type_text
+    from elbowroom.components.signatures import options, type_text
 
     def function(
         *,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from elbowroom.analysis.audit.auditor import Audit, audit
-from elbowroom.analysis.verdict.thresholds import ERRORS
+from elbowroom.analysis.measures.evidence_kinds import ERRORS
 from elbowroom.inference.program.factorised import log_prob
 
 ROOT = Path(__file__).parents[3]

@@ -1,1 +1,1 @@
-"""What may stand in a missing cell?"""
+"""Imputation of missing cells."""

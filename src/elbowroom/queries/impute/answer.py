@@ -1,4 +1,4 @@
-"""The answer to `impute`: the table with its holes filled, the long table of cells, and scores of cells that were hidden."""
+"""The answer to `impute`: the completed table, the long table of cells, and scores of cells that were hidden."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ BINS = 10  # of predicted probabilities
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Imputed(Answer):
-    """What stands in the holes: `completed()`, `frame()` (one line per cell), `scores()`, and `answer["mean"]` and so on.
+    """Imputed cells: `completed()`, `frame()` (one line per cell), `scores()`, and variables such as `answer["mean"]`.
 
     Attributes:
         entries: names, kinds and levels of the entries.
-        original: the data, with their holes; hidden cells as they were.
-        given: what the question was asked with: a path, an array, a frame, or None for the run's own.
-        rows: numbers of all rows that were asked about, with holes or without.
+        original: the data before imputation; hidden cells have their true values.
+        given: the input of the query: a path, an array, a frame, or None for the run's own data.
+        rows: numbers of all rows of the query, with or without missing cells.
     """
 
     entries: Entries = field(kw_only=True, repr=False)
@@ -48,7 +48,7 @@ class Imputed(Answer):
 
     @property
     def missing(self) -> np.ndarray:
-        """Which cells were imputed, (n, D), over the rows of the answer; entries laid flat."""
+        """Which cells were imputed, (n, D), over the rows of the answer; each datum is flattened."""
         return ~np.isnan(self._flat("point"))
 
     def _flat(self, name: str) -> np.ndarray:
@@ -56,14 +56,14 @@ class Imputed(Answer):
         return values.reshape(*values.shape[: values.ndim - len(self.entries.shape)], -1)
 
     def _text(self, j: int, value: float) -> Any:
-        """Return a value as the user has it: text of codes, whole numbers of counts, None for a hole of text that was left."""
+        """Return a value as in the user's data: text for codes, whole numbers for counts, None for text that stays missing."""
         entries = self.entries
         if j in entries.texts:
             return None if np.isnan(value) else entries.text(j, value)
         return int(value) if entries.kinds[j] != "number" and float(value).is_integer() else float(value)
 
     def frame(self) -> pd.DataFrame:
-        """Return one line per imputed cell: by obs_id the column, point, mean, low, high, ..., the guide's beside them."""
+        """Return one line per imputed cell: obs_id, column, point, mean, low, high, ..., and the same by the guide."""
         import pandas as pd
 
         entries, (rows, columns) = self.entries, self.missing.nonzero()
@@ -87,7 +87,7 @@ class Imputed(Answer):
         return pd.DataFrame({name: value for name, value in table.items() if name not in empty}).set_index("obs_id")
 
     def _of_likeliest(self, way: str) -> np.ndarray:
-        """Return the probability of the likeliest level, (n, D), NaN of numbers."""
+        """Return the probability of the most likely level, (n, D), NaN for numbers."""
         out = np.full(self.missing.shape, np.nan)
         if "probability" + way in self.dataset:
             values = self.dataset["probability" + way].values
@@ -96,13 +96,13 @@ class Imputed(Answer):
         return out
 
     def values(self, sample: int | None = None) -> np.ndarray:
-        """Return all rows that were asked about with their holes filled, (n, *event), text as codes.
+        """Return all rows of the query with their missing cells filled, (n, *event), text as codes.
 
         Args:
             sample: number of the draw to fill in; by default `point`.
 
         Raises:
-            UserError: the answer holds no such draw.
+            UserError: the answer does not contain this draw.
         """
         have = self.dataset.sizes.get("sample", 0)
         if sample is not None and not 0 <= sample < have:
@@ -114,16 +114,16 @@ class Imputed(Answer):
         return x
 
     def completed(self, sample: int | None = None) -> Any:
-        """Return the data with their holes filled, in the kind that was given: her table, text as text; an array; a tensor.
+        """Return the completed data in the type of the input: a table with text as text, an array, or a tensor.
 
-        Where cells were hidden, these are filled, and other holes are left.
+        If cells were hidden, only these are filled; other missing cells stay missing.
 
         Args:
             sample: number of a draw, for multiple imputation; by default each cell's `point`: the mean of numbers, the median
-                of counts, the likeliest level.
+                of counts, the most likely level.
 
         Raises:
-            UserError: the answer holds no such draw.
+            UserError: the answer does not contain this draw.
         """
         x, given = self.values(sample), self.given
         if isinstance(given, torch.Tensor):
@@ -156,12 +156,12 @@ class Imputed(Answer):
         return target
 
     def _holes(self, j: int) -> np.ndarray:
-        """Return which of the asked rows have a hole in an entry that was filled, as places among them."""
+        """Return the positions, among the rows of the query, of those in which an entry was filled."""
         rows = self.missing[:, j].nonzero()[0]
         return np.searchsorted(self.rows, self.dataset["obs_id"].values[rows])
 
     def _filled(self, frame: pd.DataFrame, x: np.ndarray) -> pd.DataFrame:
-        """Fill the holes of a frame; a column keeps its type where that can hold the values."""
+        """Fill the missing cells of a frame; a column keeps its type if that type can hold the values."""
         import pandas as pd
 
         frame, names = frame.copy(), [str(name) for name in frame.columns]
@@ -179,7 +179,7 @@ class Imputed(Answer):
                 new = [float(v) for v in new]
                 if not isinstance(column.dtype, np.dtype):
                     column = column.astype("Float64" if any(not v.is_integer() for v in new) else column.dtype)
-                elif column.dtype.kind != "f":  # a column of whole numbers without a hole: reconstructed
+                elif column.dtype.kind != "f":  # whole numbers without missing cells: values of a reconstruction
                     column = column.astype(np.float64)
             elif self.entries.kinds[j] == "binary" and all(isinstance(v, bool) for v in column.dropna()):
                 new = [bool(v) for v in new]
@@ -189,7 +189,7 @@ class Imputed(Answer):
         return frame
 
     def _filled_cells(self, path: Path, x: np.ndarray) -> pd.DataFrame:
-        """Fill the holes of a CSV file: every other cell is the text that stands there."""
+        """Fill the missing cells of a CSV file; all other cells keep their text."""
         import pandas as pd
 
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -203,17 +203,15 @@ class Imputed(Answer):
                 cells[at][head.index(name)] = f"{value:.6g}" if isinstance(value, float) else str(value)
         return pd.DataFrame(cells, columns=head)
 
-    # -- scores -----------------------------------------------------------------------------------------------------------
-
     def scores(self) -> pd.DataFrame:
         """Return how well hidden cells were imputed: one line per column of a table, one for all cells of other data.
 
         `error`: root mean squared error over the range of the column (numbers, counts), the share of wrong levels (binary,
-        categorical), or mean |code - guess| / levels (ordinal). `coverage`: share of the cells that the interval holds;
-        `coverage_rank`: of those whose randomised rank lies within the level, which is the level itself where the model is
-        right, whole numbers or not. `brier`: mean squared error of probabilities, beside what it would be if they were
-        right; `calibration_gap`: mean |observed share - stated probability| over ten bins. `log_density`: mean log p of a
-        cell, nats. Standard errors (`_se`) treat rows, not cells, as independent. `_guide`: by the encoder's own draws.
+        categorical), or mean |code - guess| / levels (ordinal). `coverage`: share of the cells inside their interval.
+        `coverage_rank`: share whose randomised rank lies within the level; it equals the level if the model is right, also for
+        whole numbers. `brier`: mean squared error of probabilities, next to its expected value if they are right.
+        `calibration_gap`: mean |observed share - stated probability| over ten bins. `log_density`: mean log p of a cell, nats.
+        Standard errors (`_se`) treat rows, not cells, as independent. `_guide`: the same with the encoder's own draws.
 
         Raises:
             UserError: no cells were hidden.
@@ -257,7 +255,7 @@ class Imputed(Answer):
         return out
 
     def _calibration(self, group: list[int], truth: np.ndarray, there: np.ndarray, way: str) -> dict[str, float]:
-        """Return the Brier score of probabilities, what it would be if they were right, and the gap of the reliability."""
+        """Return the Brier score of probabilities, its expected value if they are right, and the calibration gap."""
         if self.entries.kinds[group[0]] == "binary":
             p = np.where(there, self._flat("mean" + way)[:, group], np.nan)
             right = truth
@@ -285,16 +283,10 @@ def _nowhere(values: np.ndarray) -> bool:
     return values.dtype.kind == "f" and len(values) > 0 and bool(np.isnan(values).all())
 
 
-# -- what to conclude -------------------------------------------------------------------------------------------------------
-
-
 def conclude(answer: Imputed, *, marks: bool, padded: bool) -> list[str]:
-    """Say in sentences what was imputed, how far to trust it, and what it cannot know.
+    """Say in sentences what was imputed, how reliable it is, and what imputation cannot show.
 
-    Args:
-        answer: the answer.
-        marks: whether the encoder is told which entries are missing.
-        padded: whether data are sequences.
+    `marks`: whether the encoder gets a mask of the missing entries; `padded`: whether data are sequences.
     """
     data, missing = answer.dataset, answer.missing
     status = data["status"].values
@@ -343,7 +335,7 @@ def conclude(answer: Imputed, *, marks: bool, padded: bool) -> list[str]:
 
 
 def _scored(answer: Imputed) -> list[str]:
-    """Say how the hidden cells were met."""
+    """Say how well the hidden cells were imputed."""
     level, said = float(answer.dataset.attrs["level"]), []
     for row in answer.scores().to_dict("records"):
         parts = [

@@ -1,4 +1,4 @@
-"""The entries of a datum, and which of them are missing, or to be hidden: what `impute` is asked about."""
+"""The entries of a datum, and which of them are missing or to be hidden."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from elbowroom.data.dataset import Dataset
     from elbowroom.runs.fitted import FittedModel
 
-MOST_LEVELS = 5_000  # labels of levels that probabilities are kept of
+MOST_LEVELS = 5_000  # largest total number of levels whose probabilities are kept
 HALVES = ("left", "right", "top", "bottom")
 
 
 @dataclass(frozen=True)
 class Entries:
-    """What is known of the entries of one datum, laid flat.
+    """Names and kinds of the entries of one datum, flattened.
 
     Attributes:
-        shape: of one datum.
-        names: of a table's columns, else places such as `3` or `3,7`.
-        kinds: what values they have.
-        texts: place -> the texts behind codes.
-        coded: place -> number of levels, of those whose probabilities are kept.
-        table: the entries are columns with names.
+        shape: shape of one datum.
+        names: names of a table's columns, else positions such as `3` or `3,7`.
+        kinds: kinds of values.
+        texts: position -> the texts behind codes.
+        coded: position -> number of levels, for entries whose probabilities are kept.
+        table: whether the entries are columns with names.
     """
 
     shape: tuple[int, ...]
@@ -48,11 +48,7 @@ class Entries:
 
     @classmethod
     def of(cls, run: FittedModel, rows: QueryRows) -> Entries:
-        """Find out about the entries of a run's model.
-
-        Raises:
-            UserError: entries are not independent given z.
-        """
+        """Return the entries of a run's model; a UserError if they are not independent given z."""
         likelihood, shape = run.vae.likelihood, run.vae.likelihood.event_shape
         if isinstance(likelihood, Multinomial):
             raise UserError(
@@ -96,7 +92,7 @@ class Entries:
         return ("column",) if len(self.shape) == 1 else tuple(f"x_dim_{i}" for i in range(len(self.shape)))
 
     def text(self, j: int, code: float) -> str:
-        """Name a code."""
+        """Return the text of a code."""
         return self.texts[j][int(code)] if int(code) < len(self.texts.get(j, ())) else str(int(code))
 
     def labels(self) -> list[str]:
@@ -104,20 +100,20 @@ class Entries:
         return [f"{self.names[j]}={self.text(j, k)}" for j, n in self.coded.items() for k in range(n)]
 
     def starts(self) -> dict[int, int]:
-        """Return where the levels of an entry start among `labels`."""
+        """Return the position in `labels` of the first level of each coded entry."""
         ends = np.cumsum([0, *self.coded.values()]).tolist()
         return dict(zip(self.coded, ends, strict=False))
 
 
 def sequential(run: FittedModel) -> bool:
-    """Say whether a datum is a sequence, whose end may be padding."""
+    """Say whether a datum is a sequence, which may end with padding."""
     return any(getattr(network, "sequences", False) for network in (run.vae.decoder, run.vae.posterior.encoder))
 
 
 def holes(x: Any, *, padded: bool) -> Any:
-    """Return which cells of x (n, *event) are imputed: NaN, but for the steps (n, T, F) after the last with anything seen.
+    """Return which cells of x (n, *event), a tensor or an array, are missing; the type of the result is that of x.
 
-    Takes a tensor or an array, and returns the same.
+    In padded sequences (n, T, F), steps after the last observed one are padding and do not count.
     """
     given = isinstance(x, Tensor)
     values = x if given else torch.from_numpy(np.asarray(x, dtype=np.float64))
@@ -129,17 +125,17 @@ def holes(x: Any, *, padded: bool) -> Any:
 
 
 def hide(what: Any, rows: QueryRows, entries: Entries, seed: int) -> np.ndarray:
-    """Return which observed cells of the asked rows (n, *event) are to be hidden.
+    """Return which observed cells (n, *event) of the selected rows are to be hidden.
 
     Args:
-        what: names of columns (a text with commas, or a list), a share of all cells such as `20%`, of an image `left`,
-            `right`, `top` or `bottom`; or truth values, (*event) or (n, *event).
+        what: names of columns (a text with commas, or a list), a share of all cells such as `20%`, for images `left`, `right`,
+            `top` or `bottom`; or a boolean array, (*event) or (n, *event).
         rows: the data.
-        entries: of a datum.
-        seed: of a share.
+        entries: entries of a datum.
+        seed: seed for a share.
 
     Raises:
-        UserError: there is no such column; nothing observed is left to hide.
+        UserError: there is no such column, or there are no observed cells to hide.
     """
     x = np.asarray(rows.dataset.x[rows.index], dtype=np.float64)
     mask = np.zeros(x.shape, dtype=bool)
@@ -161,7 +157,7 @@ def hide(what: Any, rows: QueryRows, entries: Entries, seed: int) -> np.ndarray:
 
 
 def _named(word: str, entries: Entries, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Return the cells that one word means."""
+    """Return the cells that one word selects."""
     mask = np.zeros(shape, dtype=bool)
     if word in entries.names:
         mask.reshape(len(mask), -1)[:, entries.names.index(word)] = True
@@ -190,15 +186,15 @@ def _named(word: str, entries: Entries, shape: tuple[int, ...], seed: int) -> np
 def asked_holes(
     rows: QueryRows, run: FittedModel, hidden: Any, wanted: np.ndarray | None, seed: int, entries: Entries
 ) -> tuple[QueryRows, np.ndarray | None, np.ndarray]:
-    """Return the rows with something to impute, the hidden values among them, and their numbers in the data.
+    """Return the rows with cells to impute, the hidden values in them, and their numbers in the data.
 
     Args:
-        rows: what was asked about.
+        rows: rows of the query.
         run: the run.
         hidden: as `what` of `hide`; None for nothing.
-        wanted: (*event), which entries are imputed; all by default.
-        seed: of a share to be hidden.
-        entries: of a datum.
+        wanted: (*event), entries to impute; all by default.
+        seed: seed for a share to be hidden.
+        entries: entries of a datum.
 
     Raises:
         UserError: nothing is missing.

@@ -1,8 +1,9 @@
-r"""Impute: what stands in the holes of x, p(x_mis | x_obs), by the best draws of p(z | x_obs); beside it by the encoder's own.
+r"""Impute: missing cells by p(x_mis | x_obs), with draws of the best posterior p(z | x_obs) and, to compare, of the encoder.
 
-Given z the entries are independent, so that nothing but z carries what was seen to what was not: an error of the encoder is
-an error of every imputed cell. How the numbers come about stands in `analysis.imputation`, where the draws of z come from in
-`analysis.reading`. What is called `*_guide` is the same arithmetic on draws of q(z | x), uncorrected.
+Given z the entries are independent, so that observed cells inform missing ones only through z: an error of the encoder is an
+error of each imputed cell. The formulas are in `analysis.queries.imputation`, the posterior in
+`analysis.queries.best_posterior`.
+Variables called `*_guide` are computed with draws of q(z | x), uncorrected.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from elbowroom.queries.stream import Chunk, Report
     from elbowroom.runs.fitted import FittedModel
 
-CELLS = 2**23  # draws of missing cells held at once
-SEED_STEP = 49_979_687  # between draws of z and of x
+CELLS = 2**23  # draws of missing cells in memory at once
+SEED_STEP = 49_979_687  # between the seeds of draws of z and of x
 UNITS = "units of the data"
 WORDS: dict[str, tuple[str, str]] = {
     "point": (UNITS, "what a completed row has: the mean of numbers, the median of counts, the likeliest code"),
@@ -63,9 +64,6 @@ PER_CELL = ("mean", "mean_error", "sd", "median", "low", "high", "likeliest")
 SCORED = ("rank", "log_density")
 
 
-# -- one chunk of rows ------------------------------------------------------------------------------------------------------
-
-
 def imputer(
     run: FittedModel,
     entries: Entries,
@@ -79,19 +77,19 @@ def imputer(
     wanted: np.ndarray | None = None,
     replicate: bool = False,
 ) -> Callable[[Chunk], xr.Dataset]:
-    """Return what imputes one chunk of rows.
+    """Return a function that imputes one chunk of rows.
 
     Args:
         run: the run.
-        entries: of its data.
+        entries: entries of its data.
         methods: references, best first.
-        level: of the intervals.
-        draws: draws per row of the guide's estimates and importance weights.
-        keep: draws per row of the posterior, and as many of x.
-        samples: completed draws that the answer holds.
-        truth: (N, *event) values of cells that were hidden, NaN elsewhere: the answer scores these.
-        wanted: (*event), which entries are imputed; all by default.
-        replicate: nothing was hidden: predict every cell that was seen, as it would be if it were drawn again given z.
+        level: level of the intervals.
+        draws: draws per row for the guide's estimates and importance weights.
+        keep: draws per row of the posterior, with one draw of x for each.
+        samples: completed draws that the answer contains.
+        truth: (N, *event) values of hidden cells, NaN elsewhere; the answer scores these.
+        wanted: (*event), entries to impute; all by default.
+        replicate: nothing was hidden: predict a new draw of every observed cell given z.
     """
     vae = run.vae
     dtype = run.experiment.dtype
@@ -130,7 +128,7 @@ def imputer(
 
 
 def _ways(found: Reading) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return draws of z (S, n, d) by the best posterior and by the guide, and what they are worth; see `worth`."""
+    """Return draws of z (S, n, d) by the best posterior and by the guide, each with its repetitions; see `worth`."""
     best, guide = found.posterior, found.guide
     ones = torch.ones(guide.draws.flatten(0, 1).shape[:2], dtype=torch.float64)
     return {
@@ -140,17 +138,17 @@ def _ways(found: Reading) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _parts(missing: Tensor, s: int) -> Iterator[Tensor]:
-    """Yield rows, so few that the draws of their missing cells stay within `CELLS`."""
+    """Yield groups of rows whose draws of missing cells stay within `CELLS`."""
     size = (missing.sum(1) * s).cumsum(0) // CELLS
     for number in size.unique().tolist():
         yield (size == number).nonzero()[:, 0]
 
 
 class _Columns:
-    """The arrays of an answer, (n, D), NaN where nothing is missing."""
+    """The arrays of an answer, (n, D), NaN where nothing was imputed."""
 
     def __init__(self, entries: Entries, n: int, *, scored: bool, samples: int, dtype: np.dtype[Any]) -> None:
-        self.entries, self.n, self.scored, self.dtype = entries, n, scored, dtype  # of the model: float32 would round more
+        self.entries, self.n, self.scored, self.dtype = entries, n, scored, dtype  # the model's: float32 would add rounding
         width, labels = len(entries.names), len(entries.labels())
         names = [*PER_CELL, *(SCORED if scored else ())]
         blank = lambda *shape: np.full(shape, np.nan, dtype=np.float64)
@@ -162,7 +160,7 @@ class _Columns:
         self.samples = np.full((samples, n, width), np.nan, dtype=dtype) if samples else None
 
     def put(self, way: str, part: np.ndarray, missing: np.ndarray, found: Predicted, x: np.ndarray) -> None:
-        """Take what was found for some rows."""
+        """Store the results of some rows."""
         rows, columns = missing.nonzero()
         numpy = lambda tensor: tensor.cpu().numpy()
         for name in [*PER_CELL, *(SCORED if self.scored else ())]:
@@ -179,7 +177,7 @@ class _Columns:
                     span = slice(at, at + of.probability.shape[1])
                     self.levels["probability" + way][part[rows[cells[mine]]], span] = numpy(of.probability)[mine]
                     self.levels["probability_error" + way][part[rows[cells[mine]]], span] = numpy(of.error)[mine]
-        for j, at in starts.items():  # binary columns with texts: their mean is the probability of the second
+        for j, at in starts.items():  # binary columns with texts: their mean is the probability of the second level
             mine = columns == j
             if self.entries.kinds[j] == "binary" and mine.any():
                 p, error = numpy(found.mean)[mine], numpy(found.mean_error)[mine]
@@ -189,7 +187,7 @@ class _Columns:
             self.samples[:, part] = np.where(missing, numpy(found.draws), x)
 
     def dataset(self, found: Reading, count: np.ndarray, truth: np.ndarray | None) -> xr.Dataset:
-        """Put the answer together."""
+        """Return the answer as a dataset."""
         entries, n = self.entries, self.n
         dims, shaped = entries.dims, lambda value: value.reshape(*value.shape[:-1], *entries.shape)
         kinds = np.array(entries.kinds)
@@ -225,9 +223,6 @@ def _by_guide(about: Mapping[str, str]) -> dict[str, str]:
     return {**about, "long_name": f"{about['long_name']}; by the encoder's own draws, uncorrected"}
 
 
-# -- the question -----------------------------------------------------------------------------------------------------------
-
-
 def ask(
     run: FittedModel,
     data: Any,
@@ -245,7 +240,7 @@ def ask(
     out: Path | None = None,
     resume: bool = False,
 ) -> Imputed:
-    """Impute; arguments and errors as `Run.impute`, which is this."""
+    """Impute; arguments and errors as `Run.impute`."""
     check_level(level, keep)
     plain, form = Form.of(data)
     rows, place = query_rows(run, plain), place_of(run, device)
@@ -273,11 +268,7 @@ def ask(
 
 
 def check_level(level: float, keep: int) -> None:
-    """Check that intervals of this level can be had from so many draws.
-
-    Raises:
-        SpecError: one line.
-    """
+    """Raise a SpecError if an interval of this level cannot be estimated from so many draws."""
     if not 0 < level < 1:
         raise SpecError(f"level: must be between 0 and 1, such as 0.9, got {level:g}")
     least = math.ceil(2 / (1 - level))
@@ -316,7 +307,7 @@ def _known_names(given: Mapping[str, Any], names: Sequence[str]) -> None:
 
 
 def drawings(answer: Imputed) -> list[Callable[[], Plot | Absent]]:
-    """Return what draws the figures: imputed images, and how often intervals hold hidden values."""
+    """Return functions that draw the figures: imputed images, and the coverage of intervals."""
 
     def images() -> Plot | Absent:
         from elbowroom.analysis.plots.queries import imputation as plots_imputation

@@ -1,4 +1,4 @@
-"""The answer to `sample`: draws as a table that looks like the data, with their test, their figure and what to conclude."""
+"""The answer to `sample`: draws in the format of the data, with their test, figure and conclusions."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ NEAR = 0.55  # AUC below which a difference is small, however certain
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Samples(Answer):
-    """Draws: `answer["x"]`, `answer["mean"]`, `answer["z"]`, and `frame()`, a table like that of the data.
+    """Draws: `answer["x"]`, `answer["mean"]`, `answer["z"]`, and `frame()`, a table with the columns of the data.
 
     Attributes:
         columns: names of the columns of a table.
-        texts: column -> the texts behind its codes, of covariates too.
-        told: names of the covariates, as the user's table has them.
+        texts: column or covariate -> the texts behind its codes.
+        told: names of the covariates in the user's table.
     """
 
     columns: tuple[str, ...] = field(kw_only=True, repr=False)
@@ -39,7 +39,7 @@ class Samples(Answer):
 
     @staticmethod
     def columns_of(run: FittedModel) -> tuple[str, ...]:
-        """Return the names of the columns of x, none where it is no table with names."""
+        """Return the names of the columns of x; none if it is not a table with names."""
         layout = layout_of(run)
         names = () if layout is None or layout.x is None else tuple(layout.x)
         return names if run.vae.likelihood.event_shape == (len(names),) else ()
@@ -53,7 +53,7 @@ class Samples(Answer):
         compared: Compared | None = None,
         ends: np.ndarray | None = None,
     ) -> Samples:
-        """Make the answer, with the figure of what it is."""
+        """Make the answer with its figure."""
         layout, columns = layout_of(run), cls.columns_of(run)
         told = () if layout is None or layout.x is None else tuple(layout.covariates)
         levels = {} if layout is None else layout.levels
@@ -71,7 +71,7 @@ class Samples(Answer):
         return cls(dataset, said, drawings=[draw], columns=columns, texts=texts, told=told)
 
     def frame(self) -> pd.DataFrame:
-        """Return one line per draw: the columns of a table, text as text, and its covariates; else x laid flat."""
+        """Return one line per draw: the columns of a table with text as text, and its covariates; else x flattened."""
         import pandas as pd
 
         x = self.dataset["x"].values
@@ -82,7 +82,7 @@ class Samples(Answer):
         return pd.DataFrame(table, index=pd.RangeIndex(len(x), name="sample"))
 
     def _told(self) -> dict[str, Any]:
-        """Return covariates and exposure as columns, one-hot levels as text."""
+        """Return covariates and exposure as columns, with one-hot levels as text."""
         found: dict[str, Any] = {}
         if "covariates" in self.dataset:
             c, at = self.dataset["covariates"].values, 0
@@ -103,11 +103,7 @@ class Samples(Answer):
 
 
 def conclude_test(table: xr.Dataset) -> list[str]:
-    """Say what the two-sample tests show, and where the fault is.
-
-    Args:
-        table: auc, auc_se, p_value over source; auc_difference.
-    """
+    """Say what the two-sample tests show, and whether prior or decoder causes the difference."""
     auc, error, p = (dict(zip(table["source"].values.tolist(), table[n].values.tolist(), strict=True)) for n in _TEST)
     gap, gap_error, count = float(table["auc_difference"]), float(table["auc_difference_se"]), int(table["tested"])
     of = {"prior": "the prior", "aggregate": "the aggregate posterior"}
@@ -147,7 +143,7 @@ _TEST = ("auc", "auc_se", "p_value")
 
 
 def conclude(dataset: xr.Dataset, status: str) -> list[str]:
-    """Say what an interpolation is."""
+    """Describe an interpolation."""
     steps = dataset.sizes["sample"]
     flat = dataset["mean"].values.reshape(steps, -1).astype(np.float64)
     step = np.sqrt(np.square(np.diff(flat, axis=0)).mean(1))

@@ -1,9 +1,9 @@
-r"""Reconstruct: what the model makes of rows that it has seen, x_rep ~ p(x|z), z ~ p(z|x), by the best posterior of each row.
+r"""Reconstruct: replicates of observed rows, x_rep ~ p(x|z), z ~ p(z|x), by the best posterior of each row.
 
     E[x_rep | x] = E_{p(z|x)} E[x|z],        interval: quantiles of x_rep
 
-A draw of x again, had z stayed what it was: the row itself has told which z, so that intervals hold more of it than their
-level. The arithmetic is that of `impute`, with every cell that was seen in the place of the missing ones.
+x_rep is a new draw of x with the same z. Since the row itself determined the posterior of z, intervals contain more of its
+cells than their level. The computation is that of `impute`, applied to every observed cell.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from elbowroom.runs.fitted import FittedModel
 
 
-SAID = {  # in place of what `impute` says of its numbers
+SAID = {  # replaces texts of `impute`
     "uniform where p(x|x_obs) is right": "narrower than uniform, as the row itself has told which z",
     "completed rows: draws of the missing cells together, what was seen as it was": "draws of x_rep",
     "what a completed row has": "a reconstructed row",
@@ -107,7 +107,7 @@ def _drawing(answer: Imputed, *, sequence: bool) -> Callable[[], Plot | Absent]:
 
 
 def conclude(answer: Imputed) -> list[str]:
-    """Say how near the reconstructions are, and how far each may be trusted."""
+    """Say how close the reconstructions are, and how reliable they are."""
     data, status = answer.dataset, answer.dataset["status"].values
     n, level = len(status), float(data.attrs["level"])
     sources = ", ".join(f"{name} at {count:,}" for name, count in Counter(data["source"].values.tolist()).most_common())

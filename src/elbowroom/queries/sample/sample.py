@@ -1,12 +1,13 @@
 r"""Generate: draws of the joint p(x, z), and of p(x|z) where z comes from data.
 
     prior         z ~ p(z),                              x ~ p(x|z):   the model itself
-    aggregate     z ~ q(z|x_i), x_i a training row,      x ~ p(x|z):   the decoder where the encoder has put the data
+    aggregate     z ~ q(z|x_i), x_i a training row,      x ~ p(x|z):   the decoder where the encoder places the data
     interpolation z = (1 - t) E[z|x_i] + t E[z|x_j],     x ~ p(x|z)
-    data          z ~ p(z|x_i), the best there is,       x ~ p(x|z):   posterior predictive reconstructions
+    data          z ~ p(z|x_i), the best available,      x ~ p(x|z):   posterior predictive reconstructions
 
-Whether draws look like data is tested, not looked at: see `analysis.twosample`. Where the prior's draws are easier to tell from
-held-out data than the aggregate's, the prior has mass where no datum is encoded (holes); what both get wrong is the decoder's.
+A test says whether draws look like data: see `analysis.checks.two_sample`. Where draws from the prior are easier to tell from
+held-out data than draws from the aggregate, the prior has mass where no datum is encoded (holes). A difference that both show
+is due to the decoder.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ SOURCES = ("prior", "aggregate")
 DEFAULT = 100  # draws
 BLOCK = 4_096  # rows decoded at once
 TESTED = 1_000  # rows of each sample of the two-sample test
-TEST_STEP = 86_028_157  # between the seeds of draws and test
+TEST_STEP = 86_028_157  # between the seeds of draws and of the test
 WORDS: dict[str, tuple[str, str]] = {
     "z": ("latent units", "draws of z"),
     "x": ("units of the data", "draws of p(x|z)"),
@@ -80,7 +81,7 @@ def ask(
     out: Path | None,
     resume: bool,
 ) -> Answer:
-    """Generate; arguments and errors as `Run.sample`, which is this."""
+    """Generate; arguments and errors as `Run.sample`."""
     seed = run.experiment.spec.seed if seed is None else seed
     if source not in SOURCES:
         raise SpecError(f"from: unknown source {source!r}{nearest(source, SOURCES)}; one of {', '.join(SOURCES)}")
@@ -106,13 +107,10 @@ def ask(
 
 
 def rows_of(run: FittedModel, data: Any) -> QueryRows:
-    """Return the user's rows, or those of a part of the run's own: `train`, `validation` or `test`."""
+    """Return the user's rows, or those of a part of the run's own split: `train`, `validation` or `test`."""
     if data is None or (isinstance(data, str | Path) and str(data) in get_args(Part) and not Path(data).exists()):
         return query_rows(run, part="test" if data is None else str(data))
     return query_rows(run, Form.of(data)[0])
-
-
-# -- draws ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def generate(
     seed: int,
     place: torch.device,
 ) -> Samples:
-    """Draw (z, x) and test whether draws of either source can be told from held-out data."""
+    """Draw (z, x), and test for each source whether its draws can be distinguished from held-out data."""
     free = source == "aggregate" and covariates is None and not given
     beside = None if free else conditions.read(run, covariates, given, seed=seed)
     listed = 1 if beside is None or isinstance(covariates, str) else max(len(value) for value in beside.values())
@@ -168,7 +166,7 @@ def generate(
 
 @stage("draws")
 def _draw(run: FittedModel, source: str, n: int, beside: Batch | None, seed: int, place: torch.device) -> _Drawn:
-    """Draw z from the prior or the aggregate posterior and x from p(x|z), a block at a time."""
+    """Draw z from the prior or the aggregate posterior and x from p(x|z), in blocks."""
     rows = None
     if source == "aggregate":
         index = own_rows(run, "train").index
@@ -200,12 +198,12 @@ def _cycled(beside: Batch, turn: np.ndarray) -> Batch:
 
 
 def tensors(run: FittedModel, beside: Mapping[str, np.ndarray], place: torch.device) -> Batch:
-    """Return what draws are told as tensors."""
+    """Return covariates and exposure of draws as tensors."""
     return {name: torch.from_numpy(value).to(place, run.experiment.dtype) for name, value in beside.items()}
 
 
 def _told(run: FittedModel, beside: Mapping[str, np.ndarray], n: int) -> dict[str, Any]:
-    """Return what the draws were told, as variables."""
+    """Return covariates and exposure of the draws as variables."""
     turn = np.arange(n)
     found: dict[str, Any] = {}
     if "covariates" in beside:
@@ -234,21 +232,18 @@ def _what(run: FittedModel, source: str, n: int) -> str:
     return f"{n:,} draws of (z, x): z from {where}, x from p(x|z). `mean` is E[x|z]: smoother than any datum, and no draw."
 
 
-# -- the test ---------------------------------------------------------------------------------------------------------------
-
-
 def compare(run: FittedModel, *, seed: int, place: torch.device, most: int = TESTED) -> Compared | str:
     """Test draws from the prior and from the aggregate posterior against held-out data.
 
-    Draws have the covariates and the holes of held-out rows; where there are any these are other rows than the data that they
-    are compared with, so that all rows are independent.
+    Draws have the covariates and the missing cells of held-out rows. If there are any, these are other rows than the data of
+    the comparison, so that all rows are independent.
 
     Returns:
-        The tests; or a sentence, why there are none.
+        The tests; or a sentence that says why there are none.
     """
     try:
         held = own_rows(run, "test")
-    except UserError as refused:  # draws of the prior need no data
+    except UserError as refused:  # draws of the prior do not need data, so this is not an error
         return f"No two-sample test: {refused}"
     batch = {name: value.to(place) for name, value in held.experiment.batch(held.index[: 2 * most]).items()}
     paired = len(batch) > 1 or bool(batch["x"].isnan().any())
@@ -278,12 +273,9 @@ def compare(run: FittedModel, *, seed: int, place: torch.device, most: int = TES
 
 
 def _features(x: Tensor, batch: Batch) -> np.ndarray:
-    """Return what the classifier sees: x laid flat, and what stands beside it."""
+    """Return the input of the classifier: x flattened, covariates and exposure."""
     beside = [batch[name].reshape(len(x), -1) for name in ("covariates", "exposure") if name in batch]
     return torch.cat([x.flatten(1), *beside], 1).double().cpu().numpy()
-
-
-# -- between two rows -------------------------------------------------------------------------------------------------------
 
 
 def interpolation(
@@ -325,24 +317,20 @@ def interpolation(
 def posterior_means(
     run: FittedModel, rows: QueryRows, which: Sequence[int], references: Methods, seed: int, place: torch.device
 ) -> tuple[Batch, Tensor, list[str]]:
-    """Return rows as a batch, their means (n, d) under the best posterior of each, and where these come from."""
+    """Return rows as a batch, their means (n, d) under the best posterior of each, and the sources of these posteriors."""
     vae, dtype = run.vae.to(place), run.experiment.dtype
     batch = {name: value.to(place) for name, value in rows.experiment.batch(np.array(which)).items()}
     found = read(log_joint_of(vae, batch), references_for(run, rows, references, place), keep=1_000, seed=seed)
     means = found.posterior.sites["z"].flatten(0, 1).to(place, dtype).mean(0)
     best = found.posterior.mean
     if vae.prior.space == "real" and vae.prior.sites == ("z",) and best is not None and best.shape == means.shape:
-        means = best.to(place, dtype)  # without the noise of draws
+        means = best.to(place, dtype)  # analytic, without Monte Carlo noise
     each = [f"{source}, {status}" for source, status in zip(found.source, found.posterior.status, strict=True)]
     return batch, means, each
 
 
 def check_row(row: int, rows: QueryRows, what: str) -> None:
-    """Refuse a row that is not among those that are asked about.
-
-    Raises:
-        DataError: names the nearest row.
-    """
+    """Raise a DataError, with the nearest row, if a row is not among the rows of the query."""
     if row not in rows.index:
         near = rows.index[np.argmin(np.abs(rows.index - row))]
         whose = "the test split has rows" if len(rows) < len(rows.dataset) else f"{rows.dataset.name} has rows"

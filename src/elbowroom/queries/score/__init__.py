@@ -1,1 +1,1 @@
-"""Is this row like those of the fit? log p(x) and conformal p-values."""
+"""Scores of new rows: log p(x), and conformal p-values against rows of the fit."""

@@ -1,4 +1,4 @@
-"""What to conclude from scores: how many rows each rule flags, what that means, and what no score can promise."""
+"""Conclusions from scores: how many rows each rule flags, what this means, and what no score can promise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elbowroom.analysis.queries.novelty import ALONE, INSIDE, LIMITED, enough, o
 
 
 def counts(dataset: xr.Dataset) -> dict[str, dict[str, int]]:
-    """Return how many rows each rule decides how."""
+    """Return for each rule the number of rows with each decision."""
     return {
         str(rule): dict(sorted(Counter(dataset["decision"].sel(rule=rule).values.astype(str).tolist()).items()))
         for rule in dataset["rule"].values
@@ -22,12 +22,12 @@ def counts(dataset: xr.Dataset) -> dict[str, dict[str, int]]:
 
 
 def flagged(of_rule: Mapping[str, int]) -> int:
-    """Return how many rows a rule flags, of `counts`."""
+    """Return how many rows a rule flags, from its `counts`."""
     return sum(count for word, count in of_rule.items() if word not in (INSIDE, LIMITED, ALONE))
 
 
 def conclude(dataset: xr.Dataset) -> list[str]:
-    """Say what the scores are, what each rule flags, what that means, and what no score can promise."""
+    """Say what the scores are, what each rule flags, what this means, and what no score can promise."""
     m, n = dataset.sizes["obs_id"], int(dataset.attrs["calibration_rows"])
     methods, kind = Counter(dataset["evidence_method"].values.astype(str).tolist()), of_kind(dataset)
     said = [f"{m:,} rows; evidence: " + ", ".join(f"{name} at {number:,}" for name, number in methods.most_common()) + "."]
@@ -92,7 +92,7 @@ def _no_comparison(dataset: xr.Dataset, alone: int, needed: int) -> str:
 
 
 def _of_model(dataset: xr.Dataset) -> str:
-    """Say whether the calibration rows themselves look like what the model makes."""
+    """Say whether the calibration rows themselves look like draws of the model."""
     made, real = (dataset[f"{name}_log_evidence"].values for name in ("simulated", "calibration"))
     made, real = made[~np.isnan(made)], real[~np.isnan(real)]
     if not made.size or not real.size:

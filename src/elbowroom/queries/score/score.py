@@ -1,8 +1,8 @@
-r"""Score: log p(x) of each row with its kind and error, and whether the row is like the ones that the model was fitted to.
+r"""Score: log p(x) of each row with its kind and error, and whether the row resembles the rows of the fit.
 
-The rows are compared with calibration rows, by default the run's validation split, that went through the very same estimator;
-see `analysis.screening` for what the comparison promises. The calibration rows' scores, and those of rows that the model made,
-are kept in `RUN/answers/`, under the hash of all that they depend on.
+Rows are compared with calibration rows, by default the run's validation split, whose scores come from the same estimator; see
+`analysis.queries.novelty` for what the comparison guarantees. Scores of the calibration rows and of rows simulated from the
+model are kept in `RUN/answers/`, in files named by a hash of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from elbowroom.runs.fitted import FittedModel
     from elbowroom.runs.rows import QueryRows
 
-KEEP = 400  # draws per row that references certify themselves by
-CALIBRATION_STEP, SIMULATION_STEP = 49_979_687, 67_867_967  # of the seed: rows that are compared share no noise
+KEEP = 400  # draws per row with which references check themselves
+CALIBRATION_STEP, SIMULATION_STEP = 49_979_687, 67_867_967  # between seeds, so that compared rows do not share noise
 KINDS = {"pattern": "pattern", "count": "observed"}
 WORDS: dict[str, tuple[str, str]] = {
     "log_evidence": ("nats", "log p(x) of the cells that are there, NaN where only a bound is known"),
@@ -89,7 +89,7 @@ def ask(
     out: Path | None,
     resume: bool,
 ) -> Answer:
-    """Score rows; arguments and errors as `Run.score`, which is this."""
+    """Score rows; arguments and errors as `Run.score`."""
     given, form = Form.of(data)
     ends = band_of(band)
     check_options(fdr, most, simulated, holes)
@@ -105,11 +105,7 @@ def ask(
 
 
 def band_of(text: str | Sequence[float], where: str = "band") -> tuple[float, float]:
-    """Return the two percentiles of a text such as `2.5-97.5`.
-
-    Raises:
-        SpecError: one line.
-    """
+    """Return the two percentiles of a text such as `2.5-97.5`; a SpecError for other texts."""
     try:
         ends = [float(part) for part in (text.split("-") if isinstance(text, str) else text)]
     except ValueError:
@@ -122,14 +118,14 @@ def band_of(text: str | Sequence[float], where: str = "band") -> tuple[float, fl
 def scorer(
     vae: VAE, methods: Sequence[Reference], *, draws: int, refit: bool = False, simulated: bool = False
 ) -> Callable[[Chunk], xr.Dataset]:
-    """Return what scores one chunk of rows.
+    """Return a function that scores one chunk of rows.
 
     Args:
         vae: the VAE, on the device.
         methods: references, best first.
-        draws: draws per row of the guide's estimates and importance weights.
-        refit: the guide's family is refitted to every row, for the amortization gap.
-        simulated: rows that the model makes are scored in the place of the chunk's, with the same covariates and holes.
+        draws: draws per row for the guide's estimates and importance weights.
+        refit: refit the guide's family to each row, for the amortization gap.
+        simulated: score rows simulated from the model in place of the chunk's, with the same covariates and missing cells.
     """
     mass = measure.kind(vae) == measure.MASS
 
@@ -152,7 +148,7 @@ def scorer(
 
 
 def _scores(log_joint: LogJoint, methods: Sequence[Reference], draws: int, seed: int) -> dict[str, np.ndarray]:
-    """Return what the guide and the evidence say of each row."""
+    """Return the guide's estimates and the evidence of each row."""
     found = read(log_joint, methods, draws=draws, keep=KEEP, seed=seed)
     evidence = found.evidence
     guide = {
@@ -172,7 +168,7 @@ def _scores(log_joint: LogJoint, methods: Sequence[Reference], draws: int, seed:
 
 
 def unable(vae: VAE, *, refit: bool) -> Callable[[Batch, str], xr.Dataset]:
-    """Return what stands for a row at which the model cannot be evaluated: nothing is known of its log p(x), and why."""
+    """Return a function that makes the answer for a row at which the model cannot be evaluated: unknown log p(x), and why."""
     left_out = set() if measure.kind(vae) == measure.MASS else {"bits_per_dimension", "bits_per_dimension_se"}
     left_out |= set() if refit else {"gap_amortization", "gap_amortization_se"}
 
@@ -186,14 +182,14 @@ def unable(vae: VAE, *, refit: bool) -> Callable[[Batch, str], xr.Dataset]:
 
 
 def _once(texts: np.ndarray) -> np.ndarray:
-    """Return the same texts, each held in memory once."""
+    """Return the same texts as objects, each text stored once in memory."""
     different, place = np.unique(texts, return_inverse=True)
     found: np.ndarray = different.astype(object)[place]
     return found
 
 
 def _holes(x: Tensor) -> dict[str, np.ndarray]:
-    """Return how many cells of each row are there, and a number for which."""
+    """Return the number of observed cells of each row, and a number that identifies its pattern of missing cells."""
     missing = x.isnan().flatten(1).cpu().numpy() if x.is_floating_point() else np.zeros((len(x), x[0].numel()), dtype=bool)
     number = lambda row: int.from_bytes(bytes.fromhex(sha256(np.packbits(row).tobytes())[:14]), "big") if row.any() else 0
     pattern = np.array([number(row) for row in missing], dtype=np.int64)
@@ -201,11 +197,7 @@ def _holes(x: Tensor) -> dict[str, np.ndarray]:
 
 
 def calibration_rows(run: FittedModel, data: Any, most: int) -> QueryRows:
-    """Return the rows that others are compared with: of the validation split, or of the user's, the first `most`.
-
-    Raises:
-        UserError: they do not fit the model, or there is none.
-    """
+    """Return the first `most` rows of the validation split or of the user's rows; a UserError if there are none."""
     found = own_rows(run, "validation") if data is None else given_rows(run, data)
     if not len(found):
         raise SpecError(
@@ -216,11 +208,7 @@ def calibration_rows(run: FittedModel, data: Any, most: int) -> QueryRows:
 
 
 def check_options(fdr: float, most: int, simulated: int, holes: str) -> None:
-    """Refuse options that mean nothing.
-
-    Raises:
-        SpecError: one line.
-    """
+    """Raise a SpecError for options outside their range."""
     if not 0 < fdr < 1:
         raise SpecError(f"fdr: {fdr:g} is no rate; use one between 0 and 1, such as 0.1")
     for name, number, least in (("most", most, 1), ("simulated", simulated, 0)):
@@ -231,11 +219,7 @@ def check_options(fdr: float, most: int, simulated: int, holes: str) -> None:
 
 
 def check_enough(rows: QueryRows, band: tuple[float, float]) -> None:
-    """Refuse a band whose level no p-value can reach.
-
-    Raises:
-        DataError: says what can be reached.
-    """
+    """Raise a DataError if so few calibration rows cannot give p-values outside the band."""
     n, level = len(rows), outside(band)
     if n < enough(level):
         raise DataError(
@@ -255,17 +239,17 @@ def kept(
     device: torch.device,
     report: Report | None,
 ) -> xr.Dataset:
-    """Return the scores of rows that others are compared with, from `RUN/answers/` where they are there; else kept there.
+    """Return scores of comparison rows from `RUN/answers/`; compute and store them there if they are missing.
 
     Args:
-        run: the run; where its folder cannot be written to, nothing is kept.
+        run: the run; if its folder is not writable, nothing is stored.
         rows: the rows.
-        compute: one chunk's scores.
-        question: what they are, the beginning of the file's name.
-        options: all that they depend on beside weights and data.
+        compute: returns the scores of one chunk.
+        question: kind of the scores, the beginning of the file's name.
+        options: everything that the scores depend on, apart from weights and data.
         seed: random seed.
         device: where to compute.
-        report: as in `streaming.stream`.
+        report: as in `queries.stream.stream`.
     """
     facts = {name: value for name, value in provenance(run, rows.dataset).items() if name not in ("experiment", "data")}
     identity = {**facts, **options, "seed": seed, "device": device.type, "torch": metadata.version("torch")}
@@ -297,21 +281,21 @@ def screened(
     seed: int,
     stream: Mapping[str, Any],
 ) -> xr.Dataset:
-    """Score rows, and the rows that they are compared with, all alike; return both, with p-values and decisions.
+    """Score rows and their comparison rows in the same way; return both, with p-values and decisions.
 
     Args:
         run: the run.
         rows: the rows.
         methods: references, best first.
         calibration: the rows to compare with.
-        simulated: rows to simulate, with the covariates and the holes of calibration rows, at most as many.
+        simulated: number of rows to simulate, with the covariates and missing cells of calibration rows; at most as many.
         band: percentiles.
         fdr: false-discovery rate.
-        holes: `pattern` or `count`: rows with the same holes, or with as many, are compared.
+        holes: compare rows with the same missing cells (`pattern`), or with as many (`count`).
         refit: see `scorer`.
         draws: see `scorer`.
         seed: random seed.
-        stream: device, out, resume and report, as in `streaming.stream`.
+        stream: device, out, resume and report, as in `queries.stream.stream`.
     """
     options = {"references": {method.name: vars(method) for method in methods}, "draws": draws, "keep": KEEP}
     made = replace(calibration, index=_spread(calibration.index, simulated))
@@ -354,12 +338,12 @@ def screened(
 
 
 def _spread(index: np.ndarray, number: int) -> np.ndarray:
-    """Return so many of the rows, evenly spaced, or all."""
+    """Return at most `number` of the rows, evenly spaced."""
     return index[np.linspace(0, len(index) - 1, min(number, len(index))).round().astype(int)]
 
 
 def drawing(dataset: xr.Dataset) -> Callable[[], Plot | Absent]:
-    """Return what draws the answer's figure."""
+    """Return a function that draws the answer's figure."""
 
     def draw() -> Plot | Absent:
         from elbowroom.analysis.plots.queries.novelty import screening
