@@ -73,13 +73,17 @@ def test_without_diagnosis_there_is_none_and_an_old_one_goes(tmp_path):
     assert [one.verdict for one in er.Audit.load(tmp_path).verdicts] == [one.verdict for one in plain.verdicts]
 
 
+@pytest.fixture(scope="module")
+def audit():
+    return er.audit(model, guide, torch.tensor([0.0, 3.0, 11.0]), diagnose=False)
+
+
 @pytest.mark.parametrize("fault", ["none", "empty", "lacks advice", "no coordinate", "words for numbers"])
-def test_verdicts_that_cannot_be_read_are_one_line(tmp_path, fault):
+def test_verdicts_that_cannot_be_read_are_one_line(tmp_path, audit, fault):
     from elbowroom.analysis import idata
     from elbowroom.analysis.report.report import Files
     from elbowroom.errors import RunFolderError
 
-    audit = er.audit(model, guide, torch.tensor([0.0, 3.0, 11.0]), diagnose=False)
     verdicts = judgement.as_dataset(audit.verdicts)
     broken = {
         "none": None,
