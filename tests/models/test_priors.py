@@ -90,7 +90,7 @@ def test_draws_have_the_moments_of_the_density(case):
     prior = case.prior()
     p, c = prior.distribution(covariates_of(case)), covariates_of(case)
     with torch.no_grad():
-        draws = p.sample((40_000,)).reshape(40_000, -1)
+        draws = p.sample((20_000,)).reshape(20_000, -1)
         if case in DISCRETE:
             values = p.enumerate_support(expand=False)
             w = p.log_prob(values).exp()
@@ -100,7 +100,7 @@ def test_draws_have_the_moments_of_the_density(case):
         else:
             transform = spaces.onto(prior.space)
             proposal = dist.StudentT(3.0, torch.zeros(prior.free_dim, dtype=torch.float64), 1.8).to_event(1)
-            u = proposal.sample((400_000,))
+            u = proposal.sample((100_000,))
             values = transform(u)
             det = transform.log_abs_det_jacobian(u, values).reshape(len(u), -1).sum(-1)
             w = (p.log_prob(values) + det - proposal.log_prob(u)).softmax(0)

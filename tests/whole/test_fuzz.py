@@ -257,6 +257,7 @@ def try_file(home: Path, target: str, changes: list[tuple[str, float, bytes]]) -
 
 @FEW_FILES
 @given(case=mangled())
+@pytest.mark.usefixtures("no_figures")
 def test_a_few_mangled_files(home, case):
     try_file(home, *case)
 

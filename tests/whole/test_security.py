@@ -122,6 +122,7 @@ def test_a_planted_lock_is_not_followed(here):
     assert not Path("victim").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_what_a_report_shows_is_escaped(here):
     evil = "<script>alert(1)</script>&\"'"
     run = fit("s.yaml", out=here / "<img src=x onerror=alert(1)>")
@@ -172,6 +173,7 @@ def test_a_spec_executes_nothing_without_the_flag(name, where, here, monkeypatch
     assert "own" not in sys.modules
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_folder_from_elsewhere_executes_nothing_without_the_flag(here, capsys):
     Path("own.py").write_text(OWN)
     run = fit(Experiment.load("s.yaml", ["model.prior=python:own.py:Own"], allow_python=True), out="run")

@@ -53,6 +53,7 @@ def conditional(tmp_path_factory):
     return folder, run, run.audit()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_conditional_vae_of_counts_with_exposure_and_holes_is_audited_exactly(conditional):
     folder, run, audit = conditional
     assert set(audit.table["status"].values.ravel()) == {"exact"}
@@ -109,6 +110,7 @@ def test_other_rows_are_read_as_those_of_the_fit(conditional, tmp_path):
         run.audit(tmp_path / "moon.csv", out=tmp_path / "moon")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_frame_with_holes_in_mixed_columns_under_a_discrete_prior(tmp_path):
     rng = np.random.default_rng(2)
     kind = rng.integers(0, 2, 80)

@@ -99,6 +99,7 @@ def test_an_example_keeps_the_protocol(file, here):
 @pytest.mark.parametrize(
     "file", [file if i in (0, 3) else pytest.param(file, marks=pytest.mark.slow) for i, file in enumerate(USES)]
 )
+@pytest.mark.usefixtures("no_figures")
 def test_an_example_is_fitted_and_audited_by_the_command_line(file, here, capsys):
     kind, cls, where = USES[file]
     Path("s.yaml").write_text(document.write({**DIGITS}))
