@@ -22,7 +22,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 -q
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m "slow or gpu"
+	$(BIN)/python -m pytest -n 2 -q -m "slow or gpu"
 
 # The files of a run in ArviZ 1.x (Python 3.12, no torch): the same numbers as here.
 test-arviz1: $(STAMP) $(STAMP1)
