@@ -174,25 +174,28 @@ def _test_names(collected: str) -> list[str]:
 
 
 VOLATILE = re.compile(
+    r"(?i)"
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?"  # dates
     r"|\b\d+(\.\d+)? ?(ms|s|seconds|minutes|min|h)\b( \d+ ?s\b)?"  # times
     r"|/(tmp|work)/[\w./-]+|[\w./-]*experiments/"  # paths
-    r"|elbowroom[ =:]+v?\d+\.\d+\.\d+\w*|\bsha256[\"':= ]+[0-9a-f]+"
+    r"|elbowroom\W+(?:dt\W+dd\W+)?v?\d+\.\d+\.\d+\w*|\bsha256[\"':= ]+[0-9a-f]+"
 )
-TIMES = re.compile(r"second|time_|created|version|_stamp|elapsed|wall")
+TIMES = re.compile(r"@elbowroom$|second|time_|created|version|_stamp|elapsed|wall")
 
 
 def compare(before: Path, after: Path, rtol: float) -> list[str]:
     """Return one line for each difference between two records."""
-    files = {
-        name: {str(p.relative_to(name)) for p in name.rglob("*") if p.is_file() and p.name != ".lock"}
-        for name in (before, after)
-    }
-    found = [f"{one}: only before" for one in sorted(files[before] - files[after])]
-    found += [f"{one}: only after" for one in sorted(files[after] - files[before])]
-    for one in sorted(files[before] & files[after]):
-        found += [f"{one}: {difference}" for difference in _differences(before / one, after / one, rtol)]
+    first, second = _files(before), _files(after)
+    found = [f"{one}: only {'before' if one in first else 'after'}" for one in sorted(set(first) ^ set(second))]
+    for one in sorted(set(first) & set(second)):
+        found += [f"{one}: {difference}" for difference in _differences(first[one], second[one], rtol)]
     return found
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the files of a record by name; hashes that stand in some names, which the version enters, are left out."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
+    return {re.sub(r"-[0-9a-f]{16}(?=\.)", "", str(p.relative_to(folder))): p for p in files}
 
 
 def _differences(a: Path, b: Path, rtol: float) -> list[str]:

@@ -394,6 +394,21 @@ def test_questions_that_cannot_be_asked(table: er.Run, known: dict[str, object],
     assert said in str(error.value)
 
 
+def test_other_holes_of_a_text_column_stay_holes(people: pd.DataFrame, tmp_path: Path) -> None:
+    """Where cells were hidden, these are filled, and nothing else."""
+    frame = people.head(80).copy()
+    frame.loc[::3, "job"] = None
+    spec = {
+        "model": {"latent_dim": 1, "likelihood": "mixed", "decoder": SMALL},
+        "guide": {"encoder": SMALL},
+        "fit": {"epochs": 1, "device": "cpu"},
+    }
+    run = er.fit(er.Experiment.from_dict(spec, data=frame), out=tmp_path / "run")
+    done = run.impute(hide="20%", references=[]).completed()
+    assert done["job"].isna().sum() > 0
+    assert set(done["job"].dropna()) <= {"clerk", "pupil"}
+
+
 def test_bad_input_is_one_line(table: er.Run, people: pd.DataFrame) -> None:
     for options, said in (
         ({}, "no cell is missing, there is nothing to impute"),
