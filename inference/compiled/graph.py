@@ -83,7 +83,7 @@ class Graph:
             raise Untraceable(f"an operation in it fixes a size ({fixed})")
         self.constants = _lift(self.module)
         self.varying = varying
-        self.examples = [(t.shape, t.dtype, t.device) for t in inputs]
+        self.shapes = [t.shape for t in inputs]
         self._kernel: Callable[..., Any] | None = None
         self.captured = False
         nodes = self.module.graph.nodes
@@ -125,9 +125,8 @@ class Graph:
             return 0.0
         start = time.perf_counter()
         with stage("compile"):
-            inputs = [torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in self.examples]
             self.captured = capture
-            self._kernel = _inductor(self.module, [*inputs, *self.constants], self.varying, capture)
+            self._kernel = _inductor(self.module, self.shapes, self.varying, capture)
             try:
                 if check is not None:
                     check(self)
@@ -137,26 +136,30 @@ class Graph:
         return time.perf_counter() - start
 
 
-def _inductor(module: Any, inputs: Sequence[Tensor], varying: Sequence[int], capture: bool) -> Callable[..., Any]:
-    """Compile a traced module for the layouts of the inputs; the result takes its tensors one by one.
+def _inductor(module: Any, shapes: Sequence[torch.Size], varying: Sequence[int], capture: bool) -> Callable[..., Any]:
+    """Compile a traced module for the types and layouts that were traced; the result takes its tensors one by one.
 
-    No guard compares layouts at each call: every input is made contiguous, and varying sizes are marked as dynamic.
+    No guard compares them at each call: every input is made contiguous, and varying sizes are marked as dynamic. Constants are
+    compiled as they were when they were traced: outside their scope weights may be in another precision.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    if inputs[0].device.type == "cpu" and not _has_compiler():
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    if values[0].device.type == "cpu" and not _has_compiler():
         raise Untraceable("there is no C++ compiler (g++ or clang++)")
     options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     if capture:
         options |= torch._inductor.list_mode_options("reduce-overhead")
-    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = [torch.ones(shape, dtype=v.dtype, device=v.device) for shape, v in zip(shapes, values, strict=False)]
+    for v in values[len(shapes) :]:
+        inputs.append(torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).fill_(1))
     try:
         with warnings.catch_warnings(), torch.no_grad(), undisturbed(inputs), validation_kept():
             warnings.simplefilter("ignore")  # torch deprecates parts of itself
             plain = make_fx(_functional(module), FASTER, "symbolic")(*values)
             kernel = torch.compile(plain, fullgraph=True, dynamic=None if varying else False, options=options)
-            for value in inputs:
-                for dim, size in enumerate(value.shape):
+            for value, shape in zip(inputs, shapes, strict=False):
+                for dim, size in enumerate(shape):
                     if size in varying:
                         torch._dynamo.mark_dynamic(value, dim)
             kernel(*inputs)

@@ -247,6 +247,16 @@ def test_problems_by_graph(name):
     assert all(EAGER[name] in reason for reason in said.values())
 
 
+def test_kernels_of_another_precision_than_that_of_the_weights():
+    """Weights are in their own precision where kernels are compiled."""
+    joint = PROBLEMS["linear_gaussian_d1"](7, 1).log_joint
+    for other in (joint.converted(torch.float32), joint):
+        with policy("always"):
+            found = other.grad(other.probe_points[:2])
+        assert isinstance(other.graphs.used["grad"], Graph)
+        torch.testing.assert_close(found, PlainLogJoint.grad(other, other.probe_points[:2]), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_problems_compiled(name):
