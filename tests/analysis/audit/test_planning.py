@@ -305,7 +305,7 @@ def test_the_estimate_is_right_within_a_factor_of_three() -> None:
 @pytest.mark.slow
 def test_what_the_plan_could_not_foresee_is_learnt_from_the_first_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four modes: chains go on, and are tempered. The plan is wrong by far; after one block the time left is not."""
-    monkeypatch.setattr(audit_module, "BLOCK", 10_000 * 16)
+    monkeypatch.setattr(audit_module, "ARRAY", 10_000 * 16)
     y = 0.5 + 1.5 * torch.rand(80, 2, generator=torch.Generator().manual_seed(1))
     said: list[tuple[str, float, float]] = []
     audit_log_joint(
