@@ -149,7 +149,7 @@ def _inductor(module: Any, shapes: Sequence[torch.Size], varying: Sequence[int],
         raise Untraceable("there is no C++ compiler (g++ or clang++)")
     options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     if capture:
-        options |= torch._inductor.list_mode_options("reduce-overhead")
+        options["triton.cudagraphs"] = True  # what mode="reduce-overhead" is; a mode and options cannot be given together
     inputs = [torch.ones(shape, dtype=v.dtype, device=v.device) for shape, v in zip(shapes, values, strict=False)]
     for v in values[len(shapes) :]:
         inputs.append(torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).fill_(1))
