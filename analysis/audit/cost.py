@@ -25,7 +25,7 @@ from elbowroom.inference.target.log_joint import LogJoint
 log = logging.getLogger("elbowroom")
 
 ROWS = 64  # data used to time a gradient
-DRAWS = (4, 128)  # draws of each datum
+DRAWS = (4, 1024)  # draws of each datum
 FEW, SOME = 2, 8  # data used to time other methods
 SEED = 777  # no other part uses these random numbers
 
@@ -69,14 +69,16 @@ SCOUT = Workload(calls=130, points=3_500)
 """Gradients of q* and the mode search, which the methods of `SCOUTED` share."""
 SCOUTED = ("hmc", "importance", "ais")
 WORK = {
-    "hmc": Workload(calls=1_000, points=4_500, least=0.4),
+    "hmc": Workload(calls=3_000, points=14_000, least=0.4),
     "ais": Workload(calls=3_200, points=45_000),  # includes the reverse chains of the upper bounds
     "importance": Workload(calls=60, points=14_000),
 }
 """Gradients of each method alone."""
 LATTICE = {1: Workload(calls=40, points=2_500), 2: Workload(calls=40, points=14_000), 3: Workload(calls=60, points=130_000)}
 """Densities, of a grid in 1, 2 or 3 dimensions."""
-GUIDE = 1.5  # cost of a guide draw in densities, with the diagnostics of the weights
+GUIDE = 1.5  # cost of a guide draw in densities
+OWN_DENSITY, OWN_GRADIENT = 30, 60
+"""What a method does with each point beside the model's work, in sorts of one number; measured with two latents."""
 
 
 class Pilot:
@@ -107,14 +109,14 @@ class Pilot:
     def gradient(self) -> Cost:
         """Cost of one call, by its points, of log p(x, z) with its gradient."""
         if self._gradient is None:
-            self._gradient = self._measured(lambda part, z: part.grad(z))
+            self._gradient = self._measured(lambda part, z: part.grad(z), OWN_GRADIENT)
         return self._gradient
 
     @property
     def density(self) -> Cost:
         """Cost of one call, by its points, of log p(x, z)."""
         if self._density is None:
-            self._density = self._measured(lambda part, z: part(z))
+            self._density = self._measured(lambda part, z: part(z), OWN_DENSITY)
         return self._density
 
     @staticmethod
@@ -125,8 +127,8 @@ class Pilot:
         """Return the first n data; all data where they cannot be subset."""
         return self.log_joint.some(torch.arange(min(n, self.log_joint.n_obs), device=self.log_joint.device))[0]
 
-    def _measured(self, call: Callable[[LogJoint, torch.Tensor], object]) -> Cost:
-        """Fit seconds = fixed + each x points to two sizes of a call."""
+    def _measured(self, call: Callable[[LogJoint, torch.Tensor], object], own: int) -> Cost:
+        """Fit seconds = fixed + each x points to two sizes of a call, and add `own` sorts per point."""
         part = self._part(ROWS)
         found = []
         for draws in DRAWS:
@@ -136,7 +138,9 @@ class Pilot:
                 found.append((draws * part.n_obs, min(self._seconds(lambda z=z: call(part, z)) for _ in range(3))))  # type: ignore[misc]
         (few, fast), (many, slow) = found
         each = max(slow - fast, 0.2 * slow) / (many - few)
-        return Cost(max(fast - each * few, 0.05 * fast), each)
+        numbers = torch.linspace(1, 0, DRAWS[1] * ROWS, device=self.log_joint.device).view(DRAWS[1], ROWS)
+        sort = min(self._seconds(lambda: numbers.sort(0)) for _ in range(3)) / numbers.numel()
+        return Cost(max(fast - each * few, 0.05 * fast), each + own * sort)
 
     def _timed(self, method: Reference) -> Cost:
         """Fit seconds = fixed + each x data to two small subsets, after a warm-up run."""

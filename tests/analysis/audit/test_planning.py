@@ -306,7 +306,7 @@ def test_the_estimate_is_right_within_a_factor_of_three() -> None:
 def test_what_the_plan_could_not_foresee_is_learnt_from_the_first_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four modes: chains go on, and are tempered. The plan is wrong by far; after one block the time left is not."""
     monkeypatch.setattr(audit_module, "ARRAY", 10_000 * 16)
-    y = 0.5 + 1.5 * torch.rand(80, 2, generator=torch.Generator().manual_seed(1))
+    y = 0.5 + 1.5 * torch.rand(48, 2, generator=torch.Generator().manual_seed(1))
     said: list[tuple[str, float, float]] = []
     audit_log_joint(
         curved(y), references=["hmc"], progress=lambda step: said.append((str(step), time.monotonic(), step.seconds_left))
@@ -314,5 +314,5 @@ def test_what_the_plan_could_not_foresee_is_learnt_from_the_first_blocks(monkeyp
     end = time.monotonic()
     started = [at for text, at, _ in said if "hmc" in text]
     later = [(end - at, left) for _, at, left in said if at > started[1]]
-    assert len(started) >= 4
+    assert len(started) >= 3
     assert all(took / 3 < left < 3 * took for took, left in later if took > 0.3 * (end - started[1]))
