@@ -10,6 +10,9 @@ Every check compares T(x, z) of the data with T of replicates under an exact nul
 
 Entries that are missing (NaN) or masked out of the likelihood are left out of every statistic, of data and replicates alike.
 
+With R replicates no p-value is below 1/(R+1), which over two nulls is the level of the rule. Where the smallest is near that
+level it is computed from three times as many replicates. A test that rejects by the longer null alone keeps its level.
+
 The null treats the trained model as known. On held-out data a small p-value means misfit or an overfitted decoder; on the
 training data, misfit can stay hidden. With enough data every model is rejected: read the effect size as well.
 """
@@ -29,6 +32,7 @@ from torch import Tensor
 from elbowroom.analysis.checks.datasets import NATS, dataset, pit, sentence, statistics
 from elbowroom.analysis.checks.residuals import KINDS, WORDS, Residuals, replicated, residuals
 from elbowroom.analysis.checks.statistics import EffectKind, Judged, Statistic, judge, suited
+from elbowroom.analysis.measures.table import LEVEL
 from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.posterior import Posterior, completed
@@ -42,6 +46,7 @@ LARGE = 2**20  # largest number of entries of the data used
 TRACES = 2**23  # entries simulated between garbage collections
 RANKED = 1000  # data whose residuals are ranked
 LEAST = 10  # data
+NEAR, MORE = 4, 3  # a smallest p-value below NEAR x the rule's level is computed again from MORE times as many replicates
 SHOWN = 100  # data, and draws of each, in the groups for ArviZ
 BYTES = 2**26  # of those groups
 REFUSED = (UnsupportedProgram, *discrete.FAILURES)
@@ -55,8 +60,9 @@ def criticise(
     Args:
         log_joint: the model and guide.
         reference: a posterior of the same data. Only exact or certified data provide a z; statistics of x alone use all data.
-        replicates: simulated data sets R of the joint null; its p-values are multiples of 1/(R+1).
-        draws: data sets L drawn at given latents, of the residual null; its p-values are multiples of 1/(L+1).
+        replicates: simulated data sets R of the joint null; its p-values are multiples of 1/(R+1). Three times as many where
+            the smallest is near the level of the rule.
+        draws: data sets L drawn at given latents, of the residual null; its p-values are multiples of 1/(L+1). Likewise.
         seed: random seed.
 
     Returns:
@@ -127,6 +133,8 @@ def criticise(
         groups |= _predictive(log_joint, reference, shown, seed + 4) if len(rows) else {}
     except REFUSED as refused:
         attrs["predictive"] = f"not available: {first_line(refused)}"
+    for name, of in (("replicates", "joint"), ("draws", "residual")):
+        attrs[name] = str(max((len(one.null) for group, one, *_ in judged.values() if group == of), default=int(attrs[name])))
     groups["statistics"] = statistics(judged)
     for name, group in groups.items():
         if "obs_id" in group.coords:
@@ -221,7 +229,9 @@ def _joint(
     every = fitting(sum(value.numel() for value in observed.values()), TRACES)
     with torch.no_grad(), policy("never"):  # a replicate is evaluated once: compiling a graph does not pay
         take(observed, log_joint, z)
-        for r, (new, joint, at) in enumerate(_replicates(log_joint, replicates, seed)):
+        for r, (new, joint, at) in enumerate(_replicates(log_joint, MORE * replicates, seed)):
+            if r == replicates and not _near(judge({name: torch.stack(parts) for name, parts in values.items()})):
+                break
             take(new, joint, at)
             if r % every == every - 1:  # traces are cyclic: only the garbage collector frees them
                 gc.collect()
@@ -257,7 +267,15 @@ def _residuals(
 ) -> dict[str, Residuals | None]:
     rows = rows[:RANKED].sort().values
     joint, used, inside = _among(log_joint, rows)
-    return residuals(joint, {name: value[used] for name, value in sites.items()}, inside, draws, seed)
+    sites = {name: value[used] for name, value in sites.items()}
+    found = residuals(joint, sites, inside, draws, seed)
+    if any(one is not None and _near(one.judged) for one in found.values()):
+        found = residuals(joint, sites, inside, MORE * draws, seed)
+    return found
+
+
+def _near(judged: Mapping[str, Judged]) -> bool:
+    return min((one.p_family for one in judged.values()), default=1.0) <= NEAR * LEVEL
 
 
 def _among(log_joint: LogJoint, rows: Tensor) -> tuple[LogJoint, Tensor, Tensor]:
