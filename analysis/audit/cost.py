@@ -25,7 +25,7 @@ from elbowroom.inference.target.log_joint import LogJoint
 log = logging.getLogger("elbowroom")
 
 ROWS = 64  # data used to time a gradient
-DRAWS = (4, 1024)  # draws of each datum
+DRAWS = (4, 128)  # draws of each datum
 FEW, SOME = 2, 8  # data used to time other methods
 SEED = 777  # no other part uses these random numbers
 

@@ -32,7 +32,7 @@ from elbowroom.system.stages import stage
 
 DRAWS = 200  # of the reference and of the guide that are used
 SCOUTS, GUIDE = 64, 64  # draws of the reference that look for a missed mode first, and draws of the guide
-RIDGE, TOP = 8, 40  # steps of climbing: to a ridge, and on to the top
+RIDGE, TOP = 8, 20  # steps of climbing: to a ridge, and on to the top
 NEAREST = 3  # tops of the guide to which each point is connected, beside the highest
 NEIGHBOURS = 8  # points to which each is connected
 INNER = 9  # points evaluated on a segment
@@ -85,12 +85,23 @@ def _share(log_joint: LogJoint, metric: Normals, draws: Tensor, starts: Tensor, 
     share = torch.zeros(draws.shape[1], dtype=torch.float64, device=draws.device)
     unit = draws.std(0).clamp_min(1e-12)
     few = _few(len(draws), SCOUTS)
-    some = _lost(log_joint, metric, unit, draws[few], starts, far[few]).any(0).nonzero()[:, 0]
+    some = (far[few] & _apart(log_joint, unit, draws[few], starts)).any(0).nonzero()[:, 0]
     if len(some):
         part, some, _ = log_joint.some(some)
         lost = _lost(part, metric.rows(some), unit[some], draws[:, some], starts[:, some], far[:, some])
         share[some] = lost.double().mean(0)
     return share
+
+
+def _apart(log_joint: LogJoint, unit: Tensor, draws: Tensor, starts: Tensor) -> Tensor:
+    """Return which draws climb to a top from which no straight line leads to where the guide's highest draws climb, (R, N)."""
+    high = _height(log_joint, starts).topk(min(NEAREST, len(starts)), dim=0).indices  # (k, N)
+    _, covered = _climbed(log_joint, starts.gather(0, high[..., None].expand(-1, -1, starts.shape[-1])), unit)
+    _, top = _climbed(log_joint, draws, unit)
+    height, level = _height(log_joint, top).T, _height(log_joint, covered).T
+    to = torch.arange(len(covered), device=top.device).expand(*height.shape, -1)
+    ends = torch.minimum(height[..., None], level[:, None])
+    return (ends - _lowest(log_joint, top, covered, to) > VALLEY).all(-1).T
 
 
 def _lost(log_joint: LogJoint, metric: Normals, unit: Tensor, draws: Tensor, starts: Tensor, far: Tensor) -> Tensor:
