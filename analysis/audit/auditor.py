@@ -50,6 +50,7 @@ ROOMY = 8  # factor for arrays on a GPU, which small blocks would not fill
 KEPT = 2**29  # bytes of draws kept for all data and methods
 LEAST = 8  # smallest number of draws kept per datum
 DIAGNOSIS = "diagnosis.nc"
+PREDICTIVE = ("posterior_predictive", "prior_predictive", "observed_data")
 OTHERS = (2_000, 200)  # draws, and draws kept, for other data, audited only for their gaps
 
 
@@ -59,13 +60,35 @@ class Audit:
 
     Attributes:
         table: one row per datum (`obs_id`), and per datum and reference; every variable has units and a long name.
-        posteriors: method -> ArviZ DataTree.
+        posteriors: method -> draws, moments and data, as the installed ArviZ takes them (`az.summary(posteriors["grid"])`): an
+            InferenceData before ArviZ 1.0, from then on a DataTree. May be given as either.
         diagnosis: the further evidence for the verdicts, see `audit.diagnosis`; None where it was not requested.
     """
 
     table: xr.Dataset
-    posteriors: dict[str, xr.DataTree]
+    posteriors: Mapping[str, Any]
     diagnosis: xr.DataTree | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "posteriors", idata.Posteriors(self.posteriors))
+
+    @property
+    def trees(self) -> dict[str, xr.DataTree]:
+        """The posteriors as DataTrees, whatever ArviZ is installed."""
+        return idata.Posteriors(self.posteriors).trees()
+
+    @property
+    def predictive(self) -> Any:
+        """Data, and what the model draws in their place, as the installed ArviZ takes them: `az.plot_ppc(audit.predictive)`.
+
+        Raises:
+            UserError: the diagnosis was not requested, or has no such draws.
+        """
+        found = {} if self.diagnosis is None else self.diagnosis.children
+        groups = {name: group for name, group in found.items() if name in PREDICTIVE}
+        if "posterior_predictive" not in groups:
+            raise UserError("predictive: the audit has no draws of data; they need diagnose=True and certified posteriors")
+        return idata.native(xr.DataTree.from_dict({name: group.to_dataset() for name, group in groups.items()}))
 
     @property
     def verdict(self) -> str:
@@ -102,7 +125,8 @@ class Audit:
             there = ", ".join(names) or "none"
             raise UserError(f"expectations: {who} exact or certified for any datum; the audit's references: {there}")
         rows = trusted(self.table, name)
-        return expectations(f, self.posteriors["guide"].isel(obs_id=rows), self.posteriors[name].isel(obs_id=rows))
+        trees = self.trees
+        return expectations(f, trees["guide"].isel(obs_id=rows), trees[name].isel(obs_id=rows))
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the rows (quantity, value) of the short table."""
@@ -116,7 +140,7 @@ class Audit:
         """
         folder = Path(folder)
         (folder / "audit.nc").unlink(missing_ok=True)
-        for method, tree in self.posteriors.items():
+        for method, tree in self.trees.items():
             idata.write(tree, folder / "posteriors" / f"{method}.nc")
         (folder / DIAGNOSIS).unlink(missing_ok=True)
         if self.diagnosis is not None:
