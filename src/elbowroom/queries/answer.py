@@ -99,7 +99,8 @@ class Answer:
     def posterior(self) -> Any:
         """The draws per row, as the installed ArviZ takes them: `az.summary(run.encode(x, samples=400).posterior)`.
 
-        They are one chain: of the latents, by their names, for `encode`; of completed rows, `x`, for `impute` and reconstructions.
+        They are one chain: of the latents, by their names, for `encode`; of completed rows, `x`, for imputations and
+        reconstructions, whose dimensions are called `x_column`, ...: ArviZ has a `column` of its own.
 
         Raises:
             UserError: the answer holds no draws of rows.
@@ -112,7 +113,9 @@ class Answer:
         from elbowroom.analysis import idata
 
         names = {name: "x" if name == "samples" else name.removeprefix("draws").removeprefix("_") or "z" for name in drawn}
-        sites = xr.Dataset({names[name]: value.rename({value.dims[0]: "draw"}) for name, value in drawn.items()})
+        own = {dim: f"x_{dim}" for value in drawn.values() for dim in value.dims[2:] if value.name == "samples"}
+        named = {names[name]: value.rename({value.dims[0]: "draw"}) for name, value in drawn.items()}
+        sites = xr.Dataset(named).rename(own)
         sites = sites.expand_dims("chain").assign_coords(chain=[0], draw=np.arange(sites.sizes["draw"]))
         return idata.native(xr.DataTree.from_dict({"posterior": sites}))
 
