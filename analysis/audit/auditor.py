@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import xarray as xr
@@ -25,6 +25,7 @@ from elbowroom.analysis.audit.budget import PLANNED, Clock, Progress
 from elbowroom.analysis.audit.diagnosis import diagnose as find_out
 from elbowroom.analysis.audit.parts import Store
 from elbowroom.analysis.audit.plan import Plan, choose
+from elbowroom.analysis.audit.requested import Methods, requested
 from elbowroom.analysis.audit.work import Work, unreached
 from elbowroom.analysis.measures.evidence import evidence_of
 from elbowroom.analysis.measures.expectations import expectations
@@ -36,7 +37,7 @@ from elbowroom.analysis.verdict.rules import judge, per_datum
 from elbowroom.analysis.verdict.summary import sentences, summary
 from elbowroom.errors import RunFolderError, UserError
 from elbowroom.inference.compiled.policies import Compile, policy
-from elbowroom.inference.posterior import CHAINS, Reference
+from elbowroom.inference.posterior import CHAINS
 from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system import durations, memory
@@ -183,7 +184,7 @@ def audit(
     guide: Callable[..., Any],
     *args: Any,
     plate: str | None = None,
-    references: Literal["auto"] | Sequence[str | Reference] = "auto",
+    references: Methods = "auto",
     seed: int = 0,
     budget: float | str | None = None,
     diagnose: bool = True,
@@ -199,8 +200,8 @@ def audit(
         *args: arguments of both programs.
         plate: name of the data plate, where there are several plates.
         references: `auto` (closed form, else enumeration where all latents are discrete, else a grid for d <= 3, else hmc,
-            importance and ais), or names (`closed_form`, `enumeration`, `grid`, `hmc`, `importance`, `ais`), or Reference
-            objects.
+            importance and ais), or names (`closed_form`, `enumeration`, `grid`, `hmc`, `importance`, `ais`; several in a list,
+            or with commas between them), or Reference objects, or `none`.
         seed: random seed.
         budget: seconds that the audit may take, or a text such as `10m`; data that are not reached are uncertified.
         diagnose: also compute the further evidence for the verdicts: calibration, information, checks of the model, gaps of
@@ -227,7 +228,7 @@ def audit(
 def audit_log_joint(
     log_joint: LogJoint,
     *,
-    references: Literal["auto"] | Sequence[str | Reference] = "auto",
+    references: Methods = "auto",
     draws: Annotated[int, Ge(100)] = 10_000,
     keep: Annotated[int, Ge(100)] = 1_000,
     seed: int = 0,
@@ -319,10 +320,10 @@ def audit_log_joint(
     return Audit(table, trees, diagnosis)
 
 
-def _continued(plan: Plan, references: Literal["auto"] | Sequence[str | Reference], log_joint: LogJoint, store: Store) -> Plan:
+def _continued(plan: Plan, references: Methods, log_joint: LogJoint, store: Store) -> Plan:
     """Return the plan of the audit that is resumed: a new timing could lead to a different plan."""
     kept = store.remember({"references": plan.names, "reasons": plan.reasons, "size": plan.size})
-    if references == "auto" and kept["references"] != plan.names:
+    if requested(references) == "auto" and kept["references"] != plan.names:
         plan = choose(kept["references"], log_joint, budget=plan.budget, size=plan.size)
     return replace(plan, reasons=list(kept["reasons"]), size=int(kept["size"]))
 
