@@ -118,9 +118,9 @@ def test_none_in_python_is_none_of_the_command_line(run: er.Run, rows: np.ndarra
 @pytest.mark.parametrize("question", ["encode", "score", "impute", "sample", "explain", "integrate"])
 def test_every_question_names_the_unknown(question: str, run: er.Run, capsys: pytest.CaptureFixture[str]) -> None:
     sentence = "references: unknown reference 'gird'; did you mean 'grid'?"
-    for given in ("gird", ["gird"]):
+    for wrong in ("gird", ["gird"]):
         with pytest.raises(UserError) as error:
-            getattr(run, question)(references=given)
+            getattr(run, question)(references=wrong)
         assert str(error.value) == sentence
     with pytest.raises(SystemExit) as ended:
         main([question, str(run.path), "--references", "gird"])
