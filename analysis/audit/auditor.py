@@ -39,6 +39,7 @@ from elbowroom.errors import RunFolderError, UserError
 from elbowroom.inference.compiled.policies import Compile, policy
 from elbowroom.inference.posterior import CHAINS
 from elbowroom.inference.target import discrete
+from elbowroom.inference.target.checks import note_rounding
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system import durations, memory
 from elbowroom.system.files import atomic
@@ -221,6 +222,7 @@ def audit(
     durations.seconds(budget)
     with policy(compile):
         log_joint = LogJoint(model, guide, *args, plate=plate, **kwargs)
+        note_rounding(log_joint)
         beside: dict[str, LogJoint] | None = {} if diagnose else None
         return audit_log_joint(log_joint, references=references, seed=seed, budget=budget, beside=beside, progress=progress)
 

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
 
 import elbowroom as er
 from elbowroom.errors import DataError
@@ -135,3 +138,23 @@ def test_pieces_give_the_same_as_the_whole() -> None:
     assert whole.index == parts.index == (2,)
     assert whole.spread == pytest.approx(parts.spread, rel=1e-9)
     assert whole.spread == pytest.approx(x[:, 2].std(), rel=1e-9)
+
+
+def test_an_audit_of_rounded_tensors_says_so() -> None:
+    def model(y: torch.Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(y.mean(), 40.0).expand([len(y)])), 10.0), obs=y)
+
+    def guide(y: torch.Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(y, 10.0))
+
+    seconds = 1_700_000_000 + torch.arange(100.0, dtype=torch.float64)
+    notes = {}
+    for name, y in {"rounded": seconds.float(), "wide": seconds, "centred": (seconds - 1.7e9).float()}.items():
+        found = er.audit(model, guide, y, references=["grid"], diagnose=False)
+        notes[name] = "numbers of float32" in found.table.attrs.get("notes", "")
+    assert notes == {"rounded": True, "wide": False, "centred": False}
+    said = er.audit(model, guide, seconds.float(), references="none", diagnose=False).table.attrs["notes"]
+    assert "site 'y': it varies by " in said
+    assert "log p(x) is that of rounded values; pass float64 tensors, or subtract 1.7e+09" in said
