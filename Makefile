@@ -7,6 +7,8 @@ BIN := .venv/bin
 PYTHON312 ?= python3.12
 BIN1 := .venv-arviz1/bin
 STAMP1 := .venv-arviz1/.installed
+BIN1M := .venv-arviz1-memory/bin
+STAMP1M := .venv-arviz1-memory/.installed
 BINB := .venv-bench/bin
 STAMPB := .venv-bench/.installed
 STAMP := .venv/.installed
@@ -24,11 +26,13 @@ test: lint
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -q -m "slow or gpu"
 
-# The files of a run in ArviZ 1.x (Python 3.12, no torch): the same numbers as here.
-test-arviz1: $(STAMP) $(STAMP1)
+# ArviZ 1.x (Python 3.12): the files of a run, without torch, give the same numbers as here; and all that is returned in memory.
+test-arviz1: $(STAMP) $(STAMP1) $(STAMP1M)
 	rm -rf build/arviz1 && mkdir -p build/arviz1
 	$(BIN)/python tests/arviz1/expect.py build/arviz1
 	$(BIN1)/python tests/arviz1/check.py build/arviz1
+	$(BIN1M)/python -c "import arviz; assert arviz.__version__.startswith('1.'), arviz.__version__"
+	$(BIN1M)/python -m pytest -q tests/analysis/test_arviz.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -51,7 +55,7 @@ bench: $(STAMPB)
 	$(BINB)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf .venv .venv-arviz1 .venv-bench build dist src/*.egg-info
+	rm -rf .venv .venv-arviz1 .venv-arviz1-memory .venv-bench build dist src/*.egg-info
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -61,6 +65,13 @@ $(STAMP): pyproject.toml constraints.txt
 $(STAMP1): tests/arviz1/requirements.txt
 	test -x $(BIN1)/python || $(PYTHON312) -m venv .venv-arviz1
 	$(BIN1)/python -m pip install -q $(PIPFLAGS) -r tests/arviz1/requirements.txt
+	touch $@
+
+# The pins of constraints.txt, but for those of ArviZ.
+$(STAMP1M): pyproject.toml constraints.txt
+	test -x $(BIN1M)/python || $(PYTHON312) -m venv .venv-arviz1-memory
+	grep -v '^arviz' constraints.txt > .venv-arviz1-memory/constraints.txt
+	$(BIN1M)/python -m pip install -q $(PIPFLAGS) -c .venv-arviz1-memory/constraints.txt "arviz>=1,<2" -e ".[dev]"
 	touch $@
 
 $(STAMPB): pyproject.toml constraints.txt benchmarks/requirements.txt

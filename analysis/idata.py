@@ -3,11 +3,14 @@
 A posterior becomes a DataTree with groups posterior (sites in constrained space; dims chain, draw, obs_id, then the site's
 own), sample_stats, observed_data, moments (unconstrained mean and covariance, where known more exactly than from draws), and
 assignments (exact probability of each joint value of the discrete sites, where known). Draws of discrete sites are integers.
+
+`Posteriors` hands such trees out as the type that the installed ArviZ takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +96,64 @@ def _file_names(sites: Mapping[str, Any]) -> dict[str, Any]:
 def site_dims(name: str, shape: tuple[int, ...]) -> list[str]:
     """Return the names of a site's own dimensions: `latent` for the vector z, else `<site>_dim_0`, ..."""
     return ["latent"] if name == "z" and len(shape) == 1 else [f"{name}_dim_{i}" for i in range(len(shape))]
+
+
+def native(tree: xr.DataTree) -> Any:
+    """Return a tree as the type that the installed ArviZ takes: an InferenceData before ArviZ 1.0, else the tree itself.
+
+    The arrays are shared, not copied.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of ArviZ 0.23, about its own future
+        import arviz
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return tree
+    groups = {str(name): group.to_dataset() for name, group in tree.children.items()}
+    return arviz.InferenceData(attrs=dict(tree.attrs), **groups)
+
+
+def tree_of(given: Any) -> xr.DataTree:
+    """Return what `native` returned as a DataTree again; a DataTree is returned as it is."""
+    if isinstance(given, xr.DataTree):
+        return given
+    tree = xr.DataTree.from_dict({name: given[name] for name in given.groups()})
+    tree.attrs.update(given.attrs)
+    return tree
+
+
+class Posteriors(Mapping[str, Any]):
+    """Posteriors by method, each as the type that the installed ArviZ takes: `az.summary(audit.posteriors["grid"])`.
+
+    ArviZ is imported at the first access to a posterior. What a user changes in one is kept, and saved.
+
+    Args:
+        given: method -> DataTree, or what this class handed out.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._held: dict[str, Any] = dict(given._held if isinstance(given, Posteriors) else given)
+
+    def __getitem__(self, name: str) -> Any:
+        held = self._held[name]
+        if isinstance(held, xr.DataTree):
+            held = self._held[name] = native(held)
+        return held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held
+
+    def trees(self) -> dict[str, xr.DataTree]:
+        """Return the posteriors as DataTrees, whatever ArviZ is installed."""
+        return {name: tree_of(held) for name, held in self._held.items()}
+
+    def __repr__(self) -> str:
+        return f"Posteriors({', '.join(self._held)})"
 
 
 def write(tree: xr.DataTree | xr.Dataset, path: str | Path) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import xarray as xr
@@ -25,6 +25,7 @@ from elbowroom.analysis.audit.budget import PLANNED, Clock, Progress
 from elbowroom.analysis.audit.diagnosis import diagnose as find_out
 from elbowroom.analysis.audit.parts import Store
 from elbowroom.analysis.audit.plan import Plan, choose
+from elbowroom.analysis.audit.requested import Methods, requested
 from elbowroom.analysis.audit.work import Work, unreached
 from elbowroom.analysis.measures.evidence import evidence_of
 from elbowroom.analysis.measures.expectations import expectations
@@ -36,8 +37,9 @@ from elbowroom.analysis.verdict.rules import judge, per_datum
 from elbowroom.analysis.verdict.summary import sentences, summary
 from elbowroom.errors import RunFolderError, UserError
 from elbowroom.inference.compiled.policies import Compile, policy
-from elbowroom.inference.posterior import CHAINS, Reference
+from elbowroom.inference.posterior import CHAINS
 from elbowroom.inference.target import discrete
+from elbowroom.inference.target.checks import note_rounding
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system import durations, memory
 from elbowroom.system.files import atomic
@@ -50,6 +52,7 @@ ROOMY = 8  # factor for arrays on a GPU, which small blocks would not fill
 KEPT = 2**29  # bytes of draws kept for all data and methods
 LEAST = 8  # smallest number of draws kept per datum
 DIAGNOSIS = "diagnosis.nc"
+PREDICTIVE = ("posterior_predictive", "prior_predictive", "observed_data")
 OTHERS = (2_000, 200)  # draws, and draws kept, for other data, audited only for their gaps
 
 
@@ -59,13 +62,35 @@ class Audit:
 
     Attributes:
         table: one row per datum (`obs_id`), and per datum and reference; every variable has units and a long name.
-        posteriors: method -> ArviZ DataTree.
+        posteriors: method -> draws, moments and data, as the installed ArviZ takes them (`az.summary(posteriors["grid"])`): an
+            InferenceData before ArviZ 1.0, from then on a DataTree. May be given as either.
         diagnosis: the further evidence for the verdicts, see `audit.diagnosis`; None where it was not requested.
     """
 
     table: xr.Dataset
-    posteriors: dict[str, xr.DataTree]
+    posteriors: Mapping[str, Any]
     diagnosis: xr.DataTree | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "posteriors", idata.Posteriors(self.posteriors))
+
+    @property
+    def trees(self) -> dict[str, xr.DataTree]:
+        """The posteriors as DataTrees, whatever ArviZ is installed."""
+        return idata.Posteriors(self.posteriors).trees()
+
+    @property
+    def predictive(self) -> Any:
+        """Data, and what the model draws in their place, as the installed ArviZ takes them: `az.plot_ppc(audit.predictive)`.
+
+        Raises:
+            UserError: the diagnosis was not requested, or has no such draws.
+        """
+        found = {} if self.diagnosis is None else self.diagnosis.children
+        groups = {name: group for name, group in found.items() if name in PREDICTIVE}
+        if "posterior_predictive" not in groups:
+            raise UserError("predictive: the audit has no draws of data; they need diagnose=True and certified posteriors")
+        return idata.native(xr.DataTree.from_dict({name: group.to_dataset() for name, group in groups.items()}))
 
     @property
     def verdict(self) -> str:
@@ -102,7 +127,8 @@ class Audit:
             there = ", ".join(names) or "none"
             raise UserError(f"expectations: {who} exact or certified for any datum; the audit's references: {there}")
         rows = trusted(self.table, name)
-        return expectations(f, self.posteriors["guide"].isel(obs_id=rows), self.posteriors[name].isel(obs_id=rows))
+        trees = self.trees
+        return expectations(f, trees["guide"].isel(obs_id=rows), trees[name].isel(obs_id=rows))
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the rows (quantity, value) of the short table."""
@@ -116,7 +142,7 @@ class Audit:
         """
         folder = Path(folder)
         (folder / "audit.nc").unlink(missing_ok=True)
-        for method, tree in self.posteriors.items():
+        for method, tree in self.trees.items():
             idata.write(tree, folder / "posteriors" / f"{method}.nc")
         (folder / DIAGNOSIS).unlink(missing_ok=True)
         if self.diagnosis is not None:
@@ -159,7 +185,7 @@ def audit(
     guide: Callable[..., Any],
     *args: Any,
     plate: str | None = None,
-    references: Literal["auto"] | Sequence[str | Reference] = "auto",
+    references: Methods = "auto",
     seed: int = 0,
     budget: float | str | None = None,
     diagnose: bool = True,
@@ -175,8 +201,8 @@ def audit(
         *args: arguments of both programs.
         plate: name of the data plate, where there are several plates.
         references: `auto` (closed form, else enumeration where all latents are discrete, else a grid for d <= 3, else hmc,
-            importance and ais), or names (`closed_form`, `enumeration`, `grid`, `hmc`, `importance`, `ais`), or Reference
-            objects.
+            importance and ais), or names (`closed_form`, `enumeration`, `grid`, `hmc`, `importance`, `ais`; several in a list,
+            or with commas between them), or Reference objects, or `none`.
         seed: random seed.
         budget: seconds that the audit may take, or a text such as `10m`; data that are not reached are uncertified.
         diagnose: also compute the further evidence for the verdicts: calibration, information, checks of the model, gaps of
@@ -196,6 +222,7 @@ def audit(
     durations.seconds(budget)
     with policy(compile):
         log_joint = LogJoint(model, guide, *args, plate=plate, **kwargs)
+        note_rounding(log_joint)
         beside: dict[str, LogJoint] | None = {} if diagnose else None
         return audit_log_joint(log_joint, references=references, seed=seed, budget=budget, beside=beside, progress=progress)
 
@@ -203,7 +230,7 @@ def audit(
 def audit_log_joint(
     log_joint: LogJoint,
     *,
-    references: Literal["auto"] | Sequence[str | Reference] = "auto",
+    references: Methods = "auto",
     draws: Annotated[int, Ge(100)] = 10_000,
     keep: Annotated[int, Ge(100)] = 1_000,
     seed: int = 0,
@@ -295,10 +322,10 @@ def audit_log_joint(
     return Audit(table, trees, diagnosis)
 
 
-def _continued(plan: Plan, references: Literal["auto"] | Sequence[str | Reference], log_joint: LogJoint, store: Store) -> Plan:
+def _continued(plan: Plan, references: Methods, log_joint: LogJoint, store: Store) -> Plan:
     """Return the plan of the audit that is resumed: a new timing could lead to a different plan."""
     kept = store.remember({"references": plan.names, "reasons": plan.reasons, "size": plan.size})
-    if references == "auto" and kept["references"] != plan.names:
+    if requested(references) == "auto" and kept["references"] != plan.names:
         plan = choose(kept["references"], log_joint, budget=plan.budget, size=plan.size)
     return replace(plan, reasons=list(kept["reasons"]), size=int(kept["size"]))
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from elbowroom.analysis.audit.cost import Cost, Pilot
-from elbowroom.errors import UserError
+from elbowroom.analysis.audit.requested import KNOWN, Methods, requested, usable
 from elbowroom.inference.posterior import Reference
-from elbowroom.inference.references.ais.ais import Annealed
 from elbowroom.inference.references.closed_form import ClosedForm
 from elbowroom.inference.references.enumeration import Enumeration
 from elbowroom.inference.references.grid.grid import MAX_DIM, Grid
-from elbowroom.inference.references.hmc.hmc import HMC
-from elbowroom.inference.references.importance.importance import ImportanceSampling
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system import durations
 
@@ -24,9 +18,6 @@ AFFORDABLE = 3600.0  # without a budget, seconds a grid may take though sampling
 PARTS = 10  # smallest number of blocks that share an insufficient budget
 OVERHEAD = 0.1  # seconds per block outside all methods; blocks are large enough to keep it below a tenth of the budget
 
-KNOWN: dict[str, type[Reference]] = {
-    cls.name: cls for cls in (ClosedForm, Enumeration, Grid, HMC, ImportanceSampling, Annealed)
-}
 REASONS = {
     "closed_form": "the model is linear-Gaussian: its posterior is known in closed form",
     "enumeration": "every latent is discrete: the posterior is a finite sum",
@@ -112,7 +103,7 @@ class Plan:
 
 
 def choose(
-    references: Literal["auto"] | Sequence[str | Reference],
+    references: Methods,
     log_joint: LogJoint,
     *,
     draws: int = 10_000,
@@ -127,7 +118,7 @@ def choose(
     latents where it is affordable, else hmc and importance sampling; for more latents hmc, importance sampling and ais.
 
     Args:
-        references: `auto`, or names and Reference objects.
+        references: `auto`, `none`, names or Reference objects; see `requested`.
         log_joint: the model and guide; a part of the data is enough.
         draws: draws per datum of the guide.
         keep: draws kept per datum and method.
@@ -141,10 +132,11 @@ def choose(
     n = log_joint.n_obs if n_obs is None else n_obs
     size = n if size is None else min(size, n)
     pilot = Pilot(log_joint, draws=draws, keep=keep)
-    if isinstance(references, str):
+    wanted = requested(references)
+    if wanted == "auto":
         methods, reasons = _auto(log_joint, pilot, n, budget)
     else:
-        methods = [_named(item, log_joint) for item in references]
+        methods = [usable(item, log_joint) for item in wanted]
         reasons = [REASONS.get(method.name, "asked for") for method in methods]
     names = [method.name for method in methods]
     costs = [pilot.reference(method, names[:k]) for k, method in enumerate(methods)]
@@ -154,8 +146,8 @@ def choose(
     # small blocks, so that all methods reach some data; but large enough that fixed costs do not dominate
     share = budget / PARTS
     best = costs[0]  # the other methods may complete no block
-    wanted = max(share - best.fixed, min(best.fixed, budget / 3 - best.fixed)) / max(best.each, 1e-12)
-    smaller = int(min(size, -(-n // PARTS), wanted))
+    reached = max(share - best.fixed, min(best.fixed, budget / 3 - best.fixed)) / max(best.each, 1e-12)
+    smaller = int(min(size, -(-n // PARTS), reached))
     least = min(size, math.ceil(n / max(PARTS, 0.1 * budget / OVERHEAD)))
     return Plan(methods, reasons, plan.guide, costs, n, max(least, smaller), budget)
 
@@ -168,38 +160,9 @@ def _auto(log_joint: LogJoint, pilot: Pilot, n: int, budget: float) -> tuple[lis
         return ([finite], [REASONS["enumeration"]]) if finite.refusal(log_joint) is None else ([], [])
     names, why = ["hmc", "importance", "ais"], ""
     if log_joint.dim <= MAX_DIM:
-        grid, hmc = Grid(), _build("hmc")
+        grid, hmc = Grid(), KNOWN["hmc"]()
         takes, instead = (pilot.reference(method, []).of(n) for method in (grid, hmc))
         if takes <= max(min(budget, AFFORDABLE), instead):
             return [grid], [REASONS["grid"]]
         names, why = ["hmc", "importance"], f"a grid would take {durations.words(takes)}; "
-    return [_build(name) for name in names], [why * (k == 0) + REASONS[name] for k, name in enumerate(names)]
-
-
-def _build(name: str) -> Reference:
-    return KNOWN[name]()
-
-
-def _named(item: str | Reference, log_joint: LogJoint) -> Reference:
-    """Return the method of that name, or the given one, if it can be used."""
-    if isinstance(item, str):
-        if item not in KNOWN:
-            raise UserError(f"audit.references: unknown reference {item!r}; allowed: auto, {', '.join(sorted(KNOWN))}")
-        item = _build(item)
-    if not heeds_the_clock(item):
-        raise UserError(f"audit.references: {type(item).__name__}.__call__ needs a keyword `until`: {UNTIL}")
-    refusal = item.refusal(log_joint)
-    if refusal is not None:
-        raise UserError(f"audit.references: {refusal}; use auto")
-    return item
-
-
-UNTIL = (
-    "the value of time.monotonic() at which it must stop, as in `def __call__(self, log_joint, *, keep, seed, until=math.inf)`"
-)
-
-
-def heeds_the_clock(method: Reference) -> bool:
-    """Return whether a reference can be called with `until`."""
-    parameters = inspect.signature(type(method).__call__).parameters.values()
-    return any(p.name == "until" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return [KNOWN[name]() for name in names], [why * (k == 0) + REASONS[name] for k, name in enumerate(names)]

@@ -11,19 +11,21 @@ resampled from weighted particles, MCSE^2 = var_p f (1 / K + 1 / ESS): two draws
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
+from elbowroom.analysis import idata
 from elbowroom.inference.mcmc.diagnostics import mcse_mean
 
 CHAINS = ("hmc",)
 RESAMPLED = ("importance", "ais")
 
 
-def expectations(f: Callable[[xr.Dataset], xr.DataArray], q_tree: xr.DataTree, p_tree: xr.DataTree) -> xr.Dataset:
+def expectations(f: Callable[[xr.Dataset], xr.DataArray], q_tree: Any, p_tree: Any) -> xr.Dataset:
     """Compare a function's expectation under the guide with that under a reference.
 
     Example:
@@ -33,7 +35,8 @@ def expectations(f: Callable[[xr.Dataset], xr.DataArray], q_tree: xr.DataTree, p
     Args:
         f: given the sites (`posterior` of a tree: name -> (chain, draw, obs_id, ...)), returns numbers or truth values of each
             draw, (chain, draw, obs_id, ...); such as decoded means, a contrast, a probability.
-        q_tree: the guide's posterior, in ArviZ's layout (posteriors/guide.nc, or `Audit.posteriors["guide"]`).
+        q_tree: the guide's posterior, in ArviZ's layout (posteriors/guide.nc, or `Audit.posteriors["guide"]`), as a DataTree
+            or as an InferenceData.
         p_tree: a reference's, with some of the same data.
 
     Returns:
@@ -46,6 +49,7 @@ def expectations(f: Callable[[xr.Dataset], xr.DataArray], q_tree: xr.DataTree, p
     Raises:
         ValueError: f does not keep the dimensions chain, draw and obs_id, or the two have no datum in common.
     """
+    q_tree, p_tree = idata.tree_of(q_tree), idata.tree_of(p_tree)
     q, p = (_values(f, tree) for tree in (q_tree, p_tree))
     q, p = xr.align(q, p, join="inner", exclude=("chain", "draw"))
     if not q.sizes["obs_id"]:

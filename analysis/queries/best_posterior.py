@@ -18,13 +18,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from elbowroom.analysis.audit.plan import choose
+from elbowroom.analysis.audit.requested import Methods, requested
 from elbowroom.analysis.measures.evidence import EvidenceTable, evidence_of
 from elbowroom.analysis.measures.missed_modes import missed_mass
 from elbowroom.inference.mcmc.normals import moments
@@ -40,7 +40,6 @@ from elbowroom.system.stages import stage
 
 RESAMPLED, GUIDE = "guide, importance-resampled", "guide"
 SEED_STEP, RESAMPLE_STEP, DISCRETE_STEP = 7_927, 32_452_867, 15_485_867  # between guide, references and resampling
-Methods = Literal["auto"] | Sequence[str | Reference]
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,15 @@ def methods_for(log_joint: LogJoint, references: Methods = "auto") -> list[Refer
 
     Args:
         log_joint: the model and guide; a part of the data is enough.
-        references: `auto` (see the module), or names and Reference objects; an empty list for the guide alone (enumeration
-            where all latents are discrete).
+        references: `auto` (see the module), or names and Reference objects; `none` for the guide alone (enumeration where all
+            latents are discrete). See `requested`.
 
     Raises:
         UserError: for an unknown name, or a method that cannot be used for this model.
     """
-    if references != "auto" and (references or log_joint.dim):
-        return choose(references, log_joint).references if references else []
+    wanted = requested(references)
+    if wanted != "auto" and (wanted or log_joint.dim):
+        return choose(wanted, log_joint).references if wanted else []
     if log_joint.dim == 0:  # enumeration costs no more than draws of the guide
         found: list[Reference] = [Enumeration()]
     else:

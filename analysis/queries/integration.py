@@ -24,7 +24,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from elbowroom.analysis.queries.best_posterior import Methods, methods_for, read
+from elbowroom.analysis.audit.requested import Methods
+from elbowroom.analysis.queries.best_posterior import methods_for, read
 from elbowroom.errors import UserError
 from elbowroom.inference.references.ais.annealing import lower, tune
 from elbowroom.inference.references.ais.paths import PriorPath

@@ -14,7 +14,9 @@ from torch import Tensor
 from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.program.replay import Which
 from elbowroom.inference.target.plain import PlainLogJoint
+from elbowroom.system.rounding import coarse
 
+FEW = 10  # data, whose spread says little
 DRAWS = 4  # from the guide, and as many from the prior
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
 
@@ -125,3 +127,16 @@ def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor) -> None:
             reason = first_line(error)
         joint.note(f"{mode} over draws does not apply: {reason}")
     joint.mode = "loop"
+
+
+def note_rounding(joint: PlainLogJoint) -> None:
+    """Note observed sites whose values single precision does not keep apart: p(x) is then that of other data."""
+    for name, value in joint.program.observed.items():
+        if value.dtype == torch.float32 and len(value) >= FEW:
+            rows = value.detach().cpu().numpy()
+            found = coarse([rows.reshape(len(rows), -1) if rows.ndim < 3 else rows], "float32")
+            if found is not None:
+                joint.note(
+                    f"site {name!r}: {found}, where numbers of float32 are {found.step:.3g} apart: log p(x) is that of rounded "
+                    f"values; pass float64 tensors, or subtract {found.size:.3g} or so from them beforehand"
+                )

@@ -44,12 +44,6 @@ def _names(given: str) -> list[str]:
     return [name.strip() for name in given.split(",") if name.strip()]
 
 
-def _references(given: str) -> str | list[str]:
-    if given == "auto":
-        return given
-    return [] if given == "none" else _names(given)
-
-
 @dataclass(frozen=True)
 class Own:
     """What the command line has of its own for an option.
@@ -89,7 +83,7 @@ OWN = {
     "latents": PAIR,
     "methods": Own("NAMES", read=_names),
     "others": Own("SOURCE"),
-    "references": Own("NAMES", read=_references),
+    "references": Own("NAMES"),
     "repeats": Own(least=5),
     "samples": Own(least=0),
     "seed": Own(least=0, most=2**31 - 1),

@@ -188,7 +188,7 @@ def _mixture(loc: Tensor, weights: Tensor, logits: Tensor) -> tuple[Callable[[Te
 
 
 def _reference(reference: Any, expect: Expect) -> None:
-    from elbowroom.analysis.audit.plan import UNTIL, heeds_the_clock
+    from elbowroom.analysis.audit.requested import UNTIL, heeds_the_clock
 
     if not heeds_the_clock(reference):
         expect(False, f"`__call__` takes a keyword `until`: {UNTIL}")

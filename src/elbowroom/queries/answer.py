@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from elbowroom.analysis.plots.style import Absent, Plot
 
+DRAWS = (("draw", "obs_id"), ("sample", "obs_id"))  # first dimensions of draws per row
 SUFFIXES = (".nc", ".csv", ".parquet", ".npz")
 
 
@@ -93,6 +94,30 @@ class Answer:
         if name not in self.dataset:
             raise UserError(f"answer[{name!r}]: there is {', '.join(map(str, self.dataset.data_vars))}")
         return self.form.back(self.dataset[name])
+
+    @property
+    def posterior(self) -> Any:
+        """The draws per row, as the installed ArviZ takes them: `az.summary(run.encode(x, samples=400).posterior)`.
+
+        They are one chain: of the latents, by their names, for `encode`; of completed rows, `x`, for imputations and
+        reconstructions, whose dimensions are called `x_column`, ...: ArviZ has a `column` of its own.
+
+        Raises:
+            UserError: the answer holds no draws of rows.
+        """
+        drawn = {str(name): value for name, value in self.dataset.data_vars.items() if value.dims[:2] in DRAWS}
+        if not drawn:
+            raise UserError(
+                "posterior: this answer holds no draws of rows; ask encode, impute or sample(data=...) for samples="
+            )
+        from elbowroom.analysis import idata
+
+        names = {name: "x" if name == "samples" else name.removeprefix("draws").removeprefix("_") or "z" for name in drawn}
+        own = {dim: f"x_{dim}" for value in drawn.values() for dim in value.dims[2:] if value.name == "samples"}
+        named = {names[name]: value.rename({value.dims[0]: "draw"}) for name, value in drawn.items()}
+        sites = xr.Dataset(named).rename(own)
+        sites = sites.expand_dims("chain").assign_coords(chain=[0], draw=np.arange(sites.sizes["draw"]))
+        return idata.native(xr.DataTree.from_dict({"posterior": sites}))
 
     def frame(self) -> pd.DataFrame:
         """Return one line per row and one column per number, such as `mean[0]`, `quantile[0,0.5]`; covariances are left out.

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
+from elbowroom.analysis.audit.requested import Methods
 from elbowroom.analysis.idata import site_dims
 from elbowroom.analysis.measures.table import GOOD_K, TRUSTED
 from elbowroom.analysis.queries.best_posterior import Reading, read
@@ -61,7 +62,7 @@ def ask(
     run: FittedModel,
     data: Any,
     *,
-    references: Literal["auto"] | Sequence[str | Reference],
+    references: Methods,
     samples: int,
     draws: int,
     keep: int,

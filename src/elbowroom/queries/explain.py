@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import xarray as xr
 
+from elbowroom.analysis.audit.requested import Methods
 from elbowroom.analysis.latents.effects import Cells, curved
 from elbowroom.analysis.latents.effects import explain as compute
 from elbowroom.analysis.latents.entries import entry_kinds
 from elbowroom.analysis.latents.information import information
-from elbowroom.analysis.queries.best_posterior import Methods
 from elbowroom.errors import SpecError, nearest
 from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.models.likelihoods.categorical import Ordinal

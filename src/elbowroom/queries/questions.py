@@ -32,7 +32,7 @@ class Questions(FittedModel):
             tensor or a frame.
         references: auto, or names such as grid,importance,hmc, or none: the encoder's own draws, reweighted (fast). `auto` is
             exact where there are closed forms, finitely many states or at most three latents, else importance sampling from
-            the refitted normal. From Python a list of names, or of references; none is the empty one.
+            the refitted normal. From Python also a list of names, or of references.
         draws: draws per row behind ELBO, k-hat and importance weights.
         keep: draws per row behind means, quantiles and intervals.
         level: probability of the intervals.
@@ -49,7 +49,7 @@ class Questions(FittedModel):
         self,
         data: Any = None,
         *,
-        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        references: str | Reference | Sequence[str | Reference] = "auto",
         samples: int = 0,
         draws: int = 1_000,
         keep: int = 400,
@@ -88,7 +88,7 @@ class Questions(FittedModel):
         self,
         data: Any = None,
         *,
-        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        references: str | Reference | Sequence[str | Reference] = "auto",
         band: str | Sequence[float] = "2.5-97.5",
         fdr: float = 0.1,
         calibration: Any = None,
@@ -147,7 +147,7 @@ class Questions(FittedModel):
         of: Sequence[str] | None = None,
         level: float = 0.9,
         samples: int = 0,
-        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        references: str | Reference | Sequence[str | Reference] = "auto",
         draws: int = 1_000,
         keep: int = 1_000,
         seed: int | None = None,
@@ -222,7 +222,7 @@ class Questions(FittedModel):
         data: Any = None,
         level: float = 0.9,
         samples: int = 2,
-        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        references: str | Reference | Sequence[str | Reference] = "auto",
         draws: int = 1_000,
         keep: int = 1_000,
         seed: int | None = None,
@@ -276,7 +276,7 @@ class Questions(FittedModel):
         points: int = 13,
         steps: int = 11,
         draws: int = 400,
-        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        references: str | Reference | Sequence[str | Reference] = "auto",
         seed: int | None = None,
         device: str | None = None,
     ) -> Answer:
@@ -321,7 +321,7 @@ class Questions(FittedModel):
         repeats: int = 20,
         temperatures: int = 30,
         methods: Sequence[str] = ("prior", "encoder", "refit", "ais"),
-        references: Literal["auto"] | Sequence[str | Reference] = "auto",
+        references: str | Reference | Sequence[str | Reference] = "auto",
         seed: int | None = None,
         device: str | None = None,
     ) -> Answer:

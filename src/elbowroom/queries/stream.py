@@ -21,7 +21,8 @@ import torch
 import xarray as xr
 
 from elbowroom.analysis import idata
-from elbowroom.analysis.queries.best_posterior import Methods, methods_for
+from elbowroom.analysis.audit.requested import Methods
+from elbowroom.analysis.queries.best_posterior import methods_for
 from elbowroom.errors import RunFolderError, UnsupportedProgram
 from elbowroom.inference.compiled.policies import expecting
 from elbowroom.inference.fit.plan import resolve_device

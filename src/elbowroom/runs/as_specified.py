@@ -1,10 +1,13 @@
-"""How a fitted model computes what it is asked: as its spec says. Imports no torch, since the command line reads signatures."""
+"""How a fitted model computes what it is asked: as its spec says, and by the references that were named.
+
+Imports no torch, since the command line reads signatures.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from elbowroom.inference.compiled.policies import policy
 
@@ -16,11 +19,18 @@ R = TypeVar("R")
 
 
 def as_specified(method: Callable[P, R]) -> Callable[P, R]:
-    """Compile programs inside a method of a fitted model where its spec's `audit.compile` says so."""
+    """Compile programs inside a method of a fitted model where its spec's `audit.compile` says so.
+
+    Its `references` are read, so that a wrong name is an error also where none are needed.
+    """
 
     @wraps(method)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
         model = cast("FittedModel", args[0])
+        if "references" in kwargs:
+            from elbowroom.analysis.audit.requested import requested
+
+            kwargs["references"] = requested(cast(Any, kwargs["references"]))
         with policy(model.experiment.spec.audit.compile):
             return method(*args, **kwargs)
 

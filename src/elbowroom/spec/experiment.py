@@ -32,7 +32,7 @@ from elbowroom.spec import spec, warm_start
 from elbowroom.spec.assembly import Facts, assemble
 from elbowroom.spec.identity import identity
 from elbowroom.spec.run_folder import SPLIT, read_split
-from elbowroom.spec.support import check_size, check_support
+from elbowroom.spec.support import check_rounding, check_size, check_support
 from elbowroom.system import durations
 from elbowroom.system.memory import fitting, slices
 from elbowroom.system.stages import stage
@@ -295,6 +295,7 @@ class Experiment:
         check_support(vae, self.data, likelihood=self.spec.model.likelihood.name, label=self.label)
         for start, part in rows_of(self.data.x):  # finds numbers that are too large for the precision, before the fit
             self.rows(np.arange(start, start + len(part)))
+        check_rounding(self.data, self.spec.fit.dtype, label=self.label)
         references = self.references()
         if not isinstance(references, str):
             vae.adapt(**self.batch(self.split.train[:100]))

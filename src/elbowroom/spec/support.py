@@ -1,4 +1,4 @@
-"""Checks before a fit: are the data in the likelihood's support, and do the networks fit into memory?"""
+"""Checks before a fit: are the data in the likelihood's support and in the precision, and do the networks fit into memory?"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from elbowroom.data.dataset import Dataset
 from elbowroom.errors import DataError, SpecError
 from elbowroom.models.vae import VAE
 from elbowroom.system.archive import SHARE, amount, memory
+from elbowroom.system.rounding import coarse
 
 
 def check_support(vae: VAE, data: Dataset, *, likelihood: str, label: str) -> None:
@@ -39,6 +40,29 @@ def check_support(vae: VAE, data: Dataset, *, likelihood: str, label: str) -> No
             vae.likelihood.check(torch.from_numpy(np.array(part, dtype=np.float64)))
         except DataError as error:
             raise DataError(f"{label}: {_shift_row(str(error), start)}") from None
+
+
+def check_rounding(data: Dataset, dtype: str, *, label: str) -> None:
+    """Refuse columns of x and covariates whose values the precision of the fit does not keep apart.
+
+    Raises:
+        DataError: names the column, its size and spread, and the cure.
+    """
+    for what, array in (("", data.x), ("covariate ", data.covariates)):
+        if array is None or (array.dtype.kind in "bui" and array.dtype.itemsize == 1):
+            continue
+        found = coarse((part for _, part in rows_of(array)), dtype)
+        if found is None:
+            continue
+        if what:
+            name = repr(data.covariate_names[found.index[0]]) if data.covariate_names else str(found.index[0])
+        else:
+            name = f"column {data.column(found.index[0])}" if len(found.index) == 1 else f"position {found.index}"
+        centre = f"subtract {found.size:.3g} or so from it"
+        cure = f"use fit.dtype = float64, or {centre}" if dtype == "float32" else f"{centre} before it is stored"
+        raise DataError(
+            f"{label}: {data.name}: {what}{name}: {found}, where numbers of {dtype} are {found.step:.3g} apart; {cure}"
+        )
 
 
 def check_size(assemble: Callable[[], VAE]) -> None:

@@ -79,9 +79,9 @@ def killed(run: Run, out: Path, at: int, **options) -> None:
 def same(one: Audit, other: Audit) -> None:
     assert one.table.identical(other.table)
     assert set(one.posteriors) == set(other.posteriors)
-    for name, tree in one.posteriors.items():
+    for name, tree in one.trees.items():
         for group in tree.groups:  # their attributes hold the time at which they were made
-            assert tree[group].to_dataset().equals(other.posteriors[name][group].to_dataset())
+            assert tree[group].to_dataset().equals(other.trees[name][group].to_dataset())
 
 
 def test_it_goes_on_bit_for_bit(blocks: Path, fitted: Path) -> None:

@@ -19,7 +19,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from elbowroom.analysis.queries.best_posterior import Methods, Reading, read
+from elbowroom.analysis.audit.requested import Methods
+from elbowroom.analysis.queries.best_posterior import Reading, read
 from elbowroom.analysis.queries.imputation import Predicted, predict_cells, worth
 from elbowroom.errors import DataError, SpecError, UserError, nearest
 from elbowroom.queries.answer import Form

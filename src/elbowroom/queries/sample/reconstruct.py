@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elbowroom.analysis.audit.requested import Methods
 from elbowroom.analysis.measures.table import GOOD_K, TRUSTED
-from elbowroom.analysis.queries.best_posterior import Methods
 from elbowroom.errors import SpecError
 from elbowroom.models.likelihoods.multinomial import Multinomial
 from elbowroom.queries.answer import Form

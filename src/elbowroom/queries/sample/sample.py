@@ -22,9 +22,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from elbowroom.analysis.audit.requested import Methods
 from elbowroom.analysis.checks.two_sample import LEAST, TwoSample, difference, tell_apart
 from elbowroom.analysis.latents.decoding import draw_prior, event_dims
-from elbowroom.analysis.queries.best_posterior import Methods, read
+from elbowroom.analysis.queries.best_posterior import read
 from elbowroom.errors import DataError, SpecError, UserError, nearest
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.of_vae import log_joint_of

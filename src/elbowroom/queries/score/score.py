@@ -20,6 +20,7 @@ import xarray as xr
 from torch import Tensor
 
 from elbowroom.analysis import idata
+from elbowroom.analysis.audit.requested import Methods
 from elbowroom.analysis.measures import gaps
 from elbowroom.analysis.measures.evidence_kinds import NONE
 from elbowroom.analysis.measures.table import GOOD_K
@@ -74,7 +75,7 @@ def ask(
     run: FittedModel,
     data: Any,
     *,
-    references: Literal["auto"] | Sequence[str | Reference],
+    references: Methods,
     band: str | Sequence[float],
     fdr: float,
     calibration: Any,
