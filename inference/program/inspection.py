@@ -30,6 +30,7 @@ from elbowroom.inference.program.latents import (
     discrete_site,
     frame_dim,
 )
+from elbowroom.inference.program.observed import check_observed
 from elbowroom.inference.program.sites import Program, Site, frame_of, support_of
 
 log = logging.getLogger("elbowroom")
@@ -77,6 +78,7 @@ def inspect(
     notes += [f"site {half!r} is the unobserved half of obs_mask: integrated out" for half in sorted(dropped)]
     notes += _scale_notes(model_trace, guide_trace)
     notes += _subsample_notes(model_trace, name)
+    notes += check_observed(model_trace, name, lambda: poutine.trace(model).get_trace(*args, **kwargs))
 
     first = model_trace.nodes[next(iter(local))]
     n_obs = first["fn"].batch_shape[frame_dim(first, name)]

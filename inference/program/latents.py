@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.program.sites import Site, frame_of, support_of
+from elbowroom.inference.program.sites import Site, frame_of, is_static, support_of
 
 MAX_ASSIGNMENTS = 4096
 
@@ -100,15 +100,9 @@ def continuous_site(node: Mapping[str, Any], plate: str, offset: int) -> Site:
         free_shape=free_shape,
         free_event_dim=free_event_dim,
         columns=slice(offset, offset + math.prod(free_shape)),
-        support=support if _is_static(support) else None,
-        transform=transform if _is_static(support) else None,
+        support=support if is_static(support) else None,
+        transform=transform if is_static(support) else None,
     )
-
-
-def _is_static(constraint: Any) -> bool:
-    """Whether a support holds no tensor, so that it cannot depend on another site."""
-    parts = vars(constraint).values()
-    return not any(isinstance(part, Tensor) or (hasattr(part, "check") and not _is_static(part)) for part in parts)
 
 
 def discrete_site(node: Mapping[str, Any], plate: str) -> Site:

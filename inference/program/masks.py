@@ -27,21 +27,38 @@ def kept(node: Mapping[str, Any]) -> Tensor | None:
         UnsupportedProgram: a mask removes only some copies of a value that the program broadcasts, or only part of the density
             of an entry.
     """
-    fn, value = node["fn"], node["value"]
-    shape = torch.Size([*fn.batch_shape, *fn.event_shape])
-    inside = _inside(fn, node["name"])
-    mask = node["mask"]
+    value = node["value"]
+    found = around(node["fn"], node["mask"], value.device, node["name"])
+    if found is None or bool(found.all()):
+        return None
+    return _fitted(found, value.shape, node["name"]).reshape(value.shape)
+
+
+def around(fn: Any, mask: Any, device: torch.device, name: str) -> Tensor | None:
+    """Return which entries of a distribution's batch and event are kept by a mask around the site and by masks inside.
+
+    Args:
+        fn: the site's distribution.
+        mask: the mask around the site, as in its node; None where there is none.
+        device: where the result is wanted.
+        name: the site's name.
+
+    Returns:
+        (*batch, *event), True where an entry is kept; None if there is no mask.
+
+    Raises:
+        UnsupportedProgram: a mask removes only part of the density of an entry.
+    """
+    inside = _inside(fn, name)
     if mask is None and inside is None:
         return None
-    found = torch.ones(shape, dtype=torch.bool, device=value.device)
+    found = torch.ones(torch.Size([*fn.batch_shape, *fn.event_shape]), dtype=torch.bool, device=device)
     if inside is not None:
         found = found & inside
     if mask is not None:
-        around = torch.as_tensor(mask, device=value.device).bool()
-        found = found & around.reshape([*around.shape, *(1,) * fn.event_dim])
-    if bool(found.all()):
-        return None
-    return _fitted(found, value.shape, node["name"]).reshape(value.shape)
+        outer = torch.as_tensor(mask, device=device).bool()
+        found = found & outer.reshape([*outer.shape, *(1,) * fn.event_dim])
+    return found
 
 
 def _inside(fn: Any, name: str) -> Tensor | None:

@@ -154,6 +154,12 @@ def is_real(support: Any) -> bool:
     return support is constraints.real or support is constraints.real_vector
 
 
+def is_static(constraint: Any) -> bool:
+    """Whether a support holds no tensor, so that it cannot depend on another site."""
+    parts = vars(constraint).values()
+    return not any(isinstance(part, Tensor) or (hasattr(part, "check") and not is_static(part)) for part in parts)
+
+
 def frame_of(msg: Mapping[str, Any], plate: str) -> Any | None:
     """Return the conditional-independence frame of `plate` at a site, or None if the site lies outside it."""
     return next((frame for frame in msg["cond_indep_stack"] if frame.name == plate), None)

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from elbowroom.errors import UnsupportedProgram, first_line
-from elbowroom.inference.program.replay import Which
+from elbowroom.inference.program.observed import check_observed, moving
+from elbowroom.inference.program.replay import Replay, Which
 from elbowroom.inference.target.plain import PlainLogJoint
 
 DRAWS = 4  # from the guide, and as many from the prior
+ASSIGNED = 64  # joint values of discrete sites that a check goes through
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
 
 
@@ -47,6 +50,7 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
         z, values = _set_dtype(joint, dtype, z, values)
     _check_local(joint, z, values)
     _check_outside(joint, z)
+    _check_support(joint, z)
     _set_mode(joint, z, values)
     return z
 
@@ -106,6 +110,18 @@ def _check_outside(joint: PlainLogJoint, z: Tensor) -> None:
             f"model: an observed site outside plate {joint.plate!r} depends on the local latents, so the data are coupled "
             "through it; move it inside the plate"
         )
+
+
+def _check_support(joint: PlainLogJoint, z: Tensor) -> None:
+    """Check the values observed under a support that depends on the latents at several of them; others were checked before."""
+    assignments = joint.program.assignments
+    with joint.snapshot.scope(), torch.no_grad():
+        for i in range(max(len(z), min(len(assignments), ASSIGNED))):
+            with Replay(joint.program, assignments[i % len(assignments)], index=joint._index, z=z[i % len(z)]):
+                trace = poutine.trace(joint.model).get_trace(*joint.args, **joint.kwargs)
+            if not moving(trace):
+                return
+            check_observed(trace, joint.plate)
 
 
 def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.program.masks import kept
+from elbowroom.inference.program.observed import widened
 from elbowroom.inference.program.sites import Site, frame_of
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.draws import free
@@ -42,9 +43,9 @@ def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
             latents or on the values of the data.
     """
     program = log_joint.program
-    model = _unobserved(log_joint)
     with seeded(seed), log_joint.snapshot.scope(), torch.no_grad():
         given = _given(log_joint)
+        model = _unobserved(log_joint, given)
         with _Values() as drawn:
             model(*log_joint.args, **log_joint.kwargs)
         latent = {s.name: drawn.values[s.name][None] for s in (*program.sites, *program.discrete)}
@@ -85,7 +86,7 @@ def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict
         UnsupportedProgram: a latent site has no value, a plate is sub-sampled, or a mask depends on the latents.
     """
     program = log_joint.program
-    model, latents = _unobserved(log_joint), (*program.sites, *program.discrete)
+    latents = (*program.sites, *program.discrete)
     for site in latents:
         if site.name not in sites:
             raise UnsupportedProgram(f"predict: no values of site {site.name!r} are given")
@@ -93,6 +94,7 @@ def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict
     found: dict[str, list[Tensor]] = {}
     with seeded(seed), log_joint.snapshot.scope(), torch.no_grad():
         given = _given(log_joint)
+        model = _unobserved(log_joint, given)
         for s in range(len(next(iter(sites.values())))):
             values = {}
             for site in latents:
@@ -117,12 +119,25 @@ class _Values(Messenger):
         self.values[msg["name"]] = msg["value"]
 
 
-def _unobserved(log_joint: LogJoint) -> Any:
+class _Widened(Messenger):
+    """Draws the observed sites in the shape of their data, over which log_prob broadcasts."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.shapes:
+            msg["fn"] = widened(msg["fn"], self.shapes[msg["name"]], msg["name"])
+
+
+def _unobserved(log_joint: LogJoint, given: Mapping[str, _Given]) -> Any:
     """Return the model with its observed sites drawn, and with its global latents fixed if they are pinned."""
     program = log_joint.program
     if program.index:
         raise UnsupportedProgram("simulate: a plate is sub-sampled; give the sub-sample as the data")
-    model: Any = poutine.uncondition(log_joint.model)
+    shapes = {name: one.node["value"].shape for name, one in given.items()}
+    model: Any = _Widened(shapes)(poutine.uncondition(log_joint.model))
     return poutine.condition(model, data=dict(program.pinned)) if program.pinned else model
 
 
