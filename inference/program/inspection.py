@@ -30,7 +30,9 @@ from elbowroom.inference.program.latents import (
     discrete_site,
     frame_dim,
 )
+from elbowroom.inference.program.masks import entries, masks_inside
 from elbowroom.inference.program.observed import check_observed
+from elbowroom.inference.program.replay import with_gates
 from elbowroom.inference.program.sites import Program, Site, frame_of, support_of
 
 log = logging.getLogger("elbowroom")
@@ -109,9 +111,10 @@ def inspect(
         names = ", ".join(repr(site.name) for site in discrete)
         raise UnsupportedProgram(f"sites {names}: {count} joint values are too many to enumerate (at most {MAX_ASSIGNMENTS})")
     active = active_coordinates([model_trace.nodes[s.name] for s in sites], sites, n_obs, offset)
-    if active is not None:
-        notes.append(f"{int((~active).sum())} of {active.numel()} latent coordinates are masked: removed for their datum")
-    return Program(
+    masked = [
+        _has_mask(node) for trace in (model_trace, guide_trace) for node in map(trace.nodes.get, local) if node is not None
+    ]
+    program = Program(
         plate=name,
         n_obs=n_obs,
         sites=tuple(sites),
@@ -126,6 +129,11 @@ def inspect(
         observed=_observed(model_trace, name, n_obs),
         notes=notes,
     )
+    return with_gates(program, model, guide, args, kwargs) if any(masked) else program
+
+
+def _has_mask(node: Mapping[str, Any]) -> bool:
+    return node["mask"] is not None or masks_inside(node["fn"], node["name"])
 
 
 def _observed(trace: Trace, plate: str, n_obs: int) -> dict[str, Tensor]:
@@ -205,10 +213,12 @@ def _refuse_factors(guide_trace: Trace, model_trace: Trace) -> None:
 
 def _check_masks(node: Mapping[str, Any], guide_node: Mapping[str, Any]) -> None:
     def full(n: Mapping[str, Any]) -> Tensor:
-        mask = True if n["mask"] is None else n["mask"]
-        return torch.as_tensor(mask).expand(n["fn"].batch_shape)
+        found = entries(n["fn"], n["mask"], n["value"].device, n["name"])
+        return torch.ones(n["fn"].batch_shape, dtype=torch.bool) if found is None else found
 
     mine, theirs = full(node), full(guide_node)
+    if bool(mine.all()) and bool(theirs.all()):
+        return
     if mine.shape != theirs.shape or not torch.equal(mine, theirs):
         raise UnsupportedProgram(
             f"site {node['name']!r} is masked differently in model and guide: open the same poutine.mask around it in both"

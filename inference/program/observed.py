@@ -13,18 +13,15 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from elbowroom.errors import DataError, UnsupportedProgram
-from elbowroom.inference.program.masks import around
+from elbowroom.inference.program.masks import INDEPENDENT, WRAPPERS, around, bare
 from elbowroom.inference.program.sites import frame_of, is_static
 
 TRANSFORMED = (torch.distributions.TransformedDistribution, dist.TransformedDistribution)
-INDEPENDENT = (dist.Independent, torch.distributions.Independent)
-WRAPPERS = (*INDEPENDENT, ExpandedDistribution, dist.MaskedDistribution)
 SUM = 1e-6  # of a probability vector, as torch has it, beside the rounding of the sum
 ROUNDING = 64  # in units of the last place, of a value that went back through transforms
 
@@ -101,8 +98,8 @@ def check_observed(trace: Trace, plate: str, again: Callable[[], Trace] | None =
             raise DataError(_refusal(node, bad, found, plate))
         many = f"{int(bad.sum())} of {bad.numel()} values"
         notes.append(
-            f"site {name!r}: {many} are outside the support of {_kind(node['fn'])}, the first is {_where(node, bad, found, plate)}; "
-            "the program says validate_args=False, so they are taken, but its density at them is no probability, and log p(x) "
+            f"site {name!r}: {many} are outside the support of {_kind(node['fn'])}, the first is "
+            f"{_where(node, bad, found, plate)}; the program says validate_args=False, so they are taken, but its density at them is no probability, and log p(x) "
             "and its bounds are those of the formula"
         )
     return notes
@@ -123,13 +120,6 @@ def _is_data(node: Mapping[str, Any]) -> bool:
         and isinstance(node["value"], Tensor)
         and node["value"].numel() > 0
     )
-
-
-def bare(fn: Any) -> Any:
-    """Return a distribution without what `.to_event`, `.expand` and `.mask` put around it."""
-    while isinstance(fn, WRAPPERS):
-        fn = fn.base_dist
-    return fn
 
 
 def vouched(fn: Any) -> bool:

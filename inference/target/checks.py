@@ -51,6 +51,7 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
     _check_local(joint, z, values)
     _check_outside(joint, z)
     _check_support(joint, z)
+    _check_masked(joint, z)
     _set_mode(joint, z, values)
     return z
 
@@ -122,6 +123,38 @@ def _check_support(joint: PlainLogJoint, z: Tensor) -> None:
             if not moving(trace):
                 return
             check_observed(trace, joint.plate)
+
+
+def _check_masked(joint: PlainLogJoint, z: Tensor) -> None:
+    """Move what masks take out of the density: nothing else may depend on it, or there is no density there."""
+    program = joint.program
+    if program.active is None and not program.gated:
+        return
+    assignments = program.assignments
+    chosen = assignments[:: -(-len(assignments) // ASSIGNED)]
+    with joint.snapshot.scope(), torch.no_grad():
+        for assignment in chosen:
+            keep = torch.ones_like(z[0], dtype=torch.bool) if program.active is None else program.active
+            model = joint.run("model", assignment, z=z[0])
+            for site in program.sites:
+                mine = model.columns(site.name) if site.name in program.gated else None
+                if mine is not None:
+                    keep = keep.index_copy(1, torch.arange(joint.dim, device=z.device)[site.columns], mine)
+            if bool(keep.all()):
+                continue
+            values = []
+            for u in (z[0], torch.where(keep, z[0], z[0] + 1.0)):
+                model = joint.run("model", assignment, z=u)
+                guide = joint.run("guide", assignment, values=model.values)
+                values.append((model.log_prior + model.log_likelihood + model.log_det, guide.log_prior))
+            for which, before, after in zip(("model", "guide"), *values, strict=True):
+                same = torch.equal(before.isfinite(), after.isfinite())
+                if not same or not _close(joint, after, before):
+                    names = ", ".join(repr(s.name) for s in program.sites if not bool(keep[:, s.columns].all()))
+                    raise UnsupportedProgram(
+                        f"{which}: its log density depends on {names} where a mask takes that site out of the density, so it "
+                        "is no density there; multiply the site's value by its mask wherever it is used"
+                    )
 
 
 def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor) -> None:

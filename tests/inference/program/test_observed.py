@@ -232,7 +232,9 @@ def test_site_datum_entry_and_value_are_named_in_one_line_with_the_cure() -> Non
         joint(lambda z: dist.Bernoulli(logits=z.expand(-1, 3)).to_event(1), GREY)
     said = str(caught.value)
     assert "site 'x': the observed value 0.25 at datum 1, entry 1 is outside the support of Bernoulli (0 and 1)" in said
-    assert "(x > 0.5)" in said and "ContinuousBernoulli" in said and "\n" not in said
+    assert "(x > 0.5)" in said
+    assert "ContinuousBernoulli" in said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_validate_args_false_makes_it_a_note() -> None:
 
 
 def test_masked_and_missing_entries_are_not_checked() -> None:
-    whole = GREY == GREY.round()
+    whole = GREY.round() == GREY
     spellings: list[Callable[..., Any]] = [
         lambda z, m: dist.Bernoulli(logits=z.expand(-1, 3)).mask(m).to_event(1),
         lambda z, m: dist.Bernoulli(logits=z.expand(-1, 3)).to_event(1).mask(m.all(-1)),
@@ -303,7 +305,8 @@ def test_draws_have_the_shape_of_the_data_over_which_the_density_broadcasts() ->
     fn = dist.Normal(torch.zeros(4, 1), 1.0).to_event(1)
     wide = widened(fn, torch.Size([4, 3]), "x")
     x = wide.sample()
-    assert x.shape == (4, 3) and len(x.unique()) == 12
+    assert x.shape == (4, 3)
+    assert len(x.unique()) == 12
     torch.testing.assert_close(wide.log_prob(x), fn.log_prob(x))
     assert widened(fn, torch.Size([4, 1]), "x") is fn
     assert widened(dist.Normal(torch.zeros(4), 1.0), torch.Size([2, 4]), "x").batch_shape == (2, 4)
