@@ -99,8 +99,8 @@ def check_observed(trace: Trace, plate: str, again: Callable[[], Trace] | None =
         many = f"{int(bad.sum())} of {bad.numel()} values"
         notes.append(
             f"site {name!r}: {many} are outside the support of {_kind(node['fn'])}, the first is "
-            f"{_where(node, bad, found, plate)}; the program says validate_args=False, so they are taken, but its density at them is no probability, and log p(x) "
-            "and its bounds are those of the formula"
+            f"{_where(node, bad, found, plate)}; the program says validate_args=False, so they are taken, but the density at them "
+            "is no probability, and log p(x) is that of the formula"
         )
     return notes
 
@@ -266,8 +266,8 @@ def _refusal(node: Mapping[str, Any], bad: Tensor, found: Outside, plate: str) -
     words = _words(found.support)
     return (
         f"site {node['name']!r}: the observed value {_where(node, bad, found, plate)} is outside the support of "
-        f"{_kind(node['fn'])} ({words}), so it has no probability and log p(x) does not exist; {_cure(node, bad, found)}, or say "
-        "validate_args=False on the distribution, if the formula is meant"
+        f"{_kind(node['fn'])} ({words}), so it has no probability and log p(x) does not exist; {_cure(node, bad, found)}, "
+        "or say validate_args=False on the distribution, if the formula is meant"
     )
 
 
@@ -277,9 +277,9 @@ def _words(support: Any) -> str:
     low = None if isinstance(low, Tensor) and low.dim() else low
     if kind == "IntegerGreaterThan" and low == 0:
         return "whole numbers from 0"
-    if kind in ("IntegerInterval", "Interval", "HalfOpenInterval"):
-        if isinstance(low, int | float) and isinstance(high, int | float):
-            return f"{WORDS[kind].split(' in ')[0]} from {low:g} to {high:g}"
+    numbers = isinstance(low, int | float) and isinstance(high, int | float)
+    if kind in ("IntegerInterval", "Interval", "HalfOpenInterval") and numbers:
+        return f"{WORDS[kind].split(' in ')[0]} from {low:g} to {high:g}"
     if kind in ("GreaterThan", "GreaterThanEq") and low == 0:
         return "numbers above 0" if kind == "GreaterThan" else "numbers from 0"
     return WORDS.get(kind, str(support))
@@ -333,6 +333,6 @@ def widened(fn: Any, shape: torch.Size, name: str) -> Any:
     if isinstance(fn, dist.MaskedDistribution):
         return widened(fn.base_dist, wanted, name).mask(fn._mask)
     raise UnsupportedProgram(
-        f"site {name!r}: the observed value has shape {tuple(shape)}, a draw of {_kind(fn)} {tuple(own)}; give the distribution "
-        "the shape of its value, by parameters of that shape or by .expand"
+        f"site {name!r}: the observed value has shape {tuple(shape)}, a draw of {_kind(fn)} {tuple(own)}; give the "
+        "distribution the shape of its value, by parameters of that shape or by .expand"
     )

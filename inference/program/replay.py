@@ -238,8 +238,8 @@ def with_gates(
                 continue
             if i == 1:
                 raise UnsupportedProgram(
-                    f"site {name!r}: its mask depends on a continuous latent or on random numbers; masks may depend on the data "
-                    "and on discrete latents"
+                    f"site {name!r}: its mask depends on a continuous latent or on random numbers; masks may depend on the "
+                    "data and on discrete latents"
                 )
             gates.setdefault(name, _gate_of(prior, site, program.n_obs))
     for site in program.discrete:
@@ -296,6 +296,6 @@ def _gate_note(name: str, gate: Gate) -> str:
         "each value has the same probability there" if gate.log_values else "a normal density like its prior stands there"
     )
     return (
-        f"site {name!r} is masked where a discrete site says so: {stand_in}, in model and guide, which leaves log p(x) as it is; "
-        "draws and moments include it, and ELBO and gap are those with the discrete sites summed out"
+        f"site {name!r} is masked where a discrete site says so: {stand_in}, in model and guide, which leaves log p(x) as it "
+        "is; draws and moments include it, and ELBO and gap are those with the discrete sites summed out"
     )

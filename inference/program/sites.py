@@ -60,7 +60,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Gate:
-    """The density that a latent gets where a discrete site masks it: the same in model and guide, so that log p(x) is unchanged.
+    """The density that a latent gets where a discrete site masks it, the same in model and guide: log p(x) is unchanged.
 
     Without it the joint would be flat there, and no density. Numbers, not tensors: graphs hold them as constants.
 
