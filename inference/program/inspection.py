@@ -271,7 +271,11 @@ def _pin(
             f"global latent {missing[0]!r} is not drawn by the guide, so nothing says where to hold it: draw it in the guide "
             "(a Delta will do) or condition the model on it"
         )
-    return pinned, [f"global latent {name!r} is held at the guide's median" for name in pinned]
+    return pinned, [
+        f"global latent {name!r} is held at the guide's median: ELBO, log p(x) and gap are those at this value, and the ELBO is "
+        "not SVI's, which averages over the guide's draws of it"
+        for name in pinned
+    ]
 
 
 def _median(fn: TorchDistribution) -> Tensor:

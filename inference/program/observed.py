@@ -99,8 +99,8 @@ def check_observed(trace: Trace, plate: str, again: Callable[[], Trace] | None =
         many = f"{int(bad.sum())} of {bad.numel()} values"
         notes.append(
             f"site {name!r}: {many} are outside the support of {_kind(node['fn'])}, the first is "
-            f"{_where(node, bad, found, plate)}; the program says validate_args=False, so they are taken, but the density at them "
-            "is no probability, and log p(x) is that of the formula"
+            f"{_where(node, bad, found, plate)}; the program says validate_args=False, so they are taken, but the density "
+            "at them is no probability, and log p(x) is that of the formula"
         )
     return notes
 
