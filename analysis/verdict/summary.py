@@ -207,6 +207,7 @@ def _held(table: xr.Dataset) -> str:
         return ""
     which = f"latent {names[0]!r} is" if len(names) == 1 else f"latents {', '.join(map(repr, names))} are"
     return (
-        f" The global {which} held at the guide's median: ELBO, log p(x) and gap are those of each datum at that value. The ELBO "
-        "of SVI is another number: it averages over the guide's draws of the global latents, and counts their own divergence."
+        f" The global {which} held at the guide's median: ELBO, log p(x) and gap are those of each datum at that value. The "
+        "ELBO of SVI is another number: it averages over the guide's draws of the global latents, and counts their "
+        "own divergence."
     )

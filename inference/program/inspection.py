@@ -272,8 +272,8 @@ def _pin(
             "(a Delta will do) or condition the model on it"
         )
     return pinned, [
-        f"global latent {name!r} is held at the guide's median: ELBO, log p(x) and gap are those at this value, and the ELBO is "
-        "not SVI's, which averages over the guide's draws of it"
+        f"global latent {name!r} is held at the guide's median: ELBO, log p(x) and gap are those at this value, and the ELBO "
+        "is not SVI's, which averages over the guide's draws of it"
         for name in pinned
     ]
 

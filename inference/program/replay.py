@@ -219,6 +219,7 @@ def with_gates(
     first: dict[str, Tensor] = {}
     prior: Replay | None = None
     gates: dict[str, Gate] = {}
+    differ: tuple[str, str] | None = None
     for i, assignment in enumerate([program.assignments[0], *program.assignments]):  # the first twice: at other draws
         runs: list[Replay] = []
         for program_of in (model, guide):
@@ -230,10 +231,9 @@ def with_gates(
             mine, theirs = (_columns(run, name, site, program.n_obs) if name in run.values else None for run in runs)
             if mine is None or (theirs is not None and not torch.equal(mine, theirs)):
                 said = ", ".join(f"{key}={value.tolist()}" for key, value in assignment.items())
-                raise UnsupportedProgram(
-                    f"site {name!r} is masked differently in model and guide{f' at {said}' if said else ''}: open the same "
-                    "poutine.mask around it in both, by the same discrete site, drawn in both"
-                )
+                differ = differ or (name, f" at {said}" if said else "")
+            if mine is None:
+                continue
             if torch.equal(mine, first.setdefault(name, mine)):
                 continue
             if i == 1:
@@ -248,6 +248,11 @@ def with_gates(
                 f"discrete site {site.name!r} is masked out of some data: each of its values would count as having probability "
                 "one; observe it, or leave those data out"
             )
+    if differ is not None:
+        raise UnsupportedProgram(
+            f"site {differ[0]!r} is masked differently in model and guide{differ[1]}: open the same poutine.mask around it in "
+            "both, by the same discrete site, drawn in both"
+        )
     active = program.active
     if active is not None and gates:
         active = active.clone()

@@ -15,6 +15,7 @@ from torch import Tensor
 from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.program.observed import check_observed, moving
 from elbowroom.inference.program.replay import Replay, Which
+from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.plain import PlainLogJoint
 
 DRAWS = 4  # from the guide, and as many from the prior
@@ -116,7 +117,7 @@ def _check_outside(joint: PlainLogJoint, z: Tensor) -> None:
 def _check_support(joint: PlainLogJoint, z: Tensor) -> None:
     """Check the values observed under a support that depends on the latents at several of them; others were checked before."""
     assignments = joint.program.assignments
-    with joint.snapshot.scope(), torch.no_grad():
+    with seeded(0), joint.snapshot.scope(), torch.no_grad():
         for i in range(max(len(z), min(len(assignments), ASSIGNED))):
             with Replay(joint.program, assignments[i % len(assignments)], index=joint._index, z=z[i % len(z)]):
                 trace = poutine.trace(joint.model).get_trace(*joint.args, **joint.kwargs)
@@ -132,7 +133,7 @@ def _check_masked(joint: PlainLogJoint, z: Tensor) -> None:
         return
     assignments = program.assignments
     chosen = assignments[:: -(-len(assignments) // ASSIGNED)]
-    with joint.snapshot.scope(), torch.no_grad():
+    with seeded(0), joint.snapshot.scope(), torch.no_grad():
         for assignment in chosen:
             keep = torch.ones_like(z[0], dtype=torch.bool) if program.active is None else program.active
             model = joint.run("model", assignment, z=z[0])
