@@ -31,7 +31,7 @@ from elbowroom.inference.program.latents import (
     frame_dim,
 )
 from elbowroom.inference.program.masks import entries, masks_inside
-from elbowroom.inference.program.observed import check_observed
+from elbowroom.inference.program.observed import check_observed, moving_supports
 from elbowroom.inference.program.replay import with_gates
 from elbowroom.inference.program.sites import Program, Site, frame_of, support_of
 
@@ -127,6 +127,7 @@ def inspect(
         active=active,
         nesting=max(-f.dim for t in (model_trace, guide_trace) for n in t.nodes.values() for f in _frames(n)),
         observed=_observed(model_trace, name, n_obs),
+        moving=moving_supports(model_trace),
         notes=notes,
     )
     return with_gates(program, model, guide, args, kwargs) if any(masked) else program

@@ -64,12 +64,11 @@ class Outside:
     moving: bool
 
 
-def check_observed(trace: Trace, plate: str, again: Callable[[], Trace] | None = None) -> list[str]:
+def check_observed(trace: Trace, plate: str, again: Callable[[], Trace]) -> list[str]:
     """Check the observed values of a run of the model against the supports of their distributions.
 
     A support that may depend on a latent can exclude a value at one latent and not at another. It is judged by `again`, which
-    runs the model at other latents: what is outside in both runs is refused. Without `again` it is judged by the density,
-    which has to be zero outside.
+    runs the model at other latents: what is outside in both runs is refused. For other values see `impossible`.
 
     Returns:
         A note for each site that is outside, and whose distribution says `validate_args=False`.
@@ -85,13 +84,11 @@ def check_observed(trace: Trace, plate: str, again: Callable[[], Trace] | None =
         if found is None or not bool(found.bad.any()):
             continue
         bad = found.bad
-        if found.moving and again is not None:
+        if found.moving:
             other = again().nodes.get(name)
             second = outside(other) if other is not None and _is_data(other) else None
             same = second is not None and second.bad.shape == bad.shape
             bad = bad & second.bad if second is not None and same else torch.zeros_like(bad)
-        elif found.moving:
-            bad = bad & ~_impossible(node, found.width)
         if not bool(bad.any()):
             continue
         if not vouched(node["fn"]):
@@ -105,10 +102,27 @@ def check_observed(trace: Trace, plate: str, again: Callable[[], Trace] | None =
     return notes
 
 
-def moving(trace: Trace) -> bool:
-    """Whether the support of an observed site holds tensors, so that it may depend on a latent."""
-    nodes = [node for node in trace.nodes.values() if _is_data(node)]
-    return any(not is_static(support) for support in (_support(bare(node["fn"])) for node in nodes) if support is not None)
+def moving_supports(trace: Trace) -> frozenset[str]:
+    """Return the observed sites whose support holds tensors, so that it may depend on a latent."""
+    nodes = {name: node["fn"] for name, node in trace.nodes.items() if _is_data(node)}
+    return frozenset(name for name, fn in nodes.items() if not vouched(fn) and _moves(bare(fn)))
+
+
+def _moves(base: Any) -> bool:
+    support = _support(base)
+    if type(base) not in TRANSFORMED or not base.transforms:
+        return support is not None and not is_static(support)
+    own = any(isinstance(part, Tensor) for transform in base.transforms for part in vars(transform).values())
+    return own or _moves(bare(base.base_dist))
+
+
+def impossible(node: Mapping[str, Any]) -> Tensor | None:
+    """Return where an observed site lies outside its support, in the shape of its batch; None if that is not known.
+
+    The density is zero there. Not every formula says so: that of a Pareto distribution is positive below its scale.
+    """
+    found = outside(node)
+    return None if found is None else _reduced(found.bad, node["fn"].event_dim - found.width)
 
 
 def _is_data(node: Mapping[str, Any]) -> bool:
@@ -151,14 +165,7 @@ def outside(node: Mapping[str, Any]) -> Outside | None:
     bad = ~inside & ~_reduced(gone, width)
     if mask is not None:
         bad = bad & ~_reduced(~mask, width)
-    return Outside(bad, width, support, not is_static(support))
-
-
-def _impossible(node: Mapping[str, Any], width: int) -> Tensor:
-    """Return where the density is zero, in the shape of the entries."""
-    fn = node["fn"]
-    zero: Tensor = fn.log_prob(node["value"]) == -torch.inf
-    return zero.reshape(*zero.shape, *(1,) * (fn.event_dim - width))
+    return Outside(bad, width, support, _moves(base))
 
 
 def _reduced(found: Tensor, width: int) -> Tensor:

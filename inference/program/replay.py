@@ -19,6 +19,7 @@ from elbowroom.inference.program.bilinear import Bilinear
 from elbowroom.inference.program.factorised import log_prob as sharing_log_prob
 from elbowroom.inference.program.factorised import shared_log_prob
 from elbowroom.inference.program.masks import coordinates, entries, masks_inside
+from elbowroom.inference.program.observed import impossible
 from elbowroom.inference.program.sites import Gate, Program, Site, frame_of, per_datum, support_of
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -160,6 +161,9 @@ class Replay(Messenger):
                 self.per_draw = self.per_draw + drawn.reshape(len(drawn), -1).sum(1)
             return
         raw: Any = (shared_log_prob if self.shared else sharing_log_prob)(fn, msg["value"])
+        if name in self.program.moving and isinstance(raw, Tensor):
+            gone = impossible(msg)
+            raw = raw if gone is None else torch.where(gone, -torch.inf, raw)
         frame = frame_of(msg, self.program.plate)
         if isinstance(raw, Bilinear) and (msg["mask"] is not None or frame is None):
             raw = raw.dense(len(msg["value"]))

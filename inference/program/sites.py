@@ -92,6 +92,7 @@ class Program:
         active: (N, d), False where a latent is masked out of that datum; None if none is.
         nesting: number of batch dimensions that the program's plates use.
         gated: sites whose mask depends on the discrete sites; see `Gate`.
+        moving: observed sites whose support may depend on latents.
         observed: values of the observed sites inside the data plate, name -> (N, ...).
         notes: sentences about sites that were pinned, dropped or rescaled.
     """
@@ -109,6 +110,7 @@ class Program:
     nesting: int
     observed: Mapping[str, Tensor]
     gated: Mapping[str, Gate] = field(default_factory=dict)
+    moving: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from elbowroom.errors import UnsupportedProgram, first_line
-from elbowroom.inference.program.observed import check_observed, moving
-from elbowroom.inference.program.replay import Replay, Which
+from elbowroom.inference.program.replay import Which
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.plain import PlainLogJoint
 
@@ -51,7 +49,6 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
         z, values = _set_dtype(joint, dtype, z, values)
     _check_local(joint, z, values)
     _check_outside(joint, z)
-    _check_support(joint, z)
     _check_masked(joint, z)
     _set_mode(joint, z, values)
     return z
@@ -112,18 +109,6 @@ def _check_outside(joint: PlainLogJoint, z: Tensor) -> None:
             f"model: an observed site outside plate {joint.plate!r} depends on the local latents, so the data are coupled "
             "through it; move it inside the plate"
         )
-
-
-def _check_support(joint: PlainLogJoint, z: Tensor) -> None:
-    """Check the values observed under a support that depends on the latents at several of them; others were checked before."""
-    assignments = joint.program.assignments
-    with seeded(0), joint.snapshot.scope(), torch.no_grad():
-        for i in range(max(len(z), min(len(assignments), ASSIGNED))):
-            with Replay(joint.program, assignments[i % len(assignments)], index=joint._index, z=z[i % len(z)]):
-                trace = poutine.trace(joint.model).get_trace(*joint.args, **joint.kwargs)
-            if not moving(trace):
-                return
-            check_observed(trace, joint.plate)
 
 
 def _check_masked(joint: PlainLogJoint, z: Tensor) -> None:

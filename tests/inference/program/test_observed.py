@@ -293,6 +293,33 @@ def test_a_support_that_depends_on_latents_is_judged_where_they_are() -> None:
         joint(lambda z: dist.Uniform(-1.0, 1.0 + z.exp()).to_event(1), T([[0.3], [-2.0]]))
 
 
+def test_the_density_is_zero_at_latents_whose_support_excludes_the_value() -> None:
+    """x > e^z: the formulas of Pareto and of a shifted Exponential are positive on both sides of their limit."""
+
+    def shifted(z: Tensor) -> Any:
+        return dist.TransformedDistribution(dist.Exponential(torch.ones_like(z)), [transforms.AffineTransform(z.exp(), 1.0)])
+
+    z = T([[[-1.0], [0.5]], [[0.9], [3.0]]], dtype=torch.float64)
+    x = T([[2.0], [12.0]])
+    prior = dist.Normal(torch.zeros(1, dtype=torch.float64), 1.0).log_prob(z)[..., 0]
+    for make, density in (
+        (lambda z: dist.Pareto(z.exp(), 1.0), z.exp() / x.double() ** 2),
+        (shifted, (z.exp() - x.double()).exp()),
+    ):
+
+        def model(x: Tensor, make: Callable[[Tensor], Any] = make) -> None:
+            with pyro.plate("rows", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1))
+                pyro.sample("x", make(z).to_event(1), obs=x)
+
+        def guide(x: Tensor) -> None:
+            with pyro.plate("rows", len(x)):
+                pyro.sample("z", dist.Normal(torch.full((len(x), 1), -1.0), 0.1).to_event(1))
+
+        expected = torch.where(z.exp() < x.double(), density.log(), -torch.inf)[..., 0]
+        torch.testing.assert_close(LogJoint(model, guide, x)(z), prior + expected)
+
+
 def test_vectors_of_single_precision_may_be_rounded() -> None:
     x = torch.rand(20, 500, generator=torch.Generator().manual_seed(0))
     x = x / x.sum(-1, keepdim=True)
