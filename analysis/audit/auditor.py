@@ -283,6 +283,8 @@ def audit_log_joint(
     labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
     facts = {"seed": str(seed), "plate": log_joint.plate, "latent_dim": str(log_joint.dim), "draws": str(draws)}
     facts["plan"] = "; ".join(f"{name}: {reason}" for name, reason in zip(plan.names, plan.reasons, strict=True))
+    if log_joint.program.pinned:
+        facts["held"] = "\n".join(log_joint.program.pinned)
     notes = list(log_joint.notes)
     if kept < keep:
         notes.append(f"{kept} of {keep} draws per datum and method are kept in the files, to stay within memory")

@@ -40,7 +40,10 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
     rows = [
         ("data audited", str(n)),
         ("evidence by", ", ".join(f"{name} {count}" for name, count in sorted(evidence_kinds.methods(table).items()))),
-        ("mean ELBO [nats]", mean_in_words(table["elbo"].values)),
+        (
+            f"mean ELBO [nats]{', at the median of the global latents' if held(table) else ''}",
+            mean_in_words(table["elbo"].values),
+        ),
         (f"mean log p(x) [nats], {int(has_value(table).sum())} data", mean_in_words(table["log_evidence"].values)),
         ("gap [nats], median (quartiles)", _quartiles(gap)),
         ("gap [nats], largest", largest),
@@ -189,4 +192,22 @@ def _caveat(table: xr.Dataset) -> str:
     uncertified = int((~certified(table)).sum())
     if uncertified and table.sizes["reference"]:
         parts.append(f"no reference could be certified for {uncertified}")
-    return f"{'; '.join(parts)}. All of this is conditional on the trained decoder."
+    return f"{'; '.join(parts)}. All of this is conditional on the trained decoder.{_held(table)}"
+
+
+def held(table: xr.Dataset) -> list[str]:
+    """Return the names of the global latents that are held at the guide's median."""
+    return [name for name in str(table.attrs.get("held", "")).split("\n") if name]
+
+
+def _held(table: xr.Dataset) -> str:
+    """Say what ELBO this is, if global latents are held: not the one of training."""
+    names = held(table)
+    if not names:
+        return ""
+    which = f"latent {names[0]!r} is" if len(names) == 1 else f"latents {', '.join(map(repr, names))} are"
+    return (
+        f" The global {which} held at the guide's median: ELBO, log p(x) and gap are those of each datum at that value. The "
+        "ELBO of SVI is another number: it averages over the guide's draws of the global latents, and counts their "
+        "own divergence."
+    )

@@ -30,6 +30,9 @@ from elbowroom.inference.program.latents import (
     discrete_site,
     frame_dim,
 )
+from elbowroom.inference.program.masks import entries, masks_inside
+from elbowroom.inference.program.observed import check_observed, moving_supports
+from elbowroom.inference.program.replay import with_gates
 from elbowroom.inference.program.sites import Program, Site, frame_of, support_of
 
 log = logging.getLogger("elbowroom")
@@ -77,6 +80,7 @@ def inspect(
     notes += [f"site {half!r} is the unobserved half of obs_mask: integrated out" for half in sorted(dropped)]
     notes += _scale_notes(model_trace, guide_trace)
     notes += _subsample_notes(model_trace, name)
+    notes += check_observed(model_trace, name, lambda: poutine.trace(model).get_trace(*args, **kwargs))
 
     first = model_trace.nodes[next(iter(local))]
     n_obs = first["fn"].batch_shape[frame_dim(first, name)]
@@ -107,9 +111,10 @@ def inspect(
         names = ", ".join(repr(site.name) for site in discrete)
         raise UnsupportedProgram(f"sites {names}: {count} joint values are too many to enumerate (at most {MAX_ASSIGNMENTS})")
     active = active_coordinates([model_trace.nodes[s.name] for s in sites], sites, n_obs, offset)
-    if active is not None:
-        notes.append(f"{int((~active).sum())} of {active.numel()} latent coordinates are masked: removed for their datum")
-    return Program(
+    masked = [
+        _has_mask(node) for trace in (model_trace, guide_trace) for node in map(trace.nodes.get, local) if node is not None
+    ]
+    program = Program(
         plate=name,
         n_obs=n_obs,
         sites=tuple(sites),
@@ -122,8 +127,14 @@ def inspect(
         active=active,
         nesting=max(-f.dim for t in (model_trace, guide_trace) for n in t.nodes.values() for f in _frames(n)),
         observed=_observed(model_trace, name, n_obs),
+        moving=moving_supports(model_trace),
         notes=notes,
     )
+    return with_gates(program, model, guide, args, kwargs) if any(masked) else program
+
+
+def _has_mask(node: Mapping[str, Any]) -> bool:
+    return node["mask"] is not None or masks_inside(node["fn"], node["name"])
 
 
 def _observed(trace: Trace, plate: str, n_obs: int) -> dict[str, Tensor]:
@@ -203,10 +214,12 @@ def _refuse_factors(guide_trace: Trace, model_trace: Trace) -> None:
 
 def _check_masks(node: Mapping[str, Any], guide_node: Mapping[str, Any]) -> None:
     def full(n: Mapping[str, Any]) -> Tensor:
-        mask = True if n["mask"] is None else n["mask"]
-        return torch.as_tensor(mask).expand(n["fn"].batch_shape)
+        found = entries(n["fn"], n["mask"], n["value"].device, n["name"])
+        return torch.ones(n["fn"].batch_shape, dtype=torch.bool) if found is None else found
 
     mine, theirs = full(node), full(guide_node)
+    if bool(mine.all()) and bool(theirs.all()):
+        return
     if mine.shape != theirs.shape or not torch.equal(mine, theirs):
         raise UnsupportedProgram(
             f"site {node['name']!r} is masked differently in model and guide: open the same poutine.mask around it in both"
@@ -259,7 +272,11 @@ def _pin(
             f"global latent {missing[0]!r} is not drawn by the guide, so nothing says where to hold it: draw it in the guide "
             "(a Delta will do) or condition the model on it"
         )
-    return pinned, [f"global latent {name!r} is held at the guide's median" for name in pinned]
+    return pinned, [
+        f"global latent {name!r} is held at the guide's median: ELBO, log p(x) and gap are those at this value, and the ELBO "
+        "is not SVI's, which averages over the guide's draws of it"
+        for name in pinned
+    ]
 
 
 def _median(fn: TorchDistribution) -> Tensor:

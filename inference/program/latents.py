@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.program.sites import Site, frame_of, support_of
+from elbowroom.inference.program.masks import bare, coordinates
+from elbowroom.inference.program.sites import Site, frame_of, is_static, support_of
 
 MAX_ASSIGNMENTS = 4096
 
@@ -35,10 +36,7 @@ def check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], pla
     name = node["name"]
     if frame_of(guide_node, plate) is None:
         raise UnsupportedProgram(f"guide site {name!r} lies outside plate {plate!r}: open the same plate in the guide")
-    base = guide_node["fn"]
-    while isinstance(base, dist.Independent):
-        base = base.base_dist
-    if isinstance(base, dist.Delta):
+    if isinstance(bare(guide_node["fn"]), dist.Delta):
         raise UnsupportedProgram(
             f"guide site {name!r} is a point mass (Delta): it has no density, so there is no ELBO and no gap to measure"
         )
@@ -100,15 +98,9 @@ def continuous_site(node: Mapping[str, Any], plate: str, offset: int) -> Site:
         free_shape=free_shape,
         free_event_dim=free_event_dim,
         columns=slice(offset, offset + math.prod(free_shape)),
-        support=support if _is_static(support) else None,
-        transform=transform if _is_static(support) else None,
+        support=support if is_static(support) else None,
+        transform=transform if is_static(support) else None,
     )
-
-
-def _is_static(constraint: Any) -> bool:
-    """Whether a support holds no tensor, so that it cannot depend on another site."""
-    parts = vars(constraint).values()
-    return not any(isinstance(part, Tensor) or (hasattr(part, "check") and not _is_static(part)) for part in parts)
 
 
 def discrete_site(node: Mapping[str, Any], plate: str) -> Site:
@@ -119,12 +111,6 @@ def discrete_site(node: Mapping[str, Any], plate: str) -> Site:
         raise UnsupportedProgram(
             f"discrete site {name!r} lies inside a plate within plate {plate!r}: its values multiply and would need variable "
             "elimination, which is not done here"
-        )
-    mask = node["mask"]
-    if mask is False or (isinstance(mask, Tensor) and not bool(mask.all())):
-        raise UnsupportedProgram(
-            f"discrete site {name!r} is masked out of some data: each of its values would count as having probability one; "
-            "observe it, or leave those data out"
         )
     return Site(
         name=name,
@@ -142,7 +128,7 @@ def discrete_site(node: Mapping[str, Any], plate: str) -> Site:
 def _values(name: str, fn: TorchDistribution) -> Tensor:
     """List the values of a finite discrete distribution, (K, *event)."""
     base, factors = fn, 1
-    while isinstance(base, dist.Independent):
+    while isinstance(base, dist.Independent | dist.MaskedDistribution):
         base = base.base_dist
     try:
         table = base.enumerate_support(expand=False)
@@ -166,15 +152,13 @@ def active_coordinates(nodes: list[Any], sites: list[Site], n_obs: int, dim: int
     """Return (N, d), False where a mask removes a latent coordinate of a datum; None if no mask does."""
     active: Tensor | None = None
     for node, site in zip(nodes, sites, strict=True):
-        mask = node["mask"]
-        if mask is None or mask is True:
+        event = site.free_shape[len(site.free_shape) - site.free_event_dim :]
+        mask = coordinates(node["fn"], node["mask"], node["value"].device, site.name, event)
+        if mask is None:
             continue
-        mask = torch.as_tensor(mask)
-        batch = mask.expand(node["fn"].batch_shape).movedim(site.plate_dim, 0).reshape(n_obs, -1)
-        repeats = (site.columns.stop - site.columns.start) // batch.shape[1]
         if active is None:
             active = torch.ones(n_obs, dim, dtype=torch.bool, device=mask.device)
-        active[:, site.columns] = batch.repeat_interleave(repeats, dim=1)
+        active[:, site.columns] = site.gather(mask, site.free_event_dim).reshape(n_obs, -1)
     return active if active is not None and not active.all() else None
 
 

@@ -1,4 +1,4 @@
-"""The entries of an observed site that are in the likelihood, after `poutine.mask`, `.mask(...)` and `obs_mask=`.
+"""The entries of a site whose density counts, after `poutine.mask`, `.mask(...)` and `obs_mask=`.
 
 A mask around a site has the shape of its batch and removes whole events. A mask inside `.to_event` has the shape of the base
 distribution's batch and removes entries of an event.
@@ -6,7 +6,7 @@ distribution's batch and removes entries of an event.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -15,6 +15,16 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 
 from elbowroom.errors import UnsupportedProgram
+
+INDEPENDENT = (dist.Independent, torch.distributions.Independent)
+WRAPPERS = (*INDEPENDENT, ExpandedDistribution, dist.MaskedDistribution)
+
+
+def bare(fn: Any) -> Any:
+    """Return a distribution without what `.to_event`, `.expand` and `.mask` put around it."""
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    return fn
 
 
 def kept(node: Mapping[str, Any]) -> Tensor | None:
@@ -27,21 +37,64 @@ def kept(node: Mapping[str, Any]) -> Tensor | None:
         UnsupportedProgram: a mask removes only some copies of a value that the program broadcasts, or only part of the density
             of an entry.
     """
-    fn, value = node["fn"], node["value"]
-    shape = torch.Size([*fn.batch_shape, *fn.event_shape])
-    inside = _inside(fn, node["name"])
-    mask = node["mask"]
+    value = node["value"]
+    found = around(node["fn"], node["mask"], value.device, node["name"])
+    if found is None or bool(found.all()):
+        return None
+    return _fitted(found, value.shape, node["name"]).reshape(value.shape)
+
+
+def around(fn: Any, mask: Any, device: torch.device, name: str) -> Tensor | None:
+    """Return which entries of a distribution's batch and event are kept by a mask around the site and by masks inside.
+
+    Args:
+        fn: the site's distribution.
+        mask: the mask around the site, as in its node; None where there is none.
+        device: where the result is wanted.
+        name: the site's name.
+
+    Returns:
+        (*batch, *event), True where an entry is kept; None if there is no mask.
+
+    Raises:
+        UnsupportedProgram: a mask removes only part of the density of an entry.
+    """
+    inside = _inside(fn, name)
     if mask is None and inside is None:
         return None
-    found = torch.ones(shape, dtype=torch.bool, device=value.device)
+    found = torch.ones(torch.Size([*fn.batch_shape, *fn.event_shape]), dtype=torch.bool, device=device)
     if inside is not None:
         found = found & inside
     if mask is not None:
-        around = torch.as_tensor(mask, device=value.device).bool()
-        found = found & around.reshape([*around.shape, *(1,) * fn.event_dim])
-    if bool(found.all()):
+        outer = torch.as_tensor(mask, device=device).bool()
+        found = found & outer.reshape([*outer.shape, *(1,) * fn.event_dim])
+    return found
+
+
+def entries(fn: Any, mask: Any, device: torch.device, name: str) -> Tensor | None:
+    """Return `around` without the event dimensions of one entry: (*batch, *dimensions that .to_event added)."""
+    found = around(fn, mask, device, name)
+    if found is None:
         return None
-    return _fitted(found, value.shape, node["name"]).reshape(value.shape)
+    width = bare(fn).event_dim
+    return found.flatten(found.dim() - width).all(-1) if width else found
+
+
+def coordinates(fn: Any, mask: Any, device: torch.device, name: str, free: Sequence[int]) -> Tensor | None:
+    """Return which unconstrained coordinates of a latent site masks keep, (*batch, *free); None if there is no mask.
+
+    `free` is the shape of an unconstrained event.
+    """
+    found = entries(fn, mask, device, name)
+    if found is None:
+        return None
+    shape = torch.Size([*fn.batch_shape, *free])
+    return found.reshape([*found.shape, *(1,) * (len(shape) - found.dim())]).expand(shape)
+
+
+def masks_inside(fn: Any, name: str) -> bool:
+    """Whether there is a mask inside a distribution."""
+    return _inside(fn, name) is not None
 
 
 def _inside(fn: Any, name: str) -> Tensor | None:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.transforms import IndependentTransform
 
+from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.program.bilinear import Bilinear
 from elbowroom.inference.program.factorised import log_prob as sharing_log_prob
 from elbowroom.inference.program.factorised import shared_log_prob
-from elbowroom.inference.program.sites import Program, Site, frame_of, per_datum, support_of
+from elbowroom.inference.program.masks import coordinates, entries, masks_inside
+from elbowroom.inference.program.observed import impossible
+from elbowroom.inference.program.sites import Gate, Program, Site, frame_of, per_datum, support_of
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+PRIOR_DRAWS = 4096  # of a masked site, over the data, for the density that stands in for its own
+QUARTILES = 1.349  # distance between the quartiles of a normal distribution, in standard deviations
 
 
 class Replay(Messenger):
@@ -22,7 +34,7 @@ class Replay(Messenger):
         program: the description of the pair.
         assignment: values of the discrete sites; a site without one is drawn.
         z: unconstrained coordinates (N, d), mapped to each site's support when the program reaches it.
-        values: constrained values by site, instead of z.
+        values: constrained values by site; they come before z, which then serves the gates alone.
         index: sub-sampling indices, if not the program's own.
         shared: z is (G, 1, d), the same points for every datum; densities are then sums (`Bilinear`) not multiplied out.
         draws_dim: batch dimension of an outer plate of draws; densities are then summed per draw, not per datum.
@@ -30,6 +42,8 @@ class Replay(Messenger):
     Attributes:
         values: the value of each latent site that the program reached.
         distributions: its distribution in the program.
+        masks: the mask around it, None if there is none.
+        padding: log density of the coordinates that discrete sites mask, (N,), if z is given; 0.0 if there are none.
         per_draw: log density of the latent sites per draw of the outer plate, (S,).
         log_prior: log density of the latent sites, (N,).
         log_likelihood: log density of the observed sites, (N,).
@@ -61,6 +75,8 @@ class Replay(Messenger):
         self.per_draw: Any = 0.0
         self.values: dict[str, Tensor] = {}
         self.distributions: dict[str, Any] = {}
+        self.masks: dict[str, Any] = {}
+        self.padding: Any = 0.0
         nothing = Bilinear() if shared else 0.0
         self.log_prior: Any = nothing
         self.log_likelihood: Any = nothing
@@ -84,7 +100,7 @@ class Replay(Messenger):
             transform = biject_to(support_of(msg["fn"]))
             u = self.sites[name].split(self.z)
             value = transform(u)
-            self.log_det = self.log_det + self._jacobian(self.sites[name], transform, u, value, msg["mask"])
+            self.log_det = self.log_det + self._jacobian(self.sites[name], transform, u, value, msg)
             self._set(msg, value)
 
     @staticmethod
@@ -98,11 +114,17 @@ class Replay(Messenger):
         batch = [1] * len(fn.batch_shape) if self.shared else fn.batch_shape  # size 1: the same for every datum
         return value.expand(*batch, *value.shape[value.dim() - fn.event_dim :])
 
-    def _jacobian(self, site: Site, transform: Any, u: Tensor, value: Tensor, mask: Any) -> Tensor:
+    def _jacobian(self, site: Site, transform: Any, u: Tensor, value: Tensor, msg: Any) -> Tensor:
+        inside = masks_inside(msg["fn"], site.name)
+        while inside and isinstance(transform, IndependentTransform):  # a mask inside may keep some entries of an event
+            transform = transform.base_transform
         det = transform.log_abs_det_jacobian(u, value)
+        if inside:
+            keep: Any = entries(msg["fn"], None, u.device, site.name)
+            det = torch.where(keep.reshape([*keep.shape, *(1,) * (det.dim() - keep.dim())]), det, 0.0)
         batch_ndim = u.dim() - site.free_event_dim
         det = det.flatten(batch_ndim).sum(-1) if det.dim() > batch_ndim else det
-        det = scale_and_mask(det, 1.0, mask)
+        det = scale_and_mask(det, 1.0, msg["mask"])
         return self._reduce(det, site.plate_dim)
 
     def _reduce(self, log_prob: Any, dim: int) -> Any:
@@ -114,7 +136,7 @@ class Replay(Messenger):
         if self.z is not None:
             return int(self.z.shape[0])
         if self.given:
-            name, value = next(iter(self.given.items()))
+            name, value = next((name, value) for name, value in self.given.items() if name in self.sites)
             site = self.sites[name]
             return int(value.shape[value.dim() + site.plate_dim - site.event_dim])
         return self.program.n_obs
@@ -128,6 +150,9 @@ class Replay(Messenger):
         if name in self.sites or name in self.discrete:
             self.values[name] = msg["value"]
             self.distributions[name] = fn
+            self.masks[name] = msg["mask"]
+            if name in self.program.gated and self.z is not None:
+                self.padding = self.padding + self._gate(name, self.z)
         elif not msg["is_observed"]:
             return
         if self.draws_dim is not None:
@@ -136,6 +161,9 @@ class Replay(Messenger):
                 self.per_draw = self.per_draw + drawn.reshape(len(drawn), -1).sum(1)
             return
         raw: Any = (shared_log_prob if self.shared else sharing_log_prob)(fn, msg["value"])
+        if name in self.program.moving and isinstance(raw, Tensor):
+            gone = impossible(msg)
+            raw = raw if gone is None else torch.where(gone, -torch.inf, raw)
         frame = frame_of(msg, self.program.plate)
         if isinstance(raw, Bilinear) and (msg["mask"] is not None or frame is None):
             raw = raw.dense(len(msg["value"]))
@@ -147,5 +175,136 @@ class Replay(Messenger):
         else:
             self.log_likelihood = self.log_likelihood + self._reduce(log_prob, frame.dim)
 
+    def kept(self, name: str) -> Tensor | None:
+        """Return which coordinates, or entries of a discrete site, masks keep: (*batch, *event); None if there is no mask."""
+        fn, mask, device = self.distributions[name], self.masks[name], self.values[name].device
+        if name in self.discrete:
+            return entries(fn, mask, device, name)
+        site = self.sites[name]
+        return coordinates(fn, mask, device, name, site.free_shape[len(site.free_shape) - site.free_event_dim :])
+
+    def columns(self, name: str) -> Tensor | None:
+        """Return `kept` by datum: (N, columns of the site in z), or (N, entries) for a discrete site."""
+        keep = self.kept(name)
+        if keep is None:
+            return None
+        site = self.discrete.get(name) or self.sites[name]
+        width = keep.dim() - len(self.distributions[name].batch_shape)
+        keep = site.gather(keep, width)
+        return keep.reshape(len(keep), -1)
+
+    def _gate(self, name: str, z: Tensor) -> Tensor | float:
+        """Return the log density of what masks remove of a site, (N,)."""
+        keep, gate = self.columns(name), self.program.gated[name]
+        if keep is None:
+            return 0.0
+        if name in self.discrete:
+            return -gate.log_values * (~keep).to(z.dtype).sum(-1)
+        loc, scale = (torch.tensor(numbers, dtype=z.dtype, device=z.device) for numbers in (gate.loc, gate.scale))
+        log_p = -0.5 * ((z[..., self.sites[name].columns] - loc) / scale).square() - scale.log() - HALF_LOG_2PI
+        return torch.where(keep, 0.0, log_p).sum(-1)
+
 
 Which = Literal["model", "guide"]
+
+
+def with_gates(
+    program: Program, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Program:
+    """Find the masks of latents that depend on discrete latents, and give what they remove a density.
+
+    Masks of model and guide are compared at every joint value of the discrete sites.
+
+    Raises:
+        UnsupportedProgram: the masks of model and guide differ, depend on a continuous latent, or remove a discrete latent
+            whatever the other sites are.
+    """
+    sites = {site.name: site for site in (*program.sites, *program.discrete)}
+    first: dict[str, Tensor] = {}
+    prior: Replay | None = None
+    gates: dict[str, Gate] = {}
+    differ: tuple[str, str] | None = None
+    for i, assignment in enumerate([program.assignments[0], *program.assignments]):  # the first twice: at other draws
+        runs: list[Replay] = []
+        for program_of in (model, guide):
+            with Replay(program, assignment) as replay:
+                program_of(*args, **kwargs)
+            runs.append(replay)
+        prior = prior or runs[0]
+        for name, site in sites.items():
+            mine, theirs = (_columns(run, name, site, program.n_obs) if name in run.values else None for run in runs)
+            if mine is None or (theirs is not None and not torch.equal(mine, theirs)):
+                said = ", ".join(f"{key}={value.tolist()}" for key, value in assignment.items())
+                differ = differ or (name, f" at {said}" if said else "")
+            if mine is None:
+                continue
+            if torch.equal(mine, first.setdefault(name, mine)):
+                continue
+            if i == 1:
+                raise UnsupportedProgram(
+                    f"site {name!r}: its mask depends on a continuous latent or on random numbers; masks may depend on the "
+                    "data and on discrete latents"
+                )
+            gates.setdefault(name, _gate_of(prior, site, program.n_obs))
+    for site in program.discrete:
+        if site.name not in gates and not bool(first[site.name].all()):
+            raise UnsupportedProgram(
+                f"discrete site {site.name!r} is masked out of some data: each of its values would count as having probability "
+                "one; observe it, or leave those data out"
+            )
+    if differ is not None:
+        raise UnsupportedProgram(
+            f"site {differ[0]!r} is masked differently in model and guide{differ[1]}: open the same poutine.mask around it in "
+            "both, by the same discrete site, drawn in both"
+        )
+    active = program.active
+    if active is not None and gates:
+        active = active.clone()
+        for site in program.sites:
+            if site.name in gates:
+                active[:, site.columns] = True
+    active = None if active is None or bool(active.all()) else active
+    notes = list(program.notes)
+    if active is not None:
+        notes.append(f"{int((~active).sum())} of {active.numel()} latent coordinates are masked: removed for their datum")
+    notes += [_gate_note(name, gate) for name, gate in gates.items()]
+    return dataclasses.replace(program, active=active, gated=gates, notes=notes)
+
+
+def _columns(run: Replay, name: str, site: Site, n_obs: int) -> Tensor:
+    keep = run.columns(name)
+    if keep is not None:
+        return keep
+    width = site.columns.stop - site.columns.start if site.values is None else math.prod(_entry_shape(run, name))
+    return torch.ones(n_obs, width, dtype=torch.bool, device=run.values[name].device)
+
+
+def _entry_shape(run: Replay, name: str) -> tuple[int, ...]:
+    """Return the shape of one datum's entries of a discrete site: the dimensions that .to_event added."""
+    keep = entries(run.distributions[name], True, run.values[name].device, name)
+    assert keep is not None
+    return tuple(keep.shape[len(run.distributions[name].batch_shape) :])
+
+
+def _gate_of(prior: Replay, site: Site, n_obs: int) -> Gate:
+    """Return a density of about the place and the width of the prior, which makes the joint easy to compute with."""
+    if site.values is not None:
+        return Gate(log_values=math.log(len(site.values)) / math.prod(_entry_shape(prior, site.name)))
+    transform: Any = site.transform
+    drawn = prior.distributions[site.name].sample(torch.Size([max(16, PRIOR_DRAWS // n_obs)]))
+    free = transform.inv(drawn)
+    columns = free.movedim(site.plate_dim - site.free_event_dim, 1).reshape(len(free) * n_obs, -1).double()
+    low, loc, high = columns.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=columns.dtype, device=columns.device), 0)
+    scale = (high - low) / QUARTILES
+    usable = loc.isfinite() & scale.isfinite() & (scale > 0)
+    return Gate(tuple(torch.where(usable, loc, 0.0).tolist()), tuple(torch.where(usable, scale, 1.0).tolist()))
+
+
+def _gate_note(name: str, gate: Gate) -> str:
+    stand_in = (
+        "each value has the same probability there" if gate.log_values else "a normal density like its prior stands there"
+    )
+    return (
+        f"site {name!r} is masked where a discrete site says so: {stand_in}, in model and guide, which leaves log p(x) as it "
+        "is; draws and moments include it, and ELBO and gap are those with the discrete sites summed out"
+    )

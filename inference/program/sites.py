@@ -59,6 +59,23 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """The density that a latent gets where a discrete site masks it, the same in model and guide: log p(x) is unchanged.
+
+    Without it the joint would be flat there, and no density. Numbers, not tensors: graphs hold them as constants.
+
+    Attributes:
+        loc: mean of each unconstrained coordinate, normally distributed; () for a discrete site.
+        scale: standard deviation of each.
+        log_values: log of the number of values of an entry of a discrete site, each equally probable.
+    """
+
+    loc: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    log_values: float = 0.0
+
+
+@dataclass(frozen=True)
 class Program:
     """The description of a (model, guide) pair, from one run.
 
@@ -74,6 +91,8 @@ class Program:
         dropped: the unobserved halves of `obs_mask=` sites, which integrate to one.
         active: (N, d), False where a latent is masked out of that datum; None if none is.
         nesting: number of batch dimensions that the program's plates use.
+        gated: sites whose mask depends on the discrete sites; see `Gate`.
+        moving: observed sites whose support may depend on latents.
         observed: values of the observed sites inside the data plate, name -> (N, ...).
         notes: sentences about sites that were pinned, dropped or rescaled.
     """
@@ -90,6 +109,8 @@ class Program:
     active: Tensor | None
     nesting: int
     observed: Mapping[str, Tensor]
+    gated: Mapping[str, Gate] = field(default_factory=dict)
+    moving: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -109,8 +130,8 @@ def support_of(fn: TorchDistribution) -> Any:
     line. Such identity maps are skipped.
     """
     base, wrapped = fn, 0
-    while isinstance(base, dist.Independent):
-        wrapped += base.reinterpreted_batch_ndims
+    while isinstance(base, dist.Independent | dist.MaskedDistribution):
+        wrapped += base.reinterpreted_batch_ndims if isinstance(base, dist.Independent) else 0
         base = base.base_dist
     support: Any
     if isinstance(base, dist.VonMises):
@@ -152,6 +173,12 @@ def is_real(support: Any) -> bool:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support is constraints.real or support is constraints.real_vector
+
+
+def is_static(constraint: Any) -> bool:
+    """Whether a support holds no tensor, so that it cannot depend on another site."""
+    parts = vars(constraint).values()
+    return not any(isinstance(part, Tensor) or (hasattr(part, "check") and not is_static(part)) for part in parts)
 
 
 def frame_of(msg: Mapping[str, Any], plate: str) -> Any | None:

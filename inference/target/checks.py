@@ -13,11 +13,13 @@ from torch import Tensor
 
 from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.program.replay import Which
+from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.plain import PlainLogJoint
 from elbowroom.system.rounding import coarse
 
 FEW = 10  # data, whose spread says little
 DRAWS = 4  # from the guide, and as many from the prior
+ASSIGNED = 64  # joint values of discrete sites that a check goes through
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
 
 
@@ -49,6 +51,7 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
         z, values = _set_dtype(joint, dtype, z, values)
     _check_local(joint, z, values)
     _check_outside(joint, z)
+    _check_masked(joint, z)
     _set_mode(joint, z, values)
     return z
 
@@ -108,6 +111,38 @@ def _check_outside(joint: PlainLogJoint, z: Tensor) -> None:
             f"model: an observed site outside plate {joint.plate!r} depends on the local latents, so the data are coupled "
             "through it; move it inside the plate"
         )
+
+
+def _check_masked(joint: PlainLogJoint, z: Tensor) -> None:
+    """Move what masks take out of the density: nothing else may depend on it, or there is no density there."""
+    program = joint.program
+    if program.active is None and not program.gated:
+        return
+    assignments = program.assignments
+    chosen = assignments[:: -(-len(assignments) // ASSIGNED)]
+    with seeded(0), joint.snapshot.scope(), torch.no_grad():
+        for assignment in chosen:
+            keep = torch.ones_like(z[0], dtype=torch.bool) if program.active is None else program.active
+            model = joint.run("model", assignment, z=z[0])
+            for site in program.sites:
+                mine = model.columns(site.name) if site.name in program.gated else None
+                if mine is not None:
+                    keep = keep.index_copy(1, torch.arange(joint.dim, device=z.device)[site.columns], mine)
+            if bool(keep.all()):
+                continue
+            values = []
+            for u in (z[0], torch.where(keep, z[0], z[0] + 1.0)):
+                model = joint.run("model", assignment, z=u)
+                guide = joint.run("guide", assignment, values=model.values)
+                values.append((model.log_prior + model.log_likelihood + model.log_det, guide.log_prior))
+            for which, before, after in zip(("model", "guide"), *values, strict=True):
+                same = torch.equal(before.isfinite(), after.isfinite())
+                if not same or not _close(joint, after, before):
+                    names = ", ".join(repr(s.name) for s in program.sites if not bool(keep[:, s.columns].all()))
+                    raise UnsupportedProgram(
+                        f"{which}: its log density depends on {names} where a mask takes that site out of the density, so it "
+                        "is no density there; multiply the site's value by its mask wherever it is used"
+                    )
 
 
 def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor) -> None:

@@ -124,7 +124,7 @@ def _check_local(log_joint: LogJoint, log_p: Tensor, z: Tensor) -> None:
         other = log_joint.run("model", log_joint.program.assignments[0], z=z)
     tight = 1e-9 if log_p.dtype == torch.float64 else 1e-5
     alone = log_p.gather(0, index[None])[0]
-    pairs = [((replay.log_prior + replay.log_likelihood).expand(n), alone)]
+    pairs = [((replay.log_prior + replay.log_likelihood + replay.padding).expand(n), alone)]
     pairs.append((torch.as_tensor(replay.outside), torch.as_tensor(other.outside)))
     for together, expected in pairs:
         finite = expected.isfinite()

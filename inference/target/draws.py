@@ -7,6 +7,8 @@ their density in runs of one draw. If it does not, draws are made one at a time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pyro
 import torch
 from torch import Tensor
@@ -27,9 +29,44 @@ def forward(joint: PlainLogJoint, which: Which, n_draws: int) -> Tensor:
     if joint.batched_draws[which] is None:
         joint.batched_draws[which] = _batches(joint, which)
     if joint.batched_draws[which]:
-        return free(joint, _batched(joint, which, n_draws)[0], which)
-    runs = [joint.run(which, {}).values for _ in range(n_draws)]
-    return free(joint, {name: torch.stack([run[name] for run in runs]) for name in runs[0]}, which)
+        values, replay = _batched(joint, which, n_draws)
+        z = free(joint, values, which)
+        return _through_gates(joint, z, replay) if joint.program.gated else z
+    runs = [joint.run(which, {}) for _ in range(n_draws)]
+    z = free(joint, {name: torch.stack([run.values[name] for run in runs]) for name in runs[0].values}, which)
+    if not joint.program.gated:
+        return z
+    kept = {name: torch.stack([torch.as_tensor(run.columns(name)) for run in runs]) for name in gates(joint)}
+    return padded(joint, z, kept)
+
+
+def gates(joint: PlainLogJoint) -> list[str]:
+    """Return the names of the continuous sites that discrete sites mask."""
+    return [site.name for site in joint.program.sites if site.name in joint.program.gated]
+
+
+def padded(joint: PlainLogJoint, z: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+    """Replace draws of masked coordinates by draws of the density that stands there; `kept` is (S, N, columns) by site."""
+    z = z.clone()
+    for site in joint.program.sites:
+        if site.name in kept:
+            gate, mine = joint.program.gated[site.name], z[..., site.columns]
+            loc, scale = (torch.tensor(numbers, dtype=z.dtype, device=z.device) for numbers in (gate.loc, gate.scale))
+            z[..., site.columns] = torch.where(kept[site.name], mine, loc + scale * torch.randn_like(mine))
+    return z
+
+
+def _through_gates(joint: PlainLogJoint, z: Tensor, replay: Replay) -> Tensor:
+    """Replace masked coordinates of draws that were made in an outer plate."""
+    dim = -joint.program.nesting - 1
+    kept = {}
+    for site in joint.program.sites:
+        if site.name in joint.program.gated:
+            keep = torch.as_tensor(replay.kept(site.name)).movedim(dim - site.free_event_dim, 0)
+            surplus = keep.dim() - site.batch_ndim - site.free_event_dim
+            keep = keep.flatten(0, surplus - 1) if surplus > 1 else keep
+            kept[site.name] = keep.movedim(site.plate_dim - site.free_event_dim, 1).reshape(*z.shape[:2], -1)
+    return padded(joint, z, kept)
 
 
 def _batched(joint: PlainLogJoint, which: Which, n_draws: int) -> tuple[dict[str, Tensor], Replay]:

@@ -227,6 +227,7 @@ def _signature(root: PlainLogJoint) -> Any:
         *tables,
         root.dim,
         root.program.active is None,
+        str(root.program.gated),
         tuple(root.program.pinned),
         root.probe_points.dtype,
         str(root.device),

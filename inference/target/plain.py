@@ -137,23 +137,24 @@ class PlainLogJoint:
 
     def _joint(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
         replay = self.run("model", assignment, z=z)
-        return replay.log_prior + replay.log_likelihood + replay.log_det + self._padding(z)
+        return replay.log_prior + replay.log_likelihood + replay.log_det + self._padding(z, replay)
 
     def _pair(self, z: Tensor, assignment: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return log p(z) and log p(x_n|z) of one assignment, (N,) each."""
         replay = self.run("model", assignment, z=z)
-        prior = replay.log_prior + replay.log_det + self._padding(z)
+        prior = replay.log_prior + replay.log_det + self._padding(z, replay)
         likelihood = torch.as_tensor(replay.log_likelihood, dtype=z.dtype, device=z.device).expand_as(prior)
         return prior, likelihood
 
     def _guide_density(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
-        if self.program.active is None and all(site.transform is not None for site in self.sites):
+        gated = bool(self.program.gated)
+        if self.program.active is None and not gated and all(site.transform is not None for site in self.sites):
             values, log_det = constrained(self.sites, z)
         else:  # a support or a mask depends on other sites: run the model
             model = self.run("model", assignment or self.program.assignments[0], z=z)
             values, log_det = model.values, model.log_det
-        replay = self.run("guide", assignment, values=values)
-        return replay.log_prior + log_det + self._padding(z)
+        replay = self.run("guide", assignment, values=values, z=z if gated else None)
+        return replay.log_prior + log_det + self._padding(z, replay)
 
     def _guide_assignments(self) -> list[dict[str, Tensor]]:
         """Return the discrete values to sum over in q: those of the sites that the guide draws."""
@@ -166,14 +167,14 @@ class PlainLogJoint:
             return self.program.assignments
         return [{}]
 
-    def _padding(self, z: Tensor) -> Tensor | float:
-        """Return the N(0, 1) log density of the coordinates that a mask removed."""
-        active = self.program.active
+    def _padding(self, z: Tensor, replay: Replay) -> Tensor | float:
+        """Return the log density of the coordinates that a mask removed: N(0, 1), and that of the gates."""
+        active, gates = self.program.active, replay.padding
         if active is None:
-            return 0.0
+            return gates if self.program.gated else 0.0
         if len(active) != len(z):
             active = active.repeat(len(z) // len(active), 1)
-        return (torch.where(active, 0.0, 1.0) * (-0.5 * z.square() - HALF_LOG_2PI)).sum(-1)
+        return (torch.where(active, 0.0, 1.0) * (-0.5 * z.square() - HALF_LOG_2PI)).sum(-1) + gates
 
     # -- running the programs ----------------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ HELD = 2**26  # largest number of entries in both sides of the product, for eval
 
 def settle(joint: PlainLogJoint) -> tuple[bool, bool]:
     """Return whether the program broadcasts over points, with a note if not, and whether its density factorises."""
-    if any(site.plate_dim != -1 or site.batch_ndim != 1 for site in joint.sites) or joint.program.active is not None:
+    masked = joint.program.active is not None or bool(joint.program.gated)
+    if masked or any(site.plate_dim != -1 or site.batch_ndim != 1 for site in joint.sites):
         return False, False
     points = 3 if joint.n_obs != 3 else 4  # not N, which would hide a mistaken broadcast
     some = joint.probe_points.flatten(0, 1)

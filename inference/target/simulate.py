@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.program.masks import kept
+from elbowroom.inference.program.masks import coordinates, kept
+from elbowroom.inference.program.observed import widened
 from elbowroom.inference.program.sites import Site, frame_of
 from elbowroom.inference.randomness import seeded
-from elbowroom.inference.target.draws import free
+from elbowroom.inference.target.draws import free, padded
 from elbowroom.inference.target.log_joint import LogJoint
 
 FLOAT = torch.float32  # smallest type for values with NaN
@@ -42,14 +43,15 @@ def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
             latents or on the values of the data.
     """
     program = log_joint.program
-    model = _unobserved(log_joint)
     with seeded(seed), log_joint.snapshot.scope(), torch.no_grad():
         given = _given(log_joint)
-        with _Values() as drawn:
+        model = _unobserved(log_joint, given)
+        with _Values(log_joint) as drawn:
             model(*log_joint.args, **log_joint.kwargs)
         latent = {s.name: drawn.values[s.name][None] for s in (*program.sites, *program.discrete)}
         nothing = torch.zeros(log_joint.n_obs, 0, dtype=log_joint.dtype or log_joint.own_dtype, device=log_joint.device)
-        z = free(log_joint, latent, "model")[0] if program.sites else nothing
+        z = free(log_joint, latent, "model") if program.sites else nothing[None]
+        z = (padded(log_joint, z, drawn.kept) if drawn.kept else z)[0]
     observed, replacement = {}, {}
     for name, one in given.items():
         observed[name] = _by_datum(log_joint, one.node, one.with_holes(drawn.values[name]))
@@ -85,7 +87,7 @@ def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict
         UnsupportedProgram: a latent site has no value, a plate is sub-sampled, or a mask depends on the latents.
     """
     program = log_joint.program
-    model, latents = _unobserved(log_joint), (*program.sites, *program.discrete)
+    latents = (*program.sites, *program.discrete)
     for site in latents:
         if site.name not in sites:
             raise UnsupportedProgram(f"predict: no values of site {site.name!r} are given")
@@ -93,12 +95,13 @@ def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict
     found: dict[str, list[Tensor]] = {}
     with seeded(seed), log_joint.snapshot.scope(), torch.no_grad():
         given = _given(log_joint)
+        model = _unobserved(log_joint, given)
         for s in range(len(next(iter(sites.values())))):
             values = {}
             for site in latents:
                 kind = dtype if site.values is None else site.values.dtype
                 values[site.name] = _in_place(site, sites[site.name][s].to(log_joint.device, kind))
-            with _Values() as drawn:
+            with _Values(log_joint) as drawn:
                 poutine.condition(model, data=values)(*log_joint.args, **log_joint.kwargs)
             for name, one in given.items():
                 value = _by_datum(log_joint, one.node, one.with_holes(drawn.values[name]))
@@ -107,22 +110,45 @@ def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict
 
 
 class _Values(Messenger):
-    """Keeps only the value of every sample site; a trace would keep the whole run in memory."""
+    """Keeps the value of every sample site, and what masks keep of gated ones; a trace would keep the whole run in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, log_joint: LogJoint) -> None:
         super().__init__()
+        self.sites = {site.name: site for site in log_joint.program.sites if site.name in log_joint.program.gated}
         self.values: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        self.values[msg["name"]] = msg["value"]
+        name = msg["name"]
+        self.values[name] = msg["value"]
+        if name in self.sites:
+            site = self.sites[name]
+            event = site.free_shape[len(site.free_shape) - site.free_event_dim :]
+            keep = coordinates(msg["fn"], msg["mask"], msg["value"].device, name, event)
+            if keep is not None:
+                by_datum = site.gather(keep, site.free_event_dim)
+                self.kept[name] = by_datum.reshape(1, len(by_datum), -1)
 
 
-def _unobserved(log_joint: LogJoint) -> Any:
+class _Widened(Messenger):
+    """Draws the observed sites in the shape of their data, over which log_prob broadcasts."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.shapes:
+            msg["fn"] = widened(msg["fn"], self.shapes[msg["name"]], msg["name"])
+
+
+def _unobserved(log_joint: LogJoint, given: Mapping[str, _Given]) -> Any:
     """Return the model with its observed sites drawn, and with its global latents fixed if they are pinned."""
     program = log_joint.program
     if program.index:
         raise UnsupportedProgram("simulate: a plate is sub-sampled; give the sub-sample as the data")
-    model: Any = poutine.uncondition(log_joint.model)
+    shapes = {name: one.node["value"].shape for name, one in given.items()}
+    model: Any = _Widened(shapes)(poutine.uncondition(log_joint.model))
     return poutine.condition(model, data=dict(program.pinned)) if program.pinned else model
 
 

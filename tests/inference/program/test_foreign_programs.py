@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elbowroom.analysis.audit.auditor import audit
+from elbowroom.analysis.verdict.summary import summary
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.target.log_joint import LogJoint
 
@@ -315,6 +316,9 @@ def test_a_global_latent_is_pinned_at_the_guides_median_and_recorded() -> None:
     result = audit(model, guide, X)
     check(result, dist.Normal(math.exp(0.4), math.sqrt(1.25)).log_prob(X))
     assert "'shift' is held at the guide's median" in result.table.attrs["notes"]
+    assert "the ELBO is not SVI's" in result.table.attrs["notes"]
+    assert "The global latent 'shift' is held at the guide's median" in result.verdict
+    assert "mean ELBO [nats], at the median of the global latents" in dict(summary(result.table))
 
 
 @pytest.mark.parametrize("kind", ["recurrent", "branch"])

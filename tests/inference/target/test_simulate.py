@@ -113,3 +113,24 @@ def test_what_is_missing_in_the_data_is_missing_in_simulated_ones() -> None:
     assert torch.equal(other.data().isnan(), x.isnan())
     assert torch.equal(predict(log_joint, {"z": z[None]}, seed=0)["x"][0].isnan(), x.isnan())
     assert bool(other(z[None]).isfinite().all())
+
+
+def test_columns_that_the_density_broadcasts_over_are_drawn_one_by_one() -> None:
+    """One column of means under three of data: the density is that of three independent values, and so are the draws."""
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z[:, None], 2.0).to_event(1), obs=y)
+
+    def guide(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(y.mean(1) / 2, 0.7))
+
+    log_joint = LogJoint(model, guide, torch.zeros(4000, 3))
+    new, z = simulate(log_joint, seed=1)
+    again = predict(log_joint, {"z": z[None, :, 0]}, seed=2)["y"][0]
+    for y in (new.data(), again):
+        assert y.shape == (4000, 3)
+        off = (y - z) / 2
+        assert (off.T.cov() - torch.eye(3)).abs().max() < 4.5 * (2 / 4000) ** 0.5
