@@ -142,6 +142,8 @@ def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor, log_q: Tensor) ->
     for mode in ("vmap", "repeat"):
         if mode == "repeat" and joint.n_obs == 1:
             continue  # with one datum the program may branch on its z, which has no single value when draws are repeated
+        if mode == "repeat" and joint.program.sized:
+            continue
         joint.mode = mode
         try:
             again = joint(z)

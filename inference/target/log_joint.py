@@ -258,7 +258,7 @@ class LogJoint(PlainLogJoint):
         Determined at the first call, by running both on parts of the data; a note says if the guide is the reason.
         """
         if not self.separates:
-            self.separates.append(not self.program.index and separates(self.root, LogJoint.draw))
+            self.separates.append(not self.program.index and not self.program.sized and separates(self.root, LogJoint.draw))
         return self.separates[0]
 
     def blocks(self, size: int) -> list[Tensor]:
