@@ -23,6 +23,7 @@ from elbowroom.errors import RunFolderError
 from elbowroom.system.archive import too_large
 from elbowroom.system.files import atomic
 
+RESERVED = frozenset({"chain", "draw", "obs_id", "assignment", "probability"})  # dimensions and variables of the files
 PROBABILITIES = 2**23  # largest number of data x joint values stored in a file: 64 MB
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def to_datatree(
         assignments: values of the discrete sites in each of their A joint values, name -> (A, ...).
         attrs: attributes of the file.
     """
-    observed = _file_names(observed or {})
-    draws = {name: _compact(value.cpu().numpy()) for name, value in _file_names(posterior.sites).items()}
+    observed = _file_names(observed or {}, 1)
+    draws = {name: _compact(value.cpu().numpy()) for name, value in _file_names(posterior.sites, 3).items()}
     stats = {name: value.cpu().numpy().astype(np.float64) for name, value in posterior.sample_stats.items()}
     dims = {name: ["obs_id", *site_dims(name, value.shape[3:])] for name, value in draws.items()}
     dims |= {name: ["obs_id"] for name in stats}
@@ -71,7 +72,7 @@ def to_datatree(
         tree["moments"] = xr.DataTree(moments)
     probabilities = posterior.stats.get("probabilities")
     if probabilities is not None and probabilities.numel() <= PROBABILITIES:
-        values = _file_names(assignments or {})
+        values = _file_names(assignments or {}, 1)
         exact = xr.Dataset(
             {"probability": (("obs_id", "assignment"), probabilities.cpu().numpy())},
             coords={
@@ -88,12 +89,30 @@ def _compact(draws: np.ndarray) -> np.ndarray:
     return draws.astype(np.int32 if np.issubdtype(draws.dtype, np.integer) else np.float32)
 
 
-def _file_names(sites: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the slash of Pyro's scopes, which a file format reads as a group."""
-    return {name.replace("/", "."): value for name, value in sites.items()}
+def _file_names(sites: Mapping[str, Any], lead: int) -> dict[str, Any]:
+    """Rename sites as `file_names` says; values have `lead` dimensions before a site's own."""
+    names = file_names({name: value.shape[lead:] for name, value in sites.items()})
+    return {names[name]: value for name, value in sites.items()}
 
 
-def site_dims(name: str, shape: tuple[int, ...]) -> list[str]:
+def file_names(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return a name for each site in files, given its shape.
+
+    The slash of Pyro's scopes, which a file format reads as a group, becomes a dot. A site that has the name of a dimension,
+    such as `draw`, gets `_site` at its end: xarray would take its values for coordinates.
+    """
+    taken = RESERVED | {dim for name, shape in shapes.items() for dim in site_dims(name.replace("/", "."), shape)}
+    found: dict[str, str] = {}
+    for name in shapes:
+        new = name.replace("/", ".")
+        new = f"{new}_site" if new in taken else new
+        while new in found.values() or (new != name and new in shapes):
+            new += "_"
+        found[name] = new
+    return found
+
+
+def site_dims(name: str, shape: Sequence[int]) -> list[str]:
     """Return the names of a site's own dimensions: `latent` for the vector z, else `<site>_dim_0`, ..."""
     return ["latent"] if name == "z" and len(shape) == 1 else [f"{name}_dim_{i}" for i in range(len(shape))]
 

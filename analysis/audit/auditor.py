@@ -265,6 +265,7 @@ def audit_log_joint(
         UserError: a requested reference cannot be used for this model, or the budget is not a valid time.
     """
     started, limit = time.monotonic(), durations.seconds(budget)
+    log_joint.separable()  # the notes say if the guide couples the data
     keep = min(keep, draws) // CHAINS * CHAINS
     with stage("plan"):
         plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=block_size(log_joint, draws))

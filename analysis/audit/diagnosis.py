@@ -26,7 +26,7 @@ from elbowroom.analysis.verdict import judgement, rules
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.inference.target.simulate import simulate
+from elbowroom.inference.target.simulate import simulate_for_guide
 from elbowroom.system.stages import stage
 
 log = logging.getLogger("elbowroom")
@@ -81,7 +81,7 @@ def diagnose(
         "prior_sbc": lambda s: calibration.simulated(log_joint, seed=s),
         "posterior_sbc": lambda s: no_reference() if certified is None else calibration.observed(log_joint, certified, seed=s),
         "checks": lambda s: no_reference() if certified is None else criticism.criticise(log_joint, certified, seed=s),
-        "simulated": lambda s: audit(simulate(_some(log_joint), s)[0], s),
+        "simulated": lambda s: audit(simulate_for_guide(_some(log_joint), s)[0], s),
         **{name: partial(audit, other) for name, other in beside.items()},
     }
     for number, (name, part) in enumerate(parts.items(), start=1):

@@ -32,7 +32,7 @@ from elbowroom.analysis.checks.uniformity import holm, uniformity
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.inference.target.simulate import simulate
+from elbowroom.inference.target.simulate import simulate_for_guide
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 MOST = 10  # coordinates tested one by one; the projections cover the others
@@ -72,17 +72,18 @@ def simulated(
         Attributes: `regime`, `simulations`, `draws`, `seed`, and `summary`, a sentence.
 
     Raises:
-        UnsupportedProgram: the model cannot be simulated from, see `simulate`.
+        UnsupportedProgram: the model cannot be simulated from, or the guide does not read what is simulated, see
+            `simulate_for_guide`.
     """
     n = log_joint.n_obs
     rows = torch.arange(data) % n if data > n else _some(n, data, seed)
     if data == n or log_joint.separable():
-        other, z = simulate(log_joint.subset(rows.to(log_joint.device)), seed)
+        other, z = simulate_for_guide(log_joint.subset(rows.to(log_joint.device)), seed)
         found = measure(other, z, draws, seed)
     else:  # the data cannot be subset: simulate all of them repeatedly
         runs = []
         for k in range(math.ceil(data / n)):
-            other, z = simulate(log_joint, seed + REPEAT * k)
+            other, z = simulate_for_guide(log_joint, seed + REPEAT * k)
             runs.append(measure(other, z, draws, seed + REPEAT * k))
         rows = torch.cat([torch.arange(data // n * n) % n, _some(n, data % n, seed)])
         last = (data // n) * n + rows[data // n * n :]

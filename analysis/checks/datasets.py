@@ -10,6 +10,7 @@ from torch import Tensor
 
 from elbowroom.analysis.checks.residuals import Residuals
 from elbowroom.analysis.checks.statistics import EffectKind, Judged
+from elbowroom.analysis.idata import file_names
 from elbowroom.analysis.measures.table import LEVEL
 from elbowroom.analysis.verdict.thresholds import effect_in_words
 
@@ -19,13 +20,14 @@ NATS = ("log_likelihood", "log_prior")  # statistics whose differences are in na
 def dataset(values: Mapping[str, Tensor], rows: Tensor, *, draws: bool, like: Mapping[str, Tensor] | None = None) -> xr.Dataset:
     """Arrange values (S, n, ...) or (n, ...) over chain, draw, obs_id and the site's own dimensions."""
     variables = {}
+    names = file_names({name: t.shape[2 if draws else 1 :] for name, t in values.items()})
     for name, t in values.items():
         if like is not None:
             t = t.reshape(*t.shape[:2], *like[name].shape[1:])
         array = (t[None] if draws else t).cpu().numpy()
         array = array.astype(np.float32) if array.dtype == np.float64 else array
         lead = ("chain", "draw", "obs_id") if draws else ("obs_id",)
-        name = name.replace("/", ".")  # a file format reads a slash as a group
+        name = names[name]
         variables[name] = ((*lead, *(f"{name}_dim_{i}" for i in range(array.ndim - len(lead)))), array)
     coords = {"obs_id": rows.cpu().numpy()}
     if draws:

@@ -15,7 +15,6 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
-from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -30,8 +29,19 @@ from elbowroom.inference.program.latents import (
     discrete_site,
     frame_dim,
 )
-from elbowroom.inference.program.masks import entries, masks_inside
+from elbowroom.inference.program.masks import masks_inside
 from elbowroom.inference.program.observed import check_observed, moving_supports
+from elbowroom.inference.program.refusals import (
+    GivenRows,
+    check_masks,
+    refuse_auxiliary,
+    refuse_factors,
+    refuse_joint_guide,
+    refuse_other_rows,
+    refuse_sequential,
+    refuse_unplated,
+    shapes_explained,
+)
 from elbowroom.inference.program.replay import with_gates
 from elbowroom.inference.program.sites import Program, Site, frame_of, support_of
 
@@ -52,18 +62,23 @@ def inspect(
     Raises:
         UnsupportedProgram: per-datum inference does not apply to the pair; names the site or plate and the reason.
     """
-    _refuse_joint_guide(guide)
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    _refuse_sequential(model_trace, guide_trace)
+    refuse_joint_guide(guide)
+    given = GivenRows()
+    with shapes_explained():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(given(model), trace=guide_trace)).get_trace(*args, **kwargs)
+    refuse_sequential(model_trace, guide_trace)
+    refuse_other_rows(given.rows, model_trace, guide_trace)
 
     latents = {name: site for name, site in _latents(model_trace).items() if not _is_unobserved_half(name, model_trace)}
     dropped = frozenset(_latents(model_trace)) - frozenset(latents)
     guide_latents = {name: site for name, site in _latents(guide_trace).items() if name not in dropped}
-    _refuse_auxiliary(guide_latents, latents)
-    _refuse_factors(guide_trace, model_trace)
+    refuse_auxiliary(guide_latents, latents)
+    refuse_factors(guide_trace, model_trace)
 
     name = _data_plate(latents, model_trace, plate)
+    for trace in (model_trace, guide_trace):
+        refuse_unplated(trace, name)
     local = {k: v for k, v in latents.items() if frame_of(v, name) is not None}
     pinned, notes = _pin({k: v for k, v in latents.items() if k not in local}, guide, guide_trace, args, kwargs)
     if pinned:  # sites after a pinned global must be run at its pinned value
@@ -81,6 +96,11 @@ def inspect(
     notes += _scale_notes(model_trace, guide_trace)
     notes += _subsample_notes(model_trace, name)
     notes += check_observed(model_trace, name, lambda: poutine.trace(model).get_trace(*args, **kwargs))
+    sized = any(name in t.nodes and t.nodes[name]["fn"].subsample_size is not None for t in (model_trace, guide_trace))
+    if sized and name not in index:
+        notes.append(
+            f"plate {name!r} says its subsample_size: the number of rows is left as it is, all data are evaluated together"
+        )
 
     first = model_trace.nodes[next(iter(local))]
     n_obs = first["fn"].batch_shape[frame_dim(first, name)]
@@ -96,7 +116,7 @@ def inspect(
         if guide_node is None:
             raise UnsupportedProgram(f"guide: it has no site {site_name!r}, a latent of the model inside plate {name!r}")
         check_guide_site(node, guide_node, name)
-        _check_masks(node, guide_node)
+        check_masks(node, guide_node)
         site = continuous_site(node, name, offset)
         offset = site.columns.stop
         sites.append(site)
@@ -123,6 +143,7 @@ def inspect(
         guide_sites=frozenset(guide_latents) & frozenset(local),
         pinned=pinned,
         index=index,
+        sized=sized,
         dropped=dropped,
         active=active,
         nesting=max(-f.dim for t in (model_trace, guide_trace) for n in t.nodes.values() for f in _frames(n)),
@@ -168,62 +189,13 @@ def _is_unobserved_half(name: str, trace: Trace) -> bool:
 
 
 def _is_discrete(node: Mapping[str, Any]) -> bool:
-    return bool(node["fn"].has_enumerate_support) or bool(node["fn"].support.is_discrete)
-
-
-def _refuse_joint_guide(guide: Callable[..., Any]) -> None:
-    if isinstance(guide, AutoContinuous):
+    support = support_of(node["fn"])
+    if support is None:
         raise UnsupportedProgram(
-            f"guide: {type(guide).__name__} joins all data into one latent site; write a guide whose sites sit inside the "
-            "data plate, e.g. `with pyro.plate('data', len(x)): pyro.sample('z', dist.Normal(loc, scale).to_event(1))`"
+            f"site {node['name']!r}: {type(node['fn']).__name__} declares no support, so nothing says which values z can take; "
+            "give the class a `support`, such as torch.distributions.constraints.real_vector"
         )
-
-
-def _refuse_sequential(*traces: Trace) -> None:
-    for trace in traces:
-        for name, node in trace.nodes.items():
-            if node["type"] != "sample" or site_is_subsample(node):
-                continue
-            for frame in node["cond_indep_stack"]:
-                if not frame.vectorized:
-                    raise UnsupportedProgram(
-                        f"plate {frame.name!r} is sequential (a Python loop; site {name!r}): open it as a context, "
-                        f"`with pyro.plate({frame.name!r}, ...)`"
-                    )
-
-
-def _refuse_auxiliary(guide_latents: Mapping[str, Any], latents: Mapping[str, Any]) -> None:
-    extra = [name for name in guide_latents if name not in latents]
-    if extra:
-        raise UnsupportedProgram(
-            f"guide site {extra[0]!r} is not a latent of the model (an auxiliary variable): log q(z|x) would need an "
-            "integral over it; draw the model's own sites from distributions with a density"
-        )
-
-
-def _refuse_factors(guide_trace: Trace, model_trace: Trace) -> None:
-    for name, node in guide_trace.nodes.items():
-        observed = node["type"] == "sample" and node["is_observed"] and not node["infer"].get("_deterministic")
-        # a messenger guide runs the model and so has its observed sites; a site observed in the guide alone is a factor
-        if observed and not site_is_subsample(node) and name not in model_trace.nodes:
-            raise UnsupportedProgram(
-                f"guide site {name!r} is observed (a pyro.factor or obs= in the guide): q(z|x) would not be normalised, and "
-                "neither its ELBO nor its gap would mean anything; remove it"
-            )
-
-
-def _check_masks(node: Mapping[str, Any], guide_node: Mapping[str, Any]) -> None:
-    def full(n: Mapping[str, Any]) -> Tensor:
-        found = entries(n["fn"], n["mask"], n["value"].device, n["name"])
-        return torch.ones(n["fn"].batch_shape, dtype=torch.bool) if found is None else found
-
-    mine, theirs = full(node), full(guide_node)
-    if bool(mine.all()) and bool(theirs.all()):
-        return
-    if mine.shape != theirs.shape or not torch.equal(mine, theirs):
-        raise UnsupportedProgram(
-            f"site {node['name']!r} is masked differently in model and guide: open the same poutine.mask around it in both"
-        )
+    return bool(node["fn"].has_enumerate_support) or bool(support.is_discrete)
 
 
 def _data_plate(latents: Mapping[str, Mapping[str, Any]], trace: Trace, asked: str | None) -> str:
@@ -261,36 +233,55 @@ def _pin(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Fix every global latent at the median of the guide's distribution, in program order."""
+    """Fix every global latent at the median of the guide's distribution, a discrete one at its mode, in program order."""
     pinned: dict[str, Tensor] = {}
+    notes = []
     for name in (n for n in guide_trace.nodes if n in latents):
         trace = poutine.trace(poutine.condition(guide, data=pinned)).get_trace(*args, **kwargs) if pinned else guide_trace
-        pinned[name] = _median(trace.nodes[name]["fn"])
+        fn = trace.nodes[name]["fn"]
+        listed = bool(_base(fn).has_enumerate_support)
+        pinned[name] = _mode(fn) if listed else _median(fn, latents[name]["fn"])
+        notes.append(
+            f"global latent {name!r} is held at the guide's {'mode' if listed else 'median'}: ELBO, log p(x) and gap are those "
+            "at this value, and the ELBO is not SVI's, which averages over the guide's draws of it"
+        )
     missing = [name for name in latents if name not in pinned]
     if missing:
         raise UnsupportedProgram(
             f"global latent {missing[0]!r} is not drawn by the guide, so nothing says where to hold it: draw it in the guide "
             "(a Delta will do) or condition the model on it"
         )
-    return pinned, [
-        f"global latent {name!r} is held at the guide's median: ELBO, log p(x) and gap are those at this value, and the ELBO "
-        "is not SVI's, which averages over the guide's draws of it"
-        for name in pinned
-    ]
+    return pinned, notes
 
 
-def _median(fn: TorchDistribution) -> Tensor:
+def _base(fn: TorchDistribution) -> Any:
+    while isinstance(fn, dist.Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def _mode(fn: TorchDistribution) -> Tensor:
+    """Return the most probable value of a discrete distribution with finitely many values."""
+    base = _base(fn)
+    values = base.enumerate_support(expand=True)
+    best = base.log_prob(values).argmax(0, keepdim=True)
+    return torch.take_along_dim(values, best.reshape(*best.shape, *(1,) * base.event_dim), 0)[0].detach()
+
+
+def _median(fn: TorchDistribution, prior: TorchDistribution) -> Tensor:
     """Return the median of each coordinate, taken in unconstrained coordinates so that it stays in the support."""
-    base = fn
-    while isinstance(base, dist.Independent):
-        base = base.base_dist
+    base = _base(fn)
     if isinstance(base, dist.Delta):
         return base.v.detach()
     try:
         return base.icdf(torch.full_like(base.sample(), 0.5)).detach()
     except (NotImplementedError, AttributeError, TypeError):
-        transform = biject_to(support_of(fn))
-        return transform(transform.inv(fn.sample(torch.Size([PIN_DRAWS]))).median(0).values).detach()
+        support = support_of(fn) or support_of(prior)
+        draws = fn.sample(torch.Size([PIN_DRAWS]))
+        if support is None or support.is_discrete:
+            return draws.median(0).values.detach()
+        transform = biject_to(support)
+        return transform(transform.inv(draws).median(0).values).detach()
 
 
 def _scale_notes(*traces: Trace) -> list[str]:

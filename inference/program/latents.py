@@ -40,7 +40,7 @@ def check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], pla
         raise UnsupportedProgram(
             f"guide site {name!r} is a point mass (Delta): it has no density, so there is no ELBO and no gap to measure"
         )
-    prior, posterior = support_of(node["fn"]), support_of(guide_node["fn"])
+    prior, posterior = support_of(node["fn"]), support_of(guide_node["fn"]) or support_of(node["fn"])
     value = guide_node["value"]
     if not bool(prior.check(value).all()):
         raise UnsupportedProgram(

@@ -15,9 +15,9 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import IndependentTransform
 
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.program.bilinear import Bilinear
-from elbowroom.inference.program.factorised import log_prob as sharing_log_prob
-from elbowroom.inference.program.factorised import shared_log_prob
+from elbowroom.inference.program.densities.bilinear import Bilinear
+from elbowroom.inference.program.densities.factorised import log_prob as sharing_log_prob
+from elbowroom.inference.program.densities.factorised import shared_log_prob
 from elbowroom.inference.program.masks import coordinates, entries, masks_inside
 from elbowroom.inference.program.observed import impossible
 from elbowroom.inference.program.sites import Gate, Program, Site, frame_of, per_datum, support_of

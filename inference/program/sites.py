@@ -88,6 +88,7 @@ class Program:
         guide_sites: names of the local sites that the guide draws.
         pinned: values of global latents, fixed at the guide's median.
         index: sub-sampling indices by plate name, replayed in every run.
+        sized: whether the data plate says its `subsample_size`, so that the program may not take other numbers of rows.
         dropped: the unobserved halves of `obs_mask=` sites, which integrate to one.
         active: (N, d), False where a latent is masked out of that datum; None if none is.
         nesting: number of batch dimensions that the program's plates use.
@@ -111,6 +112,7 @@ class Program:
     observed: Mapping[str, Tensor]
     gated: Mapping[str, Gate] = field(default_factory=dict)
     moving: frozenset[str] = frozenset()
+    sized: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -122,12 +124,12 @@ class Program:
 
 
 def support_of(fn: TorchDistribution) -> Any:
-    """Return the support of a distribution as a constraint that `biject_to` accepts.
+    """Return the support of a distribution as a constraint that `biject_to` accepts; None if the distribution declares none.
 
     Three kinds of distribution need special treatment. A mixture gets the support of its components. A von Mises distribution
-    declares the real line, but its angle has period 2 pi; it gets one period. A transformed distribution may declare a support
-    that is too wide: the map of `biject_to(positive)` ends with an affine map 0 + 1 x, so its codomain is declared as the real
-    line. Such identity maps are skipped.
+    declares the real line, but its angle has period 2 pi; it gets one period. A transformed distribution declares the codomain
+    of its last transform, which may be too wide: an affine map after a sigmoid takes the unit interval to an interval. Its
+    support is the image of that of its base.
     """
     base, wrapped = fn, 0
     while isinstance(base, dist.Independent | dist.MaskedDistribution):
@@ -137,28 +139,68 @@ def support_of(fn: TorchDistribution) -> Any:
     if isinstance(base, dist.VonMises):
         support = constraints.interval(-math.pi, math.pi)
     elif type(base) in (torch.distributions.TransformedDistribution, dist.TransformedDistribution) and base.transforms:
-        support = _image(base.transforms[-1])
+        support = support_of(base.base_dist)
+        for transform in base.transforms:
+            support = _image(support, transform)
         missing = len(base.event_shape) - support.event_dim
         support = constraints.independent(support, missing) if missing > 0 else support
     else:
-        support = base.support
+        try:
+            support = base.support
+        except NotImplementedError:
+            return None
         while isinstance(support, MixtureSameFamilyConstraint):
             support = support.base_constraint
     return constraints.independent(support, wrapped) if wrapped else support
 
 
-def _image(transform: Transform) -> Any:
-    """Return the codomain of a transform; identity maps at its end are skipped."""
+def _image(support: Any, transform: Transform) -> Any:
+    """Return the image of a support (None: not known) under a transform; its codomain if nothing narrower is known."""
     if isinstance(transform, IndependentTransform):
-        return constraints.independent(_image(transform.base_transform), transform.reinterpreted_batch_ndims)
-    if not isinstance(transform, ComposeTransform):
-        return transform.codomain
-    parts = [part for part in transform.parts if not _is_identity(part)]
-    if not parts:
-        return transform.codomain
-    found = _image(parts[-1])
-    missing = transform.codomain.event_dim - found.event_dim
-    return constraints.independent(found, missing) if missing > 0 else found
+        inside = _image(support, transform.base_transform)
+        missing = transform.codomain.event_dim - inside.event_dim
+        return constraints.independent(inside, missing) if missing > 0 else inside
+    if isinstance(transform, ComposeTransform) and transform.parts:
+        for part in transform.parts:
+            support = _image(support, part)
+        missing = transform.codomain.event_dim - support.event_dim
+        return constraints.independent(support, missing) if missing > 0 else support
+    if support is not None and _is_identity(transform):
+        return support
+    codomain = transform.codomain
+    lower, upper = _ends(support)
+    if (lower is None and upper is None) or not transform.bijective or transform.domain.event_dim or codomain.event_dim:
+        return codomain
+    falling = torch.as_tensor(transform.sign) < 0
+    if bool(falling.any()) != bool(falling.all()):  # rising for some entries, falling for others
+        return codomain
+    ends = [None if end is None else _at(transform, end) for end in (lower, upper)]
+    first, last = reversed(ends) if bool(falling.any()) else ends
+    least, most = _ends(codomain)
+    first, last = (least if first is None else first), (most if last is None else last)
+    if first is None or last is None:
+        return constraints.real if first is last else (constraints.less_than(last) if first is None else _above(first))
+    return constraints.interval(first, last)
+
+
+def _above(end: Any) -> Any:
+    return constraints.positive if not isinstance(end, Tensor) and end == 0 else constraints.greater_than(end)
+
+
+def _ends(support: Any) -> tuple[Any, Any]:
+    """Return the ends of an interval or a half-line, numbers or tensors; None for an end at infinity, and for other sets."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if support is None or support.is_discrete:
+        return None, None
+    return getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+
+
+def _at(transform: Transform, end: Any) -> Any:
+    """Return the value of a transform at the end of an interval: a number where transform and end hold numbers alone."""
+    value = transform(torch.as_tensor(end, dtype=None if isinstance(end, Tensor) else torch.float64))
+    plain = not isinstance(end, Tensor) and not any(isinstance(part, Tensor) for part in vars(transform).values())
+    return value.item() if plain else value
 
 
 def _is_identity(transform: Transform) -> bool:

@@ -1,7 +1,8 @@
 """Tests of a new `LogJoint`, at values drawn from guide and prior.
 
-The density must be finite and deterministic, the data must not be coupled, the density of values observed outside the plate
-must not depend on a latent, and every faster evaluation must equal one draw at a time.
+The densities of model and guide must be finite and deterministic, the latents of one datum must not change those of another,
+the density of values observed outside the plate must not depend on a latent, and every faster evaluation must equal one draw
+at a time. Data are taken apart only if model and guide give each datum of a part what they give it among all data.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from elbowroom.system.rounding import coarse
 FEW = 10  # data, whose spread says little
 DRAWS = 4  # from the guide, and as many from the prior
 ASSIGNED = 64  # joint values of discrete sites that a check goes through
+OF_GUIDE = 2  # draws of the guide at which its own density is tested
+SOME = 64  # rows of a random part of the data
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
 
 
@@ -52,7 +55,7 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
     _check_local(joint, z, values)
     _check_outside(joint, z)
     _check_masked(joint, z)
-    _set_mode(joint, z, values)
+    _set_mode(joint, z, values, _check_guide(joint, z[:OF_GUIDE]))
     return z
 
 
@@ -145,16 +148,44 @@ def _check_masked(joint: PlainLogJoint, z: Tensor) -> None:
                     )
 
 
-def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor) -> None:
+def _check_guide(joint: PlainLogJoint, z: Tensor) -> Tensor:
+    """Check that the guide's density at its own draws exists, is deterministic, and does not couple latents; return it."""
+    try:
+        log_q = joint.log_guide(z)
+    except FAILURES as error:
+        raise UnsupportedProgram(
+            f"guide: its log density cannot be evaluated at values given to it ({first_line(error)}); a flow must have an "
+            "inverse, as spline, affine coupling and autoregressive flows have, and planar, radial and Sylvester flows have not"
+        ) from error
+    if not _close(joint, joint.log_guide(z), log_q):
+        raise UnsupportedProgram(
+            "guide: its log density changes between two evaluations at the same z; something draws random numbers outside a "
+            "sample site (dropout left on?)"
+        )
+    if joint.n_obs > 1 and joint.dim > 0:
+        rows = torch.arange(joint.n_obs, device=z.device) % 2 == 0
+        mixed = joint.log_guide(torch.where(rows[:, None], z[0], z[1])[None])[0]
+        if not _close(joint, mixed, torch.where(rows, log_q[0], log_q[1])):
+            raise UnsupportedProgram(
+                "guide: moving the latents of some data changes log q of others; q(z|x) is not a product over the data, so no "
+                "datum has an ELBO or a gap of its own"
+            )
+    return log_q
+
+
+def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor, log_q: Tensor) -> None:
     """Choose the fastest evaluation that gives correct values."""
     for mode in ("vmap", "repeat"):
         if mode == "repeat" and joint.n_obs == 1:
             continue  # with one datum the program may branch on its z, which has no single value when draws are repeated
+        if mode == "repeat" and joint.program.sized:
+            continue
         joint.mode = mode
         try:
             again = joint(z)
             same = _close(joint, again, values) and bool((again.isfinite() == values.isfinite()).all())
-            right = same and joint.log_guide(z).shape == values.shape
+            guide = joint.log_guide(z)
+            right = same and guide.shape == values.shape and _close(joint, guide[:OF_GUIDE], log_q)
             if right and (joint.dim == 0 or joint.grad(z[:DRAWS])[1].isfinite().all()):
                 return
             reason = "its values differ from one draw at a time"
@@ -175,3 +206,75 @@ def note_rounding(joint: PlainLogJoint) -> None:
                     f"site {name!r}: {found}, where numbers of float32 are {found.step:.3g} apart: log p(x) is that of rounded "
                     f"values; pass float64 tensors, or subtract {found.size:.3g} or so from them beforehand"
                 )
+
+
+# -- parts of the data -----------------------------------------------------------------------------------------------------
+
+
+def separates(joint: PlainLogJoint, draw: Callable[..., Tensor]) -> bool:
+    """Whether the data can be taken apart: model and guide give each datum of a part what they give it among all data.
+
+    The parts are most of the data in reverse, the last datum alone, and some data at random, several of them twice. A note
+    says if the guide is the reason why not.
+    """
+    last, generator = joint.n_obs - 1, torch.Generator().manual_seed(0)
+    some = torch.randint(joint.n_obs, (min(joint.n_obs, SOME),), generator=generator)
+    parts = [torch.arange(max(1, last)).flip(0), torch.tensor([last]), torch.cat([some, some[:2]])]
+    parts = [rows.to(joint.device) for rows in parts]
+    with torch.no_grad(), seeded(0):
+        try:
+            if not _model_separates(joint, parts):
+                return False
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        try:
+            if _guide_separates(joint, parts, draw):
+                return True
+            joint.note(
+                "guide: q(z|x) of a datum depends on the data beside it or on its place among them (statistics of the batch, "
+                "attention over rows, parameters by position); it is evaluated on all these data together, and every number of "
+                "it holds for them as a whole"
+            )
+        except FAILURES as error:
+            joint.note(f"guide: it does not run on a part of the data ({first_line(error)}); all data are evaluated together")
+    return False
+
+
+def _model_separates(joint: PlainLogJoint, parts: list[Tensor]) -> bool:
+    whole = joint._map(joint.density, joint.probe_points)
+    for rows in parts:
+        part = joint._subset(rows)
+        mine, full = part._map(part.density, part.probe_points), whole[:, rows]
+        finite = full.isfinite()
+        if not _near(mine[finite], full[finite]):
+            return False
+    return True
+
+
+def _guide_separates(joint: PlainLogJoint, parts: list[Tensor], draw: Callable[..., Tensor]) -> bool:
+    """Compare log q at the same z, and at draws of the parts."""
+    z = joint.probe_points[:OF_GUIDE]
+    whole = _log_guides(joint, z)
+    for rows in parts:
+        part = joint._subset(rows)
+        if not _near(_log_guides(part, z[:, rows]), whole[..., rows]):
+            return False
+        if joint.dim and len(rows.unique()) == len(rows):
+            own, full = draw(part, "guide", 1, 0), z[:1].clone()
+            full[:, rows] = own
+            if not _near(_log_guides(part, own), _log_guides(joint, full)[..., rows]):
+                return False
+    return True
+
+
+def _log_guides(joint: PlainLogJoint, z: Tensor) -> Tensor:
+    """Return log q(z, c | x) for some values c of the discrete sites that the guide draws, one draw at a time: (S, C, N)."""
+    values = joint._guide_assignments()
+    some = values[:: max(1, len(values) // 3)]
+    with joint.snapshot.scope():
+        return torch.stack([torch.stack([joint._guide_density(u, c) for c in some]) for u in z])
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    close = 1e-6 if b.dtype == torch.float64 else 1e-4
+    return a.shape == b.shape and torch.allclose(a, b, rtol=close, atol=close, equal_nan=True)

@@ -24,12 +24,12 @@ from torch.utils import _pytree as pytree
 
 from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.mcmc.leapfrog import leap
-from elbowroom.inference.program.bilinear import Kept
+from elbowroom.inference.program.densities.bilinear import Kept
 from elbowroom.inference.program.replay import Which
 from elbowroom.inference.program.sites import saturated
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target import shared_points
-from elbowroom.inference.target.checks import probe
+from elbowroom.inference.target.checks import probe, separates
 from elbowroom.inference.target.draws import forward
 from elbowroom.inference.target.graphs import Graphs
 from elbowroom.inference.target.plain import ROWS, PlainLogJoint
@@ -251,6 +251,15 @@ class LogJoint(PlainLogJoint):
         if len(rows) < self.n_obs and self.separable():
             return self.subset(rows), rows, every[: len(rows)]
         return self, every, rows
+
+    def separable(self) -> bool:
+        """Whether the data can be taken apart: whether model and guide give each datum of a part what they give it among all.
+
+        Determined at the first call, by running both on parts of the data; a note says if the guide is the reason.
+        """
+        if not self.separates:
+            self.separates.append(not self.program.index and not self.program.sized and separates(self.root, LogJoint.draw))
+        return self.separates[0]
 
     def blocks(self, size: int) -> list[Tensor]:
         """Return all data, in order, in blocks of at most `size` rows; one block if the arguments cannot be separated."""

@@ -102,7 +102,7 @@ class PlainLogJoint:
 
         def evaluate(u: Tensor) -> tuple[Tensor, ...]:
             value = self._map(self.density, u)
-            return value.detach(), *torch.autograd.grad(value.sum(), u)
+            return value.detach(), gradient_in(u, value)
 
         value, gradient = self._backward(z, evaluate)
         return value, gradient
@@ -274,29 +274,8 @@ class PlainLogJoint:
         return part
 
     def separable(self) -> bool:
-        """Whether the arguments can be separated by datum.
-
-        Determined at the first call: the result for most data in another order is compared with the full evaluation.
-        """
-        if not self.separates:
-            self.separates.append(not self.program.index and self._separable())
-        return self.separates[0]
-
-    def _separable(self) -> bool:
-        """Compare most of the data, in reverse, and the last one alone with the full evaluation."""
-        whole = self._map(self.density, self.probe_points)
-        close = 1e-6 if whole.dtype == torch.float64 else 1e-4
-        last = self.n_obs - 1
-        try:
-            for rows in (torch.arange(max(1, last), device=self.device).flip(0), torch.tensor([last], device=self.device)):
-                part = self._subset(rows)
-                mine, full = part._map(part.density, part.probe_points), whole[:, rows]
-                finite = full.isfinite()
-                if not torch.allclose(mine[finite], full[finite], rtol=close, atol=close):
-                    return False
-        except (RuntimeError, ValueError, IndexError):
-            return False
-        return True
+        """Whether the arguments can be separated by datum; False until `LogJoint` has compared parts with the whole."""
+        return bool(self.separates) and self.separates[0]
 
     def leaves(self) -> list[Any]:
         """Return the leaves of the arguments."""
@@ -381,8 +360,11 @@ class PlainLogJoint:
 
 
 def with_gradients(prior: Tensor, likelihood: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return log p(z) and log p(x|z) at z, and the gradient of each in z; zeros where one does not depend on it."""
-    (of_prior,) = torch.autograd.grad(prior.sum(), z, retain_graph=True)
-    (of_likelihood,) = torch.autograd.grad(likelihood.sum(), z, allow_unused=True)
-    nothing = torch.zeros_like(of_prior)
-    return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood
+    """Return log p(z) and log p(x|z) at z, and the gradient of each in z."""
+    return prior.detach(), likelihood.detach(), gradient_in(z, prior, retain=True), gradient_in(z, likelihood)
+
+
+def gradient_in(z: Tensor, value: Tensor, *, retain: bool = False) -> Tensor:
+    """Return the gradient of a density's sum in z; zeros where it does not depend on z, or only by steps."""
+    found = torch.autograd.grad(value.sum(), z, retain_graph=retain, allow_unused=True)[0] if value.requires_grad else None
+    return torch.zeros_like(z) if found is None else found

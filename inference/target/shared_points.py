@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.errors import first_line
-from elbowroom.inference.program.bilinear import Bilinear, Kept
+from elbowroom.inference.program.densities.bilinear import Bilinear, Kept
 from elbowroom.inference.target.plain import PlainLogJoint
 from elbowroom.system.memory import fitting, slices
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.program.masks import coordinates, kept
 from elbowroom.inference.program.observed import widened
 from elbowroom.inference.program.sites import Site, frame_of
@@ -69,6 +70,43 @@ def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
         with seeded(seed), other.snapshot.scope(), torch.no_grad():
             _same_masks(given, _given(other), "values of the data")
     return other, z
+
+
+def simulate_for_guide(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
+    """Simulate data, see `simulate`, for which the guide's q(z|x) is asked.
+
+    Raises:
+        UnsupportedProgram: as `simulate`; or the guide does not read x where `simulate` renews it: it has a row of parameters
+            for each datum, or reads x from another argument.
+    """
+    other, z = simulate(log_joint, seed)
+    with policy("never"), torch.no_grad(), seeded(seed):
+        if _same_guide(log_joint, other) and (not log_joint.separable() or _reads_a_copy(log_joint, other)):
+            raise UnsupportedProgram(
+                "the guide does not read the data that are simulated: log q(z|x) stays what it was for other x (a row of "
+                "parameters for each datum, or x once more in another argument), so nothing says what q(z|x) is for them"
+            )
+    return other, z
+
+
+def _same_guide(one: LogJoint, other: LogJoint) -> bool:
+    """Whether log q is the same with other arguments, at some z of every datum."""
+    points = one.probe_points[:1]
+    return torch.allclose(one.log_guide(points), other.log_guide(points), equal_nan=True)
+
+
+def _reads_a_copy(log_joint: LogJoint, simulated: LogJoint) -> bool:
+    """Whether the guide reads an argument that the model does not read and that is not simulated; tried by moving its rows."""
+    leaves, points = log_joint.leaves(), log_joint.probe_points[:1]
+    for place, (leaf, new, dim) in enumerate(zip(leaves, simulated.leaves(), log_joint.data_dims, strict=True)):
+        if dim is None or new is not leaf:
+            continue
+        moved = log_joint.copy()
+        moved.args, moved.kwargs = log_joint.with_leaves([*leaves[:place], leaf.roll(1, dim), *leaves[place + 1 :]])
+        unread = torch.allclose(log_joint(points), moved(points), equal_nan=True)
+        if unread and not _same_guide(log_joint, moved):
+            return True
+    return False
 
 
 def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

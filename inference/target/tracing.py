@@ -16,7 +16,7 @@ from elbowroom.inference.compiled.graph import Function, Graph, Untraceable
 from elbowroom.inference.compiled.vmap_rules import VmapRules
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.randomness import undisturbed
-from elbowroom.inference.target.plain import PlainLogJoint, with_gradients
+from elbowroom.inference.target.plain import PlainLogJoint, gradient_in, with_gradients
 from elbowroom.system.memory import fitting, slices
 
 Kind = Literal["joint", "terms", "guide", "grad", "parts", "leap"]
@@ -110,7 +110,7 @@ class OneDatum:
         def grad(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
             z = z.detach().requires_grad_()
             (value,) = joint(z, *leaves)
-            return value.detach(), *torch.autograd.grad(value.sum(), z)
+            return value.detach(), gradient_in(z, value)
 
         def parts(z: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
             z = z.detach().requires_grad_()

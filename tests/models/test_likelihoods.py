@@ -34,8 +34,8 @@ from support.cases.likelihoods import (
 from torch import Tensor
 
 from elbowroom.errors import DataError
-from elbowroom.inference.program.bilinear import Bilinear
-from elbowroom.inference.program.factorised import shared_log_prob
+from elbowroom.inference.program.densities.bilinear import Bilinear
+from elbowroom.inference.program.densities.factorised import shared_log_prob
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.columns import Column
 from elbowroom.models.guides.base import AmortizedGuide

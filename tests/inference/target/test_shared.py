@@ -12,8 +12,8 @@ import torch
 from support.cases.likelihoods import CASES, fitted, outputs, width
 from torch import Tensor
 
-from elbowroom.inference.program.bilinear import Bilinear, Factor, Kept
-from elbowroom.inference.program.factorised import shared_log_prob
+from elbowroom.inference.program.densities.bilinear import Bilinear, Factor, Kept
+from elbowroom.inference.program.densities.factorised import shared_log_prob
 from elbowroom.inference.target import shared_points
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.guides.base import AmortizedGuide

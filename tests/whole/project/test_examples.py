@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from elbowroom.analysis.audit.auditor import Audit, audit
 from elbowroom.analysis.measures.evidence_kinds import ERRORS
-from elbowroom.inference.program.factorised import log_prob
+from elbowroom.inference.program.densities.factorised import log_prob
 
 ROOT = Path(__file__).parents[3]
 F64 = torch.float64

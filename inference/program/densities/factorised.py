@@ -24,7 +24,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from elbowroom.inference.program.bilinear import Bilinear, Factor
+from elbowroom.inference.program.densities.bilinear import Bilinear, Factor
 from elbowroom.models.likelihoods.binary import Grey
 from elbowroom.models.likelihoods.categorical import Codes
 from elbowroom.models.likelihoods.continuous import OpenBeta

@@ -1,0 +1,253 @@
+"""Parts of the data: model and guide give each datum of a part what they give it among all data, or nothing is taken apart."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from elbowroom.analysis.audit.auditor import audit
+from elbowroom.analysis.checks import calibration
+from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.target.log_joint import LogJoint
+
+F64 = torch.float64
+N, D = 12, 3
+
+
+def model(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(D, dtype=x.dtype), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+class Encoder(nn.Module):
+    """A guide with the mean `kind` of q(z|x)."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.layer, self.cell = nn.Linear(D, D), nn.GRU(1, D, batch_first=True)
+        self.norm, self.batch_norm = nn.LayerNorm(D), nn.BatchNorm1d(D)
+        self.attention = nn.MultiheadAttention(D, 1, batch_first=True)
+
+    def loc(self, x: Tensor) -> Tensor:
+        return {
+            # a row alone
+            "layers": lambda: torch.tanh(self.layer(x)),
+            "recurrent": lambda: self.cell(x[..., None])[1][0],
+            "layer norm": lambda: self.norm(x),
+            "batch norm, trained": lambda: self.batch_norm(x),
+            "attention within a row": lambda: self.attention(*[x[:, None]] * 3)[0][:, 0],
+            "constant": lambda: torch.zeros_like(x),
+            # rows together
+            "mean": lambda: (x - x.mean(0)) / 2,
+            "standard deviation": lambda: x / x.std(0),
+            "largest": lambda: x / x.abs().max(),
+            "attention over rows": lambda: self.attention(*[x[None]] * 3)[0][0],
+            "batch norm, of the batch": lambda: nn.functional.batch_norm(x, None, None, training=True),
+            "rank": lambda: x.argsort(0).argsort(0).to(x.dtype) / len(x),
+            "cumulative sum": lambda: x.cumsum(0) / 4,
+            "first row": lambda: x - x[0],
+            "row before": lambda: (x + x.roll(1, 0)) / 4,
+            "recurrent over rows": lambda: self.cell(x[None, :, :1])[0][0],
+            "number of rows": lambda: x / len(x),
+            "position": lambda: x / 2 + torch.arange(len(x), dtype=x.dtype)[:, None] / 10,
+        }[self.kind]()
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(self.loc(x), 0.7).to_event(1))
+
+
+ALONE = ("layers", "recurrent", "layer norm", "batch norm, trained", "attention within a row", "constant")
+TOGETHER = (
+    "mean",
+    "standard deviation",
+    "largest",
+    "attention over rows",
+    "batch norm, of the batch",
+    "rank",
+    "cumulative sum",
+    "first row",
+    "row before",
+    "recurrent over rows",
+    "number of rows",
+    "position",
+)
+
+
+def data(n: int = N) -> Tensor:
+    return torch.randn(n, D, dtype=F64, generator=torch.Generator().manual_seed(1)).cumsum(0) / 2
+
+
+@pytest.mark.parametrize("kind", ALONE + TOGETHER)
+def test_a_part_equals_the_whole_or_is_refused(kind: str) -> None:
+    guide, x = Encoder(kind).double(), data()
+    joint = LogJoint(model, guide, x)
+    z = joint.probe_points
+    by_hand = dist.Normal(guide.eval().loc(x), 0.7).log_prob(z).sum(-1).detach()
+    torch.testing.assert_close(joint.log_guide(z), by_hand)  # of all data together, always
+    assert joint.separable() == (kind in ALONE)
+    assert any("depends on the data beside it" in note for note in joint.notes) == (kind in TOGETHER)
+    for rows in (torch.tensor([7, 3]), torch.tensor([5]), torch.tensor([0, 0, 11, 4])):
+        part, used, at = joint.some(rows)
+        torch.testing.assert_close(part.log_guide(z[:, used])[:, at], by_hand[:, rows])
+        own = part.draw("guide", 4000, 0)[:, at].mean(0)
+        assert (own - guide.loc(x)[rows]).abs().max() < 5 * 0.7 / 4000**0.5
+        if kind in TOGETHER:
+            with pytest.raises(UnsupportedProgram, match="taken apart"):
+                joint.subset(rows)
+    assert len(joint.blocks(5)) == (3 if kind in ALONE else 1)
+
+
+def test_the_gaps_of_a_guide_that_reads_its_batch_are_those_of_the_batch() -> None:
+    """In order of time: blocks of rows have other means. Given all rows, q is the exact posterior."""
+    x = torch.linspace(-4, 4, 900, dtype=F64)
+
+    def pair(prior: bool):
+        def program(x):
+            loc, scale = (torch.zeros_like(x), 1.0) if prior else ((x - x.mean()) / 2, math.sqrt(0.5))
+            with pyro.plate("rows", len(x)):
+                z = pyro.sample("z", dist.Normal(loc, scale))
+                if prior:
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        return program
+
+    found = audit(pair(True), pair(False), x, diagnose=False)
+    assert abs(found.table["gap_total"]).max() < 1e-9
+    assert "depends on the data beside it" in found.table.attrs["notes"]
+
+
+def test_an_argument_whose_first_dimension_of_n_is_not_the_datas() -> None:
+    """(channels, data), as many channels as data: a part would take channels."""
+    features = torch.randn(N, N, dtype=F64)
+
+    def with_features(x, features):
+        model(x)
+
+    def guide(x, features):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + features.mean(0)[: len(x), None], 0.7).to_event(1))
+
+    joint = LogJoint(with_features, guide, data(), features)
+    assert not joint.separable()
+    assert any("depends on the data beside it" in note for note in joint.notes)
+
+
+def test_an_argument_of_the_guide_alone_that_has_no_rows() -> None:
+    """A PackedSequence, as in Pyro's deep Markov model: the guide fails on a part, and the model does not."""
+    x = torch.randn(8, 4, 3)
+    packed = pack_padded_sequence(x, [4] * 8, batch_first=True)
+    rnn, start = nn.GRU(3, 4, batch_first=True), nn.Parameter(torch.zeros(1, 1, 4))
+
+    def of_sequences(x, packed):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., None, :3].expand(*z.shape[:-1], 4, 3), 1.0).to_event(2), obs=x)
+
+    def guide(x, packed):
+        hidden = rnn(packed, start.expand(1, len(x), 4).contiguous())[1][0]
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(hidden, 0.5).to_event(1))
+
+    joint = LogJoint(of_sequences, guide, x, packed)
+    part, _, at = joint.some(torch.tensor([7, 0]))
+    assert part is joint
+    assert part.draw("guide", 3, 0)[:, at].shape == (3, 2, 4)
+    assert any("does not run on a part of the data" in note for note in joint.notes)
+
+
+@pytest.mark.usefixtures("diagnosed")
+def test_one_row_of_parameters_for_each_datum() -> None:
+    """Nothing says what q is for simulated data: their calibration and gaps are left out, and said to be."""
+    x = data(8)
+    pyro.clear_param_store()
+
+    def guide(x):
+        loc = pyro.param("loc", lambda: torch.zeros(8, D, dtype=F64))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.7).to_event(1))
+
+    found = audit(model, guide, x, references=["grid"])
+    missing = found.diagnosis.attrs["missing"]
+    for part in ("prior_sbc", "simulated"):
+        assert f"{part}: the guide does not read the data that are simulated" in missing
+    assert "does not run on a part of the data" in found.table.attrs["notes"]
+    exact = -0.5 * (D * math.log(4 * math.pi) + x.square().sum(-1) / 2)
+    np.testing.assert_allclose(found.table["log_evidence"].values, exact.numpy(), atol=1e-6)
+
+
+def test_x_once_more_in_another_argument_is_not_simulated() -> None:
+    def with_copy(x, copy):
+        model(x)
+
+    def guide(x, copy):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(copy / 2, 0.7).to_event(1))
+
+    joint = LogJoint(with_copy, guide, data(), data())
+    assert joint.separable()
+    with pytest.raises(UnsupportedProgram, match="does not read the data that are simulated"):
+        calibration.simulated(joint, data=12, draws=15)
+    collapsed = LogJoint(model, Encoder("constant").double(), data())  # does not read x either, and needs not
+    calibration.simulated(collapsed, data=12, draws=15)
+
+
+def test_a_guide_that_reads_its_batch_is_calibrated_on_whole_batches() -> None:
+    """The means of 12 simulated data are those of the guide; q is the exact posterior of centred data, here nearly."""
+    found = calibration.simulated(LogJoint(model, Encoder("mean").double(), data()), data=30, draws=15)
+    assert found.attrs["simulations"] == 30
+
+
+@pytest.mark.parametrize("where", ["noise", "latents"])
+def test_a_density_of_the_guide_that_is_none_is_refused(where: str) -> None:
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            loc = nn.functional.dropout(x) if where == "noise" else x / 2
+            a = pyro.sample("a", dist.Normal(loc, 0.7).to_event(1))
+            pyro.sample("b", dist.Normal(a.mean(-2, keepdim=True) if where == "latents" else a, 0.7).to_event(1))
+
+    def two(x):
+        with pyro.plate("rows", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
+            b = pyro.sample("b", dist.Normal(a, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(b, 1.0).to_event(1), obs=x)
+
+    said = {
+        "noise": "guide: its log density changes between two evaluations",
+        "latents": "guide: moving the latents of some data",
+    }
+    with pytest.raises(UnsupportedProgram, match=said[where]):
+        LogJoint(two, guide, data())
+
+
+def test_a_guide_for_repeated_rows_is_compared_with_one_draw_at_a_time() -> None:
+    """A recurrent decoder needs its rows repeated, draw by draw; a guide that counts rows would then be another guide."""
+    cell = nn.GRU(1, D, batch_first=True).double()
+
+    def recurrent(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(D, dtype=F64), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(cell(z[..., None])[1][0], 1.0).to_event(1), obs=x)
+
+    guide = Encoder("standard deviation").double()
+    joint, x = LogJoint(recurrent, guide, data()), data()
+    z = torch.randn(5, N, D, dtype=F64)
+    torch.testing.assert_close(joint.log_guide(z), dist.Normal(x / x.std(0), 0.7).log_prob(z).sum(-1))
+
+
+def test_the_comparison_of_parts_changes_no_stream_of_random_numbers() -> None:
+    joint = LogJoint(model, Encoder("layers").double(), data())
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    joint.separable()
+    assert torch.equal(torch.random.get_rng_state(), before)
