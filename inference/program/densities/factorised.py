@@ -22,6 +22,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.distributions.utils import clamp_probs
 from torch.nn.functional import logsigmoid, softplus
 
 from elbowroom.inference.program.densities.bilinear import Bilinear, Factor
@@ -168,9 +169,13 @@ def log_prob(fn: TorchDistribution, value: Tensor) -> Tensor:
         logits = base.logits.clamp_min(torch.finfo(base.logits.dtype).min)  # 0 x log 0 is 0
         terms = (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1) + (value * logits).sum(-1)
         return terms.flatten(terms.dim() - (fn.event_dim - 1)).sum(-1) if fn.event_dim > 1 else terms
-    if type(base) is not dist.Bernoulli or "logits" not in base.__dict__:
+    if type(base) is not dist.Bernoulli:
         return fn.log_prob(value)
-    terms = value * base.logits - softplus(base.logits, threshold=EXACT)
+    if "logits" in base.__dict__:
+        terms = value * base.logits - softplus(base.logits, threshold=EXACT)
+    else:  # torch's own makes logits of the probabilities, and then a cross entropy of these
+        p = clamp_probs(base.probs)
+        terms = value * p.log() + (1 - value) * (-p).log1p()
     return terms.flatten(terms.dim() - fn.event_dim).sum(-1) if fn.event_dim else terms
 
 
