@@ -28,7 +28,7 @@ from elbowroom.errors import UserError
 OLD = int(az.__version__.split(".")[0]) < 1
 NATIVE = az.InferenceData if OLD else xr.DataTree
 PAGE = (Path(__file__).parents[2] / "docs" / "arviz.md").read_text(encoding="utf-8")
-SUMMARIES = ("summary", "ess", "rhat", "mcse", "hdi", "extract")
+SUMMARIES = ("summary", "ess", "rhat", "mcse", "hdi", "extract", *(() if OLD else ("eti", "mode")))
 BOTH = ("plot_forest", "plot_trace", "plot_rank", "plot_autocorr", "plot_ess", "plot_mcse", "plot_pair")
 PLOTS = (
     (*BOTH, "plot_posterior", "plot_density", "plot_violin") if OLD else (*BOTH, "plot_dist", "plot_ridge", "plot_rank_dist")

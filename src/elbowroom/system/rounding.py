@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ STEPS = 1_000  # of the format, that the standard deviation of a column must hav
 HALF = 32  # steps that half of the different values must extend over, where others are far from them
 LEVELS = 16  # different values below which these are levels
 NOISE = 1e-12  # relative difference of values that are taken for the same: rounding of what made the file
-SAMPLE, WIDE = 20_000, 2_000  # rows and columns of which different values are compared
+PIECE = 2**17  # entries at once
+SAMPLE, WIDE = 2**20, 2_000  # entries and columns of which different values are compared
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,17 @@ def coarse(parts: Iterable[Any], dtype: str) -> Coarse | None:
     count = shift = total = squares = low = high = np.zeros(())
     kept: list[np.ndarray] = []
     with np.errstate(over="ignore", invalid="ignore"):
-        for part in parts:
-            x = np.asarray(part, dtype=np.float64)
-            seen = ~np.isnan(x)
+        for x in _pieces(parts):
+            here = (~np.isnan(x)).sum(0)
+            whole = bool((here == len(x)).all())
             if not kept:
-                shift = np.where(seen, x, 0).sum(0) / np.maximum(seen.sum(0), 1)
+                shift = np.where(here > 0, np.nansum(x, 0) / np.maximum(here, 1), 0)
                 low, high = np.full(x.shape[1:], np.inf), np.full(x.shape[1:], -np.inf)
-            off = np.where(seen, x - shift, 0)
-            count, total, squares = count + seen.sum(0), total + off.sum(0), squares + (off * off).sum(0)
-            low = np.minimum(low, np.where(seen, x, np.inf).min(0, initial=np.inf))
-            high = np.maximum(high, np.where(seen, x, -np.inf).max(0, initial=-np.inf))
-            if sum(map(len, kept)) < SAMPLE:
-                kept.append(x[:: max(1, len(x) // SAMPLE)])
+            off = x - shift if whole else np.nan_to_num(x - shift)
+            count, total, squares = count + here, total + off.sum(0), squares + np.einsum("n...,n...->...", off, off)
+            low, high = np.fmin(low, np.fmin.reduce(x, 0)), np.fmax(high, np.fmax.reduce(x, 0))
+            if sum(part.size for part in kept) < SAMPLE:
+                kept.append(x)
         if not kept or not np.ndim(count):
             return None
         n = np.maximum(count, 1)
@@ -74,9 +75,17 @@ def coarse(parts: Iterable[Any], dtype: str) -> Coarse | None:
         return Coarse(index, float(size[index]), float(wide[index]), float(step[index]))
     if dtype != "float32" or sd.ndim != 1 or len(sd) > WIDE:
         return None
-    return next(
-        (found for i in np.flatnonzero(known) if (found := _half(np.concatenate([x[:, i] for x in kept]), int(i)))), None
-    )
+    some = np.concatenate(kept)
+    halves = (_half(some[:, column], int(column)) for column in np.flatnonzero(known))
+    return next(filter(None, halves), None)
+
+
+def _pieces(parts: Iterable[Any]) -> Iterator[np.ndarray]:
+    """Yield rows in double precision, so few at once that they stay in the processor's cache."""
+    for part in parts:
+        rows = max(1, PIECE // max(1, math.prod(part.shape[1:])))
+        for start in range(0, len(part), rows):
+            yield np.asarray(part[start : start + rows], dtype=np.float64)
 
 
 def _step(size: Any, dtype: str) -> Any:
