@@ -257,6 +257,7 @@ def with_gates(
             f"site {differ[0]!r} is masked differently in model and guide{differ[1]}: open the same poutine.mask around it in "
             "both, by the same discrete site, drawn in both"
         )
+    gates = {name: gates[name] for name in sites if name in gates}
     active = program.active
     if active is not None and gates:
         active = active.clone()

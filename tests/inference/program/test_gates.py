@@ -166,6 +166,17 @@ def test_a_category_in_an_inner_plate_of_latents(gated: Gated) -> None:
     torch.testing.assert_close(evidence(model, guide, X), exact, atol=0.03, rtol=0.0)
 
 
+def test_some_of_the_data_have_the_values_that_all_have() -> None:
+    model, guide = pair(by_dist, 0.3, (2.0, 0.5), X, 0.7)
+    log_joint = LogJoint(model, guide, X)
+    z = log_joint.sample_prior(3, 0)
+    rows = torch.tensor([4, 1])
+    part, _, at = log_joint.some(rows)
+    torch.testing.assert_close(part(z[:, rows] if part is not log_joint else z)[:, at], log_joint(z)[:, rows])
+    again = log_joint.converted(torch.float32)
+    torch.testing.assert_close(again(z.float()).double(), log_joint(z), atol=1e-4, rtol=1e-4)
+
+
 # -- masks by the data -------------------------------------------------------------------------------------------------------
 
 
