@@ -244,6 +244,7 @@ def check_program(vae: VAE, batch: Mapping[str, Tensor], part: nn.Module, expect
     single = log_joint_of(copy.deepcopy(vae).float(), {name: value.float() for name, value in batch.items()}, dtype=None)
     close = torch.allclose(single(z.float()).double(), values, rtol=1e-3, atol=2e-2)
     expect(close, "single precision agrees with double")
+    expect(joint.separable(), "a row has the same densities alone as among others")
     other = copy.deepcopy(vae)
     with torch.no_grad():
         for parameter in other.parameters():

@@ -6,6 +6,7 @@ depends on, until all chunks are joined. The result of a chunk depends on its po
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ import xarray as xr
 from elbowroom.analysis import idata
 from elbowroom.analysis.audit.requested import Methods
 from elbowroom.analysis.queries.best_posterior import methods_for
-from elbowroom.errors import RunFolderError, UnsupportedProgram
+from elbowroom.errors import DataError, RunFolderError, UnsupportedProgram
 from elbowroom.inference.compiled.policies import expecting
 from elbowroom.inference.fit.plan import resolve_device
 from elbowroom.inference.target.of_vae import log_joint_of
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from elbowroom.runs.rows import QueryRows
 
 SIZE = 500  # rows in a chunk
+FEW = 4  # rows at which is tried whether rows are coupled
 DATUM = re.compile(r"\bdatum (\d+)\b")
 SEED_STEP = 104_711  # between the seeds of chunks: with shared noise, standard errors of means would be too small
 Report = Callable[[int, int], None]
@@ -100,6 +102,7 @@ def stream(
     Raises:
         RunFolderError: another process computes the same answer.
         UnsupportedProgram: the model cannot be evaluated at a row; names the row.
+        DataError: q(z|x) of a row depends on the rows beside it, and there are several chunks.
     """
     attributes = provenance(run, rows.dataset)
     identity = {**attributes, **options, "seed": seed, "size": size, "device": device.type, "torch": metadata.version("torch")}
@@ -113,6 +116,10 @@ def stream(
                 shutil.rmtree(folder)
             stack.enter_context(locked(folder))
         stack.enter_context(expecting(total))
+        if total > size:
+            _refuse_coupled(
+                vae, {name: value.to(device) for name, value in rows.experiment.batch(rows.index[:FEW]).items()}, size
+            )
         say(0, total)
         for number, place in enumerate(memory.slices(total, size)):
             some = rows.index[place]
@@ -129,6 +136,15 @@ def stream(
             say(place.stop, total)
     joined = _joined(found)
     return joined.assign_attrs({**attributes, "question": question, "options": json.dumps(dict(options), default=str)})
+
+
+def _refuse_coupled(vae: VAE, few: Batch, size: int) -> None:
+    """Refuse an encoder whose q(z|x) of a row depends on the rows beside it; tried at a few rows."""
+    with contextlib.suppress(UnsupportedProgram):  # of one of these rows: said where its chunk is computed
+        joint = log_joint_of(vae, few)
+        if not joint.separable():
+            why = joint.notes[-1].partition(";")[0] if joint.notes else "the model does not run on a part of the rows"
+            raise DataError(f"answers would depend on how rows are divided into chunks: ask at most {size} at once ({why})")
 
 
 def _computed(

@@ -242,3 +242,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, capsys, monkeyp
     assert said in lines[0]
     assert {path for path in run.path.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inf.npy", "wide.npy", "x.npy"]
+
+
+def test_an_encoder_that_reads_its_batch_is_not_asked_in_chunks(run):
+    """By chunks of rows the answer of a row would depend on which rows stand in its chunk."""
+    layer = next(part for part in run.vae.posterior.modules() if isinstance(part, torch.nn.Linear))
+    hook = layer.register_forward_pre_hook(lambda part, given: (given[0] - given[0].mean(0), *given[1:]))
+    try:
+        with pytest.raises(UserError, match="ask at most 500 at once .guide: .* depends on the data beside it"):
+            run.encode(rows(501))
+        assert len(run.encode(rows(6))["mean"]) == 6
+    finally:
+        hook.remove()
