@@ -27,7 +27,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status, in_chains
-from elbowroom.inference.references.grid.landmarks import Landmarks, survey
+from elbowroom.inference.references.grid.landmarks import RIM, Landmarks, survey
 from elbowroom.inference.references.grid.lattice import Box, Quadrature, draw, quadrature, whitened
 from elbowroom.inference.references.grid.zoom import Focus, Zoomed, focus
 from elbowroom.inference.target.log_joint import LogJoint
@@ -48,6 +48,7 @@ SAFETY = 3.0
 BORDER_MASS = 1e-6
 MAX_TURNS = 10
 WITHIN = 15.0  # landmarks this close to the peak (nats) must lie inside the box
+INSET = 0.5  # of the box's border, in posterior scales: points beyond it count as left out
 MARGIN = 8.0  # distance of such landmarks from the border of the box, in posterior scales
 
 
@@ -118,9 +119,8 @@ class Grid(Reference):
             if turn > 0 and not cut:
                 break
         box = box.including(marks.z, marks.log_p > peak - WITHIN, MARGIN)
-        for (z, log_p), margin in ((marks.rim, 1.0), (marks.pool, MARGIN)):
-            near = log_p > torch.maximum(peak, log_p.amax(0)) - WITHIN
-            left_out = near & ~box.holds(z)
+        for (z, log_p), depth, margin in ((marks.rim, RIM, 2.0), (marks.pool, WITHIN, MARGIN)):
+            left_out = (log_p > torch.maximum(peak, log_p.amax(0)) - depth) & ~box.holds(z, INSET)
             if bool(left_out.any()):
                 box = box.including(z, left_out, margin)
         return box

@@ -34,10 +34,10 @@ class Box:
         """Map z (S, N, d) to the boxes' own coordinates t."""
         return torch.linalg.solve_triangular(self.root, (z - self.centre).movedim(0, -1), upper=False).movedim(-1, 0)
 
-    def holds(self, z: Tensor) -> Tensor:
-        """Return which of the points z (S, N, d) lie inside, (S, N)."""
+    def holds(self, z: Tensor, inset: float) -> Tensor:
+        """Return which of the points z (S, N, d) lie inside, at least `inset` from the border, (S, N)."""
         t = self.coordinates(z)
-        return ((t >= self.low) & (t <= self.high)).all(-1)
+        return ((t >= self.low + inset) & (t <= self.high - inset)).all(-1)
 
     def including(self, z: Tensor, wanted: Tensor, margin: float) -> Box:
         """Grow the boxes by `margin` around each point z (S, N, d) that is wanted (S, N) and not yet margin / 4 inside."""
