@@ -251,9 +251,7 @@ def climb(log_joint: LogJoint, z: Tensor, scale: Tensor, steps: int = STEPS) -> 
     return ascend(log_joint.grad, z, scale, steps)
 
 
-def ascend(
-    height: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor, scale: Tensor, steps: int
-) -> tuple[Tensor, Tensor]:
+def ascend(height: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor, scale: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Climb any height, given with its gradient, as `climb` does."""
     best, gradient = height(z)
     best = floor_nan(best)

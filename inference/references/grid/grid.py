@@ -48,6 +48,7 @@ SAFETY = 3.0
 BORDER_MASS = 1e-6
 MAX_TURNS = 10
 WITHIN = 15.0  # landmarks this close to the peak (nats) must lie inside the box
+CUT = math.exp(-RIM)  # of the mass may lie beyond teeth that are lower than the rim
 INSET = 0.5  # of the box's border, in posterior scales: points beyond it count as left out
 MARGIN = 8.0  # distance of such landmarks from the border of the box, in posterior scales
 
@@ -92,8 +93,13 @@ class Grid(Reference):
                 reason=reason,
                 mean=found.mean,
                 covariance=found.covariance,
-                evidence=Evidence("exact", "grid", found.evidence, found.error + found.beyond),
-                stats={"refinement_error": found.error, "border_mass": found.border},
+                evidence=Evidence("exact", "grid", found.evidence, found.error + found.beyond + CUT),
+                stats={
+                    "refinement_error": found.error,
+                    "border_mass": found.border,
+                    "unseen": found.unseen,
+                    "highest": torch.maximum(marks.log_p.amax(0), marks.pool[1].amax(0)),
+                },
                 sample_stats={"lp": in_chains(log_joint(draws))},
             )
 
@@ -156,7 +162,14 @@ class Grid(Reference):
         return ~(found.error[rows] <= self.tolerance) | (found.unseen[rows] > 0)
 
     def _zoom(
-        self, log_joint: LogJoint, found: _Found, box: Box, marks: Landmarks, todo: Tensor, keep: int, generator: torch.Generator
+        self,
+        log_joint: LogJoint,
+        found: _Found,
+        box: Box,
+        marks: Landmarks,
+        todo: Tensor,
+        keep: int,
+        generator: torch.Generator,
     ) -> Tensor:
         """Try lattices around narrow peaks; return the data that are still open."""
         for rows in todo.split(fitting(ZOOMED, ARRAY)) if len(todo) else ():
@@ -164,9 +177,15 @@ class Grid(Reference):
             around = focus(part, box.rows(used), marks.rows(used), FINAL[log_joint.dim])
             for factor in FACTORS if around is not None else ():
                 assert around is not None
-                lattices = (around.sums(part, factor), around.sums(part, factor, SHIFTS[0]), around.sums(part, 1.4 * factor, SHIFTS[1]))
+                lattices = (
+                    around.sums(part, factor),
+                    around.sums(part, factor, SHIFTS[0]),
+                    around.sums(part, 1.4 * factor, SHIFTS[1]),
+                )
                 trial = _Found.empty(around.box, keep)
-                trial.take(torch.arange(len(used), device=used.device), slice(None), *lattices, around, around.marks, keep, generator)
+                trial.take(
+                    torch.arange(len(used), device=used.device), slice(None), *lattices, around, around.marks, keep, generator
+                )
                 good = ~self._open(trial, at)
                 found.adopt(rows[good], trial, at[good])
                 if bool(good.all()):
@@ -191,7 +210,9 @@ class Grid(Reference):
         reason: list[str] = []
         columns = (found.error, found.border, found.beyond, found.unseen, saturated, found.evidence)
         of_prior, of_guide = marks.smallest
-        hidden = f"a narrow peak that holds less than {of_prior:.1%} of the prior and {of_guide:.2%} of the guide could be missed"
+        hidden = (
+            f"a narrow peak that holds less than {of_prior:.1%} of the prior and {of_guide:.2%} of the guide could be missed"
+        )
         for e, b, o, u, s, v in zip(*(column.tolist() for column in columns), strict=True):
             if not abs(v) < float("inf"):
                 sentence = "no point of the grid has a finite density"
@@ -209,7 +230,9 @@ class Grid(Reference):
                 sentence = f"a share {s:.2g} of the mass rounds to the edge of a support, where its density cannot be had"
             else:
                 status.append("exact")
-                reason.append(f"grid: numerical error of log p(x) at most {e + o:.1g} nats, by shifted and finer grids; {hidden}")
+                reason.append(
+                    f"grid: numerical error of log p(x) at most {e + o:.1g} nats, by shifted and finer grids; {hidden}"
+                )
                 continue
             status.append("uncertified")
             reason.append(f"grid: {sentence}")
@@ -272,7 +295,7 @@ class _Found:
 
 
 def _unseen(found: Quadrature, box: Box, marks: Landmarks, focus: Focus | None) -> Tensor:
-    """Return how far a landmark or a point of the pool rises above the lattice points around it, (N,); 0 if all were covered."""
+    """Return how far a landmark or point of the pool rises above the lattice points around it, (N,); 0 if all are covered."""
     allowed = 1.0 + 2.0 * marks.z.shape[-1] * SPACING**2 / 8  # a quadratic peak between lattice points
     worst = []
     for z, log_p in ((marks.z, marks.log_p), marks.pool):

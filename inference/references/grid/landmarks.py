@@ -1,8 +1,8 @@
 """Landmarks: high points of each posterior, found from distant starts, that a grid must contain and resolve.
 
 They come from the local maxima of a coarse grid over the prior, and from climbing from draws of the guide and of the prior. A
-guide that covers only one mode would hide the others. A narrow peak at the place where the likelihood is largest, as contaminated
-noise makes it, is found by climbing the likelihood alone.
+guide that covers only one mode would hide the others. A narrow peak at the place where the likelihood is largest, as
+contaminated noise makes it, is found by climbing the likelihood alone.
 
 Beside them stands the pool: thousands of draws of guide and prior with their log joint. No grid may deny what they have seen.
 """
@@ -41,8 +41,8 @@ COARSE_BLOCK = 2**21  # points x data held at once: 16 MB for each of a dozen ar
 class Landmarks:
     """Points z (K, N, d), their log joint (K, N), a first box around each posterior, and points that only bear witness.
 
-    `rim` are the outermost points of the coarse grid, `pool` draws of guide and prior: (S, N, d) and (S, N). `guided` and `prior`
-    are the numbers of draws in the pool.
+    `rim` are the outermost points of the coarse grid, `pool` draws of guide and prior: (S, N, d) and (S, N). `guided` and
+    `prior` are the numbers of draws in the pool.
     """
 
     z: Tensor

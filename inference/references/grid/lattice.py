@@ -11,10 +11,10 @@ from torch import Tensor
 
 from elbowroom.inference.mcmc.normals import moments
 from elbowroom.inference.search.modes import floor_nan
-from elbowroom.inference.target.log_joint import LogJoint
 
 DEPTH = 26.0  # log density below the peak at which a box may end
 NO_SHIFT = (0.0, 0.0, 0.0)
+Density = Callable[[Tensor], Tensor]  # log p(x_n, z_sn), (S, N), at z (S, N, d)
 
 
 @dataclass
@@ -121,7 +121,7 @@ def root_of(covariance: Tensor) -> Tensor:
     return torch.where(good[:, None, None], root, fallback)
 
 
-def quadrature(log_joint: LogJoint | Callable[[Tensor], Tensor], box: Box, n_points: int, shift: Sequence[float] = NO_SHIFT) -> Quadrature:
+def quadrature(log_joint: Density, box: Box, n_points: int, shift: Sequence[float] = NO_SHIFT) -> Quadrature:
     """Sum the joint over one lattice in every datum's box."""
     dim = box.centre.shape[1]
     unit = lattice(n_points, dim, box.centre, shift)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from elbowroom.inference.references.grid.lattice import Box, Quadrature, root_of
+from elbowroom.inference.references.grid.lattice import Box, Density, Quadrature, root_of
 from elbowroom.inference.search.modes import climb, floor_nan
 from elbowroom.inference.target.log_joint import LogJoint
-
-Density = Callable[[Tensor], Tensor]
 
 CLIMBS = 40
 ROUNDS = 3  # of widths and a Newton step
@@ -74,7 +71,7 @@ class Peaks:
 def peaks(log_joint: LogJoint, z: Tensor, scale: Tensor) -> Peaks:
     """Climb from every start (K, N, d) to a peak and measure it: widths where log p falls by 1/2, then its curvature."""
     z, log_p = climb(log_joint, z, scale, CLIMBS)
-    density: Density = lambda u: floor_nan(log_joint(u))  # noqa: E731
+    density: Density = lambda u: floor_nan(log_joint(u))
     unit = scale.expand(z.shape[1:]).expand_as(z)
     root = torch.diag_embed(unit)
     for _ in range(ROUNDS):
@@ -124,14 +121,12 @@ def _curvature(density: Density, z: Tensor, log_p: Tensor, width: Tensor) -> tup
     return root_of((width.unsqueeze(-1) * inverse * width.unsqueeze(-2)).flatten(0, 1)).reshape_as(inverse), step
 
 
-def surprising(found: Quadrature, box: Box, z: Tensor, log_p: Tensor, within: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the points of a pool (S, N, d) that rise most above the lattice around them.
+def surprising(found: Quadrature, box: Box, z: Tensor, log_p: Tensor, within: float, count: int) -> Tensor:
+    """Return the points of a pool (S, N, d) that rise most above the lattice around them, (count, N, d).
 
-    Returns:
-        The points (count, N, d), their log joint, and by how much they rise, (count, N); 0 for points that are more than
-        `within` nats below the peak.
+    Points more than `within` nats below the peak do not count.
     """
     peak = torch.maximum(found.log_p.amax(0), log_p.amax(0))
     rise = torch.where(log_p > peak - within, log_p - found.nearby(box, z), 0.0).nan_to_num(0.0, torch.inf, 0.0)
-    value, place = rise.topk(min(count, len(rise)), 0)
-    return z.gather(0, place.unsqueeze(-1).expand(-1, -1, z.shape[-1])), log_p.gather(0, place), value
+    place = rise.topk(min(count, len(rise)), 0).indices
+    return z.gather(0, place.unsqueeze(-1).expand(-1, -1, z.shape[-1]))

@@ -2,10 +2,10 @@
 
     f = f (1 - F_1) + f (F_1 - F_2) + ... + f F_K
 
-F_k is 1 around every peak and falls smoothly to 0 at a radius that shrinks from the scale of the posterior (k = 1) to that of the
-peak (k = K), by the same factor at each level and along each axis of the peak. Each term is smooth at the scale of its own
-lattice: the broad one never meets the peak, and the finest one holds nothing else. Where the windows of several peaks overlap they
-share the term by smooth weights. All sums together are one `Quadrature`, whose points have weights of their own.
+F_k is 1 around every peak and falls smoothly to 0 at a radius that shrinks from the scale of the posterior (k = 1) to that of
+the peak (k = K), by the same factor at each level and along each axis of the peak. Each term is smooth at the scale of its own
+lattice: the broad one never meets the peak, and the finest one holds nothing else. Where the windows of several peaks overlap
+they share the term by smooth weights. All sums together are one `Quadrature`, whose points have weights of their own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from elbowroom.inference.references.grid.landmarks import Landmarks
-from elbowroom.inference.references.grid.lattice import DEPTH, NO_SHIFT, Box, Quadrature, lattice, quadrature, whitened
-from elbowroom.inference.references.grid.peaks import Density, Peaks, peaks, surprising
+from elbowroom.inference.references.grid.lattice import DEPTH, NO_SHIFT, Box, Density, Quadrature, lattice, quadrature, whitened
+from elbowroom.inference.references.grid.peaks import Peaks, peaks, surprising
 from elbowroom.inference.search.modes import floor_nan
 from elbowroom.inference.target.log_joint import LogJoint
 
@@ -167,7 +167,7 @@ def focus(log_joint: LogJoint, box: Box, marks: Landmarks, size: int) -> Focus |
     """Find narrow peaks among landmarks and pool, and windows around them; None where there are none."""
     first = quadrature(log_joint, box, size)
     known = torch.cat([marks.z, marks.pool[0]]), torch.cat([marks.log_p, marks.pool[1]])
-    starts = surprising(first, box, *known, within=DEPTH, count=STARTS)[0]
+    starts = surprising(first, box, *known, within=DEPTH, count=STARTS)
     extent = torch.einsum("nde,ne->nd", box.root.abs(), box.high - box.low) / EXTENT
     found = peaks(log_joint, torch.cat([starts, first.z.gather(0, _top(first))]), extent)
     relative = found.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # log volume, against that of the box
