@@ -64,8 +64,10 @@ def test_other_methods_take_over_the_data_that_the_grid_refuses_and_only_those(a
     before, after = (a.table for a in audits)
     assert after["reference"].values.tolist() == ["grid", "hmc", "importance"]
     status = after["status"].values
-    assert status[0, 0] == "uncertified" and (status[1:, 0] == "exact").all()
-    assert (status[1:, 1:] == "not needed").all() and (status[0, 1:] != "not needed").all()
+    assert status[0, 0] == "uncertified"
+    assert (status[1:, 0] == "exact").all()
+    assert (status[1:, 1:] == "not needed").all()
+    assert (status[0, 1:] != "not needed").all()
     assert all("not needed here: the grid is exact" in reason for reason in after["reason"].values[1:, 1:].flat)
     assert "left 1 of 5 data over, for which hmc, importance took its place" in after.attrs["notes"]
     assert ("hmc: exact or certified", f"{int(status[0, 1] == 'certified')} of 1 left over") in audits[1].lines()
@@ -79,7 +81,8 @@ def test_other_methods_take_over_the_data_that_the_grid_refuses_and_only_those(a
 
 def test_the_plan_says_what_takes_over() -> None:
     found = plan.choose("auto", audit_of())
-    assert found.names == ["grid"] and [method.name for method in found.spare] == ["hmc", "importance", "ais"]
+    assert found.names == ["grid"]
+    assert [method.name for method in found.spare] == ["hmc", "importance", "ais"]
     assert "for data that grid does not certify, and for no others: hmc, importance, ais" in str(found)
     assert found.tree()["for_the_rest"] == ["hmc", "importance", "ais"]
     assert not plan.choose(["grid"], audit_of()).spare
