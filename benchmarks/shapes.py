@@ -2,7 +2,7 @@
 
 Every shape is a normalised density of z, times a known factor per datum, written as a Pyro program: a wide normal prior with
 the quotient of the two as `pyro.factor`, or a conjugate pair. The guide is a normal, the same for all data, near the bulk. A
-table in markdown: what is exact or certified, errors over what is stated, and how many data have a value or bounds on both sides.
+table in markdown: what is exact or certified, errors over what is stated, and how many data have a value or two bounds.
 """
 
 from __future__ import annotations
