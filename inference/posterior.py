@@ -19,7 +19,7 @@ from elbowroom.inference.target.log_joint import LogJoint
 
 CHAINS = 4  # independent draws are arranged as this many chains, as ArviZ's summaries expect
 
-Status = Literal["exact", "certified", "uncertified", "amortized"]
+Status = Literal["exact", "certified", "uncertified", "amortized", "not needed"]
 Combine = Callable[[list[Tensor]], Tensor]
 
 
@@ -58,7 +58,8 @@ class Posterior:
         sample_stats: numbers per draw, name -> (chain, draw, N); `lp` is log p(x, z) in unconstrained coordinates, nats.
         evidence: log p(x_n), if the method gives it.
         stats: further per-datum numbers, name -> (N,).
-        status: per datum: `exact`, `certified`, `uncertified`, or `amortized` for the guide itself.
+        status: per datum: `exact`, `certified`, `uncertified`, `not needed` (another reference is exact), or `amortized` for
+            the guide itself.
         reason: per datum, one sentence for the status.
     """
 

@@ -24,11 +24,12 @@ from elbowroom.analysis import idata
 from elbowroom.analysis.audit.budget import PLANNED, Clock, Progress
 from elbowroom.analysis.audit.diagnosis import diagnose as find_out
 from elbowroom.analysis.audit.parts import Store
-from elbowroom.analysis.audit.plan import Plan, choose
+from elbowroom.analysis.audit.plan import Plan, choose, spare
 from elbowroom.analysis.audit.requested import Methods, requested
 from elbowroom.analysis.audit.work import Work, unreached
 from elbowroom.analysis.measures.evidence import evidence_of
 from elbowroom.analysis.measures.expectations import expectations
+from elbowroom.analysis.measures.refuted import refute
 from elbowroom.analysis.measures.table import best_reference, trusted
 from elbowroom.analysis.measures.tabulate import tabulate
 from elbowroom.analysis.verdict import judgement
@@ -280,13 +281,20 @@ def audit_log_joint(
     work = Work(pace, say, keep=keep, kept=kept, moments=moments, draws=draws, seed=seed, store=store)
     found = [work.block(part, number, label) for number, (part, label) in enumerate(_parts(log_joint, blocks))]
     guide, posteriors, comparisons = work.joined(found)
+    posteriors = [refute(posterior, [guide, *posteriors]) for posterior in posteriors]
     del found  # frees as much memory as the joined results take
     labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
     facts = {"seed": str(seed), "plate": log_joint.plate, "latent_dim": str(log_joint.dim), "draws": str(draws)}
     facts["plan"] = "; ".join(f"{name}: {reason}" for name, reason in zip(plan.names, plan.reasons, strict=True))
     if log_joint.program.pinned:
         facts["held"] = "\n".join(log_joint.program.pinned)
+    if plan.spare:
+        facts["plan"] += f"; {plan.then}"
     notes = list(log_joint.notes)
+    if len(posteriors) > len(plan.names):
+        left = int((~posteriors[0].trusted).sum())
+        names = ", ".join(posterior.method for posterior in posteriors[len(plan.names) :])
+        notes.append(f"{plan.names[-1]} left {left} of {log_joint.n_obs} data over, for which {names} took its place")
     if kept < keep:
         notes.append(f"{kept} of {keep} draws per datum and method are kept in the files, to stay within memory")
     if not moments:
@@ -330,6 +338,7 @@ def _continued(plan: Plan, references: Methods, log_joint: LogJoint, store: Stor
     kept = store.remember({"references": plan.names, "reasons": plan.reasons, "size": plan.size})
     if requested(references) == "auto" and kept["references"] != plan.names:
         plan = choose(kept["references"], log_joint, budget=plan.budget, size=plan.size)
+        plan = replace(plan, spare=spare(requested(references), plan.references))
     return replace(plan, reasons=list(kept["reasons"]), size=int(kept["size"]))
 
 

@@ -112,6 +112,13 @@ class Clock:
             return None
         return now + piece.credit
 
+    def spare(self) -> float | None:
+        """Return when methods for left-over data must end: within half of what the others do not need; None without time."""
+        if math.isinf(self.deadline):
+            return math.inf
+        free = self.deadline - self.clock() - self._left()
+        return self.clock() + free / 2 if free > 0 else None
+
     def finished(self, name: str, took: float, *, whole: bool) -> None:
         """Remove the next piece of a method (empty for the guide) from the list.
 

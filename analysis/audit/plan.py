@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from elbowroom.analysis.audit.cost import Cost, Pilot
 from elbowroom.analysis.audit.requested import KNOWN, Methods, requested, usable
@@ -40,6 +42,7 @@ class Plan:
         n_obs: number of data N.
         size: data per block.
         budget: seconds for the whole audit; infinity for no budget.
+        spare: methods that run only on data which the references do not certify; their time is not known beforehand.
     """
 
     references: list[Reference]
@@ -49,6 +52,7 @@ class Plan:
     n_obs: int
     size: int
     budget: float = math.inf
+    spare: Sequence[Reference] = ()
 
     @property
     def names(self) -> list[str]:
@@ -80,6 +84,8 @@ class Plan:
         rows += list(zip(self.names, self.seconds, self.reasons, strict=True))
         width = max(len(name) for name, _, _ in rows)
         lines += [f"  {name:<{width}}  about {durations.words(time)}: {why}" for name, time, why in rows]
+        if self.spare:
+            lines.append(f"  {self.then}")
         if not self.references:
             lines.append("  no reference applies to this model")
         if self.total > self.budget:
@@ -90,6 +96,12 @@ class Plan:
             )
         return "\n".join(lines)
 
+    @property
+    def then(self) -> str:
+        """The spare methods, in words; empty where there are none."""
+        names = ", ".join(method.name for method in self.spare)
+        return f"for data that {' and '.join(self.names)} does not certify, and for no others: {names}" if self.spare else ""
+
     def tree(self) -> dict[str, object]:
         """Return the plan for `--json`: names, reasons and seconds."""
         rows = zip(self.names, self.reasons, self.seconds, strict=True)
@@ -99,6 +111,7 @@ class Plan:
             "budget": None if math.isinf(self.budget) else self.budget,
             "guide_seconds": round(self._of(self.guide), 1),
             "references": [{"name": n, "reason": r, "seconds": round(s, 1)} for n, r, s in rows],
+            "for_the_rest": [method.name for method in self.spare],
         }
 
 
@@ -115,7 +128,8 @@ def choose(
     """Choose the references, with reasons and estimated times.
 
     `auto` takes the closed form where there is one, enumeration where every latent is discrete, and a grid for up to three
-    latents where it is affordable, else hmc and importance sampling; for more latents hmc, importance sampling and ais.
+    latents where it is affordable, with hmc, importance sampling and ais for the data that it does not certify, else hmc and
+    importance sampling; for more latents hmc, importance sampling and ais.
 
     Args:
         references: `auto`, `none`, names or Reference objects; see `requested`.
@@ -140,7 +154,7 @@ def choose(
         reasons = [REASONS.get(method.name, "asked for") for method in methods]
     names = [method.name for method in methods]
     costs = [pilot.reference(method, names[:k]) for k, method in enumerate(methods)]
-    plan = Plan(methods, reasons, pilot.guide(), costs, n, size, budget)
+    plan = Plan(methods, reasons, pilot.guide(), costs, n, size, budget, spare(wanted, methods))
     if plan.total <= budget or not methods:
         return plan
     # small blocks, so that all methods reach some data; but large enough that fixed costs do not dominate
@@ -149,7 +163,13 @@ def choose(
     reached = max(share - best.fixed, min(best.fixed, budget / 3 - best.fixed)) / max(best.each, 1e-12)
     smaller = int(min(size, -(-n // PARTS), reached))
     least = min(size, math.ceil(n / max(PARTS, 0.1 * budget / OVERHEAD)))
-    return Plan(methods, reasons, plan.guide, costs, n, max(least, smaller), budget)
+    return replace(plan, size=max(least, smaller))
+
+
+def spare(references: Literal["auto"] | Sequence[str | Reference], methods: Sequence[Reference]) -> list[Reference]:
+    """Return what takes over under `auto` where a grid refuses."""
+    alone = references == "auto" and [method.name for method in methods] == ["grid"]
+    return [KNOWN[name]() for name in ("hmc", "importance", "ais")] if alone else []
 
 
 def _auto(log_joint: LogJoint, pilot: Pilot, n: int, budget: float) -> tuple[list[Reference], list[str]]:

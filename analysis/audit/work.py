@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from elbowroom.analysis.audit.budget import Clock, Progress
+from elbowroom.analysis.audit.leftover import Seeds, leftover, without
 from elbowroom.analysis.audit.parts import Part, Store, described
 from elbowroom.analysis.measures.distances import Comparison, compare
 from elbowroom.analysis.measures.evidence import sandwich
 from elbowroom.analysis.measures.gaps import refitted, unknown
 from elbowroom.analysis.measures.missed_modes import missed_mass
+from elbowroom.analysis.measures.refuted import refute
 from elbowroom.inference.posterior import Posterior, combined, completed, concatenate
 from elbowroom.inference.references.importance.guide import amortized
 from elbowroom.inference.search.scout import scout
@@ -68,12 +70,14 @@ class Work:
         facts = (number, part.n_obs, self.seed, self.draws, self.keep, self.kept, self.moments)
         keys = [self._key("guide", *facts)]
         keys += [self._key(method.name, k, described(method), *facts) for k, method in enumerate(plan.references)]
+        extra = [self._key(method.name, -k, described(method), *facts) for k, method in enumerate(plan.spare, start=1)]
         found = [None if self.store is None else self.store.get(key) for key in keys]
-        if all(piece is not None for piece in found):
+        rest = [None if self.store is None else self.store.get(key) for key in extra]
+        if all(piece is not None for piece in found) and (not self._open(found) or all(piece is not None for piece in rest)):
             for name in ("", *plan.names):
                 self.pace.finished(name, 0.0, whole=False)
             self.say(Progress.of(f"found{label}", self.pace))
-            return self._closed(part, keys, found, start)
+            return self._closed(part, keys, found, start) + rest
         self.say(Progress.of(f"guide{label}", self.pace))
         began = time.monotonic()
         guide = amortized(part, draws=self.draws, keep=self.keep, seed=start)
@@ -91,6 +95,7 @@ class Work:
             with stage(method.name):
                 drawn = method(part, keep=self.keep, seed=start + SEED_STEP * k, until=until)
                 drawn = completed(part, drawn, start + SEED_STEP * k + DISCRETE_STEP)
+            drawn = refute(drawn, [guide])
             drawn.stats["missed_mass"] = missed_mass(part, guide, drawn)
             whole = not any(map(ENDED.search, drawn.reason))
             # a result that the budget cut short is not saved: a resumed audit computes it in full
@@ -98,7 +103,32 @@ class Work:
                 distances = compare(part, guide, drawn, seed=self.seed)
             found[k] = self._keep(keys[k] if whole else "", drawn, distances)
             self.pace.finished(method.name, time.monotonic() - began, whole=whole)
-        return self._closed(part, keys, found, start)
+        if self._open(found):
+            rest = self._leftover(part, guide, found, extra, start, label)
+        return self._closed(part, keys, found, start) + rest
+
+    @staticmethod
+    def _open(found: Sequence[Part | None]) -> bool:
+        """Return whether the last reference leaves data of a block over that it was run on."""
+        last = found[-1]
+        return last is not None and last.posterior.method != "guide" and not bool(last.posterior.trusted.all())
+
+    def _leftover(
+        self, part: LogJoint, guide: Posterior, found: Sequence[Part | None], keys: Sequence[str], start: int, label: str
+    ) -> list[Part | None]:
+        """Run the spare methods on the data that the reference leaves over."""
+        plan, until, exact = self.pace.plan, self.pace.spare(), found[-1]
+        if until is None or exact is None or not plan.spare:
+            return [None] * len(plan.spare)
+        n = int((~exact.posterior.trusted).sum())
+        self.say(Progress.of(f"{plan.spare[0].name} and others for {n} data left over{label}", self.pace))
+        seeds = Seeds(self.seed, start + SEED_STEP * (1 + len(found)), SEED_STEP, DISCRETE_STEP, start + SANDWICH_STEP)
+        done = leftover(part, guide, exact.posterior, plan.spare, seeds, self.keep, until)
+        whole = not any(ENDED.search(reason) for posterior, _ in done for reason in posterior.reason)
+        return [
+            self._keep(key if whole else "", posterior, distances)
+            for key, (posterior, distances) in zip(keys, done, strict=True)
+        ]
 
     def _closed(self, log_joint: LogJoint, keys: Sequence[str], found: list[Part | None], start: int) -> list[Part | None]:
         """Add, once, results that need several methods: the ELBO of q* to the guide, upper bounds to annealing."""
@@ -135,14 +165,21 @@ class Work:
         """Return the guide, the references and their comparisons, each over all data."""
         guides = [parts[0].posterior for parts in found if parts[0] is not None]
         posteriors, comparisons = [], []
-        for k, name in enumerate(self.pace.plan.names, start=1):
+        plan = self.pace.plan
+        for k, name in enumerate([*plan.names, *(method.name for method in plan.spare)], start=1):
             mine = [parts[k] for parts in found]
+            spare = k > len(plan.names)
+            if spare and all(part is None for part in mine):
+                continue  # nothing was left over
             like = next((part.posterior for part in mine if part is not None), None)
-            reason = f"{name}: the budget of {durations.words(self.pace.plan.budget)} ended before this datum was reached"
-            whole = [
-                Part(_blank(name, guide, like, reason), _nothing(len(guide.status))) if part is None else part
-                for part, guide in zip(mine, guides, strict=True)
-            ]
+            reason = f"{name}: the budget of {durations.words(plan.budget)} ended before this datum was reached"
+            whole = []
+            for part, guide, parts in zip(mine, guides, found, strict=True):
+                if part is None:
+                    blank = _blank(name, guide, like, reason)
+                    blank = without(blank, parts[len(plan.names)]) if spare else blank
+                    part = Part(blank, _nothing(len(guide.status)))
+                whole.append(part)
             posteriors.append(concatenate([part.posterior for part in whole]))
             comparisons.append(_join([part.comparison for part in whole if part.comparison is not None]))
         return concatenate(guides), posteriors, comparisons

@@ -139,6 +139,9 @@ def _doubt(estimate: Posterior, guide: Posterior, references: Sequence[Posterior
         trusted = estimate.trusted.cpu().numpy()
         for i in np.flatnonzero(~trusted):
             doubt[i] = estimate.reason[int(i)]
+    for other in references:
+        if "unseen" in other.stats:
+            add(_numpy(other.stats["unseen"]) > 0, f"the {other.method} knows of a peak that it could not resolve")
     add(_contradicted(value, error, references), "an uncertified exact reference contradicts the estimate")
     for other in references:
         if other.evidence is None or other.evidence.kind != "bound":
@@ -158,7 +161,7 @@ def _contradicted(value: np.ndarray, error: np.ndarray, references: Sequence[Pos
             continue
         theirs, spread = _numpy(posterior.evidence.value), _numpy(posterior.evidence.error)
         allowed = 4.5 * error + np.nan_to_num(spread, nan=np.inf, posinf=np.inf)
-        agrees = np.abs(theirs - value) <= np.minimum(allowed, MOST)
+        agrees = (np.abs(theirs - value) <= np.minimum(allowed, MOST)) | np.isnan(theirs)
         against |= ~agrees & ~posterior.trusted.cpu().numpy()
     return against
 

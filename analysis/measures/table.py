@@ -35,6 +35,11 @@ def trusted(table: xr.Dataset, reference: str | None) -> np.ndarray:
     return np.isin(table["status"].sel(reference=reference).values.astype(str), TRUSTED)
 
 
+def needed(table: xr.Dataset, reference: str) -> np.ndarray:
+    """Return the data that a reference was meant for: not those for which a better one is exact, (N,)."""
+    return np.asarray(table["status"].sel(reference=reference).values.astype(str) != "not needed")
+
+
 def in_words(reference: str) -> str:
     """Return a reference's name as an adjective."""
     return {"closed_form": "closed-form", "grid": "exact grid"}.get(reference, reference)

@@ -10,7 +10,7 @@ import xarray as xr
 
 from elbowroom.analysis.measures import evidence_kinds
 from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, ESTIMATE, EXACT, counts, estimated, has_value
-from elbowroom.analysis.measures.table import FEW, GOOD_K, LARGE_GAP, MISSED, SMALL_GAP, best_reference, column, trusted
+from elbowroom.analysis.measures.table import FEW, GOOD_K, LARGE_GAP, MISSED, SMALL_GAP, best_reference, column, needed, trusted
 from elbowroom.analysis.verdict.thresholds import bad_k, certified, mean_se
 
 MEAN_ERROR = 0.2  # reference standard deviations
@@ -53,7 +53,8 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
     ]
     for reference in table["reference"].values:
         part, good = table.sel(reference=reference), trusted(table, reference)
-        rows.append((f"{reference}: exact or certified", f"{int(good.sum())} of {n}"))
+        asked = int(needed(table, reference).sum())
+        rows.append((f"{reference}: exact or certified", f"{int(good.sum())} of {asked}" + " left over" * (asked < n)))
         if not good.any():  # for example annealing, which certifies nothing: its bounds are in the table
             continue
         if np.isfinite(part["total_variation"].values).any():

@@ -15,6 +15,7 @@ probability (1 - s)^P, and annealing only lowers it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -243,18 +244,23 @@ STEPS = 16
 
 
 def climb(log_joint: LogJoint, z: Tensor, scale: Tensor, steps: int = STEPS) -> tuple[Tensor, Tensor]:
-    """Climb from every start (S, N, d) by steps along the gradient; steps downwards are rejected.
+    """Climb log p(x, z) from every start (S, N, d) by steps along the gradient; steps downwards are rejected.
 
     `scale` is the unit of length of the steps, (d,) or (N, d). Returns the ends, (S, N, d), and log p(x, z) there, (S, N).
     """
-    best, gradient = log_joint.grad(z)
+    return ascend(log_joint.grad, z, scale, steps)
+
+
+def ascend(height: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor, scale: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Climb any height, given with its gradient, as `climb` does."""
+    best, gradient = height(z)
     best = floor_nan(best)
     step = torch.full_like(best, 0.1)
     for _ in range(steps):
         direction = (gradient * scale).nan_to_num(0.0, 0.0, 0.0)
         direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-300)
         trial = z + scale * direction * step.unsqueeze(-1)
-        value, new_gradient = log_joint.grad(trial)
+        value, new_gradient = height(trial)
         better = value > best
         z = torch.where(better.unsqueeze(-1), trial, z)
         gradient = torch.where(better.unsqueeze(-1), new_gradient, gradient)

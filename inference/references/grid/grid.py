@@ -8,8 +8,9 @@
    exp(-26) of its peak. It is moved and rescaled until it cuts nothing off, then grown until it holds every landmark.
 3. The evidence on the final box is computed on three lattices: one, the same shifted, and a shifted one 1.4 times finer; the
    value of the last is reported. Shifts turn the phase of the aliasing error, so that lattices cannot agree by chance alone.
-   The stated error is three times the largest change, plus the rounding of log p. Data with an error above the tolerance, or
-   with a landmark that the lattice missed, are refined again, up to `max_points`.
+   The stated error is three times the largest change, plus the rounding of log p and a bound on the mass beyond the box. Data
+   with an error above the tolerance, or with a landmark or draw that the lattice missed, are refined again, up to `max_points`.
+4. Where two sizes do not suffice, narrow peaks get lattices of their own (`zoom`), and the box is scaled by what is left.
 
 For a smooth integrand that vanishes at the border the equidistant rule converges exponentially; with kinks (relu), at an
 algebraic rate. A datum that fails any of these checks is `uncertified`, with the reason.
@@ -18,6 +19,7 @@ algebraic rate. A datum that fails any of these checks is `uncertified`, with th
 from __future__ import annotations
 
 import math
+from itertools import count
 from typing import Annotated, ClassVar
 
 import torch
@@ -25,8 +27,9 @@ from annotated_types import Gt
 from torch import Tensor
 
 from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status, in_chains
-from elbowroom.inference.references.grid.landmarks import Landmarks, survey
+from elbowroom.inference.references.grid.landmarks import RIM, Landmarks, survey
 from elbowroom.inference.references.grid.lattice import Box, Quadrature, draw, quadrature, whitened
+from elbowroom.inference.references.grid.zoom import Focus, Zoomed, focus
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import ARRAY, fitting
 from elbowroom.system.stages import stage
@@ -36,11 +39,17 @@ LOCAL = {1: 41, 2: 19, 3: 13}
 FINAL = {1: 65, 2: 27, 3: 19}
 SPACING = 1.0  # largest useful spacing of a lattice, in posterior scales
 MAX_POINTS = {1: 20_001, 2: 601, 3: 97}
+NUMBERS = ("evidence", "error", "border", "beyond", "unseen")
+ORDINARY = 2  # sizes of the ordinary lattice before narrow peaks get lattices of their own
+FACTORS = (1.0, 1.5)  # on the points per axis of those
+ZOOMED = 100_000  # their points, for the number of data that are held at once
 SHIFTS = ((0.5, 0.27, 0.13), (0.23, 0.41, 0.09))
 SAFETY = 3.0
 BORDER_MASS = 1e-6
 MAX_TURNS = 10
 WITHIN = 15.0  # landmarks this close to the peak (nats) must lie inside the box
+CUT = math.exp(-RIM)  # of the mass may lie beyond teeth that are lower than the rim
+INSET = 0.5  # of the box's border, in posterior scales: points beyond it count as left out
 MARGIN = 8.0  # distance of such landmarks from the border of the box, in posterior scales
 
 
@@ -75,7 +84,7 @@ class Grid(Reference):
             found = self._refine(log_joint, box, marks, keep, seed)
             draws = found.draws
             saturated = self._saturated(log_joint, draws)
-            status, reason = self._judge(found, saturated)
+            status, reason = self._judge(found, saturated, marks)
             return Posterior(
                 method=self.name,
                 draws=in_chains(draws),
@@ -84,8 +93,13 @@ class Grid(Reference):
                 reason=reason,
                 mean=found.mean,
                 covariance=found.covariance,
-                evidence=Evidence("exact", "grid", found.evidence, found.error + found.border),
-                stats={"refinement_error": found.error, "border_mass": found.border},
+                evidence=Evidence("exact", "grid", found.evidence, found.error + found.beyond + CUT),
+                stats={
+                    "refinement_error": found.error,
+                    "border_mass": found.border,
+                    "unseen": found.unseen,
+                    "highest": torch.maximum(marks.log_p.amax(0), marks.pool[1].amax(0)),
+                },
                 sample_stats={"lp": in_chains(log_joint(draws))},
             )
 
@@ -110,7 +124,12 @@ class Grid(Reference):
             box = Box(*(torch.cat([getattr(p, f) for p in parts]) for f in ("centre", "root", "low", "high")))
             if turn > 0 and not cut:
                 break
-        return box.including(marks.z, marks.log_p > peak - WITHIN, MARGIN)
+        box = box.including(marks.z, marks.log_p > peak - WITHIN, MARGIN)
+        for (z, log_p), depth, margin in ((marks.rim, RIM, 2.0), (marks.pool, WITHIN, MARGIN)):
+            left_out = (log_p > torch.maximum(peak, log_p.amax(0)) - depth) & ~box.holds(z, INSET)
+            if bool(left_out.any()):
+                box = box.including(z, left_out, margin)
+        return box
 
     @stage("refine")
     def _refine(self, log_joint: LogJoint, box: Box, marks: Landmarks, keep: int, seed: int) -> _Found:
@@ -120,19 +139,58 @@ class Grid(Reference):
         generator = torch.Generator(device=box.centre.device).manual_seed(seed)
         needed = ((box.high - box.low).amax(-1) / SPACING).clamp_max(limit)
         todo, size = torch.arange(n, device=box.centre.device), FINAL[d]
-        while len(todo):
+        for turn in count():
+            if turn == ORDINARY:
+                todo = self._zoom(log_joint, found, box, marks, todo, keep, generator)
+            if not len(todo):
+                break
             ready = todo[needed[todo] <= size] if size < limit else todo
             finer = int(1.4 * size) + 1
             for rows in ready.split(fitting(finer**d, ARRAY)) if len(ready) else ():
                 part, used, at = log_joint.some(rows)
                 mine = box.rows(used)
                 found.take(rows, at, *self._lattices(part, mine, size, finer), mine, marks.rows(used), keep, generator)
-            open_ = ~(found.error[todo] <= self.tolerance) | (found.unseen[todo] > 0)
-            todo = todo[open_]
+            todo = todo[self._open(found, todo)]
             if size >= limit:
+                if turn < ORDINARY:
+                    self._zoom(log_joint, found, box, marks, todo, keep, generator)
                 break
             size = min(int(1.7 * size), limit)
         return found
+
+    def _open(self, found: _Found, rows: Tensor) -> Tensor:
+        return ~(found.error[rows] <= self.tolerance) | (found.unseen[rows] > 0)
+
+    def _zoom(
+        self,
+        log_joint: LogJoint,
+        found: _Found,
+        box: Box,
+        marks: Landmarks,
+        todo: Tensor,
+        keep: int,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Try lattices around narrow peaks; return the data that are still open."""
+        for rows in todo.split(fitting(ZOOMED, ARRAY)) if len(todo) else ():
+            part, used, at = log_joint.some(rows)
+            around = focus(part, box.rows(used), marks.rows(used), FINAL[log_joint.dim])
+            for factor in FACTORS if around is not None else ():
+                assert around is not None
+                lattices = (
+                    around.sums(part, factor),
+                    around.sums(part, factor, SHIFTS[0]),
+                    around.sums(part, 1.4 * factor, SHIFTS[1]),
+                )
+                trial = _Found.empty(around.box, keep)
+                trial.take(
+                    torch.arange(len(used), device=used.device), slice(None), *lattices, around, around.marks, keep, generator
+                )
+                good = ~self._open(trial, at)
+                found.adopt(rows[good], trial, at[good])
+                if bool(good.all()):
+                    break
+        return todo[self._open(found, todo)]
 
     @staticmethod
     def _lattices(log_joint: LogJoint, box: Box, size: int, finer: int) -> tuple[Quadrature, Quadrature, Quadrature]:
@@ -147,11 +205,15 @@ class Grid(Reference):
         """Return the share of draws with a constrained value that was rounded to the edge of its support, (N,)."""
         return log_joint.saturated(draws).double().mean(0)
 
-    def _judge(self, found: _Found, saturated: Tensor) -> tuple[list[Status], list[str]]:
+    def _judge(self, found: _Found, saturated: Tensor, marks: Landmarks) -> tuple[list[Status], list[str]]:
         status: list[Status] = []
         reason: list[str] = []
-        columns = (found.error, found.border, found.unseen, saturated, found.evidence)
-        for e, b, u, s, v in zip(*(column.tolist() for column in columns), strict=True):
+        columns = (found.error, found.border, found.beyond, found.unseen, saturated, found.evidence)
+        of_prior, of_guide = marks.smallest
+        hidden = (
+            f"a narrow peak that holds less than {of_prior:.1%} of the prior and {of_guide:.2%} of the guide could be missed"
+        )
+        for e, b, o, u, s, v in zip(*(column.tolist() for column in columns), strict=True):
             if not abs(v) < float("inf"):
                 sentence = "no point of the grid has a finite density"
             elif u > 0:
@@ -162,11 +224,15 @@ class Grid(Reference):
                     sentence += f"; {{name: grid, tolerance: {1e-3 if e <= 1e-3 else 1e-2:g}}} would accept it"
             elif not b <= BORDER_MASS:
                 sentence = f"a share {b:.2g} of the mass lies at the grid's border"
+            elif not o <= self.tolerance:
+                sentence = f"a share of up to {o:.2g} of the mass may lie beyond the grid"
             elif s > 0:
                 sentence = f"a share {s:.2g} of the mass rounds to the edge of a support, where its density cannot be had"
             else:
                 status.append("exact")
-                reason.append(f"grid: numerical error of log p(x) at most {e:.1g} nats, by shifted and finer grids")
+                reason.append(
+                    f"grid: numerical error of log p(x) at most {e + o:.1g} nats, by shifted and finer grids; {hidden}"
+                )
                 continue
             status.append("uncertified")
             reason.append(f"grid: {sentence}")
@@ -181,6 +247,7 @@ class _Found:
     evidence: Tensor
     error: Tensor
     border: Tensor
+    beyond: Tensor  # bound on the mass beyond a border where density falls at least as 1 / distance^2
     unseen: Tensor
     draws: Tensor
 
@@ -189,18 +256,19 @@ class _Found:
         found = cls()
         n, d = box.centre.shape
         found.mean, found.covariance = torch.full_like(box.centre, torch.nan), torch.full_like(box.root, torch.nan)
-        found.evidence, found.error, found.border, found.unseen = (torch.full_like(box.low[:, 0], torch.nan) for _ in range(4))
+        for name in NUMBERS:
+            setattr(found, name, torch.full_like(box.low[:, 0], torch.nan))
         found.draws = torch.zeros(keep, n, d, dtype=box.centre.dtype, device=box.centre.device)
         return found
 
     def take(
         self,
         rows: Tensor,
-        local: Tensor,
+        local: Tensor | slice,
         first: Quadrature,
         moved: Quadrature,
         second: Quadrature,
-        box: Box,
+        box: Box | Focus,
         marks: Landmarks,
         keep: int,
         generator: torch.Generator,
@@ -213,15 +281,28 @@ class _Found:
         rounding = 4 * torch.finfo(value.dtype).eps * value.abs()
         self.evidence[rows], self.error[rows] = value[local], (SAFETY * change + rounding)[local]
         self.border[rows] = second.border_mass[local]
-        self.unseen[rows] = _unseen(second, box, marks)[local]
-        self.draws[:, rows] = draw(second, box, keep, generator)[:, local]
+        self.beyond[rows] = (second.border_mass * second.n_points / 2)[local]
+        focus, box = (box, box.box) if isinstance(box, Focus) else (None, box)
+        self.unseen[rows] = _unseen(second, box, marks, focus)[local]
+        drawn = second.draw(keep, generator) if isinstance(second, Zoomed) else draw(second, box, keep, generator)
+        self.draws[:, rows] = drawn[:, local]
+
+    def adopt(self, rows: Tensor, other: _Found, places: Tensor) -> None:
+        """Take the values of other results."""
+        for name in ("mean", "covariance", *NUMBERS):
+            getattr(self, name)[rows] = getattr(other, name)[places]
+        self.draws[:, rows] = other.draws[:, places]
 
 
-def _unseen(found: Quadrature, box: Box, marks: Landmarks) -> Tensor:
-    """Return how far a landmark near the peak rises above the lattice points around it, (N,); 0 if all were covered."""
-    peak = torch.maximum(found.log_p.amax(0), marks.log_p.amax(0))
-    matters = marks.log_p > peak - WITHIN
-    d = marks.z.shape[-1]
-    drop = marks.log_p - found.nearby(box, marks.z)
-    allowed = 1.0 + 2.0 * d * SPACING**2 / 8  # a quadratic peak between lattice points
-    return torch.where(matters & (drop > allowed), drop, 0.0).amax(0)
+def _unseen(found: Quadrature, box: Box, marks: Landmarks, focus: Focus | None) -> Tensor:
+    """Return how far a landmark or point of the pool rises above the lattice points around it, (N,); 0 if all are covered."""
+    allowed = 1.0 + 2.0 * marks.z.shape[-1] * SPACING**2 / 8  # a quadratic peak between lattice points
+    worst = []
+    for z, log_p in ((marks.z, marks.log_p), marks.pool):
+        peak = torch.maximum(found.log_p.amax(0), log_p.amax(0))
+        drop = (log_p - found.nearby(box, z)).nan_to_num(0.0, torch.inf, 0.0)
+        matters = (log_p > peak - WITHIN) & (drop > allowed)
+        if focus is not None:
+            matters &= ~focus.resolves(z)
+        worst.append(torch.where(matters, drop, 0.0).amax(0))
+    return torch.maximum(*worst)

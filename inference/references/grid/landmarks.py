@@ -1,12 +1,16 @@
 """Landmarks: high points of each posterior, found from distant starts, that a grid must contain and resolve.
 
 They come from the local maxima of a coarse grid over the prior, and from climbing from draws of the guide and of the prior. A
-guide that covers only one mode would hide the others.
+guide that covers only one mode would hide the others. A narrow peak at the place where the likelihood is largest, as
+contaminated noise makes it, is found by climbing the likelihood alone.
+
+Beside them stands the pool: thousands of draws of guide and prior with their log joint. No grid may deny what they have seen.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -14,7 +18,8 @@ from torch.nn import functional
 
 from elbowroom.inference.program.replay import Which
 from elbowroom.inference.references.grid.lattice import Box, border, lattice, root_of
-from elbowroom.inference.search.modes import climb, floor_nan
+from elbowroom.inference.search.modes import MISS, ascend, climb, floor_nan
+from elbowroom.inference.search.seen import seen
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import fitting
 
@@ -23,20 +28,40 @@ COARSE_PER_DATUM = {1: 401, 2: 49, 3: 19}  # used if the coarse grid needs a pro
 MAXIMA = 6  # local maxima of the coarse grid, per datum
 STARTS: dict[Which, int] = {"guide": 4, "model": 6}  # draws to climb from, per datum
 EXPANSIONS = 8
+UPHILL: dict[Which, int] = {"guide": 2, "model": 2}  # draws to climb the likelihood from
+UPHILL_STEPS = 40
+RIM = 20.0  # nats below the coarse grid's peak within which its outermost points are kept
+OF_GUIDE = {1: 500, 2: 1000, 3: 2000}  # draws in the pool where no pass over the guide has left its own
+OF_PRIOR = {1: 250, 2: 500, 3: 1000}  # likewise of the prior, per datum
+OF_PRIOR_SHARED = 4000  # of the prior if all data can share them
 COARSE_BLOCK = 2**21  # points x data held at once: 16 MB for each of a dozen arrays
 
 
 @dataclass
 class Landmarks:
-    """Points z (K, N, d), their log joint (K, N), and a first box around each posterior."""
+    """Points z (K, N, d), their log joint (K, N), a first box around each posterior, and points that only bear witness.
+
+    `rim` are the outermost points of the coarse grid, `pool` draws of guide and prior: (S, N, d) and (S, N). `guided` and
+    `prior` are the numbers of draws in the pool.
+    """
 
     z: Tensor
     log_p: Tensor
     box: Box
+    rim: tuple[Tensor, Tensor]
+    pool: tuple[Tensor, Tensor]
+    guided: int
+    prior: int
 
     def rows(self, index: Tensor) -> Landmarks:
         """Return the landmarks of some of the data."""
-        return Landmarks(self.z[:, index], self.log_p[:, index], self.box.rows(index))
+        rim, pool = ((z[:, index], log_p[:, index]) for z, log_p in (self.rim, self.pool))
+        return Landmarks(self.z[:, index], self.log_p[:, index], self.box.rows(index), rim, pool, self.guided, self.prior)
+
+    @property
+    def smallest(self) -> tuple[float, float]:
+        """Shares of the prior and of the guide that the basin of a narrow peak must hold to be missed with p < 1e-3."""
+        return 1 - MISS ** (1 / max(self.prior, 1)), 1 - MISS ** (1 / max(self.guided, 1))
 
 
 def survey(log_joint: LogJoint, seed: int) -> Landmarks:
@@ -47,18 +72,49 @@ def survey(log_joint: LogJoint, seed: int) -> Landmarks:
     low, high = torch.quantile(some, 0.001, dim=0), torch.quantile(some, 0.999, dim=0)
     margin = 0.4 * (high - low) + 1e-6
     scale = ((torch.quantile(some, 0.84, dim=0) - torch.quantile(some, 0.16, dim=0)) / 2).clamp_min(1e-12)
-    boxes, maxima = _coarse(log_joint, low - margin, high + margin)
+    boxes, maxima, rim = _coarse(log_joint, low - margin, high + margin)
     starts = [maxima, *(log_joint.draw(which, count, seed + 1) for which, count in STARTS.items())]
     z, log_p = climb(log_joint, torch.cat(starts), scale)
-    return Landmarks(z, log_p, boxes)
+    best = _uphill(log_joint, torch.cat([maxima[:1], *(log_joint.draw(w, c, seed + 2) for w, c in UPHILL.items())]), scale)
+    pool, guided, drawn = _pool(log_joint, prior, seed)
+    z, log_p = torch.cat([z, best]), torch.cat([log_p, floor_nan(log_joint(best))])
+    return Landmarks(z, log_p, boxes, rim, pool, guided, drawn)
 
 
-def _coarse(log_joint: LogJoint, low: Tensor, high: Tensor) -> tuple[Box, Tensor]:
+def _uphill(log_joint: LogJoint, z: Tensor, scale: Tensor) -> Tensor:
+    """Climb the likelihood alone from every start (S, N, d); return the ends."""
+
+    def likelihood(u: Tensor) -> tuple[Tensor, Tensor]:
+        _, value, _, gradient = log_joint.parts(u)
+        return value, gradient
+
+    return ascend(likelihood, z, scale, UPHILL_STEPS)[0]
+
+
+def _pool(log_joint: LogJoint, prior: Tensor, seed: int) -> tuple[tuple[Tensor, Tensor], int, int]:
+    """Return points with their log joint: draws of the guide, by the audit's own pass where there was one, and of the prior."""
+    d, held = log_joint.dim, seen(log_joint)
+    guided = log_joint.draw("guide", OF_GUIDE[d], seed + 3) if held is None else held.z
+    of_guide = log_joint(guided) if held is None else held.log_p
+    if log_joint.can_share():
+        some = prior[torch.linspace(0, len(prior) - 1, min(len(prior), OF_PRIOR_SHARED), device=prior.device).long()]
+        drawn, of_prior = some[:, None].expand(-1, log_joint.n_obs, -1), log_joint.shared(some)
+    else:
+        drawn = log_joint.draw("model", OF_PRIOR[d], seed + 4)
+        of_prior = log_joint(drawn)
+    log_p = floor_nan(torch.cat([of_guide, of_prior.to(of_guide.dtype)]))
+    return (torch.cat([guided, drawn.to(guided.dtype)]), log_p), len(guided), len(drawn)
+
+
+def _coarse(log_joint: LogJoint, low: Tensor, high: Tensor) -> tuple[Box, Tensor, tuple[Tensor, Tensor]]:
     """Evaluate one grid over the prior for all data; widen it for data with a posterior that reaches its border."""
     n, d = log_joint.n_obs, log_joint.dim
     size = (COARSE if log_joint.can_share() else COARSE_PER_DATUM)[d]
     box = Box(*(torch.zeros(n, *shape, dtype=low.dtype, device=low.device) for shape in ((d,), (d, d), (d,), (d,))))
     maxima = torch.zeros(MAXIMA, n, d, dtype=low.dtype, device=low.device)
+    ways = torch.tensor([w for w in product((-1, 0, 1), repeat=d) if any(w)], dtype=low.dtype, device=low.device)
+    ways = ways if d < 3 else ways[ways.abs().sum(-1) == 1]
+    rim, of_rim = low.new_zeros(len(ways), n, d), low.new_zeros(len(ways), n)
     rest = torch.arange(n, device=low.device)
     for turn in range(EXPANSIONS):
         cut = []
@@ -68,6 +124,7 @@ def _coarse(log_joint: LogJoint, low: Tensor, high: Tensor) -> tuple[Box, Tensor
             box.centre[rows], box.root[rows], half = _extent(z, log_p, (high - low) / size)
             box.low[rows], box.high[rows] = -half, half
             maxima[:, rows] = _local_maxima(z, log_p, size, d)
+            rim[:, rows], of_rim[:, rows] = _outermost(z, log_p, ways / (high - low))
             weight = torch.softmax(log_p, 0)[border(size, d, z.device)].sum(0)
             cut.append(rows[~(weight < 1e-4)])
         rest = torch.cat(cut)
@@ -75,7 +132,14 @@ def _coarse(log_joint: LogJoint, low: Tensor, high: Tensor) -> tuple[Box, Tensor
             break
         middle, half_width = (low + high) / 2, (high - low) / 2
         low, high = middle - 2 * half_width, middle + 2 * half_width
-    return box, maxima
+    return box, maxima, (rim, of_rim)
+
+
+def _outermost(z: Tensor, log_p: Tensor, ways: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the points farthest along each way (W, d) among those near the peak, (W, N, d), and their log joint, (W, N)."""
+    near = log_p > log_p.amax(0) - RIM
+    place = torch.stack([torch.where(near, (z @ way).unsqueeze(-1), -torch.inf).argmax(0) for way in ways])
+    return z[place], log_p.gather(0, place)
 
 
 def _extent(z: Tensor, log_p: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:

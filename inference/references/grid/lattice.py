@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from elbowroom.inference.mcmc.normals import moments
 from elbowroom.inference.search.modes import floor_nan
-from elbowroom.inference.target.log_joint import LogJoint
 
 DEPTH = 26.0  # log density below the peak at which a box may end
 NO_SHIFT = (0.0, 0.0, 0.0)
+Density = Callable[[Tensor], Tensor]  # log p(x_n, z_sn), (S, N), at z (S, N, d)
 
 
 @dataclass
@@ -33,6 +33,11 @@ class Box:
     def coordinates(self, z: Tensor) -> Tensor:
         """Map z (S, N, d) to the boxes' own coordinates t."""
         return torch.linalg.solve_triangular(self.root, (z - self.centre).movedim(0, -1), upper=False).movedim(-1, 0)
+
+    def holds(self, z: Tensor, inset: float) -> Tensor:
+        """Return which of the points z (S, N, d) lie inside, at least `inset` from the border, (S, N)."""
+        t = self.coordinates(z)
+        return ((t >= self.low + inset) & (t <= self.high - inset)).all(-1)
 
     def including(self, z: Tensor, wanted: Tensor, margin: float) -> Box:
         """Grow the boxes by `margin` around each point z (S, N, d) that is wanted (S, N) and not yet margin / 4 inside."""
@@ -116,7 +121,7 @@ def root_of(covariance: Tensor) -> Tensor:
     return torch.where(good[:, None, None], root, fallback)
 
 
-def quadrature(log_joint: LogJoint, box: Box, n_points: int, shift: Sequence[float] = NO_SHIFT) -> Quadrature:
+def quadrature(log_joint: Density, box: Box, n_points: int, shift: Sequence[float] = NO_SHIFT) -> Quadrature:
     """Sum the joint over one lattice in every datum's box."""
     dim = box.centre.shape[1]
     unit = lattice(n_points, dim, box.centre, shift)

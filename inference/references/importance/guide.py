@@ -20,6 +20,7 @@ from torch import Tensor
 from elbowroom.inference.mcmc.normals import moments
 from elbowroom.inference.posterior import Evidence, Posterior, in_chains, sure_bound
 from elbowroom.inference.references.importance.psis import good_k, psis
+from elbowroom.inference.search.seen import remember
 from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
@@ -80,6 +81,7 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
             log_prior, log_likelihood = log_joint.terms(z)
             log_p = log_prior + log_likelihood
             rate, distortion = (log_q - log_prior).mean(0), -log_likelihood.mean(0)
+        remember(log_joint, z, log_p)
         log_weights = log_p - log_q
         smoothed = psis(log_weights)
         value, trusted = evidence(log_weights, smoothed.pareto_k, smoothed.ess_fraction)

@@ -1,0 +1,107 @@
+"""Further references for the data that an exact one does not certify: run on these alone, and NaN elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from elbowroom.analysis.audit.parts import Part
+from elbowroom.analysis.measures.distances import Comparison, compare
+from elbowroom.analysis.measures.evidence import sandwich
+from elbowroom.analysis.measures.missed_modes import missed_mass
+from elbowroom.analysis.measures.refuted import overlooked
+from elbowroom.inference.posterior import Posterior, Reference, Status, combined, completed
+from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.stages import stage
+
+UNNEEDED = "not needed here"
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+    """Random seeds of a block: of the comparisons, of the first method, from one to the next, and offsets for the rest."""
+
+    compare: int
+    first: int
+    step: int
+    discrete: int
+    sandwich: int
+
+
+def leftover(
+    log_joint: LogJoint,
+    guide: Posterior,
+    exact: Posterior,
+    methods: Sequence[Reference],
+    seeds: Seeds,
+    keep: int,
+    until: float = math.inf,
+) -> list[tuple[Posterior, Comparison]]:
+    """Run the methods on the data that `exact` does not certify, with upper bounds by all together.
+
+    Returns:
+        For each method the posterior and the guide's distances of all data; NaN and `not needed` where `exact` is certified.
+    """
+    n = log_joint.n_obs
+    rows = (~exact.trusted).nonzero()[:, 0]
+    part, used, at = log_joint.some(rows.to(log_joint.device))
+    mine, known = _rows(guide, used.cpu()), _rows(exact, used.cpu())
+    found = []
+    for number, method in enumerate(methods):
+        seed = seeds.first + seeds.step * number
+        with stage(method.name):
+            drawn = method(part, keep=keep, seed=seed, until=until)
+            drawn = completed(part, drawn, seed + seeds.discrete)
+        drawn = overlooked(drawn, known)
+        drawn.stats["missed_mass"] = missed_mass(part, mine, drawn)
+        found.append(drawn)
+    found = sandwich(part, methods, found, seed=seeds.sandwich, until=until)
+    out = []
+    for drawn in found:
+        distances = compare(part, mine, drawn, seed=seeds.compare)
+        columns = {f.name: getattr(distances, f.name)[at].cpu() for f in dataclasses.fields(Comparison)}
+        blank = {name: torch.full((n,), torch.nan, dtype=value.dtype) for name, value in columns.items()}
+        for name, value in columns.items():
+            blank[name][rows] = value
+        out.append((_over(_rows(drawn, at.cpu()), rows, n, exact.method), Comparison(**blank)))
+    return out
+
+
+def _rows(posterior: Posterior, rows: Tensor) -> Posterior:
+    """Return the posterior of some of the data."""
+    part = combined([posterior], lambda t: t[0][:, :, rows.to(t[0].device)], lambda t: t[0][rows.to(t[0].device)])
+    status, reason = ([words[i] for i in rows.tolist()] for words in (posterior.status, posterior.reason))
+    return dataclasses.replace(part, status=status, reason=reason)
+
+
+def _over(posterior: Posterior, rows: Tensor, n: int, by: str) -> Posterior:
+    """Spread a posterior of the data `rows` over all n data, NaN elsewhere."""
+
+    def spread(values: list[Tensor], place: int) -> Tensor:
+        value = values[0].cpu()
+        dtype = value.dtype if value.dtype.is_floating_point else torch.get_default_dtype()
+        out = torch.full((*value.shape[:place], n, *value.shape[place + 1 :]), torch.nan, dtype=dtype)
+        out.movedim(place, 0)[rows] = value.movedim(place, 0).to(dtype)
+        return out
+
+    whole = combined([posterior], partial(spread, place=2), partial(spread, place=0))
+    status: list[Status] = ["not needed"] * n
+    reason = [f"{posterior.method}: {UNNEEDED}: the {by} is exact"] * n
+    for row, s, r in zip(rows.tolist(), posterior.status, posterior.reason, strict=True):
+        status[row], reason[row] = s, r
+    return dataclasses.replace(whole, status=status, reason=reason)
+
+
+def without(blank: Posterior, exact: Part | None) -> Posterior:
+    """Say of data that were not reached whether they were needed."""
+    if exact is None:
+        return blank
+    status, reason = list(blank.status), list(blank.reason)
+    for i in exact.posterior.trusted.nonzero()[:, 0].tolist():
+        status[i], reason[i] = "not needed", f"{blank.method}: {UNNEEDED}: the {exact.posterior.method} is exact"
+    return dataclasses.replace(blank, status=status, reason=reason)
