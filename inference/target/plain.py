@@ -381,7 +381,12 @@ class PlainLogJoint:
 
 def with_gradients(prior: Tensor, likelihood: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return log p(z) and log p(x|z) at z, and the gradient of each in z; zeros where one does not depend on it."""
-    (of_prior,) = torch.autograd.grad(prior.sum(), z, retain_graph=True)
-    (of_likelihood,) = torch.autograd.grad(likelihood.sum(), z, allow_unused=True)
-    nothing = torch.zeros_like(of_prior)
-    return prior.detach(), likelihood.detach(), of_prior, nothing if of_likelihood is None else of_likelihood
+    nothing = torch.zeros_like(z)
+
+    def slope(value: Tensor) -> Tensor:
+        if not value.requires_grad:  # it does not depend on z at all
+            return nothing
+        (found,) = torch.autograd.grad(value.sum(), z, retain_graph=True, allow_unused=True)
+        return nothing if found is None else found
+
+    return prior.detach(), likelihood.detach(), slope(prior), slope(likelihood)
