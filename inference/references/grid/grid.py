@@ -40,7 +40,7 @@ FINAL = {1: 65, 2: 27, 3: 19}
 SPACING = 1.0  # largest useful spacing of a lattice, in posterior scales
 MAX_POINTS = {1: 20_001, 2: 601, 3: 97}
 NUMBERS = ("evidence", "error", "border", "beyond", "unseen")
-ORDINARY = 2  # sizes of the ordinary lattice before narrow peaks get lattices of their own
+ORDINARY = {1: 4, 2: 3, 3: 2}  # sizes of the ordinary lattice before narrow peaks get lattices of their own
 FACTORS = (1.0, 1.5)  # on the points per axis of those
 ZOOMED = 100_000  # their points, for the number of data that are held at once
 SHIFTS = ((0.5, 0.27, 0.13), (0.23, 0.41, 0.09))
@@ -140,7 +140,7 @@ class Grid(Reference):
         needed = ((box.high - box.low).amax(-1) / SPACING).clamp_max(limit)
         todo, size = torch.arange(n, device=box.centre.device), FINAL[d]
         for turn in count():
-            if turn == ORDINARY:
+            if turn == ORDINARY[d]:
                 todo = self._zoom(log_joint, found, box, marks, todo, keep, generator)
             if not len(todo):
                 break
@@ -152,7 +152,7 @@ class Grid(Reference):
                 found.take(rows, at, *self._lattices(part, mine, size, finer), mine, marks.rows(used), keep, generator)
             todo = todo[self._open(found, todo)]
             if size >= limit:
-                if turn < ORDINARY:
+                if turn < ORDINARY[d]:
                     self._zoom(log_joint, found, box, marks, todo, keep, generator)
                 break
             size = min(int(1.7 * size), limit)
@@ -186,7 +186,7 @@ class Grid(Reference):
                 trial.take(
                     torch.arange(len(used), device=used.device), slice(None), *lattices, around, around.marks, keep, generator
                 )
-                good = ~self._open(trial, at)
+                good = ~self._open(trial, at) & around.windows.valid.any(0)[at]
                 found.adopt(rows[good], trial, at[good])
                 if bool(good.all()):
                     break
