@@ -19,9 +19,9 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
 from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.program.edges import bijection
 from elbowroom.inference.program.latents import (
     MAX_ASSIGNMENTS,
     active_coordinates,
@@ -272,7 +272,7 @@ def _median(fn: TorchDistribution) -> Tensor:
     try:
         return base.icdf(torch.full_like(base.sample(), 0.5)).detach()
     except (NotImplementedError, AttributeError, TypeError):
-        transform = biject_to(support_of(fn))
+        transform = bijection(support_of(fn))
         return transform(transform.inv(fn.sample(torch.Size([PIN_DRAWS]))).median(0).values).detach()
 
 

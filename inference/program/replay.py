@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Transform
 
 from elbowroom.inference.program.bilinear import Bilinear
+from elbowroom.inference.program.edges import bijection, density, draw
 from elbowroom.inference.program.factorised import log_prob as sharing_log_prob
 from elbowroom.inference.program.factorised import shared_log_prob
 from elbowroom.inference.program.sites import Program, Site, frame_of, per_datum, support_of
+
+Free = tuple[Tensor, Transform]  # unconstrained coordinates in the program's layout, and the map from them
 
 
 class Replay(Messenger):
@@ -23,6 +27,8 @@ class Replay(Messenger):
         assignment: values of the discrete sites; a site without one is drawn.
         z: unconstrained coordinates (N, d), mapped to each site's support when the program reaches it.
         values: constrained values by site, instead of z.
+        free: the unconstrained coordinates of these values, with the map from them, by site; densities are then those of the
+            coordinates.
         index: sub-sampling indices, if not the program's own.
         shared: z is (G, 1, d), the same points for every datum; densities are then sums (`Bilinear`) not multiplied out.
         draws_dim: batch dimension of an outer plate of draws; densities are then summed per draw, not per datum.
@@ -30,10 +36,11 @@ class Replay(Messenger):
     Attributes:
         values: the value of each latent site that the program reached.
         distributions: its distribution in the program.
+        free: its unconstrained coordinates with the map from them: as given, from z, or as drawn where they can be drawn.
         per_draw: log density of the latent sites per draw of the outer plate, (S,).
         log_prior: log density of the latent sites, (N,).
         log_likelihood: log density of the observed sites, (N,).
-        log_det: log Jacobian of the map from z to the values, (N,).
+        log_det: log Jacobian of the map from z to the values, (N,), of the sites whose density is not computed from z.
         outside: log density of the observed sites outside the data plate.
     """
 
@@ -44,6 +51,7 @@ class Replay(Messenger):
         *,
         z: Tensor | None = None,
         values: dict[str, Tensor] | None = None,
+        free: Mapping[str, Free] | None = None,
         index: dict[str, Tensor] | None = None,
         shared: bool = False,
         draws_dim: int | None = None,
@@ -55,6 +63,7 @@ class Replay(Messenger):
         self.assignment = assignment
         self.z = z
         self.given = values
+        self.free: dict[str, Free] = dict(free or {})
         self.index = program.index if index is None else index
         self.shared = shared
         self.draws_dim = draws_dim
@@ -81,11 +90,15 @@ class Replay(Messenger):
         elif name in self.sites and self.given is not None:
             self._set(msg, self.given[name])
         elif name in self.sites and self.z is not None:
-            transform = biject_to(support_of(msg["fn"]))
-            u = self.sites[name].split(self.z)
-            value = transform(u)
-            self.log_det = self.log_det + self._jacobian(self.sites[name], transform, u, value, msg["mask"])
-            self._set(msg, value)
+            self._place(msg, self.sites[name].split(self.z), bijection(support_of(msg["fn"])))
+        elif name in self.sites and msg["value"] is None and (transform := self.sites[name].transform) is not None:
+            u = draw(msg["fn"], transform)
+            if u is not None:
+                self._place(msg, u, transform)
+
+    def _place(self, msg: Any, u: Tensor, transform: Transform) -> None:
+        self.free[msg["name"]] = u, transform
+        self._set(msg, transform(u))
 
     @staticmethod
     def _set(msg: Any, value: Tensor) -> None:
@@ -135,7 +148,15 @@ class Replay(Messenger):
                 drawn = scale_and_mask(fn.log_prob(msg["value"]), 1.0, msg["mask"]).movedim(self.draws_dim, 0)
                 self.per_draw = self.per_draw + drawn.reshape(len(drawn), -1).sum(1)
             return
-        raw: Any = (shared_log_prob if self.shared else sharing_log_prob)(fn, msg["value"])
+        raw: Any = None
+        if name in self.sites and name in self.free:
+            u, transform = self.free[name]
+            raw = density(fn, transform, u)
+            if raw is None:
+                det = self._jacobian(self.sites[name], transform, u, msg["value"], msg["mask"])
+                self.log_det = self.log_det + det
+        if raw is None:
+            raw = (shared_log_prob if self.shared else sharing_log_prob)(fn, msg["value"])
         frame = frame_of(msg, self.program.plate)
         if isinstance(raw, Bilinear) and (msg["mask"] is not None or frame is None):
             raw = raw.dense(len(msg["value"]))

@@ -25,8 +25,9 @@ from torch.utils import _pytree as pytree
 from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.program.bilinear import Kept
+from elbowroom.inference.program.edges import moved, saturated
+from elbowroom.inference.program.latents import log_sum
 from elbowroom.inference.program.replay import Which
-from elbowroom.inference.program.sites import saturated
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target import shared_points
 from elbowroom.inference.target.checks import probe
@@ -38,6 +39,8 @@ from elbowroom.system.memory import fitting, sizes
 from elbowroom.system.stages import stage
 
 log = logging.getLogger("elbowroom")
+
+STEP = 1e-2  # nats by which a density may change with a step of rounding of a value
 
 
 class LogJoint(PlainLogJoint):
@@ -200,9 +203,49 @@ class LogJoint(PlainLogJoint):
             out[site.name] = part.reshape(*part.shape[:-1], *site.shape)
         return out
 
-    def saturated(self, z: Tensor) -> Tensor:
-        """Return (S, N), True where a constrained value was rounded to the edge of its support and z cannot be recovered."""
-        return saturated(self.sites, z)
+    # -- values that round to the edge of a support ---------------------------------------------------------------------------
+
+    def rounded(self, z: Tensor) -> tuple[Tensor, str]:
+        """Return (S, N), True where a value rounds to the edge of its support and a density depends on it; and what to say.
+
+        There log p(x, z) or log q(z|x) changes by more than 0.01 nats with a step of rounding of the value: it is not that of z.
+        Densities that are computed from z itself, and those that do not care about the last digit, are right at the edge.
+        """
+        with torch.no_grad():
+            z = self._checked(z)
+            known = z.isfinite().all(-1)
+            z = torch.where(known[..., None], z, 0.0)
+            flags = {name: flag & known for name, flag in saturated(self.sites, z).items()}
+            found = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
+            for flag in flags.values():
+                found |= flag
+            some = found.any(1)
+            if not bool(some.any()):
+                return found, ""
+            if all(site.transform is not None for site in self.sites):
+                found[some] &= ~(self._map(self._step_of_rounding, z[some]) <= STEP)
+        names = ", ".join(repr(name) for name, flag in flags.items() if bool((flag & found).any()))
+        cure = "" if self.dtype == torch.float64 else "compute in float64, or "
+        return found, (
+            f"of the mass lies where {names} rounds to the edge of its support and the program's density depends on how; {cure}"
+            "give it a prior with less mass at the edge (a larger concentration), or a logit-normal one"
+        )
+
+    def _step_of_rounding(self, z: Tensor) -> Tensor:
+        """Return the largest change of log p(x, z) and log q(z|x) at z (N, d) with a step of rounding of the values."""
+        free = {s.name: (s.split(z), s.transform) for s in self.sites if s.transform is not None}
+        values = {name: transform(u) for name, (u, transform) in free.items()}
+        others = {site.name: moved(site, values[site.name]) for site in self.sites}
+        changes = []
+        programs: list[tuple[Which, list[dict[str, Tensor]]]]
+        programs = [("model", self.program.assignments), ("guide", self._guide_assignments())]
+        for which, assignments in programs:
+            both = []
+            for given in (values, others):
+                runs = [self.run(which, a, values=given, free=free) for a in assignments]
+                both.append(log_sum([run.log_prior + run.log_likelihood + run.log_det for run in runs]))
+            changes.append((both[0] - both[1]).abs())
+        return torch.maximum(*changes)
 
     def data(self) -> Tensor:
         """Return the first tensor among the arguments that has one row per datum, in the computation's dtype."""

@@ -7,7 +7,7 @@ For simulated data one exact draw of the posterior is known. It gives two-sided 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.program.edges import draw
 from elbowroom.inference.program.masks import kept
 from elbowroom.inference.program.sites import Site, frame_of
 from elbowroom.inference.randomness import seeded
@@ -45,11 +46,11 @@ def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
     model = _unobserved(log_joint)
     with seeded(seed), log_joint.snapshot.scope(), torch.no_grad():
         given = _given(log_joint)
-        with _Values() as drawn:
+        with _Values(program.sites) as drawn:
             model(*log_joint.args, **log_joint.kwargs)
         latent = {s.name: drawn.values[s.name][None] for s in (*program.sites, *program.discrete)}
         nothing = torch.zeros(log_joint.n_obs, 0, dtype=log_joint.dtype or log_joint.own_dtype, device=log_joint.device)
-        z = free(log_joint, latent, "model")[0] if program.sites else nothing
+        z = free(log_joint, latent, "model", drawn.free)[0] if program.sites else nothing
     observed, replacement = {}, {}
     for name, one in given.items():
         observed[name] = _by_datum(log_joint, one.node, one.with_holes(drawn.values[name]))
@@ -107,11 +108,25 @@ def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict
 
 
 class _Values(Messenger):
-    """Keeps only the value of every sample site; a trace would keep the whole run in memory."""
+    """Keeps only the value of every sample site; a trace would keep the whole run in memory.
 
-    def __init__(self) -> None:
+    Latents are drawn in unconstrained coordinates where they can be, which are kept too, (1, ...).
+    """
+
+    def __init__(self, sites: Sequence[Site] = ()) -> None:
         super().__init__()
+        self.maps = {site.name: site.transform for site in sites}
         self.values: dict[str, Tensor] = {}
+        self.free: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if msg["value"] is not None or (transform := self.maps.get(name)) is None:
+            return
+        u = draw(msg["fn"], transform)
+        if u is not None:
+            msg["value"], msg["done"] = transform(u), True
+            self.free[name] = u[None]
 
     def _pyro_post_sample(self, msg: Any) -> None:
         self.values[msg["name"]] = msg["value"]

@@ -74,8 +74,8 @@ class Grid(Reference):
             box = self._settle(log_joint, marks)
             found = self._refine(log_joint, box, marks, keep, seed)
             draws = found.draws
-            saturated = self._saturated(log_joint, draws)
-            status, reason = self._judge(found, saturated)
+            rounded, words = log_joint.rounded(draws)
+            status, reason = self._judge(found, rounded.double().mean(0), words)
             return Posterior(
                 method=self.name,
                 draws=in_chains(draws),
@@ -142,15 +142,10 @@ class Grid(Reference):
             quadrature(log_joint, box, finer, SHIFTS[1]),
         )
 
-    @staticmethod
-    def _saturated(log_joint: LogJoint, draws: Tensor) -> Tensor:
-        """Return the share of draws with a constrained value that was rounded to the edge of its support, (N,)."""
-        return log_joint.saturated(draws).double().mean(0)
-
-    def _judge(self, found: _Found, saturated: Tensor) -> tuple[list[Status], list[str]]:
+    def _judge(self, found: _Found, rounded: Tensor, words: str) -> tuple[list[Status], list[str]]:
         status: list[Status] = []
         reason: list[str] = []
-        columns = (found.error, found.border, found.unseen, saturated, found.evidence)
+        columns = (found.error, found.border, found.unseen, rounded, found.evidence)
         for e, b, u, s, v in zip(*(column.tolist() for column in columns), strict=True):
             if not abs(v) < float("inf"):
                 sentence = "no point of the grid has a finite density"
@@ -163,7 +158,7 @@ class Grid(Reference):
             elif not b <= BORDER_MASS:
                 sentence = f"a share {b:.2g} of the mass lies at the grid's border"
             elif s > 0:
-                sentence = f"a share {s:.2g} of the mass rounds to the edge of a support, where its density cannot be had"
+                sentence = f"a share {s:.2g} {words}"
             else:
                 status.append("exact")
                 reason.append(f"grid: numerical error of log p(x) at most {e:.1g} nats, by shifted and finer grids")

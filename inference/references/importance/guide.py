@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.inference.mcmc.normals import moments
-from elbowroom.inference.posterior import Evidence, Posterior, in_chains, sure_bound
+from elbowroom.inference.posterior import ROUNDED, Evidence, Posterior, in_chains, sure_bound
 from elbowroom.inference.references.importance.psis import good_k, psis
 from elbowroom.inference.target import discrete
 from elbowroom.inference.target.log_joint import LogJoint
@@ -65,8 +65,9 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
 
     Returns:
         The guide as a `Posterior`, status `amortized`, with stats elbo, elbo_se (standard error over draws), pareto_k,
-        ess_fraction, importance_trusted (1 or 0), rate E_q log q/p(z) and distortion -E_q log p(x|z), in nats (NaN where
-        discrete sites are summed out), and importance-sampling evidence. If every latent is discrete, sums replace draws, see
+        ess_fraction, importance_trusted (1 or 0), rounded_share (the weight of draws that `LogJoint.rounded` tells), rate E_q
+        log q/p(z) and distortion -E_q log p(x|z), in nats (NaN where discrete sites are summed out), and importance-sampling
+        evidence. If every latent is discrete, sums replace draws, see
         `_amortized_discrete`.
     """
     if log_joint.dim == 0:
@@ -83,6 +84,8 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         log_weights = log_p - log_q
         smoothed = psis(log_weights)
         value, trusted = evidence(log_weights, smoothed.pareto_k, smoothed.ess_fraction)
+        rounded, words = log_joint.rounded(z)
+        share = (smoothed.log_weights.exp() * rounded).sum(0)
         mean, covariance = moments(z)
         kept = z[:keep]
         flat = log_joint.constrain(kept)
@@ -92,8 +95,9 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         "elbo_se": log_weights.std(0) / math.sqrt(draws),
         "pareto_k": smoothed.pareto_k,
         "ess_fraction": smoothed.ess_fraction,
-        "importance_trusted": trusted.to(log_weights.dtype),
-        **split_bounds(log_weights),
+        "importance_trusted": (trusted & ~(share > ROUNDED)).to(log_weights.dtype),
+        "rounded_share": share,
+        **split_bounds(log_weights.masked_fill(rounded, -torch.inf)),  # what is left out keeps a lower bound valid
         "rate": rate,
         "distortion": distortion,
         "log_joint_max": log_p.max(0).values,
@@ -103,7 +107,7 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         draws=in_chains(kept),
         sites={name: in_chains(value) for name, value in flat.items()},
         status=["amortized"] * n,
-        reason=["draws of q(z|x)"] * n,
+        reason=[f"draws of q(z|x); a share {s:.2g} {words}" if s > ROUNDED else "draws of q(z|x)" for s in share.tolist()],
         mean=mean,
         covariance=covariance,
         evidence=value,
