@@ -130,7 +130,7 @@ def _doubt(estimate: Posterior, guide: Posterior, references: Sequence[Posterior
 
     if estimate is guide:
         if "rounded_share" in guide.stats:
-            for i in np.flatnonzero(_numpy(guide.stats["rounded_share"]) > ROUNDED):
+            for i in np.flatnonzero(~(_numpy(guide.stats["rounded_share"]) <= ROUNDED)):
                 doubt[i] = guide.reason[int(i)].removeprefix("draws of q(z|x); ")
         add(~(_numpy(guide.stats["importance_trusted"]) > 0), "the guide's importance weights cannot be trusted")
         for other in references:

@@ -98,6 +98,9 @@ def density(fn: TorchDistribution, transform: Transform, u: Tensor) -> Tensor | 
     elif type(base) in GAMMA and isinstance(to, ExpTransform):
         a, rate = base.concentration, base.rate
         found = a * (u + rate.log()) - rate * u.exp() - a.lgamma()
+    elif type(base) is dist.Kumaraswamy and isinstance(to, SigmoidTransform):
+        a, b, log_z = base.concentration1, base.concentration0, logsigmoid(u)
+        found = a.log() + b.log() + a * log_z + (b - 1) * (-(a * log_z).expm1()).log() + logsigmoid(-u)
     else:
         before = _before(base, to)
         if before is None:
@@ -118,6 +121,10 @@ def draw(fn: TorchDistribution, transform: Transform, size: torch.Size | None = 
         return parts[..., :-1] - after + _offset(after)
     if type(base) in GAMMA and isinstance(to, ExpTransform):
         return _log_gamma(base.concentration, shape) - base.rate.log()
+    if type(base) is dist.Kumaraswamy and isinstance(to, SigmoidTransform):  # z^a = 1 - e^(-E / b), with E exponential
+        a, b = base.concentration1, base.concentration0
+        log_z = torch.log1p(-(-torch.empty(shape + a.shape).to(a).exponential_() / b).exp()) / a
+        return log_z - (-log_z.expm1()).log()
     before = _before(base, to)
     return None if before is None else before.sample(shape)
 
@@ -199,6 +206,19 @@ def _last(to: Transform, u: Tensor, value: Tensor) -> Tensor:
 def _by_datum(site: Site, flag: Tensor, event_dim: int) -> Tensor:
     flag = flag.movedim(site.plate_dim - event_dim, 1)
     return flag.reshape(*flag.shape[:2], -1).any(-1)
+
+
+def inward(sites: Sequence[Site], z: Tensor) -> Tensor:
+    """Return z (S, N, d) with the coordinates of sites on an interval or half-line moved to where their values do not round."""
+    out, numbers = z.clone(), torch.finfo(z.dtype)
+    for site in sites:
+        to = None if site.transform is None else _innermost(site.transform)
+        first = to.parts[0] if isinstance(to, ComposeTransform) else to
+        at = -math.log(8 * numbers.eps) if isinstance(first, SigmoidTransform) else math.log(numbers.max) - 1
+        low = -at if isinstance(to, ComposeTransform) else math.log(numbers.tiny) + 1
+        if isinstance(first, SigmoidTransform | ExpTransform):
+            out[..., site.columns] = out[..., site.columns].clamp(low, at)
+    return out
 
 
 def moved(site: Site, value: Tensor) -> Tensor:

@@ -25,9 +25,10 @@ from torch.utils import _pytree as pytree
 from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.program.bilinear import Kept
-from elbowroom.inference.program.edges import moved, saturated
+from elbowroom.inference.program.edges import inward, moved, saturated
 from elbowroom.inference.program.latents import log_sum
 from elbowroom.inference.program.replay import Which
+from elbowroom.inference.program.sites import is_real
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target import shared_points
 from elbowroom.inference.target.checks import probe
@@ -40,7 +41,7 @@ from elbowroom.system.stages import stage
 
 log = logging.getLogger("elbowroom")
 
-STEP = 1e-2  # nats by which a density may change with a step of rounding of a value
+ROUNDING = 16  # steps of rounding of log p by which two evaluations may differ
 
 
 class LogJoint(PlainLogJoint):
@@ -205,10 +206,16 @@ class LogJoint(PlainLogJoint):
 
     # -- values that round to the edge of a support ---------------------------------------------------------------------------
 
-    def rounded(self, z: Tensor) -> tuple[Tensor, str]:
-        """Return (S, N), True where a value rounds to the edge of its support and a density depends on it; and what to say.
+    @property
+    def has_edges(self) -> bool:
+        """Whether a latent's support has an edge, next to which its values round."""
+        return not all(is_real(site.support) for site in self.sites)
 
-        There log p(x, z) or log q(z|x) changes by more than 0.01 nats with a step of rounding of the value: it is not that of z.
+    def rounded(self, z: Tensor) -> tuple[Tensor, str]:
+        """Return (S, N), True where a value rounds to an edge of its support and a density depends on it; and what to say.
+
+        There a step of rounding of the value changes log p(x, z) or log q(z|x), as it changes a logarithm of the distance to the
+        edge: the density is then not that of z.
         Densities that are computed from z itself, and those that do not care about the last digit, are right at the edge.
         """
         with torch.no_grad():
@@ -223,7 +230,7 @@ class LogJoint(PlainLogJoint):
             if not bool(some.any()):
                 return found, ""
             if all(site.transform is not None for site in self.sites):
-                found[some] &= ~(self._map(self._step_of_rounding, z[some]) <= STEP)
+                found[some] &= self._map(self._feels_rounding, z[some])
         names = ", ".join(repr(name) for name, flag in flags.items() if bool((flag & found).any()))
         cure = "" if self.dtype == torch.float64 else "compute in float64, or "
         return found, (
@@ -231,12 +238,27 @@ class LogJoint(PlainLogJoint):
             "give it a prior with less mass at the edge (a larger concentration), or a logit-normal one"
         )
 
-    def _step_of_rounding(self, z: Tensor) -> Tensor:
-        """Return the largest change of log p(x, z) and log q(z|x) at z (N, d) with a step of rounding of the values."""
+    def rounded_share(self, z: Tensor, log_p: Tensor, log_r: Tensor | None = None) -> tuple[Tensor, Tensor, str]:
+        """Return the share of the mass where `rounded` holds, (N,), `rounded` and its words, from z of density r (uniform).
+
+        Where log p(x, z) is not finite at such a point, its value at the last point whose values do not round stands for it.
+        """
+        rounded, words = self.rounded(z)
+        if not words:
+            return torch.zeros_like(log_p[0]), rounded, words
+        inside = torch.where(rounded[..., None], inward(self.sites, self._checked(z)), z)
+        log_w = torch.where(rounded & ~log_p.isfinite(), self(inside).to(log_p.dtype), log_p)
+        log_w = log_w if log_r is None else log_w - log_r
+        share = (torch.softmax(log_w.masked_fill(~rounded & ~log_w.isfinite(), -torch.inf), 0) * rounded).sum(0)
+        return share, rounded, words
+
+    def _feels_rounding(self, z: Tensor) -> Tensor:
+        """Return (N,), True where log p(x, z) or log q(z|x) at z (N, d) changes with a step of rounding of the values."""
         free = {s.name: (s.split(z), s.transform) for s in self.sites if s.transform is not None}
         values = {name: transform(u) for name, (u, transform) in free.items()}
         others = {site.name: moved(site, values[site.name]) for site in self.sites}
-        changes = []
+        felt = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        eps = torch.finfo(z.dtype).eps
         programs: list[tuple[Which, list[dict[str, Tensor]]]]
         programs = [("model", self.program.assignments), ("guide", self._guide_assignments())]
         for which, assignments in programs:
@@ -244,8 +266,9 @@ class LogJoint(PlainLogJoint):
             for given in (values, others):
                 runs = [self.run(which, a, values=given, free=free) for a in assignments]
                 both.append(log_sum([run.log_prior + run.log_likelihood + run.log_det for run in runs]))
-            changes.append((both[0] - both[1]).abs())
-        return torch.maximum(*changes)
+            change = (both[0] - both[1]).abs()
+            felt = felt | ~(change <= math.sqrt(eps) + ROUNDING * eps * both[0].abs())
+        return felt
 
     def data(self) -> Tensor:
         """Return the first tensor among the arguments that has one row per datum, in the computation's dtype."""

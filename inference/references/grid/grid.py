@@ -74,8 +74,8 @@ class Grid(Reference):
             box = self._settle(log_joint, marks)
             found = self._refine(log_joint, box, marks, keep, seed)
             draws = found.draws
-            rounded, words = log_joint.rounded(draws)
-            status, reason = self._judge(found, rounded.double().mean(0), words)
+            rounded, words = _rounded(log_joint, box, draws)
+            status, reason = self._judge(found, rounded, words)
             return Posterior(
                 method=self.name,
                 draws=in_chains(draws),
@@ -84,7 +84,7 @@ class Grid(Reference):
                 reason=reason,
                 mean=found.mean,
                 covariance=found.covariance,
-                evidence=Evidence("exact", "grid", found.evidence, found.error + found.border),
+                evidence=Evidence("exact", "grid", found.evidence, found.error + found.border + rounded),
                 stats={"refinement_error": found.error, "border_mass": found.border},
                 sample_stats={"lp": in_chains(log_joint(draws))},
             )
@@ -157,7 +157,7 @@ class Grid(Reference):
                     sentence += f"; {{name: grid, tolerance: {1e-3 if e <= 1e-3 else 1e-2:g}}} would accept it"
             elif not b <= BORDER_MASS:
                 sentence = f"a share {b:.2g} of the mass lies at the grid's border"
-            elif s > 0:
+            elif not s <= BORDER_MASS:
                 sentence = f"a share {s:.2g} {words}"
             else:
                 status.append("exact")
@@ -210,6 +210,21 @@ class _Found:
         self.border[rows] = second.border_mass[local]
         self.unseen[rows] = _unseen(second, box, marks)[local]
         self.draws[:, rows] = draw(second, box, keep, generator)[:, local]
+
+
+def _rounded(log_joint: LogJoint, box: Box, draws: Tensor) -> tuple[Tensor, str]:
+    """Return the share of the mass whose density depends on how a value rounds, (N,), and what to say of it."""
+    drawn, said = log_joint.rounded(draws)
+    share = drawn.to(draws.dtype).mean(0)
+    if log_joint.has_edges:
+        size = LOCAL[log_joint.dim]
+        for rows in torch.arange(log_joint.n_obs, device=share.device).split(fitting(size**log_joint.dim, ARRAY)):
+            part, used, at = log_joint.some(rows)
+            seen = quadrature(part, box.rows(used), size)
+            lost, _, words = part.rounded_share(seen.z, seen.log_p)
+            share[rows] = torch.maximum(share[rows], lost[at].to(share.dtype))
+            said = said or words
+    return share, said
 
 
 def _unseen(found: Quadrature, box: Box, marks: Landmarks) -> Tensor:

@@ -67,8 +67,7 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         The guide as a `Posterior`, status `amortized`, with stats elbo, elbo_se (standard error over draws), pareto_k,
         ess_fraction, importance_trusted (1 or 0), rounded_share (the weight of draws that `LogJoint.rounded` tells), rate E_q
         log q/p(z) and distortion -E_q log p(x|z), in nats (NaN where discrete sites are summed out), and importance-sampling
-        evidence. If every latent is discrete, sums replace draws, see
-        `_amortized_discrete`.
+        evidence. If every latent is discrete, sums replace draws, see `_amortized_discrete`.
     """
     if log_joint.dim == 0:
         return _amortized_discrete(log_joint, draws=draws, keep=keep, seed=seed)
@@ -84,8 +83,7 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         log_weights = log_p - log_q
         smoothed = psis(log_weights)
         value, trusted = evidence(log_weights, smoothed.pareto_k, smoothed.ess_fraction)
-        rounded, words = log_joint.rounded(z)
-        share = (smoothed.log_weights.exp() * rounded).sum(0)
+        share, rounded, words = log_joint.rounded_share(z, log_p, log_q)
         mean, covariance = moments(z)
         kept = z[:keep]
         flat = log_joint.constrain(kept)
@@ -95,7 +93,7 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         "elbo_se": log_weights.std(0) / math.sqrt(draws),
         "pareto_k": smoothed.pareto_k,
         "ess_fraction": smoothed.ess_fraction,
-        "importance_trusted": (trusted & ~(share > ROUNDED)).to(log_weights.dtype),
+        "importance_trusted": (trusted & (share <= ROUNDED)).to(log_weights.dtype),
         "rounded_share": share,
         **split_bounds(log_weights.masked_fill(rounded, -torch.inf)),  # what is left out keeps a lower bound valid
         "rate": rate,
@@ -107,7 +105,7 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         draws=in_chains(kept),
         sites={name: in_chains(value) for name, value in flat.items()},
         status=["amortized"] * n,
-        reason=[f"draws of q(z|x); a share {s:.2g} {words}" if s > ROUNDED else "draws of q(z|x)" for s in share.tolist()],
+        reason=[f"draws of q(z|x); a share {s:.2g} {words}" if not s <= ROUNDED else "draws of q(z|x)" for s in share.tolist()],
         mean=mean,
         covariance=covariance,
         evidence=value,

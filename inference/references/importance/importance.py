@@ -167,8 +167,7 @@ class ImportanceSampling(Reference):
         mean, covariance = draws.moments()
         kept = resample(torch.cat([draws.z, draws.log_p[..., None]], -1), draws.weights, keep, generator)
         share, unseen = _unseen(modes, proposal, draws)
-        rounded, words = log_joint.rounded(draws.z)
-        lost = (draws.weights * rounded).sum(0)
+        lost, rounded, words = log_joint.rounded_share(draws.z, draws.log_p, draws.log_p - draws.log_w)
         value, _ = evidence(draws.log_w, draws.pareto_k, draws.ess / self.draws)
         stats = {
             "weights_pareto_k": draws.pareto_k,
@@ -235,7 +234,7 @@ class ImportanceSampling(Reference):
             certified = False
             if none:
                 sentence = "log p(x, z) is finite at none of the draws"
-            elif edge > ROUNDED:
+            elif not edge <= ROUNDED:
                 sentence = f"a share {edge:.2g} {words}"
             elif missed:
                 sentence = f"annealed runs from the prior found a mode (mass about {part:.2g}) that the draws hardly reach"
