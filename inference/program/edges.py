@@ -29,7 +29,7 @@ from torch.distributions.transforms import (
     SigmoidTransform,
     StickBreakingTransform,
 )
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from elbowroom.inference.program.sites import Site, is_identity, is_real
 
@@ -37,6 +37,7 @@ BETA = (dist.Beta, torch.distributions.Beta)
 DIRICHLET = (dist.Dirichlet, torch.distributions.Dirichlet)
 GAMMA = (dist.Gamma, torch.distributions.Gamma)
 CARRIED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
+FAR = 30.0  # log(1 + e^-x) is e^-x from here on
 LOST = 1e-3  # relative difference of u and T^-1(T(u)) from which on u counts as lost
 
 
@@ -99,8 +100,9 @@ def density(fn: TorchDistribution, transform: Transform, u: Tensor) -> Tensor | 
         a, rate = base.concentration, base.rate
         found = a * (u + rate.log()) - rate * u.exp() - a.lgamma()
     elif type(base) is dist.Kumaraswamy and isinstance(to, SigmoidTransform):
-        a, b, log_z = base.concentration1, base.concentration0, logsigmoid(u)
-        found = a.log() + b.log() + a * log_z + (b - 1) * (-(a * log_z).expm1()).log() + logsigmoid(-u)
+        a, b = base.concentration1, base.concentration0
+        log_t = torch.where(u > FAR, -u, softplus(-u.clamp_max(FAR)).log())  # t = -log z
+        found = a.log() + b.log() + a * logsigmoid(u) + (b - 1) * _log_less(a.log() + log_t) + logsigmoid(-u)
     else:
         before = _before(base, to)
         if before is None:
@@ -123,8 +125,9 @@ def draw(fn: TorchDistribution, transform: Transform, size: torch.Size | None = 
         return _log_gamma(base.concentration, shape) - base.rate.log()
     if type(base) is dist.Kumaraswamy and isinstance(to, SigmoidTransform):  # z^a = 1 - e^(-E / b), with E exponential
         a, b = base.concentration1, base.concentration0
-        log_z = torch.log1p(-(-torch.empty(shape + a.shape).to(a).exponential_() / b).exp()) / a
-        return log_z - (-log_z.expm1()).log()
+        late = torch.empty(shape + a.shape).to(a).exponential_() / b
+        log_t = torch.where(late > FAR, -late, (-_log_less(late.clamp_max(FAR).log())).log()) - a.log()  # t = -log z
+        return -log_t.exp() - _log_less(log_t)
     before = _before(base, to)
     return None if before is None else before.sample(shape)
 
@@ -133,6 +136,13 @@ def _log_gamma(a: Tensor, shape: torch.Size) -> Tensor:
     """Draw the logarithm of gamma variates: log G(a) = log G(a + 1) - E / a, with E exponential."""
     larger = torch.distributions.Gamma(a + 1, torch.ones_like(a), validate_args=False).sample(shape)
     return larger.log() - torch.empty_like(larger).exponential_() / a
+
+
+def _log_less(log_t: Tensor) -> Tensor:
+    """Return log(1 - e^-t)."""
+    t = log_t.exp()
+    close, far = (-(-t.clamp(1e-7, 1.0)).expm1()).log(), torch.log1p(-(-t.clamp_min(1.0)).exp())
+    return torch.where(t < 1e-7, log_t - t / 2, torch.where(t < 1, close, far))
 
 
 def _before(base: Any, to: Transform) -> Distribution | None:
@@ -168,7 +178,8 @@ def _inner(fn: Any) -> Any:
 def _innermost(transform: Transform) -> Transform:
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
-    return transform
+    parts = _flat([transform])
+    return parts[0] if len(parts) == 1 else transform
 
 
 # -- where values have rounded ------------------------------------------------------------------------------------------------

@@ -212,10 +212,10 @@ class LogJoint(PlainLogJoint):
         return not all(is_real(site.support) for site in self.sites)
 
     def rounded(self, z: Tensor) -> tuple[Tensor, str]:
-        """Return (S, N), True where a value rounds to an edge of its support and a density depends on it; and what to say.
+        """Return (S, N), True where a value rounds to an edge of its support and a density feels it; and what to say.
 
-        There a step of rounding of the value changes log p(x, z) or log q(z|x), as it changes a logarithm of the distance to the
-        edge: the density is then not that of z.
+        There a step of rounding of the value changes log p(x, z) or log q(z|x), as a logarithm of the distance to the edge
+        changes: the density is then not that of z.
         Densities that are computed from z itself, and those that do not care about the last digit, are right at the edge.
         """
         with torch.no_grad():

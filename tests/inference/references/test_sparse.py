@@ -86,7 +86,7 @@ def test_importance_sampling_is_right_where_it_is_certified() -> None:
     assert (((mean - problem.mean) / error)[ok].abs() < 2 * LIMIT).all()  # in tails the weights vary more than their ESS says
 
 
-# -- the wide run ---------------------------------------------------------------------------------------------------------------
+# -- the wide run --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
     z ~ Dirichlet(alpha, ..., alpha),  x | z ~ Multinomial(m, z)   ->   z | x ~ Dirichlet(alpha + x)
     log p(x) = log m! - sum log x_k! + log B(alpha + x) - log B(alpha)
 
-The sticks of a Dirichlet are independent Betas, and a Beta's log odds have mean psi(a) - psi(b) and variance psi'(a) + psi'(b): the
-moments of the unconstrained coordinates. `parts` = 1 stands for a Beta, whose likelihood is a binomial.
+The sticks of a Dirichlet are independent Betas, and a Beta's log odds have mean psi(a) - psi(b) and variance psi'(a) + psi'(b):
+the moments of the unconstrained coordinates. `parts` = 1 stands for a Beta, whose likelihood is a binomial.
 """
 
 from __future__ import annotations
