@@ -45,18 +45,34 @@ def test_the_exact_guide_has_constant_weights_and_the_right_draws(parts: int, dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("guide", ["near", "normal"])
-def test_estimates_from_poorer_guides_hold(guide: str, dtype: torch.dtype) -> None:
+def test_estimates_from_a_poorer_guide_hold(dtype: torch.dtype) -> None:
     within, total = 0, 0
     for parts in (1, 3):
-        problem = sparse(parts, 0.1, n=100, seed=4, guide=guide, dtype=dtype)
+        problem = sparse(parts, 0.1, n=100, seed=4, guide="near", dtype=dtype)
         found = amortized(problem.log_joint, draws=4000, keep=400, seed=1)
         trusted = found.stats["importance_trusted"] > 0
         z = scaled(problem, found)[trusted].abs()
         within, total = within + int((z < 1.96).sum()), total + len(z)
         assert (z < LIMIT).all()
-    assert total > 100
-    assert within / total > 0.9
+    assert total > 180
+    assert 0.9 < within / total < 0.99
+
+
+def test_a_guide_with_lighter_tails_is_not_trusted() -> None:
+    """A logistic normal has normal tails, the posterior exponential ones: k-hat is low since the largest weights are unseen.
+
+    Of the intervals that were trusted by k-hat alone, 78 to 94 % held, fewer the lower k-hat.
+    """
+    problem = sparse(8, 0.1, n=60, seed=4, guide="normal")
+    found = amortized(problem.log_joint, draws=4000, keep=400, seed=1)
+    low = (found.stats["pareto_k"] < 0.5) & (found.stats["ess_fraction"] > 0.1)
+    assert low.sum() > 10
+    assert (found.stats["importance_trusted"][low] > 0).double().mean() < 0.2
+    shares = found.stats["tail_share"][low]
+    assert (shares > 0).all()
+    assert found.evidence is not None
+    bias = float((problem.log_evidence - found.evidence.value)[low].mean())
+    assert 0.3 * bias < float(shares.mean()) < 3 * bias  # that is how far log mean w lies too low
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,7 +124,8 @@ def test_intervals_hold_over_all_kinds(dtype: torch.dtype) -> None:
                 held.setdefault("importance", []).append(scaled(problem, reference)[reference.trusted].abs())
     for name, parts_of in held.items():
         z = torch.cat(parts_of)
-        assert 0.93 <= (z < 1.96).double().mean() <= 0.97, name
+        slack = 2 * (0.05 * 0.95 / len(z)) ** 0.5  # few are trusted from a logistic normal
+        assert 0.93 - slack <= (z < 1.96).double().mean() <= 0.97 + slack, name
         assert (z > LIMIT).double().mean() < 1e-3, name
 
 
