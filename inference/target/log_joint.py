@@ -215,7 +215,8 @@ class LogJoint(PlainLogJoint):
         """Return (S, N), True where a value rounds to an edge of its support and a density feels it; and what to say.
 
         There a step of rounding of the value changes log p(x, z) or log q(z|x), as a logarithm of the distance to the edge
-        changes: the density is then not that of z. Densities that are computed from z itself, and those that do not care about the last digit, are right at the edge.
+        changes: the density is then not that of z. Densities that are computed from z itself, and those that do not depend on
+        the last digit, are right at the edge.
         """
         with torch.no_grad():
             z = self._checked(z)
