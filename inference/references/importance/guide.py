@@ -28,6 +28,7 @@ MIN_ESS = 400
 SEED_STEP = 32_452_843  # between the seeds of draws for estimates and of draws that are kept
 WIDE_DF, WIDER, FEWER = 4, 1.6, 4  # of the Student-t that looks beyond the guide's draws: spread, and share of the draws
 HIGHER = 0.1  # nats above the largest weight seen, from which on a weight is one that the draws lack
+NOTHING = 1e-6  # share of unseen mass that is left out of account
 BIAS = 0.25  # of the standard error: a larger share of unseen mass would spoil the interval
 FINITE_K = 0.5  # weights with a larger tail index have no variance, hence no standard error
 
@@ -97,7 +98,7 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         "elbo_se": log_weights.std(0) / math.sqrt(draws),
         "pareto_k": smoothed.pareto_k,
         "ess_fraction": smoothed.ess_fraction,
-        "importance_trusted": (trusted & (share <= ROUNDED) & (tail <= BIAS * value.error)).to(log_weights.dtype),
+        "importance_trusted": (trusted & (share <= ROUNDED) & (tail <= BIAS * value.error + NOTHING)).to(log_weights.dtype),
         "rounded_share": share,
         "tail_share": tail,
         **split_bounds(log_weights.masked_fill(rounded, -torch.inf)),  # what is left out keeps a lower bound valid
