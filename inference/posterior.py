@@ -17,6 +17,7 @@ from elbowroom.inference.program.replay import Which
 from elbowroom.inference.target.discrete import discrete_draws
 from elbowroom.inference.target.log_joint import LogJoint
 
+ROUNDED = 1e-4  # largest share of the mass whose density may depend on rounding (`LogJoint.rounded`) in a trusted posterior
 CHAINS = 4  # independent draws are arranged as this many chains, as ArviZ's summaries expect
 
 Status = Literal["exact", "certified", "uncertified", "amortized", "not needed"]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from elbowroom.analysis.measures.evidence_kinds import ENDING, OF_EXACT, OF_GUIDE, OF_REFIT, REFIT, WEIGHTS
 from elbowroom.analysis.measures.table import MISSED, Z95
-from elbowroom.inference.posterior import RISK, Posterior, Reference, sure_bound
+from elbowroom.inference.posterior import RISK, ROUNDED, Posterior, Reference, sure_bound
 from elbowroom.inference.references.ais.ais import Annealed
 from elbowroom.inference.references.ais.annealing import tune, upper
 from elbowroom.inference.references.ais.paths import PriorPath, RefitPath
@@ -129,6 +129,9 @@ def _doubt(estimate: Posterior, guide: Posterior, references: Sequence[Posterior
         doubt[where & (doubt == "")] = words
 
     if estimate is guide:
+        if "rounded_share" in guide.stats:
+            for i in np.flatnonzero(~(_numpy(guide.stats["rounded_share"]) <= ROUNDED)):
+                doubt[i] = guide.reason[int(i)].removeprefix("draws of q(z|x); ")
         add(~(_numpy(guide.stats["importance_trusted"]) > 0), "the guide's importance weights cannot be trusted")
         for other in references:
             if "missed_mass" in other.stats:

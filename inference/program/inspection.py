@@ -18,9 +18,9 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
 from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.program.densities.edges import bijection
 from elbowroom.inference.program.latents import (
     MAX_ASSIGNMENTS,
     active_coordinates,
@@ -280,7 +280,7 @@ def _median(fn: TorchDistribution, prior: TorchDistribution) -> Tensor:
         draws = fn.sample(torch.Size([PIN_DRAWS]))
         if support is None or support.is_discrete:
             return draws.median(0).values.detach()
-        transform = biject_to(support)
+        transform = bijection(support)
         return transform(transform.inv(draws).median(0).values).detach()
 
 

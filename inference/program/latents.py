@@ -10,9 +10,9 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import biject_to
 
 from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.program.densities.edges import bijection
 from elbowroom.inference.program.masks import bare, coordinates
 from elbowroom.inference.program.sites import Site, frame_of, is_static, support_of
 
@@ -80,7 +80,7 @@ def continuous_site(node: Mapping[str, Any], plate: str, offset: int) -> Site:
     dim, batch_ndim, value = _layout(node, plate)
     support = support_of(fn)
     try:
-        transform = biject_to(support)
+        transform = bijection(support)
     except NotImplementedError:
         raise UnsupportedProgram(
             f"site {node['name']!r}: no transform onto the support of {type(fn).__name__} ({support}) is known"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Transform
 from torch.distributions.transforms import IndependentTransform
 
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.program.densities.bilinear import Bilinear
+from elbowroom.inference.program.densities.edges import bijection, density, draw
 from elbowroom.inference.program.densities.factorised import log_prob as sharing_log_prob
 from elbowroom.inference.program.densities.factorised import shared_log_prob
 from elbowroom.inference.program.masks import coordinates, entries, masks_inside
@@ -26,6 +27,8 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 PRIOR_DRAWS = 4096  # of a masked site, over the data, for the density that stands in for its own
 QUARTILES = 1.349  # distance between the quartiles of a normal distribution, in standard deviations
 
+Free = tuple[Tensor, Transform]  # unconstrained coordinates in the program's layout, and the map from them
+
 
 class Replay(Messenger):
     """Substitute values at a program's sites, in program order, and collect log densities per datum.
@@ -35,6 +38,8 @@ class Replay(Messenger):
         assignment: values of the discrete sites; a site without one is drawn.
         z: unconstrained coordinates (N, d), mapped to each site's support when the program reaches it.
         values: constrained values by site; they come before z, which then serves the gates alone.
+        free: the unconstrained coordinates of these values, with the map from them, by site; densities are then those of the
+            coordinates.
         index: sub-sampling indices, if not the program's own.
         shared: z is (G, 1, d), the same points for every datum; densities are then sums (`Bilinear`) not multiplied out.
         draws_dim: batch dimension of an outer plate of draws; densities are then summed per draw, not per datum.
@@ -44,10 +49,11 @@ class Replay(Messenger):
         distributions: its distribution in the program.
         masks: the mask around it, None if there is none.
         padding: log density of the coordinates that discrete sites mask, (N,), if z is given; 0.0 if there are none.
+        free: its unconstrained coordinates with the map from them: as given, from z, or as drawn where they can be drawn.
         per_draw: log density of the latent sites per draw of the outer plate, (S,).
         log_prior: log density of the latent sites, (N,).
         log_likelihood: log density of the observed sites, (N,).
-        log_det: log Jacobian of the map from z to the values, (N,).
+        log_det: log Jacobian of the map from z to the values, (N,), of the sites whose density is not computed from z.
         outside: log density of the observed sites outside the data plate.
     """
 
@@ -58,6 +64,7 @@ class Replay(Messenger):
         *,
         z: Tensor | None = None,
         values: dict[str, Tensor] | None = None,
+        free: Mapping[str, Free] | None = None,
         index: dict[str, Tensor] | None = None,
         shared: bool = False,
         draws_dim: int | None = None,
@@ -69,6 +76,7 @@ class Replay(Messenger):
         self.assignment = assignment
         self.z = z
         self.given = values
+        self.free: dict[str, Free] = dict(free or {})
         self.index = program.index if index is None else index
         self.shared = shared
         self.draws_dim = draws_dim
@@ -97,11 +105,15 @@ class Replay(Messenger):
         elif name in self.sites and self.given is not None:
             self._set(msg, self.given[name])
         elif name in self.sites and self.z is not None:
-            transform = biject_to(support_of(msg["fn"]))
-            u = self.sites[name].split(self.z)
-            value = transform(u)
-            self.log_det = self.log_det + self._jacobian(self.sites[name], transform, u, value, msg)
-            self._set(msg, value)
+            self._place(msg, self.sites[name].split(self.z), bijection(support_of(msg["fn"])))
+        elif name in self.sites and msg["value"] is None and (transform := self.sites[name].transform) is not None:
+            u = draw(msg["fn"], transform)
+            if u is not None:
+                self._place(msg, u, transform)
+
+    def _place(self, msg: Any, u: Tensor, transform: Transform) -> None:
+        self.free[msg["name"]] = u, transform
+        self._set(msg, transform(u))
 
     @staticmethod
     def _set(msg: Any, value: Tensor) -> None:
@@ -160,7 +172,15 @@ class Replay(Messenger):
                 drawn = scale_and_mask(fn.log_prob(msg["value"]), 1.0, msg["mask"]).movedim(self.draws_dim, 0)
                 self.per_draw = self.per_draw + drawn.reshape(len(drawn), -1).sum(1)
             return
-        raw: Any = (shared_log_prob if self.shared else sharing_log_prob)(fn, msg["value"])
+        raw: Any = None
+        if name in self.sites and name in self.free:
+            u, transform = self.free[name]
+            raw = density(fn, transform, u)
+            if raw is None:
+                det = self._jacobian(self.sites[name], transform, u, msg["value"], msg)
+                self.log_det = self.log_det + det
+        if raw is None:
+            raw = (shared_log_prob if self.shared else sharing_log_prob)(fn, msg["value"])
         if name in self.program.moving and isinstance(raw, Tensor):
             gone = impossible(msg)
             raw = raw if gone is None else torch.where(gone, -torch.inf, raw)

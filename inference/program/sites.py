@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,7 +165,7 @@ def _image(support: Any, transform: Transform) -> Any:
             support = _image(support, part)
         missing = transform.codomain.event_dim - support.event_dim
         return constraints.independent(support, missing) if missing > 0 else support
-    if support is not None and _is_identity(transform):
+    if support is not None and is_identity(transform):
         return support
     codomain = transform.codomain
     lower, upper = _ends(support)
@@ -203,7 +203,8 @@ def _at(transform: Transform, end: Any) -> Any:
     return value.item() if plain else value
 
 
-def _is_identity(transform: Transform) -> bool:
+def is_identity(transform: Transform) -> bool:
+    """Whether a transform is the affine map 0 + 1 x."""
     if not isinstance(transform, AffineTransform):
         return False
     loc, scale = transform.loc, transform.scale
@@ -236,37 +237,3 @@ def per_datum(log_prob: Tensor, dim: int, n_obs: int) -> Tensor:
     if log_prob.shape[0] != n_obs:
         log_prob = log_prob.expand(n_obs, *log_prob.shape[1:])
     return log_prob.flatten(1).sum(1) if log_prob.dim() > 1 else log_prob
-
-
-def constrained(sites: Sequence[Site], z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Map z (N, d) to constrained values by site, and return the log Jacobian (N,); no support may depend on other sites."""
-    values, log_det = {}, z.new_zeros(len(z))
-    for site in sites:
-        transform = site.transform
-        if transform is None:
-            raise ValueError(f"site {site.name!r} has a support that depends on other sites")
-        u = site.split(z)
-        values[site.name] = transform(u)
-        det = transform.log_abs_det_jacobian(u, values[site.name])
-        batch_ndim = u.dim() - site.free_event_dim
-        det = det.flatten(batch_ndim).sum(-1) if det.dim() > batch_ndim else det
-        log_det = log_det + per_datum(det, site.plate_dim, len(z))
-    return values, log_det
-
-
-def saturated(sites: Sequence[Site], z: Tensor) -> Tensor:
-    """Return (S, N), True where a constrained value was rounded to the edge of its support, so that z cannot be recovered."""
-
-    def lost(u: Tensor) -> Tensor:
-        bad = torch.zeros(len(u), dtype=torch.bool, device=u.device)
-        for site in sites:
-            if site.transform is not None and site.columns.stop > site.columns.start:
-                part = site.split(u)
-                off = (site.transform.inv(site.transform(part)) - part).abs()
-                off = site.gather(off, site.free_event_dim).reshape(len(u), -1)
-                bad = bad | ~(off <= 1e-3 * (1 + part.abs().max())).all(-1)
-        return bad
-
-    if all(is_real(site.support) for site in sites):
-        return torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
-    return torch.stack([lost(u) for u in z])

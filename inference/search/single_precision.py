@@ -43,4 +43,4 @@ def in_precision(log_joint: LogJoint, q: Normals, wanted: Precision, generator: 
         return single
     coarse = (q.root.square().sum(-1).sqrt() < GRAIN * q.loc.abs()).any()
     quiet = noise.std(0).nan_to_num(nan=torch.inf).le(NOISE).all()
-    return single if bool(quiet & ~coarse) else log_joint
+    return single if bool(quiet & ~coarse) and not bool(single.rounded(z)[0].any()) else log_joint

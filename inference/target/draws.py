@@ -12,11 +12,11 @@ from collections.abc import Mapping
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
 from elbowroom.errors import UnsupportedProgram, first_line
+from elbowroom.inference.program.densities.edges import bijection
 from elbowroom.inference.program.replay import Replay, Which
-from elbowroom.inference.program.sites import support_of
+from elbowroom.inference.program.sites import Site, support_of
 from elbowroom.inference.target.plain import PlainLogJoint
 
 CHECKED = 3  # number of draws in the check
@@ -30,10 +30,15 @@ def forward(joint: PlainLogJoint, which: Which, n_draws: int) -> Tensor:
         joint.batched_draws[which] = _batches(joint, which)
     if joint.batched_draws[which]:
         values, replay = _batched(joint, which, n_draws)
-        z = free(joint, values, which)
+        dim = -joint.program.nesting - 1
+        known = {
+            s.name: _in_front(replay.free[s.name][0], s, dim, s.free_event_dim) for s in joint.sites if s.name in replay.free
+        }
+        z = free(joint, values, which, known)
         return _through_gates(joint, z, replay) if joint.program.gated else z
     runs = [joint.run(which, {}) for _ in range(n_draws)]
-    z = free(joint, {name: torch.stack([run.values[name] for run in runs]) for name in runs[0].values}, which)
+    values = {name: torch.stack([run.values[name] for run in runs]) for name in runs[0].values}
+    z = free(joint, values, which, {name: torch.stack([run.free[name][0] for run in runs]) for name in runs[0].free})
     if not joint.program.gated:
         return z
     kept = {name: torch.stack([torch.as_tensor(run.columns(name)) for run in runs]) for name in gates(joint)}
@@ -73,15 +78,19 @@ def _batched(joint: PlainLogJoint, which: Which, n_draws: int) -> tuple[dict[str
     """Run once in an outer plate: values by site, (S, batch, event), and the run itself."""
     program = joint.program
     dim = -program.nesting - 1
-    with pyro.plate("_draws", n_draws, dim=dim):
-        replay = joint.run(which, {}, draws_dim=dim)
+    replay = joint.run(which, {}, pyro.plate("_draws", n_draws, dim=dim), draws_dim=dim)
     values = {}
     for site in (*program.sites, *program.discrete):
         if site.name in replay.values:
-            value = replay.values[site.name].movedim(dim - site.event_dim, 0)
-            surplus = value.dim() - site.batch_ndim - site.event_dim
-            values[site.name] = value.flatten(0, surplus - 1) if surplus > 1 else value
+            values[site.name] = _in_front(replay.values[site.name], site, dim, site.event_dim)
     return values, replay
+
+
+def _in_front(value: Tensor, site: Site, dim: int, event_dim: int) -> Tensor:
+    """Move the outer plate, batch dimension `dim`, to the front: (S, batch, event)."""
+    value = value.movedim(dim - event_dim, 0)
+    surplus = value.dim() - site.batch_ndim - event_dim
+    return value.flatten(0, surplus - 1) if surplus > 1 else value
 
 
 def _batches(joint: PlainLogJoint, which: Which) -> bool:
@@ -101,8 +110,10 @@ def _batches(joint: PlainLogJoint, which: Which) -> bool:
     return True
 
 
-def free(joint: PlainLogJoint, values: dict[str, Tensor], which: Which) -> Tensor:
+def free(joint: PlainLogJoint, values: dict[str, Tensor], which: Which, known: Mapping[str, Tensor]) -> Tensor:
     """Map constrained values (S, batch, event) of all local sites to unconstrained coordinates (S, N, d).
+
+    `known` has the coordinates of sites that were drawn in them, likewise.
 
     Raises:
         UnsupportedProgram: the guide drew values outside the prior's support, where the ELBO is minus infinity.
@@ -120,7 +131,7 @@ def free(joint: PlainLogJoint, values: dict[str, Tensor], which: Which) -> Tenso
                     f"site {site.name!r}: the guide drew values outside the prior's support, where log p(x, z) and hence the "
                     "ELBO is minus infinity; wrap the guide's distribution in a transform onto the prior's support"
                 )
-            u = site.transform.inv(value)
+            u = known[site.name] if site.name in known else site.transform.inv(value)
             parts.append(u.movedim(site.plate_dim - site.free_event_dim, 1).reshape(n_draws, joint.n_obs, -1))
         return torch.cat(parts, -1)
     runs = []
@@ -129,7 +140,7 @@ def free(joint: PlainLogJoint, values: dict[str, Tensor], which: Which) -> Tenso
         model = joint.run("model", {}, values=given)
         parts = []
         for site in program.sites:
-            u = biject_to(support_of(model.distributions[site.name])).inv(model.values[site.name])
+            u = bijection(support_of(model.distributions[site.name])).inv(model.values[site.name])
             parts.append(site.gather(u, site.free_event_dim).reshape(joint.n_obs, -1))
         runs.append(torch.cat(parts, -1))
     return torch.stack(runs)

@@ -25,8 +25,10 @@ from torch.utils import _pytree as pytree
 from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.program.densities.bilinear import Kept
+from elbowroom.inference.program.densities.edges import inward, moved, saturated
+from elbowroom.inference.program.latents import log_sum
 from elbowroom.inference.program.replay import Which
-from elbowroom.inference.program.sites import saturated
+from elbowroom.inference.program.sites import is_real
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target import shared_points
 from elbowroom.inference.target.checks import probe, separates
@@ -38,6 +40,8 @@ from elbowroom.system.memory import fitting, sizes
 from elbowroom.system.stages import stage
 
 log = logging.getLogger("elbowroom")
+
+ROUNDING = 16  # steps of rounding of log p by which two evaluations may differ
 
 
 class LogJoint(PlainLogJoint):
@@ -200,9 +204,71 @@ class LogJoint(PlainLogJoint):
             out[site.name] = part.reshape(*part.shape[:-1], *site.shape)
         return out
 
-    def saturated(self, z: Tensor) -> Tensor:
-        """Return (S, N), True where a constrained value was rounded to the edge of its support and z cannot be recovered."""
-        return saturated(self.sites, z)
+    # -- values that round to the edge of a support ---------------------------------------------------------------------------
+
+    @property
+    def has_edges(self) -> bool:
+        """Whether a latent's support has an edge, next to which its values round."""
+        return not all(is_real(site.support) for site in self.sites)
+
+    def rounded(self, z: Tensor) -> tuple[Tensor, str]:
+        """Return (S, N), True where a value rounds to an edge of its support and a density feels it; and what to say.
+
+        There a step of rounding of the value changes log p(x, z) or log q(z|x), as a logarithm of the distance to the edge
+        changes: the density is then not that of z. Densities that are computed from z itself, and those that do not depend on
+        the last digit, are right at the edge.
+        """
+        with torch.no_grad():
+            z = self._checked(z)
+            known = z.isfinite().all(-1)
+            z = torch.where(known[..., None], z, 0.0)
+            flags = {name: flag & known for name, flag in saturated(self.sites, z).items()}
+            found = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
+            for flag in flags.values():
+                found |= flag
+            some = found.any(1)
+            if not bool(some.any()):
+                return found, ""
+            if all(site.transform is not None for site in self.sites):
+                found[some] &= self._map(self._feels_rounding, z[some])
+        names = ", ".join(repr(name) for name, flag in flags.items() if bool((flag & found).any()))
+        cure = "" if self.dtype == torch.float64 else "compute in float64, or "
+        return found, (
+            f"of the mass lies where {names} rounds to the edge of its support and the program's density depends on how; {cure}"
+            "give it a prior with less mass at the edge (a larger concentration), or a logit-normal one"
+        )
+
+    def rounded_share(self, z: Tensor, log_p: Tensor, log_r: Tensor | None = None) -> tuple[Tensor, Tensor, str]:
+        """Return the share of the mass where `rounded` holds, (N,), `rounded` and its words, from z of density r (uniform).
+
+        Where log p(x, z) is not finite at such a point, its value at the last point whose values do not round stands for it.
+        """
+        rounded, words = self.rounded(z)
+        if not words:
+            return torch.zeros_like(log_p[0]), rounded, words
+        inside = torch.where(rounded[..., None], inward(self.sites, self._checked(z)), z)
+        log_w = torch.where(rounded & ~log_p.isfinite(), self(inside).to(log_p.dtype), log_p)
+        log_w = log_w if log_r is None else log_w - log_r
+        share = (torch.softmax(log_w.masked_fill(~rounded & ~log_w.isfinite(), -torch.inf), 0) * rounded).sum(0)
+        return share, rounded, words
+
+    def _feels_rounding(self, z: Tensor) -> Tensor:
+        """Return (N,), True where log p(x, z) or log q(z|x) at z (N, d) changes with a step of rounding of the values."""
+        free = {s.name: (s.split(z), s.transform) for s in self.sites if s.transform is not None}
+        values = {name: transform(u) for name, (u, transform) in free.items()}
+        others = {site.name: moved(site, values[site.name]) for site in self.sites}
+        felt = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        eps = torch.finfo(z.dtype).eps
+        programs: list[tuple[Which, list[dict[str, Tensor]]]]
+        programs = [("model", self.program.assignments), ("guide", self._guide_assignments())]
+        for which, assignments in programs:
+            both = []
+            for given in (values, others):
+                runs = [self.run(which, a, values=given, free=free) for a in assignments]
+                both.append(log_sum([run.log_prior + run.log_likelihood + run.log_det for run in runs]))
+            change = (both[0] - both[1]).abs()
+            felt = felt | ~(change <= math.sqrt(eps) + ROUNDING * eps * both[0].abs())
+        return felt
 
     def data(self) -> Tensor:
         """Return the first tensor among the arguments that has one row per datum, in the computation's dtype."""

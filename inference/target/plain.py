@@ -25,7 +25,6 @@ from elbowroom.inference.program.inspection import inspect
 from elbowroom.inference.program.latents import log_sum, summed_out
 from elbowroom.inference.program.promotion import Promoted, mixed, mixes
 from elbowroom.inference.program.replay import Replay, Which
-from elbowroom.inference.program.sites import constrained
 from elbowroom.inference.program.snapshot import Snapshot, program_in
 from elbowroom.inference.randomness import seeded
 from elbowroom.system.memory import fitting
@@ -149,12 +148,13 @@ class PlainLogJoint:
     def _guide_density(self, z: Tensor, assignment: dict[str, Tensor]) -> Tensor:
         gated = bool(self.program.gated)
         if self.program.active is None and not gated and all(site.transform is not None for site in self.sites):
-            values, log_det = constrained(self.sites, z)
+            free = {s.name: (s.split(z), s.transform) for s in self.sites if s.transform is not None}
+            values = {name: transform(u) for name, (u, transform) in free.items()}
         else:  # a support or a mask depends on other sites: run the model
             model = self.run("model", assignment or self.program.assignments[0], z=z)
-            values, log_det = model.values, model.log_det
-        replay = self.run("guide", assignment, values=values, z=z if gated else None)
-        return replay.log_prior + log_det + self._padding(z, replay)
+            values, free = model.values, model.free
+        replay = self.run("guide", assignment, values=values, free=free, z=z if gated else None)
+        return replay.log_prior + replay.log_det + self._padding(z, replay)
 
     def _guide_assignments(self) -> list[dict[str, Tensor]]:
         """Return the discrete values to sum over in q: those of the sites that the guide draws."""
@@ -178,9 +178,18 @@ class PlainLogJoint:
 
     # -- running the programs ----------------------------------------------------------------------------------------------
 
-    def run(self, which: Which, assignment: dict[str, Tensor], **options: Any) -> Replay:
-        """Run one of the two programs once, inside the snapshot's scope, and return the handler with the densities."""
-        with Replay(self.program, assignment, index=self._index, **options) as replay:
+    def run(
+        self,
+        which: Which,
+        assignment: dict[str, Tensor],
+        outer: contextlib.AbstractContextManager[Any] | None = None,
+        **options: Any,
+    ) -> Replay:
+        """Run one of the two programs once, inside the snapshot's scope, and return the handler with the densities.
+
+        `outer` is a plate around the whole program.
+        """
+        with Replay(self.program, assignment, index=self._index, **options) as replay, outer or contextlib.nullcontext():
             (self.model if which == "model" else self.guide)(*self.args, **self.kwargs)
         return replay
 

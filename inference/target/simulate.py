@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.compiled.policies import policy
+from elbowroom.inference.program.densities.edges import draw
 from elbowroom.inference.program.masks import coordinates, kept
 from elbowroom.inference.program.observed import widened
 from elbowroom.inference.program.sites import Site, frame_of
@@ -51,7 +52,7 @@ def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
             model(*log_joint.args, **log_joint.kwargs)
         latent = {s.name: drawn.values[s.name][None] for s in (*program.sites, *program.discrete)}
         nothing = torch.zeros(log_joint.n_obs, 0, dtype=log_joint.dtype or log_joint.own_dtype, device=log_joint.device)
-        z = free(log_joint, latent, "model") if program.sites else nothing[None]
+        z = free(log_joint, latent, "model", drawn.free) if program.sites else nothing[None]
         z = (padded(log_joint, z, drawn.kept) if drawn.kept else z)[0]
     observed, replacement = {}, {}
     for name, one in given.items():
@@ -148,13 +149,27 @@ def predict(log_joint: LogJoint, sites: Mapping[str, Tensor], seed: int) -> dict
 
 
 class _Values(Messenger):
-    """Keeps the value of every sample site, and what masks keep of gated ones; a trace would keep the whole run in memory."""
+    """Keeps the value of every sample site, and what masks keep of gated ones; a trace would keep the whole run in memory.
+
+    Latents are drawn in unconstrained coordinates where they can be, which are kept too, (1, ...).
+    """
 
     def __init__(self, log_joint: LogJoint) -> None:
         super().__init__()
         self.sites = {site.name: site for site in log_joint.program.sites if site.name in log_joint.program.gated}
+        self.maps = {site.name: site.transform for site in log_joint.program.sites}
         self.values: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
+        self.free: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if msg["value"] is not None or (transform := self.maps.get(name)) is None:
+            return
+        u = draw(msg["fn"], transform)
+        if u is not None:
+            msg["value"], msg["done"] = transform(u), True
+            self.free[name] = u[None]
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]

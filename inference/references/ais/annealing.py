@@ -215,7 +215,8 @@ def _over_blocks(
 def _forward(path: Path, plan: Ladder, chains: int, generator: torch.Generator) -> AnnealedBound:
     last = len(plan.b) - 1
     z, log_w, bad = _walk(path, plan, path.sample(chains, generator), range(1, last + 1), +1, generator)
-    return summarise(z, log_w.masked_fill(bad, -torch.inf), bad.sum(0))
+    rounded, _ = path.log_joint.rounded(z)  # what is left out keeps a lower bound valid
+    return summarise(z, log_w.masked_fill(bad | rounded, -torch.inf), bad.sum(0))
 
 
 def _reverse(path: Path, plan: Ladder, draws: Tensor, generator: torch.Generator) -> AnnealedBound:

@@ -83,8 +83,8 @@ class Grid(Reference):
             box = self._settle(log_joint, marks)
             found = self._refine(log_joint, box, marks, keep, seed)
             draws = found.draws
-            saturated = self._saturated(log_joint, draws)
-            status, reason = self._judge(found, saturated, marks)
+            rounded, words = _rounded(log_joint, box, draws)
+            status, reason = self._judge(found, rounded, words, marks)
             return Posterior(
                 method=self.name,
                 draws=in_chains(draws),
@@ -93,7 +93,7 @@ class Grid(Reference):
                 reason=reason,
                 mean=found.mean,
                 covariance=found.covariance,
-                evidence=Evidence("exact", "grid", found.evidence, found.error + found.beyond + CUT),
+                evidence=Evidence("exact", "grid", found.evidence, found.error + found.beyond + CUT + rounded),
                 stats={
                     "refinement_error": found.error,
                     "border_mass": found.border,
@@ -200,15 +200,10 @@ class Grid(Reference):
             quadrature(log_joint, box, finer, SHIFTS[1]),
         )
 
-    @staticmethod
-    def _saturated(log_joint: LogJoint, draws: Tensor) -> Tensor:
-        """Return the share of draws with a constrained value that was rounded to the edge of its support, (N,)."""
-        return log_joint.saturated(draws).double().mean(0)
-
-    def _judge(self, found: _Found, saturated: Tensor, marks: Landmarks) -> tuple[list[Status], list[str]]:
+    def _judge(self, found: _Found, rounded: Tensor, words: str, marks: Landmarks) -> tuple[list[Status], list[str]]:
         status: list[Status] = []
         reason: list[str] = []
-        columns = (found.error, found.border, found.beyond, found.unseen, saturated, found.evidence)
+        columns = (found.error, found.border, found.beyond, found.unseen, rounded, found.evidence)
         of_prior, of_guide = marks.smallest
         hidden = (
             f"a narrow peak that holds less than {of_prior:.1%} of the prior and {of_guide:.2%} of the guide could be missed"
@@ -226,8 +221,8 @@ class Grid(Reference):
                 sentence = f"a share {b:.2g} of the mass lies at the grid's border"
             elif not o <= self.tolerance:
                 sentence = f"a share of up to {o:.2g} of the mass may lie beyond the grid"
-            elif s > 0:
-                sentence = f"a share {s:.2g} of the mass rounds to the edge of a support, where its density cannot be had"
+            elif not s <= BORDER_MASS:
+                sentence = f"a share {s:.2g} {words}"
             else:
                 status.append("exact")
                 reason.append(
@@ -292,6 +287,21 @@ class _Found:
         for name in ("mean", "covariance", *NUMBERS):
             getattr(self, name)[rows] = getattr(other, name)[places]
         self.draws[:, rows] = other.draws[:, places]
+
+
+def _rounded(log_joint: LogJoint, box: Box, draws: Tensor) -> tuple[Tensor, str]:
+    """Return the share of the mass whose density depends on how a value rounds, (N,), and what to say of it."""
+    drawn, said = log_joint.rounded(draws)
+    share = drawn.to(draws.dtype).mean(0)
+    if log_joint.has_edges:
+        size = LOCAL[log_joint.dim]
+        for rows in torch.arange(log_joint.n_obs, device=share.device).split(fitting(size**log_joint.dim, ARRAY)):
+            part, used, at = log_joint.some(rows)
+            seen = quadrature(part, box.rows(used), size)
+            lost, _, words = part.rounded_share(seen.z, seen.log_p)
+            share[rows] = torch.maximum(share[rows], lost[at].to(share.dtype))
+            said = said or words
+    return share, said
 
 
 def _unseen(found: Quadrature, box: Box, marks: Landmarks, focus: Focus | None) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from annotated_types import Ge, MultipleOf
 from torch import Tensor
 
-from elbowroom.inference.posterior import Posterior, Reference, Status, concatenate
+from elbowroom.inference.posterior import ROUNDED, Posterior, Reference, Status, concatenate
 from elbowroom.inference.references.hmc.certificate import Certificate, Chains, certify
 from elbowroom.inference.references.hmc.chains import Sampler
 from elbowroom.inference.references.hmc.tempering import Tempering
@@ -92,6 +92,7 @@ class HMC(Reference):
             with stage("tempering"):
                 ensembles = Tempering(part, modes, known.refit.q.rows(rows), self.chains, generator, seed + 3)
                 self._run(ensembles, rows, modes, found, until)
+        found.withdraw(log_joint)
         return found.posterior()
 
     def _run(self, engine: Sampler | Tempering, names: Tensor, modes: Modes, found: Found, until: float) -> Tensor:
@@ -231,6 +232,13 @@ class Found:
         status, reason = certificate.words(f"{self.method}, {way}" if way else self.method)
         for row, s, r in zip(rows.tolist(), status, reason, strict=True):
             self.status[row], self.reason[row] = s, f"{r}; {note}" if note and s == "uncertified" else r
+
+    def withdraw(self, log_joint: LogJoint) -> None:
+        """Withdraw certificates where too many draws have densities that depend on rounding; `log_joint` made the chains."""
+        rounded, words = log_joint.rounded(self.draws.flatten(0, 1))
+        for row, share in enumerate(rounded.double().mean(0).tolist()):
+            if share > ROUNDED and self.status[row] == "certified":
+                self.status[row], self.reason[row] = "uncertified", f"{self.method}: a share {share:.2g} {words}"
 
     def posterior(self) -> Posterior:
         """Return everything as a posterior."""

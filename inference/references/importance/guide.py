@@ -17,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from elbowroom.inference.mcmc.normals import moments
-from elbowroom.inference.posterior import Evidence, Posterior, in_chains, sure_bound
+from elbowroom.inference.mcmc.normals import Normals, StudentT, moments
+from elbowroom.inference.posterior import ROUNDED, Evidence, Posterior, in_chains, sure_bound
 from elbowroom.inference.references.importance.psis import good_k, psis
 from elbowroom.inference.search.seen import remember
 from elbowroom.inference.target import discrete
@@ -27,6 +27,10 @@ from elbowroom.system.stages import stage
 
 MIN_ESS = 400
 SEED_STEP = 32_452_843  # between the seeds of draws for estimates and of draws that are kept
+WIDE_DF, WIDER, FEWER = 4, 1.6, 4  # of the Student-t that looks beyond the guide's draws: spread, and share of the draws
+HIGHER = 0.1  # nats above the largest weight seen, from which on a weight is one that the draws lack
+NOTHING = 1e-6  # share of unseen mass that is left out of account
+BIAS = 0.25  # of the standard error: a larger share of unseen mass would spoil the interval
 FINITE_K = 0.5  # weights with a larger tail index have no variance, hence no standard error
 
 
@@ -66,9 +70,9 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
 
     Returns:
         The guide as a `Posterior`, status `amortized`, with stats elbo, elbo_se (standard error over draws), pareto_k,
-        ess_fraction, importance_trusted (1 or 0), rate E_q log q/p(z) and distortion -E_q log p(x|z), in nats (NaN where
-        discrete sites are summed out), and importance-sampling evidence. If every latent is discrete, sums replace draws, see
-        `_amortized_discrete`.
+        ess_fraction, importance_trusted (1 or 0), rounded_share (the weight of draws that `LogJoint.rounded` tells), tail_share
+        (see `beyond`), rate E_q log q/p(z) and distortion -E_q log p(x|z), in nats (NaN where discrete sites are summed out),
+        and importance-sampling evidence. If every latent is discrete, sums replace draws, see `_amortized_discrete`.
     """
     if log_joint.dim == 0:
         return _amortized_discrete(log_joint, draws=draws, keep=keep, seed=seed)
@@ -85,7 +89,9 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         log_weights = log_p - log_q
         smoothed = psis(log_weights)
         value, trusted = evidence(log_weights, smoothed.pareto_k, smoothed.ess_fraction)
+        share, rounded, words = log_joint.rounded_share(z, log_p, log_q)
         mean, covariance = moments(z)
+        tail = beyond(log_joint, log_weights, mean, covariance, seed)
         kept = z[:keep]
         flat = log_joint.constrain(kept)
     n = log_joint.n_obs
@@ -94,8 +100,10 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         "elbo_se": log_weights.std(0) / math.sqrt(draws),
         "pareto_k": smoothed.pareto_k,
         "ess_fraction": smoothed.ess_fraction,
-        "importance_trusted": trusted.to(log_weights.dtype),
-        **split_bounds(log_weights),
+        "importance_trusted": (trusted & (share <= ROUNDED) & (tail <= BIAS * value.error + NOTHING)).to(log_weights.dtype),
+        "rounded_share": share,
+        "tail_share": tail,
+        **split_bounds(log_weights.masked_fill(rounded, -torch.inf)),  # what is left out keeps a lower bound valid
         "rate": rate,
         "distortion": distortion,
         "log_joint_max": log_p.max(0).values,
@@ -105,13 +113,31 @@ def amortized(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Poste
         draws=in_chains(kept),
         sites={name: in_chains(value) for name, value in flat.items()},
         status=["amortized"] * n,
-        reason=["draws of q(z|x)"] * n,
+        reason=[f"draws of q(z|x); a share {s:.2g} {words}" if not s <= ROUNDED else "draws of q(z|x)" for s in share.tolist()],
         mean=mean,
         covariance=covariance,
         evidence=value,
         stats=stats,
         sample_stats={"lp": in_chains(log_p[:keep]), "log_q": in_chains(log_q[:keep])},
     )
+
+
+def beyond(log_joint: LogJoint, log_weights: Tensor, mean: Tensor, covariance: Tensor, seed: int) -> Tensor:
+    """Estimate the share of p(z|x) where the guide's weights exceed all that its draws have seen, (N,).
+
+    A latent on an interval, a half-line or a simplex has exponential tails in unconstrained coordinates. A guide with lighter
+    ones never draws there: its largest weights are unseen, k-hat is low, and log mean w is too low by this share. It is
+    measured at draws of a wide Student-t, where a support has an edge; 0 elsewhere.
+    """
+    if not log_joint.has_edges:
+        return torch.zeros_like(log_weights[0])
+    near = Normals.from_moments(mean, covariance)
+    wide = StudentT(near.loc, WIDER * near.root, WIDE_DF)
+    z = wide.sample(max(1, len(log_weights) // FEWER), torch.Generator(device=mean.device).manual_seed(seed + SEED_STEP))
+    log_p = log_joint(z)
+    more = (log_p - log_joint.log_guide(z) > log_weights.amax(0) + HIGHER) & log_p.isfinite()
+    mass = torch.logsumexp((log_p - wide.log_prob(z)).masked_fill(~more, -torch.inf), 0) - math.log(len(z))
+    return (mass - torch.logsumexp(log_weights, 0) + math.log(len(log_weights))).exp()
 
 
 def _amortized_discrete(log_joint: LogJoint, *, draws: int, keep: int, seed: int) -> Posterior:

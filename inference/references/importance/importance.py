@@ -21,7 +21,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from elbowroom.inference.mcmc.normals import Normals, StudentT, moments, whiten
-from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status, concatenate, in_chains, resample
+from elbowroom.inference.posterior import ROUNDED, Evidence, Posterior, Reference, Status, concatenate, in_chains, resample
 from elbowroom.inference.references.importance.guide import FINITE_K, evidence, split_bounds
 from elbowroom.inference.references.importance.psis import psis
 from elbowroom.inference.search.modes import FACTOR, SLACK, Modes
@@ -167,15 +167,16 @@ class ImportanceSampling(Reference):
         mean, covariance = draws.moments()
         kept = resample(torch.cat([draws.z, draws.log_p[..., None]], -1), draws.weights, keep, generator)
         share, unseen = _unseen(modes, proposal, draws)
+        lost, rounded, words = log_joint.rounded_share(draws.z, draws.log_p, draws.log_p - draws.log_w)
         value, _ = evidence(draws.log_w, draws.pareto_k, draws.ess / self.draws)
         stats = {
             "weights_pareto_k": draws.pareto_k,
             "weights_ess": draws.ess,
             "unseen_share": share,
             "mode_unseen": unseen.to(share.dtype),
-            **split_bounds(draws.log_w),
+            **split_bounds(draws.log_w.masked_fill(rounded, -torch.inf)),  # what is left out keeps a lower bound valid
         }
-        status, reason = self._words(draws, share, unseen, modes)
+        status, reason = self._words(draws, share, unseen, modes, lost, words)
         return self._posterior(log_joint, kept, draws.none, status, reason, mean, covariance, value.value, value.error, stats)
 
     def _late(self, log_joint: LogJoint, keep: int) -> Posterior:
@@ -222,15 +223,19 @@ class ImportanceSampling(Reference):
             sample_stats={"lp": in_chains(blank(lp, 1))},
         )
 
-    def _words(self, draws: _Weighted, share: Tensor, unseen: Tensor, modes: Modes) -> tuple[list[Status], list[str]]:
+    def _words(
+        self, draws: _Weighted, share: Tensor, unseen: Tensor, modes: Modes, lost: Tensor, words: str
+    ) -> tuple[list[Status], list[str]]:
         """Return the status and its sentence for every datum."""
         status: list[Status] = []
         reason: list[str] = []
-        columns = (draws.pareto_k, draws.ess, share, unseen, draws.none)
-        for k, ess, part, missed, none in zip(*(column.tolist() for column in columns), strict=True):
+        columns = (draws.pareto_k, draws.ess, share, unseen, draws.none, lost)
+        for k, ess, part, missed, none, edge in zip(*(column.tolist() for column in columns), strict=True):
             certified = False
             if none:
                 sentence = "log p(x, z) is finite at none of the draws"
+            elif not edge <= ROUNDED:
+                sentence = f"a share {edge:.2g} {words}"
             elif missed:
                 sentence = f"annealed runs from the prior found a mode (mass about {part:.2g}) that the draws hardly reach"
             elif not k < FINITE_K:
