@@ -153,7 +153,7 @@ class PlainLogJoint:
             model = self.run("model", assignment or self.program.assignments[0], z=z)
             values, free = model.values, model.free
         replay = self.run("guide", assignment, values=values, free=free)
-        return replay.log_prior + replay.log_det + self._padding(z)
+        return z.new_zeros(len(z)) + replay.log_prior + replay.log_det + self._padding(z)  # (N,), also without any site
 
     def _guide_assignments(self) -> list[dict[str, Tensor]]:
         """Return the discrete values to sum over in q: those of the sites that the guide draws."""
