@@ -154,7 +154,8 @@ class PlainLogJoint:
             model = self.run("model", assignment or self.program.assignments[0], z=z)
             values, free = model.values, model.free
         replay = self.run("guide", assignment, values=values, free=free, z=z if gated else None)
-        return replay.log_prior + replay.log_det + self._padding(z, replay)
+        log_q = replay.log_prior + replay.log_det + self._padding(z, replay)
+        return z.new_zeros(len(z)) + log_q  # (N,), also without any site
 
     def _guide_assignments(self) -> list[dict[str, Tensor]]:
         """Return the discrete values to sum over in q: those of the sites that the guide draws."""
