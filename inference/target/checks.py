@@ -153,6 +153,9 @@ def _check_guide(joint: PlainLogJoint, z: Tensor) -> Tensor:
     try:
         log_q = joint.log_guide(z)
     except FAILURES as error:
+        values = _improbable(joint, z[0])
+        if values:
+            raise UnsupportedProgram(f"guide: it gives no probability of {values}: {first_line(error)}") from error
         raise UnsupportedProgram(
             f"guide: its log density cannot be evaluated at values given to it ({first_line(error)}); a flow must have an "
             "inverse, as spline, affine coupling and autoregressive flows have, and planar, radial and Sylvester flows have not"
@@ -171,6 +174,17 @@ def _check_guide(joint: PlainLogJoint, z: Tensor) -> Tensor:
                 "datum has an ELBO or a gap of its own"
             )
     return log_q
+
+
+def _improbable(joint: PlainLogJoint, z: Tensor) -> str:
+    """Name the first values of the guide's discrete sites at which its density cannot be evaluated."""
+    for assignment in joint._guide_assignments():
+        try:
+            with joint.snapshot.scope():
+                joint._guide_density(z, assignment)
+        except FAILURES:
+            return ", ".join(f"{name}={value.tolist()}" for name, value in assignment.items())
+    return ""
 
 
 def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor, log_q: Tensor) -> None:

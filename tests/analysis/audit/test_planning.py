@@ -156,7 +156,7 @@ def test_a_budget_that_is_ample_changes_nothing() -> None:
 def test_the_pilot_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.linspace(0.2, 2.0, 12)[:, None].expand(-1, 2).contiguous()
     with_pilot = audit_log_joint(curved(y), references=["grid"], draws=200, keep=100)
-    monkeypatch.setattr(pilot.Pilot, "_measured", lambda self, call: Cost(1e-3, 1e-6))
+    monkeypatch.setattr(pilot.Pilot, "_measured", lambda self, call, own: Cost(1e-3, 1e-6))
     without = audit_log_joint(curved(y), references=["grid"], draws=200, keep=100)
     assert with_pilot.table.equals(without.table)
 

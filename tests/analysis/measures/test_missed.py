@@ -77,6 +77,31 @@ def test_a_guide_on_both_modes_misses_none(share: float) -> None:
     assert (missed_mass(log_joint, guide, exactly(from_roots(y, 0, 2))) <= MISSED).all()
 
 
+@pytest.mark.parametrize(("dim", "share"), [(1, 0.3), (2, 0.5), (8, 0.3)])
+def test_a_mode_six_standard_deviations_away_is_seen(dim: int, share: float) -> None:
+    """A draw of the guide that lies past the saddle, one in a thousand, must not make a way to the other mode."""
+    n, weight = 30, torch.tensor([1 - share, share], dtype=F64)
+    loc = torch.zeros(2, dim, dtype=F64)
+    loc[1, 0] = 6.0
+    posterior = dist.MixtureSameFamily(dist.Categorical(weight), dist.Normal(loc, torch.ones(2, dim, dtype=F64)).to_event(1))
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", posterior.expand([len(y)]))
+            pyro.sample("y", dist.Normal(0 * z[..., 0], 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y), dim, dtype=F64), 1.0).to_event(1))
+
+    log_joint = LogJoint(model, guide, torch.zeros(n, dtype=F64))
+    torch.manual_seed(dim)
+    mass = missed_mass(log_joint, amortized(log_joint, draws=1000, keep=1000, seed=2), exactly(posterior.sample((1000, n))))
+    assert (mass > MISSED).double().mean() >= 0.9
+    error = (share * (1 - share) / 200 / n) ** 0.5
+    assert abs(mass[mass > 0].mean() - share) < 4.5 * error + 0.01
+
+
 @pytest.mark.parametrize("width", [0.015, 0.6])
 def test_a_guide_that_is_too_narrow_or_too_wide_misses_no_mode_but_its_mirror(width: float) -> None:
     y = torch.linspace(8, 20, 20, dtype=F64)
