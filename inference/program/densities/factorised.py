@@ -22,7 +22,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions.utils import clamp_probs
+from torch.distributions.utils import clamp_probs, probs_to_logits
 from torch.nn.functional import logsigmoid, softplus
 
 from elbowroom.inference.program.densities.bilinear import Bilinear, Factor
@@ -159,6 +159,8 @@ FAMILIES: dict[type, ExponentialFamily] = {
     Composition: ExponentialFamily(_composition, ("logits",)),
 }
 
+BINARY = (dist.Bernoulli, dist.Binomial, dist.NegativeBinomial)  # probabilities of two outcomes
+
 
 def log_prob(fn: TorchDistribution, value: Tensor) -> Tensor:
     """Return fn.log_prob(value), by an equal formula where torch's own is slow or fails under vmap."""
@@ -202,7 +204,7 @@ def _shared(
     if family is None or getattr(base, "missing", None) is not None:
         return fn.log_prob(value)
     dims = event_dim + family.trailing
-    parameters = {name: _narrow(getattr(base, name), dims) for name in family.parameters}
+    parameters = {name: _parameter(base, name, dims) for name in family.parameters}
     points = max(p.shape[0] for p in parameters.values())
     per_point = all(p.dim() == dims + 2 and p.shape[1] == 1 for p in parameters.values())
     constant = all(parameters[name].shape[0] == 1 for name in family.fixed)
@@ -270,6 +272,14 @@ def _columns(fn: TorchDistribution, base: Columns, value: Tensor, missing: Tenso
             part = Incomplete(p, of_part, inside[index] if isinstance(inside, Tensor) else inside)
         total = total + _shared(part, p, value[..., index], of_part, (*sources, index))
     return total
+
+
+def _parameter(base: Any, name: str, dims: int) -> Tensor:
+    """Return a parameter, narrowed; logits of given probabilities are made after narrowing, not for every datum again."""
+    if name == "logits" and type(base) in BINARY and name not in base.__dict__:
+        logits: Tensor = probs_to_logits(_narrow(base.probs, dims), is_binary=True)
+        return logits
+    return _narrow(getattr(base, name), dims)
 
 
 def _narrow(parameter: Tensor, event_dim: int) -> Tensor:
