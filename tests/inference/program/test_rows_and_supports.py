@@ -251,3 +251,22 @@ def test_the_support_of_composed_transforms(base, parts, ends) -> None:
     for mine, end in zip(found, ends, strict=True):
         assert (mine is None) == (end is None)
         assert end is None or float(mine) == pytest.approx(end)
+
+
+@pytest.mark.parametrize("flow", [transforms.Planar, transforms.Radial])
+def test_a_flow_without_an_inverse_is_refused_in_one_line(flow) -> None:
+    torch.manual_seed(0)
+    x, transform = torch.randn(6, 2), flow(2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(dist.Normal(x / 2, 0.7).to_event(1), [transform]))
+
+    with pytest.raises(UnsupportedProgram, match="a flow must have an inverse") as refused:
+        LogJoint(model, guide, x)
+    assert "\n" not in str(refused.value)

@@ -69,7 +69,7 @@ def test_both_modes_of_a_square_are_found() -> None:
     assert (result.table["pareto_k"] < 0.7).all()
 
 
-@pytest.mark.parametrize("noise", [0.3, 0.1, 0.03])
+@pytest.mark.parametrize("noise", [0.3, 0.1, pytest.param(0.03, marks=pytest.mark.slow)])
 def test_no_mirror_mode_is_lost_and_called_exact(noise: float) -> None:
     """A decoder that is even in z0: the exact mean of z0 is 0. Narrow modes may stay uncertified, never be lost silently."""
     generator = torch.Generator().manual_seed(5)
