@@ -176,9 +176,9 @@ def ridge(noise: float) -> Callable[[int], Case]:
 
 
 def student(d: int, df: float) -> Callable[[int], Case]:
-    """Independent heavy tails."""
+    """Independent heavy tails. Without a fourth moment the sd of draws has no standard error, so it is not judged."""
     law = torch.distributions.StudentT(torch.tensor(df, dtype=F64))
-    sd = math.sqrt(df / (df - 2)) if df > 2 else None
+    sd = math.sqrt(df / (df - 2)) if df > 4 else None
     return free(d, lambda z: law.log_prob(z).sum(-1), 0.0, 1.5, 5.0, 0.0 if df > 1 else None, sd)
 
 
