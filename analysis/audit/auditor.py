@@ -139,10 +139,18 @@ class Audit:
         """Write posteriors/<method>.nc, diagnosis.nc, audit.csv and, last, audit.nc into a folder.
 
         Each file is written completely or not at all. An existing audit.nc is removed first: all files beside an audit.nc
-        belong to it.
+        belong to it, and posteriors of other methods that an earlier audit left there are removed.
+
+        Raises:
+            RunFolderError: the folder is a file.
         """
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise RunFolderError(f"{folder}: this is a file; name a folder")
         (folder / "audit.nc").unlink(missing_ok=True)
+        for stale in (folder / "posteriors").glob("*.nc"):
+            if stale.stem not in self.trees:
+                stale.unlink()
         for method, tree in self.trees.items():
             idata.write(tree, folder / "posteriors" / f"{method}.nc")
         (folder / DIAGNOSIS).unlink(missing_ok=True)

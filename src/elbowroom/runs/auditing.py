@@ -86,9 +86,6 @@ def audit(
         with stage("latent space"):
             described = summary.describe(run.vae, batch, result.table, labels, columns=columns, seed=seed)
         (target / run_folder.AUDIT).unlink(missing_ok=True)  # it is written last, as a sign that the other files belong to it
-        for stale in (target / run_folder.POSTERIORS).glob("*.nc"):
-            if stale.stem not in result.posteriors:
-                stale.unlink()
         with stage("files"):
             idata.write(described, target / run_folder.LATENT)
             result.save(target)

@@ -18,7 +18,7 @@ from elbowroom.system.files import atomic, is_ours, move_aside, write_text
 
 SPEC, SPLIT, WEIGHTS = "spec.yaml", "split.npz", "weights.pt"
 AUDIT, LATENT = "audit.nc", "latent.nc"
-POSTERIORS, AUDITS, ANSWERS = "posteriors", "audits", "answers"
+AUDITS, ANSWERS = "audits", "answers"
 
 Use = Literal["new", "resume", "replace"]
 

@@ -100,6 +100,19 @@ def test_files_round_trip_and_open_in_arviz(small: Audit, tmp_path: Path) -> Non
     assert "mean_error[grid]" in text[0]
 
 
+def test_saving_over_another_audit_leaves_nothing_of_it(small: Audit, tmp_path: Path) -> None:
+    small.save(tmp_path)
+    (tmp_path / "posteriors" / "grid.nc").rename(tmp_path / "posteriors" / "hmc.nc")
+    small.save(tmp_path)
+    assert set(Audit.load(tmp_path).posteriors) == {"guide", "grid"}
+
+
+def test_saving_to_a_file_says_so(small: Audit, tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(RunFolderError, match="this is a file; name a folder"):
+        small.save(tmp_path / "x")
+
+
 def test_dims_and_groups_are_arviz(small: Audit) -> None:
     tree = small.posteriors["guide"]
     assert tree.posterior["z"].dims == ("chain", "draw", "obs_id", "latent")
