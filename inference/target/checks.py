@@ -23,6 +23,13 @@ DRAWS = 4  # from the guide, and as many from the prior
 ASSIGNED = 64  # joint values of discrete sites that a check goes through
 OF_GUIDE = 2  # draws of the guide at which its own density is tested
 SOME = 64  # rows of a random part of the data
+OFTEN, WORK = 256, 2**22  # draws whose rows are mixed, and observed entries evaluated for them at most
+COUPLED = {
+    "model": "model: moving the latents of some data changes log p of others; the data are coupled (batch normalisation in "
+    "train mode, or a latent shared between data), so no per-datum posterior exists",
+    "guide": "guide: moving the latents of some data changes log q of others; q(z|x) is not a product over the data, so no "
+    "datum has an ELBO or a gap of its own",
+}
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
 
 
@@ -56,6 +63,7 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
     _check_outside(joint, z)
     _check_masked(joint, z)
     _set_mode(joint, z, values, _check_guide(joint, z[:OF_GUIDE]))
+    _check_often(joint, draw)
     return z
 
 
@@ -97,10 +105,24 @@ def _check_local(joint: PlainLogJoint, z: Tensor, values: Tensor) -> None:
         mixed = torch.where(rows[:, None], z[a], z[b])
         expected = torch.where(rows, values[a], values[b])
         if not _close(joint, joint(mixed[None])[0], expected):
-            raise UnsupportedProgram(
-                "model: moving the latents of some data changes log p of others; the data are coupled (batch normalisation in "
-                "train mode, or a latent shared between data), so no per-datum posterior exists"
-            )
+            raise UnsupportedProgram(COUPLED["model"])
+
+
+def _check_often(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor]) -> None:
+    """Mix the rows of many draws: latents may be coupled in rare draws alone, as by a threshold that any datum may pass."""
+    if joint.n_obs < 2 or joint.dim == 0:
+        return
+    entries = sum(value.numel() for value in joint.program.observed.values())
+    count = max(DRAWS, min(OFTEN if joint.mode != "loop" else 4 * DRAWS, WORK // max(entries, 1)))
+    generator = torch.Generator().manual_seed(1)
+    order = torch.rand(count, joint.n_obs, generator=generator).argsort(0).to(joint.device)
+    of_guide = draw("guide", count, 2).to(joint.dtype or joint.own_dtype)
+    of_prior = draw("model", count // 4, 3).to(of_guide.dtype)
+    of_both = torch.cat([of_guide[count // 4 :], of_prior])
+    for which, density, z in (("guide", joint.log_guide, of_guide), ("model", joint, of_both)):
+        mixed = z.gather(0, order[..., None].expand_as(z))
+        if not _close(joint, density(mixed), density(z).gather(0, order)):
+            raise UnsupportedProgram(COUPLED[which])
 
 
 def _check_outside(joint: PlainLogJoint, z: Tensor) -> None:
@@ -169,10 +191,7 @@ def _check_guide(joint: PlainLogJoint, z: Tensor) -> Tensor:
         rows = torch.arange(joint.n_obs, device=z.device) % 2 == 0
         mixed = joint.log_guide(torch.where(rows[:, None], z[0], z[1])[None])[0]
         if not _close(joint, mixed, torch.where(rows, log_q[0], log_q[1])):
-            raise UnsupportedProgram(
-                "guide: moving the latents of some data changes log q of others; q(z|x) is not a product over the data, so no "
-                "datum has an ELBO or a gap of its own"
-            )
+            raise UnsupportedProgram(COUPLED["guide"])
     return log_q
 
 

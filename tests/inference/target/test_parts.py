@@ -251,3 +251,27 @@ def test_the_comparison_of_parts_changes_no_stream_of_random_numbers() -> None:
     before = torch.random.get_rng_state()
     joint.separable()
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("threshold", [2.0, 2.5, 3.0])
+@pytest.mark.parametrize("which", ["model", "guide"])
+def test_coupling_in_rare_draws_is_refused(which: str, threshold: float) -> None:
+    """The second latent moves where any datum's first one passes a threshold: in a few draws of a hundred."""
+    x = torch.tensor([-1.0, 0.3, 2.0, 5.0, 0.7])
+
+    def passed(z: Tensor) -> Tensor:
+        return (z > threshold).any(-1, keepdim=True).to(z)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            w = pyro.sample("w", dist.Normal(z + passed(z) if which == "model" else z, 1.0))
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.3 * x, 0.8))
+            pyro.sample("w", dist.Normal((x + z) / 2 + (passed(z) if which == "guide" else 0.0), 0.7))
+
+    with pytest.raises(UnsupportedProgram, match=f"^{which}: moving the latents of some data changes log [pq] of others"):
+        LogJoint(model, guide, x)
