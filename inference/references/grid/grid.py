@@ -7,9 +7,10 @@
 2. A local box per datum is whitened by the moments found so far (z = m + L t, t on a lattice) and covers the posterior above
    exp(-26) of its peak. It is moved and rescaled until it cuts nothing off, then grown until it holds every landmark.
 3. The evidence on the final box is computed on three lattices: one, the same shifted, and a shifted one 1.4 times finer; the
-   value of the last is reported. Shifts turn the phase of the aliasing error, so that lattices cannot agree by chance alone.
-   The stated error is three times the largest change, plus the rounding of log p and a bound on the mass beyond the box. Data
-   with an error above the tolerance, or with a landmark or draw that the lattice missed, are refined again, up to `max_points`.
+   value of the last is reported. The stated error is three times the largest change, plus the rounding of log p and a bound on
+   the mass beyond the box. Data with an error above the tolerance, or with a landmark or draw that the lattice missed, are
+   refined again, up to `max_points`. Each refinement is a new chance to agree by luck: an error that is not far below the
+   tolerance must hold on two more lattices, shifted by other phases. Where much may lie beyond the box, it grows.
 4. Where two sizes do not suffice, narrow peaks get lattices of their own (`zoom`), and the box is scaled by what is left.
 
 For a smooth integrand that vanishes at the border the equidistant rule converges exponentially; with kinks (relu), at an
@@ -44,11 +45,15 @@ ORDINARY = {1: 4, 2: 3, 3: 2}  # sizes of the ordinary lattice before narrow pea
 FACTORS = (1.0, 1.5)  # on the points per axis of those
 ZOOMED = 100_000  # their points, for the number of data that are held at once
 SHIFTS = ((0.5, 0.27, 0.13), (0.23, 0.41, 0.09))
+GOLDEN = {1: (0.618,), 2: (0.755, 0.57), 3: (0.819, 0.671, 0.55)}  # turns that no harmonic of low order takes for a whole one
+PHASES = 2  # lattices that confirm the last, each a turn further
 SAFETY = 3.0
+GROWTH = 1.5  # of a box beyond which too much may lie
+CLEAR = 0.01  # of the tolerance: lattices that agree so well do not agree by luck
 BORDER_MASS = 1e-6
 MAX_TURNS = 10
 WITHIN = 15.0  # landmarks this close to the peak (nats) must lie inside the box
-CUT = math.exp(-RIM)  # of the mass may lie beyond teeth that are lower than the rim
+CUT = 10 * math.exp(-RIM)  # of the mass may lie beyond, in teeth that are lower than the rim
 INSET = 0.5  # of the box's border, in posterior scales: points beyond it count as left out
 MARGIN = 8.0  # distance of such landmarks from the border of the box, in posterior scales
 
@@ -150,6 +155,14 @@ class Grid(Reference):
                 part, used, at = log_joint.some(rows)
                 mine = box.rows(used)
                 found.take(rows, at, *self._lattices(part, mine, size, finer), mine, marks.rows(used), keep, generator)
+            doubtful = self._doubtful(found, ready)
+            for rows in doubtful.split(fitting(finer**d, ARRAY)) if len(doubtful) else ():
+                part, used, at = log_joint.some(rows)
+                for phase in _phases(d):
+                    found.doubt(rows, quadrature(part, box.rows(used), finer, phase).log_evidence[at])
+            narrow = ready[found.beyond[ready] > self.tolerance]
+            box.low[narrow], box.high[narrow] = GROWTH * box.low[narrow], GROWTH * box.high[narrow]
+            needed[narrow] = (GROWTH * needed[narrow]).clamp_max(limit)
             todo = todo[self._open(found, todo)]
             if size >= limit:
                 if turn < ORDINARY[d]:
@@ -159,7 +172,12 @@ class Grid(Reference):
         return found
 
     def _open(self, found: _Found, rows: Tensor) -> Tensor:
-        return ~(found.error[rows] <= self.tolerance) | (found.unseen[rows] > 0)
+        settled = (found.error[rows] <= self.tolerance) & (found.beyond[rows] <= self.tolerance)
+        return ~settled | (found.unseen[rows] > 0)
+
+    def _doubtful(self, found: _Found, rows: Tensor) -> Tensor:
+        """Return the rows that are closed by an agreement that may be luck."""
+        return rows[~self._open(found, rows) & (found.error[rows] > CLEAR * self.tolerance)]
 
     def _zoom(
         self,
@@ -186,6 +204,8 @@ class Grid(Reference):
                 trial.take(
                     torch.arange(len(used), device=used.device), slice(None), *lattices, around, around.marks, keep, generator
                 )
+                for phase in _phases(log_joint.dim) if len(self._doubtful(trial, at)) else ():
+                    trial.doubt(slice(None), around.sums(part, 1.4 * factor, phase).log_evidence)
                 good = ~self._open(trial, at) & around.windows.valid.any(0)[at]
                 found.adopt(rows[good], trial, at[good])
                 if bool(good.all()):
@@ -234,6 +254,14 @@ class Grid(Reference):
         return status, reason
 
 
+def _phases(dim: int) -> list[tuple[float, ...]]:
+    """Return shifts of lattices that confirm the one at the last of `SHIFTS`, in cells, between -1/2 and 1/2."""
+    return [
+        tuple((start + turn * golden + 0.5) % 1 - 0.5 for start, golden in zip(SHIFTS[-1], GOLDEN[dim], strict=False))
+        for turn in range(1, PHASES + 1)
+    ]
+
+
 class _Found:
     """Results of the refinement so far, per datum."""
 
@@ -242,7 +270,7 @@ class _Found:
     evidence: Tensor
     error: Tensor
     border: Tensor
-    beyond: Tensor  # bound on the mass beyond a border where density falls at least as 1 / distance^2
+    beyond: Tensor
     unseen: Tensor
     draws: Tensor
 
@@ -276,11 +304,15 @@ class _Found:
         rounding = 4 * torch.finfo(value.dtype).eps * value.abs()
         self.evidence[rows], self.error[rows] = value[local], (SAFETY * change + rounding)[local]
         self.border[rows] = second.border_mass[local]
-        self.beyond[rows] = (second.border_mass * second.n_points / 2)[local]
+        self.beyond[rows] = second.beyond[local]
         focus, box = (box, box.box) if isinstance(box, Focus) else (None, box)
         self.unseen[rows] = _unseen(second, box, marks, focus)[local]
         drawn = second.draw(keep, generator) if isinstance(second, Zoomed) else draw(second, box, keep, generator)
         self.draws[:, rows] = drawn[:, local]
+
+    def doubt(self, rows: Tensor | slice, value: Tensor) -> None:
+        """Let another lattice's evidence of the data `rows` speak against theirs."""
+        self.error[rows] = torch.maximum(self.error[rows], SAFETY * (self.evidence[rows] - value).abs())
 
     def adopt(self, rows: Tensor, other: _Found, places: Tensor) -> None:
         """Take the values of other results."""

@@ -13,6 +13,7 @@ from elbowroom.inference.mcmc.normals import moments
 from elbowroom.inference.search.modes import floor_nan
 
 DEPTH = 26.0  # log density below the peak at which a box may end
+BAND = 0.05  # of the width: what lies so close to the border bounds the mass beyond it
 NO_SHIFT = (0.0, 0.0, 0.0)
 Density = Callable[[Tensor], Tensor]  # log p(x_n, z_sn), (S, N), at z (S, N, d)
 
@@ -65,6 +66,7 @@ class Quadrature:
         log_weight: normalised log weights, (G, N).
         log_evidence: log of the sum, (N,).
         border_mass: share of the weights in the outermost layer, (N,).
+        beyond: bound on the share beyond the border if density falls at least as 1 / distance^2 from the outermost layers on, (N,).
         step: spacing in t, (N, d).
         shift: shift of the lattice, in cells.
         n_points: points per axis.
@@ -75,6 +77,7 @@ class Quadrature:
     log_weight: Tensor
     log_evidence: Tensor
     border_mass: Tensor
+    beyond: Tensor
     step: Tensor
     shift: Sequence[float]
     n_points: int
@@ -104,10 +107,10 @@ def lattice(n_points: int, dim: int, like: Tensor, shift: Sequence[float] = NO_S
     return torch.cartesian_prod(*[(index + s) / n_points for s in shift[:dim]]).reshape(-1, dim)
 
 
-def border(n_points: int, dim: int, device: torch.device) -> Tensor:
-    """Return a mask of the outermost layer of a lattice, (n_points^d,)."""
+def border(n_points: int, dim: int, device: torch.device, layers: int = 1) -> Tensor:
+    """Return a mask of the outermost layers of a lattice, (n_points^d,)."""
     index = torch.cartesian_prod(*[torch.arange(n_points, device=device)] * dim).reshape(-1, dim)
-    return ((index == 0) | (index == n_points - 1)).any(-1)
+    return ((index < layers) | (index >= n_points - layers)).any(-1)
 
 
 def root_of(covariance: Tensor) -> Tensor:
@@ -132,8 +135,10 @@ def quadrature(log_joint: Density, box: Box, n_points: int, shift: Sequence[floa
     total = torch.logsumexp(log_p, 0)
     # a datum without any mass gets equal weights; its evidence is -inf
     log_weight = torch.where(total.isfinite(), log_p - total, torch.full_like(log_p, -math.log(len(log_p))))
-    mass = torch.logsumexp(log_weight[border(n_points, dim, z.device)], 0).exp()
-    return Quadrature(z, log_p, log_weight, total + volume, mass, width / n_points, shift, n_points)
+    mass = log_weight[border(n_points, dim, z.device)].logsumexp(0).exp()
+    layers = max(1, int(BAND * n_points))  # a single layer may lie between two teeth
+    beyond = log_weight[border(n_points, dim, z.device, layers)].logsumexp(0).exp() * n_points / (2 * layers)
+    return Quadrature(z, log_p, log_weight, total + volume, mass, beyond, width / n_points, shift, n_points)
 
 
 def whitened(found: Quadrature) -> tuple[Box, Tensor]:

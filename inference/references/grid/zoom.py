@@ -133,10 +133,10 @@ def zoomed(density: Density, box: Box, around: Windows, size: int, inner: int, s
     weight = torch.cat(terms)
     total = torch.logsumexp(weight, 0)
     log_weight = torch.where(total.isfinite(), weight - total, torch.full_like(weight, -math.log(len(weight))))
-    mass = broad.border_mass * (broad.log_evidence - total).exp()
-    return Zoomed(
-        torch.cat(z), torch.cat(log_p), log_weight, total, mass, broad.step, shift, size, torch.stack(roots), torch.cat(member)
-    )
+    part = (broad.log_evidence - total).exp()
+    mass, beyond = broad.border_mass * part, broad.beyond * part
+    whole = torch.cat(z), torch.cat(log_p), log_weight, total, mass, beyond, broad.step, shift, size
+    return Zoomed(*whole, torch.stack(roots), torch.cat(member))
 
 
 def _union(heights: Tensor) -> Tensor:
