@@ -248,15 +248,18 @@ def climb(log_joint: LogJoint, z: Tensor, scale: Tensor, steps: int = STEPS) -> 
 
     `scale` is the unit of length of the steps, (d,) or (N, d). Returns the ends, (S, N, d), and log p(x, z) there, (S, N).
     """
-    return ascend(log_joint.grad, z, scale, steps)
+    return ascend(log_joint.grad, z, scale, steps)[:2]
 
 
-def ascend(height: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor, scale: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Climb any height, given with its gradient, as `climb` does."""
+def ascend(
+    height: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor, scale: Tensor, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Climb any height, given with its gradient, as `climb` does; return also what the last quarter of the steps gained."""
     best, gradient = height(z)
     best = floor_nan(best)
-    step = torch.full_like(best, 0.1)
-    for _ in range(steps):
+    step, before = torch.full_like(best, 0.1), best
+    for turn in range(steps):
+        before = best if turn == steps - steps // 4 else before
         direction = (gradient * scale).nan_to_num(0.0, 0.0, 0.0)
         direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-300)
         trial = z + scale * direction * step.unsqueeze(-1)
@@ -266,4 +269,4 @@ def ascend(height: Callable[[Tensor], tuple[Tensor, Tensor]], z: Tensor, scale: 
         gradient = torch.where(better.unsqueeze(-1), new_gradient, gradient)
         best = torch.where(better, value, best)
         step = torch.where(better, step * 1.5, step * 0.3)
-    return z, best
+    return z, best, best - before

@@ -134,7 +134,7 @@ class Grid(Reference):
             left_out = (log_p > torch.maximum(peak, log_p.amax(0)) - depth) & ~box.holds(z, INSET)
             if bool(left_out.any()):
                 box = box.including(z, left_out, margin)
-        return box
+        return box.clear_of_the_band(marks.z, marks.log_p > peak - WITHIN)
 
     @stage("refine")
     def _refine(self, log_joint: LogJoint, box: Box, marks: Landmarks, keep: int, seed: int) -> _Found:

@@ -18,16 +18,18 @@ from torch.nn import functional
 
 from elbowroom.inference.program.replay import Which
 from elbowroom.inference.references.grid.lattice import Box, border, lattice, root_of
-from elbowroom.inference.search.modes import MISS, ascend, climb, floor_nan
+from elbowroom.inference.search.modes import MISS, STEPS, ascend, climb, floor_nan
 from elbowroom.inference.search.seen import seen
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.system.memory import fitting
+from elbowroom.system.memory import ARRAY, fitting
 
 COARSE = {1: 2001, 2: 161, 3: 41}
 COARSE_PER_DATUM = {1: 401, 2: 49, 3: 19}  # used if the coarse grid needs a program evaluation per datum
 MAXIMA = 6  # local maxima of the coarse grid, per datum
 STARTS: dict[Which, int] = {"guide": 4, "model": 6}  # draws to climb from, per datum
 EXPANSIONS = 8
+RISING = 1.0  # nats gained in the last steps of a climb that has not reached its top
+FAR_STEPS = 120  # of the climb that follows: enough for a peak of a hundred-millionth of the prior's width
 UPHILL: dict[Which, int] = {"guide": 2, "model": 2}  # draws to climb the likelihood from
 UPHILL_STEPS = 40
 RIM = 20.0  # nats below the coarse grid's peak within which its outermost points are kept
@@ -74,11 +76,21 @@ def survey(log_joint: LogJoint, seed: int) -> Landmarks:
     scale = ((torch.quantile(some, 0.84, dim=0) - torch.quantile(some, 0.16, dim=0)) / 2).clamp_min(1e-12)
     boxes, maxima, rim = _coarse(log_joint, low - margin, high + margin)
     starts = [maxima, *(log_joint.draw(which, count, seed + 1) for which, count in STARTS.items())]
-    z, log_p = climb(log_joint, torch.cat(starts), scale)
+    z, log_p = _tops(log_joint, torch.cat(starts), scale)
     best = _uphill(log_joint, torch.cat([maxima[:1], *(log_joint.draw(w, c, seed + 2) for w, c in UPHILL.items())]), scale)
     pool, guided, drawn = _pool(log_joint, prior, seed)
     z, log_p = torch.cat([z, best]), torch.cat([log_p, floor_nan(log_joint(best))])
     return Landmarks(z, log_p, boxes, rim, pool, guided, drawn)
+
+
+def _tops(log_joint: LogJoint, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Climb from every start (S, N, d); where the top is not reached, as at a narrow peak far away, go on."""
+    z, log_p, gain = ascend(log_joint.grad, z, scale, STEPS)
+    rows = (gain > RISING).any(0).nonzero().squeeze(-1)
+    for part, used, at in map(log_joint.some, rows.split(fitting(z[:, 0].numel(), ARRAY)) if len(rows) else ()):
+        end, top = climb(part, z[:, used], scale, FAR_STEPS)
+        z[:, used[at]], log_p[:, used[at]] = end[:, at], top[:, at]
+    return z, log_p
 
 
 def _uphill(log_joint: LogJoint, z: Tensor, scale: Tensor) -> Tensor:

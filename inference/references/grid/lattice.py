@@ -55,6 +55,14 @@ class Box:
             torch.where(settled, self.high, torch.maximum(self.high, high)),
         )
 
+    def clear_of_the_band(self, z: Tensor, wanted: Tensor) -> Box:
+        """Grow the boxes until the points z (S, N, d) that are wanted (S, N) lie two bands inside (see `BAND`)."""
+        t, mask = self.coordinates(z), wanted.unsqueeze(-1)
+        inset = 2 * BAND * (self.high - self.low)
+        low = torch.where(mask, t - inset, torch.inf).amin(0)
+        high = torch.where(mask, t + inset, -torch.inf).amax(0)
+        return Box(self.centre, self.root, torch.minimum(self.low, low), torch.maximum(self.high, high))
+
 
 @dataclass
 class Quadrature:
@@ -66,7 +74,7 @@ class Quadrature:
         log_weight: normalised log weights, (G, N).
         log_evidence: log of the sum, (N,).
         border_mass: share of the weights in the outermost layer, (N,).
-        beyond: bound on the share beyond the border if density falls at least as 1 / distance^2 from the outermost layers on, (N,).
+        beyond: bound on the share beyond the border, (N,), if density falls at least as 1 / distance^2 in the outermost layers.
         step: spacing in t, (N, d).
         shift: shift of the lattice, in cells.
         n_points: points per axis.

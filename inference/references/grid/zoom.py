@@ -23,12 +23,12 @@ from elbowroom.inference.references.grid.peaks import Peaks, peaks, surprising
 from elbowroom.inference.search.modes import floor_nan
 from elbowroom.inference.target.log_joint import LogJoint
 
-SHARP = 3.5  # steepness of a window: it falls like a normal of sd 1 / (sqrt(2) SHARP) radii
+SHARP = 4.5  # steepness of a window: it falls like a normal of sd 1 / (sqrt(2) SHARP) radii
 EDGE = 0.5 * math.erfc(SHARP)  # what is left of it at the centre and at two radii, where it is cut to exactly 1 and 0
 CORE = 7.0  # radius of the last window, in widths of the peak
 SHRINK = {1: 2.0, 2: 2.0, 3: 1.6}  # of radii from one level to the next
 POINTS = {1: 48, 2: 40, 3: 30}  # per axis of an inner lattice
-LEAST_RADIUS, CELLS = 3.0, 5.0  # of the first window: in posterior scales, and in cells of the broad lattice
+LEAST_RADIUS, CELLS = 3.0, 6.4  # of the first window: in posterior scales, and in cells of the broad lattice
 NARROW = 0.3  # of the posterior scale; a wider peak needs no lattice of its own
 TURNS = 10
 STARTS = 8  # points to climb from: those that rise most above the lattice around them

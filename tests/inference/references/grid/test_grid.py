@@ -80,16 +80,17 @@ def test_no_mirror_mode_is_lost_and_called_exact(noise: float) -> None:
 
     y = decode(true_z) + noise * torch.randn(20, 3, dtype=F64, generator=generator)
 
-    def model(y):
+    def model(y, start):
         with pyro.plate("rows", len(y)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
             pyro.sample("y", dist.Normal(decode(z), noise).to_event(1), obs=y)
 
-    def guide(y):  # on one mode only
+    def guide(y, start):  # on one mode only
         with pyro.plate("rows", len(y)):
-            pyro.sample("z", dist.Normal(torch.stack([true_z[:, 0].abs(), true_z[:, 1]], -1), noise).to_event(1))
+            pyro.sample("z", dist.Normal(start, noise).to_event(1))
 
-    grid = Grid()(LogJoint(model, guide, y), keep=100, seed=0)
+    start = torch.stack([true_z[:, 0].abs(), true_z[:, 1]], -1)
+    grid = Grid()(LogJoint(model, guide, y, start), keep=100, seed=0)
     exact = torch.tensor([status == "exact" for status in grid.status])
     assert grid.mean is not None
     assert (grid.mean[exact, 0].abs() < 1e-4).all()

@@ -80,6 +80,24 @@ def comb(w: float, n: int, seed: int) -> tuple[LogJoint, Tensor]:
     return LogJoint(model, guide, y), torch.logsumexp(log_p, 0) + math.log(18 / 360_000)
 
 
+def far(scale: float, n: int, seed: int) -> tuple[LogJoint, Tensor]:
+    """y ~ N(z^2, .01), z ~ N(0, scale^2): two peaks far apart, as narrow as .01 / (2 z); log p(x) by a dense sum over z^2."""
+    y = scale**2 * (0.3 + torch.randn(n, dtype=F64, generator=torch.Generator().manual_seed(seed)).square())
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=F64), scale).to_event(1))
+            pyro.sample("y", dist.Normal(z[..., 0].square(), 0.01), obs=y)
+
+    def guide(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(y.sqrt()[:, None], 0.1 * scale).to_event(1))
+
+    t = torch.linspace(-0.15, 0.15, 40_001, dtype=F64)[:, None]
+    log_p = dist.Normal(0 * y, 0.01).log_prob(t) + dist.Gamma(0.5, (0 * y + 0.5) / scale**2).log_prob(y + t)
+    return LogJoint(model, guide, y), torch.logsumexp(log_p, 0) + math.log(0.3 / 40_000)
+
+
 def held(log_joint: LogJoint, truth: Tensor, seed: int) -> float:
     """Assert that nothing exact is beyond three times its stated error; return the share that is exact."""
     grid = Grid()(log_joint, keep=100, seed=seed)
@@ -102,6 +120,20 @@ def test_a_spike_that_the_prior_knows_is_found() -> None:
 @pytest.mark.parametrize("w", [3.0, 10.0, 20.0, 200.0])
 def test_no_tooth_of_a_comb_is_cut_off(w: float) -> None:
     assert held(*comb(w, 12, 1), seed=1) >= 0.9
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e3])
+def test_both_of_two_far_peaks_are_seen_or_none_is_exact(scale: float) -> None:
+    held(*far(scale, 6, 1), seed=1)
+
+
+@pytest.mark.parametrize(("w", "datum", "seed"), [(30.0, 19, 1), (150.0, 3, 3), (15.0, 15, 3)])
+def test_lattices_that_agree_by_luck_and_boxes_that_end_between_teeth(w: float, datum: int, seed: int) -> None:
+    log_joint, truth = comb(w, 20, seed)
+    grid = Grid()(log_joint, keep=100, seed=seed)
+    assert grid.evidence is not None
+    assert grid.status[datum] == "exact"
+    assert abs(float(grid.evidence.value[datum] - truth[datum])) <= float(grid.evidence.error[datum])
 
 
 @pytest.mark.slow
