@@ -277,7 +277,8 @@ class PlainLogJoint:
         part = copy.copy(self)
         part.args, part.kwargs = self.with_leaves([take(t, dim) for t, dim in zip(self.leaves(), self.data_dims, strict=True)])
         active = None if self.program.active is None else self.program.active[rows]
-        part.program = dataclasses.replace(self.program, n_obs=len(rows), active=active)
+        observed = {name: value[rows.to(value.device)] for name, value in self.program.observed.items()}
+        part.program = dataclasses.replace(self.program, n_obs=len(rows), active=active, observed=observed)
         part.n_obs, part._whole = len(rows), self.root
         part.batched_draws = dict(self.batched_draws)
         part.probe_points = self.probe_points[:, rows]

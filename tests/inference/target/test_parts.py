@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from elbowroom.analysis.audit.auditor import audit
+from elbowroom.analysis.audit.auditor import audit, audit_log_joint
 from elbowroom.analysis.checks import calibration
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.target.log_joint import LogJoint
@@ -275,3 +275,19 @@ def test_coupling_in_rare_draws_is_refused(which: str, threshold: float) -> None
 
     with pytest.raises(UnsupportedProgram, match=f"^{which}: moving the latents of some data changes log [pq] of others"):
         LogJoint(model, guide, x)
+
+
+def test_a_part_is_audited_as_a_whole_of_its_own() -> None:
+    x = torch.randn(N, D, dtype=F64, generator=torch.Generator().manual_seed(4))
+    encoder = Encoder("layers").double()
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(encoder.loc(x), 0.7).to_event(1))
+
+    rows = torch.tensor([7, 2, 3])
+    part, alone = LogJoint(model, guide, x).subset(rows), LogJoint(model, guide, x[rows])
+    assert torch.equal(part.program.observed["x"], x[rows])
+    found, expected = (audit_log_joint(joint, references=["grid"], draws=200, keep=50) for joint in (part, alone))
+    assert np.array_equal(found.posteriors["grid"].observed_data["x"], x[rows].numpy())
+    np.testing.assert_allclose(found.table["log_evidence"], expected.table["log_evidence"], atol=1e-9)
