@@ -153,11 +153,11 @@ def test_a_planted_fault_is_named(fault):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", list(FAULTS))
-def test_a_planted_fault_is_named_at_95_of_100_seeds(fault):
-    """Of sound pairs, 98 of 100 (twice, for two kinds)."""
+def test_a_planted_fault_is_named_over_seeds(fault):
+    """Of 25 seeds 23 at least; of sound pairs 24 (twice, for two kinds). A rule that is right 98 times in 100 fails here once in 75."""
     plant, expected = FAULTS[fault]
-    right = sum(verdicts(plant(seed), seed)[0].verdict == expected for seed in range(1, 101))
-    assert right >= (98 if expected == "sound" else 95)
+    right = sum(verdicts(plant(seed), seed)[0].verdict == expected for seed in range(1, 26))
+    assert right >= (24 if expected == "sound" else 23)
 
 
 def test_the_gaps_of_a_rotated_model_are_those_of_the_closed_form():

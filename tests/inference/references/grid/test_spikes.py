@@ -141,7 +141,7 @@ def test_lattices_that_agree_by_luck_and_boxes_that_end_between_teeth(w: float, 
 @pytest.mark.parametrize(("d", "seed"), [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0)])
 def test_spikes_of_every_width_and_mass(make, d: int, seed: int) -> None:
     for ratio in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3):
-        for share in (0.05, 0.2, 0.5):
+        for share in (0.05, 0.5):
             held(*make(d, ratio, share, 3, seed), seed=seed)
 
 
