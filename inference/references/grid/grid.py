@@ -11,7 +11,8 @@
    the mass beyond the box. Data with an error above the tolerance, or with a landmark or draw that the lattice missed, are
    refined again, up to `max_points`. Each refinement is a new chance to agree by luck: an error that is not far below the
    tolerance must hold on two more lattices, shifted by other phases. Where much may lie beyond the box, it grows.
-4. Where two sizes do not suffice, narrow peaks get lattices of their own (`zoom`), and the box is scaled by what is left.
+4. Where two sizes do not suffice, narrow peaks get lattices of their own (`zoom`), and the box is scaled by what is left. Heavy
+   tails get a lattice in coordinates that stretch with distance at once (`tails`).
 
 For a smooth integrand that vanishes at the border the equidistant rule converges exponentially; with kinks (relu), at an
 algebraic rate. A datum that fails any of these checks is `uncertified`, with the reason.
@@ -30,6 +31,7 @@ from torch import Tensor
 from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status, in_chains
 from elbowroom.inference.references.grid.landmarks import RIM, Landmarks, survey
 from elbowroom.inference.references.grid.lattice import Box, Quadrature, draw, quadrature, whitened
+from elbowroom.inference.references.grid.tails import Bend, Stretched, bend
 from elbowroom.inference.references.grid.zoom import Focus, Zoomed, focus
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import ARRAY, fitting
@@ -42,7 +44,7 @@ SPACING = 1.0  # largest useful spacing of a lattice, in posterior scales
 MAX_POINTS = {1: 20_001, 2: 601, 3: 97}
 NUMBERS = ("evidence", "error", "border", "beyond", "unseen")
 ORDINARY = {1: 4, 2: 3, 3: 2}  # sizes of the ordinary lattice before narrow peaks get lattices of their own
-FACTORS = (1.0, 1.5)  # on the points per axis of those
+WIDE = 40.0  # posterior scales across a box: wider ones are tried with stretched lattices
 ZOOMED = 100_000  # their points, for the number of data that are held at once
 SHIFTS = ((0.5, 0.27, 0.13), (0.23, 0.41, 0.09))
 GOLDEN = {1: (0.618,), 2: (0.755, 0.57), 3: (0.819, 0.671, 0.55)}  # turns that no harmonic of low order takes for a whole one
@@ -143,7 +145,8 @@ class Grid(Reference):
         found = _Found.empty(box, keep)
         generator = torch.Generator(device=box.centre.device).manual_seed(seed)
         needed = ((box.high - box.low).amax(-1) / SPACING).clamp_max(limit)
-        todo, size = torch.arange(n, device=box.centre.device), FINAL[d]
+        self._stretch(log_joint, found, box, marks, (needed > WIDE).nonzero().squeeze(-1), keep, generator)
+        todo, size = self._open(found, torch.arange(n, device=box.centre.device)).nonzero().squeeze(-1), FINAL[d]
         for turn in count():
             if turn == ORDINARY[d]:
                 todo = self._zoom(log_joint, found, box, marks, todo, keep, generator)
@@ -193,24 +196,54 @@ class Grid(Reference):
         for rows in todo.split(fitting(ZOOMED, ARRAY)) if len(todo) else ():
             part, used, at = log_joint.some(rows)
             around = focus(part, box.rows(used), marks.rows(used), FINAL[log_joint.dim])
-            for factor in FACTORS if around is not None else ():
-                assert around is not None
-                lattices = (
-                    around.sums(part, factor),
-                    around.sums(part, factor, SHIFTS[0]),
-                    around.sums(part, 1.4 * factor, SHIFTS[1]),
-                )
-                trial = _Found.empty(around.box, keep)
-                trial.take(
-                    torch.arange(len(used), device=used.device), slice(None), *lattices, around, around.marks, keep, generator
-                )
-                for phase in _phases(log_joint.dim) if len(self._doubtful(trial, at)) else ():
-                    trial.doubt(slice(None), around.sums(part, 1.4 * factor, phase).log_evidence)
-                good = ~self._open(trial, at) & around.windows.valid.any(0)[at]
-                found.adopt(rows[good], trial, at[good])
-                if bool(good.all()):
-                    break
+            if around is not None:
+                self._try(part, around, around.windows.valid.any(0), found, rows, at, keep, generator)
         return todo[self._open(found, todo)]
+
+    def _stretch(
+        self,
+        log_joint: LogJoint,
+        found: _Found,
+        box: Box,
+        marks: Landmarks,
+        wide: Tensor,
+        keep: int,
+        generator: torch.Generator,
+    ) -> None:
+        """Try lattices that stretch with the distance for the data `wide`, which may have heavy tails."""
+        for rows in wide.split(fitting(ZOOMED, ARRAY)) if len(wide) else ():
+            part, used, at = log_joint.some(rows)
+            every = torch.ones_like(used, dtype=torch.bool)
+            self._try(part, bend(part, box.rows(used), marks.rows(used)), every, found, rows, at, keep, generator)
+
+    def _try(
+        self,
+        part: LogJoint,
+        around: Focus | Bend,
+        valid: Tensor,
+        found: _Found,
+        rows: Tensor,
+        at: Tensor,
+        keep: int,
+        generator: torch.Generator,
+    ) -> None:
+        """Sum over other lattices; adopt what closes a datum."""
+        for factor in around.factors:
+            lattices = (
+                around.sums(part, factor),
+                around.sums(part, factor, SHIFTS[0]),
+                around.sums(part, 1.4 * factor, SHIFTS[1]),
+            )
+            trial = _Found.empty(around.box, keep)
+            trial.take(
+                torch.arange(part.n_obs, device=rows.device), slice(None), *lattices, around, around.marks, keep, generator
+            )
+            for phase in _phases(part.dim) if len(self._doubtful(trial, at)) else ():
+                trial.doubt(slice(None), around.sums(part, 1.4 * factor, phase).log_evidence)
+            good = ~self._open(trial, at) & valid[at]
+            found.adopt(rows[good], trial, at[good])
+            if bool(good.all()):
+                break
 
     @staticmethod
     def _lattices(log_joint: LogJoint, box: Box, size: int, finer: int) -> tuple[Quadrature, Quadrature, Quadrature]:
@@ -291,7 +324,7 @@ class _Found:
         first: Quadrature,
         moved: Quadrature,
         second: Quadrature,
-        box: Box | Focus,
+        box: Box | Focus | Bend,
         marks: Landmarks,
         keep: int,
         generator: torch.Generator,
@@ -305,9 +338,10 @@ class _Found:
         self.evidence[rows], self.error[rows] = value[local], (SAFETY * change + rounding)[local]
         self.border[rows] = second.border_mass[local]
         self.beyond[rows] = second.beyond[local]
-        focus, box = (box, box.box) if isinstance(box, Focus) else (None, box)
+        focus = box if isinstance(box, Focus) else None
+        box = box if isinstance(box, Box) else box.box
         self.unseen[rows] = _unseen(second, box, marks, focus)[local]
-        drawn = second.draw(keep, generator) if isinstance(second, Zoomed) else draw(second, box, keep, generator)
+        drawn = second.draw(keep, generator) if isinstance(second, Zoomed | Stretched) else draw(second, box, keep, generator)
         self.draws[:, rows] = drawn[:, local]
 
     def doubt(self, rows: Tensor | slice, value: Tensor) -> None:

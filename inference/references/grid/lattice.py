@@ -175,14 +175,17 @@ def whitened(found: Quadrature) -> tuple[Box, Tensor]:
     return Box(mean, box.root, low, high), (cut_low | cut_high).any(-1)
 
 
+def chosen(log_weight: Tensor, keep: int, generator: torch.Generator) -> Tensor:
+    """Choose points by their weights (G, N): indices (keep, N)."""
+    cumulative = log_weight.exp().T.cumsum(1)
+    u = torch.rand(len(cumulative), keep, dtype=cumulative.dtype, device=cumulative.device, generator=generator)
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:]).clamp_max(cumulative.shape[1] - 1).T
+
+
 def draw(found: Quadrature, box: Box, keep: int, generator: torch.Generator) -> Tensor:
     """Draw points by their weights and jitter them within their cells, (keep, N, d)."""
-    weight = found.log_weight.exp().T
-    cumulative = weight.cumsum(1)
-    n, d = len(weight), found.z.shape[-1]
-    u = torch.rand(n, keep, dtype=weight.dtype, device=weight.device, generator=generator) * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, u).clamp_max(weight.shape[1] - 1)
-    points = found.z.permute(1, 0, 2).gather(1, chosen.unsqueeze(-1).expand(-1, -1, d))
-    jitter = torch.rand((n, keep, d), dtype=weight.dtype, device=weight.device, generator=generator) - 0.5
+    index = chosen(found.log_weight, keep, generator)
+    points = found.z.gather(0, index.unsqueeze(-1).expand(-1, -1, found.z.shape[-1])).transpose(0, 1)
+    jitter = torch.rand(points.shape, dtype=points.dtype, device=points.device, generator=generator) - 0.5
     moved = torch.einsum("nde,nke->nkd", box.root, jitter * found.step.unsqueeze(1))
     return (points + moved).transpose(0, 1)

@@ -13,12 +13,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from elbowroom.inference.references.grid.landmarks import Landmarks
-from elbowroom.inference.references.grid.lattice import DEPTH, NO_SHIFT, Box, Density, Quadrature, lattice, quadrature, whitened
+from elbowroom.inference.references.grid.lattice import (
+    DEPTH,
+    NO_SHIFT,
+    Box,
+    Density,
+    Quadrature,
+    chosen,
+    lattice,
+    quadrature,
+    whitened,
+)
 from elbowroom.inference.references.grid.peaks import Peaks, peaks, surprising
 from elbowroom.inference.search.modes import floor_nan
 from elbowroom.inference.target.log_joint import LogJoint
@@ -96,13 +107,10 @@ class Zoomed(Quadrature):
 
     def draw(self, keep: int, generator: torch.Generator) -> Tensor:
         """Draw points by their weights and jitter them within their cells, (keep, N, d)."""
-        cumulative = self.log_weight.exp().T.cumsum(1).contiguous()
-        n, d = len(cumulative), self.z.shape[-1]
-        u = torch.rand(n, keep, dtype=self.z.dtype, device=self.z.device, generator=generator) * cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, u).clamp_max(cumulative.shape[1] - 1)
-        points = self.z.permute(1, 0, 2).gather(1, chosen.unsqueeze(-1).expand(-1, -1, d))
-        jitter = torch.rand((n, keep, d), dtype=self.z.dtype, device=self.z.device, generator=generator) - 0.5
-        root = self.roots[self.member[chosen], torch.arange(n, device=self.z.device)[:, None]]
+        index = chosen(self.log_weight, keep, generator)
+        points = self.z.gather(0, index.unsqueeze(-1).expand(-1, -1, self.z.shape[-1])).transpose(0, 1)
+        jitter = torch.rand(points.shape, dtype=points.dtype, device=points.device, generator=generator) - 0.5
+        root = self.roots[self.member[index.T], torch.arange(points.shape[0], device=points.device)[:, None]]
         return (points + (root @ jitter.unsqueeze(-1)).squeeze(-1)).transpose(0, 1)
 
 
@@ -152,6 +160,7 @@ class Focus:
     windows: Windows
     marks: Landmarks
     size: int
+    factors: ClassVar[tuple[float, ...]] = (1.0, 1.5)  # on the points per axis, one after the other
 
     def sums(self, log_joint: LogJoint, factor: float, shift: Sequence[float] = NO_SHIFT) -> Zoomed:
         """Return the sums over all lattices, with `factor` times as many points per axis."""
