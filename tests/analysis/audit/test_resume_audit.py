@@ -217,8 +217,8 @@ def test_the_command_line_takes_budget_and_resume(fitted: Path, capsys: pytest.C
 
 KILLED = """
 import sys
-from elbowroom.analysis import audit
-audit.ARRAY = 200 * 2
+from elbowroom.analysis.audit import auditor
+auditor.ARRAY = 200 * 2
 from elbowroom.cli import main
 main(sys.argv[1:])
 """
@@ -230,7 +230,7 @@ def test_a_killed_process_goes_on(fitted: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(out: Path) -> subprocess.Popen[bytes]:
-        words = ["audit", str(fitted), "--out", str(out), "--resume", "--set", "audit.references=hmc"]
+        words = ["audit", str(fitted), "--out", str(out), "--resume", "--set", "audit.references=importance"]
         return subprocess.Popen([sys.executable, "-c", KILLED, *words], env=environment, stdout=subprocess.DEVNULL)
 
     assert start(tmp_path / "whole").wait() == 0
