@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,18 +118,52 @@ def site_dims(name: str, shape: Sequence[int]) -> list[str]:
     return ["latent"] if name == "z" and len(shape) == 1 else [f"{name}_dim_{i}" for i in range(len(shape))]
 
 
-def native(tree: xr.DataTree) -> Any:
-    """Return a tree as the type that the installed ArviZ takes: an InferenceData before ArviZ 1.0, else the tree itself.
+class _NoLogLikelihood:
+    """In place of a group `log_likelihood`: ArviZ asks `hasattr`, and so says why there is none; one's own group counts."""
 
-    The arrays are shared, not copied.
+    def __get__(self, holder: Any, kind: type | None = None) -> Any:
+        if isinstance(holder, xr.DataTree) and "log_likelihood" in holder.children:
+            return holder.children["log_likelihood"]
+        if holder is None:
+            return self
+        raise TypeError(
+            "no log_likelihood, on purpose: loo and waic leave a datum out of what all data share, here every datum has its "
+            "own z; log p(x) of each datum is audit.table['log_evidence'], and `elbowroom compare` or er.compare([...]) "
+            "compares models"
+        )
+
+
+class _Tree(xr.DataTree):
+    log_likelihood = _NoLogLikelihood()
+
+
+@cache
+def _inference_data() -> type:
+    """Return ArviZ's InferenceData that says why it has no log_likelihood; made late, since reading runs needs no ArviZ."""
+    import arviz
+
+    return type("InferenceData", (arviz.InferenceData,), {"log_likelihood": _NoLogLikelihood(), "__module__": __name__})
+
+
+def __getattr__(name: str) -> type:
+    """Let pickle find that class by its name."""
+    if name == "InferenceData":
+        return _inference_data()
+    raise AttributeError(name)
+
+
+def native(tree: xr.DataTree) -> Any:
+    """Return a tree as the type that the installed ArviZ takes: an InferenceData before ArviZ 1.0, else a DataTree.
+
+    The arrays are shared, not copied. Where there is no `log_likelihood`, asking for it says why.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of ArviZ 0.23, about its own future
         import arviz
     if int(arviz.__version__.split(".")[0]) >= 1:
-        return tree
+        return _Tree.from_dict({node.path: node.to_dataset(inherit=False) for node in tree.subtree}, name=tree.name)
     groups = {str(name): group.to_dataset() for name, group in tree.children.items()}
-    return arviz.InferenceData(attrs=dict(tree.attrs), **groups)
+    return _inference_data()(attrs=dict(tree.attrs), **groups)
 
 
 def tree_of(given: Any) -> xr.DataTree:

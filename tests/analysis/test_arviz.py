@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
 import re
@@ -200,10 +201,29 @@ def test_a_posterior_that_was_not_reached_is_nan_and_no_error(audit: er.Audit) -
         call(function, posterior)
 
 
-def test_loo_refuses_and_the_page_says_what_to_do_instead(audit: er.Audit) -> None:
+@pytest.mark.parametrize("name", ["loo", "waic"])
+def test_loo_refuses_with_the_reason_and_what_to_do_instead(audit: er.Audit, name: str) -> None:
     for posterior in audit.posteriors.values():
-        with pytest.raises(TypeError, match="log likelihood not found"):
-            az.loo(posterior)
+        for found in (posterior, copy.deepcopy(posterior), pickle.loads(pickle.dumps(posterior))):
+            if hasattr(az, name):  # ArviZ 1.x has no waic
+                with pytest.raises(TypeError, match=r"no log_likelihood, on purpose: .* er.compare"):
+                    getattr(az, name)(found)
+
+
+def test_a_log_likelihood_of_ones_own_is_used(audit: er.Audit) -> None:
+    own = xr.Dataset({"y": (("chain", "draw", "obs_id"), np.random.default_rng(0).normal(size=(4, 100, 3)))})
+    tree = idata._Tree.from_dict({node.path: node.to_dataset(inherit=False) for node in audit.trees["grid"].subtree})
+    tree["log_likelihood"] = own
+    assert tree.log_likelihood["y"].shape == (4, 100, 3)
+    posterior = copy.deepcopy(audit.posteriors["grid"])
+    if isinstance(posterior, xr.DataTree):
+        posterior["log_likelihood"] = own
+    else:
+        posterior.add_groups(log_likelihood=own)
+    assert posterior.log_likelihood["y"].shape == (4, 100, 3)
+
+
+def test_the_page_says_what_to_do_instead_of_loo() -> None:
     (section,) = re.findall(r"## What ArviZ does not compute here\n(.*)", PAGE, flags=re.S)
     assert "az.loo" in section
     assert "elbowroom compare" in section
