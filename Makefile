@@ -24,7 +24,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 -q
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "slow or gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "slow or gpu"
 
 # ArviZ 1.x (Python 3.12): the files of a run, without torch, give the same numbers as here; and all that is returned in memory.
 test-arviz1: $(STAMP) $(STAMP1) $(STAMP1M)

@@ -112,8 +112,6 @@ def test_the_page_is_written_between_its_markers(tmp_path: Path) -> None:
 
 # -- the big run: 2,300 posteriors ---------------------------------------------------------------------------------------------
 
-SHARED = pytest.mark.xdist_group("oracle")  # one process holds what all these tests read
-
 
 @cache
 def _all(name: str) -> list[Judged]:
@@ -121,7 +119,6 @@ def _all(name: str) -> list[Judged]:
 
 
 @pytest.mark.slow
-@SHARED
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_hundred_of_each_kind(name: str) -> None:
     """Certified data within 4.5 MCSE, no mode of more than 5 % missed, enough of the unimodal certified, errors small.
@@ -137,7 +134,6 @@ def test_a_hundred_of_each_kind(name: str) -> None:
 
 
 @pytest.mark.slow
-@SHARED
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_posteriors_with_two_modes_are_certified_or_openly_not(name: str) -> None:
     (hmc,) = (judged for judged in _all(name) if judged.method == "hmc")
@@ -146,7 +142,6 @@ def test_posteriors_with_two_modes_are_certified_or_openly_not(name: str) -> Non
 
 
 @pytest.mark.slow
-@SHARED
 def test_intervals_and_bounds_over_all_kinds() -> None:
     """95 % intervals of trusted estimates cover 93-97 %, exact errors hold, bounds are violated by at most 2.5 %."""
     rows = [judged for name in PROBLEMS for judged in _all(name)]
