@@ -24,7 +24,7 @@ from elbowroom.inference.target.log_joint import LogJoint
 LOOK, LOOK_STEP = 60, 0.5  # points on each half axis, and their spacing in s, to find where a posterior ends
 FALL = 18.0  # nats that f falls before it ends: a tail as 1 / t^2 leaves 1.5e-8 of the mass beyond
 FACTORS = {1: (1.0, 3.0, 9.0, 27.0), 2: (1.0, 2.0, 4.0), 3: (1.0, 1.5)}  # on the points per axis, one after the other
-STEP = {1: 0.2, 2: 0.5, 3: 0.7}  # spacing of the first lattice
+POINTS = {1: 181, 2: 73, 3: 51}  # per axis of the first lattice: a spacing of .2, .5 and .7 where tails fall as 1 / t^2
 
 
 @dataclass
@@ -67,8 +67,7 @@ class Bend:
 
     def sums(self, log_joint: LogJoint, factor: float, shift: Sequence[float] = NO_SHIFT) -> Stretched:
         """Return the sums over a lattice with `factor` times as many points per axis as the first."""
-        width = float((self.box.high - self.box.low).max())
-        size = math.ceil(factor * width / STEP[log_joint.dim])
+        size = int(factor * POINTS[log_joint.dim])  # whatever the widths: a datum's numbers must not hang on its neighbours
         found = quadrature(lambda s: self.density(log_joint, s), self.box, size, shift)
         own = {**vars(found), "z": self.points(found.z), "log_p": found.log_p - self.stretch(found.z)}
         return Stretched(**own, s=found.z, bend=self)
