@@ -107,40 +107,53 @@ def test_a_method_of_its_own_joins_by_object_and_must_heed_the_clock() -> None:
         choose([Deaf()], curved(torch.ones(6, 2)))
 
 
+class Time:
+    """A clock that is moved by hand; a look at it takes a microsecond."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+
 class Sleeper(Reference):
-    """Takes a while per datum, 20 ms if not told otherwise, and knows no hurry."""
+    """Takes 20 ms per datum, on a clock or in truth, and knows no hurry."""
 
     name = "sleeper"
 
-    def __init__(self, seconds: float = 0.02) -> None:
-        self.seconds = seconds
+    def __init__(self, clock: Time | None = None) -> None:
+        self.clock = clock
 
     def refusal(self, log_joint: LogJoint) -> str | None:
         return None
 
     def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
-        time.sleep(self.seconds * log_joint.n_obs)
+        seconds = 0.02 * log_joint.n_obs
+        if self.clock is None:
+            time.sleep(seconds)
+        else:
+            self.clock.now += seconds
         found = Grid()(log_joint, keep=keep, seed=seed)
         return Posterior(**{**vars(found), "method": self.name})
 
 
-def test_a_budget_is_kept_and_what_it_left_out_is_said(tmp_path) -> None:
-    log_joint = curved(torch.linspace(0.2, 2.0, 240)[:, None].expand(-1, 2).contiguous())
-    began = time.monotonic()
-    audit_log_joint(curved(torch.ones(8, 2)), references=[Sleeper(0.0)], draws=200, keep=100, budget="1h")
-    alone = time.monotonic() - began  # the guide, first measurements and tables, on a machine as busy as this one
-    budget, began = f"{2 * alone + 2:.1f}", time.monotonic()
-    found = audit_log_joint(log_joint, references=[Sleeper(float(budget) / 80)], draws=200, keep=100, budget=f"{budget}s")
-    took = time.monotonic() - began
+def test_a_budget_is_kept_and_what_it_left_out_is_said(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: on a busy machine the guide alone may take any budget."""
+    log_joint, clock = curved(torch.linspace(0.2, 2.0, 240)[:, None].expand(-1, 2).contiguous()), Time()
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "monotonic", clock)
+        patched.setattr(time, "perf_counter", clock)
+        patched.setattr(Clock.__init__, "__defaults__", (math.inf, clock))
+        found = audit_log_joint(log_joint, references=[Sleeper(clock)], draws=200, keep=100, budget="3s")
+    assert 2.5 < clock.now < 3.3
     table = found.table
-    said = f"the budget of {durations.words(float(budget))} ended before "
-    lost = np.char.find(table["reason"].values[:, 0].astype(str), said + "this datum") >= 0
-    assert 0 < lost.sum() < 240
-    assert took < float(budget) * 1.25 + alone + 1
+    lost = np.char.find(table["reason"].values[:, 0].astype(str), "the budget of 3.0 s ended before this datum") >= 0
+    assert 90 < lost.sum() < 130  # of 240: 150 fit into the budget, 12 are used for the plan
     assert (table["status"].values[lost, 0] == "uncertified").all()
     assert np.isnan(table["mean_error"].values[lost, 0]).all()
     assert np.isfinite(table["elbo"].values).all()
-    assert f"T{said[1:]}all was done: sleeper at {lost.sum()} of 240 data." in found.verdict
+    assert f"The budget of 3.0 s ended before all was done: sleeper at {lost.sum()} of 240 data." in found.verdict
     found.save(tmp_path)
     again = Audit.load(tmp_path)
     assert np.array_equal(again.table["elbo"], table["elbo"])
@@ -166,15 +179,6 @@ def test_the_pilot_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pilot.Pilot, "_measured", lambda self, call, own: Cost(1e-3, 1e-6))
     without = audit_log_joint(curved(y), references=["grid"], draws=200, keep=100)
     assert with_pilot.table.equals(without.table)
-
-
-class Time:
-    """A clock that is moved by hand."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def simulate(
