@@ -163,9 +163,9 @@ class Grid(Reference):
                 part, used, at = log_joint.some(rows)
                 for phase in _phases(d):
                     found.doubt(rows, quadrature(part, box.rows(used), finer, phase).log_evidence[at])
-            narrow = ready[found.beyond[ready] > self.tolerance]
-            box.low[narrow], box.high[narrow] = GROWTH * box.low[narrow], GROWTH * box.high[narrow]
-            needed[narrow] = (GROWTH * needed[narrow]).clamp_max(limit)
+            small = ready[found.beyond[ready] > self.tolerance]
+            box.low[small], box.high[small] = GROWTH * box.low[small], GROWTH * box.high[small]
+            needed[small] = (GROWTH * needed[small]).clamp_max(limit)
             todo = todo[self._open(found, todo)]
             if size >= limit:
                 if turn < ORDINARY[d]:

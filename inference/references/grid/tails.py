@@ -3,7 +3,8 @@
     z = m + L sinh(s),   f(s) = p(x, m + L sinh(s)) |L| prod_j cosh(s_j)
 
 m is the peak and L the root of its inverse curvature. A tail that falls as a power of the distance falls exponentially in s,
-and a smooth f stays smooth: a hundred points per axis hold what an even lattice cannot with a million.
+and a smooth f stays smooth: a hundred points per axis hold what an even lattice cannot with a million. On changes of variable
+for the trapezoidal rule: Trefethen and Weideman (2014), The exponentially convergent trapezoidal rule, SIAM Review 56.
 """
 
 from __future__ import annotations
