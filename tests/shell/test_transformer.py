@@ -31,6 +31,7 @@ def fitted():
     return er.VAETransformer(2, hidden=(16,), epochs=8, spec=LINEAR, random_state=3).fit(x), x
 
 
+@pytest.mark.slow
 def test_the_conventions_of_scikit_learn():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,7 +18,7 @@ from elbowroom.inference.target.log_joint import LogJoint
 SPEC = Path(__file__).parents[2] / "experiments" / "digits.yaml"
 
 
-SOME = 3  # a third of the test split is audited, all of it among the slow tests
+SOME = 12  # one in twelve of the test split is audited, all of it among the slow tests
 every = pytest.mark.parametrize("every", [SOME, pytest.param(1, marks=pytest.mark.slow)])
 Audited = Callable[[int], tuple[er.Run, Audit]]
 

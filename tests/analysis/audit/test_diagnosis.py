@@ -142,7 +142,7 @@ def test_a_budget_that_has_ended_leaves_parts_out_and_says_so():
     assert math.isfinite(float(found["verdicts"]["number"].values[0]))
 
 
-ALIKE = ("shrunken", "ignored", "upper")  # the same verdict as a biased encoder: over a hundred seeds, among the slow tests
+ALIKE = ("shrunken", "ignored", "upper", "heavy", "sound_linear")  # as another or slow: over seeds, among the slow tests
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ALIKE])

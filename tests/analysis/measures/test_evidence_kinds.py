@@ -351,7 +351,9 @@ def test_the_figure_of_one_integral_says_the_kind(reference, line):
 @pytest.mark.parametrize(
     "references", [[ClosedForm()], [ImportanceSampling(draws=2000)], [], [Annealed(temperatures=3, chains=8)]]
 )
-@pytest.mark.parametrize(("shift", "family"), [(0.0, FullRankNormal), (2.0, DiagonalNormal)])
+@pytest.mark.parametrize(
+    ("shift", "family"), [(0.0, FullRankNormal), pytest.param(2.0, DiagonalNormal, marks=pytest.mark.slow)]
+)
 def test_files_without_reasons_have_the_same_kinds(references, shift, family, tmp_path: Path):
     """Audits of before stated methods alone, which were ours."""
     table = audited(*references, shift=shift, family=family)

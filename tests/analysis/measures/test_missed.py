@@ -58,8 +58,8 @@ def from_roots(y: torch.Tensor, idle: int, seed: int, n_draws: int = 2000, negat
     return torch.cat([(sign * root)[..., None], torch.randn(n_draws, len(y), idle, generator=g, dtype=F64)], -1)
 
 
-@pytest.mark.parametrize("idle", [0, 6, 20])
-@pytest.mark.parametrize("negative", [0.5, 0.15])
+@pytest.mark.parametrize("idle", [0, 20, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("negative", [0.15, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_a_mode_of_known_mass_is_found_with_its_mass(idle: int, negative: float) -> None:
     y = torch.linspace(2, 20, 30, dtype=F64)
     log_joint = squares(y, idle)
@@ -77,7 +77,9 @@ def test_a_guide_on_both_modes_misses_none(share: float) -> None:
     assert (missed_mass(log_joint, guide, exactly(from_roots(y, 0, 2))) <= MISSED).all()
 
 
-@pytest.mark.parametrize(("dim", "share"), [(1, 0.3), (2, 0.5), (8, 0.3)])
+@pytest.mark.parametrize(
+    ("dim", "share"), [(8, 0.3), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, 0.3), (2, 0.5)))]
+)
 def test_a_mode_six_standard_deviations_away_is_seen(dim: int, share: float) -> None:
     """A draw of the guide that lies past the saddle, one in a thousand, must not make a way to the other mode."""
     n, weight = 30, torch.tensor([1 - share, share], dtype=F64)
@@ -111,7 +113,15 @@ def test_a_guide_that_is_too_narrow_or_too_wide_misses_no_mode_but_its_mirror(wi
 
 
 @pytest.mark.parametrize(
-    "name", ["banana", "funnel", "heavy_tails_d1", "correlated", "mlp_gaussian", "simplex_d2", "positive", "hierarchy"]
+    "name",
+    [
+        "banana",
+        "heavy_tails_d1",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("funnel", "correlated", "mlp_gaussian", "simplex_d2", "positive", "hierarchy")
+        ),
+    ],
 )
 def test_no_false_alarm_where_there_is_one_mode(name: str) -> None:
     """Bent, correlated and heavy-tailed posteriors, with guides that are narrow, off centre and short."""
@@ -146,7 +156,7 @@ def test_a_shifted_guide_of_a_normal_posterior_misses_no_mode(dim: int) -> None:
     assert (missed_mass(log_joint, found, exactly(y / 2 + 0.5**0.5 * noise)) == 0).all()
 
 
-@pytest.mark.parametrize("name", ["bimodal_unequal_d1", "bimodal_unequal_d2"])
+@pytest.mark.parametrize("name", ["bimodal_unequal_d1", pytest.param("bimodal_unequal_d2", marks=pytest.mark.slow)])
 def test_the_smaller_mode_is_named_where_it_is_large_and_far(name: str) -> None:
     problem = PROBLEMS[name](42, 31)
     log_joint = problem.log_joint

@@ -97,7 +97,14 @@ def test_text_is_escaped(tmp_path):
 
 @pytest.mark.parametrize(
     ("d", "event", "labels"),
-    [(1, (8, 8), True), (1, (3,), False), (2, (6,), False), (2, (20,), True), (5, (8, 8), False), (5, (20,), True)],
+    [
+        (1, (8, 8), True),
+        (5, (20,), True),
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in ((1, (3,), False), (2, (6,), False), (2, (20,), True), (5, (8, 8), False))
+        ),
+    ],
 )
 def test_any_latent_and_event_shape(tmp_path, d, event, labels):
     folder = write_run(tmp_path / "run", d=d, n=15, event=event, labels=labels)

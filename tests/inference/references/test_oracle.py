@@ -29,7 +29,9 @@ CHEAP = [
 FAST = ("closed_form", "importance", "hmc")
 
 
-@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("linear_gaussian_d2", "mlp_bernoulli") else pytest.mark.slow) for n in CHEAP]
+)
 def test_a_few_of_each_cheap_kind(name: str) -> None:
     """Eight posteriors of each: every certified one right, every one certified by HMC."""
     found = {judged.method: judged for judged in examine(name, 8, 15, FAST)}

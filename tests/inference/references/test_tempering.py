@@ -13,7 +13,7 @@ from elbowroom.inference.references.hmc.tempering import Tempering
 from elbowroom.inference.search.scout import scout
 
 
-@pytest.mark.parametrize("rows", [[3, 0, 2, 1], *(pytest.param(r, marks=pytest.mark.slow) for r in ([2, 0], [1]))])
+@pytest.mark.parametrize("rows", [[1], *(pytest.param(r, marks=pytest.mark.slow) for r in ([2, 0], [3, 0, 2, 1]))])
 def test_rows_in_any_order_get_their_own_posteriors(rows: list[int]) -> None:
     """Two modes of unequal mass, another place for every datum: mean and mode shares within 4.5 MCSE of the truth."""
     problem = PROBLEMS["bimodal_unequal_d2"](4, 1)

@@ -9,6 +9,8 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -37,6 +39,7 @@ def test_domain_folders_are_linked_for_checkers_and_editors() -> None:
         assert link.resolve() == ROOT / name
 
 
+@pytest.mark.slow
 def test_the_type_checker_looks_into_the_domain_folders(tmp_path: Path) -> None:
     """A planted error must be found, or the checker checks nothing."""
     planted = tmp_path / "planted.py"
