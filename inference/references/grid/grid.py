@@ -10,7 +10,7 @@
    value of the last is reported. The stated error is three times the largest change, plus the rounding of log p and a bound on
    the mass beyond the box. Data with an error above the tolerance, or with a landmark or draw that the lattice missed, are
    refined again, up to `max_points`. Each refinement is a new chance to agree by luck: an error that is not far below the
-   tolerance must hold on two more lattices, shifted by other phases. Where much may lie beyond the box, it grows.
+   tolerance must hold on two more lattices, shifted by other phases. Where much may lie beyond the box, it grows (`refine`).
 4. Where two sizes do not suffice, narrow peaks get lattices of their own (`zoom`), and the box is scaled by what is left. Heavy
    tails get a lattice in coordinates that stretch with distance at once (`tails`).
 
@@ -21,7 +21,6 @@ algebraic rate. A datum that fails any of these checks is `uncertified`, with th
 from __future__ import annotations
 
 import math
-from itertools import count
 from typing import Annotated, ClassVar
 
 import torch
@@ -30,31 +29,17 @@ from torch import Tensor
 
 from elbowroom.inference.posterior import Evidence, Posterior, Reference, Status, in_chains
 from elbowroom.inference.references.grid.landmarks import RIM, Landmarks, survey
-from elbowroom.inference.references.grid.lattice import Box, Quadrature, draw, quadrature, whitened
-from elbowroom.inference.references.grid.tails import Bend, Stretched, bend
-from elbowroom.inference.references.grid.zoom import Focus, Zoomed, focus
+from elbowroom.inference.references.grid.lattice import Box, quadrature, whitened
+from elbowroom.inference.references.grid.refine import WITHIN, Found, Refinement
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import ARRAY, fitting
 from elbowroom.system.stages import stage
 
 MAX_DIM = 3
 LOCAL = {1: 41, 2: 19, 3: 13}
-FINAL = {1: 65, 2: 27, 3: 19}
-SPACING = 1.0  # largest useful spacing of a lattice, in posterior scales
 MAX_POINTS = {1: 20_001, 2: 601, 3: 97}
-NUMBERS = ("evidence", "error", "border", "beyond", "unseen")
-ORDINARY = {1: 4, 2: 3, 3: 2}  # sizes of the ordinary lattice before narrow peaks get lattices of their own
-WIDE = 40.0  # posterior scales across a box: wider ones are tried with stretched lattices
-ZOOMED = 100_000  # their points, for the number of data that are held at once
-SHIFTS = ((0.5, 0.27, 0.13), (0.23, 0.41, 0.09))
-GOLDEN = {1: (0.618,), 2: (0.755, 0.57), 3: (0.819, 0.671, 0.55)}  # turns that no harmonic of low order takes for a whole one
-PHASES = 2  # lattices that confirm the last, each a turn further
-SAFETY = 3.0
-GROWTH = 1.5  # of a box beyond which too much may lie
-CLEAR = 0.01  # of the tolerance: lattices that agree so well do not agree by luck
 BORDER_MASS = 1e-6
 MAX_TURNS = 10
-WITHIN = 15.0  # landmarks this close to the peak (nats) must lie inside the box
 CUT = 10 * math.exp(-RIM)  # of the mass may lie beyond, in teeth that are lower than the rim
 INSET = 0.5  # of the box's border, in posterior scales: points beyond it count as left out
 MARGIN = 8.0  # distance of such landmarks from the border of the box, in posterior scales
@@ -139,121 +124,12 @@ class Grid(Reference):
         return box.clear_of_the_band(marks.z, marks.log_p > peak - WITHIN)
 
     @stage("refine")
-    def _refine(self, log_joint: LogJoint, box: Box, marks: Landmarks, keep: int, seed: int) -> _Found:
-        n, d = log_joint.n_obs, log_joint.dim
-        limit = self.max_points or MAX_POINTS[d]
-        found = _Found.empty(box, keep)
+    def _refine(self, log_joint: LogJoint, box: Box, marks: Landmarks, keep: int, seed: int) -> Found:
         generator = torch.Generator(device=box.centre.device).manual_seed(seed)
-        needed = ((box.high - box.low).amax(-1) / SPACING).clamp_max(limit)
-        self._stretch(log_joint, found, box, marks, (needed > WIDE).nonzero().squeeze(-1), keep, generator)
-        todo, size = self._open(found, torch.arange(n, device=box.centre.device)).nonzero().squeeze(-1), FINAL[d]
-        for turn in count():
-            if turn == ORDINARY[d]:
-                todo = self._zoom(log_joint, found, box, marks, todo, keep, generator)
-            if not len(todo):
-                break
-            ready = todo[needed[todo] <= size] if size < limit else todo
-            finer = int(1.4 * size) + 1
-            for rows in ready.split(fitting(finer**d, ARRAY)) if len(ready) else ():
-                part, used, at = log_joint.some(rows)
-                mine = box.rows(used)
-                found.take(rows, at, *self._lattices(part, mine, size, finer), mine, marks.rows(used), keep, generator)
-            doubtful = self._doubtful(found, ready)
-            for rows in doubtful.split(fitting(finer**d, ARRAY)) if len(doubtful) else ():
-                part, used, at = log_joint.some(rows)
-                for phase in _phases(d):
-                    found.doubt(rows, quadrature(part, box.rows(used), finer, phase).log_evidence[at])
-            small = ready[found.beyond[ready] > self.tolerance]
-            box.low[small], box.high[small] = GROWTH * box.low[small], GROWTH * box.high[small]
-            needed[small] = (GROWTH * needed[small]).clamp_max(limit)
-            todo = todo[self._open(found, todo)]
-            if size >= limit:
-                if turn < ORDINARY[d]:
-                    self._zoom(log_joint, found, box, marks, todo, keep, generator)
-                break
-            size = min(int(1.7 * size), limit)
-        return found
+        limit = self.max_points or MAX_POINTS[log_joint.dim]
+        return Refinement(log_joint, box, marks, keep, generator, self.tolerance, limit).run()
 
-    def _open(self, found: _Found, rows: Tensor) -> Tensor:
-        settled = (found.error[rows] <= self.tolerance) & (found.beyond[rows] <= self.tolerance)
-        return ~settled | (found.unseen[rows] > 0)
-
-    def _doubtful(self, found: _Found, rows: Tensor) -> Tensor:
-        """Return the rows that are closed by an agreement that may be luck."""
-        return rows[~self._open(found, rows) & (found.error[rows] > CLEAR * self.tolerance)]
-
-    def _zoom(
-        self,
-        log_joint: LogJoint,
-        found: _Found,
-        box: Box,
-        marks: Landmarks,
-        todo: Tensor,
-        keep: int,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Try lattices around narrow peaks; return the data that are still open."""
-        for rows in todo.split(fitting(ZOOMED, ARRAY)) if len(todo) else ():
-            part, used, at = log_joint.some(rows)
-            around = focus(part, box.rows(used), marks.rows(used), FINAL[log_joint.dim])
-            if around is not None:
-                self._try(part, around, around.windows.valid.any(0), found, rows, at, keep, generator)
-        return todo[self._open(found, todo)]
-
-    def _stretch(
-        self,
-        log_joint: LogJoint,
-        found: _Found,
-        box: Box,
-        marks: Landmarks,
-        wide: Tensor,
-        keep: int,
-        generator: torch.Generator,
-    ) -> None:
-        """Try lattices that stretch with the distance for the data `wide`, which may have heavy tails."""
-        for rows in wide.split(fitting(ZOOMED, ARRAY)) if len(wide) else ():
-            part, used, at = log_joint.some(rows)
-            every = torch.ones_like(used, dtype=torch.bool)
-            self._try(part, bend(part, box.rows(used), marks.rows(used)), every, found, rows, at, keep, generator)
-
-    def _try(
-        self,
-        part: LogJoint,
-        around: Focus | Bend,
-        valid: Tensor,
-        found: _Found,
-        rows: Tensor,
-        at: Tensor,
-        keep: int,
-        generator: torch.Generator,
-    ) -> None:
-        """Sum over other lattices; adopt what closes a datum."""
-        for factor in around.factors:
-            lattices = (
-                around.sums(part, factor),
-                around.sums(part, factor, SHIFTS[0]),
-                around.sums(part, 1.4 * factor, SHIFTS[1]),
-            )
-            trial = _Found.empty(around.box, keep)
-            trial.take(
-                torch.arange(part.n_obs, device=rows.device), slice(None), *lattices, around, around.marks, keep, generator
-            )
-            for phase in _phases(part.dim) if len(self._doubtful(trial, at)) else ():
-                trial.doubt(slice(None), around.sums(part, 1.4 * factor, phase).log_evidence)
-            good = ~self._open(trial, at) & valid[at]
-            found.adopt(rows[good], trial, at[good])
-            if bool(good.all()):
-                break
-
-    @staticmethod
-    def _lattices(log_joint: LogJoint, box: Box, size: int, finer: int) -> tuple[Quadrature, Quadrature, Quadrature]:
-        return (
-            quadrature(log_joint, box, size),
-            quadrature(log_joint, box, size, SHIFTS[0]),
-            quadrature(log_joint, box, finer, SHIFTS[1]),
-        )
-
-    def _judge(self, found: _Found, rounded: Tensor, words: str, marks: Landmarks) -> tuple[list[Status], list[str]]:
+    def _judge(self, found: Found, rounded: Tensor, words: str, marks: Landmarks) -> tuple[list[Status], list[str]]:
         status: list[Status] = []
         reason: list[str] = []
         columns = (found.error, found.border, found.beyond, found.unseen, rounded, found.evidence)
@@ -287,74 +163,6 @@ class Grid(Reference):
         return status, reason
 
 
-def _phases(dim: int) -> list[tuple[float, ...]]:
-    """Return shifts of lattices that confirm the one at the last of `SHIFTS`, in cells, between -1/2 and 1/2."""
-    return [
-        tuple((start + turn * golden + 0.5) % 1 - 0.5 for start, golden in zip(SHIFTS[-1], GOLDEN[dim], strict=False))
-        for turn in range(1, PHASES + 1)
-    ]
-
-
-class _Found:
-    """Results of the refinement so far, per datum."""
-
-    mean: Tensor
-    covariance: Tensor
-    evidence: Tensor
-    error: Tensor
-    border: Tensor
-    beyond: Tensor
-    unseen: Tensor
-    draws: Tensor
-
-    @classmethod
-    def empty(cls, box: Box, keep: int) -> _Found:
-        found = cls()
-        n, d = box.centre.shape
-        found.mean, found.covariance = torch.full_like(box.centre, torch.nan), torch.full_like(box.root, torch.nan)
-        for name in NUMBERS:
-            setattr(found, name, torch.full_like(box.low[:, 0], torch.nan))
-        found.draws = torch.zeros(keep, n, d, dtype=box.centre.dtype, device=box.centre.device)
-        return found
-
-    def take(
-        self,
-        rows: Tensor,
-        local: Tensor | slice,
-        first: Quadrature,
-        moved: Quadrature,
-        second: Quadrature,
-        box: Box | Focus | Bend,
-        marks: Landmarks,
-        keep: int,
-        generator: torch.Generator,
-    ) -> None:
-        """Store the values of the data `rows`; in the lattices they are the rows `local`."""
-        mean, covariance = second.moments()
-        self.mean[rows], self.covariance[rows] = mean[local], covariance[local]
-        value = second.log_evidence
-        change = torch.maximum((value - first.log_evidence).abs(), (value - moved.log_evidence).abs())
-        rounding = 4 * torch.finfo(value.dtype).eps * value.abs()
-        self.evidence[rows], self.error[rows] = value[local], (SAFETY * change + rounding)[local]
-        self.border[rows] = second.border_mass[local]
-        self.beyond[rows] = second.beyond[local]
-        focus = box if isinstance(box, Focus) else None
-        box = box if isinstance(box, Box) else box.box
-        self.unseen[rows] = _unseen(second, box, marks, focus)[local]
-        drawn = second.draw(keep, generator) if isinstance(second, Zoomed | Stretched) else draw(second, box, keep, generator)
-        self.draws[:, rows] = drawn[:, local]
-
-    def doubt(self, rows: Tensor | slice, value: Tensor) -> None:
-        """Let another lattice's evidence of the data `rows` speak against theirs."""
-        self.error[rows] = torch.maximum(self.error[rows], SAFETY * (self.evidence[rows] - value).abs())
-
-    def adopt(self, rows: Tensor, other: _Found, places: Tensor) -> None:
-        """Take the values of other results."""
-        for name in ("mean", "covariance", *NUMBERS):
-            getattr(self, name)[rows] = getattr(other, name)[places]
-        self.draws[:, rows] = other.draws[:, places]
-
-
 def _rounded(log_joint: LogJoint, box: Box, draws: Tensor) -> tuple[Tensor, str]:
     """Return the share of the mass whose density depends on how a value rounds, (N,), and what to say of it."""
     drawn, said = log_joint.rounded(draws)
@@ -368,17 +176,3 @@ def _rounded(log_joint: LogJoint, box: Box, draws: Tensor) -> tuple[Tensor, str]
             share[rows] = torch.maximum(share[rows], lost[at].to(share.dtype))
             said = said or words
     return share, said
-
-
-def _unseen(found: Quadrature, box: Box, marks: Landmarks, focus: Focus | None) -> Tensor:
-    """Return how far a landmark or point of the pool rises above the lattice points around it, (N,); 0 if all are covered."""
-    allowed = 1.0 + 2.0 * marks.z.shape[-1] * SPACING**2 / 8  # a quadratic peak between lattice points
-    worst = []
-    for z, log_p in ((marks.z, marks.log_p), marks.pool):
-        peak = torch.maximum(found.log_p.amax(0), log_p.amax(0))
-        drop = (log_p - found.nearby(box, z)).nan_to_num(0.0, torch.inf, 0.0)
-        matters = (log_p > peak - WITHIN) & (drop > allowed)
-        if focus is not None:
-            matters &= ~focus.resolves(z)
-        worst.append(torch.where(matters, drop, 0.0).amax(0))
-    return torch.maximum(*worst)

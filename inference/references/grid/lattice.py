@@ -69,6 +69,7 @@ class Quadrature:
     """The sums over one lattice of n_points^d for every datum.
 
     Attributes:
+        box: the boxes that the lattice fills.
         z: the points, (G, N, d).
         log_p: the log joint there, (G, N).
         log_weight: normalised log weights, (G, N).
@@ -80,6 +81,7 @@ class Quadrature:
         n_points: points per axis.
     """
 
+    box: Box
     z: Tensor
     log_p: Tensor
     log_weight: Tensor
@@ -94,10 +96,10 @@ class Quadrature:
         """Return the mean (N, d) and covariance (N, d, d)."""
         return moments(self.z, self.log_weight.exp())
 
-    def nearby(self, box: Box, z: Tensor) -> Tensor:
+    def nearby(self, z: Tensor) -> Tensor:
         """Return the highest log joint on the corners of the cell around each point z (S, N, d), (S, N)."""
         d = z.shape[-1]
-        position = (box.coordinates(z) - box.low) / self.step - 0.5 - z.new_tensor(self.shift[:d])
+        position = (self.box.coordinates(z) - self.box.low) / self.step - 0.5 - z.new_tensor(self.shift[:d])
         base = position.nan_to_num(0.0, 0.0, 0.0).clamp(-1, self.n_points).floor().long()
         best = torch.full(z.shape[:2], -torch.inf, dtype=z.dtype, device=z.device)
         for corner in torch.cartesian_prod(*[torch.arange(2, device=z.device)] * d).reshape(-1, d):
@@ -107,6 +109,14 @@ class Quadrature:
                 flat = flat * self.n_points + index[..., j]
             best = torch.maximum(best, self.log_p.gather(0, flat))
         return best
+
+    def draw(self, keep: int, generator: torch.Generator) -> Tensor:
+        """Draw points by their weights and jitter them within their cells, (keep, N, d)."""
+        index = chosen(self.log_weight, keep, generator)
+        points = self.z.gather(0, index.unsqueeze(-1).expand(-1, -1, self.z.shape[-1])).transpose(0, 1)
+        jitter = torch.rand(points.shape, dtype=points.dtype, device=points.device, generator=generator) - 0.5
+        moved = torch.einsum("nde,nke->nkd", self.box.root, jitter * self.step.unsqueeze(1))
+        return (points + moved).transpose(0, 1)
 
 
 def lattice(n_points: int, dim: int, like: Tensor, shift: Sequence[float] = NO_SHIFT) -> Tensor:
@@ -146,7 +156,7 @@ def quadrature(log_joint: Density, box: Box, n_points: int, shift: Sequence[floa
     mass = log_weight[border(n_points, dim, z.device)].logsumexp(0).exp()
     layers = max(1, int(BAND * n_points))  # a single layer may lie between two teeth
     beyond = log_weight[border(n_points, dim, z.device, layers)].logsumexp(0).exp() * n_points / (2 * layers)
-    return Quadrature(z, log_p, log_weight, total + volume, mass, beyond, width / n_points, shift, n_points)
+    return Quadrature(box, z, log_p, log_weight, total + volume, mass, beyond, width / n_points, shift, n_points)
 
 
 def whitened(found: Quadrature) -> tuple[Box, Tensor]:
@@ -180,12 +190,3 @@ def chosen(log_weight: Tensor, keep: int, generator: torch.Generator) -> Tensor:
     cumulative = log_weight.exp().T.cumsum(1)
     u = torch.rand(len(cumulative), keep, dtype=cumulative.dtype, device=cumulative.device, generator=generator)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:]).clamp_max(cumulative.shape[1] - 1).T
-
-
-def draw(found: Quadrature, box: Box, keep: int, generator: torch.Generator) -> Tensor:
-    """Draw points by their weights and jitter them within their cells, (keep, N, d)."""
-    index = chosen(found.log_weight, keep, generator)
-    points = found.z.gather(0, index.unsqueeze(-1).expand(-1, -1, found.z.shape[-1])).transpose(0, 1)
-    jitter = torch.rand(points.shape, dtype=points.dtype, device=points.device, generator=generator) - 0.5
-    moved = torch.einsum("nde,nke->nkd", box.root, jitter * found.step.unsqueeze(1))
-    return (points + moved).transpose(0, 1)

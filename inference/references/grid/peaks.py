@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elbowroom.inference.references.grid.lattice import Box, Density, Quadrature, root_of
+from elbowroom.inference.references.grid.lattice import Density, Quadrature, root_of
 from elbowroom.inference.search.modes import climb, floor_nan
 from elbowroom.inference.target.log_joint import LogJoint
 
@@ -122,12 +122,12 @@ def _curvature(density: Density, z: Tensor, log_p: Tensor, width: Tensor) -> tup
     return root_of((width.unsqueeze(-1) * inverse * width.unsqueeze(-2)).flatten(0, 1)).reshape_as(inverse), step
 
 
-def surprising(found: Quadrature, box: Box, z: Tensor, log_p: Tensor, within: float, count: int) -> Tensor:
+def surprising(found: Quadrature, z: Tensor, log_p: Tensor, within: float, count: int) -> Tensor:
     """Return the points of a pool (S, N, d) that rise most above the lattice around them, (count, N, d).
 
     Points more than `within` nats below the peak do not count.
     """
     peak = torch.maximum(found.log_p.amax(0), log_p.amax(0))
-    rise = torch.where(log_p > peak - within, log_p - found.nearby(box, z), 0.0).nan_to_num(0.0, torch.inf, 0.0)
+    rise = torch.where(log_p > peak - within, log_p - found.nearby(z), 0.0).nan_to_num(0.0, torch.inf, 0.0)
     place = rise.topk(min(count, len(rise)), 0).indices
     return z.gather(0, place.unsqueeze(-1).expand(-1, -1, z.shape[-1]))

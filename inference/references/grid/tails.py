@@ -35,6 +35,10 @@ class Stretched(Quadrature):
     s: Tensor
     bend: Bend
 
+    def nearby(self, z: Tensor) -> Tensor:
+        """Return the highest log joint on the corners of the cell around each point z (S, N, d), (S, N)."""
+        return super().nearby(self.bend.coordinates(z))
+
     def draw(self, keep: int, generator: torch.Generator) -> Tensor:
         """Draw points by their weights and jitter them within their cells in s, (keep, N, d)."""
         index = chosen(self.log_weight, keep, generator).unsqueeze(-1).expand(-1, -1, self.z.shape[-1])
@@ -45,7 +49,7 @@ class Stretched(Quadrature):
 
 @dataclass
 class Bend:
-    """The coordinates s of every datum: peak (N, d), root (N, d, d), the box in s, and the landmarks in s."""
+    """The coordinates s of every datum: peak (N, d), root (N, d, d), the box in s, and the landmarks."""
 
     centre: Tensor
     root: Tensor
@@ -56,6 +60,15 @@ class Bend:
     def factors(self) -> tuple[float, ...]:
         """Factors on the points per axis, one after the other."""
         return FACTORS[self.centre.shape[-1]]
+
+    @property
+    def applies(self) -> Tensor:
+        """Every datum, (N,)."""
+        return torch.ones(len(self.centre), dtype=torch.bool, device=self.centre.device)
+
+    def resolves(self, z: Tensor) -> Tensor:
+        """Return which of the points z (S, N, d) it resolves, whatever their neighbours say: none."""
+        return torch.zeros(z.shape[:-1], dtype=torch.bool, device=z.device)
 
     def points(self, s: Tensor) -> Tensor:
         """Map s (S, N, d) to z."""
@@ -92,9 +105,7 @@ def bend(log_joint: LogJoint, box: Box, marks: Landmarks) -> Bend:
     eye = torch.eye(d, dtype=centre.dtype, device=centre.device).expand_as(root)
     bent = Bend(centre, root, Box(torch.zeros_like(centre), eye, -centre.new_ones(n, d), centre.new_ones(n, d)), marks)
     low, high = _ends(log_joint, bent)
-    pool = bent.coordinates(marks.pool[0]), marks.pool[1]
-    marks = replace(marks, z=bent.coordinates(marks.z), pool=pool)
-    return Bend(centre, root, replace(bent.box, low=low, high=high), marks)
+    return replace(bent, box=replace(bent.box, low=low, high=high))
 
 
 def _ends(log_joint: LogJoint, bent: Bend) -> tuple[Tensor, Tensor]:

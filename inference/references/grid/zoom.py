@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +45,7 @@ STARTS = 8  # points to climb from: those that rise most above the lattice aroun
 EXTENT = 15.0  # widths of a normal that a box holds along each axis
 LIGHT = 14.0  # nats below the evidence at which the mass of a peak matters no more
 MOST_LEVELS = 40
+FACTORS = (1.0, 1.5)  # on the points per axis, one after the other
 
 
 @dataclass
@@ -143,7 +143,7 @@ def zoomed(density: Density, box: Box, around: Windows, size: int, inner: int, s
     log_weight = torch.where(total.isfinite(), weight - total, torch.full_like(weight, -math.log(len(weight))))
     part = (broad.log_evidence - total).exp()
     mass, beyond = broad.border_mass * part, broad.beyond * part
-    whole = torch.cat(z), torch.cat(log_p), log_weight, total, mass, beyond, broad.step, shift, size
+    whole = box, torch.cat(z), torch.cat(log_p), log_weight, total, mass, beyond, broad.step, shift, size
     return Zoomed(*whole, torch.stack(roots), torch.cat(member))
 
 
@@ -160,12 +160,21 @@ class Focus:
     windows: Windows
     marks: Landmarks
     size: int
-    factors: ClassVar[tuple[float, ...]] = (1.0, 1.5)  # on the points per axis, one after the other
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Factors on the points per axis, one after the other."""
+        return FACTORS
 
     def sums(self, log_joint: LogJoint, factor: float, shift: Sequence[float] = NO_SHIFT) -> Zoomed:
         """Return the sums over all lattices, with `factor` times as many points per axis."""
         inner = POINTS[log_joint.dim]
         return zoomed(log_joint, self.box, self.windows, int(factor * self.size), int(factor * inner), shift)
+
+    @property
+    def applies(self) -> Tensor:
+        """The data with a narrow peak, (N,)."""
+        return self.windows.valid.any(0)
 
     def resolves(self, z: Tensor) -> Tensor:
         """Return which of the points z (S, N, d) lie in a window, where inner lattices see them, (S, N)."""
@@ -176,7 +185,7 @@ def focus(log_joint: LogJoint, box: Box, marks: Landmarks, size: int) -> Focus |
     """Find narrow peaks among landmarks and pool, and windows around them; None where there are none."""
     first = quadrature(log_joint, box, size)
     known = torch.cat([marks.z, marks.pool[0]]), torch.cat([marks.log_p, marks.pool[1]])
-    starts = surprising(first, box, *known, within=DEPTH, count=STARTS)
+    starts = surprising(first, *known, within=DEPTH, count=STARTS)
     extent = torch.einsum("nde,ne->nd", box.root.abs(), box.high - box.low) / EXTENT
     found = peaks(log_joint, torch.cat([starts, first.z.gather(0, _top(first))]), extent)
     relative = found.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # log volume, against that of the box

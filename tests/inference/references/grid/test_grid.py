@@ -194,7 +194,8 @@ def test_blocks_give_the_same_numbers_as_one_pass(monkeypatch: pytest.MonkeyPatc
     x = torch.bernoulli(torch.full((11, 12), 0.5, dtype=F64))
     log_joint = LogJoint(vae.model, vae.guide, x)
     whole = Grid()(log_joint, keep=100, seed=0)
-    monkeypatch.setattr("elbowroom.inference.references.grid.grid.ARRAY", 4000)
+    for module in ("grid", "refine"):
+        monkeypatch.setattr(f"elbowroom.inference.references.grid.{module}.ARRAY", 4000)
     blocks = Grid()(log_joint, keep=100, seed=0)
     assert whole.evidence is not None
     assert blocks.evidence is not None
