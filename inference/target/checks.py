@@ -8,8 +8,10 @@ at a time. Data are taken apart only if model and guide give each datum of a par
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from elbowroom.errors import UnsupportedProgram, first_line
@@ -46,7 +48,10 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
         raise UnsupportedProgram(f"model: it cannot be evaluated at a draw of the guide: {first_line(error)}") from error
     if not base.isfinite().all():
         row = int((~base.isfinite()).any(0).nonzero()[0])
-        raise UnsupportedProgram(f"model: log p(x, z) of datum {row} is not finite at a draw of the guide")
+        which = _NotFinite()
+        with which:
+            joint(from_guide)
+        raise UnsupportedProgram(f"model: log p(x, z) of datum {row} is not finite at a draw of the guide{which.words}")
     if not torch.equal(base, joint(from_guide)):
         raise UnsupportedProgram(
             "model: its log density changes between two evaluations at the same z; something draws random numbers outside "
@@ -65,6 +70,25 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
     _set_mode(joint, z, values, _check_guide(joint, z[:OF_GUIDE]))
     _check_often(joint, draw)
     return z
+
+
+class _NotFinite(Messenger):
+    """Remembers in `words` the first site whose log density is not finite."""
+
+    words = ""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if self.words or msg["infer"].get("_deterministic") or not isinstance(msg["value"], Tensor):
+            return
+        fn, value = msg["fn"], msg["value"]
+        log_prob = fn.log_prob(value)
+        bad = ~log_prob.isfinite()
+        if bool(bad.any()):
+            at = tuple(bad.nonzero()[0].tolist())
+            whole = value.expand(*log_prob.shape, *value.shape[value.dim() - fn.event_dim :])[at]
+            number = f" {whole.item():g}" if whole.numel() == 1 else ""
+            kind = "observed " if msg["is_observed"] else ""
+            self.words = f": the log density of site {msg['name']!r} is {log_prob[at].item():g} at the {kind}value{number}"
 
 
 def _set_dtype(joint: PlainLogJoint, dtype: torch.dtype, z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

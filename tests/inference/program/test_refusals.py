@@ -202,3 +202,28 @@ def test_a_reference_that_cannot_be_used_says_why() -> None:
 def test_no_data_are_refused():
     with pytest.raises(UnsupportedProgram, match="a plate is empty; is there no row of data"):
         LogJoint(normal_model, normal_guide, X[:0])
+
+
+@pytest.mark.parametrize(
+    ("fn", "value", "said"),
+    [
+        (dist.Gamma(2.0, 1.0), 0.0, "-inf at the observed value 0$"),
+        (dist.Gamma(0.5, 1.0), 0.0, "inf at the observed value 0$"),
+        (dist.Dirichlet(torch.tensor([2.0, 2.0])), [1.0, 0.0], "-inf at the observed value$"),
+    ],
+)
+def test_a_density_of_zero_or_infinity_within_the_support_is_named(fn, value, said) -> None:
+    """At the border of a support a value may be allowed and have no probability."""
+    y = torch.tensor([[0.5, 0.5], [0.5, 0.5], value]) if fn.event_dim else torch.tensor([1.0, 2.0, value])
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", fn.expand([len(y)]), obs=y)
+
+    def guide(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+
+    with pytest.raises(UnsupportedProgram, match=f"of datum 2 is not finite .*: the log density of site 'y' is {said}"):
+        LogJoint(model, guide, y)
