@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.program.replay import Which
+from elbowroom.inference.program.sites import frame_of
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.plain import PlainLogJoint
 from elbowroom.system.rounding import coarse
@@ -48,9 +50,10 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
         raise UnsupportedProgram(f"model: it cannot be evaluated at a draw of the guide: {first_line(error)}") from error
     if not base.isfinite().all():
         row = int((~base.isfinite()).any(0).nonzero()[0])
-        which = _NotFinite()
-        with which:
-            joint(from_guide)
+        which = _NotFinite(joint, row)
+        if not joint.program.discrete:  # some of whose joint values may well be impossible
+            with which:
+                joint(from_guide)
         raise UnsupportedProgram(f"model: log p(x, z) of datum {row} is not finite at a draw of the guide{which.words}")
     if not torch.equal(base, joint(from_guide)):
         raise UnsupportedProgram(
@@ -73,20 +76,27 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
 
 
 class _NotFinite(Messenger):
-    """Remembers in `words` the first site whose log density is not finite."""
+    """Says in `words` at which site, in program order, the log density of a datum is not finite; empty where none is found."""
 
-    words = ""
+    def __init__(self, joint: PlainLogJoint, row: int) -> None:
+        super().__init__()
+        self.plate, self.row, self.words = joint.program.plate, row, ""
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if self.words or msg["infer"].get("_deterministic") or not isinstance(msg["value"], Tensor):
+        fn, value, frame = msg["fn"], msg["value"], frame_of(msg, self.plate)
+        if self.words or frame is None or not hasattr(fn, "event_dim") or msg["infer"].get("_deterministic"):
+            return  # found, outside the plate, the sub-sampling of a plate, or no random variable
+        try:
+            log_prob = scale_and_mask(fn.log_prob(value), 1.0, msg["mask"])
+        except FAILURES:  # a site whose density `joint` computes in another way
             return
-        fn, value = msg["fn"], msg["value"]
-        log_prob = fn.log_prob(value)
+        value = value.expand(*log_prob.shape, *value.shape[value.dim() - fn.event_dim :])
+        if log_prob.dim() >= -frame.dim and log_prob.shape[frame.dim] > 1:
+            value, log_prob = value.select(frame.dim - fn.event_dim, self.row), log_prob.select(frame.dim, self.row)
         bad = ~log_prob.isfinite()
         if bool(bad.any()):
             at = tuple(bad.nonzero()[0].tolist())
-            whole = value.expand(*log_prob.shape, *value.shape[value.dim() - fn.event_dim :])[at]
-            number = f" {whole.item():g}" if whole.numel() == 1 else ""
+            number = f" {value[at].item():g}" if fn.event_dim == 0 else ""
             kind = "observed " if msg["is_observed"] else ""
             self.words = f": the log density of site {msg['name']!r} is {log_prob[at].item():g} at the {kind}value{number}"
 

@@ -1,8 +1,8 @@
 """Refinement: lattices finer and finer, until their sums agree, for each datum by itself.
 
-Three kinds of lattice answer to one interface, `Lattices`: even ones in a box, ones that stretch with the distance (`tails`),
-and ones inside others around narrow peaks (`zoom`). A datum is closed when three lattices of one kind agree on its evidence,
-little can lie beyond them, and no landmark rises above what they saw.
+Even lattices in a box come in growing sizes. Two other kinds answer to one interface, `Lattices`: those that stretch with the
+distance (`tails`), and those inside others around narrow peaks (`zoom`). A datum is closed when three lattices of one kind
+agree on its evidence, little can lie beyond them, and no landmark rises above what they saw.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NUMBERS = ("evidence", "error", "border", "beyond", "unseen")
 
 
 class Lattices(Protocol):
-    """A kind of lattice for some data, in sizes that grow by `factors`; `marks` are what it must see."""
+    """Another kind of lattice for some data, in sizes that grow by `factors`; `marks` are what it must see."""
 
     box: Box
     marks: Landmarks

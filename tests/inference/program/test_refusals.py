@@ -227,3 +227,34 @@ def test_a_density_of_zero_or_infinity_within_the_support_is_named(fn, value, sa
 
     with pytest.raises(UnsupportedProgram, match=f"of datum 2 is not finite .*: the log density of site 'y' is {said}"):
         LogJoint(model, guide, y)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_the_value_that_is_named_is_of_the_datum_that_is_named(dim: int) -> None:
+    """Entry 3 of datum 2 is to blame: its entry 1 is masked, and entry 0 of datum 3 comes first where data stand last."""
+    y = torch.ones(5, 4)
+    y[2, 1], y[2, 3], y[3, 0] = 0.0, 0.0, 0.0
+    seen = torch.ones(5, 4, dtype=torch.bool)
+    seen[2, 1] = False
+    rates = torch.tensor([0.5, 0.5, 2.0, 2.0]).expand(5, 4)  # densities of zero are infinite, infinite, 0, 0
+
+    def model(y, seen, rates):
+        columns = y if dim == -2 else y.T
+        with pyro.plate("rows", len(y), dim=dim):
+            z = pyro.sample("z", dist.Normal(torch.zeros(5, 1) if dim == -2 else torch.zeros(5), 1.0))
+            with pyro.plate("columns", 4, dim=-3 - dim), pyro.poutine.mask(mask=seen if dim == -2 else seen.T):
+                pyro.sample("y", dist.Gamma(rates if dim == -2 else rates.T, z.exp()), obs=columns)
+
+    def guide(y, seen, rates):
+        with pyro.plate("rows", len(y), dim=dim):
+            pyro.sample("z", dist.Normal(torch.zeros(5, 1) if dim == -2 else torch.zeros(5), 1.0))
+
+    with pytest.raises(
+        UnsupportedProgram, match=r"of datum 2 is not finite .*: the log density of site 'y' is -inf at the obs"
+    ):
+        LogJoint(model, guide, y, seen, rates)
+    y[2, 3] = 1.0
+    with pytest.raises(UnsupportedProgram, match=r"of datum 3 is not finite .*site 'y' is inf at the observed value 0$"):
+        LogJoint(model, guide, y, seen, rates)
+    y[3, 0] = 1.0
+    assert LogJoint(model, guide, y, seen, rates).n_obs == 5  # what is masked is not to blame
