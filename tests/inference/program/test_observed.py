@@ -337,3 +337,25 @@ def test_draws_have_the_shape_of_the_data_over_which_the_density_broadcasts() ->
     torch.testing.assert_close(wide.log_prob(x), fn.log_prob(x))
     assert widened(fn, torch.Size([4, 1]), "x") is fn
     assert widened(dist.Normal(torch.zeros(4), 1.0), torch.Size([2, 4]), "x").batch_shape == (2, 4)
+
+
+def test_a_value_that_few_latents_allow_is_not_refused() -> None:
+    """y ~ U(0, e^z + 1): 6 is possible where z > log 5, at 5 % of the prior; -3 nowhere."""
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Uniform(torch.zeros_like(z), z.exp() + 1), obs=y)
+
+    def guide(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(torch.full((len(y),), 3.0), 0.1))
+
+    log_joint = LogJoint(model, guide, torch.tensor([1.0, 6.0]))
+    z = torch.tensor([[[1.0], [1.0]], [[2.0], [2.0]]], dtype=log_joint.probe_points.dtype)
+    prior, width = dist.Normal(0.0, 1.0).log_prob(z[..., 0]), (z[..., 0].exp() + 1).log()
+    expected = prior - width
+    expected[0, 1] = -torch.inf  # e + 1 < 6
+    torch.testing.assert_close(log_joint(z), expected)
+    with pytest.raises(DataError, match="site 'y': the observed value -3 at datum 1 is outside the support of Uniform"):
+        LogJoint(model, guide, torch.tensor([1.0, -3.0]))
