@@ -21,6 +21,7 @@ from elbowroom.inference.references.closed_form import ClosedForm
 from elbowroom.inference.references.enumeration import Enumeration
 from elbowroom.inference.references.grid.grid import Grid
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.system.memory import LARGE_ARRAY, fitting
 
 log = logging.getLogger("elbowroom")
 
@@ -131,7 +132,8 @@ class Pilot:
         """Fit seconds = fixed + each x points to two sizes of a call, and add `own` sorts per point."""
         part = self._part(ROWS)
         found = []
-        for draws in DRAWS:
+        most = fitting(part.n_obs * part.dim, LARGE_ARRAY)  # draws of very many latents
+        for draws in (DRAWS[0], max(2 * DRAWS[0], min(DRAWS[1], most))):
             z = part.probe_points[:1].expand(draws, -1, -1).contiguous()
             with torch.no_grad():
                 call(part, z)  # the first call of a shape is slower

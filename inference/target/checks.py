@@ -27,7 +27,7 @@ DRAWS = 4  # from the guide, and as many from the prior
 ASSIGNED = 64  # joint values of discrete sites that a check goes through
 OF_GUIDE = 2  # draws of the guide at which its own density is tested
 SOME = 64  # rows of a random part of the data
-OFTEN, WORK = 256, 2**22  # draws whose rows are mixed, and observed entries evaluated for them at most
+OFTEN, WORK = 256, 2**22  # draws whose rows are mixed, and entries (observed or latent) evaluated for them at most
 COUPLED = {
     "model": "model: moving the latents of some data changes log p of others; the data are coupled (batch normalisation in "
     "train mode, or a latent shared between data), so no per-datum posterior exists",
@@ -146,7 +146,7 @@ def _check_often(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor]
     """Mix the rows of many draws: latents may be coupled in rare draws alone, as by a threshold that any datum may pass."""
     if joint.n_obs < 2 or joint.dim == 0:
         return
-    entries = sum(value.numel() for value in joint.program.observed.values())
+    entries = max(joint.n_obs * joint.dim, sum(value.numel() for value in joint.program.observed.values()))
     count = max(DRAWS, min(OFTEN if joint.mode != "loop" else 4 * DRAWS, WORK // max(entries, 1)))
     generator = torch.Generator().manual_seed(1)
     order = torch.rand(count, joint.n_obs, generator=generator).argsort(0).to(joint.device)

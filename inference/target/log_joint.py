@@ -36,7 +36,7 @@ from elbowroom.inference.target.draws import forward
 from elbowroom.inference.target.graphs import Graphs
 from elbowroom.inference.target.plain import ROWS, PlainLogJoint
 from elbowroom.inference.target.tracing import Kind, by_graph
-from elbowroom.system.memory import fitting, sizes
+from elbowroom.system.memory import LARGE_ARRAY, fitting, sizes
 from elbowroom.system.stages import stage
 
 log = logging.getLogger("elbowroom")
@@ -174,8 +174,10 @@ class LogJoint(PlainLogJoint):
 
     def draw(self, which: Which, n_draws: int, seed: int) -> Tensor:
         """Run a program and return its local sites, in unconstrained coordinates: (S, N, d)."""
+        numbers = max(self.dim, self._width() if which == "model" else 1)  # of one datum; the model computes x too
+        size = min(fitting(self.n_obs, 8 * ROWS), fitting(self.n_obs * numbers, LARGE_ARRAY))
         with seeded(seed), self.snapshot.scope(), torch.no_grad():
-            z = torch.cat([forward(self, which, size) for size in sizes(n_draws, fitting(self.n_obs, 8 * ROWS))])
+            z = torch.cat([forward(self, which, count) for count in sizes(n_draws, size)])
             if self.program.active is not None:
                 z = torch.where(self.program.active, z, torch.randn_like(z))
             return z

@@ -347,11 +347,12 @@ class PlainLogJoint:
 
     def _rows_at_once(self) -> int:
         """Return how many rows (draws x data) to evaluate together: fewer for wide data, to stay in the caches."""
-        if self.device.type != "cpu":
-            return ROWS
+        return ROWS if self.device.type != "cpu" else max(64, min(ROWS, fitting(max(self._width(), self.dim), ENTRIES)))
+
+    def _width(self) -> int:
+        """Return how many numbers the arguments hold of one datum."""
         leaves = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and self.n_obs in t.shape]
-        width = max((t.numel() // self.n_obs for t in leaves), default=1)
-        return max(64, min(ROWS, fitting(width, ENTRIES)))
+        return max((t.numel() // self.n_obs for t in leaves), default=1)
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -16,7 +16,8 @@ import typer
 
 from elbowroom.cli import queries, runs, specs
 from elbowroom.cli.terminal import Echo
-from elbowroom.errors import UserError, nearest
+from elbowroom.errors import UserError, first_line, nearest
+from elbowroom.system.memory import ran_out
 
 _ClickException: Any = typer.BadParameter.__mro__[2]
 """Click's base class of usage errors; typer carries its own copy of click and does not export it."""
@@ -77,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno not in _USERS_DISK:
             raise
         _fail(f"{error.filename or 'disk'}: {error.strerror}")
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        _fail(f"not enough memory ({first_line(error)}); choose fewer latents, data or draws, or smaller layers or batches")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -25,6 +25,11 @@ def sizes(total: int, size: int) -> list[int]:
     return [part.stop - part.start for part in slices(total, size)]
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory of the machine, or of a GPU, was refused: NumPy's, torch's and Python's own."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
 def trim() -> None:
     """Return free memory pages to the system, where the C library can (glibc).
 
