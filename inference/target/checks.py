@@ -164,7 +164,11 @@ def _check_outside(joint: PlainLogJoint, z: Tensor) -> None:
     if joint.dim == 0:
         return
     with joint.snapshot.scope():
-        outside = torch.stack([torch.as_tensor(joint.run("model", joint.program.assignments[0], z=u).outside) for u in z])
+        first = joint.run("model", joint.program.assignments[0], z=z[0]).outside
+        if not isinstance(first, Tensor):
+            return  # no site is observed there
+        others = [torch.as_tensor(joint.run("model", joint.program.assignments[0], z=u).outside) for u in z[1:]]
+    outside = torch.stack([first, *others])
     if not _close(joint, outside, outside[:1].expand_as(outside)):
         raise UnsupportedProgram(
             f"model: an observed site outside plate {joint.plate!r} depends on the local latents, so the data are coupled "

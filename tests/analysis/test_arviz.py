@@ -115,7 +115,7 @@ def call(name: str, posterior: Any) -> Any:
     return function(posterior, **some)
 
 
-@pytest.mark.parametrize("name", pairs())
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "positive" else ()) for n in pairs()])
 def test_arviz_takes_every_posterior(name: str) -> None:
     audit = audited(name)
     assert set(audit.posteriors) == {"guide", *pairs()[name][2]}

@@ -125,6 +125,7 @@ def test_a_flow_guide_in_the_seam_and_in_training():
     assert all(p.grad is not None and bool((p.grad != 0).any()) for p in vae.parameters())
 
 
+@pytest.mark.slow
 def test_a_flow_reaches_a_posterior_that_a_normal_cannot():
     """A banana: fitted by its own ELBO, the flow comes within a tenth of a nat of log Z = 0."""
     torch.manual_seed(0)
@@ -152,6 +153,7 @@ def test_a_flow_reaches_a_posterior_that_a_normal_cannot():
     assert -0.02 < gap < 0.1
 
 
+@pytest.mark.slow
 def test_importing_zuko_leaves_the_checks_of_torch_on():
     code = "import torch; d = torch.distributions; import elbowroom.models.priors.flow; d.Normal(0.0, -1.0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

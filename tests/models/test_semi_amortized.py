@@ -141,6 +141,7 @@ def test_refinement_sees_missing_entries():
     assert vae.encode(x).sample().isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_trace_elbo_of_the_refined_guide_is_higher_than_the_encoders():
     vae, x = small_vae("semi_full", n=64)
     vae, x = vae.double(), x.double()

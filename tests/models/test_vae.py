@@ -48,6 +48,7 @@ def test_log_density_of_the_trace_is_the_formula() -> None:
     torch.testing.assert_close(trace.log_prob_sum(), expected)
 
 
+@pytest.mark.slow
 def test_predictive_importance_and_nuts_run_on_the_model() -> None:
     vae, x, oracle = linear_vae(2, 6, n=3)
     set_guide(vae, oracle)

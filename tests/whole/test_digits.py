@@ -56,6 +56,7 @@ def test_the_whole_test_split_is_exact_and_no_gap_is_negative(digits: Audited, e
 
 
 @every
+@pytest.mark.slow
 def test_evidence_agrees_with_a_second_shifted_and_refined_grid(digits: Audited, every: int) -> None:
     """A global lattice that knows nothing of the boxes: [-9, 9]^2, spacing 0.018, off the origin by an odd fraction."""
     run, audit = digits(every)
@@ -72,6 +73,7 @@ def test_evidence_agrees_with_a_second_shifted_and_refined_grid(digits: Audited,
 
 
 @every
+@pytest.mark.slow
 def test_evidence_agrees_with_importance_sampling(digits: Audited, every: int) -> None:
     run, audit = digits(every)
     x = torch.tensor(audit.posteriors["grid"].observed_data["x"].values)

@@ -145,6 +145,7 @@ def test_two_processes_at_once(few):
 
 
 @pytest.mark.usefixtures("no_figures")
+@pytest.mark.slow
 def test_a_dead_process_leaves_neither_lock_nor_temporary_files(here):
     folder = Path("runs/s")
     folder.mkdir(parents=True)
@@ -221,6 +222,7 @@ def test_aside_takes_the_first_free_name(tmp_path):
 
 
 @pytest.mark.usefixtures("no_report")
+@pytest.mark.slow
 def test_a_whole_audit_is_kept_and_another_is_not(here):
     assert call("run", "s.yaml") == 0
     stamp = Path("runs/s/audit.nc").stat().st_mtime_ns

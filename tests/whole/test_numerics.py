@@ -53,9 +53,11 @@ def finite(run: Run) -> None:
 @pytest.mark.parametrize(
     ("case", "dtype", "scale"),
     [
-        *((case, "float32", "decoder") for case in CASES),
-        *((case, "float64", "shared") for case in HARD),
-        *(pytest.param(case, "float64", "shared", marks=pytest.mark.slow) for case in CASES if case not in HARD),
+        *(
+            pytest.param(case, *kind, marks=() if case in HARD else pytest.mark.slow)
+            for case in CASES
+            for kind in (("float32", "decoder"), ("float64", "shared"))
+        ),
     ],
 )
 def test_every_scale_is_finite(case, dtype, scale, tmp_path):
@@ -78,6 +80,7 @@ def test_saturated_decoders_are_finite(case, tmp_path):
     finite(run)
 
 
+@pytest.mark.slow
 def test_the_scale_of_the_data_does_not_change_the_fit(tmp_path):
     """In units of the data the ELBO differs by the Jacobian of the change of units alone."""
     elbos = []

@@ -179,6 +179,7 @@ def test_auto_takes_the_closed_form_where_there_is_one() -> None:
     assert result.table["reference"].values.tolist() == ["closed_form"]
 
 
+@pytest.mark.slow
 def test_evidence_agrees_with_importance_sampling_where_k_is_small() -> None:
     vae = mlp_vae(2)
     x = torch.bernoulli(torch.full((30, 12), 0.5))
@@ -191,6 +192,7 @@ def test_evidence_agrees_with_importance_sampling_where_k_is_small() -> None:
     assert (abs(z_score) < 4.5).all()
 
 
+@pytest.mark.slow
 def test_blocks_of_data_give_the_table_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     vae, x, oracle = linear_vae(2, 6, n=10)
     log_joint = LogJoint(vae.model, vae.guide, x)

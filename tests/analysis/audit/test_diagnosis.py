@@ -36,6 +36,7 @@ def guide(y):
 
 
 @pytest.mark.usefixtures("diagnosed")
+@pytest.mark.slow
 def test_all_parts_of_any_pair_survive_a_file_that_arviz_opens(tmp_path):
     import arviz as az
 
@@ -62,6 +63,7 @@ def test_all_parts_of_any_pair_survive_a_file_that_arviz_opens(tmp_path):
 
 
 @pytest.mark.usefixtures("diagnosed")
+@pytest.mark.slow
 def test_without_diagnosis_there_is_none_and_an_old_one_goes(tmp_path):
     y = torch.tensor([0.0, 3.0, 11.0])
     er.audit(model, guide, y).save(tmp_path)
@@ -78,7 +80,14 @@ def audit():
     return er.audit(model, guide, torch.tensor([0.0, 3.0, 11.0]), diagnose=False)
 
 
-@pytest.mark.parametrize("fault", ["none", "empty", "lacks advice", "no coordinate", "words for numbers"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "none",
+        "lacks advice",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("empty", "no coordinate", "words for numbers")),
+    ],
+)
 def test_verdicts_that_cannot_be_read_are_one_line(tmp_path, audit, fault):
     from elbowroom.analysis import idata
     from elbowroom.analysis.report.report import Files
@@ -142,7 +151,15 @@ def test_a_budget_that_has_ended_leaves_parts_out_and_says_so():
     assert math.isfinite(float(found["verdicts"]["number"].values[0]))
 
 
-ALIKE = ("shrunken", "ignored", "upper", "heavy", "sound_linear")  # as another or slow: over seeds, among the slow tests
+ALIKE = (
+    "shrunken",
+    "ignored",
+    "upper",
+    "heavy",
+    "sound_linear",
+    "overfitted",
+    "rotated",
+)  # as another or slow: over seeds, among the slow tests
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ALIKE])

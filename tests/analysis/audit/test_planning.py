@@ -138,6 +138,7 @@ class Sleeper(Reference):
         return Posterior(**{**vars(found), "method": self.name})
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_and_what_it_left_out_is_said(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of its own: on a busy machine the guide alone may take any budget."""
     log_joint, clock = curved(torch.linspace(0.2, 2.0, 240)[:, None].expand(-1, 2).contiguous()), Time()
@@ -166,6 +167,7 @@ def test_a_budget_that_reaches_nothing_still_gives_the_guide() -> None:
     assert found.posteriors["hmc"].posterior["z"].isnull().all()
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_ample_changes_nothing() -> None:
     y = torch.linspace(0.2, 2.0, 12)[:, None].expand(-1, 2).contiguous()
     plain = audit_log_joint(curved(y), references=["grid"], draws=200, keep=100)
@@ -173,6 +175,7 @@ def test_a_budget_that_is_ample_changes_nothing() -> None:
     assert plain.table.equals(ample.table)
 
 
+@pytest.mark.slow
 def test_the_pilot_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.linspace(0.2, 2.0, 12)[:, None].expand(-1, 2).contiguous()
     with_pilot = audit_log_joint(curved(y), references=["grid"], draws=200, keep=100)
@@ -231,6 +234,7 @@ def test_without_a_budget_nothing_is_left_out_and_the_time_left_is_counted() -> 
     assert took == pytest.approx(7 * 6.1)
 
 
+@pytest.mark.slow
 def test_progress_knows_the_plan_and_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_module, "ARRAY", 200 * 4)
     steps: list[Progress] = []

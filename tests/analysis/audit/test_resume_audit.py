@@ -126,6 +126,7 @@ def test_a_damaged_part_is_computed_again_and_it_is_said(blocks: Path, fitted: P
     same(undisturbed, found)
 
 
+@pytest.mark.slow
 def test_a_part_in_anothers_name_is_not_used(tmp_path: Path, blocks: Path, fitted: Path) -> None:
     run = Run.load(fitted)
     killed(run, blocks, 3)
@@ -136,13 +137,20 @@ def test_a_part_in_anothers_name_is_not_used(tmp_path: Path, blocks: Path, fitte
     assert len(called) == 3
 
 
-@pytest.mark.parametrize("change", ["audit.keep=104", "audit.draws=199", "audit.references=[{name: grid, tolerance: 1e-3}]"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "audit.references=[{name: grid, tolerance: 1e-3}]",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("audit.keep=104", "audit.draws=199")),
+    ],
+)
 def test_parts_of_another_audit_are_not_used(blocks: Path, fitted: Path, change: str) -> None:
     killed(Run.load(fitted), blocks, 3)
     Run.load(fitted, set=[change]).audit(out=blocks, resume=True)
     assert len(called) == 3
 
 
+@pytest.mark.slow
 def test_parts_of_other_data_are_not_used(blocks: Path, fitted: Path) -> None:
     run = Run.load(fitted)
     killed(run, blocks, 3)
@@ -159,6 +167,7 @@ def test_the_plan_of_the_audit_that_died_stays(blocks: Path, fitted: Path, monke
     assert found.table["reference"].values.tolist() == ["grid"]
 
 
+@pytest.mark.slow
 def test_what_a_budget_cut_short_is_not_kept(blocks: Path, fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run.load(fitted)
     monkeypatch.setattr(pilot.Pilot, "reference", lambda self, method, before: Cost(0.0, 100.0))
@@ -199,6 +208,7 @@ def test_a_pickle_is_never_run(blocks: Path, fitted: Path, tmp_path: Path) -> No
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_budget_and_resume(fitted: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def call(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:

@@ -22,10 +22,10 @@ Y = torch.tensor([-1.0, 0.3, 2.0], dtype=torch.float64)
     [
         ("net/z", "y", "net.z"),
         ("draw", "y", "draw_site"),
-        ("chain", "obs_id", "chain_site"),
         ("obs_id", "chain", "obs_id_site"),
-        ("mean", "draw", "mean"),
-        ("z_dim_0", "y", "z_dim_0"),
+        pytest.param("chain", "obs_id", "chain_site", marks=pytest.mark.slow),
+        pytest.param("mean", "draw", "mean", marks=pytest.mark.slow),
+        pytest.param("z_dim_0", "y", "z_dim_0", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("diagnosed")

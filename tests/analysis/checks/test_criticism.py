@@ -115,6 +115,7 @@ def test_p_values_have_their_level_when_the_model_is_right(make: Callable[[int],
 
 
 @pytest.mark.parametrize("make", [right_gaussian, right_counts])
+@pytest.mark.slow
 def test_a_few_seeds_of_the_level(make: Callable[[int], tuple[LogJoint, Posterior]]) -> None:
     level(make, 6)
 
@@ -190,6 +191,7 @@ def test_correlated_bits_under_independent_ones() -> None:
     assert smallest(statistics(*mixture(lambda r: dist.Bernoulli(r / 7), x), **SMALL)) <= 0.02
 
 
+@pytest.mark.slow
 def test_entries_that_are_missing_are_left_out() -> None:
     """Holes, of which one column is nearly made: the sound model stays sound, and wide noise is found in what is left."""
     vae, x, _ = linear_vae(2, 5, n=300)

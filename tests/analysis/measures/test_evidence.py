@@ -125,6 +125,7 @@ def test_the_bound_that_was_largest_on_other_draws_is_taken() -> None:
     assert all("conditional on the certified draws" in reason for reason in found.reason)
 
 
+@pytest.mark.slow
 def test_both_bounds_fail_at_most_once_in_forty() -> None:
     """Linear-Gaussian data, d = 5, ten temperatures only: bounds need no mixing; their width is what mixing buys."""
     problem = PROBLEMS["linear_gaussian_d5"](200, 61)
@@ -231,6 +232,7 @@ def test_families_in_the_wrong_order_are_no_negative_gap(monkeypatch: pytest.Mon
 # -- words ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_text_calls_a_bound_a_value() -> None:
     """In names of columns, in the short table and in the verdict of data for which nothing but bounds is known."""
     for name, (_, text) in VARIABLES.items():

@@ -115,11 +115,10 @@ def test_a_guide_that_is_too_narrow_or_too_wide_misses_no_mode_but_its_mirror(wi
 @pytest.mark.parametrize(
     "name",
     [
-        "banana",
         "heavy_tails_d1",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("funnel", "correlated", "mlp_gaussian", "simplex_d2", "positive", "hierarchy")
+            for name in ("banana", "funnel", "correlated", "mlp_gaussian", "simplex_d2", "positive", "hierarchy")
         ),
     ],
 )
@@ -181,6 +180,7 @@ def test_uncertified_references_tell_nothing() -> None:
     assert mass.isnan().tolist() == [False, True, False, False]
 
 
+@pytest.mark.slow
 def test_the_audit_names_the_data_and_the_mass() -> None:
     y = torch.tensor([4.0, 9.0, 16.0], dtype=F64)
     one = squares(y)

@@ -275,6 +275,7 @@ def test_the_verdicts_stand_first_and_everything_is_escaped(tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
+@pytest.mark.slow
 def test_absent_groups_and_an_absent_diagnosis_cost_a_sentence(tmp_path):
     folder = write_run(tmp_path / "run", n=12, event=(6,), labels=False)
     assert diagnosis.missing(None)[0].startswith("Judged by the gaps alone")
@@ -335,6 +336,7 @@ def audited(tmp_path_factory):
     return folder, Page(write_report(folder).read_text("utf-8"))
 
 
+@pytest.mark.slow
 def test_a_real_diagnosis_is_drawn_and_says_what_is_wrong(audited):
     folder, page = audited
     drawn = draw(Files.read(folder))
@@ -381,7 +383,7 @@ CALLED = re.compile(
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("known", [0, 5])
+@pytest.mark.parametrize("known", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_no_bound_is_called_log_p_anywhere_a_user_looks(tmp_path, known):
     """Wherever a number of a bound is printed it is called one; a sentence that says log p(x) says no value of it."""
     table, page, texts = bounded(tmp_path / "run", known)

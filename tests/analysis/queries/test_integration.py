@@ -114,6 +114,7 @@ def test_refusals_are_one_line():
         integrate(LogJoint(vae.model, vae.guide, x))
 
 
+@pytest.mark.slow
 def test_the_command_end_to_end(tmp_path, capsys):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 2)) @ rng.normal(size=(2, 5)) + 0.3 * rng.normal(size=(60, 5))

@@ -174,6 +174,7 @@ def test_convolutions_of_rows_under_vmap(d, transposed):
 
 
 @pytest.mark.usefixtures("always_traced")
+@pytest.mark.slow
 def test_convolutional_networks_by_graph():
     family, image = DiagonalNormal(2), (5, 6)
     encoder = AmortizedGuide(Conv(image, family.param_dim, (family.param_dim,), channels=(3,)), family)
@@ -235,7 +236,8 @@ def test_a_policy_has_three_words():
 
 
 @pytest.mark.usefixtures("always_traced")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "hierarchy" else pytest.mark.slow) for n in PROBLEMS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_problems_by_graph(name):
     joint = PROBLEMS[name](7, 1).log_joint
     for draws in (1, 3):
@@ -245,14 +247,6 @@ def test_problems_by_graph(name):
     said = reasons(joint)
     assert bool(said) == (name in EAGER)
     assert all(EAGER[name] in reason for reason in said.values())
-
-
-def test_kernels_of_another_precision_than_that_of_the_weights():
-    for other in ((joint := PROBLEMS["linear_gaussian_d1"](7, 1).log_joint).converted(torch.float32), joint):
-        with policy("always"):
-            found = other.grad(other.probe_points)
-        assert isinstance(other.graphs.used["grad"], Graph)
-        torch.testing.assert_close(found, PlainLogJoint.grad(other, other.probe_points), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -412,6 +406,7 @@ def test_the_comparison_of_a_leapfrog_sees_every_part_of_it(monkeypatch, planted
 
 
 @pytest.mark.usefixtures("always_traced")
+@pytest.mark.slow
 def test_what_other_data_did_before_changes_nothing(monkeypatch):
     """Kernels that large data had made are not used by small ones, whose own work would not repay them."""
     _, model, guide = pair()

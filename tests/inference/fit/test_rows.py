@@ -79,6 +79,7 @@ def test_a_memory_map_above_the_budget_gives_the_same_run(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.slow
 def test_an_audit_reads_the_audited_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "BUDGET", 1000)
     er.fit(er.Experiment.from_dict(TREE), out="run")

@@ -93,6 +93,7 @@ def test_fit_is_pyro_svi_on_its_own_batches():
     assert history.rows[-1].train_elbo == -history.rows[-1].train_loss
 
 
+@pytest.mark.slow
 def test_mini_batches_estimate_the_whole_data_sets_elbo():
     x = data(200)
     vae = make().double()

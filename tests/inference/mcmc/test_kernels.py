@@ -172,7 +172,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["mlp_gaussian", "positive", "hierarchy"])
+@pytest.mark.parametrize("name", [pytest.param("mlp_gaussian", marks=pytest.mark.slow), "positive", "hierarchy"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_leave_the_posterior_invariant(kernel: str, name: str) -> None:
     check(name, KERNELS[kernel])

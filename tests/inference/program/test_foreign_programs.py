@@ -191,6 +191,7 @@ def test_a_plate_that_is_not_outermost_and_a_latent_with_inner_plate() -> None:
     check(audit(model, guide, y, plate="units"), expected)
 
 
+@pytest.mark.slow
 def test_a_support_that_depends_on_an_earlier_site() -> None:
     def model(y):
         with pyro.plate("rows", len(y)):

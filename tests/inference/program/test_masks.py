@@ -125,6 +125,7 @@ def level(seeds: int, replicates: int) -> None:
     assert 0.3 < np.stack(p_values).mean() < 0.7
 
 
+@pytest.mark.slow
 def test_checks_hold_their_level_under_a_mask() -> None:
     level(24, 9)
 

@@ -198,6 +198,7 @@ def test_a_guide_without_a_support_has_the_priors() -> None:
         LogJoint(prior_undeclared, guide, X)
 
 
+@pytest.mark.slow
 def test_a_guide_through_sigmoid_and_affine_lives_on_the_interval() -> None:
     def on_interval(x):
         with pyro.plate("rows", len(x)):

@@ -144,6 +144,7 @@ def test_log_z_at_every_temperature(b: float) -> None:
     assert error < 0.2
 
 
+@pytest.mark.slow
 def test_ten_temperatures_from_an_inflated_q_star() -> None:
     """T = 10 from 1.3 x the exact normal, a Student-t, and 1.3 x the best diagonal normal, which is worse."""
     log_joint, oracle, x = linear(40)
@@ -232,7 +233,7 @@ def test_the_best_of_several_runs_is_no_bound_until_it_is_run_again() -> None:
 # -- a mode that q* misses ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("idle", [0, 6])
+@pytest.mark.parametrize("idle", [pytest.param(0, marks=pytest.mark.slow), 6])
 def test_the_prior_finds_the_mode_that_q_star_missed(idle: int) -> None:
     """x = z^2 + noise, q* on the positive root: annealing from it is short of log p(x) by log 2, from the prior it is right."""
     problem = square(idle, 24, seed=3)
@@ -407,6 +408,7 @@ def test_the_reference_runs_one_start_when_asked(monkeypatch: pytest.MonkeyPatch
         assert not torch.equal(found.evidence.value, found.stats[f"ais_lower_{start}"])  # run again
 
 
+@pytest.mark.slow
 def test_a_budget_and_a_bad_q_star(monkeypatch: pytest.MonkeyPatch) -> None:
     """A datum without a finite q* is annealed from the prior; after the budget has ended data are NaN and say so."""
     log_joint, oracle, x = linear(15, dim=2, width=6, noise=0.5)

@@ -121,6 +121,7 @@ def test_a_budget_in_the_past_certifies_nothing_that_does_not_hold() -> None:
     assert all(reason.endswith("the budget ended") for reason in found.reason)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_draws() -> None:
     once, again, other = _short(), SHORT(_mlp(), keep=400, seed=3), SHORT(_mlp(), keep=400, seed=4)
     assert torch.equal(again.draws, once.draws)
@@ -144,6 +145,7 @@ def test_a_datum_without_a_density_does_not_touch_the_others(monkeypatch: pytest
     assert ((sd[:, 0] - 0.5**0.5).abs()[~bad] < 0.05).all()
 
 
+@pytest.mark.slow
 def test_blocks_are_each_of_their_own_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.zeros(7, dtype=F64)  # equal data: equal random numbers would show
     log_joint = conjugate(y)
@@ -159,6 +161,7 @@ def test_blocks_are_each_of_their_own_draws(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(value.shape == (7,) for value in found.stats.values())
 
 
+@pytest.mark.slow
 def test_all_data_may_go_on_to_tempering_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     run = HMC._run
 
@@ -209,6 +212,7 @@ def test_single_precision_only_where_its_rounding_is_small(options: dict[str, An
     assert found.trusted.all()
 
 
+@pytest.mark.slow
 def test_arviz_finds_the_same_in_the_written_file(tmp_path: Path) -> None:
     """The draws of one round are all kept: R-hat and ESS of the file are those of the certificate."""
     found = HMC(max_draws=250, tempering=False)(_mlp(), keep=KEEP, seed=3)

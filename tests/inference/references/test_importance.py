@@ -57,6 +57,7 @@ def test_bias_of_the_importance_weighted_bound(n_draws: int, bias: float) -> Non
     assert 4.5 * error < bias
 
 
+@pytest.mark.slow
 def test_standard_error_covers_at_its_level_where_k_is_small() -> None:
     """95 % intervals of 2,000 estimates at rho = .3 cover 93 to 97 %."""
     log_weights = correlated_weights(0.3, 5000, 2000, seed=4)
@@ -145,6 +146,7 @@ def test_certified_data_are_right(name: str) -> None:
     assert "rhat_max" not in found.stats
 
 
+@pytest.mark.slow
 def test_intervals_cover_at_their_level() -> None:
     """95 % intervals; the slow test has 2,000 of them."""
     inside = []

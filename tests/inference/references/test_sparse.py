@@ -89,6 +89,7 @@ def test_the_grid_is_exact(dtype: torch.dtype) -> None:
         torch.testing.assert_close(sd, problem.sd, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_importance_sampling_is_right_where_it_is_certified() -> None:
     problem = sparse(3, 0.1, n=60, seed=6)
     found = ImportanceSampling()(problem.log_joint, keep=400, seed=1)

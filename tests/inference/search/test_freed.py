@@ -82,6 +82,7 @@ def scores(joint: LogJoint, **options: Any) -> module.FamilyRefit:
     return found
 
 
+@pytest.mark.slow
 def test_low_rank_parts_of_a_linear_model() -> None:
     """Posterior N(m, M^-1), d = 4, in two pairs; the best rank-1 normal by descent on the closed-form KL; a mean off by 0.2."""
     vae, x, _ = linear_vae(4, 4, n=10, family=LowRankNormal)
@@ -146,6 +147,7 @@ def set_low_rank(body: nn.Linear, params: Tensor, gain: Tensor, mu: Tensor) -> N
         body.bias[len(gain) :] = params
 
 
+@pytest.mark.slow
 def test_the_best_t_for_a_normal_posterior() -> None:
     """KL(t(df, s) || N(0, 1)) = log(2 pi) / 2 + s^2 df / (df - 2) / 2 - h(t) - log s is least at s^2 = (df - 2) / df."""
     df = 8.0
@@ -212,6 +214,7 @@ def test_a_mixture_with_the_wrong_weights() -> None:
     assert [one.verdict for one in rules.judge(audited)] == ["encoder falls short"]
 
 
+@pytest.mark.slow
 def test_a_flow_whose_encoder_is_shifted() -> None:
     """Shared weights stay: set free, the shifted output goes back to where L was highest before, and no further."""
     torch.manual_seed(0)

@@ -127,6 +127,7 @@ def test_noise_is_matched() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.slow
 def test_between_the_guide_and_the_evidence(seed: int) -> None:
     joint = bernoulli(2, 16, 40, seed)[1]
     grid = Grid()(joint, keep=4, seed=0)
@@ -276,7 +277,8 @@ def test_a_score_that_is_not_finite_is_not_called_converged(monkeypatch: pytest.
     assert found.converged[[2, 3, 5]].all()
 
 
-@pytest.mark.parametrize("family", [pytest.param("diagonal", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["diagonal", "full"])
 def test_gradients_that_are_not_finite(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finite log p with a NaN gradient (torch.where over a square root) moves nothing, and nothing is claimed."""
     x = torch.linspace(1.0, 2.0, 6, dtype=F64)

@@ -70,7 +70,8 @@ def evidence(kind: str) -> Tensor:
     return torch.where(X > 0, one.log(), (1 - one).log())
 
 
-@pytest.mark.parametrize("kind", ["dead decoder", pytest.param("threshold", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dead decoder", "threshold"])
 def test_an_audit_by_default(kind: str) -> None:
     found = audit(*pair(kind), X, diagnose=False, budget=10).table
     assert {"hmc", "importance"} <= set(found["reference"].values)

@@ -431,7 +431,7 @@ def test_the_table_is_long_enough():
     assert len(BAD) >= 60
 
 
-LINES = ["fit s.yaml --out new", "audit run", "report run"]
+LINES = ["fit s.yaml --out new", "audit run", pytest.param("report run", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("line", LINES)

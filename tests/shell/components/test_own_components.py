@@ -97,7 +97,7 @@ def test_an_example_keeps_the_protocol(file, here):
 
 
 @pytest.mark.parametrize(
-    "file", [file if i in (0, 3) else pytest.param(file, marks=pytest.mark.slow) for i, file in enumerate(USES)]
+    "file", [file if i == 0 else pytest.param(file, marks=pytest.mark.slow) for i, file in enumerate(USES)]
 )
 @pytest.mark.usefixtures("no_figures")
 def test_an_example_is_fitted_and_audited_by_the_command_line(file, here, capsys):
@@ -333,6 +333,7 @@ def install(here, monkeypatch):
     return installed
 
 
+@pytest.mark.slow
 def test_an_installed_package_offers_a_prior(install, capsys):
     install("wide_pack", EXAMPLES["wide.py"], prior__wide="wide_pack:Wide")
     write({"name": "wide", "scale": 3})

@@ -129,6 +129,7 @@ def test_what_is_no_data(name: str) -> None:
     assert wanted in problem(check)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(

@@ -96,6 +96,7 @@ def test_what_comes_in_goes_out(run):
         of_numpy["moan"]
 
 
+@pytest.mark.slow
 def test_a_killed_answer_goes_on_and_says_the_same(run, tmp_path, monkeypatch):
     x, done = rows(50, seed=6), []
     np.save(tmp_path / "x.npy", x)

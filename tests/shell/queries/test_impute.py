@@ -318,6 +318,7 @@ def test_half_an_image(tmp_path: Path) -> None:
     assert np.load(tmp_path / "a-completed.npz")["x"].shape == (10, 6, 6)
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_goes_on_with_the_same_result(linear: er.Run, tmp_path: Path) -> None:
     x = np.random.default_rng(9).normal(3, 1, (520, 5))
     x[:, 0] = np.nan
@@ -370,6 +371,7 @@ def test_a_table_comes_back_with_its_holes_filled(table: er.Run, people: pd.Data
     assert read["age"][0] == str(given["age"].iloc[0])
 
 
+@pytest.mark.slow
 def test_questions_about_one_row(table: er.Run) -> None:
     old, young = (table.condition({"age": age}, of=["job", "visits"]) for age in (60, 20))
     assert old.frame()["column"].tolist() == ["job", "visits"]

@@ -233,6 +233,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_scores_of_a_run_in_the_kind_of_array_that_was_asked_with(fitted: Path) -> None:
     run = er.Run.load(fitted / "run")
     rows = torch.tensor(

@@ -113,6 +113,7 @@ def test_a_fit_on_simulated_data_resumes_bit_for_bit(home: Path, tmp_path: Path)
     assert equal(fit(spec, folder, resume=True).vae.state_dict(), whole.vae.state_dict())
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_weights(home: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     fit(home / "s.yaml", base)
@@ -323,6 +324,7 @@ def test_audits_of_different_data_are_compared_on_those_of_both(home: Path) -> N
 
 
 @pytest.mark.usefixtures("no_report")
+@pytest.mark.slow
 def test_retraining_is_another_model_and_says_so(home: Path, tmp_path: Path) -> None:
     found = Run.load(home / "run").improve(retrain=True, out=tmp_path / "new")
     assert not found.same_model
@@ -342,6 +344,7 @@ def call(*arguments: str) -> int:
 
 
 @pytest.mark.usefixtures("no_report")
+@pytest.mark.slow
 def test_the_command_line(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "new")
     assert call("improve", str(home / "run"), "--out", out, "--dry-run") == 0

@@ -289,6 +289,7 @@ def test_audit_of_other_data(fitted, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_linear_gaussian_agrees_with_the_closed_form(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("lg.yaml").write_text(shipped_text("linear_gaussian"))

@@ -54,7 +54,7 @@ def refused(x: np.ndarray) -> int | None:
     return int(found[1])
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s >= 8 else ()) for s in range(30)])
 def test_ten_columns_in_other_units_have_the_same_elbo_or_are_refused(seed: int, tmp_path: Any) -> None:
     """300 columns in all: offsets 1e-9 to 1e12 of either sign, spreads from 1e-10 of the offset to 1e4 of it."""
     rng = np.random.default_rng(seed)
@@ -140,6 +140,7 @@ def test_pieces_give_the_same_as_the_whole() -> None:
     assert whole.spread == pytest.approx(x[:, 2].std(), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_an_audit_of_rounded_tensors_says_so() -> None:
     def model(y: torch.Tensor) -> None:
         with pyro.plate("data", len(y)):

@@ -98,6 +98,7 @@ def judged(evidence, module: nn.Module, x: Tensor) -> Tensor:
     return evidence(module, x[:JUDGED].double())
 
 
+@pytest.mark.slow
 def test_semi_supervised() -> None:
     program = example("semi_supervised")
     data = program.digits()
@@ -111,7 +112,8 @@ def test_semi_supervised() -> None:
     assert (grid["y"].values.sum(-1) == 1).all()
 
 
-@pytest.mark.parametrize("top_down", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("top_down", [False, True])
 def test_hierarchy(top_down: bool) -> None:
     program = example("hierarchy")
     rows, held_out = program.tumours()

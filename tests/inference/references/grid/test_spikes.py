@@ -109,6 +109,7 @@ def held(log_joint: LogJoint, truth: Tensor, seed: int) -> float:
 
 
 @pytest.mark.parametrize(("d", "ratio", "share"), [(1, 0.002, 0.3), (2, 0.01, 0.05), (3, 0.05, 0.3)])
+@pytest.mark.slow
 def test_a_spike_of_contaminated_noise_is_a_part_of_the_exact_value(d: int, ratio: float, share: float) -> None:
     assert held(*contaminated(d, ratio, share, 1, 0), seed=0) == 1.0
 
@@ -117,7 +118,7 @@ def test_a_spike_that_the_prior_knows_is_found() -> None:
     assert held(*beside(2, 0.02, 0.2, 2, 1), seed=0) == 1.0
 
 
-@pytest.mark.parametrize("w", [3.0, 10.0, 20.0, 200.0])
+@pytest.mark.parametrize("w", [3.0, 200.0, *(pytest.param(w, marks=pytest.mark.slow) for w in (10.0, 20.0))])
 def test_no_tooth_of_a_comb_is_cut_off(w: float) -> None:
     assert held(*comb(w, 12, 1), seed=1) >= 0.9
 
@@ -128,6 +129,7 @@ def test_both_of_two_far_peaks_are_seen_or_none_is_exact(scale: float) -> None:
 
 
 @pytest.mark.parametrize(("w", "datum", "seed"), [(30.0, 19, 1), (150.0, 3, 3), (15.0, 15, 3)])
+@pytest.mark.slow
 def test_lattices_that_agree_by_luck_and_boxes_that_end_between_teeth(w: float, datum: int, seed: int) -> None:
     log_joint, truth = comb(w, 20, seed)
     grid = Grid()(log_joint, keep=100, seed=seed)
