@@ -8,8 +8,10 @@ import sys
 import time
 
 import pytest
+import torch
 from support.command import call, listing
 
+from elbowroom.cli import app
 from elbowroom.cli.app import main
 
 
@@ -116,3 +118,31 @@ def test_help_imports_nothing_heavy_and_is_quick(command, said):
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
     assert seconds < 1.0  # 0.1 s on an idle machine; tests share theirs
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 7.3 TiB for an array with shape (1000000, 1000000)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes\nframe #0"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_running_out_of_memory_is_one_line(monkeypatch, capsys, error):
+    def refused(*_, **__):
+        raise error
+
+    monkeypatch.setattr(app, "app", refused)
+    assert call("run", "s.yaml") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("elbowroom: not enough memory (")
+    assert said.count("\n") == 1
+
+
+def test_another_error_is_not_taken_for_it(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(app, "app", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        app.main(["run", "s.yaml"])
