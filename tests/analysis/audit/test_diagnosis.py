@@ -151,15 +151,8 @@ def test_a_budget_that_has_ended_leaves_parts_out_and_says_so():
     assert math.isfinite(float(found["verdicts"]["number"].values[0]))
 
 
-ALIKE = (
-    "shrunken",
-    "ignored",
-    "upper",
-    "heavy",
-    "sound_linear",
-    "overfitted",
-    "rotated",
-)  # as another or slow: over seeds, among the slow tests
+# as another or slow: over seeds, among the slow tests
+ALIKE = ("shrunken", "ignored", "upper", "heavy", "sound_linear", "overfitted", "rotated")
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ALIKE])

@@ -175,7 +175,6 @@ def test_a_budget_that_is_ample_changes_nothing() -> None:
     assert plain.table.equals(ample.table)
 
 
-@pytest.mark.slow
 def test_the_pilot_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.linspace(0.2, 2.0, 12)[:, None].expand(-1, 2).contiguous()
     with_pilot = audit_log_joint(curved(y), references=["grid"], draws=200, keep=100)

@@ -63,7 +63,6 @@ def test_reaches_the_maximum_likelihood_and_its_rates(seed: int) -> None:
     assert ((rate.sort(descending=True).values / expected - 1).abs() < 0.05).all()
 
 
-@pytest.mark.slow
 def test_latents_below_the_fixed_noise_collapse_and_only_they() -> None:
     """With s2 fixed at 2, exactly the latents whose eigenvalue exceeds 2 survive (l = 6.25 and 3.25, not 1.45)."""
     x = simulated()

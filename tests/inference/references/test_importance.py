@@ -57,7 +57,6 @@ def test_bias_of_the_importance_weighted_bound(n_draws: int, bias: float) -> Non
     assert 4.5 * error < bias
 
 
-@pytest.mark.slow
 def test_standard_error_covers_at_its_level_where_k_is_small() -> None:
     """95 % intervals of 2,000 estimates at rho = .3 cover 93 to 97 %."""
     log_weights = correlated_weights(0.3, 5000, 2000, seed=4)
