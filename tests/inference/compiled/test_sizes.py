@@ -13,8 +13,7 @@ from elbowroom.inference.target.plain import PlainLogJoint
 EVALUATIONS = ("__call__", "log_guide", "terms", "parts", "grad")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("evaluation", EVALUATIONS)
+@pytest.mark.parametrize("evaluation", [pytest.param(e, marks=() if e == "grad" else pytest.mark.slow) for e in EVALUATIONS])
 def test_kernels_take_every_number_of_draws_and_data(evaluation: str) -> None:
     whole = PROBLEMS["linear_gaussian_d2"](7, 1).log_joint
     generator = torch.Generator().manual_seed(0)
