@@ -191,28 +191,43 @@ def test_a_plate_that_is_not_outermost_and_a_latent_with_inner_plate() -> None:
     check(audit(model, guide, y, plate="units"), expected)
 
 
+def within(y):
+    """A place between 0 and a width, which is a latent too."""
+    with pyro.plate("rows", len(y)):
+        width = pyro.sample("width", dist.Gamma(3.0, 1.0))
+        place = pyro.sample("place", dist.Uniform(torch.zeros_like(width), width))
+        pyro.sample("y", dist.Normal(place, 0.5), obs=y)
+
+
+def guide_within(y):
+    with pyro.plate("rows", len(y)):
+        width = pyro.sample("width", dist.LogNormal(torch.ones_like(y), 0.5))
+        pyro.sample("place", dist.Uniform(torch.zeros_like(width), width))
+
+
+def test_the_density_where_a_support_depends_on_an_earlier_site() -> None:
+    """The density of (log width, logit of the share) is that of (width, place) times width x width share (1 - share)."""
+    joint = LogJoint(within, guide_within, X[:2])
+    assert joint.sites[1].transform is None
+    z = joint.probe_points
+    width, share = z[..., 0].exp(), z[..., 1].sigmoid()
+    of_model = dist.Gamma(3.0, 1.0).log_prob(width) - width.log() + dist.Normal(width * share, 0.5).log_prob(X[:2])
+    of_guide = dist.LogNormal(1.0, 0.5).log_prob(width) - width.log()
+    jacobian = 2 * width.log() + share.log() + (-share).log1p()
+    torch.testing.assert_close(joint(z), of_model + jacobian)
+    torch.testing.assert_close(joint.log_guide(z), of_guide + jacobian)
+
+
 @pytest.mark.slow
 def test_a_support_that_depends_on_an_earlier_site() -> None:
-    def model(y):
-        with pyro.plate("rows", len(y)):
-            width = pyro.sample("width", dist.Gamma(3.0, 1.0))
-            place = pyro.sample("place", dist.Uniform(torch.zeros_like(width), width))
-            pyro.sample("y", dist.Normal(place, 0.5), obs=y)
-
-    def guide(y):
-        with pyro.plate("rows", len(y)):
-            width = pyro.sample("width", dist.LogNormal(torch.ones_like(y), 0.5))
-            pyro.sample("place", dist.Uniform(torch.zeros_like(width), width))
-
     # in (width, share) the integral is over a fixed box
     w = torch.linspace(0, 40, 8001, dtype=F64)[1:]
     s = (torch.arange(400, dtype=F64) + 0.5) / 400
     expected = [
         trapezoid(lambda w, s, y=y: dist.Gamma(3.0, 1.0).log_prob(w) + dist.Normal(w * s, 0.5).log_prob(y), w, s) for y in X[:2]
     ]
-    result = audit(model, guide, X[:2], references=["grid"], diagnose=False)
+    result = audit(within, guide_within, X[:2], references=["grid"], diagnose=False)
     check(result, torch.stack(expected), atol=1e-4)
-    assert LogJoint(model, guide, X[:2]).sites[1].transform is None
 
 
 def test_simplex_latent() -> None:
