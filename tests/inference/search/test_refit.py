@@ -277,8 +277,7 @@ def test_a_score_that_is_not_finite_is_not_called_converged(monkeypatch: pytest.
     assert found.converged[[2, 3, 5]].all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["diagonal", "full"])
+@pytest.mark.parametrize("family", [pytest.param("diagonal", marks=pytest.mark.slow), "full"])
 def test_gradients_that_are_not_finite(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finite log p with a NaN gradient (torch.where over a square root) moves nothing, and nothing is claimed."""
     x = torch.linspace(1.0, 2.0, 6, dtype=F64)
@@ -289,7 +288,7 @@ def test_gradients_that_are_not_finite(family: Any, monkeypatch: pytest.MonkeyPa
         return value, gradient.masked_fill((self.args[0] == x[3])[:, None], torch.nan)
 
     monkeypatch.setattr(LogJoint, "grad", partly)
-    found = refit(spoiled(x), family=family)
+    found = refit(spoiled(x), family=family, max_iterations=12)  # the spoiled program runs one draw at a time
     assert found.shortfall[3] == torch.inf
     assert not found.converged[3]
     assert abs(found.q.loc[3, 0] - x[3]) < 0.1
