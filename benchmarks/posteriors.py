@@ -28,8 +28,8 @@ from benchmarks import measure, results
 from benchmarks.problem import DIM, PIXELS, Method, Problem, Run, Settings, fitted
 from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.references.grid.grid import Grid
-from elbowroom.inference.references.hmc.chains import WARMUP, Sampler
 from elbowroom.inference.references.hmc.hmc import HMC
+from elbowroom.inference.references.hmc.warmup import WARMUP, warmed_up
 from elbowroom.inference.search.best_normal import refit
 from elbowroom.inference.search.scout import Scout, scout
 from elbowroom.inference.search.single_precision import in_precision
@@ -84,7 +84,7 @@ def chains_alone(problem: Problem, settings: Settings) -> Method:
         start = time.perf_counter()
         best = refit(log_joint, family="full", seed=seed)
         log_joint = in_precision(log_joint, best.q, "auto", generator)
-        sampler = Sampler.warmed_up(log_joint, Scout(best, known), settings.chains, generator)
+        sampler = warmed_up(log_joint, Scout(best, known), settings.chains, generator)
         found = sampler.run(torch.arange(problem.n_obs), settings.draws)
         seconds = time.perf_counter() - start
         return Run(found.draws.numpy(), seconds, int(found.divergent.sum()))

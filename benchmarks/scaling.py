@@ -20,8 +20,8 @@ from benchmarks import measure, results
 from benchmarks.posteriors import RUNS, WARM, chains_alone
 from benchmarks.problem import Problem, Settings, fitted
 from elbowroom.inference.references.grid.grid import Grid
-from elbowroom.inference.references.hmc.chains import WARMUP
 from elbowroom.inference.references.hmc.hmc import HMC
+from elbowroom.inference.references.hmc.warmup import WARMUP
 
 DATA, HEADING = "## Growth with the data", "## Growth"
 BLOCKS = {64: (1, 1), 256: (2, 2), 768: (4, 3), 3072: (8, 6)}  # pixels -> rows and columns that each of the 64 becomes

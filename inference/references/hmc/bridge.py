@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from elbowroom.inference.mcmc import diagnostics
-from elbowroom.inference.mcmc.normals import moments
-from elbowroom.inference.references.hmc.certificate import Chains
 from elbowroom.inference.references.hmc.mixtures import Mixture
+from elbowroom.inference.search.sampler import Chains
 from elbowroom.inference.target.log_joint import LogJoint
 
 DRAWS = 500  # of each proposal

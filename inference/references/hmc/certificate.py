@@ -8,7 +8,6 @@ that the annealed runs found and the chains did not. Otherwise the datum is `unc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,60 +15,15 @@ import torch
 from torch import Tensor
 
 from elbowroom.inference.mcmc import diagnostics
-from elbowroom.inference.mcmc.normals import moments
 from elbowroom.inference.posterior import Status
 from elbowroom.inference.search.modes import Modes, Unseen
+from elbowroom.inference.search.sampler import Chains
 
 RHAT = 1.01
 ESS_BULK, ESS_TAIL = 1000, 400
 BFMI = 0.3
 AGREE = 4.5  # standard errors
 STUCK = 1.3  # an R-hat that longer chains will not repair
-
-
-@dataclass(frozen=True)
-class Chains:
-    """Draws of some data with the sampler's statistics; the second half of the chains started from the prior.
-
-    Attributes:
-        draws: (C, S, N, d).
-        lp: log joint, (C, S, N).
-        energy: Hamiltonian at the start of each trajectory, (C, S, N); None if the chains have none.
-        accept: acceptance probabilities, (C, S, N).
-        divergent: (C, S, N).
-    """
-
-    draws: Tensor
-    lp: Tensor
-    energy: Tensor | None
-    accept: Tensor
-    divergent: Tensor
-
-    @property
-    def length(self) -> int:
-        """Draws per chain."""
-        return self.draws.shape[1]
-
-    def rows(self, index: Tensor) -> Chains:
-        """Return the chains of some of the data."""
-        return self._each(lambda values: values[0][:, :, index])
-
-    def then(self, more: Chains) -> Chains:
-        """Return these draws followed by later ones of the same chains."""
-        return self._each(lambda values: torch.cat(values, 1), more)
-
-    def after(self, first: int) -> Chains:
-        """Return the chains without their first draws."""
-        return self._each(lambda values: values[0][:, first:])
-
-    def _each(self, change: Callable[[list[Tensor]], Tensor], *others: Chains) -> Chains:
-        columns = [[getattr(chains, f.name) for chains in (self, *others)] for f in fields(self)]
-        changed: list[Any] = [None if any(v is None for v in values) else change(values) for values in columns]
-        return Chains(*changed)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Return mean (N, d) and covariance (N, d, d) of all draws."""
-        return moments(self.draws.flatten(0, 1).double())
 
 
 @dataclass(frozen=True)

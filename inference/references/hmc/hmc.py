@@ -22,10 +22,11 @@ from annotated_types import Ge, MultipleOf
 from torch import Tensor
 
 from elbowroom.inference.posterior import ROUNDED, Posterior, Reference, Status, concatenate
-from elbowroom.inference.references.hmc.certificate import Certificate, Chains, certify
-from elbowroom.inference.references.hmc.chains import Sampler
+from elbowroom.inference.references.hmc.certificate import Certificate, certify
 from elbowroom.inference.references.hmc.tempering import Tempering
+from elbowroom.inference.references.hmc.warmup import warmed_up
 from elbowroom.inference.search.modes import Modes, climb
+from elbowroom.inference.search.sampler import Chains, Sampler
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.search.single_precision import Precision, in_precision
 from elbowroom.inference.target.log_joint import LogJoint
@@ -83,7 +84,7 @@ class HMC(Reference):
         found = Found(log_joint, self.name, self.chains, min(keep // self.chains, self.draws))
         log_joint = in_precision(log_joint, known.refit.q, self.precision, generator)
         with stage("warm-up"):
-            sampler = Sampler.warmed_up(log_joint, known, self.chains, generator)
+            sampler = warmed_up(log_joint, known, self.chains, generator)
         everyone = torch.arange(log_joint.n_obs, device=log_joint.device)
         left = self._run(sampler, everyone, known.modes, found, until)
         if self.tempering and len(left) and time.monotonic() < until:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from elbowroom.inference.mcmc.leapfrog import DualAveraging, Move
 from elbowroom.inference.mcmc.normals import Normals
-from elbowroom.inference.references.hmc.certificate import Chains
 from elbowroom.inference.search.modes import Metric, Modes
+from elbowroom.inference.search.sampler import Chains
 from elbowroom.inference.search.tempered import TemperedChains
 from elbowroom.inference.target.log_joint import LogJoint
 

@@ -26,8 +26,8 @@ from elbowroom.inference.mcmc import leapfrog
 from elbowroom.inference.mcmc.leapfrog import State
 from elbowroom.inference.mcmc.normals import Normals
 from elbowroom.inference.references.hmc import tempering
-from elbowroom.inference.references.hmc.chains import Sampler
 from elbowroom.inference.search.modes import Modes
+from elbowroom.inference.search.sampler import Sampler
 from elbowroom.inference.search.tempered import TemperedChains
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.simulate import simulate

@@ -22,8 +22,8 @@ from elbowroom.inference.mcmc import diagnostics
 from elbowroom.inference.mcmc.leapfrog import State
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.references.hmc import hmc
-from elbowroom.inference.references.hmc.chains import Sampler
 from elbowroom.inference.references.hmc.hmc import HMC
+from elbowroom.inference.search.sampler import Sampler
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.search.single_precision import in_precision
 from elbowroom.inference.target.log_joint import LogJoint

@@ -1,31 +1,72 @@
-"""The chains of batched HMC: warm-up, then fixed step sizes and jittered trajectories, in buckets of similar step size."""
+"""Chains of batched HMC with fixed step sizes and jittered trajectories, in buckets of similar step size."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elbowroom.inference.mcmc.leapfrog import DualAveraging, State, transition
-from elbowroom.inference.mcmc.normals import safe_cholesky
-from elbowroom.inference.references.hmc.certificate import Chains
-from elbowroom.inference.search.scout import Scout
+from elbowroom.inference.mcmc.leapfrog import State, transition
+from elbowroom.inference.mcmc.normals import moments
 from elbowroom.inference.target.log_joint import LogJoint
 
 # a tenth more than a quarter of a standard normal's period: successive states are slightly anti-correlated (with the jitter
 # E cos = -0.15), so that a draw of a normal posterior counts as 1.36 independent ones for its mean, 0.88 for its variance
 LENGTH = 1.1 * math.pi / 2
 JITTER = (0.8, 1.2)
-ACCEPTANCE = 0.7  # target; rounding up to whole leapfrogs raises it above 0.9
-WARMUP = (60, 50)  # trajectories before and after the metric is re-estimated
-SMALLEST = 1e-9  # smallest step size; a chain that needs a smaller one cannot move
-WARM_LEAPFROGS, MAX_LEAPFROGS = 8, 64
+MAX_LEAPFROGS = 64
 JITTERS = tuple(JITTER[0] + (JITTER[1] - JITTER[0]) * (i + 0.5) / 6 for i in range(6))  # lengths that represent the jitter
 OVERHEAD = 500  # fixed cost of a gradient call, in units of chains x data
 CUTS = 24  # quantiles of the step sizes at which buckets may be cut
-PRIOR_DRAWS_WORTH = 5  # weight of q*'s covariance, in draws per dimension
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Draws of some data with the sampler's statistics; the second half of the chains started from the prior.
+
+    Attributes:
+        draws: (C, S, N, d).
+        lp: log joint, (C, S, N).
+        energy: Hamiltonian at the start of each trajectory, (C, S, N); None if the chains have none.
+        accept: acceptance probabilities, (C, S, N).
+        divergent: (C, S, N).
+    """
+
+    draws: Tensor
+    lp: Tensor
+    energy: Tensor | None
+    accept: Tensor
+    divergent: Tensor
+
+    @property
+    def length(self) -> int:
+        """Draws per chain."""
+        return self.draws.shape[1]
+
+    def rows(self, index: Tensor) -> Chains:
+        """Return the chains of some of the data."""
+        return self._each(lambda values: values[0][:, :, index])
+
+    def then(self, more: Chains) -> Chains:
+        """Return these draws followed by later ones of the same chains."""
+        return self._each(lambda values: torch.cat(values, 1), more)
+
+    def after(self, first: int) -> Chains:
+        """Return the chains without their first draws."""
+        return self._each(lambda values: values[0][:, first:])
+
+    def _each(self, change: Callable[[list[Tensor]], Tensor], *others: Chains) -> Chains:
+        columns = [[getattr(chains, f.name) for chains in (self, *others)] for f in fields(self)]
+        changed: list[Any] = [None if any(v is None for v in values) else change(values) for values in columns]
+        return Chains(*changed)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return mean (N, d) and covariance (N, d, d) of all draws."""
+        return moments(self.draws.flatten(0, 1).double())
 
 
 @dataclass
@@ -45,21 +86,6 @@ class Sampler:
     root: Tensor
     step: Tensor
     generator: torch.Generator
-
-    @classmethod
-    def warmed_up(cls, log_joint: LogJoint, known: Scout, chains: int, generator: torch.Generator) -> Sampler:
-        """Start half of the chains from q* and half from annealed draws of the prior, and adapt metric and step sizes."""
-        half, dtype = chains // 2, log_joint.probe_points.dtype
-        ends = known.modes.starts(known.refit.q, half)
-        start = torch.cat([known.refit.q.sample(chains - half, generator), ends.to(known.refit.q.loc.dtype)]).to(dtype)
-        root = known.refit.q.root.to(dtype)
-        first = torch.full_like(root[:, 0, 0], root.shape[-1] ** -0.25)
-        with log_joint.frozen_weights():
-            state = State.at(log_joint.grad, start)
-            state, step, draws = _adapt(log_joint, state, root, first, WARMUP[0], generator)
-            root = _reestimated(root, draws[WARMUP[0] // 3 :])
-            state, step, _ = _adapt(log_joint, state, root, first, WARMUP[1], generator)
-        return cls(log_joint, state, root, step.clamp_min(SMALLEST), generator)
 
     def run(self, rows: Tensor, length: int) -> Chains:
         """Return the next `length` draws of every chain of some of the data, in the order of `rows`."""
@@ -121,27 +147,3 @@ def cuts(steps: list[float], chains: int) -> list[int]:
             if end > start and (start >= slow or end <= slow)
         )
     return best[0][1][:-1]
-
-
-def _adapt(
-    log_joint: LogJoint, state: State, root: Tensor, step: Tensor, length: int, generator: torch.Generator
-) -> tuple[State, Tensor, Tensor]:
-    """Run trajectories with dual averaging; return the state, final step sizes, and the draws (length, C, N, d)."""
-    adaptation, draws = DualAveraging(step, ACCEPTANCE), []
-    for _ in range(length):
-        n_steps = min(max(1, math.ceil(LENGTH / float(adaptation.step.median()))), WARM_LEAPFROGS)
-        move = transition(log_joint.grad, state, root, adaptation.step, n_steps, generator, log_joint.leap)
-        state = move.state
-        adaptation.update(move.accept.mean(0))
-        draws.append(state.z)
-    return state, adaptation.final(), torch.stack(draws)
-
-
-def _reestimated(root: Tensor, draws: Tensor) -> Tensor:
-    """Return roots of the covariance within chains, shrunk towards that of q*."""
-    length, chains, _, d = draws.shape
-    dtype, root, draws = root.dtype, root.double(), draws.double()
-    centred = draws - draws.mean(0)
-    within = torch.einsum("scnd,scne->nde", centred, centred) / ((length - 1) * chains)
-    weight = length * chains / (length * chains + PRIOR_DRAWS_WORTH * d * 4)
-    return safe_cholesky(weight * within + (1 - weight) * root @ root.mT).to(dtype)
