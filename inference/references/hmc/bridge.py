@@ -163,7 +163,9 @@ def solved(of_posterior: Tensor, of_proposal: Tensor) -> Solution:
     second = (-torch.logaddexp(log_s1 + of_posterior - log_z, log_s2)).exp()
     ess = diagnostics.ess_mean(second).nan_to_num(nan=1.0).clamp_min(1.0)
     overlap = first.sum(0).square() / first.square().sum(0)
-    return Solution(log_z, _relative(first) / count, _relative(second.flatten(0, 1)) / ess, overlap.nan_to_num(nan=0.0), log_s1, log_s2)
+    return Solution(
+        log_z, _relative(first) / count, _relative(second.flatten(0, 1)) / ess, overlap.nan_to_num(nan=0.0), log_s1, log_s2
+    )
 
 
 def _relative(x: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from elbowroom.inference.mcmc import diagnostics
 from elbowroom.inference.posterior import Status
-from elbowroom.inference.search.modes import Modes, Unseen
+from elbowroom.inference.search.modes import Modes
 from elbowroom.inference.search.sampler import Chains
+from elbowroom.inference.search.unseen import Unseen
 
 RHAT = 1.01
 ESS_BULK, ESS_TAIL = 1000, 400
@@ -136,10 +137,11 @@ class Certificate:
         return status, reason
 
 
-def certify(chains: Chains, modes: Modes, *, hops: bool = False) -> Certificate:
-    """Judge the chains of every datum; their second half started from the prior.
+def certify(chains: Chains, modes: Modes) -> Certificate:
+    """Judge the chains of every datum by themselves; their second half started from the prior.
 
-    `modes` are annealed runs from the prior, of the same data; `hops` says whether draws jump between modes, as replicas do.
+    What annealed runs from the prior (`modes`, of the same data) saw and the chains did not is judged by `unseen`, and enters
+    by `Certificate.amended`.
     """
     draws = chains.draws.double()
     n = draws.shape[2]
@@ -148,7 +150,6 @@ def certify(chains: Chains, modes: Modes, *, hops: bool = False) -> Certificate:
         bfmi = torch.full((n,), torch.inf, dtype=draws.dtype, device=draws.device)
     else:
         bfmi = diagnostics.ebfmi(chains.energy).amin(0)
-    unseen = modes.unseen_by(draws, chains.lp, hops=hops)
     return Certificate(
         rhat_max=rhat,
         ess_bulk_min=diagnostics.ess_bulk(draws).amin(-1),
@@ -157,9 +158,9 @@ def certify(chains: Chains, modes: Modes, *, hops: bool = False) -> Certificate:
         diverging_count=chains.divergent.sum((0, 1)),
         bfmi_min=bfmi,
         disagreement=_disagreement(draws),
-        unseen_share=unseen.share,
-        unseen=unseen.matters,
-        runs=len(modes.mean),
+        unseen_share=torch.zeros_like(rhat),
+        unseen=torch.zeros_like(rhat, dtype=torch.bool),
+        runs=len(modes.end),
         smallest_basin=modes.smallest_basin,
     )
 

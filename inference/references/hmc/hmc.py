@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -25,19 +24,17 @@ from elbowroom.inference.posterior import ROUNDED, Posterior, Reference, Status,
 from elbowroom.inference.references.hmc.certificate import Certificate, certify
 from elbowroom.inference.references.hmc.tempering import Tempering
 from elbowroom.inference.references.hmc.warmup import warmed_up
-from elbowroom.inference.search.modes import Modes, climb
+from elbowroom.inference.search.modes import Modes
 from elbowroom.inference.search.sampler import Chains, Sampler
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.search.single_precision import Precision, in_precision
+from elbowroom.inference.search.unseen import unseen
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import LARGE_ARRAY, fitting
 from elbowroom.system.stages import stage
 
 HALVINGS = 5  # at most, of the step size of a datum with divergent trajectories
 DEAD = 1e-3  # acceptance of chains that do not move
-CLIMB = 40  # steps up of runs that look like an unseen mode
-CONFIRM = 200  # further trajectories of runs that look like an unseen mode
-FINEST = 0.05  # smallest share of their step sizes: a narrow region may hold a run back
 BLOCK_STEP = 15_485_863  # between the seeds of blocks of data
 
 
@@ -137,12 +134,14 @@ class HMC(Reference):
     def _judge(self, engine: Sampler | Tempering, group: _Group, modes: Modes) -> tuple[Chains, Certificate]:
         """Judge all draws of a group, or only the second half if that certifies more data (a longer warm-up)."""
         chains = group.joined()
-        certificate = self._certify(engine, chains, modes.rows(group.rows), group.rows)
+        certificate = certify(chains, modes.rows(group.rows))
         if chains.length <= 2 * self.draws or bool(certificate.holds.all()):
-            return chains, certificate
+            return chains, self._look(engine, chains, modes.rows(group.rows), group.rows, certificate)
         later = chains.after(chains.length // 2)
-        second = self._certify(engine, later, modes.rows(group.rows), group.rows)
-        return (later, second) if second.holds.sum() > certificate.holds.sum() else (chains, certificate)
+        second = certify(later, modes.rows(group.rows))
+        if second.holds.sum() > certificate.holds.sum():
+            chains, certificate = later, second
+        return chains, self._look(engine, chains, modes.rows(group.rows), group.rows, certificate)
 
     @staticmethod
     def _hopeless(engine: Sampler | Tempering, certificate: Certificate) -> Tensor:
@@ -150,21 +149,19 @@ class HMC(Reference):
         return certificate.stuck if isinstance(engine, Sampler) else torch.zeros_like(certificate.unseen)
 
     @staticmethod
-    def _certify(engine: Sampler | Tempering, chains: Chains, modes: Modes, rows: Tensor) -> Certificate:
-        """Judge the chains; where a run suggests an unseen mode, continue that run before deciding."""
-        hops = isinstance(engine, Tempering)
-        certificate = certify(chains, modes, hops=hops)
-        some = certificate.unseen.nonzero()[:, 0]
-        if not len(some) or not engine.log_joint.separable():
+    def _look(engine: Sampler | Tempering, chains: Chains, modes: Modes, rows: Tensor, certificate: Certificate) -> Certificate:
+        """Look for modes that the chains have not seen, once all else holds."""
+        held = certificate.holds.nonzero()[:, 0]
+        if not len(held):
             return certificate
-        part = engine.log_joint.subset(rows[some])
-        root, step = engine.metric(rows[some])
-        held = modes.rows(some)
-        with part.frozen_weights():  # a run that a steep region held back, not a mode, climbs out of it
-            scale = root.square().sum(-1).sqrt()
-            held = replace(held, end=climb(part, held.end.to(root.dtype), scale, CLIMB)[0])
-            longer = held.longer(part, root, step, CONFIRM, engine.generator, kept=4 * held.length, finest=FINEST)
-        return certificate.amended(some, longer.unseen_by(chains.draws[:, :, some], chains.lp[:, :, some], hops=hops))
+        part, used, at = engine.log_joint.some(rows[held])
+        place = torch.zeros(engine.log_joint.n_obs, dtype=torch.long, device=rows.device)
+        place[rows[held]] = held  # data that come along because they cannot be separated take the place of the first
+        mine = place[used]
+        some, (root, step) = chains.rows(mine), engine.metric(rows[mine])
+        hops = isinstance(engine, Tempering)
+        found = unseen(part, modes.rows(mine), some.draws, some.lp, root, step, engine.generator, hops=hops)
+        return certificate.amended(held, found.rows(at))
 
 
 class _Group:

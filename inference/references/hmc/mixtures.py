@@ -56,7 +56,9 @@ class Mixture:
 
     def sample(self, n_draws: int, generator: torch.Generator) -> Tensor:
         """Draw z (S, N, d), each component as often as its weight says, up to rounding."""
-        u = torch.rand(n_draws, self.log_weight.shape[1], dtype=self.log_weight.dtype, device=self.log_weight.device, generator=generator)
+        u = torch.rand(
+            n_draws, self.log_weight.shape[1], dtype=self.log_weight.dtype, device=self.log_weight.device, generator=generator
+        )
         which = (u.unsqueeze(0) > self.log_weight.exp().cumsum(0).unsqueeze(1)).sum(0).clamp_max(len(self.parts) - 1)
         drawn = torch.stack([part.sample(n_draws, generator) for part in self.parts])
         return drawn.gather(0, which[None, ..., None].expand(1, *drawn.shape[1:]))[0]

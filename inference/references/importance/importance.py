@@ -20,12 +20,13 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from elbowroom.inference.mcmc.normals import Normals, StudentT, moments, whiten
+from elbowroom.inference.mcmc.normals import Normals, StudentT, moments
 from elbowroom.inference.posterior import ROUNDED, Evidence, Posterior, Reference, Status, concatenate, in_chains, resample
 from elbowroom.inference.references.importance.guide import FINITE_K, evidence, split_bounds
 from elbowroom.inference.references.importance.psis import psis
-from elbowroom.inference.search.modes import FACTOR, SLACK, Modes
+from elbowroom.inference.search.modes import Modes
 from elbowroom.inference.search.scout import scout
+from elbowroom.inference.search.unseen import Unseen, unseen
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import LARGE_ARRAY, fitting
 
@@ -33,9 +34,8 @@ DF, INFLATION = 4, 1.6  # of the Student-t half of the proposal
 PILOT = 2000
 PILOT_ESS = 10  # per dimension; with fewer, its covariance is not used
 MIN_ESS = 1000
-SAMPLED = 100  # effective draws outside, from which on a mode counts as seen
-NEGLIGIBLE = 2e-3  # ignored share of the mass in unseen runs
-TAIL = 3.09  # normal quantile of 0.999
+LOOKED, SAMPLED = 1000, 100  # draws that are compared with annealed runs, and effective draws that allow it
+STEP = 0.6  # of the runs in whitened coordinates, in units of d^(-1/4)
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,6 @@ class Proposal:
         better = Normals.from_moments(torch.where(usable[:, None], mean, self.narrow.loc), covariance)
         root = torch.where(usable[:, None, None], better.root, self.narrow.root)
         return Proposal.around(Normals(better.loc, root))
-
-    def beyond(self, z: Tensor) -> Tensor:
-        """Whether z (S, N, d) lies outside the reach of the normal's draws, (S, N): 1.5 x their 0.999 quantile + 4."""
-        d = z.shape[-1]
-        quantile = d * (1 - 2 / (9 * d) + TAIL * math.sqrt(2 / (9 * d))) ** 3  # of chi^2_d, Wilson and Hilferty
-        distance = whiten(self.narrow.root, z.to(self.narrow.loc.dtype) - self.narrow.loc).square().sum(-1)
-        return distance > FACTOR * quantile + SLACK
 
     def rows(self, index: Tensor) -> Proposal:
         """Return the proposals for some of the data."""
@@ -166,17 +159,18 @@ class ImportanceSampling(Reference):
         draws = _Weighted.of(log_joint, proposal, self.draws, generator)
         mean, covariance = draws.moments()
         kept = resample(torch.cat([draws.z, draws.log_p[..., None]], -1), draws.weights, keep, generator)
-        share, unseen = _unseen(modes, proposal, draws)
+        found = _look(log_joint, modes, proposal, draws, generator)
+        share, missed = found.share, found.matters
         lost, rounded, words = log_joint.rounded_share(draws.z, draws.log_p, draws.log_p - draws.log_w)
         value, _ = evidence(draws.log_w, draws.pareto_k, draws.ess / self.draws)
         stats = {
             "weights_pareto_k": draws.pareto_k,
             "weights_ess": draws.ess,
             "unseen_share": share,
-            "mode_unseen": unseen.to(share.dtype),
+            "mode_unseen": missed.to(share.dtype),
             **split_bounds(draws.log_w.masked_fill(rounded, -torch.inf)),  # what is left out keeps a lower bound valid
         }
-        status, reason = self._words(draws, share, unseen, modes, lost, words)
+        status, reason = self._words(draws, share, missed, modes, lost, words)
         return self._posterior(log_joint, kept, draws.none, status, reason, mean, covariance, value.value, value.error, stats)
 
     def _late(self, log_joint: LogJoint, keep: int) -> Posterior:
@@ -224,12 +218,12 @@ class ImportanceSampling(Reference):
         )
 
     def _words(
-        self, draws: _Weighted, share: Tensor, unseen: Tensor, modes: Modes, lost: Tensor, words: str
+        self, draws: _Weighted, share: Tensor, missed_modes: Tensor, modes: Modes, lost: Tensor, words: str
     ) -> tuple[list[Status], list[str]]:
         """Return the status and its sentence for every datum."""
         status: list[Status] = []
         reason: list[str] = []
-        columns = (draws.pareto_k, draws.ess, share, unseen, draws.none, lost)
+        columns = (draws.pareto_k, draws.ess, share, missed_modes, draws.none, lost)
         for k, ess, part, missed, none, edge in zip(*(column.tolist() for column in columns), strict=True):
             certified = False
             if none:
@@ -245,7 +239,7 @@ class ImportanceSampling(Reference):
             else:
                 certified = True
                 sentence = (
-                    f"k-hat {k:.2f}, the weights are worth {ess:.0f} of {self.draws:,} draws; {len(modes.mean)} annealed "
+                    f"k-hat {k:.2f}, the weights are worth {ess:.0f} of {self.draws:,} draws; {len(modes.end)} annealed "
                     f"runs from the prior found no mode it lacks (a basin of {modes.smallest_basin:.1%} of the prior is missed "
                     "once in 1,000)"
                 )
@@ -254,17 +248,19 @@ class ImportanceSampling(Reference):
         return status, reason
 
 
-def _unseen(modes: Modes, proposal: Proposal, draws: _Weighted) -> tuple[Tensor, Tensor]:
-    """Return the share of the mass in annealed runs beyond the proposal's reach, (N,), and whether that mode is unseen."""
-    away = proposal.beyond(modes.mean)
-    weight = torch.softmax(modes.log_weight.to(draws.log_w.dtype), 0)
-    share = (weight * away).sum(0)
-    outside = draws.weights * proposal.beyond(draws.z)
-    effective = outside.sum(0).square() / outside.square().sum(0).clamp_min(1e-300)
-    # with few effective weights, compare the heights of log p(x, z) instead, as if the volumes were equal
-    level = torch.where(draws.log_p.isfinite(), draws.log_p, 0.0)
-    height = torch.where(away, modes.level, -torch.inf).amax(0) - (draws.weights * level).sum(0)
-    reliable = 1 / weight.square().sum(0) > len(weight) / 10
-    matters = (share > NEGLIGIBLE) | (~reliable & (height.exp() > NEGLIGIBLE))
-    seen = (effective >= SAMPLED) & (outside.sum(0) >= share / 4)
-    return share, matters & away.any(0) & ~seen
+def _look(log_joint: LogJoint, modes: Modes, proposal: Proposal, draws: _Weighted, generator: torch.Generator) -> Unseen:
+    """Look for modes that the draws have not seen; where the weights are worth too little, the proposal's own draws stand in."""
+    z = resample(draws.z, draws.weights, LOOKED, generator)
+    z = torch.where((draws.ess >= SAMPLED)[None, :, None], z, proposal.narrow.sample(LOOKED, generator))
+    lp = log_joint(z)
+    d = z.shape[-1]
+    step = torch.full_like(draws.ess, STEP * d**-0.25)
+    return unseen(
+        log_joint,
+        modes,
+        in_chains(z),
+        in_chains(torch.where(lp.isfinite(), lp, lp[lp.isfinite()].min())),
+        proposal.narrow.root,
+        step,
+        generator,
+    )

@@ -142,7 +142,7 @@ def replicas(module: ModuleType = tempering) -> Kernel:
         n, d = start.shape
         runs = log_joint.sample_prior(8, 31)
         ladder = torch.tensor([0.0, 1.0], dtype=F64)[:, None].repeat(1, n)
-        modes = Modes(runs, runs, runs[..., 0], torch.zeros(8, n, dtype=F64), ladder, 8)
+        modes = Modes(runs, torch.zeros(8, n, dtype=F64), ladder)
         q = Normals(torch.zeros(n, d, dtype=F64), root)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "WARMUP", 40)
