@@ -16,7 +16,7 @@ estimate, conditional on the draws being those of the posterior: a mode that no 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -56,15 +56,19 @@ class Bridged:
     components: Tensor
     evaluations: Tensor
 
+    def rows(self, index: Tensor) -> Bridged:
+        """Return the values of some of the data."""
+        return Bridged(*(getattr(self, f.name)[index] for f in fields(self)))
+
     def words(self, row: int) -> str:
         """Return why there is no value, or what it rests on."""
         halves, overlap, error = (float(values[row]) for values in (self.halves, self.overlap, self.error))
         if not overlap >= OVERLAP:
-            return f"proposal and posterior hardly overlap ({overlap:.0f} effective draws, must be at least {OVERLAP:.0f})"
+            return f"no value, proposal and posterior hardly overlap ({overlap:.0f} effective draws, must be at least {OVERLAP:.0f})"
         if not halves <= AGREE:
-            return f"the halves of the chains differ by {halves:.1f} standard errors"
+            return f"no value, the halves of the chains differ by {halves:.1f} standard errors"
         if not error <= LARGEST:
-            return f"its standard error is {error:.2g} nats (must be at most {LARGEST:g})"
+            return f"no value, its standard error is {error:.2g} nats (must be at most {LARGEST:g})"
         return f"standard error {error:.2g} nats, the halves of the chains differ by {halves:.1f} standard errors"
 
 

@@ -20,7 +20,8 @@ import torch
 from annotated_types import Ge, MultipleOf
 from torch import Tensor
 
-from elbowroom.inference.posterior import ROUNDED, Posterior, Reference, Status, concatenate
+from elbowroom.inference.posterior import ROUNDED, Evidence, Posterior, Reference, Status, concatenate
+from elbowroom.inference.references.hmc.bridge import Bridged, bridge
 from elbowroom.inference.references.hmc.certificate import Certificate, certify
 from elbowroom.inference.references.hmc.tempering import Tempering
 from elbowroom.inference.references.hmc.warmup import warmed_up
@@ -120,7 +121,9 @@ class HMC(Reference):
                 closed |= ~mend & (2 * group.length > self.max_draws)
                 index = closed.nonzero()[:, 0]
                 note = "the budget ended" if late else ""
-                found.take(names[group.rows[index]], chains.rows(index), certificate.rows(index), engine, note)
+                taken, judged = chains.rows(index), certificate.rows(index)
+                value = _value(engine, group.rows[index], taken, judged)
+                found.take(names[group.rows[index]], taken, judged, value, engine, note)
                 left.append(names[group.rows[index][~certificate.holds[index]]])
                 again.append(group.rows[mend])
                 after.append(group.only(~closed & ~mend))
@@ -154,14 +157,32 @@ class HMC(Reference):
         held = certificate.holds.nonzero()[:, 0]
         if not len(held):
             return certificate
-        part, used, at = engine.log_joint.some(rows[held])
-        place = torch.zeros(engine.log_joint.n_obs, dtype=torch.long, device=rows.device)
-        place[rows[held]] = held  # data that come along because they cannot be separated take the place of the first
-        mine = place[used]
-        some, (root, step) = chains.rows(mine), engine.metric(rows[mine])
+        part, place, at = _together(engine.log_joint, rows, held)
+        some, (root, step) = chains.rows(place), engine.metric(rows[place])
         hops = isinstance(engine, Tempering)
-        found = unseen(part, modes.rows(mine), some.draws, some.lp, root, step, engine.generator, hops=hops)
+        found = unseen(part, modes.rows(place), some.draws, some.lp, root, step, engine.generator, hops=hops)
         return certificate.amended(held, found.rows(at))
+
+
+def _together(log_joint: LogJoint, rows: Tensor, held: Tensor) -> tuple[LogJoint, Tensor, Tensor]:
+    """Return densities of the data `rows[held]`, the places in `rows` of the data that they hold, and where `held` lie in them.
+
+    Data that come along because they cannot be separated take the place of the first.
+    """
+    part, used, at = log_joint.some(rows[held])
+    place = torch.zeros(log_joint.n_obs, dtype=torch.long, device=rows.device)
+    place[rows[held]] = held
+    return part, place[used], at
+
+
+def _value(engine: Sampler | Tempering, rows: Tensor, chains: Chains, certificate: Certificate) -> Bridged | None:
+    """Return log p(x) of the data that are certified, by bridge sampling from their chains; None if there are none."""
+    held = certificate.holds.nonzero()[:, 0]
+    if not len(held):
+        return None
+    part, place, at = _together(engine.log_joint, rows, held)
+    with stage("bridge sampling"), part.frozen_weights():
+        return bridge(part, chains.rows(place), engine.generator).rows(at)
 
 
 class _Group:
@@ -207,12 +228,24 @@ class Found:
         self.log_joint, self.method, self.keep = log_joint, method, keep
         self.draws, self.mean, self.covariance = new(chains, keep, n, d), new(n, d), new(n, d, d)
         self.sample_stats = {name: new(chains, keep, n) for name in ("lp", "acceptance_rate", "diverging")}
+        self.log_evidence, self.error = new(n), new(n)
         self.stats: dict[str, Tensor] = {}
         self.status: list[Status] = ["uncertified"] * n
         self.reason = [""] * n
 
-    def take(self, rows: Tensor, chains: Chains, certificate: Certificate, engine: Sampler | Tempering, note: str) -> None:
-        """Store the draws and certificates of some of the data; from tempering, only certified ones."""
+    def take(
+        self,
+        rows: Tensor,
+        chains: Chains,
+        certificate: Certificate,
+        value: Bridged | None,
+        engine: Sampler | Tempering,
+        note: str,
+    ) -> None:
+        """Store the draws and certificates of some of the data, and log p(x) of the certified; from tempering, only these."""
+        certified = certificate.holds
+        if value is not None:
+            self.log_evidence[rows[certified]], self.error[rows[certified]] = value.value, value.error
         way = "parallel tempering" if isinstance(engine, Tempering) else ""
         if way:
             held = certificate.holds.nonzero()[:, 0]
@@ -228,6 +261,9 @@ class Found:
         for name, values in certificate.stats().items():
             self.stats.setdefault(name, torch.full_like(self.mean[:, 0], torch.nan))[rows] = values
         status, reason = certificate.words(f"{self.method}, {way}" if way else self.method)
+        if value is not None:
+            for k, row in enumerate(certificate.holds.nonzero()[:, 0].tolist()):
+                reason[row] += f"; log p(x) by bridge sampling: {value.words(k)}"
         for row, s, r in zip(rows.tolist(), status, reason, strict=True):
             self.status[row], self.reason[row] = s, f"{r}; {note}" if note and s == "uncertified" else r
 
@@ -250,6 +286,7 @@ class Found:
             reason=self.reason,
             mean=self.mean,
             covariance=self.covariance,
+            evidence=Evidence("estimate", "bridge sampling", self.log_evidence, self.error),
             stats=self.stats,
             sample_stats=self.sample_stats,
         )
