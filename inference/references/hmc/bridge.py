@@ -32,6 +32,7 @@ TIGHT = 1e-8  # change of log Z at which it ends
 LARGE = 0.15  # nats: beyond this error more components are tried
 COMPONENTS = (1, 2, 4)  # of the proposal, one after the other
 AGREE = 4.5  # standard errors within which the halves must agree
+WORTH = 100.0  # effective weights with which importance sampling by the proposal can contradict
 OVERLAP = 50.0  # effective draws of the proposal, at least
 LARGEST = 0.5  # nats: a larger error is no value; the delta method no longer holds
 
@@ -44,6 +45,8 @@ class Bridged:
         value: nats; NaN where there is none.
         error: its standard error.
         halves: distance between the values of the two halves, in standard errors.
+        sampled: distance from importance sampling by the same draws of the proposals, in standard errors; 0 where its weights are
+            worth too little. Importance sampling does not use the chains' draws, so that it can contradict them.
         overlap: effective draws of the proposal, the smaller of the two halves.
         components: of the proposal that was taken.
         evaluations: of the log joint, per datum.
@@ -52,6 +55,7 @@ class Bridged:
     value: Tensor
     error: Tensor
     halves: Tensor
+    sampled: Tensor
     overlap: Tensor
     components: Tensor
     evaluations: Tensor
@@ -67,6 +71,8 @@ class Bridged:
             return f"no value, proposal and posterior hardly overlap ({overlap:.0f} effective draws, must be at least {OVERLAP:.0f})"
         if not halves <= AGREE:
             return f"no value, the halves of the chains differ by {halves:.1f} standard errors"
+        if not (sampled := float(self.sampled[row])) <= AGREE:
+            return f"no value, importance sampling by the proposals differs by {sampled:.1f} standard errors: the draws are off"
         if not error <= LARGEST:
             return f"no value, its standard error is {error:.2g} nats (must be at most {LARGEST:g})"
         return f"standard error {error:.2g} nats, the halves of the chains differ by {halves:.1f} standard errors"
@@ -76,19 +82,19 @@ def bridge(log_joint: LogJoint, chains: Chains, generator: torch.Generator) -> B
     """Estimate log p(x) of every datum from its chains, by proposals with more components where one does not suffice."""
     n, device = log_joint.n_obs, chains.lp.device
     new = lambda value: torch.full((n,), value, dtype=torch.float64, device=device)
-    found = Bridged(new(torch.nan), new(torch.inf), new(torch.inf), new(0.0), new(0.0), new(0.0))
+    found = Bridged(new(torch.nan), new(torch.inf), new(torch.inf), new(0.0), new(0.0), new(0.0), new(0.0))
     rows = torch.arange(n, device=device)
     for components in COMPONENTS:
         part, used, at = log_joint.some(rows)
         trial = _halves(part, chains.rows(used), components, generator)
         found.evaluations[rows] += 2 * DRAWS
         better = trial.error[at] < found.error[rows]
-        for name in ("value", "error", "halves", "overlap", "components"):
+        for name in ("value", "error", "halves", "sampled", "overlap", "components"):
             getattr(found, name)[rows[better]] = getattr(trial, name)[at][better]
         rows = rows[~(found.error[rows] <= LARGE)]
         if not len(rows):
             break
-    good = (found.overlap >= OVERLAP) & (found.halves <= AGREE) & (found.error <= LARGEST)
+    good = (found.overlap >= OVERLAP) & (found.halves <= AGREE) & (found.sampled <= AGREE) & (found.error <= LARGEST)
     found.value[~good] = torch.nan
     return found
 
@@ -116,6 +122,7 @@ def _halves(log_joint: LogJoint, chains: Chains, components: int, generator: tor
         value=(one.log_z + other.log_z) / 2,
         error=(variance + 2 * both).sqrt() / 2,
         halves=(one.log_z - other.log_z).abs() / (variance - 2 * both).sqrt(),
+        sampled=torch.maximum(one.sampled, other.sampled),
         overlap=torch.minimum(one.overlap, other.overlap),
         components=torch.full_like(variance, components),
         evaluations=torch.full_like(variance, 2.0 * DRAWS),
@@ -130,6 +137,7 @@ class Solution:
         log_z: log p(x).
         of_proposal: variance of its error from the draws of the proposal.
         of_posterior: likewise from the draws of the posterior.
+        sampled: distance from importance sampling by the proposal's draws, in standard errors; 0 where it says nothing.
         overlap: effective draws of the proposal.
         log_s1, log_s2: logs of the shares of posterior and proposal in the bridge.
     """
@@ -137,6 +145,7 @@ class Solution:
     log_z: Tensor
     of_proposal: Tensor
     of_posterior: Tensor
+    sampled: Tensor
     overlap: Tensor
     log_s1: Tensor
     log_s2: Tensor
@@ -167,9 +176,12 @@ def solved(of_posterior: Tensor, of_proposal: Tensor) -> Solution:
     second = (-torch.logaddexp(log_s1 + of_posterior - log_z, log_s2)).exp()
     ess = diagnostics.ess_mean(second).nan_to_num(nan=1.0).clamp_min(1.0)
     overlap = first.sum(0).square() / first.square().sum(0)
-    return Solution(
-        log_z, _relative(first) / count, _relative(second.flatten(0, 1)) / ess, overlap.nan_to_num(nan=0.0), log_s1, log_s2
-    )
+    weight = (of_proposal - of_proposal.amax(0)).exp()
+    worth = weight.sum(0).square() / weight.square().sum(0)
+    own = _relative(second.flatten(0, 1)) / ess
+    off = (_mean(of_proposal) - log_z).abs() / (_relative(weight) / count + own).sqrt()
+    sampled = torch.where(worth >= WORTH, off, 0.0)
+    return Solution(log_z, _relative(first) / count, own, sampled, overlap.nan_to_num(nan=0.0), log_s1, log_s2)
 
 
 def _relative(x: Tensor) -> Tensor:
