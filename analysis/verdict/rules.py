@@ -97,8 +97,8 @@ def judge(table: xr.Dataset, beside: Mapping[str, xr.Dataset] | None = None) -> 
         beside: datasets by name, as `Audit.diagnosis` holds them; rules without their evidence give no verdict.
     """
     facts = Facts(table, beside or {})
-    if not facts.known.any():
-        return [_untrusted(facts) or _sound(facts)]
+    if not facts.known.any():  # a missed mode needs a certified posterior, not log p(x)
+        return [one for one in (_mode_missed(facts), _untrusted(facts)) if one is not None] or [_sound(facts)]
     found = [judgement for find in RULES.values() if (judgement := find(facts)) is not None]
     causes = sorted((one for one in found if one.verdict in (ENCODER, FAMILY)), key=lambda one: -one.number)
     rest = iter(causes)
@@ -114,8 +114,9 @@ def per_datum(table: xr.Dataset) -> np.ndarray:
     wide = (gap > SMALL_GAP) & (low > 0)
     cause = np.where(np.isnan(shares[0]), GUIDE, np.where(shares[0] >= shares[1], ENCODER, FAMILY))
     verdict = np.where(wide, cause, verdict)
+    verdict = np.where(known(table), verdict, UNTRUSTED)
     verdict = np.where(column(table, "missed_mass") > MISSED, MODE_MISSED, verdict)
-    return np.where(~known(table) | (kinds(table) == CONTRADICTED), UNTRUSTED, verdict).astype(str)
+    return np.where(kinds(table) == CONTRADICTED, UNTRUSTED, verdict).astype(str)
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def _untrusted(facts: Facts) -> Judgement | None:
 
 
 def _mode_missed(facts: Facts) -> Judgement | None:
-    mass = facts.part("missed_mass")
+    mass = column(facts.table, "missed_mass")  # of every certified posterior, whether or not log p(x) is known
     lost, seen = mass > MISSED, ~np.isnan(mass)
     if not seen.any() or lost.sum() < max(1.0, FEW * seen.sum()):
         return None
