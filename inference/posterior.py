@@ -80,6 +80,12 @@ class Posterior:
         """(N,) True where the status is `exact` or `certified`."""
         return torch.tensor([s in ("exact", "certified") for s in self.status])
 
+    @property
+    def settled(self) -> Tensor:
+        """(N,) True where the posterior is trusted and, if the method gives log p(x), its value is known."""
+        known = self.trusted if self.evidence is None else self.evidence.value.isfinite().cpu()
+        return self.trusted & known
+
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, (N, d) each: from `mean` and `covariance` if given, else from the draws."""
         if self.mean is not None and self.covariance is not None:

@@ -300,7 +300,7 @@ def audit_log_joint(
         facts["plan"] += f"; {plan.then}"
     notes = list(log_joint.notes)
     if len(posteriors) > len(plan.names):
-        left = int((~posteriors[0].trusted).sum())
+        left = int((~posteriors[0].settled).sum())
         names = ", ".join(posterior.method for posterior in posteriors[len(plan.names) :])
         notes.append(f"{plan.names[-1]} left {left} of {log_joint.n_obs} data over, for which {names} took its place")
     if kept < keep:

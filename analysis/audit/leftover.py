@@ -1,4 +1,7 @@
-"""Further references for the data that an exact one does not certify: run on these alone, and NaN elsewhere."""
+"""Further references for the data that the first does not settle: run on these alone, and NaN elsewhere.
+
+A datum is settled if its posterior is exact or certified, with a value of log p(x).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from elbowroom.inference.posterior import Posterior, Reference, Status, combined
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
 
-UNNEEDED = "not needed here"
+UNNEEDED = "not needed here: {} is exact or certified, with a value"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,21 +39,21 @@ class Seeds:
 def leftover(
     log_joint: LogJoint,
     guide: Posterior,
-    exact: Posterior,
+    first: Posterior,
     methods: Sequence[Reference],
     seeds: Seeds,
     keep: int,
     until: float = math.inf,
 ) -> list[tuple[Posterior, Comparison]]:
-    """Run the methods on the data that `exact` does not certify, with upper bounds by all together.
+    """Run the methods on the data that `first` does not settle, with upper bounds by all together.
 
     Returns:
-        For each method the posterior and the guide's distances of all data; NaN and `not needed` where `exact` is certified.
+        For each method the posterior and the guide's distances of all data; NaN and `not needed` where `first` settles it.
     """
     n = log_joint.n_obs
-    rows = (~exact.trusted).nonzero()[:, 0]
+    rows = (~first.settled).nonzero()[:, 0]
     part, used, at = log_joint.some(rows.to(log_joint.device))
-    mine, known = _rows(guide, used.cpu()), _rows(exact, used.cpu())
+    mine, known = _rows(guide, used.cpu()), _rows(first, used.cpu())
     found = []
     for number, method in enumerate(methods):
         seed = seeds.first + seeds.step * number
@@ -68,7 +71,7 @@ def leftover(
         blank = {name: torch.full((n,), torch.nan, dtype=value.dtype) for name, value in columns.items()}
         for name, value in columns.items():
             blank[name][rows] = value
-        out.append((_over(_rows(drawn, at.cpu()), rows, n, exact.method), Comparison(**blank)))
+        out.append((_over(_rows(drawn, at.cpu()), rows, n, first.method), Comparison(**blank)))
     return out
 
 
@@ -91,17 +94,17 @@ def _over(posterior: Posterior, rows: Tensor, n: int, by: str) -> Posterior:
 
     whole = combined([posterior], partial(spread, place=2), partial(spread, place=0))
     status: list[Status] = ["not needed"] * n
-    reason = [f"{posterior.method}: {UNNEEDED}: the {by} is exact"] * n
+    reason = [f"{posterior.method}: {UNNEEDED.format(by)}"] * n
     for row, s, r in zip(rows.tolist(), posterior.status, posterior.reason, strict=True):
         status[row], reason[row] = s, r
     return dataclasses.replace(whole, status=status, reason=reason)
 
 
-def without(blank: Posterior, exact: Part | None) -> Posterior:
+def without(blank: Posterior, first: Part | None) -> Posterior:
     """Say of data that were not reached whether they were needed."""
-    if exact is None:
+    if first is None:
         return blank
     status, reason = list(blank.status), list(blank.reason)
-    for i in exact.posterior.trusted.nonzero()[:, 0].tolist():
-        status[i], reason[i] = "not needed", f"{blank.method}: {UNNEEDED}: the {exact.posterior.method} is exact"
+    for i in first.posterior.settled.nonzero()[:, 0].tolist():
+        status[i], reason[i] = "not needed", f"{blank.method}: {UNNEEDED.format(first.posterior.method)}"
     return dataclasses.replace(blank, status=status, reason=reason)

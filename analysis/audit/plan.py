@@ -24,7 +24,7 @@ REASONS = {
     "closed_form": "the model is linear-Gaussian: its posterior is known in closed form",
     "enumeration": "every latent is discrete: the posterior is a finite sum",
     "grid": "at most 3 latents: a whitened grid for every datum",
-    "hmc": "chains that certify themselves, for the posterior",
+    "hmc": "chains that certify themselves, with log p(x) by bridge sampling",
     "importance": "importance sampling from the refitted normal, for log p(x)",
     "ais": "annealing, for bounds on log p(x) and as an alarm for missed modes",
 }
@@ -100,7 +100,7 @@ class Plan:
     def then(self) -> str:
         """The spare methods, in words; empty where there are none."""
         names = ", ".join(method.name for method in self.spare)
-        return f"for data that {' and '.join(self.names)} does not certify, and for no others: {names}" if self.spare else ""
+        return f"for data that {' and '.join(self.names)} does not settle, and for no others: {names}" if self.spare else ""
 
     def tree(self) -> dict[str, object]:
         """Return the plan for `--json`: names, reasons and seconds."""
@@ -127,9 +127,9 @@ def choose(
 ) -> Plan:
     """Choose the references, with reasons and estimated times.
 
-    `auto` takes the closed form where there is one, enumeration where every latent is discrete, and a grid for up to three
-    latents where it is affordable, with hmc, importance sampling and ais for the data that it does not certify, else hmc and
-    importance sampling; for more latents hmc, importance sampling and ais.
+    `auto` takes the closed form where there is one, enumeration where every latent is discrete, a grid for up to three latents
+    where it is affordable, and else hmc, which gives log p(x) by bridge sampling. For the data that one of the last two does
+    not settle, hmc, importance sampling and ais follow.
 
     Args:
         references: `auto`, `none`, names or Reference objects; see `requested`.
@@ -167,9 +167,9 @@ def choose(
 
 
 def spare(references: Literal["auto"] | Sequence[str | Reference], methods: Sequence[Reference]) -> list[Reference]:
-    """Return what takes over under `auto` where a grid refuses."""
-    alone = references == "auto" and [method.name for method in methods] == ["grid"]
-    return [KNOWN[name]() for name in ("hmc", "importance", "ais")] if alone else []
+    """Return what takes over under `auto` where a grid or chains leave a datum open."""
+    first = methods[0].name if references == "auto" and len(methods) == 1 else ""
+    return [KNOWN[name]() for name in ("hmc", "importance", "ais") if first in ("grid", "hmc") and name != first]
 
 
 def _auto(log_joint: LogJoint, pilot: Pilot, n: int, budget: float) -> tuple[list[Reference], list[str]]:
@@ -178,11 +178,11 @@ def _auto(log_joint: LogJoint, pilot: Pilot, n: int, budget: float) -> tuple[lis
         return [closed], [REASONS["closed_form"]]
     if log_joint.dim == 0:
         return ([finite], [REASONS["enumeration"]]) if finite.refusal(log_joint) is None else ([], [])
-    names, why = ["hmc", "importance", "ais"], ""
+    why = ""
     if log_joint.dim <= MAX_DIM:
         grid, hmc = Grid(), KNOWN["hmc"]()
         takes, instead = (pilot.reference(method, []).of(n) for method in (grid, hmc))
         if takes <= max(min(budget, AFFORDABLE), instead):
             return [grid], [REASONS["grid"]]
-        names, why = ["hmc", "importance"], f"a grid would take {durations.words(takes)}; "
-    return [KNOWN[name]() for name in names], [why * (k == 0) + REASONS[name] for k, name in enumerate(names)]
+        why = f"a grid would take {durations.words(takes)}; "
+    return [KNOWN["hmc"]()], [why + REASONS["hmc"]]

@@ -111,19 +111,19 @@ class Work:
     def _open(found: Sequence[Part | None]) -> bool:
         """Return whether the last reference leaves data of a block over that it was run on."""
         last = found[-1]
-        return last is not None and last.posterior.method != "guide" and not bool(last.posterior.trusted.all())
+        return last is not None and last.posterior.method != "guide" and not bool(last.posterior.settled.all())
 
     def _leftover(
         self, part: LogJoint, guide: Posterior, found: Sequence[Part | None], keys: Sequence[str], start: int, label: str
     ) -> list[Part | None]:
         """Run the spare methods on the data that the reference leaves over."""
-        plan, until, exact = self.pace.plan, self.pace.spare(), found[-1]
-        if until is None or exact is None or not plan.spare:
+        plan, until, first = self.pace.plan, self.pace.spare(), found[-1]
+        if until is None or first is None or not plan.spare:
             return [None] * len(plan.spare)
-        n = int((~exact.posterior.trusted).sum())
+        n = int((~first.posterior.settled).sum())
         self.say(Progress.of(f"{plan.spare[0].name} and others for {n} data left over{label}", self.pace))
         seeds = Seeds(self.seed, start + SEED_STEP * (1 + len(found)), SEED_STEP, DISCRETE_STEP, start + SANDWICH_STEP)
-        done = leftover(part, guide, exact.posterior, plan.spare, seeds, self.keep, until)
+        done = leftover(part, guide, first.posterior, plan.spare, seeds, self.keep, until)
         whole = not any(ENDED.search(reason) for posterior, _ in done for reason in posterior.reason)
         return [
             self._keep(key if whole else "", posterior, distances)

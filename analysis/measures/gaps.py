@@ -42,6 +42,7 @@ SEED = 2_750_159  # used for nothing else
 TESTED = 8  # draws at which the guide must have the normal's density
 EXACT = 1e-6  # relative difference of log densities that is tolerated
 MAX_DIM = 128  # a full covariance takes d (d + 1) / 2 points
+STARTS = 3  # draws of the prior, where no full normal is known
 BATCHES = 16  # batches of common quasi-random noise, whose means give the error
 DRAWS = 64  # in each batch
 APART = 4.5  # standard errors by which a larger family may be worse
@@ -79,11 +80,16 @@ def refitted(log_joint: LogJoint, full: Refit | None = None, until: float = math
     found, q = guide_normals(log_joint)
     offer = offered(log_joint)
     family = _all_of(found, offer)
-    diagonal = refit(log_joint, family="diagonal", seed=SEED) if family == "diagonal" or log_joint.dim == 1 else None
+    diagonal = None
+    if family == "diagonal" or log_joint.dim == 1:  # starts of the full normal found its place; the encoder's is the other one
+        also = [] if full is None else [full.q]
+        diagonal = refit(log_joint, family="diagonal", starts=0 if also else STARTS, also=also, seed=SEED)
     if log_joint.dim == 1:
         full = diagonal  # the two families are the same
-    elif full is None or diagonal is not None:
-        full = _fullest(log_joint, [found.q for found in (diagonal, full) if found is not None])
+    elif full is None:
+        full = _fullest(log_joint, [] if diagonal is None else [diagonal.q])
+    elif diagonal is not None and bool((diagonal.elbo > full.elbo + APART * full.elbo_se.hypot(diagonal.elbo_se)).any()):
+        full = _fullest(log_joint, [diagonal.q, full.q])
     assert full is not None
     own = refit_family(offer, near=full.q, seed=SEED + 3, until=until) if offer is not None and family is None else None
     best = None

@@ -16,8 +16,10 @@ rises. The decrement, the remaining gain by the same quadratic model,
 is in nats of the objective. It stops the climb, and twice its value on fresh noise is the reported shortfall; the factor two
 allows for the change of curvature with q, which the quadratic model ignores.
 
-Starts: the encoder's moments, and normals narrower than the prior at prior draws. All starts climb on a few draws; fresh draws
-choose one per datum; more draws refine it, until the shortfall on unused noise is small; other draws score it.
+Starts: the encoder's moments, and normals narrower than the prior at prior draws. The encoder's climbs first, on a few draws;
+beyond a few dimensions the means of the other starts then move alone, in its metric and on fewer draws, and starts that come
+to the same place climb no further. Fresh draws choose one start per datum; more draws refine it, until the shortfall on unused
+noise is small; other draws score it.
 
 All values are in nats, per datum. Opper and Archambeau 2009, Neural Computation 21 (the fixed point); Khan and Rue 2023,
 JMLR 24 (its damped form).
@@ -33,7 +35,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from elbowroom.inference.mcmc.normals import Family, Normals, Refit, joined_refits
+from elbowroom.inference.mcmc.normals import Family, Normals, Refit, joined_refits, whiten
+from elbowroom.inference.search.modes import ascend
 from elbowroom.inference.search.noise import default_draws, from_eigen, matched_noise
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import LARGE_ARRAY, fitting
@@ -47,6 +50,9 @@ ARMIJO = 0.05
 NARROW = 0.3  # scale of a start at a prior draw, in prior standard deviations
 LOOSE = 0.02  # decrement (nats) at which the starts are compared
 TIE = 1e-3  # nats within which the earlier start wins
+CHEAP = 8  # dimensions up to which every start climbs
+APPROACH, PAIRS = 32, 4  # steps of the means alone, and antithetic pairs of draws in each
+SAME, SHARE = 4.0, 0.25  # squared distance, in the encoder's metric, of means at one place: up to this, or a share of d
 GROWTH, ROUNDS = 4, 2  # factor of further noise, and rounds, for data with a shortfall due to noise
 HALVINGS = 30
 SAFETY = 2.0  # the quadratic model understates the remaining gain if a posterior is not normal
@@ -124,20 +130,18 @@ class _Search:
         self.draws = 2 * max(self.d, (draws + 1) // 2)
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
         self.iterations = 0
-        precision = torch.finfo(log_joint.dtype or log_joint.own_dtype).eps
-        self.rounding = 8 * precision
+        self.rounding = 8 * torch.finfo(log_joint.dtype or log_joint.own_dtype).eps
         self.everyone = torch.arange(self.n, device=self.device)
 
     def run(self, starts: int, also: Sequence[Normals], score_draws: int | None, tolerance: float) -> Refit:
         """Climb all starts, choose, refine, measure the shortfall, score."""
         encoder = self._encoder()
         begin = [encoder, *self._prior_starts(starts), *(self._in_family(q) for q in also)]
-        count = len(begin)
-        owner = self.everyone.repeat(count)
-        q = Normals(torch.cat([b.loc for b in begin]), torch.cat([b.root for b in begin]))
-        climbed = self._climb(q, owner, self._noise(max(8, 4 * self.d)), LOOSE)
+        climbed = self._climb_all(begin)
         # fresh noise for the choice: the climb has overfitted its own noise
-        value = self._values(climbed, self._noise(max(32, 4 * self.d))).reshape(count, self.n)
+        alone = not bool(climbed.value[self.n :].isfinite().any())
+        scored = climbed.value if alone else self._values(climbed, self._noise(max(32, 4 * self.d)))
+        value = scored.reshape(len(begin), self.n)
         start = (value >= value.amax(0) - TIE).int().argmax(0)
         chosen = start * self.n + self.everyone
         best = Normals(climbed.loc[chosen], climbed.root[chosen])
@@ -155,6 +159,37 @@ class _Search:
         return Refit(self.family, Normals(loc, root), elbo, error, shortfall, converged, start, self.iterations)
 
     # -- starts ---------------------------------------------------------------------------------------------------------
+
+    def _climb_all(self, begin: Sequence[Normals]) -> _Point:
+        """Climb from every start of all data, one start after the other; the value of those that came to one place is -inf."""
+        noise, owner = self._noise(max(8, 4 * self.d)), self.everyone.repeat(len(begin))
+        q = Normals(torch.cat([b.loc for b in begin]), torch.cat([b.root for b in begin]))
+        if self.d <= CHEAP:  # moving the means first would cost as much
+            return self._climb(q, owner, noise, LOOSE)
+        first = self._climb(begin[0], self.everyone, noise, LOOSE)
+        out = first.rows(owner)
+        out.value[self.n :] = -torch.inf
+        apart = self._apart(first, q.loc[self.n :], owner[self.n :]).nonzero()[:, 0] + self.n
+        if len(apart):
+            out.put(apart, self._climb(q.rows(apart), owner[apart], noise, LOOSE))
+        return out
+
+    def _apart(self, first: _Point, loc: Tensor, owner: Tensor) -> Tensor:
+        """Move means (P, d) alone, in the metric of the first start; return which come to another place, (P,)."""
+        usable = first.value.isfinite() & first.root.isfinite().flatten(1).all(-1)
+        root = torch.where(usable[:, None, None], first.root, torch.eye(self.d, dtype=loc.dtype, device=self.device))[owner]
+        half = torch.randn(PAIRS, self.d, dtype=loc.dtype, device=self.device, generator=self.generator)
+        noise, target = torch.einsum("sj,pij->spi", torch.cat([half, -half]), root), self._target(owner)
+
+        def height(u: Tensor) -> tuple[Tensor, Tensor]:
+            log_p, gradient = target(loc + torch.einsum("pij,opj->opi", root, u) + noise)
+            return log_p.double().mean(0, keepdim=True), torch.einsum("pij,spi->spj", root, gradient.double()).mean(
+                0, keepdim=True
+            )
+
+        u, value, _ = ascend(height, torch.zeros_like(loc)[None], torch.ones_like(loc[0]), APPROACH)
+        distance = (u + whiten(root, (loc - first.loc[owner])[None])).square().sum(-1)[0]
+        return ~(distance <= max(SAME, SHARE * self.d)) | ~usable[owner] | ~value[0].isfinite()
 
     def _in_family(self, q: Normals) -> Normals:
         """Keep only the variances of q if the family is diagonal."""

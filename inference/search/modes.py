@@ -21,7 +21,7 @@ from elbowroom.inference.search.tempered import TemperedChains
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
 
-RUNS = 64
+RUNS = 128
 TEMPERATURES = 40
 SETTLE = 6  # trajectories at b = 1
 LEAPFROGS = 3

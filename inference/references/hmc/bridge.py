@@ -4,10 +4,10 @@ With a normalised proposal g that was fitted to other draws, and l(z) = p(x, z) 
 
     Z = [ mean_j  l_j / (s1 l_j + s2 Z) ] / [ mean_i  1 / (s1 l_i + s2 Z) ]        z_j ~ g,  z_i ~ p(z|x)
 
-where n1 of the N1 posterior draws are effective and N2 are from g, s1 = n1 / (n1 + N2), s2 = 1 - s1 (Meng and Wong 1996, Simulating
-ratios of normalizing constants via a simple identity, Statistica Sinica 6). g is fitted to one half of the chains and bridged with
-the other, then the halves change places; the two values are averaged. Neither half knows of its own proposal, so that the fit
-biases nothing.
+where n1 of the N1 posterior draws are effective and N2 are from g, s1 = n1 / (n1 + N2), s2 = 1 - s1 (Meng and Wong 1996,
+Simulating ratios of normalizing constants via a simple identity, Statistica Sinica 6). g is fitted to one half of the chains
+and bridged with the other, then the halves change places; the two values are averaged. Neither half knows of its own proposal,
+so that the fit biases nothing.
 
 The error is that of the delta method, with the autocorrelation of the chains (Fruehwirth-Schnatter 2004, Estimating marginal
 likelihoods for mixture and Markov switching models using bridge sampling techniques, Econometrics Journal 7). The value is an
@@ -26,10 +26,10 @@ from elbowroom.inference.references.hmc.mixtures import Mixture
 from elbowroom.inference.search.sampler import Chains
 from elbowroom.inference.target.log_joint import LogJoint
 
-DRAWS = 500  # of each proposal
+DRAWS, MORE = 500, 2000  # of each proposal, and of the best one where the error stays large
 ROUNDS = 200  # of the iteration
 TIGHT = 1e-8  # change of log Z at which it ends
-LARGE = 0.15  # nats: beyond this error more components are tried
+LARGE = 0.06  # nats: beyond this error more components are tried, then more draws
 COMPONENTS = (1, 2, 4)  # of the proposal, one after the other
 AGREE = 4.5  # standard errors within which the halves must agree
 WORTH = 100.0  # effective weights with which importance sampling by the proposal can contradict
@@ -45,8 +45,8 @@ class Bridged:
         value: nats; NaN where there is none.
         error: its standard error.
         halves: distance between the values of the two halves, in standard errors.
-        sampled: distance from importance sampling by the same draws of the proposals, in standard errors; 0 where its weights are
-            worth too little. Importance sampling does not use the chains' draws, so that it can contradict them.
+        sampled: distance from importance sampling by the same draws of the proposals, in standard errors; 0 where its weights
+            are worth too little. Importance sampling does not use the chains' draws, so that it can contradict them.
         overlap: effective draws of the proposal, the smaller of the two halves.
         components: of the proposal that was taken.
         evaluations: of the log joint, per datum.
@@ -64,11 +64,18 @@ class Bridged:
         """Return the values of some of the data."""
         return Bridged(*(getattr(self, f.name)[index] for f in fields(self)))
 
+    def take(self, rows: Tensor, trial: Bridged) -> None:
+        """Take the values of a trial at the data `rows` where its error is smaller, and count its evaluations."""
+        self.evaluations[rows] += trial.evaluations
+        better = trial.error < self.error[rows]
+        for name in ("value", "error", "halves", "sampled", "overlap", "components"):
+            getattr(self, name)[rows[better]] = getattr(trial, name)[better]
+
     def words(self, row: int) -> str:
         """Return why there is no value, or what it rests on."""
         halves, overlap, error = (float(values[row]) for values in (self.halves, self.overlap, self.error))
         if not overlap >= OVERLAP:
-            return f"no value, proposal and posterior hardly overlap ({overlap:.0f} effective draws, must be at least {OVERLAP:.0f})"
+            return f"no value, proposal and posterior hardly overlap ({overlap:.0f} effective draws, need {OVERLAP:.0f})"
         if not halves <= AGREE:
             return f"no value, the halves of the chains differ by {halves:.1f} standard errors"
         if not (sampled := float(self.sampled[row])) <= AGREE:
@@ -83,23 +90,19 @@ def bridge(log_joint: LogJoint, chains: Chains, generator: torch.Generator) -> B
     n, device = log_joint.n_obs, chains.lp.device
     new = lambda value: torch.full((n,), value, dtype=torch.float64, device=device)
     found = Bridged(new(torch.nan), new(torch.inf), new(torch.inf), new(0.0), new(0.0), new(0.0), new(0.0))
-    rows = torch.arange(n, device=device)
-    for components in COMPONENTS:
-        part, used, at = log_joint.some(rows)
-        trial = _halves(part, chains.rows(used), components, generator)
-        found.evaluations[rows] += 2 * DRAWS
-        better = trial.error[at] < found.error[rows]
-        for name in ("value", "error", "halves", "sampled", "overlap", "components"):
-            getattr(found, name)[rows[better]] = getattr(trial, name)[at][better]
-        rows = rows[~(found.error[rows] <= LARGE)]
-        if not len(rows):
-            break
+    for draws in (DRAWS, MORE):
+        for components in COMPONENTS:
+            tried = (found.components == components) if draws == MORE else torch.ones_like(found.value, dtype=torch.bool)
+            rows = (tried & ~(found.error <= LARGE)).nonzero()[:, 0]
+            if len(rows):
+                part, used, at = log_joint.some(rows)
+                found.take(rows, _halves(part, chains.rows(used), components, draws, generator).rows(at))
     good = (found.overlap >= OVERLAP) & (found.halves <= AGREE) & (found.sampled <= AGREE) & (found.error <= LARGEST)
     found.value[~good] = torch.nan
     return found
 
 
-def _halves(log_joint: LogJoint, chains: Chains, components: int, generator: torch.Generator) -> Bridged:
+def _halves(log_joint: LogJoint, chains: Chains, components: int, count: int, generator: torch.Generator) -> Bridged:
     """Fit to every second chain, bridge with the others, and the other way round."""
     lp, shape = chains.lp.double(), chains.lp.shape[:2]
     draws = chains.draws.double().flatten(0, 1)
@@ -107,14 +110,14 @@ def _halves(log_joint: LogJoint, chains: Chains, components: int, generator: tor
     solutions, ratios = [], []
     for fitted, bridged in ((member[::2], member[1::2]), (member[1::2], member[::2])):
         proposal = Mixture.fitted(draws[fitted.flatten()], components, generator)
-        z = proposal.sample(DRAWS, generator)
+        z = proposal.sample(count, generator)
         of_proposal = log_joint(z.to(log_joint.probe_points.dtype)).double() - proposal.log_prob(z)
         ratio = lp - proposal.log_prob(draws).unflatten(0, shape)
         solutions.append(solved(ratio.flatten(0, 1)[bridged], of_proposal))
         ratios.append(ratio)
     one, other = solutions
-    # what is structural in the misfit of the two proposals errs in each half by itself; what is noise of their fits errs in both
-    # halves alike, as each half's draws enter the other's proposal
+    # what is structural in the misfit of the two proposals errs in each half by itself; what is noise of their fits errs in
+    # both halves alike, as each half's draws enter the other's proposal
     noise = 1 - _correlation(*(s.weight(ratio).flatten(0, 1) for s, ratio in zip(solutions, ratios, strict=True))).clamp(0, 1)
     both = noise * (one.of_posterior * other.of_posterior).sqrt()
     variance = one.of_proposal + other.of_proposal + one.of_posterior + other.of_posterior
@@ -125,7 +128,7 @@ def _halves(log_joint: LogJoint, chains: Chains, components: int, generator: tor
         sampled=torch.maximum(one.sampled, other.sampled),
         overlap=torch.minimum(one.overlap, other.overlap),
         components=torch.full_like(variance, components),
-        evaluations=torch.full_like(variance, 2.0 * DRAWS),
+        evaluations=torch.full_like(variance, 2.0 * count),
     )
 
 

@@ -67,7 +67,7 @@ class Mixture:
 def _nearest(u: Tensor, components: int) -> Tensor:
     """Return each draw's share in the nearest of points that lie far apart, (K, S, N)."""
     far = u.square().sum(-1)
-    centres = []
+    centres: list[Tensor] = []
     for _ in range(components):
         place = far.argmax(0)
         centre = u.gather(0, place[None, :, None].expand(1, *u.shape[1:]))

@@ -249,7 +249,7 @@ class ImportanceSampling(Reference):
 
 
 def _look(log_joint: LogJoint, modes: Modes, proposal: Proposal, draws: _Weighted, generator: torch.Generator) -> Unseen:
-    """Look for modes that the draws have not seen; where the weights are worth too little, the proposal's own draws stand in."""
+    """Look for modes that the draws have not seen; where the weights are worth too little, the proposal's own stand in."""
     z = resample(draws.z, draws.weights, LOOKED, generator)
     z = torch.where((draws.ess >= SAMPLED)[None, :, None], z, proposal.narrow.sample(LOOKED, generator))
     lp = log_joint(z)

@@ -68,7 +68,7 @@ def test_other_methods_take_over_the_data_that_the_grid_refuses_and_only_those(a
     assert (status[1:, 0] == "exact").all()
     assert (status[1:, 1:] == "not needed").all()
     assert (status[0, 1:] != "not needed").all()
-    assert all("not needed here: the grid is exact" in reason for reason in after["reason"].values[1:, 1:].flat)
+    assert all("not needed here: grid is exact or certified" in reason for reason in after["reason"].values[1:, 1:].flat)
     assert "left 1 of 5 data over, for which hmc, importance took its place" in after.attrs["notes"]
     assert ("hmc: exact or certified", f"{int(status[0, 1] == 'certified')} of 1 left over") in audits[1].lines()
     # the others are as if nothing had been left over; the first has a value within its error
@@ -83,7 +83,7 @@ def test_the_plan_says_what_takes_over() -> None:
     found = plan.choose("auto", audit_of())
     assert found.names == ["grid"]
     assert [method.name for method in found.spare] == ["hmc", "importance", "ais"]
-    assert "for data that grid does not certify, and for no others: hmc, importance, ais" in str(found)
+    assert "for data that grid does not settle, and for no others: hmc, importance, ais" in str(found)
     assert found.tree()["for_the_rest"] == ["hmc", "importance", "ais"]
     assert not plan.choose(["grid"], audit_of()).spare
 

@@ -22,7 +22,7 @@ def test_dry_run_writes_nothing(here, capsys):
     assert out[0] == "s.yaml: everything was checked, nothing was written; the run would go to runs/s (new)"
     assert out[1].startswith("audit, plan for 8 data, about ")
     assert [line.split()[0] for line in out[2:4]] == ["guide", "grid"]
-    assert out[4:] == ["  for data that grid does not certify, and for no others: hmc, importance, ais"]
+    assert out[4:] == ["  for data that grid does not settle, and for no others: hmc, importance, ais"]
     assert listing(here) == before
 
 

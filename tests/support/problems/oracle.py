@@ -89,9 +89,9 @@ def watched(problem: Problem) -> Iterator[Estimates]:
         self.offset = first["rows"]
         first["rows"] += log_joint.n_obs
 
-    def chains(self: Any, rows: Tensor, chains: Any, certificate: Any, engine: Any, note: str) -> None:
+    def chains(self: Any, rows: Tensor, chains: Any, certificate: Any, *args: Any) -> None:
         before = [(self.status[i], self.reason[i]) for i in range(len(self.status))]
-        take(self, rows, chains, certificate, engine, note)
+        take(self, rows, chains, certificate, *args)
         new = torch.tensor([before[i] != (self.status[i], self.reason[i]) for i in rows.tolist()], dtype=torch.bool)
         index = new.nonzero()[:, 0]  # what tempering could not certify is left as it was
         if not len(index):
