@@ -115,10 +115,8 @@ class ImportanceSampling(Reference):
     """Importance sampling from the refitted q* with heavier tails, Pareto-smoothed; certified datum by datum.
 
     A datum is certified if k-hat < 1/2 (the weights have a variance), the weights are worth at least 1,000 independent draws,
-    and no mode is unseen. A mode is unseen if annealed runs from the prior ended beyond the reach of the proposal's normal (1.5
-    x the 0.999 quantile of its squared distances, plus 4) and hold more than 0.2 % of the mass, while the draws out there hold
-    less than a quarter of that, or are worth fewer than 100 draws: a few heavy draws show that a mode exists, not how much mass
-    it holds.
+    and no mode is unseen: an annealed run from the prior that stays apart from the draws when it is continued, in a mode with
+    more than 0.5 % of the mass (see `search.unseen`).
 
     Args:
         draws: number of draws S per datum.
