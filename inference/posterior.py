@@ -134,6 +134,13 @@ def concatenate(parts: Sequence[Posterior]) -> Posterior:
     return dataclasses.replace(whole, status=[s for p in parts for s in p.status], reason=[r for p in parts for r in p.reason])
 
 
+def rows_of(posterior: Posterior, rows: Tensor) -> Posterior:
+    """Return the posterior of some of the data, in the order of `rows`."""
+    part = combined([posterior], lambda t: t[0][:, :, rows.to(t[0].device)], lambda t: t[0][rows.to(t[0].device)])
+    status, reason = ([words[i] for i in rows.tolist()] for words in (posterior.status, posterior.reason))
+    return dataclasses.replace(part, status=status, reason=reason)
+
+
 class Reference(ABC):
     """A method that gives the posterior of a `LogJoint` without the amortized guide's approximation.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import xarray as xr
 from annotated_types import Ge
 from torch import Tensor
@@ -26,9 +27,12 @@ from elbowroom.analysis.audit.diagnosis import diagnose as find_out
 from elbowroom.analysis.audit.parts import Store
 from elbowroom.analysis.audit.plan import Plan, choose, spare
 from elbowroom.analysis.audit.requested import Methods, requested
+from elbowroom.analysis.audit.sample import Sampled, sampled
 from elbowroom.analysis.audit.work import Work, unreached
 from elbowroom.analysis.measures.evidence import evidence_of
 from elbowroom.analysis.measures.expectations import expectations
+from elbowroom.analysis.measures.population import population
+from elbowroom.analysis.measures.population import sampled as random_part
 from elbowroom.analysis.measures.refuted import refute
 from elbowroom.analysis.measures.table import best_reference, trusted
 from elbowroom.analysis.measures.tabulate import tabulate
@@ -50,7 +54,7 @@ from elbowroom.system.stages import stage
 log = logging.getLogger("elbowroom")
 
 ROOMY = 8  # factor for arrays on a GPU, which small blocks would not fill
-KEPT = 2**29  # bytes of draws kept for all data and methods
+KEPT, OF_SAMPLE = 2**29, 2**27  # bytes of draws kept for all data and methods; where a budget leaves most of them out
 LEAST = 8  # smallest number of draws kept per datum
 DIAGNOSIS = "diagnosis.nc"
 PREDICTIVE = ("posterior_predictive", "prior_predictive", "observed_data")
@@ -131,6 +135,14 @@ class Audit:
         trees = self.trees
         return expectations(f, trees["guide"].isel(obs_id=rows), trees[name].isel(obs_id=rows))
 
+    @property
+    def population(self) -> xr.Dataset:
+        """Means over all data with 95 % intervals, also where a budget let only a random sample be audited.
+
+        See `measures.population.population`; quantities are the gap, its parts, log p(x), and the share of gaps above 1 nat.
+        """
+        return population(self.table)
+
     def lines(self) -> list[tuple[str, str]]:
         """Return the rows (quantity, value) of the short table."""
         return summary(self.table)
@@ -196,7 +208,7 @@ def audit(
     plate: str | None = None,
     references: Methods = "auto",
     seed: int = 0,
-    budget: float | str | None = None,
+    budget: float | str | None = durations.DEFAULT,
     diagnose: bool = True,
     compile: Compile = "auto",
     progress: Callable[[Progress], None] | None = None,
@@ -213,7 +225,8 @@ def audit(
             importance and ais), or names (`closed_form`, `enumeration`, `grid`, `hmc`, `importance`, `ais`; several in a list,
             or with commas between them), or Reference objects, or `none`.
         seed: random seed.
-        budget: seconds that the audit may take, or a text such as `10m`; data that are not reached are uncertified.
+        budget: seconds that the audit may take, or a text such as `10m`; `none` or None for no limit. Where it is short, a
+            random sample of the data is audited, and `Audit.population` says what holds for all.
         diagnose: also compute the further evidence for the verdicts: calibration, information, checks of the model, gaps of
             simulated data.
         compile: whether log p(x, z) and its gradient are compiled: `auto` (where that is faster), `always` or `never`; results
@@ -262,9 +275,9 @@ def audit_log_joint(
         obs_id: labels of the data; default 0 .. N-1.
         attrs: further attributes of the files, such as the spec's hash.
         progress: called before each piece of work with a `Progress`.
-        budget: seconds for the whole audit, or a text such as `10m`, shared among references and blocks; data that are not
-            reached are `uncertified`, with the reason. The guide's own pass always runs, and references get at least half of
-            the budget in addition to it.
+        budget: seconds for the whole audit, or a text such as `10m`; data that are not reached are `uncertified`, with the
+            reason. The guide's own pass always runs, and references get at least half of the budget in addition to it. Where
+            the estimate of all work exceeds half of the budget, data are audited in random order: see `audit.sample`.
         store: where finished parts are saved and looked up.
         beside: log joints of other data of the same pair (such as `train`), whose gaps are computed too, with the further
             evidence for the verdicts; may be empty. None: no diagnosis.
@@ -280,24 +293,33 @@ def audit_log_joint(
         plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=block_size(log_joint, draws))
     if store is not None:
         plan = _continued(plan, references, log_joint, store)
+    draws, keep = plan.draws, min(keep, plan.first // CHAINS * CHAINS) if plan.sampling else keep
     blocks = log_joint.blocks(plan.size)
-    pace = Clock(plan, [len(rows) for rows in blocks], started + plan.limit)
+    if math.isfinite(limit) and len(blocks) > 1:  # if the time runs out, the data done are a random part
+        order = torch.randperm(log_joint.n_obs, generator=torch.Generator().manual_seed(seed)).to(log_joint.device)
+        blocks = [rows.sort().values for rows in order.split(plan.size)]
+    pace = Clock(plan, [] if plan.sampling else [len(rows) for rows in blocks], started + plan.limit)
     log.info("%s", plan)
     say = progress or (lambda step: None)
     say(Progress.of(PLANNED, pace))
-    kept, moments = _kept(log_joint, keep, len(plan.references))
+    kept, moments = _kept(log_joint, keep, len(plan.references), OF_SAMPLE if plan.sampling else KEPT)
     work = Work(pace, say, keep=keep, kept=kept, moments=moments, draws=draws, seed=seed, store=store)
-    found = [work.block(part, number, label) for number, (part, label) in enumerate(_parts(log_joint, blocks))]
-    guide, posteriors, comparisons = work.joined(found)
+    if plan.sampling:
+        some = sampled(work, log_joint, pace, block_size(log_joint, plan.first), plan.size, seed)
+    else:
+        found = [work.block(part, number, label) for number, (part, label) in enumerate(_parts(log_joint, blocks))]
+        some = Sampled(found, torch.cat(blocks), {})
+        del found
+    guide, posteriors, comparisons = work.joined(some.found, some.rows)
+    columns = some.columns
     posteriors = [refute(posterior, [guide, *posteriors]) for posterior in posteriors]
-    del found  # frees as much memory as the joined results take
+    del some  # frees as much memory as the joined results take
     labels = np.arange(log_joint.n_obs) if obs_id is None else np.asarray(obs_id)
     facts = {"seed": str(seed), "plate": log_joint.plate, "latent_dim": str(log_joint.dim), "draws": str(draws)}
-    facts["plan"] = "; ".join(f"{name}: {reason}" for name, reason in zip(plan.names, plan.reasons, strict=True))
+    reasons = [f"{name}: {reason}" for name, reason in zip(plan.names, plan.reasons, strict=True)]
+    facts["plan"] = "; ".join([*reasons, *([plan.then] if plan.spare else [])])
     if log_joint.program.pinned:
         facts["held"] = "\n".join(log_joint.program.pinned)
-    if plan.spare:
-        facts["plan"] += f"; {plan.then}"
     notes = list(log_joint.notes)
     if len(posteriors) > len(plan.names):
         left = int((~posteriors[0].settled).sum())
@@ -311,16 +333,19 @@ def audit_log_joint(
         facts["notes"] = "\n".join(notes)
     facts |= dict(attrs or {}) | ({} if entries is None else {"entries": str(entries)})
     with stage("table"):
-        table = tabulate(guide, posteriors, comparisons, evidence_of(guide, posteriors), labels, facts)
+        table = tabulate(guide, posteriors, comparisons, evidence_of(guide, posteriors), labels, facts).assign(columns)
     diagnosis = None
     if beside is not None:
 
         def gaps(other: LogJoint, its_seed: int) -> xr.Dataset:
             few, kept = OTHERS
-            left = None if limit == math.inf else max(1.0, pace.deadline - time.monotonic())
-            return audit_log_joint(
+            left = None if limit == math.inf else max(1.0, (pace.deadline - time.monotonic()) / max(others.pop(), 1))
+            found = audit_log_joint(
                 other, references=plan.references, draws=min(draws, few), keep=kept, seed=its_seed, budget=left
-            ).table
+            )
+            return random_part(found.table)
+
+        others = list(range(1, len(beside) + 2))  # audits to come, simulated data and each of `beside`, which share the time
 
         diagnosis = find_out(
             log_joint, table, posteriors, beside, gaps,
@@ -328,7 +353,8 @@ def audit_log_joint(
         )  # fmt: skip
     verdicts = judge(table) if diagnosis is None else from_dataset(diagnosis["verdicts"].to_dataset())
     table["verdict"] = ("obs_id", per_datum(table), {"long_name": "what can be said of this datum by its own numbers"})
-    table.attrs["verdict"] = "\n".join([*map(str, verdicts), *sentences(table), *unreached(posteriors, limit)])
+    cut = [] if plan.sampling else unreached(posteriors, limit)
+    table.attrs["verdict"] = "\n".join([*map(str, verdicts), *sentences(table), *cut])
     observed = {name: value.cpu().numpy() for name, value in log_joint.program.observed.items()}
     joint = {name: value.cpu().numpy() for name, value in discrete.values(log_joint).items()}
     with stage("trees"):
@@ -356,12 +382,12 @@ def block_size(log_joint: LogJoint, draws: int) -> int:
     return min(fitting(draws, room * ARRAY), fitting(draws * max(1, log_joint.dim), room * LARGE_ARRAY))
 
 
-def _kept(log_joint: LogJoint, keep: int, references: int) -> tuple[int, bool]:
+def _kept(log_joint: LogJoint, keep: int, references: int, room: int = KEPT) -> tuple[int, bool]:
     """Return how many draws per datum fit in memory for all methods, and whether covariances fit."""
     methods, n, d = 1 + references, log_joint.n_obs, log_joint.dim
     sites = sum(math.prod(site.shape) for site in log_joint.sites) + len(log_joint.program.discrete)
     each = 8 * n * methods * (d + sites + 3)
-    return keep if each * keep <= KEPT else max(LEAST, KEPT // each // LEAST * LEAST), 8 * n * methods * d * d <= KEPT
+    return keep if each * keep <= room else max(LEAST, room // each // LEAST * LEAST), 8 * n * methods * d * d <= room
 
 
 def _parts(log_joint: LogJoint, blocks: Sequence[Tensor]) -> Iterator[tuple[LogJoint, str]]:

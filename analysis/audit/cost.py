@@ -2,8 +2,8 @@
 
     seconds of a block of n data = a calls + b (points per datum) n
 
-a (seconds per call) and b (seconds per point) are measured for this model on this machine in a fraction of a second. `WORK`
-holds the calls and points that each method needs, counted once. Methods not in `WORK` are timed on a few data.
+a (seconds per call) and b (seconds per point) are measured for this model on this machine in a fraction of a second. The calls
+and points that each method needs were counted on models with 2 to 50 latents. Other methods are timed on a few data.
 """
 
 from __future__ import annotations
@@ -66,15 +66,25 @@ class Cost:
 
 UNKNOWN = Cost(1.0, 0.0)
 
-SCOUT = Workload(calls=130, points=3_500)
-"""Gradients of q* and the mode search, which the methods of `SCOUTED` share."""
 SCOUTED = ("hmc", "importance", "ais")
-WORK = {
-    "hmc": Workload(calls=3_000, points=14_000, least=0.4),
-    "ais": Workload(calls=3_200, points=45_000),  # includes the reverse chains of the upper bounds
-    "importance": Workload(calls=60, points=14_000),
-}
-"""Gradients of each method alone."""
+"""Methods that share the search of q* and of the modes."""
+HIGH = 25  # latents beyond which these numbers grow no more
+
+
+def scouting(d: int) -> Workload:
+    """Return the gradients of q*, of the mode search and of the parts of the gap, for d latents."""
+    return Workload(calls=60 + 4 * min(d, HIGH), points=4_500 + 450 * min(d, HIGH))
+
+
+def sampling(name: str, d: int) -> Workload:
+    """Return the gradients of a method of `SCOUTED` alone."""
+    return {
+        "hmc": Workload(calls=3_000, points=8_500 + 250 * min(d, HIGH), least=0.4),
+        "ais": Workload(calls=3_200, points=60_000),  # includes the reverse chains of the upper bounds
+        "importance": Workload(calls=200, points=11_000 + 700 * d),
+    }[name]
+
+
 LATTICE = {1: Workload(calls=40, points=2_500), 2: Workload(calls=40, points=14_000), 3: Workload(calls=60, points=130_000)}
 """Densities, of a grid in 1, 2 or 3 dimensions."""
 GUIDE = 1.5  # cost of a guide draw in densities
@@ -96,10 +106,10 @@ class Pilot:
 
     def reference(self, method: Reference, before: Sequence[str]) -> Cost:
         """Return the cost of a method that runs after those named in `before` on the same data."""
-        if type(method).name in WORK and self.log_joint.dim:
-            cost = self._model(WORK[method.name], self.gradient)
-            first = method.name in SCOUTED and not set(SCOUTED) & set(before)
-            return cost + self._model(SCOUT, self.gradient) if first else cost
+        d = self.log_joint.dim
+        if type(method).name in SCOUTED and d:
+            cost = self._model(sampling(method.name, d), self.gradient)
+            return cost if set(SCOUTED) & set(before) else cost + self._model(scouting(d), self.gradient)
         if isinstance(method, Grid):
             return self._model(LATTICE[self.log_joint.dim], self.density)
         if isinstance(method, ClosedForm | Enumeration):

@@ -18,7 +18,7 @@ from elbowroom.analysis.measures.distances import Comparison, compare
 from elbowroom.analysis.measures.evidence import sandwich
 from elbowroom.analysis.measures.missed_modes import missed_mass
 from elbowroom.analysis.measures.refuted import overlooked
-from elbowroom.inference.posterior import Posterior, Reference, Status, combined, completed
+from elbowroom.inference.posterior import Posterior, Reference, Status, combined, completed, rows_of
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
 
@@ -53,7 +53,7 @@ def leftover(
     n = log_joint.n_obs
     rows = (~first.settled).nonzero()[:, 0]
     part, used, at = log_joint.some(rows.to(log_joint.device))
-    mine, known = _rows(guide, used.cpu()), _rows(first, used.cpu())
+    mine, known = rows_of(guide, used.cpu()), rows_of(first, used.cpu())
     found = []
     for number, method in enumerate(methods):
         seed = seeds.first + seeds.step * number
@@ -71,15 +71,8 @@ def leftover(
         blank = {name: torch.full((n,), torch.nan, dtype=value.dtype) for name, value in columns.items()}
         for name, value in columns.items():
             blank[name][rows] = value
-        out.append((_over(_rows(drawn, at.cpu()), rows, n, first.method), Comparison(**blank)))
+        out.append((_over(rows_of(drawn, at.cpu()), rows, n, first.method), Comparison(**blank)))
     return out
-
-
-def _rows(posterior: Posterior, rows: Tensor) -> Posterior:
-    """Return the posterior of some of the data."""
-    part = combined([posterior], lambda t: t[0][:, :, rows.to(t[0].device)], lambda t: t[0][rows.to(t[0].device)])
-    status, reason = ([words[i] for i in rows.tolist()] for words in (posterior.status, posterior.reason))
-    return dataclasses.replace(part, status=status, reason=reason)
 
 
 def _over(posterior: Posterior, rows: Tensor, n: int, by: str) -> Posterior:

@@ -17,8 +17,14 @@ from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system import durations
 
 AFFORDABLE = 3600.0  # without a budget, seconds a grid may take though sampling would be faster
-PARTS = 10  # smallest number of blocks that share an insufficient budget
-OVERHEAD = 0.1  # seconds per block outside all methods; blocks are large enough to keep it below a tenth of the budget
+AMPLE = 2.0  # factor by which a budget must exceed the estimate, for all data to be done in one pass
+FIRST = (400, 100)  # guide draws per datum, all data, where only a sample is audited; the fewer where they take too long
+OF_GUIDE = 0.2  # share of the budget for them
+FEWER, SLIGHT = 2_000, 0.1  # guide draws of the sample, where those asked for take more than that share of the references' time
+SAMPLE, WORST = 0.75, 0.85  # of the budget: when the random sample ends, and the search for the worst data
+FASTER = 3.0  # factor by which importance sampling must be faster than chains to come first, under a tight budget
+
+SPARE = ("hmc", "importance", "ais")  # for data that the first reference leaves over
 
 REASONS = {
     "closed_form": "the model is linear-Gaussian: its posterior is known in closed form",
@@ -42,6 +48,8 @@ class Plan:
         n_obs: number of data N.
         size: data per block.
         budget: seconds for the whole audit; infinity for no budget.
+        draws: draws per datum of the guide where references run.
+        first: draws per datum of the guide for all data, before a random sample of them is audited; 0 where all are.
         spare: methods that run only on data which the references do not certify; their time is not known beforehand.
     """
 
@@ -53,6 +61,13 @@ class Plan:
     size: int
     budget: float = math.inf
     spare: Sequence[Reference] = ()
+    draws: int = 10_000
+    first: int = 0
+
+    @property
+    def sampling(self) -> bool:
+        """Whether data are audited in random order until the budget ends, after a first look at all of them."""
+        return self.first > 0
 
     @property
     def names(self) -> list[str]:
@@ -72,7 +87,15 @@ class Plan:
     @property
     def limit(self) -> float:
         """Seconds within which the audit ends: the budget, or the guide's own pass plus half the budget if that is more."""
-        return max(self.budget, self._of(self.guide) + 0.5 * self.budget)
+        return max(self.budget, self._of(self.guide) * (self.first or self.draws) / self.draws + 0.5 * self.budget)
+
+    @property
+    def sample(self) -> int:
+        """Estimated number of data that the budget suffices for."""
+        if self.total <= SAMPLE * self.budget:
+            return self.n_obs
+        look = self._of(self.guide) * self.first / self.draws
+        return min(self.n_obs, max(0, int(self.n_obs * (SAMPLE * self.budget - look) / max(self.total, 1e-12))))
 
     def _of(self, cost: Cost) -> float:
         whole, rest = divmod(self.n_obs, self.size)
@@ -88,11 +111,12 @@ class Plan:
             lines.append(f"  {self.then}")
         if not self.references:
             lines.append("  no reference applies to this model")
-        if self.total > self.budget:
+        if self.sample < self.n_obs:
+            sample = f"a random sample of about {self.sample:,} is audited, and the means of all"
+            what = f"{sample} {self.n_obs:,} are estimated from it"
             lines.append(
-                f"  the budget of {durations.words(self.budget)} is less than the {durations.words(self.total)} "
-                "that all of it would "
-                "take: it is shared out, and data that are not reached stay uncertified"
+                f"  the budget of {durations.words(self.budget)} is less than the {durations.words(self.total)} that all of it "
+                f"would take: {what if self.sample else 'the guide alone is looked at'}; --budget none audits all"
             )
         return "\n".join(lines)
 
@@ -109,6 +133,7 @@ class Plan:
             "data": self.n_obs,
             "seconds": round(self.total, 1),
             "budget": None if math.isinf(self.budget) else self.budget,
+            "sample": self.sample,
             "guide_seconds": round(self._of(self.guide), 1),
             "references": [{"name": n, "reason": r, "seconds": round(s, 1)} for n, r, s in rows],
             "for_the_rest": [method.name for method in self.spare],
@@ -154,22 +179,21 @@ def choose(
         reasons = [REASONS.get(method.name, "asked for") for method in methods]
     names = [method.name for method in methods]
     costs = [pilot.reference(method, names[:k]) for k, method in enumerate(methods)]
-    plan = Plan(methods, reasons, pilot.guide(), costs, n, size, budget, spare(wanted, methods))
-    if plan.total <= budget or not methods:
+    plan = Plan(methods, reasons, pilot.guide(), costs, n, size, budget, spare(wanted, methods), draws)
+    if not methods or plan.total * AMPLE <= budget or n < 2 or not log_joint.separable():
         return plan
-    # small blocks, so that all methods reach some data; but large enough that fixed costs do not dominate
-    share = budget / PARTS
-    best = costs[0]  # the other methods may complete no block
-    reached = max(share - best.fixed, min(best.fixed, budget / 3 - best.fixed)) / max(best.each, 1e-12)
-    smaller = int(min(size, -(-n // PARTS), reached))
-    least = min(size, math.ceil(n / max(PARTS, 0.1 * budget / OVERHEAD)))
-    return replace(plan, size=max(least, smaller))
+    each = sum(cost.of(size) for cost in costs)
+    if plan.guide.of(size) > SLIGHT * each and draws > FEWER:
+        share = FEWER / draws
+        plan = replace(plan, draws=FEWER, guide=Cost(plan.guide.fixed * share, plan.guide.each * share))
+    look = plan.guide.each * n / plan.draws  # seconds of one draw for all data
+    return replace(plan, first=min(draws, FIRST[0] if FIRST[0] * look <= OF_GUIDE * budget else FIRST[1]))
 
 
 def spare(references: Literal["auto"] | Sequence[str | Reference], methods: Sequence[Reference]) -> list[Reference]:
     """Return what takes over under `auto` where a grid or chains leave a datum open."""
     first = methods[0].name if references == "auto" and len(methods) == 1 else ""
-    return [KNOWN[name]() for name in ("hmc", "importance", "ais") if first in ("grid", "hmc") and name != first]
+    return [KNOWN[name]() for name in SPARE if first in ("grid", *SPARE) and name != first]
 
 
 def _auto(log_joint: LogJoint, pilot: Pilot, n: int, budget: float) -> tuple[list[Reference], list[str]]:
@@ -185,4 +209,9 @@ def _auto(log_joint: LogJoint, pilot: Pilot, n: int, budget: float) -> tuple[lis
         if takes <= max(min(budget, AFFORDABLE), instead):
             return [grid], [REASONS["grid"]]
         why = f"a grid would take {durations.words(takes)}; "
-    return [KNOWN["hmc"]()], [why + REASONS["hmc"]]
+    hmc, importance = (KNOWN[name]() for name in ("hmc", "importance"))
+    slow, fast = (pilot.reference(method, []).of(n) for method in (hmc, importance))
+    if slow > budget and fast * FASTER <= slow:
+        why += f"chains would take {durations.words(slow)}, more than the budget; "
+        return [importance], [why + REASONS["importance"]]
+    return [hmc], [why + REASONS["hmc"]]

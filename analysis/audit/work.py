@@ -20,7 +20,7 @@ from elbowroom.analysis.measures.evidence import sandwich
 from elbowroom.analysis.measures.gaps import refitted, unknown
 from elbowroom.analysis.measures.missed_modes import missed_mass
 from elbowroom.analysis.measures.refuted import refute
-from elbowroom.inference.posterior import Posterior, combined, completed, concatenate
+from elbowroom.inference.posterior import Posterior, combined, completed, concatenate, rows_of
 from elbowroom.inference.references.importance.guide import amortized
 from elbowroom.inference.search.scout import scout
 from elbowroom.inference.target.log_joint import LogJoint
@@ -68,6 +68,7 @@ class Work:
         """Return the guide's part of a block of data, then each reference's; None where the budget left it out."""
         plan, start = self.pace.plan, self.seed + BLOCK_STEP * number
         facts = (number, part.n_obs, self.seed, self.draws, self.keep, self.kept, self.moments)
+        block_began = self.pace.clock()
         keys = [self._key("guide", *facts)]
         keys += [self._key(method.name, k, described(method), *facts) for k, method in enumerate(plan.references)]
         extra = [self._key(method.name, -k, described(method), *facts) for k, method in enumerate(plan.spare, start=1)]
@@ -104,8 +105,21 @@ class Work:
             found[k] = self._keep(keys[k] if whole else "", drawn, distances)
             self.pace.finished(method.name, time.monotonic() - began, whole=whole)
         if self._open(found):
-            rest = self._leftover(part, guide, found, extra, start, label)
+            rest = self._leftover(part, guide, found, extra, start, label, block_began)
         return self._closed(part, keys, found, start) + rest
+
+    def look(self, part: LogJoint, number: int, draws: int, label: str) -> Part:
+        """Return the guide's part of a block of data for which no reference is run, by few draws."""
+        key = self._key("look", number, part.n_obs, self.seed, draws, self.keep, self.kept, self.moments)
+        found = None if self.store is None else self.store.get(key)
+        if found is not None:
+            return found
+        self.say(Progress.of(f"a first look{label}", self.pace))
+        start = self.seed + BLOCK_STEP * number
+        guide = amortized(part, draws=draws, keep=self.keep, seed=start)
+        guide = completed(part, guide, start + DISCRETE_STEP, which="guide")
+        stats = guide.stats | {name: value.cpu() for name, value in unknown(part.n_obs).items()}
+        return self._keep(key, dataclasses.replace(guide, stats=stats), None)
 
     @staticmethod
     def _open(found: Sequence[Part | None]) -> bool:
@@ -114,10 +128,17 @@ class Work:
         return last is not None and last.posterior.method != "guide" and not bool(last.posterior.settled.all())
 
     def _leftover(
-        self, part: LogJoint, guide: Posterior, found: Sequence[Part | None], keys: Sequence[str], start: int, label: str
+        self,
+        part: LogJoint,
+        guide: Posterior,
+        found: Sequence[Part | None],
+        keys: Sequence[str],
+        start: int,
+        label: str,
+        began: float,
     ) -> list[Part | None]:
         """Run the spare methods on the data that the reference leaves over."""
-        plan, until, first = self.pace.plan, self.pace.spare(), found[-1]
+        plan, until, first = self.pace.plan, self.pace.spare(began), found[-1]
         if until is None or first is None or not plan.spare:
             return [None] * len(plan.spare)
         n = int((~first.posterior.settled).sum())
@@ -161,8 +182,21 @@ class Work:
             self.store.put(key, part)
         return part
 
-    def joined(self, found: Sequence[Sequence[Part | None]]) -> tuple[Posterior, list[Posterior], list[Comparison]]:
-        """Return the guide, the references and their comparisons, each over all data."""
+    def joined(
+        self, found: Sequence[Sequence[Part | None]], order: Tensor
+    ) -> tuple[Posterior, list[Posterior], list[Comparison]]:
+        """Return the guide, the references and their comparisons, each over all data in their own order.
+
+        `order` holds the row of each datum of the blocks, one after the other.
+        """
+        place = order.cpu().argsort()
+        if bool((place == torch.arange(len(place))).all()):
+            return self._joined(found)
+        guide, posteriors, comparisons = self._joined(found)
+        moved = [Comparison(*(getattr(c, f.name)[place] for f in dataclasses.fields(c))) for c in comparisons]
+        return rows_of(guide, place), [rows_of(posterior, place) for posterior in posteriors], moved
+
+    def _joined(self, found: Sequence[Sequence[Part | None]]) -> tuple[Posterior, list[Posterior], list[Comparison]]:
         guides = [parts[0].posterior for parts in found if parts[0] is not None]
         posteriors, comparisons = [], []
         plan = self.pace.plan
@@ -183,6 +217,10 @@ class Work:
             posteriors.append(concatenate([part.posterior for part in whole]))
             comparisons.append(_join([part.comparison for part in whole if part.comparison is not None]))
         return concatenate(guides), posteriors, comparisons
+
+    def interrupted(self, parts: Sequence[Part | None]) -> bool:
+        """Return whether the budget cut the first reference of a block short, or left it out."""
+        return parts[1] is None or any(map(ENDED.search, parts[1].posterior.reason))
 
     def _key(self, *facts: object) -> str:
         return "" if self.store is None else self.store.key(*map(str, facts))

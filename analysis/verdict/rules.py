@@ -26,6 +26,7 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, ERRORS, counts, kinds
+from elbowroom.analysis.measures.population import sampled
 from elbowroom.analysis.measures.table import (
     FEW,
     LARGE_GAP,
@@ -93,10 +94,10 @@ def judge(table: xr.Dataset, beside: Mapping[str, xr.Dataset] | None = None) -> 
     """Return the verdicts, the most consequential first; `sound` alone where no other applies.
 
     Args:
-        table: the audit's table.
+        table: the audit's table; where a budget cut the audit short, its random sample alone is judged.
         beside: datasets by name, as `Audit.diagnosis` holds them; rules without their evidence give no verdict.
     """
-    facts = Facts(table, beside or {})
+    facts = Facts(sampled(table), beside or {})
     if not facts.known.any():  # a missed mode needs a certified posterior, not log p(x)
         return [one for one in (_mode_missed(facts), _untrusted(facts)) if one is not None] or [_sound(facts)]
     found = [judgement for find in RULES.values() if (judgement := find(facts)) is not None]

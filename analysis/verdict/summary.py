@@ -10,6 +10,7 @@ import xarray as xr
 
 from elbowroom.analysis.measures import evidence_kinds
 from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, ESTIMATE, EXACT, counts, estimated, has_value
+from elbowroom.analysis.measures.population import population, sampled
 from elbowroom.analysis.measures.table import FEW, GOOD_K, LARGE_GAP, MISSED, SMALL_GAP, best_reference, column, needed, trusted
 from elbowroom.analysis.verdict.thresholds import bad_k, certified, mean_se
 
@@ -33,12 +34,18 @@ def _quartiles(values: np.ndarray, digits: int = 3) -> str:
 
 
 def summary(table: xr.Dataset) -> list[tuple[str, str]]:
-    """Return (quantity, value) rows: means +- standard error over data, medians (quartiles), counts."""
+    """Return (quantity, value) rows: means +- standard error over data, medians (quartiles), counts.
+
+    Where a budget cut the audit short, they are those of its random sample, after the estimates for all data.
+    """
+    of_all = _population_rows(table)
+    table = sampled(table)
     n, k, gap = table.sizes["obs_id"], table["pareto_k"].values, table["gap_total"].values
     largest = f"{gap[np.isfinite(gap)].max():.3f}" if np.isfinite(gap).any() else "not available"
     no_k = not (np.isfinite(k) | np.isposinf(k)).any()  # for example weights of a few discrete values, which have no tail
     rows = [
         ("data audited", str(n)),
+        *of_all,
         ("evidence by", ", ".join(f"{name} {count}" for name, count in sorted(evidence_kinds.methods(table).items()))),
         (
             f"mean ELBO [nats]{', at the median of the global latents' if held(table) else ''}",
@@ -73,8 +80,58 @@ def summary(table: xr.Dataset) -> list[tuple[str, str]]:
 
 def sentences(table: xr.Dataset) -> list[str]:
     """Return two to five plain sentences: the size of the gap, the errors of q, and the data that could not be certified."""
-    lines = (_gap(table), _missed(table), _shape(table), _trust(table), _caveat(table))
+    part = sampled(table)
+    lines = (_sample(table), _gap(part), _missed(part), _shape(part), _trust(part), _caveat(part))
     return [line for line in lines if line]
+
+
+def _population_rows(table: xr.Dataset) -> list[tuple[str, str]]:
+    """Return estimates for all data from a random sample; nothing where all were audited."""
+    if sampled(table) is table:
+        return []
+    found, n = population(table), table.sizes["obs_id"]
+    out = [("a random sample of", f"{n:,}")]
+    for name, what in {
+        "gap_total": "mean gap of all [nats], 95 %",
+        "gap_amortization": "  of it amortization [nats], 95 %",
+        "gap_approximation": "  of it approximation [nats], 95 %",
+        "log_evidence": "mean log p(x) of all [nats], 95 %",
+        "gap_above_1_nat": "share of all above 1 nat, 95 %",
+    }.items():
+        out.append((what, interval(found.sel(quantity=name))))
+    return out
+
+
+def interval(row: xr.Dataset) -> str:
+    """Format an estimate of `population` with its interval."""
+    mean, low, high = (float(row[name]) for name in ("mean", "lower", "upper"))
+    return "not available" if np.isnan(mean) else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _sample(table: xr.Dataset) -> str:
+    """Say that the audit is one of a random sample, and what it says of all data."""
+    part = sampled(table)
+    if part is table:
+        return ""
+    n, found = table.sizes["obs_id"], population(table)
+    few, missing = part.sizes["obs_id"], int(found.attrs["without_value"])
+    gap, above = found.sel(quantity="gap_total"), found.sel(quantity="gap_above_1_nat")
+    worst = int((np.isfinite(column(table, "gap_total")) & _audited(table)).sum()) - (few - missing)
+    line = f"The budget let {few:,} of {n:,} data be audited, drawn at random; verdicts and figures are those of this sample."
+    if np.isfinite(float(gap["mean"])):
+        line += f" The mean gap of all {n:,} is {interval(gap)} nats, the share above 1 nat {interval(above)} (95 %)."
+    if missing:
+        line += f" {missing} of the sample have no value of log p(x): these intervals do not speak for data like them."
+    if worst > 0:
+        line += f" {worst} more were audited because a proxy shows them as the worst; they are in no mean."
+    return line
+
+
+def _audited(table: xr.Dataset) -> np.ndarray:
+    """Return which data a reference was run on, (N,)."""
+    if not table.sizes["reference"]:
+        return np.zeros(table.sizes["obs_id"], dtype=bool)
+    return np.asarray(np.isfinite(table["sliced_wasserstein"].values).any(1))
 
 
 def _missed(table: xr.Dataset) -> str:

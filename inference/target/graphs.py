@@ -28,7 +28,7 @@ from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.target.plain import PlainLogJoint
 from elbowroom.inference.target.tracing import Kind, OneDatum, by_graph, leapfrog_arguments
 
-EVALUATIONS: dict[Kind, float] = {"joint": 2e4, "terms": 1e4, "guide": 1e4, "grad": 1e4, "parts": 1e5, "leap": 3e4}
+EVALUATIONS: dict[Kind, float] = {"joint": 1e4, "terms": 1e4, "guide": 1e4, "grad": 1e4, "parts": 3e4, "leap": 3e4}
 """Evaluations per datum that an audit makes, roughly, a gradient counted as three."""
 SMALL = 1e4  # output entries per datum, other than of products, that are not counted
 REUSED = 100  # largest number of uses of a weight for one datum (convolutions)

@@ -24,7 +24,7 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="the r
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="move what is there aside first")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the run that is there, its audit too")]
 Budget = Annotated[
-    str | None, typer.Option("--budget", metavar="TIME", help="time that the audit may take: 90s, 10m, 1h [default: no limit]")
+    str | None, typer.Option("--budget", metavar="TIME", help="time that the audit may take: 90s, 10m, 1h, none [default: 5m]")
 ]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="change the spec; may be repeated")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")]

@@ -67,7 +67,9 @@ class AuditBlock(Block):
     references: Any
     draws: Draws = Field(10_000, description="draws of the guide per datum for ELBO and k-hat")
     keep: Draws = Field(1_000, description="draws per datum that are kept in the files")
-    budget: Budget = Field(None, description="time that the audit may take, such as 10m; without one, as long as it takes")
+    budget: Budget = Field(
+        durations.DEFAULT, description="time that the audit may take, such as 10m, or none; where it is short, a random sample"
+    )
     diagnose: Annotated[bool, Strict()] = Field(
         True, description="also calibration, information, checks of the model, and the gaps of other data"
     )

@@ -9,20 +9,23 @@ from elbowroom.errors import SpecError
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _TIME = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([smh]?)")
-WANTED = "must be a time above 0, such as 90s, 10m or 1h"
+WANTED = "must be a time above 0, such as 90s, 10m or 1h, or none"
+NONE = "none"
+DEFAULT = "5m"
+"""The budget of an audit, and of a question, for which none is given."""
 
 
 def seconds(budget: float | str | None, where: str = "budget") -> float:
-    """Return a budget in seconds; infinity for None.
+    """Return a budget in seconds; infinity for None and for `none`.
 
     Args:
-        budget: a number of seconds, or a number with a unit: `s`, `m`, `h`.
+        budget: a number of seconds, a number with a unit: `s`, `m`, `h`; or `none` for no limit.
         where: name of the budget in messages.
 
     Raises:
         SpecError: the budget is not a time above 0.
     """
-    if budget is None:
+    if budget is None or (isinstance(budget, str) and budget.strip().lower() == NONE):
         return math.inf
     if isinstance(budget, str):
         found = _TIME.fullmatch(budget.strip())

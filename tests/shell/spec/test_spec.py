@@ -140,9 +140,9 @@ REPLACED = {
     ("references: auto", "references: grd"): "audit.references: unknown reference 'grd'; did you mean 'grid'?",
     ("references: auto", "references: [grid, {name: nuts}]"): "audit.references.1.name: unknown reference 'nuts'; "
     "allowed: ais, closed_form, enumeration, grid, hmc, importance",
-    ("observations: all", "budget: soon"): "audit.budget: must be a time above 0, such as 90s, 10m or 1h, got 'soon'",
-    ("observations: all", "budget: -3"): "audit.budget: must be a time above 0, such as 90s, 10m or 1h, got -3",
-    ("observations: all", "budget: [1]"): "audit.budget: must be a time above 0, such as 90s, 10m or 1h, got [1]",
+    ("observations: all", "budget: soon"): "audit.budget: must be a time above 0, such as 90s, 10m or 1h, or none, got 'soon'",
+    ("observations: all", "budget: -3"): "audit.budget: must be a time above 0, such as 90s, 10m or 1h, or none, got -3",
+    ("observations: all", "budget: [1]"): "audit.budget: must be a time above 0, such as 90s, 10m or 1h, or none, got [1]",
     ("references: auto", "references: [{name: grid, tolerence: 1}]"): "audit.references.0.tolerence: unknown option of grid; "
     "did you mean 'tolerance'?",
     ("references: auto", "references: []"): "audit.references: must be 'auto' or a list of at least 1, got []",
