@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import xarray as xr
 from annotated_types import Ge
-from torch import Tensor
 
 from elbowroom.analysis import idata
 from elbowroom.analysis.audit.budget import PLANNED, Clock, Progress
@@ -27,11 +26,11 @@ from elbowroom.analysis.audit.diagnosis import diagnose as find_out
 from elbowroom.analysis.audit.parts import Store
 from elbowroom.analysis.audit.plan import Plan, choose, spare
 from elbowroom.analysis.audit.requested import Methods, requested
-from elbowroom.analysis.audit.sample import Sampled, sampled
+from elbowroom.analysis.audit.sample import Sampled, in_turn, random_order, sampled
 from elbowroom.analysis.audit.work import Work, unreached
 from elbowroom.analysis.measures.evidence import evidence_of
 from elbowroom.analysis.measures.expectations import expectations
-from elbowroom.analysis.measures.population import population
+from elbowroom.analysis.measures.population import population, random_rows
 from elbowroom.analysis.measures.population import sampled as random_part
 from elbowroom.analysis.measures.refuted import refute
 from elbowroom.analysis.measures.table import best_reference, trusted
@@ -42,11 +41,11 @@ from elbowroom.analysis.verdict.rules import judge, per_datum
 from elbowroom.analysis.verdict.summary import sentences, summary
 from elbowroom.errors import RunFolderError, UserError
 from elbowroom.inference.compiled.policies import Compile, policy
-from elbowroom.inference.posterior import CHAINS
+from elbowroom.inference.posterior import CHAINS, rows_of
 from elbowroom.inference.target import discrete
 from elbowroom.inference.target.checks import note_rounding
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.system import durations, memory
+from elbowroom.system import durations
 from elbowroom.system.files import atomic
 from elbowroom.system.memory import ARRAY, LARGE_ARRAY, fitting
 from elbowroom.system.stages import stage
@@ -290,14 +289,13 @@ def audit_log_joint(
     log_joint.separable()  # the notes say if the guide couples the data
     keep = min(keep, draws) // CHAINS * CHAINS
     with stage("plan"):
-        plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=block_size(log_joint, draws))
+        size, others = block_size(log_joint, draws), 0 if beside is None else 1 + len(beside)
+        plan = choose(references, log_joint, draws=draws, keep=keep, budget=limit, size=size, others=others)
+        plan = replace(plan, size=block_size(log_joint, plan.draws)) if plan.sampling else plan
     if store is not None:
         plan = _continued(plan, references, log_joint, store)
     draws, keep = plan.draws, min(keep, plan.first // CHAINS * CHAINS) if plan.sampling else keep
     blocks = log_joint.blocks(plan.size)
-    if math.isfinite(limit) and len(blocks) > 1:  # if the time runs out, the data done are a random part
-        order = torch.randperm(log_joint.n_obs, generator=torch.Generator().manual_seed(seed)).to(log_joint.device)
-        blocks = [rows.sort().values for rows in order.split(plan.size)]
     pace = Clock(plan, [] if plan.sampling else [len(rows) for rows in blocks], started + plan.limit)
     log.info("%s", plan)
     say = progress or (lambda step: None)
@@ -307,8 +305,9 @@ def audit_log_joint(
     if plan.sampling:
         some = sampled(work, log_joint, pace, block_size(log_joint, plan.first), plan.size, seed)
     else:
-        found = [work.block(part, number, label) for number, (part, label) in enumerate(_parts(log_joint, blocks))]
-        some = Sampled(found, torch.cat(blocks), {})
+        turn = random_order(len(blocks), seed) if math.isfinite(limit) else range(len(blocks))
+        found = [work.block(part, number, label) for part, number, label in in_turn(log_joint, blocks, turn)]
+        some = Sampled(found, torch.cat([blocks[k] for k in turn]), {})
         del found
     guide, posteriors, comparisons = work.joined(some.found, some.rows)
     columns = some.columns
@@ -339,16 +338,17 @@ def audit_log_joint(
 
         def gaps(other: LogJoint, its_seed: int) -> xr.Dataset:
             few, kept = OTHERS
-            left = None if limit == math.inf else max(1.0, (pace.deadline - time.monotonic()) / max(others.pop(), 1))
-            found = audit_log_joint(
-                other, references=plan.references, draws=min(draws, few), keep=kept, seed=its_seed, budget=left
-            )
-            return random_part(found.table)
+            left = None if limit == math.inf else max(1.0, (pace.deadline - time.monotonic()) / max(ahead.pop(), 1))
+            options: dict[str, Any] = {"draws": min(draws, few), "keep": kept, "seed": its_seed, "budget": left}
+            return random_part(audit_log_joint(other, references=plan.references, **options).table)
 
-        others = list(range(1, len(beside) + 2))  # audits to come, simulated data and each of `beside`, which share the time
-
+        ahead = list(range(1, len(beside) + 2))  # audits to come, simulated data and each of `beside`, which share the time
+        some_data, of_them = log_joint, posteriors
+        if plan.sampling:  # of all data there may be very many
+            some_data, rows, _ = log_joint.some(torch.as_tensor(np.flatnonzero(random_rows(table)), device=log_joint.device))
+            of_them = [rows_of(posterior, rows.cpu()) for posterior in posteriors]
         diagnosis = find_out(
-            log_joint, table, posteriors, beside, gaps,
+            some_data, random_part(table), of_them, beside, gaps,
             seed=seed, entries=entries, until=pace.deadline, say=lambda sentence: say(Progress.of(sentence, pace)),
         )  # fmt: skip
     verdicts = judge(table) if diagnosis is None else from_dataset(diagnosis["verdicts"].to_dataset())
@@ -369,11 +369,13 @@ def audit_log_joint(
 
 def _continued(plan: Plan, references: Methods, log_joint: LogJoint, store: Store) -> Plan:
     """Return the plan of the audit that is resumed: a new timing could lead to a different plan."""
-    kept = store.remember({"references": plan.names, "reasons": plan.reasons, "size": plan.size})
+    kept = store.remember(
+        {name: getattr(plan, name) for name in ("reasons", "size", "first", "draws")} | {"references": plan.names}
+    )
     if requested(references) == "auto" and kept["references"] != plan.names:
         plan = choose(kept["references"], log_joint, budget=plan.budget, size=plan.size)
         plan = replace(plan, spare=spare(requested(references), plan.references))
-    return replace(plan, reasons=list(kept["reasons"]), size=int(kept["size"]))
+    return replace(plan, **{name: kept[name] for name in ("reasons", "size", "first", "draws")})
 
 
 def block_size(log_joint: LogJoint, draws: int) -> int:
@@ -388,11 +390,3 @@ def _kept(log_joint: LogJoint, keep: int, references: int, room: int = KEPT) -> 
     sites = sum(math.prod(site.shape) for site in log_joint.sites) + len(log_joint.program.discrete)
     each = 8 * n * methods * (d + sites + 3)
     return keep if each * keep <= room else max(LEAST, room // each // LEAST * LEAST), 8 * n * methods * d * d <= room
-
-
-def _parts(log_joint: LogJoint, blocks: Sequence[Tensor]) -> Iterator[tuple[LogJoint, str]]:
-    """Yield one block of data at a time, so that cached results of a block are freed with it."""
-    for rows in blocks:
-        label = f" for data {int(rows[0])}..{int(rows[-1])} of {log_joint.n_obs}" if len(blocks) > 1 else ""
-        yield log_joint.subset(rows), label
-        memory.trim()

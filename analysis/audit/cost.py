@@ -26,7 +26,7 @@ from elbowroom.system.memory import LARGE_ARRAY, fitting
 log = logging.getLogger("elbowroom")
 
 ROWS = 64  # data used to time a gradient
-DRAWS = (4, 128)  # draws of each datum
+DRAWS = (4, 32)  # draws of each datum
 FEW, SOME = 2, 8  # data used to time other methods
 SEED = 777  # no other part uses these random numbers
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from elbowroom.analysis.audit.plan import OTHER
 from elbowroom.analysis.verdict import judgement, rules
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.posterior import Posterior
@@ -32,7 +33,7 @@ from elbowroom.system.stages import stage
 log = logging.getLogger("elbowroom")
 
 SEED_STEP = 15_485_863  # between the parts, so that they share no random numbers
-SIMULATED = 100  # data of the audit of simulated data
+SIMULATED = OTHER  # data of the audit of simulated data
 Auditor = Callable[[LogJoint, int], xr.Dataset]
 
 

@@ -18,10 +18,14 @@ from elbowroom.system import durations
 
 AFFORDABLE = 3600.0  # without a budget, seconds a grid may take though sampling would be faster
 AMPLE = 2.0  # factor by which a budget must exceed the estimate, for all data to be done in one pass
-FIRST = (400, 100)  # guide draws per datum, all data, where only a sample is audited; the fewer where they take too long
+FIRST = (200, 100)  # guide draws per datum, all data, where only a sample is audited; the fewer where they take too long
 OF_GUIDE = 0.2  # share of the budget for them
-FEWER, SLIGHT = 2_000, 0.1  # guide draws of the sample, where those asked for take more than that share of the references' time
-SAMPLE, WORST = 0.75, 0.85  # of the budget: when the random sample ends, and the search for the worst data
+FEWER, SLIGHT = (
+    4_000,
+    0.03,
+)  # guide draws of the sample, where those asked for take more than that share of the references' time
+SAMPLE, WORST = 0.72, 0.82  # of the budget: when the random sample ends, and the search for the worst data
+OTHER = 100  # data of each audit of others
 FASTER = 3.0  # factor by which importance sampling must be faster than chains to come first, under a tight budget
 
 SPARE = ("hmc", "importance", "ais")  # for data that the first reference leaves over
@@ -50,6 +54,7 @@ class Plan:
         budget: seconds for the whole audit; infinity for no budget.
         draws: draws per datum of the guide where references run.
         first: draws per datum of the guide for all data, before a random sample of them is audited; 0 where all are.
+        others: audits of a few other data, for the diagnosis: simulated ones, and those of other splits.
         spare: methods that run only on data which the references do not certify; their time is not known beforehand.
     """
 
@@ -63,6 +68,7 @@ class Plan:
     spare: Sequence[Reference] = ()
     draws: int = 10_000
     first: int = 0
+    others: int = 0
 
     @property
     def sampling(self) -> bool:
@@ -82,20 +88,30 @@ class Plan:
     @property
     def total(self) -> float:
         """Estimated seconds of the whole audit without a budget."""
-        return self._of(self.guide) + sum(self.seconds)
+        return self._of(self.guide) + sum(self.seconds) + self.further
+
+    @property
+    def further(self) -> float:
+        """Estimated seconds of the audits of other data."""
+        return self.others * sum(cost.of(min(OTHER, self.n_obs)) for cost in self.costs)
 
     @property
     def limit(self) -> float:
         """Seconds within which the audit ends: the budget, or the guide's own pass plus half the budget if that is more."""
-        return max(self.budget, self._of(self.guide) * (self.first or self.draws) / self.draws + 0.5 * self.budget)
+        return max(self.budget, self.looking + 0.5 * self.budget)
+
+    @property
+    def looking(self) -> float:
+        """Estimated seconds of the guide's pass over all data: the first look, where only a sample is audited."""
+        return self._of(self.guide) * (self.first or self.draws) / self.draws
 
     @property
     def sample(self) -> int:
         """Estimated number of data that the budget suffices for."""
-        if self.total <= SAMPLE * self.budget:
+        all_data = self.total - self.further
+        if not self.sampling or all_data <= SAMPLE * self.budget:
             return self.n_obs
-        look = self._of(self.guide) * self.first / self.draws
-        return min(self.n_obs, max(0, int(self.n_obs * (SAMPLE * self.budget - look) / max(self.total, 1e-12))))
+        return min(self.n_obs, max(0, int(self.n_obs * (SAMPLE * self.budget - self.looking) / max(all_data, 1e-12))))
 
     def _of(self, cost: Cost) -> float:
         whole, rest = divmod(self.n_obs, self.size)
@@ -103,8 +119,10 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"plan for {self.n_obs} data, about {durations.words(min(self.total, self.budget))}:"]
-        rows = [("guide", self._of(self.guide), "its ELBO and importance weights")]
+        rows = [("guide", self.looking, "its ELBO and importance weights" + ", a first look" * self.sampling)]
         rows += list(zip(self.names, self.seconds, self.reasons, strict=True))
+        if self.others:
+            rows.append(("others", self.further, "the same for a few simulated data, and for some of other splits"))
         width = max(len(name) for name, _, _ in rows)
         lines += [f"  {name:<{width}}  about {durations.words(time)}: {why}" for name, time, why in rows]
         if self.spare:
@@ -134,7 +152,8 @@ class Plan:
             "seconds": round(self.total, 1),
             "budget": None if math.isinf(self.budget) else self.budget,
             "sample": self.sample,
-            "guide_seconds": round(self._of(self.guide), 1),
+            "others_seconds": round(self.further, 1),
+            "guide_seconds": round(self.looking, 1),
             "references": [{"name": n, "reason": r, "seconds": round(s, 1)} for n, r, s in rows],
             "for_the_rest": [method.name for method in self.spare],
         }
@@ -149,6 +168,7 @@ def choose(
     budget: float = math.inf,
     size: int | None = None,
     n_obs: int | None = None,
+    others: int = 0,
 ) -> Plan:
     """Choose the references, with reasons and estimated times.
 
@@ -164,6 +184,7 @@ def choose(
         budget: seconds for the whole audit.
         size: data per block; all by default.
         n_obs: number of data to plan for; those of `log_joint` by default.
+        others: audits of a few other data that will follow.
 
     Raises:
         UserError: for an unknown name, or a method that cannot be used for this model.
@@ -179,7 +200,7 @@ def choose(
         reasons = [REASONS.get(method.name, "asked for") for method in methods]
     names = [method.name for method in methods]
     costs = [pilot.reference(method, names[:k]) for k, method in enumerate(methods)]
-    plan = Plan(methods, reasons, pilot.guide(), costs, n, size, budget, spare(wanted, methods), draws)
+    plan = Plan(methods, reasons, pilot.guide(), costs, n, size, budget, spare(wanted, methods), draws, others=others)
     if not methods or plan.total * AMPLE <= budget or n < 2 or not log_joint.separable():
         return plan
     each = sum(cost.of(size) for cost in costs)

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,7 @@ def sampled(work: Work, log_joint: LogJoint, pace: Clock, look: int, size: int, 
     """
     n, plan, end = log_joint.n_obs, pace.plan, pace.deadline
     span = end - pace.started
+    pace.deadline = pace.started + WORST * span  # the rest is for what follows the audit of data
     firsts = []
     for number, rows in enumerate(log_joint.blocks(look)):
         part = log_joint.subset(rows) if len(rows) < n else log_joint
@@ -65,7 +67,7 @@ def sampled(work: Work, log_joint: LogJoint, pace: Clock, look: int, size: int, 
         memory.trim()
     guide = concatenate(firsts)
     proxies = _proxies(guide, plan.first)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(log_joint.device)
+    order = torch.tensor(random_order(n, seed), device=log_joint.device)
     found: list[list[Part | None]] = []
     taken: list[Tensor] = []
     whole: list[bool] = []
@@ -94,12 +96,13 @@ def sampled(work: Work, log_joint: LogJoint, pace: Clock, look: int, size: int, 
     random = len(found)
     reached = torch.cat(taken) if taken else order[:0]
     others = torch.ones(n, dtype=torch.bool, device=order.device).index_fill(0, reached, False).nonzero()[:, 0]
-    count = min(len(others), size, pace.fitting(min(pace.started + WORST * span, end) - pace.clock()))
+    count = min(len(others), size, pace.fitting(pace.deadline - pace.clock()))
     if found and count >= 1:
         worst = others[torch.as_tensor(-proxies[0][others.cpu().numpy()]).argsort()[:count].to(order.device)]
         kept, work.store = work.store, None  # which data these are depends on the time that there was
         block(worst, EXTREME, "data with the largest proxy of the gap")
         work.store = kept
+    pace.deadline = end
     inside = np.zeros(n)
     some = [rows for rows, ended in zip(taken[:random], whole, strict=False) if ended] or taken[:random]
     for rows in some:
@@ -113,6 +116,20 @@ def sampled(work: Work, log_joint: LogJoint, pace: Clock, look: int, size: int, 
     said = zip(COLUMNS.items(), (inside, *proxies), strict=True)
     columns = {name: ("obs_id", values, {"units": units, "long_name": words}) for (name, (units, words)), values in said}
     return Sampled(found, torch.cat(taken), columns)
+
+
+def random_order(n: int, seed: int) -> list[int]:
+    """Return 0 .. n-1 in random order: whatever time there is, what is done is a random part."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def in_turn(log_joint: LogJoint, blocks: Sequence[Tensor], turn: Sequence[int]) -> Iterator[tuple[LogJoint, int, str]]:
+    """Yield one block of data at a time with its number, so that cached results of a block are freed with it."""
+    for number in turn:
+        rows = blocks[number]
+        label = f" for data {int(rows[0])}..{int(rows[-1])} of {log_joint.n_obs}" if len(blocks) > 1 else ""
+        yield log_joint.subset(rows), number, label
+        memory.trim()
 
 
 def _proxies(guide: Posterior, draws: int) -> tuple[np.ndarray, np.ndarray]:

@@ -40,11 +40,19 @@ SAMPLED = "in_sample"
 
 
 def sampled(table: xr.Dataset) -> xr.Dataset:
-    """Return the rows of an audit's table that are a random sample of the data: all, unless a budget cut the audit short."""
-    if SAMPLED not in table:
-        return table
-    rows = table[SAMPLED].values.astype(bool)
+    """Return the rows of an audit's table that are a random sample of the data: all, unless a budget cut the audit short.
+
+    All of them too where the budget did not even suffice for a sample: the guide's own numbers are known for them.
+    """
+    rows = random_rows(table)
     return table if rows.all() else table.isel(obs_id=rows)
+
+
+def random_rows(table: xr.Dataset) -> np.ndarray:
+    """Return which rows `sampled` keeps, (N,)."""
+    if SAMPLED not in table or not table[SAMPLED].values.any():
+        return np.ones(table.sizes["obs_id"], dtype=bool)
+    return np.asarray(table[SAMPLED].values.astype(bool))
 
 
 def population(table: xr.Dataset) -> xr.Dataset:

@@ -41,9 +41,9 @@ def by_graph(joint: PlainLogJoint, graph: Function, z: Tensor, *beside: Tensor) 
     n, draws = joint.n_obs, len(z)
     given_data = inputs(joint)
     rows = max(64, joint._rows // FINER) if joint.device.type == "cpu" else joint._rows
-    several = -(-n // rows)  # number of blocks of equal size
+    chunk = min(draws, rows)  # all draws of a datum together: what depends on the datum alone, as an encoder does, is done once
+    several = -(-n // fitting(chunk, rows))  # number of blocks of equal size
     block = -(-n // several)
-    chunk = fitting(block, rows)
     out: list[Tensor] = []
     with joint.snapshot.scope():
         z = z.to(joint.dtype or joint.own_dtype)

@@ -324,7 +324,10 @@ class Experiment:
         log_joint = log_joint_of(vae, on_data.batch(obs_id[:PILOT]))
         size, n = block_size(log_joint, audit.draws), len(obs_id)
         references = cast(Any, self.references())
-        return choose(references, log_joint, draws=audit.draws, keep=audit.keep, budget=budget, size=size, n_obs=n)
+        others = 1 + sum(len(rows) > 0 for rows in (self.split.train, self.split.validation)) if audit.diagnose else 0
+        return choose(
+            references, log_joint, draws=audit.draws, keep=audit.keep, budget=budget, size=size, n_obs=n, others=others
+        )
 
     def foreseen(self) -> AuditPlan:
         """Return the plan of the audit before the fit, estimated with fresh weights."""
