@@ -15,11 +15,12 @@ from benchmarks import measure, results
 HEADING = """# Measured ratios
 
 `make bench` measures the sections on speed: [Training step](#training-step), [Training epoch](#training-epoch),
-[Posteriors](#posteriors), [Shared grid](#shared-grid), [Pareto k-hat](#pareto-k-hat) and [Growth](#growth). In each, ours and
-the peers take turns in one run, on the same data and model, with what shows that they did the same work beside the seconds.
+[Posteriors](#posteriors), [Shared grid](#shared-grid), [Pareto k-hat](#pareto-k-hat), [Growth](#growth) and
+[Plans and wall time](#plans-and-wall-time). Where there are peers, ours and theirs take turns in one run, on the same data and
+model, with what shows that they did the same work beside the seconds.
 The other sections say what their own commands found out.
 """
-PARTS = ("training", "posteriors", "grid", "smoothing", "scaling")
+PARTS = ("training", "posteriors", "grid", "smoothing", "scaling", "plans")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
@@ -139,6 +140,24 @@ def rows_of(posterior: Posterior, rows: Tensor) -> Posterior:
     part = combined([posterior], lambda t: t[0][:, :, rows.to(t[0].device)], lambda t: t[0][rows.to(t[0].device)])
     status, reason = ([words[i] for i in rows.tolist()] for words in (posterior.status, posterior.reason))
     return dataclasses.replace(part, status=status, reason=reason)
+
+
+def spread(posterior: Posterior, rows: Tensor, n: int, why: str) -> Posterior:
+    """Spread a posterior of the data `rows` over all n data: NaN and `not needed` elsewhere, for the reason `why`."""
+
+    def over(values: list[Tensor], place: int) -> Tensor:
+        value = values[0].cpu()
+        dtype = value.dtype if value.dtype.is_floating_point else torch.get_default_dtype()
+        out = torch.full((*value.shape[:place], n, *value.shape[place + 1 :]), torch.nan, dtype=dtype)
+        out.movedim(place, 0)[rows.cpu()] = value.movedim(place, 0).to(dtype)
+        return out
+
+    whole = combined([posterior], partial(over, place=2), partial(over, place=0))
+    status: list[Status] = ["not needed"] * n
+    reason = [f"{posterior.method}: {why}"] * n
+    for row, s, r in zip(rows.tolist(), posterior.status, posterior.reason, strict=True):
+        status[row], reason[row] = s, r
+    return dataclasses.replace(whole, status=status, reason=reason)
 
 
 class Reference(ABC):

@@ -8,17 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
-from torch import Tensor
 
 from elbowroom.analysis.audit.parts import Part
 from elbowroom.analysis.measures.distances import Comparison, compare
 from elbowroom.analysis.measures.evidence import sandwich
 from elbowroom.analysis.measures.missed_modes import missed_mass
 from elbowroom.analysis.measures.refuted import overlooked
-from elbowroom.inference.posterior import Posterior, Reference, Status, combined, completed, rows_of
+from elbowroom.inference.posterior import Posterior, Reference, completed, rows_of, spread
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.stages import stage
 
@@ -71,26 +69,8 @@ def leftover(
         blank = {name: torch.full((n,), torch.nan, dtype=value.dtype) for name, value in columns.items()}
         for name, value in columns.items():
             blank[name][rows] = value
-        out.append((_over(rows_of(drawn, at.cpu()), rows, n, first.method), Comparison(**blank)))
+        out.append((spread(rows_of(drawn, at.cpu()), rows, n, UNNEEDED.format(first.method)), Comparison(**blank)))
     return out
-
-
-def _over(posterior: Posterior, rows: Tensor, n: int, by: str) -> Posterior:
-    """Spread a posterior of the data `rows` over all n data, NaN elsewhere."""
-
-    def spread(values: list[Tensor], place: int) -> Tensor:
-        value = values[0].cpu()
-        dtype = value.dtype if value.dtype.is_floating_point else torch.get_default_dtype()
-        out = torch.full((*value.shape[:place], n, *value.shape[place + 1 :]), torch.nan, dtype=dtype)
-        out.movedim(place, 0)[rows] = value.movedim(place, 0).to(dtype)
-        return out
-
-    whole = combined([posterior], partial(spread, place=2), partial(spread, place=0))
-    status: list[Status] = ["not needed"] * n
-    reason = [f"{posterior.method}: {UNNEEDED.format(by)}"] * n
-    for row, s, r in zip(rows.tolist(), posterior.status, posterior.reason, strict=True):
-        status[row], reason[row] = s, r
-    return dataclasses.replace(whole, status=status, reason=reason)
 
 
 def without(blank: Posterior, first: Part | None) -> Posterior:

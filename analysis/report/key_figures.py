@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.measures.evidence_kinds import BOUND, CONTRADICTED, ESTIMATE, EXACT, VALUES, counts, kinds, methods
+from elbowroom.analysis.measures.population import population, sampled
 from elbowroom.analysis.measures.table import GOOD_K, best_reference, column, trusted
 from elbowroom.analysis.plots.style import count, percent, say
 from elbowroom.analysis.verdict.thresholds import mean_se
@@ -74,6 +75,18 @@ def _bits(mean: float, error: float, entries: int | None) -> str:
         return ""
     unit = entries * math.log(2)
     return f" {_with_error(-mean / unit, error / unit)} bits per dimension."
+
+
+def of_all(table: xr.Dataset) -> list[Figure]:
+    """Return the key figure for all data where a budget let only a random sample be audited; the others are the sample's."""
+    if sampled(table) is table:
+        return []
+    found, n = population(table), table.sizes["obs_id"]
+    row = found.sel(quantity="gap_total")
+    mean, low, high = (float(row[name]) for name in ("mean", "lower", "upper"))
+    sample = count(found.attrs["sample"])
+    note = f"95 %: {say(low)} to {say(high)}, from a random sample of {sample}, which all else here is about."
+    return [Figure(f"mean gap of all {n:,} data", say(mean), "nats", note)] if math.isfinite(mean) else []
 
 
 def key_figures(table: xr.Dataset, entries: int | None, *, held_out: bool) -> list[Figure]:

@@ -18,6 +18,7 @@ import xarray as xr
 import yaml
 
 from elbowroom.analysis import idata
+from elbowroom.analysis.measures.population import random_rows, sampled
 from elbowroom.analysis.plots import events as plots
 from elbowroom.analysis.plots.report import audit as plots_audit
 from elbowroom.analysis.plots.report import forest as plots_forest
@@ -45,7 +46,8 @@ class Files:
 
     Attributes:
         name: of the run.
-        audit: `audit.nc`.
+        audit: `audit.nc`; of its random sample only, where a budget cut the audit short, as are `posteriors`.
+        whole: `audit.nc` with all data.
         spec: `spec.yaml`.
         split: sizes of train, validation and test, and their rows.
         history: `history.csv`.
@@ -57,6 +59,7 @@ class Files:
     name: str
     audit: xr.Dataset
     spec: dict[str, Any] | None = None
+    whole: xr.Dataset | None = None
     split: dict[str, np.ndarray] | None = None
     history: pd.DataFrame | None = None
     latent: xr.DataTree | None = None
@@ -79,9 +82,13 @@ class Files:
         trees = {}
         for path in sorted((folder / "posteriors").glob("*.nc")):
             trees[path.stem] = _read(path, idata.read)
+        inside = random_rows(audit)  # all data, unless a budget let only a random sample be audited
+        if not inside.all():
+            trees = {name: _of_rows(tree, inside) for name, tree in trees.items()}
         return cls(
             name=str(audit.attrs.get("experiment") or folder.resolve().name),
-            audit=audit,
+            audit=sampled(audit),
+            whole=audit,
             spec=_read(folder / "spec.yaml", _read_spec),
             split=_read(folder / "split.npz", _read_split),
             history=_read(folder / "history.csv", _read_history),
@@ -115,6 +122,13 @@ class Files:
         return int(stored) if stored.isdecimal() and int(stored) else None
 
 
+def _of_rows(tree: xr.DataTree, rows: np.ndarray) -> xr.DataTree:
+    """Return the groups of a posterior for some of the data."""
+    groups = {node.path: node.to_dataset(inherit=False) for node in tree.subtree}
+    kept = {path: group.isel(obs_id=rows) if "obs_id" in group.dims else group for path, group in groups.items()}
+    return xr.DataTree.from_dict(kept)
+
+
 @stage("report")
 def write_report(folder: str | Path) -> Path:
     """Write `figures/*.png` and `report.html` into a run folder that holds an audit, and return the report's path.
@@ -142,13 +156,17 @@ def write_report(folder: str | Path) -> Path:
     said = [line for line in str(files.audit.attrs.get("verdict", "")).splitlines() if line.strip()]
     verdict = [line for line in said if not line.startswith("Verdict: ")]  # verdicts are in the table
     split = None if files.split is None else {name: len(rows) for name, rows in files.split.items()}
-    rows = key_figures.worst_rows(files.audit)
+    whole = files.audit if files.whole is None else files.whole
+    rows = key_figures.worst_rows(whole)
     html = environment.get_template("report.html.j2").render(
         name=files.name,
         verdicts=judged.lines(files.audit, files.diagnosis),
         missing=judged.missing(files.diagnosis),
         verdict=verdict or ["The audit says nothing more."],
-        facts=key_figures.key_figures(files.audit, files.entries, held_out=files.held_out),
+        facts=[
+            *key_figures.of_all(whole),
+            *key_figures.key_figures(files.audit, files.entries, held_out=files.held_out),
+        ],
         n=files.audit.sizes["obs_id"],
         figures=shown,
         worst=rows,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from elbowroom.inference.mcmc.normals import Refit
+from elbowroom.inference.mcmc.normals import Normals, Refit
 from elbowroom.inference.search.best_normal import refit
 from elbowroom.inference.search.modes import RUNS, Modes, search
 from elbowroom.inference.search.single_precision import in_precision
@@ -36,13 +36,21 @@ class Scout:
     modes: Modes
 
 
-def scout(log_joint: LogJoint) -> Scout:
-    """Return the searches' results for a `LogJoint`; they are computed at the first call."""
+def scout(log_joint: LogJoint, runs: int = RUNS) -> Scout:
+    """Return the searches' results for a `LogJoint`, by at least so many runs; they are computed at the first call."""
     found = _known.get(log_joint)
     if found is None:
         with log_joint.frozen_weights(), stage("refit"):
             best = refit(log_joint, family="full", seed=SEED)
-        generator = torch.Generator(device=log_joint.device).manual_seed(SEED + 1)
-        found = Scout(best, search(in_precision(log_joint, best.q, "auto", generator), best.q, runs=RUNS, seed=SEED + 10))
+    else:
+        best = found.refit
+    if found is None or len(found.modes.end) < runs:
+        found = Scout(best, looked(log_joint, best.q, runs))
         _known[log_joint] = found
     return found
+
+
+def looked(log_joint: LogJoint, q: Normals, runs: int) -> Modes:
+    """Search for modes by so many runs, in single precision where that suffices; the normals q give the metric."""
+    generator = torch.Generator(device=log_joint.device).manual_seed(SEED + 1)
+    return search(in_precision(log_joint, q, "auto", generator), q, runs=runs, seed=SEED + 10)

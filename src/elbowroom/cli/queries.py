@@ -70,6 +70,7 @@ PYTHON_ONLY = ("report", "of")  # no options of commands
 PAIR = Own("I J", tuple[int, int] | None)
 OWN = {
     "band": Own("A-B"),
+    "budget": Own("TIME"),
     "calibration": Own("FILE", Path | None),
     "covariates": Own("FILE"),
     "data": Own("[DATA]", Path | None),
@@ -123,6 +124,8 @@ def command(question: str, method: Callable[..., Any]) -> Callable[..., None]:
             if "report" in offered:
                 given |= {"report": report, "out": target}
             answer = getattr(fitted, question)(**{name: own(question, name).read(value) for name, value in given.items()})
+            if given.get("dry_run"):
+                return planned(run, answer, as_json)
             done(answer, target, out, as_json, **_besides(question, answer, target, out))
 
     parameters: dict[str, tuple[Any, Any]] = {"run": (RunArg, Parameter.empty)}
@@ -207,6 +210,14 @@ def answering(
 
     with rows_bar(screen(stderr=True), question) as report:
         yield target, report
+
+
+def planned(run: Path, answer: Answer, as_json: bool) -> None:
+    """Say what an answer would take, instead of the answer."""
+    checked = "everything was checked, nothing was written"
+    if not as_json:
+        typer.echo("\n".join([f"{run}: {checked}", *answer.said]))
+    finish({"dry_run": checked, "said": list(answer.said), "seconds": answer.dataset.attrs["seconds"]}, as_json)
 
 
 def done(answer: Answer, target: Path, out: Path | None, as_json: bool, *, also: Sequence[Path] = (), **more: Any) -> None:

@@ -25,7 +25,7 @@ from elbowroom.analysis.queries.imputation import central_interval
 from elbowroom.inference.program.sites import Site, is_real
 from elbowroom.inference.target import discrete
 from elbowroom.queries.answer import Answer, Form
-from elbowroom.queries.stream import place_of, references_for, stream
+from elbowroom.queries.stream import described, ending, foreseen, place_of, references_for, stream
 from elbowroom.runs.rows import query_rows
 
 if TYPE_CHECKING:
@@ -71,16 +71,20 @@ def ask(
     report: Report | None,
     out: Path | None,
     resume: bool,
+    budget: float | str | None,
+    dry_run: bool,
 ) -> Answer:
     """Encode rows; arguments and errors as `Run.encode`."""
-    given, form = Form.of(data)
+    (given, form), until = Form.of(data), ending(budget)
     rows, place = query_rows(run, given), place_of(run, device)
     methods = references_for(run, rows, references, place)
-    options = {"references": {m.name: vars(m) for m in methods}, "samples": samples, "draws": draws, "keep": keep}
+    if dry_run:
+        return Answer(*foreseen(run, rows, methods, draws=draws, counts={"to encode": len(rows)}, device=place), form)
+    options = {"references": described(methods), "samples": samples, "draws": draws, "keep": keep}
     found = stream(
         run, rows, encoder(run.vae, methods, draws=max(draws, samples), keep=max(keep, samples), samples=samples),
         question="encode", options=options, seed=run.experiment.spec.seed if seed is None else seed, device=place,
-        out=out, resume=resume, report=report,
+        out=out, resume=resume, report=report, until=until,
     )  # fmt: skip
     found = found.assign_attrs(answers="encode")
     return Answer(found, conclude(found), form, (partial(draw, found),))
@@ -100,7 +104,7 @@ def encoder(
     """
 
     def answer(chunk: Chunk) -> xr.Dataset:
-        found = read(chunk.log_joint, methods, draws=draws, keep=keep, seed=chunk.seed)
+        found = read(chunk.log_joint, methods, draws=draws, keep=keep, seed=chunk.seed, until=chunk.until)
         columns: dict[str, Any] = {}
         sums = (discrete.table(chunk.log_joint), discrete.values(chunk.log_joint)) if chunk.log_joint.dim == 0 else None
         for site in (*chunk.log_joint.sites, *chunk.log_joint.program.discrete):

@@ -31,8 +31,9 @@ class Questions(FittedModel):
         data: the rows (.npz, .npy, .csv, .parquet); the run's test split by default. From Python also an array (n, *event), a
             tensor or a frame.
         references: auto, or names such as grid,importance,hmc, or none: the encoder's own draws, reweighted (fast). `auto` is
-            exact where there are closed forms, finitely many states or at most three latents, else importance sampling from
-            the refitted normal. From Python also a list of names, or of references.
+            exact where there are closed forms, finitely many states or at most three latents; else importance sampling from
+            the Laplace approximation, and from the refitted normal where that does not suffice. From Python also a list of
+            names, or of references.
         draws: draws per row behind ELBO, k-hat and importance weights.
         keep: draws per row behind means, quantiles and intervals.
         level: probability of the intervals.
@@ -42,6 +43,9 @@ class Questions(FittedModel):
         out: the file that the answer goes to (.nc, .csv, .parquet, .npz). It is written by `Answer.save`; finished chunks are
             kept beside it until then.
         resume: go on from the rows that are done. They lie beside `out`.
+        budget: time that the answer may take: 90s, 10m, 1h; no limit by default. Rows that are not reached in time have the
+            encoder's own numbers, and their reason says so.
+        dry_run: check everything, say how long it will take, write nothing. The answer has no rows then.
     """
 
     @as_specified
@@ -58,6 +62,8 @@ class Questions(FittedModel):
         report: Report | None = None,
         out: str | Path | None = None,
         resume: bool = False,
+        budget: float | str | None = None,
+        dry_run: bool = False,
     ) -> Answer:
         """Say what the encoder makes of each row (mu, sigma), and the corrected posterior beside it, with k-hat and status.
 
@@ -80,7 +86,8 @@ class Questions(FittedModel):
 
         return encode.ask(
             self, data, references=references, samples=samples, draws=draws, keep=keep, seed=seed, device=device, report=report,
-            out=None if out is None else Path(out), resume=resume,
+            out=None if out is None else Path(out), resume=resume, budget=budget,
+            dry_run=dry_run,
         )  # fmt: skip
 
     @as_specified
@@ -102,6 +109,8 @@ class Questions(FittedModel):
         report: Report | None = None,
         out: str | Path | None = None,
         resume: bool = False,
+        budget: float | str | None = None,
+        dry_run: bool = False,
     ) -> Answer:
         """Give log p(x) of each row with its error, and say which rows are unlike those that the model was fitted to.
 
@@ -135,7 +144,8 @@ class Questions(FittedModel):
         return score.ask(
             self, data, references=references, band=band, fdr=fdr, calibration=calibration, most=most, simulated=simulated,
             holes=holes, gaps=gaps, draws=draws, seed=seed, device=device, report=report,
-            out=None if out is None else Path(out), resume=resume,
+            out=None if out is None else Path(out), resume=resume, budget=budget,
+            dry_run=dry_run,
         )  # fmt: skip
 
     @as_specified
@@ -155,6 +165,8 @@ class Questions(FittedModel):
         report: Report | None = None,
         out: str | Path | None = None,
         resume: bool = False,
+        budget: float | str | None = None,
+        dry_run: bool = False,
     ) -> Imputed:
         """Fill the holes of a table, an image, a sequence: mean, interval and probabilities of each missing cell.
 
@@ -187,6 +199,7 @@ class Questions(FittedModel):
         return impute.ask(
             self, data, hidden=hide, of=of, references=references, level=level, samples=samples, draws=draws,
             keep=keep, seed=seed, device=device, report=report, out=None if out is None else Path(out), resume=resume,
+            budget=budget, dry_run=dry_run,
         )  # fmt: skip
 
     def condition(self, known: Mapping[str, Any], *, of: Sequence[str] | None = None, **options: Any) -> Imputed:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ import torch
 import xarray as xr
 
 from elbowroom.analysis import idata
+from elbowroom.analysis.audit.cost import Pilot
 from elbowroom.analysis.audit.requested import Methods
 from elbowroom.analysis.queries.best_posterior import methods_for
 from elbowroom.errors import DataError, RunFolderError, UnsupportedProgram
@@ -29,7 +32,7 @@ from elbowroom.inference.compiled.policies import expecting
 from elbowroom.inference.fit.plan import resolve_device
 from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.runs.rows import provenance
-from elbowroom.system import memory
+from elbowroom.system import durations, memory
 from elbowroom.system.files import locked, sha256
 from elbowroom.system.stages import stage
 
@@ -40,7 +43,9 @@ if TYPE_CHECKING:
     from elbowroom.runs.fitted import FittedModel
     from elbowroom.runs.rows import QueryRows
 
-SIZE = 500  # rows in a chunk
+SIZE, FINER = 500, 100  # rows in a chunk, without and with a budget
+CUT = "budget_ended"  # attribute of an answer that the budget cut short
+PILOT = 64  # rows on which times are measured
 FEW = 4  # rows at which is tried whether rows are coupled
 DATUM = re.compile(r"\bdatum (\d+)\b")
 SEED_STEP = 104_711  # between the seeds of chunks: with shared noise, standard errors of means would be too small
@@ -56,12 +61,14 @@ class Chunk:
         batch: the arguments of model and guide: `x` (n, *event), NaN where missing, and `covariates`, `exposure`.
         rows: their numbers in the data, (n,).
         seed: random seed of this chunk.
+        until: value of `time.monotonic()` after which no reference starts.
     """
 
     log_joint: LogJoint
     batch: Batch
     rows: np.ndarray
     seed: int
+    until: float = math.inf
 
 
 def stream(
@@ -77,6 +84,7 @@ def stream(
     resume: bool = False,
     report: Report | None = None,
     size: int = SIZE,
+    until: float = math.inf,
     unable: Callable[[Batch, str], xr.Dataset] | None = None,
 ) -> xr.Dataset:
     """Apply `compute` to rows chunk by chunk, and join the results along `obs_id`.
@@ -92,7 +100,8 @@ def stream(
         out: the file that the caller will write; chunks are stored beside it.
         resume: use stored chunks; else they are removed.
         report: called as report(rows done, rows in all) before the first chunk and after each.
-        size: rows in a chunk.
+        size: rows in a chunk; fewer where there is a budget, which is looked at between chunks.
+        until: value of `time.monotonic()` at which the budget ends: later rows have the encoder's own numbers, and say so.
         unable: called with a row at which the model cannot be evaluated and the reason; returns the answer for this row. By
             default such a row is an error.
 
@@ -104,11 +113,12 @@ def stream(
         UnsupportedProgram: the model cannot be evaluated at a row; names the row.
         DataError: q(z|x) of a row depends on the rows beside it, and there are several chunks.
     """
-    attributes = provenance(run, rows.dataset)
+    attributes, size = provenance(run, rows.dataset), size if math.isinf(until) else min(size, FINER)
     identity = {**attributes, **options, "seed": seed, "size": size, "device": device.type, "torch": metadata.version("torch")}
     key = key_of([question, identity], rows)
     say, total, found = report or (lambda done, total: None), len(rows.index), []
     folder = None if out is None else out.with_name(f"{out.name}.parts")
+    late = False
     vae = run.vae.to(device)
     with ExitStack() as stack:
         if folder is not None:
@@ -127,15 +137,17 @@ def stream(
             part = kept(path)
             if part is None:
                 batch = {name: value.to(device) for name, value in rows.experiment.batch(some).items()}
-                part = _computed(vae, batch, some, seed + SEED_STEP * number, compute, unable).sel(obs_id=some)
-                if path is not None:
+                part = _computed(vae, batch, some, (seed + SEED_STEP * number, until), compute, unable).sel(obs_id=some)
+                late = time.monotonic() > until
+                if path is not None and not late:  # what the budget cut short is computed in full by --resume
                     with stage("parts kept"):
                         idata.write(part, path)
             found.append(part)
             memory.trim()
             say(place.stop, total)
     joined = _joined(found)
-    return joined.assign_attrs({**attributes, "question": question, "options": json.dumps(dict(options), default=str)})
+    about = {"question": question, "options": json.dumps(dict(options), default=str), **({CUT: 1} if late else {})}
+    return joined.assign_attrs({**attributes, **about})
 
 
 def _refuse_coupled(vae: VAE, few: Batch, size: int) -> None:
@@ -151,14 +163,14 @@ def _computed(
     vae: VAE,
     batch: Batch,
     some: np.ndarray,
-    seed: int,
+    seed_until: tuple[int, float],
     compute: Callable[[Chunk], xr.Dataset],
     unable: Callable[[Batch, str], xr.Dataset] | None,
 ) -> xr.Dataset:
     """Compute one chunk; a row at which the model cannot be evaluated gets the answer of `unable`, if there is one."""
     try:
         with stage("rows"):
-            return compute(Chunk(log_joint_of(vae, batch), batch, some, seed)).assign_coords(obs_id=some)
+            return compute(Chunk(log_joint_of(vae, batch), batch, some, *seed_until)).assign_coords(obs_id=some)
     except UnsupportedProgram as error:  # its message counts data from the start of the chunk
         found = DATUM.search(str(error))
         reason = DATUM.sub(lambda match: f"row {some[int(match[1])]}", str(error))
@@ -171,7 +183,7 @@ def _computed(
         return instead
     others = torch.arange(len(some)) != row
     left = {name: value[others.to(value.device)] for name, value in batch.items()}
-    return _joined([_computed(vae, left, some[others.numpy()], seed, compute, unable), instead])
+    return _joined([_computed(vae, left, some[others.numpy()], seed_until, compute, unable), instead])
 
 
 def place_of(run: FittedModel, device: str | None) -> torch.device:
@@ -179,10 +191,45 @@ def place_of(run: FittedModel, device: str | None) -> torch.device:
     return resolve_device(device or run.experiment.spec.fit.device)
 
 
+def ending(budget: float | str | None) -> float:
+    """Return the value of `time.monotonic()` at which a budget ends; a UserError if it is not a time."""
+    return time.monotonic() + durations.seconds(budget)
+
+
 def references_for(run: FittedModel, rows: QueryRows, references: Methods, device: torch.device) -> list[Reference]:
     """Return the references for posteriors, chosen with the model at a few rows; a UserError if one cannot be used."""
     few = {name: value.to(device) for name, value in rows.experiment.batch(rows.index[:2]).items()}
     return methods_for(log_joint_of(run.vae.to(device), few), references)
+
+
+def described(methods: Sequence[Reference]) -> dict[str, Any]:
+    """Return names and options of references, as they enter the identity of an answer."""
+    return {f"{number} {method.name}": vars(method) for number, method in enumerate(methods, start=1)}
+
+
+def foreseen(
+    run: FittedModel,
+    rows: QueryRows,
+    methods: Sequence[Reference],
+    *,
+    draws: int,
+    counts: Mapping[str, int],
+    device: torch.device,
+) -> tuple[xr.Dataset, list[str]]:
+    """Return what `--dry-run` says instead of an answer: the methods, the rows of each sort, and about how long they take."""
+    few = rows.index[: min(len(rows), PILOT)]
+    batch = {name: value.to(device) for name, value in rows.experiment.batch(few).items()}
+    pilot = Pilot(log_joint_of(run.vae.to(device), batch), draws=draws, keep=draws)
+    n = sum(counts.values())
+    chunks, each = math.ceil(n / SIZE), min(n, SIZE)
+    guide = pilot.guide().of(each) * chunks
+    costs = [(method, pilot.reference(method, []).of(each) * chunks) for method in methods[:1]]
+    said = [f"{n:,} rows ({', '.join(f'{count:,} {name}' for name, count in counts.items())})"]
+    said += [f"the encoder's own numbers: about {durations.words(guide)}"]
+    said += [f"{method.name}: about {durations.words(seconds)}" for method, seconds in costs]
+    said += [f"then {method.name} at rows that are not certified yet" for method in methods[1:]]
+    total = guide + sum(seconds for _, seconds in costs)
+    return xr.Dataset(attrs={"dry_run": 1, "seconds": round(total, 1), "rows": n}), said
 
 
 def finish(out: Path) -> None:

@@ -28,6 +28,7 @@ import numpy as np
 import xarray as xr
 
 from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, has_value, kinds
+from elbowroom.analysis.measures.population import sampled
 from elbowroom.analysis.measures.table import GOOD_K, column
 from elbowroom.analysis.verdict.thresholds import bad_k, known, mean_se, median
 from elbowroom.errors import RunFolderError, SpecError
@@ -220,9 +221,12 @@ def compare(runs: Iterable[str | Path | FittedModel], *, allow_python: bool = Fa
 def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence[str] = ()) -> xr.Dataset:
     """Arrange tables of audits over `run` and `obs_id`, with paired differences to the best run.
 
-    The tables have the same `obs_id` in any order; `notes` are sentences for the attributes.
+    The tables have the same `obs_id` in any order; where budgets let only random samples be audited, the data of all samples are
+    compared. `notes` are sentences for the attributes.
     """
     labels = np.sort(tables[0]["obs_id"].values)
+    for table in tables:  # random samples, where a budget cut an audit short
+        labels = np.intersect1d(labels, sampled(table)["obs_id"].values)
     ordered = [table.sel(obs_id=labels) for table in tables]
     each = {name: np.stack([column(table, name) for table in ordered]) for name in PER_DATUM}
     evidence = each["log_evidence"]

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 import xarray as xr
 
+from elbowroom.analysis.measures.population import population, sampled
 from elbowroom.analysis.measures.table import GOOD_K, column
-from elbowroom.analysis.verdict.summary import mean_in_words
+from elbowroom.analysis.verdict.summary import interval, mean_in_words
 from elbowroom.analysis.verdict.thresholds import bad_k, known, mean_se, median
 from elbowroom.errors import RunFolderError
 from elbowroom.inference.fit.warm_start import GUIDE
@@ -147,6 +148,9 @@ class Improvement:
         rows: list[tuple[str, ...]] = [
             ("gap [nats], median (95 % interval)", *(_interval(part) for part in self._both("gap_total")))
         ]
+        if any(sampled(table) is not table for table in (self.before, self.after)):
+            found = [population(table).sel(quantity="gap_total") for table in (self.before, self.after)]
+            rows.append(("mean gap of all data [nats], 95 %", *map(interval, found)))
         for name in ("amortization", "covariance", "shape"):
             rows.append((f"  {name}, median", *(_median(part) for part in self._both(f"gap_{name}"))))
         rows.append(("mean ELBO [nats]", *(mean_in_words(part) for part in self._both("elbo"))))
@@ -190,8 +194,9 @@ class Improvement:
 
     def _shared(self) -> tuple[xr.Dataset, xr.Dataset]:
         """Return both tables, restricted to the data of both audits."""
-        both = np.intersect1d(self.before["obs_id"].values, self.after["obs_id"].values)
-        return self.before.sel(obs_id=both), self.after.sel(obs_id=both)
+        before, after = sampled(self.before), sampled(self.after)  # random samples, where a budget cut the audits short
+        both = np.intersect1d(before["obs_id"].values, after["obs_id"].values)
+        return before.sel(obs_id=both), after.sel(obs_id=both)
 
     def _bad_k(self) -> tuple[int, int]:
         """Return how many of the shared data have a k-hat that is too large or unknown, before and after."""
@@ -200,7 +205,8 @@ class Improvement:
 
     def _data(self) -> str:
         """Say which data are compared, if the audits are of different data."""
-        old, new, shared = (table.sizes["obs_id"] for table in (self.before, self.after, self._shared()[0]))
+        tables = (sampled(self.before), sampled(self.after), self._shared()[0])
+        old, new, shared = (table.sizes["obs_id"] for table in tables)
         return "" if old == new == shared else f"Compared are the {shared} data of both audits ({old} before, {new} after)."
 
     def _both(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -271,7 +277,7 @@ class Improvement:
 
 def _common(before: xr.Dataset, after: xr.Dataset) -> np.ndarray:
     """Return the labels of data that are certified in both audits."""
-    labels = [table["obs_id"].values[known(table)] for table in (before, after)]
+    labels = [table["obs_id"].values[known(table)] for table in (sampled(before), sampled(after))]
     return np.intersect1d(*labels)
 
 

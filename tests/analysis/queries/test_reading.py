@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from elbowroom.analysis.queries.best_posterior import methods_for, read
+from elbowroom.analysis.queries.best_posterior import LATE, methods_for, read
+from elbowroom.inference.posterior import Posterior, Reference
+from elbowroom.inference.references.importance.importance import ImportanceSampling
 from elbowroom.inference.target.log_joint import LogJoint
 
 NOISE = 0.3
@@ -47,3 +52,55 @@ def test_draws_of_the_guide_as_they_are_say_why() -> None:
     found = read(log_joint, [], seed=1)
     assert (found.source, found.posterior.status) == (["guide"], ["amortized"])
     assert "draws of the guide as they are: k-hat" in found.posterior.reason[0]
+
+
+class Some(Reference):
+    """Importance sampling that owns up to every second datum only, and counts the data that it is given."""
+
+    name = "some"
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def refusal(self, log_joint: LogJoint) -> str | None:
+        return None
+
+    def __call__(self, log_joint: LogJoint, *, keep: int, seed: int, until: float = math.inf) -> Posterior:
+        self.asked.append(log_joint.n_obs)
+        found = ImportanceSampling()(log_joint, keep=keep, seed=seed, until=until)
+        status = ["uncertified" if i % 2 else s for i, s in enumerate(found.status)]
+        return Posterior(**{**vars(found), "method": self.name, "status": status})
+
+
+def _easy(n: int) -> LogJoint:
+    return LogJoint(
+        _model,
+        _guide,
+        torch.tensor([[0.0, 0.3, -0.3, 0.1]], dtype=torch.float64).expand(n, -1) + 0.01 * torch.arange(n)[:, None],
+    )
+
+
+def test_a_further_reference_runs_on_what_is_left_and_changes_nothing_else() -> None:
+    log_joint, first, second = _easy(6), Some(), Some()
+    found = read(log_joint, [first, second, ImportanceSampling()], seed=1)
+    assert (first.asked, second.asked) == ([6], [3])
+    assert found.source == ["some", "some", "some", "importance", "some", "some"]
+    alone = read(log_joint, [Some()], seed=1)
+    assert torch.equal(found.posterior.mean[::2], alone.posterior.mean[::2])
+    assert found.references[1].status == ["not needed", "certified", "not needed", "uncertified", "not needed", "certified"]
+    assert found.evidence.value.shape == (6,)
+    assert all(abs(a - b) < 0.2 for a, b in zip(found.evidence.value[::2], alone.evidence.value[::2], strict=True))
+
+
+def test_what_the_budget_does_not_reach_says_so() -> None:
+    log_joint = _easy(4)
+    found = read(log_joint, methods_for(log_joint), seed=1, until=time.monotonic() - 1)
+    assert found.references == []
+    assert all(reason.endswith(LATE) for reason in found.posterior.reason)
+    assert set(found.posterior.status) <= {"uncertified", "amortized"}
+    assert found.posterior.mean.isfinite().all()
+
+
+def test_more_than_three_latents_are_read_by_two_importance_samplings() -> None:
+    methods = methods_for(_easy(2))
+    assert [(m.name, m.start) for m in methods] == [("importance", "laplace"), ("importance", "refit")]

@@ -17,6 +17,7 @@ from matplotlib.collections import LineCollection
 from PIL import Image
 from support.report.run_folder import FIGURES, INJECTION, OF_LATENT, Page, sequences, write_run
 
+from elbowroom.analysis import idata
 from elbowroom.analysis.plots import events as plots
 from elbowroom.analysis.plots import style as canvas
 from elbowroom.analysis.plots.report import audit as plots_audit
@@ -184,6 +185,32 @@ def test_data_without_evidence_are_counted_and_enter_no_mean(tmp_path):
     assert "6 data of 30 have no known log p(x)" in page.text
     assert "6 data without an exact or certified reference are left out" in page.text
     assert "Anything about the gap of 6 data of 30" in page.text
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_random_sample_stands_for_all(tmp_path):
+    """Of 40 data 24 are the sample; the worst of all are listed, also those outside it."""
+    folder = write_run(tmp_path / "run", n=40)
+    table = idata.read_table(folder / "audit.nc")
+    inside = np.arange(40) < 24
+    proxy = table["gap_total"].values + 0.01
+    table = table.assign(
+        in_sample=("obs_id", inside.astype(float)),
+        proxy_iwae=("obs_id", proxy),
+        proxy_variance=("obs_id", np.log1p(proxy.clip(0))),
+    )
+    idata.write(table, folder / "audit.nc")
+    files = Files.read(folder)
+    assert files.audit.sizes["obs_id"] == 24
+    assert files.whole.sizes["obs_id"] == 40
+    assert all(len(tree["posterior"]["obs_id"]) == 24 for tree in files.posteriors.values())
+    (first,) = key_figures.of_all(files.whole)
+    assert first.label == "mean gap of all 40 data"
+    assert abs(float(first.value) - table["gap_total"].values.mean()) < 0.02  # the proxy is all but the gap
+    page = Page(write_report(folder).read_text("utf-8"))
+    assert "from a random sample of 24 data" in page.text
+    worst = int(np.nanargmax(table["gap_total"].values))
+    assert key_figures.worst_rows(files.whole)[0].obs_id == int(table["obs_id"].values[worst])
 
 
 def test_a_negative_gap_is_shown_and_said(reported):

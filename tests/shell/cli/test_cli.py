@@ -9,8 +9,10 @@ import time
 
 import pytest
 import torch
+import xarray as xr
 from support.command import call, listing
 
+from elbowroom.analysis.queries.best_posterior import LATE
 from elbowroom.cli import app
 from elbowroom.cli.app import main
 
@@ -21,8 +23,8 @@ def test_dry_run_writes_nothing(here, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "s.yaml: everything was checked, nothing was written; the run would go to runs/s (new)"
     assert out[1].startswith("audit, plan for 8 data, about ")
-    assert [line.split()[0] for line in out[2:4]] == ["guide", "grid"]
-    assert out[4:] == ["  for data that grid does not settle, and for no others: hmc, importance, ais"]
+    assert [line.split()[0] for line in out[2:5]] == ["guide", "grid", "others"]
+    assert out[5:] == ["  for data that grid does not settle, and for no others: hmc, importance, ais"]
     assert listing(here) == before
 
 
@@ -43,6 +45,27 @@ def test_fit_then_audit(here, capsys):
     assert "wrote runs/s/ (audit.nc, audit.csv, diagnosis.nc, posteriors/guide.nc, posteriors/grid.nc)" in out
     assert call("audit", "runs/s", "--data", "x.npy") == 0
     assert (here / "runs/s/audits/x/audit.nc").is_file()
+
+
+def test_a_question_says_what_it_will_take_and_ends_in_time(here, capsys):
+    assert call("fit", "s.yaml") == 0
+    before = listing(here)
+    capsys.readouterr()
+    assert call("encode", "runs/s", "--dry-run") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "runs/s: everything was checked, nothing was written"
+    assert out[1] == "8 rows (8 to encode)"
+    assert out[2].startswith("the encoder's own numbers: about ")
+    assert out[3].startswith("grid: about ")
+    assert call("impute", "runs/s", "--hide", "0.2", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] > 0
+    assert call("encode", "runs/s", "--budget", "soon") == 2
+    assert "budget: must be a time above 0" in capsys.readouterr().err
+    assert listing(here) == before
+    assert call("encode", "runs/s", "--budget", "0.0001s") == 0
+    with xr.open_dataset(here / "runs/s/answers/encode.nc", engine="h5netcdf") as answer:
+        assert all(str(reason).endswith(LATE) for reason in answer["reason"].values)
+        assert answer["mean"].notnull().all()
 
 
 def test_json_is_all_that_is_printed(here, capsys):

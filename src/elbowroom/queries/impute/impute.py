@@ -26,7 +26,7 @@ from elbowroom.errors import DataError, SpecError, UserError, nearest
 from elbowroom.queries.answer import Form
 from elbowroom.queries.impute.answer import Imputed, conclude
 from elbowroom.queries.impute.cells import Entries, asked_holes, holes, named_entries, sequential
-from elbowroom.queries.stream import place_of, references_for, stream
+from elbowroom.queries.stream import described, ending, foreseen, place_of, references_for, stream
 from elbowroom.runs.rows import layout_of, query_rows
 from elbowroom.system.files import sha256
 
@@ -96,7 +96,7 @@ def imputer(
     dtype = run.experiment.dtype
 
     def answer(chunk: Chunk) -> xr.Dataset:
-        found = read(chunk.log_joint, methods, draws=draws, keep=keep, seed=chunk.seed)
+        found = read(chunk.log_joint, methods, draws=draws, keep=keep, seed=chunk.seed, until=chunk.until)
         x = chunk.batch["x"]
         known = x if replicate else None if truth is None else torch.from_numpy(truth[chunk.rows]).to(x)
         missing = holes(x, padded=sequential(run)) if known is None else ~known.isnan()
@@ -240,26 +240,33 @@ def ask(
     report: Report | None = None,
     out: Path | None = None,
     resume: bool = False,
+    budget: float | str | None = None,
+    dry_run: bool = False,
 ) -> Imputed:
     """Impute; arguments and errors as `Run.impute`."""
     check_level(level, keep)
-    plain, form = Form.of(data)
+    (plain, form), until = Form.of(data), ending(budget)
     rows, place = query_rows(run, plain), place_of(run, device)
     seed = run.experiment.spec.seed if seed is None else seed
     entries, padded = Entries.of(run, rows), sequential(run)
     wanted = None if of is None else named_entries(of, entries)
     holed, truth, numbers = asked_holes(rows, run, hidden, wanted, seed, entries)
     methods = references_for(run, holed, references, place)
+    if dry_run:
+        counts = {"with missing cells": len(holed)}
+        dataset, plan = foreseen(run, holed, methods, draws=draws, counts=counts, device=place)
+        return Imputed(dataset, plan, form, entries=entries, original=rows.dataset, given=data, rows=rows.index)
     options = {
-        "references": {m.name: vars(m) for m in methods}, "level": level, "samples": samples, "draws": draws, "keep": keep,
+        "references": described(methods), "level": level, "samples": samples, "draws": draws, "keep": keep,
         "of": None if of is None else list(of), "hide": None if truth is None else sha256(np.isnan(truth).tobytes()),
     }  # fmt: skip
     compute = imputer(
         run, entries, methods, level=level, draws=draws, keep=max(keep, samples), samples=samples, truth=truth, wanted=wanted
     )
     found = stream(
-        run, holed, compute, question="impute", options=options, seed=seed, device=place, out=out, resume=resume, report=report
-    )
+        run, holed, compute, question="impute", options=options, seed=seed, device=place, out=out, resume=resume, report=report,
+        until=until,
+    )  # fmt: skip
     found = found.assign_coords(obs_id=numbers).assign_attrs(answers="impute", level=level)
     if form.index is not None:
         form = replace(form, index=form.index[numbers])

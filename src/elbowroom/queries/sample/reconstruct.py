@@ -25,7 +25,7 @@ from elbowroom.queries.answer import Form
 from elbowroom.queries.impute.answer import Imputed
 from elbowroom.queries.impute.cells import Entries, sequential
 from elbowroom.queries.impute.impute import check_level, imputer
-from elbowroom.queries.stream import references_for, stream
+from elbowroom.queries.stream import described, references_for, stream
 from elbowroom.runs.rows import QueryRows
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def reconstruct(
     entries = Entries.of(run, rows)
     methods = references_for(run, rows, references, place)
     options = {
-        "references": {m.name: vars(m) for m in methods},
+        "references": described(methods),
         "level": level,
         "samples": samples,
         "draws": draws,

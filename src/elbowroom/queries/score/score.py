@@ -7,7 +7,9 @@ model are kept in `RUN/answers/`, in files named by a hash of everything that th
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -89,6 +91,8 @@ def ask(
     report: Report | None,
     out: Path | None,
     resume: bool,
+    budget: float | str | None,
+    dry_run: bool,
 ) -> Answer:
     """Score rows; arguments and errors as `Run.score`."""
     given, form = Form.of(data)
@@ -96,11 +100,16 @@ def ask(
     check_options(fdr, most, simulated, holes)
     valid = calibration_rows(run, Form.of(calibration)[0], most)
     check_enough(valid, ends)
+    until = streaming.ending(budget)
     rows, place = query_rows(run, given), streaming.place_of(run, device)
+    methods = streaming.references_for(run, rows, references, place)
+    if dry_run:
+        counts = {"to score": len(rows), "to compare with": len(valid), "simulated": min(simulated, len(valid))}
+        return Answer(*streaming.foreseen(run, rows, methods, draws=draws, counts=counts, device=place), form)
     found = screened(
-        run, rows, streaming.references_for(run, rows, references, place), calibration=valid, simulated=simulated, band=ends,
+        run, rows, methods, calibration=valid, simulated=simulated, band=ends,
         fdr=fdr, holes=holes, refit=gaps, draws=draws, seed=run.experiment.spec.seed if seed is None else seed,
-        stream={"device": place, "out": out, "resume": resume, "report": report},
+        stream={"device": place, "out": out, "resume": resume, "report": report, "until": until},
     )  # fmt: skip
     return Answer(found, conclude(found), form, [drawing(found)])
 
@@ -132,7 +141,7 @@ def scorer(
 
     def answer(chunk: Chunk) -> xr.Dataset:
         log_joint = simulate(chunk.log_joint, chunk.seed + 1)[0] if simulated else chunk.log_joint
-        columns = _scores(log_joint, methods, draws, chunk.seed)
+        columns = _scores(log_joint, methods, draws, chunk.seed, chunk.until)
         if refit:
             found = gaps.refitted(log_joint)
             columns |= {f"gap_{name}": found[name].cpu().numpy() for name in ("amortization", "amortization_se")}
@@ -148,9 +157,9 @@ def scorer(
     return answer
 
 
-def _scores(log_joint: LogJoint, methods: Sequence[Reference], draws: int, seed: int) -> dict[str, np.ndarray]:
+def _scores(log_joint: LogJoint, methods: Sequence[Reference], draws: int, seed: int, until: float) -> dict[str, np.ndarray]:
     """Return the guide's estimates and the evidence of each row."""
-    found = read(log_joint, methods, draws=draws, keep=KEEP, seed=seed)
+    found = read(log_joint, methods, draws=draws, keep=KEEP, seed=seed, until=until)
     evidence = found.evidence
     guide = {
         name: found.guide.stats[name].double().cpu().numpy() for name in ("elbo", "elbo_se", "rate", "distortion", "pareto_k")
@@ -239,6 +248,7 @@ def kept(
     seed: int,
     device: torch.device,
     report: Report | None,
+    until: float = math.inf,
 ) -> xr.Dataset:
     """Return scores of comparison rows from `RUN/answers/`; compute and store them there if they are missing.
 
@@ -251,6 +261,7 @@ def kept(
         seed: random seed.
         device: where to compute.
         report: as in `queries.stream.stream`.
+        until: likewise; what a budget cut short is not stored.
     """
     facts = {name: value for name, value in provenance(run, rows.dataset).items() if name not in ("experiment", "data")}
     identity = {**facts, **options, "seed": seed, "device": device.type, "torch": metadata.version("torch")}
@@ -259,9 +270,10 @@ def kept(
     if (there := streaming.kept(path)) is not None:
         return there
     found = streaming.stream(
-        run, rows, compute, question=question, options=options, seed=seed, device=device, out=path, resume=True, report=report
-    )
-    if path is not None:
+        run, rows, compute, question=question, options=options, seed=seed, device=device, out=path, resume=True, report=report,
+        until=until,
+    )  # fmt: skip
+    if path is not None and streaming.CUT not in found.attrs:
         idata.write(found, path)
         streaming.finish(path)
     return found
@@ -298,14 +310,17 @@ def screened(
         seed: random seed.
         stream: device, out, resume and report, as in `queries.stream.stream`.
     """
-    options = {"references": {method.name: vars(method) for method in methods}, "draws": draws, "keep": KEEP}
+    options = {"references": streaming.described(methods), "draws": draws, "keep": KEEP}
     made = replace(calibration, index=_spread(calibration.index, simulated))
     total = len(calibration) + len(made) + len(rows)
-    report, place = stream.get("report"), stream["device"]
+    report, place, until = stream.get("report"), stream["device"], stream.get("until", math.inf)
+    began = time.monotonic()
+    part = lambda n: until if math.isinf(until) else began + (until - began) * n / total  # each has its share of the time
     after = lambda before: None if report is None else lambda done, _: report(before + done, total)
     calibrated = kept(
         run, calibration, scorer(run.vae, methods, draws=draws),
         question="calibration", options=options, seed=seed + CALIBRATION_STEP, device=place, report=after(0),
+        until=part(len(calibration)),
     )  # fmt: skip
     simulations, why = None, ""
     if len(made):
@@ -313,7 +328,7 @@ def screened(
             simulations = kept(
                 run, made, scorer(run.vae, methods, draws=draws, simulated=True),
                 question="simulated", options=options, seed=seed + SIMULATION_STEP, device=place,
-                report=after(len(calibration)),
+                report=after(len(calibration)), until=part(len(calibration) + len(made)),
             )  # fmt: skip
         except UnsupportedProgram as error:
             why = str(error)
