@@ -18,7 +18,7 @@ from elbowroom.system import durations
 
 AFFORDABLE = 3600.0  # without a budget, seconds a grid may take though sampling would be faster
 AMPLE = 2.0  # factor by which a budget must exceed the estimate, for all data to be done in one pass
-FIRST = (200, 100)  # guide draws per datum, all data, where only a sample is audited; the fewer where they take too long
+FIRST = (400, 100)  # guide draws per datum, all data, where only a sample is audited; the fewer where they take too long
 OF_GUIDE = 0.2  # share of the budget for them
 FEWER, SLIGHT = (
     4_000,

@@ -34,6 +34,7 @@ COLUMNS = {
     "in_sample": ("1", "1 for data of the random sample that stands for all; 0 for the others, audited or not"),
     "proxy_iwae": ("nats", "importance-weighted bound less ELBO, by a few draws of the guide: a lower bound of the gap"),
     "proxy_variance": ("1", "log(1 + var(log w) / 2), of the guide's weights: the gap where log w is normal, as log(1 + gap)"),
+    "proxy_k": ("1", "k-hat of the guide's weights, by the same draws, between -1 and 3"),
 }
 
 
@@ -132,8 +133,9 @@ def in_turn(log_joint: LogJoint, blocks: Sequence[Tensor], turn: Sequence[int]) 
         memory.trim()
 
 
-def _proxies(guide: Posterior, draws: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return IWAE - ELBO, and log(1 + half the variance of log w), (N,) each."""
+def _proxies(guide: Posterior, draws: int) -> tuple[np.ndarray, ...]:
+    """Return IWAE - ELBO, log(1 + half the variance of log w), and k-hat, (N,) each."""
     elbo, error = (guide.stats[name].cpu().double() for name in ("elbo", "elbo_se"))
     bound = torch.full_like(elbo, math.nan) if guide.evidence is None else guide.evidence.value.cpu().double() - elbo
-    return bound.numpy(), (error.square() * draws / 2).log1p().numpy()
+    k = guide.stats["pareto_k"].cpu().double().clamp(-1.0, 3.0).nan_to_num(3.0)
+    return bound.numpy(), (error.square() * draws / 2).log1p().numpy(), k.numpy()

@@ -11,9 +11,10 @@ e_i are residuals, h_i their leverages, s_i the standard errors of y_i themselve
 Assisted Survey Sampling, chapters 6 and 9; the residuals' weights are those of the jackknife). The estimator is unbiased up to
 terms of order 1 / n whatever the relation of x and y; a good proxy makes it precise. The proxies are
 
-    IWAE_S - ELBO,   and   log(1 + var(log w) / 2),   w = p(x, z) / q(z|x),  z ~ q
+    IWAE_S - ELBO,   log(1 + var(log w) / 2),   k-hat of w,      w = p(x, z) / q(z|x),  z ~ q
 
-the second of which is the gap where log w is normal. The interval is about the rows of this file, N of them.
+The second is the gap where log w is normal; the third says where the first, a lower bound, falls short of it. The interval is
+about the rows of this file, N of them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from scipy import stats
 
 from elbowroom.analysis.measures.table import LARGE_GAP, Z95, column
 
-PROXIES = ("proxy_iwae", "proxy_variance")
+PROXIES = ("proxy_iwae", "proxy_variance", "proxy_k")
 QUANTITIES = {
     "gap_total": ("nats", "mean gap log p(x) - ELBO"),
     "gap_amortization": ("nats", "mean of what the encoder misses of its own family"),

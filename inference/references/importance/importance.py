@@ -4,10 +4,11 @@ The proposal is not the guide. A pilot draws from the refitted normal q*, or fro
 tails: half of its draws are from a Student-t. Its Pareto-smoothed mean m and covariance C, which cover all of the posterior
 that the pilot reaches, give the proposal of the scored run:
 
-    r(z) = 9/10 N(z; m, 1.15 C) + 1/10 t_4(z; m, 1.6^2 C),   w = p(x, z) / r(z),   z ~ r independent
+    r(z) = (1 - s) N(z; m, 1.15 C) + s t_4(z; m, 1.6^2 C),   w = p(x, z) / r(z),   z ~ r independent
 
 The t part keeps the weights bounded if a posterior's tails are no heavier than its own (as with a normal prior); the normal,
-a little wider than C, keeps them even in many dimensions.
+a little wider than C, keeps them even in many dimensions. In few dimensions draws of the t are not lost, and s is 1/2; it falls
+to 1/10 at 25.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import LARGE_ARRAY, fitting
 
 DF, INFLATION = 4, 1.6  # of the Student-t part of the proposal
-WIDER, TAILS = 1.15, 0.1  # variance of the normal over the pilot's covariance, and share of the Student-t, in the scored run
+WIDER = 1.15  # variance of the normal over the pilot's covariance, in the scored run
+TAILS, LEAST = 2.5, 0.1  # share of the Student-t there: TAILS / d between LEAST and a half
 PILOT = 2000
 PILOT_ESS = 10  # per dimension; with fewer, its covariance is not used
 MIN_ESS = 1000
@@ -84,7 +86,7 @@ class Proposal:
         found = Proposal.around(Normals(better.loc, root))
         scale = torch.where(usable, WIDER**0.5, 1.0).to(root.dtype)
         narrow = Normals(found.narrow.loc, scale[:, None, None] * found.narrow.root)
-        return Proposal(narrow, found.wide, torch.where(usable, TAILS, found.heavy))
+        return Proposal(narrow, found.wide, torch.where(usable, min(0.5, max(LEAST, TAILS / d)), found.heavy))
 
     def rows(self, index: Tensor) -> Proposal:
         """Return the proposals for some of the data."""

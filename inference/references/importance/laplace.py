@@ -19,7 +19,7 @@ STEPS = 6  # at most
 WIDTH = 0.3
 SHARES = (1.0, 0.5, 0.2, 0.05)  # of a Newton step, of which the best is taken
 LEAST, MOST = 0.02, 1e6  # curvature in the guide's standard deviations: the approximation is at most 7 times as wide
-FAR = 2.0  # length of a step, in sqrt(d) standard deviations
+FAR = 10.0  # length of a step, in sqrt(d) standard deviations
 CLOSE = 0.1  # nats that a step promises, below which all is done
 GUIDE_DRAWS = 100
 

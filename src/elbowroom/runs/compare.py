@@ -221,8 +221,8 @@ def compare(runs: Iterable[str | Path | FittedModel], *, allow_python: bool = Fa
 def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence[str] = ()) -> xr.Dataset:
     """Arrange tables of audits over `run` and `obs_id`, with paired differences to the best run.
 
-    The tables have the same `obs_id` in any order; where budgets let only random samples be audited, the data of all samples are
-    compared. `notes` are sentences for the attributes.
+    The tables have the same `obs_id` in any order; where budgets let only random samples be audited, the data of all samples
+    are compared. `notes` are sentences for the attributes.
     """
     labels = np.sort(tables[0]["obs_id"].values)
     for table in tables:  # random samples, where a budget cut an audit short

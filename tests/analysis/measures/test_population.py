@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from elbowroom.analysis.measures.population import QUANTITIES, population, sampled
+from elbowroom.analysis.measures.population import PROXIES, QUANTITIES, population, sampled
 
 N, REPEATS = 2_000, 400
 
@@ -27,6 +27,7 @@ def world(seed: int, good: bool = True) -> xr.Dataset:
             "gap_amortization": ("obs_id", 0.6 * gap),
             "proxy_iwae": ("obs_id", 0.7 * like + 0.1 * like**1.5 + 0.3 * rng.standard_normal(N)),
             "proxy_variance": ("obs_id", np.log1p(like * rng.lognormal(0.0, 0.4, N))),
+            "proxy_k": ("obs_id", 0.3 + 0.1 * like + 0.2 * rng.standard_normal(N)),
         },
         coords={"obs_id": np.arange(N)},
     )
@@ -43,6 +44,7 @@ def seen(whole: xr.Dataset, rows: np.ndarray) -> xr.Dataset:
 @pytest.mark.parametrize("good", [True, False])
 def test_intervals_cover_the_mean_of_all_rows(n: int, good: bool) -> None:
     whole, rng = world(1, good), np.random.default_rng(2)
+    assert set(PROXIES) <= set(whole)
     truth = {
         "gap_total": float(whole["gap_total"].mean()),
         "gap_amortization": float(whole["gap_amortization"].mean()),
