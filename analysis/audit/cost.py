@@ -20,6 +20,8 @@ from elbowroom.inference.posterior import Reference
 from elbowroom.inference.references.closed_form import ClosedForm
 from elbowroom.inference.references.enumeration import Enumeration
 from elbowroom.inference.references.grid.grid import Grid
+from elbowroom.inference.references.importance.importance import ImportanceSampling
+from elbowroom.inference.search.modes import RUNS
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import LARGE_ARRAY, fitting
 
@@ -71,9 +73,14 @@ SCOUTED = ("hmc", "importance", "ais")
 HIGH = 25  # latents beyond which these numbers grow no more
 
 
-def scouting(d: int) -> Workload:
-    """Return the gradients of q*, of the mode search and of the parts of the gap, for d latents."""
-    return Workload(calls=60 + 4 * min(d, HIGH), points=4_500 + 450 * min(d, HIGH))
+def searching(d: int, runs: int) -> Workload:
+    """Return the gradients of the mode search by so many runs, for d latents."""
+    return Workload(calls=60 + 2 * min(d, HIGH), points=runs * (20 + 2.6 * min(d, HIGH)))
+
+
+def refitting(d: int) -> Workload:
+    """Return the gradients of q* and of the parts of the gap, for d latents."""
+    return Workload(calls=20 + 3 * min(d, HIGH), points=1_100 + 210 * min(d, HIGH))
 
 
 def sampling(name: str, d: int) -> Workload:
@@ -81,7 +88,7 @@ def sampling(name: str, d: int) -> Workload:
     return {
         "hmc": Workload(calls=3_000, points=8_500 + 250 * min(d, HIGH), least=0.4),
         "ais": Workload(calls=3_200, points=60_000),  # includes the reverse chains of the upper bounds
-        "importance": Workload(calls=200, points=11_000 + 700 * d),
+        "importance": Workload(calls=150, points=600),
     }[name]
 
 
@@ -90,6 +97,9 @@ LATTICE = {1: Workload(calls=40, points=2_500), 2: Workload(calls=40, points=14_
 GUIDE = 1.5  # cost of a guide draw in densities
 OWN_DENSITY, OWN_GRADIENT = 30, 60
 """What a method does with each point beside the model's work, in sorts of one number; measured with two latents."""
+OWN_WEIGHT = 18
+"""The same of importance sampling, per draw and latent: draws, densities of the proposal, moments."""
+OTHERS = 5_000  # densities of importance sampling beside its draws: the pilots, and what it compares with the search
 
 
 class Pilot:
@@ -99,6 +109,19 @@ class Pilot:
         self.log_joint, self.draws, self.keep = log_joint, draws, keep
         self._gradient: Cost | None = None
         self._density: Cost | None = None
+        self._sort = 0.0
+
+    @staticmethod
+    def _runs(method: Reference) -> int:
+        return method.runs if isinstance(method, ImportanceSampling) else RUNS
+
+    @property
+    def sort(self) -> float:
+        """Seconds per number of a sort."""
+        if not self._sort:
+            numbers = torch.linspace(1, 0, DRAWS[1] * ROWS, device=self.log_joint.device).view(DRAWS[1], ROWS)
+            self._sort = min(self._seconds(lambda: numbers.sort(0)) for _ in range(3)) / numbers.numel()
+        return self._sort
 
     def guide(self) -> Cost:
         """Return the cost of the guide's own pass."""
@@ -109,7 +132,14 @@ class Pilot:
         d = self.log_joint.dim
         if type(method).name in SCOUTED and d:
             cost = self._model(sampling(method.name, d), self.gradient)
-            return cost if set(SCOUTED) & set(before) else cost + self._model(scouting(d), self.gradient)
+            laplace = False
+            if isinstance(method, ImportanceSampling):
+                draws, laplace = method.draws + OTHERS, method.start == "laplace"
+                cost = cost + self._model(Workload(4, draws), self.density) + Cost(0.0, OWN_WEIGHT * d * draws * self.sort)
+            if set(SCOUTED) & set(before):
+                return cost
+            first = Workload(4, 10 * d) if laplace else refitting(d)
+            return cost + self._model(first, self.gradient) + self._model(searching(d, self._runs(method)), self.gradient)
         if isinstance(method, Grid):
             return self._model(LATTICE[self.log_joint.dim], self.density)
         if isinstance(method, ClosedForm | Enumeration):
@@ -150,9 +180,7 @@ class Pilot:
                 found.append((draws * part.n_obs, min(self._seconds(lambda z=z: call(part, z)) for _ in range(3))))  # type: ignore[misc]
         (few, fast), (many, slow) = found
         each = max(slow - fast, 0.2 * slow) / (many - few)
-        numbers = torch.linspace(1, 0, DRAWS[1] * ROWS, device=self.log_joint.device).view(DRAWS[1], ROWS)
-        sort = min(self._seconds(lambda: numbers.sort(0)) for _ in range(3)) / numbers.numel()
-        return Cost(max(fast - each * few, 0.05 * fast), each + own * sort)
+        return Cost(max(fast - each * few, 0.05 * fast), each + own * self.sort)
 
     def _timed(self, method: Reference) -> Cost:
         """Fit seconds = fixed + each x data to two small subsets, after a warm-up run."""

@@ -43,7 +43,7 @@ from elbowroom.system.memory import fitting
 from elbowroom.system.stages import stage
 
 LARGE = 2**20  # largest number of entries of the data used
-TRACES = 2**23  # entries simulated between garbage collections
+TRACES = 2**22  # entries simulated between garbage collections
 RANKED = 1000  # data whose residuals are ranked
 LEAST = 10  # data
 NEAR, MORE = 4, 3  # a smallest p-value below NEAR x the rule's level is computed again from MORE times as many replicates

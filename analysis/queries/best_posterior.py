@@ -120,7 +120,8 @@ def read(
         with stage(method.name):
             found = method(part, keep=keep, seed=start, until=until)
             found = completed(part, found, start + DISCRETE_STEP)
-        found.stats["missed_mass"] = missed_mass(part, guide if part is log_joint else rows_of(guide, used), found)
+        if bool((found.trusted & ~found.settled).any()):  # else the guide's own estimate of log p(x) is not asked
+            found.stats["missed_mass"] = missed_mass(part, guide if part is log_joint else rows_of(guide, used), found)
         whole = len(rows) == log_joint.n_obs
         references.append(found if whole else spread(rows_of(found, at), rows, log_joint.n_obs, UNNEEDED))
     posterior, source = _best(log_joint, guide, references, keep, seed + RESAMPLE_STEP, LATE if late else "")

@@ -36,8 +36,8 @@ from elbowroom.system.memory import LARGE_ARRAY, fitting
 DF, INFLATION = 4, 1.6  # of the Student-t part of the proposal
 WIDER = 1.15  # variance of the normal over the pilot's covariance, in the scored run
 TAILS, LEAST = 2.5, 0.1  # share of the Student-t there: TAILS / d between LEAST and a half
-PILOT = 2000
-PILOT_ESS = 10  # per dimension; with fewer, its covariance is not used
+PILOTS, FEW = (1000, 1000, 2000), 5  # draws of the pilots; latents up to which the last one suffices
+SHRUNK, FEWEST = 5.0, 5.0  # draws per latent that the proposal before is worth; effective draws with which a pilot says nothing
 MIN_ESS = 1000
 LOOKED, SAMPLED = 1000, 100  # draws that are compared with annealed runs, and effective draws that allow it
 STEP = 0.6  # of the runs in whitened coordinates, in units of d^(-1/4)
@@ -75,18 +75,25 @@ class Proposal:
         return z, torch.logaddexp(narrow, tails)
 
     def adapted(self, log_joint: LogJoint, generator: torch.Generator) -> Proposal:
-        """Return the proposal around a pilot's weighted moments, where the weights have enough effective draws."""
-        draws = _Weighted.of(log_joint, self, PILOT, generator)
+        """Return the proposal around a pilot's weighted moments; with many latents, pilot after pilot (population Monte Carlo).
+
+        Few effective draws tell little of a covariance: it is shrunk towards that of the proposal they came from.
+        """
+        found = self
+        for draws in PILOTS if log_joint.dim > FEW else PILOTS[-1:]:
+            found = found._moved(_Weighted.of(log_joint, found, draws, generator))
+        return found
+
+    def _moved(self, draws: _Weighted) -> Proposal:
         mean, covariance = draws.moments()
         d = mean.shape[-1]
-        usable = (draws.ess >= PILOT_ESS * d) & mean.isfinite().all(-1) & covariance.isfinite().flatten(1).all(-1)
-        covariance = torch.where(usable[:, None, None], covariance, self.narrow.covariance)
-        better = Normals.from_moments(torch.where(usable[:, None], mean, self.narrow.loc), covariance)
-        root = torch.where(usable[:, None, None], better.root, self.narrow.root)
-        found = Proposal.around(Normals(better.loc, root))
-        scale = torch.where(usable, WIDER**0.5, 1.0).to(root.dtype)
-        narrow = Normals(found.narrow.loc, scale[:, None, None] * found.narrow.root)
-        return Proposal(narrow, found.wide, torch.where(usable, min(0.5, max(LEAST, TAILS / d)), found.heavy))
+        known = (draws.ess > FEWEST) & mean.isfinite().all(-1) & covariance.isfinite().flatten(1).all(-1)
+        share = torch.where(known, draws.ess / (draws.ess + SHRUNK * d), 0.0)[:, None, None]
+        mixed = share * torch.where(known[:, None, None], covariance, 0.0) + (1 - share) * self.narrow.covariance
+        around = Proposal.around(Normals.from_moments(torch.where(known[:, None], mean, self.narrow.loc), mixed))
+        narrow = Normals(around.narrow.loc, WIDER**0.5 * around.narrow.root)
+        least = min(0.5, max(LEAST, TAILS / d))
+        return Proposal(narrow, around.wide, 0.5 - share[:, 0, 0] * (0.5 - least))
 
     def rows(self, index: Tensor) -> Proposal:
         """Return the proposals for some of the data."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.problems import oracle
-from support.problems.catalogue import MULTIMODAL, PROBLEMS
+from support.problems.catalogue import LARGE, MULTIMODAL, PROBLEMS
 from support.problems.oracle import LIMIT, METHODS, Estimates, Judged, examine, judge, shortcomings, watched
 from support.problems.truth import F64, Problem
 
@@ -131,6 +131,17 @@ def test_a_hundred_of_each_kind(name: str) -> None:
         told = shortcomings(judged)
         if told and all("beyond" in line for line in told):
             (second,) = examine(name, 100, 1, (judged.method,), run=1)
+            told = [line for line in shortcomings(second) if "beyond" in line]
+        assert told == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_forty_of_each_kind_with_ten_to_fifty_latents(name: str) -> None:
+    for judged in examine(name, 40, 1, ("importance", "hmc")):
+        told = shortcomings(judged)
+        if told and all("beyond" in line for line in told):
+            (second,) = examine(name, 40, 1, (judged.method,), run=1)
             told = [line for line in shortcomings(second) if "beyond" in line]
         assert told == []
 

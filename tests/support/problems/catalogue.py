@@ -226,6 +226,13 @@ PROBLEMS: dict[str, Callable[[int, int], Problem]] = {
     "bimodal_unequal_d2": partial(bimodal_unequal, 2),
     "bimodal_unequal_d7": partial(bimodal_unequal, 7),
 }
+LARGE: dict[str, Callable[[int, int], Problem]] = {
+    **{f"linear_gaussian_d{d}": partial(linear_gaussian, d) for d in (10, 50)},
+    **{f"square_d{d}": partial(square, d - 1) for d in (10, 20, 50)},
+    **{f"bimodal_unequal_d{d}": partial(bimodal_unequal, d) for d in (10, 20, 50)},
+}
+"""More latents, for what takes minutes: two modes that differ in sign alone (as switched labels do), and two unequal ones."""
+KNOWN = {**PROBLEMS, **LARGE}
 MULTIMODAL = ["square", "square_idle", "bimodal_unequal_d1", "bimodal_unequal_d2", "bimodal_unequal_d7"]
 UNIMODAL = [name for name in PROBLEMS if name not in MULTIMODAL]
 NO_SD_ERROR = ["heavy_tails_d1"]  # no fourth moment: errors of an sd cannot be judged in standard errors

@@ -34,7 +34,7 @@ from elbowroom.inference.references.grid.grid import Grid
 from elbowroom.inference.references.hmc import hmc
 from elbowroom.inference.references.hmc.hmc import HMC
 from elbowroom.inference.references.importance.importance import ImportanceSampling
-from support.problems.catalogue import NO_SD_ERROR, PROBLEMS, UNIMODAL
+from support.problems.catalogue import KNOWN, NO_SD_ERROR, UNIMODAL
 from support.problems.truth import MAJOR, Problem
 
 F64 = torch.float64
@@ -261,7 +261,7 @@ def examine(name: str, n: int, seed: int, methods: Sequence[str] = tuple(METHODS
 
     Where annealing runs beside HMC, its upper bounds start from HMC's certified draws.
     """
-    problem = PROBLEMS[name](n, seed)
+    problem = KNOWN[name](n, seed)
     rows: list[Judged] = []
     certified: Posterior | None = None
     for k, method in enumerate(methods):
@@ -371,7 +371,7 @@ def load(path: Path) -> list[Judged]:
                 found[key][k] = torch.cat([found[key][k], v])
             elif k in ("reasons", "seconds"):
                 found[key][k] = found[key][k] + v
-    order = {name: k for k, name in enumerate(PROBLEMS)}
+    order = {name: k for k, name in enumerate(KNOWN)}
     ranked = sorted(found, key=lambda key: (list(METHODS).index(key[1]), order[key[0]]))
     return [Judged(**found[key]) for key in ranked]
 
@@ -391,7 +391,7 @@ def write(rows: Sequence[Judged], page: Path = PAGE) -> None:
 def main() -> None:
     """Run the methods over the problems, printing what falls short as it appears."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=list(PROBLEMS))
+    parser.add_argument("names", nargs="*", default=list(KNOWN))
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
