@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import xarray as xr
 
-from elbowroom.analysis.audit.plan import OTHER
 from elbowroom.analysis.verdict import judgement, rules
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.posterior import Posterior
@@ -33,7 +32,7 @@ from elbowroom.system.stages import stage
 log = logging.getLogger("elbowroom")
 
 SEED_STEP = 15_485_863  # between the parts, so that they share no random numbers
-SIMULATED = OTHER  # data of the audit of simulated data
+SIMULATED = 100  # data of the audit of simulated data, at most, and of those of other splits
 Auditor = Callable[[LogJoint, int], xr.Dataset]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from elbowroom.analysis.audit.cost import Cost, Pilot
+from elbowroom.analysis.audit.diagnosis import SIMULATED
 from elbowroom.analysis.audit.requested import KNOWN, Methods, requested, usable
 from elbowroom.inference.posterior import Reference
 from elbowroom.inference.references.closed_form import ClosedForm
@@ -25,7 +26,6 @@ FEWER, SLIGHT = (
     0.03,
 )  # guide draws of the sample, where those asked for take more than that share of the references' time
 SAMPLE, WORST = 0.72, 0.82  # of the budget: when the random sample ends, and the search for the worst data
-OTHER = 100  # data of each audit of others
 FASTER = 3.0  # factor by which importance sampling must be faster than chains to come first, under a tight budget
 
 SPARE = ("hmc", "importance", "ais")  # for data that the first reference leaves over
@@ -93,7 +93,7 @@ class Plan:
     @property
     def further(self) -> float:
         """Estimated seconds of the audits of other data."""
-        return self.others * sum(cost.of(min(OTHER, self.n_obs)) for cost in self.costs)
+        return self.others * sum(cost.of(min(SIMULATED, self.n_obs)) for cost in self.costs)
 
     @property
     def limit(self) -> float:
