@@ -6,6 +6,7 @@ It needs neither torch nor Pyro nor the weights. A missing file is reported in a
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ class Files:
         name: of the run.
         audit: `audit.nc`; of its random sample only, where a budget cut the audit short, as are `posteriors`.
         whole: `audit.nc` with all data.
+        everything: all of these data, as `observed`.
         spec: `spec.yaml`.
         split: sizes of train, validation and test, and their rows.
         history: `history.csv`.
@@ -60,6 +62,7 @@ class Files:
     audit: xr.Dataset
     spec: dict[str, Any] | None = None
     whole: xr.Dataset | None = None
+    everything: np.ndarray | None = None
     split: dict[str, np.ndarray] | None = None
     history: pd.DataFrame | None = None
     latent: xr.DataTree | None = None
@@ -82,6 +85,7 @@ class Files:
         trees = {}
         for path in sorted((folder / "posteriors").glob("*.nc")):
             trees[path.stem] = _read(path, idata.read)
+        everything = _observed(trees, audit.sizes["obs_id"])
         inside = random_rows(audit)  # all data, unless a budget let only a random sample be audited
         if not inside.all():
             trees = {name: _of_rows(tree, inside) for name, tree in trees.items()}
@@ -89,6 +93,7 @@ class Files:
             name=str(audit.attrs.get("experiment") or folder.resolve().name),
             audit=sampled(audit),
             whole=audit,
+            everything=everything,
             spec=_read(folder / "spec.yaml", _read_spec),
             split=_read(folder / "split.npz", _read_split),
             history=_read(folder / "history.csv", _read_history),
@@ -100,13 +105,7 @@ class Files:
     @property
     def observed(self) -> np.ndarray | None:
         """The audited data, (N, *event), from the file that holds them; only for a single observed site."""
-        for tree in self.posteriors.values():
-            if "observed_data" in tree.children:
-                sites = list(tree["observed_data"].data_vars.values())
-                if len(sites) == 1 and "obs_id" in sites[0].dims:
-                    values = sites[0].transpose("obs_id", ...).values
-                    return values if len(values) == self.audit.sizes["obs_id"] else None
-        return None
+        return _observed(self.posteriors, self.audit.sizes["obs_id"])
 
     @property
     def held_out(self) -> bool:
@@ -120,6 +119,17 @@ class Files:
         """Entries of one datum where the data are discrete, for bits per dimension; else None."""
         stored = str(self.audit.attrs.get("entries", ""))
         return int(stored) if stored.isdecimal() and int(stored) else None
+
+
+def _observed(trees: Mapping[str, xr.DataTree], n: int) -> np.ndarray | None:
+    """Return the n data of the first file that holds them, (N, *event); None where there are several observed sites."""
+    for tree in trees.values():
+        if "observed_data" in tree.children:
+            sites = list(tree["observed_data"].data_vars.values())
+            if len(sites) == 1 and "obs_id" in sites[0].dims:
+                values = sites[0].transpose("obs_id", ...).values
+                return values if len(values) == n else None
+    return None
 
 
 def _of_rows(tree: xr.DataTree, rows: np.ndarray) -> xr.DataTree:
@@ -247,10 +257,11 @@ def _embed(item: Plot | Absent, folder: Path) -> dict[str, Any]:
 
 def _thumbnails(files: Files, obs_id: list[int]) -> dict[int, str]:
     """Return small images of the data, obs_id -> data URI; empty where the data are not images."""
-    image, observed = plots.event_image(files.latent), files.observed
+    observed = files.observed if files.everything is None else files.everything
+    image, whole = plots.event_image(files.latent), files.audit if files.whole is None else files.whole
     if image is None or observed is None:
         return {}
-    limits, everything = tone(observed), files.audit["obs_id"].values
+    limits, everything = tone(observed), whole["obs_id"].values
     place = {int(label): n for n, label in enumerate(everything)}
     return {i: _data_uri(thumbnail(observed[place[i]].reshape(image), limits)) for i in obs_id}
 

@@ -426,8 +426,9 @@ def test_auto_decides_by_the_work_ahead_alone(monkeypatch):
     joint(z)
     assert joint.graphs.used == {"joint": None}
     ahead = traced.work_ahead(joint, "joint", 10**7)
-    products = 10**7 * 2e4 * (2 * 2 * 8 + 2 * 8 * 3) / traced.FLOPS  # two per row
-    tens = 10**7 * 2e4 * traced.ELEMENT * 10  # numbers of other operations: some tens per row
+    evaluations = 10**7 * traced.EVALUATIONS["joint"]
+    products = evaluations * (2 * 2 * 8 + 2 * 8 * 3) / traced.FLOPS  # two per row
+    tens = evaluations * traced.ELEMENT * 10  # numbers of other operations: some tens per row
     assert products + tens < ahead < products + 20 * tens
     monkeypatch.setattr(traced, "COMPILE", float("inf"))
     with expecting(10**7):
@@ -437,7 +438,7 @@ def test_auto_decides_by_the_work_ahead_alone(monkeypatch):
         joint.grad(z)
     assert set(joint.graphs.used) == {"joint"}
     with at_most(200), at_most(1000):
-        assert traced.work_ahead(joint, "joint", 10**7) == pytest.approx(0.01 * ahead)
+        assert traced.work_ahead(joint, "joint", 10**7) == pytest.approx(200 / traced.EVALUATIONS["joint"] * ahead)
     with expecting(10**7), at_most(1):
         joint(z)
     assert joint.graphs.used["joint"] is None

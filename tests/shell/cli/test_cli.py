@@ -57,7 +57,7 @@ def test_a_question_says_what_it_will_take_and_ends_in_time(here, capsys):
     assert out[1] == "8 rows (8 to encode)"
     assert out[2].startswith("the encoder's own numbers: about ")
     assert out[3].startswith("grid: about ")
-    assert call("impute", "runs/s", "--hide", "0.2", "--dry-run", "--json") == 0
+    assert call("impute", "runs/s", "--hide", "0", "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)["seconds"] > 0
     assert call("encode", "runs/s", "--budget", "soon") == 2
     assert "budget: must be a time above 0" in capsys.readouterr().err

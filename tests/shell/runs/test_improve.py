@@ -13,6 +13,8 @@ import pytest
 import torch
 import xarray as xr
 
+from elbowroom.analysis.audit.auditor import Audit
+from elbowroom.analysis.measures.population import PROXIES
 from elbowroom.cli import app as cli
 from elbowroom.errors import DataError, RunFolderError, SpecError
 from elbowroom.inference.fit.plan import Session
@@ -404,3 +406,18 @@ def test_half_of_the_gap_of_the_digits_is_gone_and_log_p_is_unchanged(tmp_path: 
     retrained = run.improve(retrain=True)
     mean, error, _ = retrained.difference()
     assert mean > -2 * error
+
+
+def test_random_samples_are_compared_and_all_data_are_estimated(home: Path) -> None:
+    run = Run.load(home / "run")
+    before = Audit.load(home / "run").table
+    n = before.sizes["obs_id"]
+    inside = ("obs_id", (np.arange(n) < n - 2).astype(float))
+    proxies = dict.fromkeys(PROXIES, ("obs_id", before["gap_total"].values))
+    before = before.assign(in_sample=inside, **proxies)
+    after = before.assign(elbo=before["elbo"] + 0.01, gap_total=before["gap_total"] - 0.01)
+    found = Improvement(run, run, before, after, propose(run))
+    rows = {row[0]: row[1:] for row in found.lines()}
+    assert rows["exact or certified"] == (f"{n - 2} of {n - 2}",) * 2
+    old, new = (float(text.split()[0]) for text in rows["mean gap of all data [nats], 95 %"])
+    assert old - new == pytest.approx(0.01, abs=2e-3)

@@ -132,6 +132,21 @@ def test_bounds_alone_rank_nothing() -> None:
     json.dumps(one.tree(), allow_nan=False)
 
 
+def test_random_samples_are_compared_where_they_overlap() -> None:
+    """What was audited because a proxy showed it as the worst is in no mean."""
+    generator = np.random.default_rng(8)
+    a = -90 + 5 * generator.standard_normal(N)
+    first, second = audited(a), audited(a + 0.5)
+    inside = np.arange(N) < N // 2
+    first = first.assign(in_sample=("obs_id", inside.astype(float)))
+    first["log_evidence"][-1] = 0.0  # outside the sample
+    second = second.assign(in_sample=("obs_id", (np.arange(N) > 3).astype(float)))
+    found = tabulate(["a", "b"], [first, second])
+    assert found["obs_id"].values.tolist() == list(range(4, N // 2))
+    assert found["difference"].values == pytest.approx([-0.5, 0.0])
+    assert Versus(found).best == "b"
+
+
 def test_the_order_of_the_data_does_not_matter() -> None:
     a, b = np.arange(N) * 1.0, np.arange(N) - 0.5
     shuffled = audited(b).isel(obs_id=np.random.default_rng(0).permutation(N))
