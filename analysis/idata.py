@@ -55,12 +55,14 @@ def to_datatree(
     dims |= {name: ["obs_id"] for name in stats}
     dims |= {name: ["obs_id", *(f"{name}_dim_{i}" for i in range(value.ndim - 1))] for name, value in observed.items()}
     groups: dict[str, dict[str, np.ndarray]] = {"posterior": draws, "sample_stats": stats, "observed_data": observed}
-    tree = arviz_base.from_dict(
-        {name: group for name, group in groups.items() if group},
-        dims=dims,
-        coords={"obs_id": np.asarray(obs_id)},
-        attrs={"/": {"method": posterior.method, **(attrs or {})}},
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found chain dimension", UserWarning)  # few draws are kept of very many data
+        tree = arviz_base.from_dict(
+            {name: group for name, group in groups.items() if group},
+            dims=dims,
+            coords={"obs_id": np.asarray(obs_id)},
+            attrs={"/": {"method": posterior.method, **(attrs or {})}},
+        )
     if posterior.mean is not None and posterior.covariance is not None:
         moments = xr.Dataset(
             {
