@@ -70,16 +70,16 @@ def population(table: xr.Dataset) -> xr.Dataset:
     gap, elbo = column(table, "gap_total"), column(table, "elbo")
     columns = {name: column(table, name) for name in QUANTITIES if name in table}
     columns["gap_above_1_nat"] = np.where(np.isfinite(gap), gap > LARGE_GAP, np.nan)
-    error = np.hypot(column(table, "log_evidence_se"), column(table, "elbo_se"))
     found = []
     for name in QUANTITIES:
         value = columns.get(name, np.full(n, np.nan))
-        if name == "log_evidence":  # the ELBO of all rows is known: only the gap is estimated
-            found.append(_shifted(_mean(gap, proxies, inside, error), elbo))
+        if name == "log_evidence" and not inside.all() and np.isfinite(elbo).all():
+            # the ELBO of all rows is known: only the gap is estimated
+            found.append(_shifted(_mean(gap, proxies, inside, _error(table, "gap_total")), elbo))
         elif name == "gap_above_1_nat":
             found.append(_share(value, proxies, inside))
         else:
-            found.append(_mean(value, proxies, inside, error))
+            found.append(_mean(value, proxies, inside, _error(table, name)))
     known = inside & np.isfinite(gap)
     names = ("mean", "se", "lower", "upper", "count")
     data = {name: ("quantity", np.array([row[k] for row in found])) for k, name in enumerate(names)}
@@ -87,6 +87,13 @@ def population(table: xr.Dataset) -> xr.Dataset:
     out["count"] = out["count"].astype(int)
     out.attrs |= {"rows": n, "sample": int(inside.sum()), "without_value": int(inside.sum() - known.sum())}
     return out
+
+
+def _error(table: xr.Dataset, name: str) -> np.ndarray:
+    """Return the standard error of each datum's own value, (N,): half of its 95 % interval, which also holds a shortfall."""
+    if name == "log_evidence":
+        return column(table, "log_evidence_se")
+    return (column(table, f"{name}_upper") - column(table, f"{name}_lower")) / (2 * Z95)
 
 
 def _mean(y: np.ndarray, x: np.ndarray, inside: np.ndarray, error: np.ndarray) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ import pytest
 import xarray as xr
 
 from elbowroom.analysis.measures.population import PROXIES, QUANTITIES, population, sampled
+from elbowroom.analysis.measures.table import Z95
 
 N, REPEATS = 2_000, 400
 
@@ -24,7 +25,11 @@ def world(seed: int, good: bool = True) -> xr.Dataset:
             "log_evidence": ("obs_id", elbo + gap),
             "log_evidence_se": ("obs_id", np.full(N, 0.04)),
             "gap_total": ("obs_id", gap),
+            "gap_total_lower": ("obs_id", gap - Z95 * np.hypot(0.02, 0.04)),
+            "gap_total_upper": ("obs_id", gap + Z95 * np.hypot(0.02, 0.04)),
             "gap_amortization": ("obs_id", 0.6 * gap),
+            "gap_amortization_lower": ("obs_id", 0.6 * gap - Z95 * 0.3),
+            "gap_amortization_upper": ("obs_id", 0.6 * gap + Z95 * 0.3),
             "proxy_iwae": ("obs_id", 0.7 * like + 0.1 * like**1.5 + 0.3 * rng.standard_normal(N)),
             "proxy_variance": ("obs_id", np.log1p(like * rng.lognormal(0.0, 0.4, N))),
             "proxy_k": ("obs_id", 0.3 + 0.1 * like + 0.2 * rng.standard_normal(N)),
@@ -85,7 +90,9 @@ def test_all_rows_leave_only_the_errors_of_the_values() -> None:
     assert found.attrs == {"rows": N, "sample": N, "without_value": 0}
     row = found.sel(quantity="gap_total")
     assert float(row["mean"]) == pytest.approx(float(whole["gap_total"].mean()))
-    assert float(row["se"]) == pytest.approx(np.hypot(0.02, 0.04) / np.sqrt(N))
+    errors = {"gap_total": np.hypot(0.02, 0.04), "gap_amortization": 0.3, "log_evidence": 0.04}  # each quantity its own
+    for name, error in errors.items():
+        assert float(found["se"].sel(quantity=name)) == pytest.approx(error / np.sqrt(N)), name
     assert sampled(whole) is whole
 
 
