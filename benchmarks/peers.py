@@ -23,7 +23,10 @@ from pyro.infer.mcmc.util import initialize_model
 
 from benchmarks.problem import Method, Problem, Run, Settings
 
-Kernel = Callable[[Array, Array, Array], tuple[Array, Array]]  # key, z0 (d,), x (pixels,) -> draws (S, d), divergences
+Kernel = Callable[[Array, Array, Array], tuple[Array, Array, Array]]
+"""key, z0 (d,), x (pixels,) -> draws (S, d), number of divergences, number of gradients"""
+
+THIN = 10  # steps of MCLMC per draw that is kept
 
 
 def log_joint(weights: list[tuple[Array, Array]]) -> Callable[[Array, Array], Array]:
@@ -54,19 +57,20 @@ def blackjax_nuts(problem: Problem, settings: Settings) -> Method:
     """Blackjax's NUTS with window adaptation (diagonal metric, target 0.8) per chain, under vmap over chains x data."""
 
     def kernel(density: Callable[[Array, Array], Array]) -> Kernel:
-        def one(key: Array, z: Array, x: Array) -> tuple[Array, Array]:
+        def one(key: Array, z: Array, x: Array) -> tuple[Array, Array, Array]:
             target = lambda u: density(u, x)
             warm_key, run_key = jax.random.split(key)
-            adaptation = blackjax.window_adaptation(blackjax.nuts, target, adaptation_info_fn=lambda *_: ())
-            (state, parameters), _ = adaptation.run(warm_key, z, num_steps=settings.warmup)
+            steps = lambda state, info, adaptation: info.num_integration_steps
+            adaptation = blackjax.window_adaptation(blackjax.nuts, target, adaptation_info_fn=steps)
+            (state, parameters), warm_steps = adaptation.run(warm_key, z, num_steps=settings.warmup)
             step = blackjax.nuts(target, **parameters).step
 
-            def body(state: Any, key: Array) -> tuple[Any, tuple[Array, Array]]:
+            def body(state: Any, key: Array) -> tuple[Any, tuple[Array, Array, Array]]:
                 state, info = step(key, state)
-                return state, (state.position, info.is_divergent)
+                return state, (state.position, info.is_divergent, info.num_integration_steps)
 
-            _, (draws, divergent) = jax.lax.scan(body, state, jax.random.split(run_key, settings.draws))
-            return draws, divergent.sum()
+            _, (draws, divergent, steps_) = jax.lax.scan(body, state, jax.random.split(run_key, settings.draws))
+            return draws, divergent.sum(), warm_steps.sum() + steps_.sum()
 
         return one
 
@@ -77,21 +81,55 @@ def numpyro_nuts(problem: Problem, settings: Settings) -> Method:
     """NumPyro's NUTS kernel with its warm-up (diagonal metric, target 0.8) per chain, under vmap over chains x data."""
 
     def kernel(density: Callable[[Array, Array], Array]) -> Kernel:
-        def one(key: Array, z: Array, x: Array) -> tuple[Array, Array]:
+        def one(key: Array, z: Array, x: Array) -> tuple[Array, Array, Array]:
             start, step = hmc(lambda u: -density(u, x), algo="NUTS")
             state = start(z, settings.warmup, rng_key=key)
-            state, _ = jax.lax.scan(lambda s, _: (step(s), None), state, length=settings.warmup)
 
-            def body(state: Any, _: None) -> tuple[Any, tuple[Array, Array]]:
+            def body(state: Any, _: None) -> tuple[Any, tuple[Array, Array, Array]]:
                 state = step(state)
-                return state, (state.z, state.diverging)
+                return state, (state.z, state.diverging, state.num_steps)
 
-            _, (draws, divergent) = jax.lax.scan(body, state, length=settings.draws)
-            return draws, divergent.sum()
+            state, (_, _, warm_steps) = jax.lax.scan(body, state, length=settings.warmup)
+            _, (draws, divergent, steps) = jax.lax.scan(body, state, length=settings.draws)
+            return draws, divergent.sum(), warm_steps.sum() + steps.sum()
 
         return one
 
     return _compiled(f"NumPyro {numpyro.__version__} NUTS, vmap", problem, settings, kernel)
+
+
+def blackjax_mclmc(problem: Problem, settings: Settings) -> Method:
+    """Blackjax's unadjusted MCLMC, tuned per chain as its documentation says, under vmap over chains x data.
+
+    A step (McLachlan's integrator) takes two gradients. As many steps are run as the chains of NUTS take gradients on average,
+    thinned to the number of draws. Without an accept step its draws have a bias, which its tuning keeps small.
+    """
+    thin = THIN
+
+    def kernel(density: Callable[[Array, Array], Array]) -> Kernel:
+        def one(key: Array, z: Array, x: Array) -> tuple[Array, Array, Array]:
+            target = lambda u: density(u, x)
+            start_key, tune_key, run_key = jax.random.split(key, 3)
+            state = blackjax.mcmc.mclmc.init(position=z, logdensity_fn=target, rng_key=start_key)
+            tune = blackjax.mclmc_find_L_and_step_size
+            steps = settings.draws * thin
+            state, found, tuning = tune(
+                blackjax.mcmc.mclmc.build_kernel(), num_steps=steps, state=state, rng_key=tune_key, logdensity_fn=target
+            )
+            sampler = blackjax.mclmc(
+                target, L=found.L, step_size=found.step_size, inverse_mass_matrix=found.inverse_mass_matrix
+            )
+
+            def body(state: Any, key: Array) -> tuple[Any, Array]:
+                state, _ = jax.lax.scan(lambda s, k: (sampler.step(k, s)[0], None), state, jax.random.split(key, thin))
+                return state, state.position
+
+            _, draws = jax.lax.scan(body, state, jax.random.split(run_key, settings.draws))
+            return draws, jnp.zeros((), int), jnp.asarray(2 * (tuning + steps))
+
+        return one
+
+    return _compiled(f"blackjax {blackjax.__version__} MCLMC, vmap", problem, settings, kernel)
 
 
 def _compiled(name: str, problem: Problem, settings: Settings, kernel: Callable[..., Kernel]) -> Method:
@@ -111,10 +149,11 @@ def _compiled(name: str, problem: Problem, settings: Settings, kernel: Callable[
     def run(seed: int) -> Run:
         given = jax.block_until_ready(arguments(seed))
         start = time.perf_counter()
-        draws, divergences = jax.block_until_ready(executable(*given))
+        draws, divergences, gradients = jax.block_until_ready(executable(*given))
         seconds = time.perf_counter() - start
+        per_datum = float(gradients.sum()) / problem.n_obs
         # (chain, N, draw, d) -> (chain, draw, N, d)
-        return Run(np.asarray(draws, np.float64).swapaxes(1, 2), seconds, int(divergences.sum()))
+        return Run(np.asarray(draws, np.float64).swapaxes(1, 2), seconds, int(divergences.sum()), gradients=per_datum)
 
     return Method(name, "float32", problem.n_obs, settings.chains, run, compile_seconds)
 

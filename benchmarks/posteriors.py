@@ -1,11 +1,12 @@
 """`python -m benchmarks.posteriors`: ESS per second on the same posteriors, ours and the peers in one run, quality beside time.
 
 The posteriors: a 2-D VAE with a 64-pixel Bernoulli tanh decoder is fitted to the digits (scikit-learn's, binarized), and data
-are drawn from it. Every method gets the same decoder weights, the same data and starting points of the same kind (half of the
-chains from the guide, half from the prior); jax's, Pyro's and our log p(x, z) are compared before anything is timed.
+are drawn from it. `--dim 50 --block 3 --hidden 200 --data 20` makes them harder: fifty latents, digits of 24 x 24. Every
+method gets the same decoder weights, the same data and starting points of the same kind (half of the chains from the guide,
+half from the prior); jax's, Pyro's and our log p(x, z) are compared before anything is timed.
 
 Quality is measured by the same functions for all: bulk ESS (ArviZ's), the least over coordinates, per posterior; errors of the
-posterior mean against an exact grid, in MCSE = sd / sqrt(ESS) and in sd of the exact posterior.
+posterior mean against an exact grid, or a long run of blackjax's NUTS, in MCSE (of both) and in sd of that posterior.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks import measure, results
-from benchmarks.problem import DIM, PIXELS, Method, Problem, Run, Settings, fitted
+from benchmarks.problem import DIM, PIXELS, Method, Problem, Run, Settings, counted, fitted
 from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.references.grid.grid import Grid
 from elbowroom.inference.references.hmc.hmc import HMC
@@ -35,10 +36,12 @@ from elbowroom.inference.search.scout import Scout, scout
 from elbowroom.inference.search.single_precision import in_precision
 
 HEADING = "## Posteriors"
+LATTICE = 3  # latents up to which a grid is exact
 POINTS, RUNS, TRUTH = 104, 105, 106  # seeds
+LONG = 8  # chains of the long run
 WARM = 20  # data that graphs are compiled on
 
-OWN, PEERS = ("hmc", "chains"), ("blackjax", "numpyro", "pyro")
+OWN, PEERS, OTHER = ("hmc", "chains"), ("blackjax", "numpyro", "pyro"), ("mclmc",)
 CHAINS_FLOAT = "float32, metric float64"
 COLUMNS = (
     "method",
@@ -49,6 +52,7 @@ COLUMNS = (
     "ESS min / median / mean",
     "of squares, mean",
     "ESS/s",
+    "gradients per posterior",
     "worst error [MCSE]",
     "median error [sd]",
     "divergences",
@@ -66,11 +70,13 @@ def ours(problem: Problem, settings: Settings) -> Method:
         log_joint = problem.fresh()
         start = time.perf_counter()
         reference = HMC(chains=settings.chains, draws=settings.draws)
-        posterior = reference(log_joint, keep=settings.chains * settings.draws, seed=seed)
+        with counted() as gradients:
+            posterior = reference(log_joint, keep=settings.chains * settings.draws, seed=seed)
         seconds = time.perf_counter() - start
         certified = sum(status == "certified" for status in posterior.status)
         divergences = int(posterior.sample_stats["diverging"].nan_to_num().sum())
-        return Run(posterior.draws.numpy(), seconds, divergences, f"{certified / problem.n_obs:.1%} certified")
+        per_datum = gradients[0] / problem.n_obs
+        return Run(posterior.draws.numpy(), seconds, divergences, f"{certified / problem.n_obs:.1%} certified", per_datum)
 
     return _compiled("elbowroom HMC, with mode search and certificate", problem, settings, run)
 
@@ -82,12 +88,14 @@ def chains_alone(problem: Problem, settings: Settings) -> Method:
         known = scout(problem.log_joint).modes  # once for all runs
         log_joint, generator = problem.fresh(), torch.Generator().manual_seed(seed)
         start = time.perf_counter()
-        best = refit(log_joint, family="full", seed=seed)
-        log_joint = in_precision(log_joint, best.q, "auto", generator)
-        sampler = warmed_up(log_joint, Scout(best, known), settings.chains, generator)
-        found = sampler.run(torch.arange(problem.n_obs), settings.draws)
+        with counted() as gradients:
+            best = refit(log_joint, family="full", seed=seed)
+            log_joint = in_precision(log_joint, best.q, "auto", generator)
+            sampler = warmed_up(log_joint, Scout(best, known), settings.chains, generator)
+            found = sampler.run(torch.arange(problem.n_obs), settings.draws)
         seconds = time.perf_counter() - start
-        return Run(found.draws.numpy(), seconds, int(found.divergent.sum()))
+        per_datum = gradients[0] / problem.n_obs
+        return Run(found.draws.numpy(), seconds, int(found.divergent.sum()), gradients=per_datum)
 
     return _compiled("elbowroom HMC, chains alone", problem, settings, run)
 
@@ -128,11 +136,44 @@ class Quality:
     in_sd: np.ndarray
 
 
-def quality(draws: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> Quality:
-    """Judge draws (chain, draw, N, d) by the exact mean and sd (N, d), NaN where they are not known."""
+@dataclass(frozen=True)
+class Truth:
+    """Mean and sd of the posteriors, (N, d), NaN where they are not known, and how many draws they are worth."""
+
+    mean: np.ndarray
+    sd: np.ndarray
+    ess: np.ndarray
+    words: str
+
+
+def quality(draws: np.ndarray, truth: Truth) -> Quality:
+    """Judge draws (chain, draw, N, d)."""
+    n = draws.shape[2]
     ess, squares = _ess(draws), _ess((draws - draws.mean((0, 1))) ** 2)
-    error = np.abs(draws.mean((0, 1)) - mean) / sd
-    return Quality(ess.min(-1), squares.min(-1), error * np.sqrt(ess), error)
+    error = np.abs(draws.mean((0, 1)) - truth.mean[:n]) / truth.sd[:n]
+    return Quality(ess.min(-1), squares.min(-1), error / np.sqrt(1 / ess + 1 / truth.ess[:n]), error)
+
+
+def exact(problem: Problem) -> Truth:
+    """Return the moments by grids."""
+    found = Grid()(problem.fresh(), keep=4, seed=TRUTH)
+    mean, sd = (moment.numpy().copy() for moment in found.moments())
+    known = np.array([status == "exact" for status in found.status])
+    sd[~known] = np.nan
+    words = f"the grid ({known.sum()} of {problem.n_obs} exact)"
+    print(words, flush=True)
+    return Truth(mean, sd, np.full_like(mean, np.inf), words)
+
+
+def long_run(problem: Problem, draws: int) -> Truth:
+    """Return the moments by long chains of a program that is not ours."""
+    from benchmarks import peers
+
+    found = peers.blackjax_nuts(problem, Settings(LONG, 1_000, draws, 0, 1, 0)).run(TRUTH)
+    ess = _ess(found.draws)
+    words = f"{LONG} chains of {draws:,} draws by blackjax's NUTS (bulk ESS {ess.min():,.0f} or more)"
+    print(words, f"{found.seconds:.0f} s", flush=True)
+    return Truth(found.draws.mean((0, 1)), found.draws.std((0, 1)), ess, words)
 
 
 def _ess(draws: np.ndarray) -> np.ndarray:
@@ -152,6 +193,7 @@ class Row:
     quality: Quality
     divergences: int
     note: str
+    gradients: float
 
     @property
     def rates(self) -> list[float]:
@@ -163,6 +205,11 @@ class Row:
         """The same of squares."""
         return self._rates(self.quality.squares)
 
+    @property
+    def per_gradient(self) -> float:
+        """Effective draws per gradient."""
+        return float(np.mean(self.quality.ess)) / self.gradients
+
     def _rates(self, ess: np.ndarray) -> list[float]:
         return [float(np.mean(ess)) * self.method.n_obs / seconds for seconds in self.seconds]
 
@@ -173,16 +220,13 @@ class Row:
         ess = f"{q.ess.min():.0f} / {np.median(q.ess):.0f} / {q.ess.mean():.0f}"
         left = [m.name, m.dtype, f"{m.n_obs} x {m.chains}", compiled, measure.span(self.seconds), ess]
         left.append(f"{q.squares.mean():.0f}")
+        gradients = "" if math.isnan(self.gradients) else f"{self.gradients:,.0f}"
         errors = [f"{np.nanmax(q.in_mcse):.1f}", f"{np.nanmedian(q.in_sd):.3f}"]
-        return [*left, f"{statistics.median(self.rates):,.0f}", *errors, str(self.divergences), self.note]
+        return [*left, f"{statistics.median(self.rates):,.0f}", gradients, *errors, str(self.divergences), self.note]
 
 
-def measured(problem: Problem, methods: list[Method], repeats: int) -> list[Row]:
+def measured(methods: list[Method], truth: Truth, repeats: int) -> list[Row]:
     """Run the methods in turn, `repeats` times each with new seeds, so that a busy machine slows all; judge the first runs."""
-    truth = Grid()(problem.fresh(), keep=4, seed=TRUTH)
-    mean, sd = (moment.numpy().copy() for moment in truth.moments())
-    sd[[status != "exact" for status in truth.status]] = np.nan
-    print(f"grid: {sum(status == 'exact' for status in truth.status)} of {problem.n_obs} exact", flush=True)
 
     def run(method: Method, repeat: int) -> Run:
         found = method.run(RUNS + 1000 * repeat)
@@ -191,13 +235,7 @@ def measured(problem: Problem, methods: list[Method], repeats: int) -> list[Row]
 
     runs = measure.in_turn([functools.partial(run, method) for method in methods], repeats)
     return [
-        Row(
-            m,
-            [r.seconds for r in done],
-            quality(done[0].draws, mean[: m.n_obs], sd[: m.n_obs]),
-            done[0].divergences,
-            done[0].note,
-        )
+        Row(m, [r.seconds for r in done], quality(done[0].draws, truth), done[0].divergences, done[0].note, done[0].gradients)
         for m, done in zip(methods, runs, strict=True)
     ]
 
@@ -209,13 +247,16 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; `--quick` changes what is left as it is by default."""
     parser = measure.parser("posteriors", __doc__.splitlines()[0])
     parser.add_argument("--data", type=int, default=1000, help="number of posteriors")
-    parser.add_argument("--chains", type=int, default=4)
+    parser.add_argument("--chains", type=int, default=8, help="as an audit takes them")
     parser.add_argument("--warmup", type=int, default=300, help="of the peers, per chain")
-    parser.add_argument("--draws", type=int, default=300, help="per chain")
+    parser.add_argument("--draws", type=int, default=250, help="per chain, as an audit takes them")
     parser.add_argument("--pyro", type=int, default=3, help="number of posteriors for Pyro's NUTS, one chain each")
     parser.add_argument("--hidden", type=int, default=64, help="width of the decoder's hidden layer")
+    parser.add_argument("--dim", type=int, default=DIM, help="number of latents")
+    parser.add_argument("--block", type=int, default=1, help="each pixel of the digits becomes so many squared")
+    parser.add_argument("--long", type=int, default=2_000, help="draws of the chains that stand for the truth beyond a grid")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats, in turn")
-    parser.add_argument("--methods", nargs="*", choices=[*OWN, *PEERS], help="default: all, or with --ours our own")
+    parser.add_argument("--methods", nargs="*", choices=[*OWN, *PEERS, *OTHER], help="default: all, or with --ours our own")
     if "--quick" in (sys.argv[1:] if arguments is None else arguments):
         parser.set_defaults(data=20, warmup=100, draws=100, pyro=1, repeats=1)
     args = parser.parse_args(arguments)
@@ -229,9 +270,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parsed(arguments)
     measure.use(args.threads)
     settings = Settings(args.chains, args.warmup, args.draws, args.pyro, args.repeats, args.threads)
-    problem = Problem(fitted(args.hidden), args.data)
-    rows = measured(problem, competitors(problem, settings, args.methods), settings.repeats)
-    text = section(rows, args)
+    problem = Problem(fitted(args.hidden, dim=args.dim, block=(args.block, args.block)), args.data)
+    methods = competitors(problem, settings, args.methods)
+    truth = exact(problem) if args.dim <= LATTICE else long_run(problem, args.long)
+    text = section(measured(methods, truth, settings.repeats), truth, args)
     print(text)
     if not args.print:
         results.write(text)
@@ -244,7 +286,10 @@ def competitors(problem: Problem, settings: Settings, names: list[str]) -> list[
         from benchmarks import peers
 
         makers |= {"blackjax": peers.blackjax_nuts, "numpyro": peers.numpyro_nuts, "pyro": peers.pyro_nuts}
-        z = 2 * torch.randn(16, problem.n_obs, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(POINTS))
+        makers |= {"mclmc": peers.blackjax_mclmc}
+        z = 2 * torch.randn(
+            16, problem.n_obs, problem.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(POINTS)
+        )
         value = problem.log_joint(z).numpy()
         for who, double, tolerance in (("jax, float64", True, 1e-12), ("jax, float32", False, 1e-5)):
             problem.same(who, peers.evaluate(problem, z.numpy(), double=double), value, tolerance)
@@ -262,27 +307,32 @@ def ratios(rows: list[Row]) -> list[str]:
             for peer in theirs
         )
         lines += ["", *measure.paragraph(f"ESS/s of {row.method.name}: {over}.")]
+        counted = [peer for peer in theirs if not math.isnan(peer.gradients)]
+        over = "; ".join(f"{row.per_gradient / peer.per_gradient:.2f} x {peer.method.name}" for peer in counted)
+        lines += ["", *measure.paragraph(f"ESS per gradient: {over}.")] if counted else []
     return lines
 
 
-def section(rows: list[Row], args: argparse.Namespace) -> str:
+def section(rows: list[Row], truth: Truth, args: argparse.Namespace) -> str:
     """Return the markdown section."""
-    packages = ["torch", "pyro-ppl", *(["jax", "blackjax", "numpyro"] if set(args.methods) & set(PEERS) else [])]
+    packages = ["torch", "pyro-ppl", *(["jax", "blackjax", "numpyro"] if set(args.methods) - set(OWN) else [])]
+    pixels = PIXELS * args.block**2
     lines = [
-        HEADING,
+        HEADING if args.dim == DIM else f"{HEADING} with {args.dim} latents",
         "",
         *measure.circumstances(args, packages, "python -m benchmarks.posteriors"),
         "",
         *measure.paragraph(
-            f"{args.data:,} posteriors of {PIXELS} Bernoulli pixels with {DIM} latents: a tanh decoder of width {args.hidden} "
-            "fitted to the digits, data drawn from it. The same weights, data and kind of starting points for all; log p(x, "
+            f"{args.data:,} posteriors of {pixels} Bernoulli pixels with {args.dim} latents: a tanh decoder of width "
+            f"{args.hidden} fitted to the digits, data drawn from it. The same weights, data and kind of starting points for "
+            "all; log p(x, "
             f"z) compared before timing. Peers: {args.warmup} warm-up and {args.draws} draws per chain, diagonal metric, "
             "target 0.8, the decoder batched over chains and data (Pyro: a model per datum). Ours, `chains alone`: refit, "
             f"{sum(WARMUP)} warm-up and {args.draws} draws; `with mode search and certificate`: all that an audit runs. "
             f"Seconds: median (and range) of {args.repeats} runs in turn, without compilation, which stands beside them. ESS: "
             "bulk, the least over coordinates, per posterior, of the first run, and that of (z - mean)^2; ESS/s: of z, of all "
-            "posteriors of the line together. Errors: of the "
-            "posterior mean, against the grid."
+            "posteriors of the line together. Gradients: over all chains and stages, warm-up and tuning too. Errors: of the "
+            f"posterior mean, against {truth.words}."
         ),
         "",
         *measure.table(COLUMNS, [row.cells() for row in rows]),

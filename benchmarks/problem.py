@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyro
@@ -41,12 +43,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """Draws (chain, draw, N, d), the seconds they took and how many of them came from divergent transitions."""
+    """Draws (chain, draw, N, d), the seconds they took and how many of them came from divergent transitions.
+
+    `gradients` of log p(x, z) per posterior, over all chains and stages, is NaN where nobody counts.
+    """
 
     draws: np.ndarray
     seconds: float
     divergences: int
     note: str = ""
+    gradients: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,31 @@ class Method:
     chains: int
     run: Callable[[int], Run]
     compile_seconds: float = math.nan
+
+
+@contextmanager
+def counted() -> Iterator[list[float]]:
+    """Count the gradients of log p(x, z) at single points, over all data, while the context is open: item 0 of the result."""
+    found, names = [0.0], ("grad", "parts", "leap")
+    true = {name: getattr(LogJoint, name) for name in names}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(self: LogJoint, z: Tensor, *rest: Any) -> Any:
+            before = found[0]
+            result = true[name](self, z, *rest)
+            if found[0] == before:  # one may call another
+                found[0] += z.shape[0] * z.shape[1]
+            return result
+
+        return call
+
+    for name in names:
+        setattr(LogJoint, name, counting(name))
+    try:
+        yield found
+    finally:
+        for name in names:
+            setattr(LogJoint, name, true[name])
 
 
 class Problem:

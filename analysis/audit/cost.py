@@ -99,6 +99,7 @@ OWN_DENSITY, OWN_GRADIENT = 30, 60
 """What a method does with each point beside the model's work, in sorts of one number; measured with two latents."""
 OWN_WEIGHT = 18
 """The same of importance sampling, per draw and latent: draws, densities of the proposal, moments."""
+SINGLE = 0.6  # cost of a density in single precision, which importance sampling takes where it suffices
 OTHERS = 5_000  # densities of importance sampling beside its draws: the pilots, and what it compares with the search
 
 
@@ -135,7 +136,11 @@ class Pilot:
             laplace = False
             if isinstance(method, ImportanceSampling):
                 draws, laplace = method.draws + OTHERS, method.start == "laplace"
-                cost = cost + self._model(Workload(4, draws), self.density) + Cost(0.0, OWN_WEIGHT * d * draws * self.sort)
+                cost = (
+                    cost
+                    + self._model(Workload(4, SINGLE * draws), self.density)
+                    + Cost(0.0, OWN_WEIGHT * d * draws * self.sort)
+                )
             if set(SCOUTED) & set(before):
                 return cost
             first = Workload(4, 10 * d) if laplace else refitting(d)

@@ -29,6 +29,7 @@ from elbowroom.inference.references.importance.laplace import laplace
 from elbowroom.inference.references.importance.psis import psis
 from elbowroom.inference.search.modes import RUNS, Modes
 from elbowroom.inference.search.scout import looked, scout
+from elbowroom.inference.search.single_precision import Precision, in_precision
 from elbowroom.inference.search.unseen import Unseen, unseen
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system.memory import LARGE_ARRAY, fitting
@@ -170,6 +171,9 @@ class ImportanceSampling(Reference):
             normal = laplace(log_joint, seed)
             modes = looked(log_joint, normal, self.runs)
         start = Proposal.around(normal)
+        # next to an edge of a support, rounding of the values matters more than at the draws that are tested
+        wanted: Precision = "double" if log_joint.has_edges else "auto"
+        fast = in_precision(log_joint, normal, wanted, torch.Generator(device=log_joint.device).manual_seed(seed))
         blocks = log_joint.blocks(fitting(self.draws * log_joint.dim, LARGE_ARRAY))
         seeds = torch.randint(2**62, (len(blocks),), generator=torch.Generator().manual_seed(seed)).tolist()
         found = []
@@ -179,16 +183,17 @@ class ImportanceSampling(Reference):
                 if time.monotonic() > until:
                     found.append(self._late(part, keep))
                 else:
-                    found.append(self._block(part, start.rows(rows), modes.rows(rows), keep, own))
+                    found.append(self._block(part, fast.subset(rows), start.rows(rows), modes.rows(rows), keep, own))
         return concatenate(found)
 
-    def _block(self, log_joint: LogJoint, start: Proposal, modes: Modes, keep: int, seed: int) -> Posterior:
+    def _block(self, log_joint: LogJoint, fast: LogJoint, start: Proposal, modes: Modes, keep: int, seed: int) -> Posterior:
+        """Return the result for some data; `fast` are their densities, in single precision where that suffices."""
         generator = torch.Generator(device=log_joint.device).manual_seed(seed)
-        proposal = start.adapted(log_joint, generator)
-        draws = _Weighted.of(log_joint, proposal, self.draws, generator)
+        proposal = start.adapted(fast, generator)
+        draws = _Weighted.of(fast, proposal, self.draws, generator)
         mean, covariance = draws.moments()
         kept = resample(torch.cat([draws.z, draws.log_p[..., None]], -1), draws.weights, keep, generator)
-        found = _look(log_joint, modes, proposal, draws, generator)
+        found = _look(fast, modes, proposal, draws, generator)
         share, missed = found.share, found.matters
         lost, rounded, words = log_joint.rounded_share(draws.z, draws.log_p, draws.log_p - draws.log_w)
         value, _ = evidence(draws.log_w, draws.pareto_k, draws.ess / self.draws)
@@ -204,7 +209,7 @@ class ImportanceSampling(Reference):
 
     def _late(self, log_joint: LogJoint, keep: int) -> Posterior:
         n, d = log_joint.n_obs, log_joint.dim
-        zeros = lambda *shape: torch.zeros(*shape, dtype=log_joint.dtype or log_joint.own_dtype, device=log_joint.device)
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=log_joint.device)
         names = ("weights_pareto_k", "weights_ess", "unseen_share", "mode_unseen", *split_bounds(zeros(2, n)))
         lost = torch.ones(n, dtype=torch.bool, device=log_joint.device)
         reason = [f"{self.name}: the budget ended before this datum was reached"] * n
@@ -289,7 +294,7 @@ def _look(log_joint: LogJoint, modes: Modes, proposal: Proposal, draws: _Weighte
         modes,
         in_chains(z),
         in_chains(torch.where(lp.isfinite(), lp, lp[lp.isfinite()].min())),
-        proposal.narrow.root,
-        step,
+        proposal.narrow.root.to(log_joint.probe_points.dtype),
+        step.to(log_joint.probe_points.dtype),
         generator,
     )
