@@ -92,8 +92,12 @@ def sampling(name: str, d: int) -> Workload:
     }[name]
 
 
-LATTICE = {1: Workload(calls=40, points=2_500), 2: Workload(calls=40, points=14_000), 3: Workload(calls=60, points=130_000)}
-"""Densities, of a grid in 1, 2 or 3 dimensions."""
+LATTICE = {1: 1_700, 2: 16_000, 3: 500_000}
+"""Densities of a grid in 1, 2 or 3 dimensions, per datum."""
+OWN_LATTICE = 100
+"""What it does with each of them beside the model's work, in sorts of one number."""
+DISTANCES = 500_000
+"""The distances between a grid and the guide's draws, per datum, in sorts of one number."""
 GUIDE = 1.5  # cost of a guide draw in densities
 OWN_DENSITY, OWN_GRADIENT = 30, 60
 """What a method does with each point beside the model's work, in sorts of one number; measured with two latents."""
@@ -146,7 +150,9 @@ class Pilot:
             first = Workload(4, 10 * d) if laplace else refitting(d)
             return cost + self._model(first, self.gradient) + self._model(searching(d, self._runs(method)), self.gradient)
         if isinstance(method, Grid):
-            return self._model(LATTICE[self.log_joint.dim], self.density)
+            own = Cost(0.0, (OWN_LATTICE * LATTICE[d] + DISTANCES) * self.sort)
+            lattice, parts = Workload(calls=120, points=LATTICE[d] + 5_000), Workload(calls=160, points=500 + 600 * d)
+            return own + self._model(lattice, self.density) + self._model(parts, self.gradient)  # of the gap, and the survey
         if isinstance(method, ClosedForm | Enumeration):
             return self._model(Workload(calls=10, points=2 * self.keep), self.density)
         return self._timed(method)

@@ -5,8 +5,8 @@ mode if it stays apart: the means of its first and of its last states both lie b
 consecutive states of the draws (like is compared with like: states of HMC are antithetic, and a mean of them varies far less
 than a mean of independent states). A run that had only not settled joins the others; two modes that exchange are one.
 
-How much mass such a mode holds, the annealing weights say where a few of them are effective; where not, the heights of
-log p(x, z) are compared, as if the volumes were equal.
+How much mass such a mode holds, the annealing weights say where a few runs in it are effective. Where not, their sum may be far
+too small, and the heights of log p(x, z) are compared too, as if the volumes were equal: the larger share counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HALF = 10  # trajectories in each of two means
 OFTEN = 0.99  # quantile of the draws' means; what lies beyond was seen rarely, if at all
 MOVES = 0.3  # acceptance of a run that moves
 NEGLIGIBLE = 0.005  # ignored share of the mass in a mode
-ENOUGH = 5.0  # with fewer effective runs, the annealing weights say nothing
+ENOUGH = 5.0  # effective runs in a mode, with fewer of which their weights say little
 NEIGHBOURS = 64  # draws to which a run may be nearer than to the mode
 
 
@@ -106,10 +106,11 @@ def unseen(
     apart = nearest > limit  # (K, N)
     height = torch.where(apart, level.mean(1), -torch.inf).amax(0) - lp.mean((0, 1))
     weight = torch.softmax(modes.log_weight.double(), 0)
-    reliable = 1 / weight.square().sum(0) > ENOUGH
-    by_weight = (weight * _nearer(modes.end.double(), states.mean(1), apart, draws, scale)).sum(0)
+    there = weight * _nearer(modes.end.double(), states.mean(1), apart, draws, scale)
+    effective = there.sum(0).square() / there.square().sum(0)  # NaN without any
     rare = (known.flatten(0, 1) > limit.amax(0)).double().mean(0)
-    share = torch.where(reliable, (by_weight - rare).clamp_min(0), height.sigmoid())
+    by_weight = (there.sum(0) - rare).clamp_min(0)
+    share = torch.where(effective > ENOUGH, by_weight, torch.maximum(by_weight, height.sigmoid()))
     share = torch.where(apart.any(0), share, 0.0)
     return Unseen(share, share > NEGLIGIBLE)
 

@@ -79,7 +79,7 @@ def test_auto_goes_by_kind_and_dimension() -> None:
 
 
 def test_a_grid_that_cannot_be_afforded_is_left_to_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pilot.LATTICE, 2, pilot.Workload(calls=40, points=1e12))
+    monkeypatch.setitem(pilot.LATTICE, 2, 10**12)
     plan = choose("auto", curved(torch.ones(6, 2)))
     assert plan.names == ["hmc"]
     assert plan.reasons[0].startswith("a grid would take ")

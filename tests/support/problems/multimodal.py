@@ -13,12 +13,15 @@ from elbowroom.inference.target.log_joint import LogJoint
 from support.problems.densities import as_problem, box, by_sign, normal, randn, source
 from support.problems.truth import F64, Problem, quadrature
 
+IDLE = 6  # idle coordinates of `square_idle`
+
 
 def square(idle: int, n: int, seed: int) -> Problem:
     """y = z_1^2 + noise, z_1 ~ N(0, 2), the guide on the positive root only; `idle` further coordinates keep their prior."""
     g = source(seed, 3)
     y = (2 * randn(g, n)).square() + 0.3 * randn(g, n)
     d = 1 + idle
+    name = {0: "square", IDLE: "square_idle"}.get(idle, f"square_d{d}")
     prior = torch.tensor([2.0] + [1.0] * idle, dtype=F64)
 
     def model(y):
@@ -45,7 +48,7 @@ def square(idle: int, n: int, seed: int) -> Problem:
     def log_density(z: Tensor) -> Tensor:
         return first(z) + normal(z[..., 1:], 0.0, 1.0).sum(-1)
 
-    return as_problem("square_idle" if idle else "square", LogJoint(model, guide, y), log_density, truth)
+    return as_problem(name, LogJoint(model, guide, y), log_density, truth)
 
 
 def bimodal_unequal(d: int, n: int, seed: int) -> Problem:
