@@ -91,8 +91,8 @@ def unseen(
         runs = sampler.run(torch.arange(log_joint.n_obs, device=root.device), settle + 2 * HALF)
     states, level = runs.draws[:, settle:].double(), runs.lp[:, settle:].double()  # (K, 2 HALF, N, d)
     distance = lambda z: whiten(scale, z.flatten(0, -3) - centre).square().sum(-1).unflatten(0, z.shape[:-2])
-    of_states = FACTOR * distance(draws).flatten(0, 1).quantile(OFTEN, 0) + SLACK
-    known, limit = distance(draws), of_states.expand(len(states), -1)
+    known = distance(draws)
+    limit = (FACTOR * known.flatten(0, 1).quantile(OFTEN, 0) + SLACK).expand(len(states), -1)
     nearest = distance(states).quantile(0.1, 1)  # of most of its states
     if not hops:
         length = min(HALF, draws.shape[1])
