@@ -135,8 +135,8 @@ class ImportanceSampling(Reference):
 
     A datum is certified if k-hat < 1/2 (the weights have a variance), the weights are worth at least 1,000 independent draws,
     and no mode is unseen: an annealed run from the prior that stays apart from the draws when it is continued, in a mode with
-    more than 0.5 % of the mass (see `search.unseen`). log p(x, z) is computed in single precision where its rounding is too small
-    to matter (see `search.single_precision`) and no latent's support has an edge.
+    more than 0.5 % of the mass (see `search.unseen`). log p(x, z) is computed in single precision where its rounding is too
+    small to matter (see `search.single_precision`) and no latent's support has an edge.
 
     Args:
         draws: number of draws S per datum.
