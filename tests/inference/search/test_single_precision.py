@@ -44,7 +44,7 @@ def test_a_shift_of_log_p_that_an_estimate_would_show_is_not_taken(far: float, s
         assert difference.std() < NOISE
 
 
-@pytest.mark.parametrize("name", ["mlp_gaussian", "mlp_bernoulli", "linear_gaussian_d20"])
+@pytest.mark.parametrize("name", ["linear_gaussian_d2", "linear_gaussian_d20"])
 def test_importance_sampling_gives_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     joint = PROBLEMS[name](6, 4).log_joint
     taken = []

@@ -20,7 +20,18 @@ from benchmarks.results import replaced
 from elbowroom.inference.compiled.graph import Operations
 
 ARGS = argparse.Namespace(
-    threads=2, quick=False, ours=True, print=True, data=1000, hidden=64, warmup=300, draws=300, repeats=2, methods=["hmc"]
+    threads=2,
+    quick=False,
+    ours=True,
+    print=True,
+    data=1000,
+    hidden=64,
+    warmup=300,
+    draws=300,
+    repeats=2,
+    methods=["hmc"],
+    dim=2,
+    block=1,
 )
 
 
@@ -87,18 +98,20 @@ def test_the_table_of_epochs_divides_by_the_faster_of_ours():
 
 
 def test_the_table_of_posteriors_counts_effective_draws_per_second():
-    def row(name: str, n_obs: int, seconds: list[float], ess: float, squares: float) -> posteriors.Row:
+    def row(
+        name: str, n_obs: int, seconds: list[float], ess: float, squares: float, gradients: float = math.nan
+    ) -> posteriors.Row:
         shape = (n_obs, 2)
         quality = posteriors.Quality(np.full(n_obs, ess), np.full(n_obs, squares), np.full(shape, 1.5), np.full(shape, 0.02))
         method = Method(name, "float32", n_obs, 4, lambda seed: None, 3.0 if "peer" in name else math.nan)
-        return posteriors.Row(method, seconds, quality, 0, "")
+        return posteriors.Row(method, seconds, quality, 0, "", gradients)
 
     rows = [
-        row("elbowroom HMC", 1000, [2.0, 4.0], 400.0, 300.0),
-        row("peer NUTS", 10, [1.0, 1.0], 200.0, 100.0),
+        row("elbowroom HMC", 1000, [2.0, 4.0], 400.0, 300.0, 1000.0),
+        row("peer NUTS", 10, [1.0, 1.0], 200.0, 100.0, 2000.0),
         row("peer 2", 10, [1.0, 2.0], 20.0, 60.0),
     ]
-    section = posteriors.section(rows, ARGS)
+    section = posteriors.section(rows, posteriors.Truth(np.zeros(1), np.ones(1), np.ones(1), "a grid"), ARGS)
     ((header, *lines),) = tables(section)
     assert [line[header.index("ESS/s")] for line in lines] == ["150,000", "2,000", "150"]
     assert [line[header.index("compile [s]")] for line in lines] == ["", "3.0", "3.0"]
@@ -106,6 +119,9 @@ def test_the_table_of_posteriors_counts_effective_draws_per_second():
     first, second = "75.00 (50.00 .. 100.00) x peer NUTS", "1,000.00 (1,000.00 .. 1,000.00) x peer 2"
     of_squares = ("112.50 (75.00 .. 150.00)", "250.00 (250.00 .. 250.00)")
     assert f"ESS/s of elbowroom HMC: {first} (of squares {of_squares[0]}); {second} (of squares {of_squares[1]})." in joined
+    assert "ESS per gradient: 4.00 x peer NUTS." in joined
+    assert "of the posterior mean, against a grid." in joined
+    assert [line[header.index("gradients per posterior")] for line in lines] == ["1,000", "2,000", ""]
     assert [line[header.index("of squares, mean")] for line in lines] == ["300", "100", "60"]
 
 
@@ -114,7 +130,7 @@ def test_the_effective_draws_of_squares_see_what_those_of_means_do_not():
     rng = np.random.default_rng(0)
     walk = np.abs(np.cumsum(rng.normal(size=(4, 300, 1, 1)), axis=1) * 0.05 + 3)
     draws = walk * (-1.0) ** np.arange(300)[:, None, None]
-    found = posteriors.quality(draws, np.zeros((1, 1)), np.ones((1, 1)))
+    found = posteriors.quality(draws, posteriors.Truth(*np.array([0.0, 1.0, np.inf]).reshape(3, 1, 1), ""))
     assert found.ess[0] > 600
     assert found.squares[0] < 100
 

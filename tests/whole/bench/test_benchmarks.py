@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from benchmarks.posteriors import quality
-from benchmarks.problem import Problem, fitted
+from benchmarks.posteriors import Truth, quality
+from benchmarks.problem import Problem, counted, fitted
 from benchmarks.results import replaced
 
 
@@ -22,15 +22,35 @@ def test_quality_of_independent_and_of_shifted_draws():
     rng = np.random.default_rng(7)
     mean, sd = rng.normal(size=(30, 2)), np.exp(rng.normal(size=(30, 2)))
     draws = mean + sd * rng.normal(size=(4, 300, 30, 2))
-    fair = quality(draws, mean, sd)
+    exact = np.full_like(mean, np.inf)
+    fair = quality(draws, Truth(mean, sd, exact, ""))
     assert fair.ess.shape == (30,)
     assert 900 < np.median(fair.ess) < 1400  # 1,200 independent draws, the lesser of two
     assert fair.in_mcse.max() < 4.5
     sd[3] = np.nan  # not known exactly
-    shifted = quality(draws + 0.3 * sd, mean, sd)
+    shifted = quality(draws + 0.3 * sd, Truth(mean, sd, exact, ""))
     assert np.nanmin(shifted.in_sd) > 0.15
     assert np.nanmin(shifted.in_mcse) > 4.5
     assert np.isnan(shifted.in_sd).sum() == 2
+
+
+def test_a_truth_by_draws_has_an_error_of_its_own():
+    rng = np.random.default_rng(8)
+    draws = rng.normal(size=(4, 300, 200, 1))
+    off = rng.normal(size=(200, 1)) / 20  # as a mean of 400 draws is off
+    true = Truth(off, np.ones((200, 1)), np.full((200, 1), 400.0), "")
+    assert np.abs(np.sqrt(np.mean(quality(draws, true).in_mcse ** 2)) - 1) < 0.25
+    certain = Truth(off, np.ones((200, 1)), np.full((200, 1), np.inf), "")
+    assert np.sqrt(np.mean(quality(draws, certain).in_mcse ** 2)) > 1.5
+
+
+def test_gradients_are_counted_once_per_point_and_datum():
+    problem = Problem(fitted(8, epochs=2), 6)
+    with counted() as found:
+        problem.log_joint.grad(problem.starts(4, 1))
+    assert found[0] == 4 * 6
+    problem.log_joint.grad(problem.starts(4, 1))
+    assert found[0] == 4 * 6  # no more outside
 
 
 def test_the_exported_weights_are_the_model_and_a_difference_is_refused():
