@@ -94,9 +94,9 @@ def sampling(name: str, d: int) -> Workload:
 
 LATTICE = {1: 1_700, 2: 16_000, 3: 500_000}
 """Densities of a grid in 1, 2 or 3 dimensions, per datum."""
-OWN_LATTICE = 100
+OWN_LATTICE = 40
 """What it does with each of them beside the model's work, in sorts of one number."""
-DISTANCES = 500_000
+DISTANCES = 100_000
 """The distances between a grid and the guide's draws, per datum, in sorts of one number."""
 GUIDE = 1.5  # cost of a guide draw in densities
 OWN_DENSITY, OWN_GRADIENT = 30, 60
