@@ -101,10 +101,9 @@ def numpyro_nuts(problem: Problem, settings: Settings) -> Method:
 def blackjax_mclmc(problem: Problem, settings: Settings) -> Method:
     """Blackjax's unadjusted MCLMC, tuned per chain as its documentation says, under vmap over chains x data.
 
-    A step (McLachlan's integrator) takes two gradients. As many steps are run as the chains of NUTS take gradients on average,
-    thinned to the number of draws. Without an accept step its draws have a bias, which its tuning keeps small.
+    A step (McLachlan's integrator) takes two gradients; one state of `THIN` steps is kept as a draw. Without an accept step its
+    draws have a bias, which its tuning keeps small.
     """
-    thin = THIN
 
     def kernel(density: Callable[[Array, Array], Array]) -> Kernel:
         def one(key: Array, z: Array, x: Array) -> tuple[Array, Array, Array]:
@@ -112,7 +111,7 @@ def blackjax_mclmc(problem: Problem, settings: Settings) -> Method:
             start_key, tune_key, run_key = jax.random.split(key, 3)
             state = blackjax.mcmc.mclmc.init(position=z, logdensity_fn=target, rng_key=start_key)
             tune = blackjax.mclmc_find_L_and_step_size
-            steps = settings.draws * thin
+            steps = settings.draws * THIN
             state, found, tuning = tune(
                 blackjax.mcmc.mclmc.build_kernel(), num_steps=steps, state=state, rng_key=tune_key, logdensity_fn=target
             )
@@ -121,7 +120,7 @@ def blackjax_mclmc(problem: Problem, settings: Settings) -> Method:
             )
 
             def body(state: Any, key: Array) -> tuple[Any, Array]:
-                state, _ = jax.lax.scan(lambda s, k: (sampler.step(k, s)[0], None), state, jax.random.split(key, thin))
+                state, _ = jax.lax.scan(lambda s, k: (sampler.step(k, s)[0], None), state, jax.random.split(key, THIN))
                 return state, state.position
 
             _, draws = jax.lax.scan(body, state, jax.random.split(run_key, settings.draws))

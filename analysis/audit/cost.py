@@ -103,7 +103,7 @@ OWN_DENSITY, OWN_GRADIENT = 30, 60
 """What a method does with each point beside the model's work, in sorts of one number; measured with two latents."""
 OWN_WEIGHT = 18
 """The same of importance sampling, per draw and latent: draws, densities of the proposal, moments."""
-SINGLE = 0.6  # cost of a density in single precision, which importance sampling takes where it suffices
+SINGLE = 0.6  # cost of a density in single precision, which importance sampling takes if no support has an edge
 OTHERS = 5_000  # densities of importance sampling beside its draws: the pilots, and what it compares with the search
 
 
@@ -140,9 +140,10 @@ class Pilot:
             laplace = False
             if isinstance(method, ImportanceSampling):
                 draws, laplace = method.draws + OTHERS, method.start == "laplace"
+                single = 1.0 if self.log_joint.has_edges else SINGLE
                 cost = (
                     cost
-                    + self._model(Workload(4, SINGLE * draws), self.density)
+                    + self._model(Workload(4, single * draws), self.density)
                     + Cost(0.0, OWN_WEIGHT * d * draws * self.sort)
                 )
             if set(SCOUTED) & set(before):

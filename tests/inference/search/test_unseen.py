@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.problems.catalogue import PROBLEMS
@@ -58,6 +60,28 @@ def test_a_mode_that_a_run_ended_in_is_heard_of(name: str, seed: int) -> None:
     missed = lacking.any(-1)
     assert missed.sum() >= 15
     assert found.matters[missed].double().mean() >= 0.95  # two modes that exchange are one
+
+
+def test_two_runs_of_tiny_weight_are_heard() -> None:
+    """Two runs end in a mode, and their weights are a thousand times too small: the height of the mode speaks for it."""
+    problem = PROBLEMS["bimodal_unequal_d1"](70, 1)
+    sampler, rows = _from_the_guide(problem), torch.arange(70)
+    chains, modes = sampler.run(rows, DRAWS), scout(problem.log_joint).modes
+    end, log_weight = modes.end.clone(), modes.log_weight.clone()
+    label, shares = problem.mode_of(end.double()), mode_shares(problem, chains.draws)
+    planted = torch.zeros(70, dtype=torch.bool)
+    for n in ((shares == 0) & (problem.masses >= LEAST)).any(-1).nonzero()[:, 0].tolist():
+        lacking = label[:, n] == int(shares[n].argmin())
+        there, elsewhere = lacking.nonzero()[:, 0], (~lacking).nonzero()[:, 0]
+        if len(there) < 2 or not len(elsewhere):
+            continue
+        end[there[2:], n], log_weight[there[2:], n] = end[elsewhere[0], n], log_weight[elsewhere[0], n]
+        log_weight[there[:2], n] = log_weight[elsewhere, n].logsumexp(0) - 10.0
+        planted[n] = True
+    modes = replace(modes, end=end, log_weight=log_weight)
+    found = unseen(problem.log_joint, modes, chains.draws, chains.lp, *sampler.metric(rows), sampler.generator)
+    assert planted.sum() >= 15
+    assert found.matters[planted].double().mean() >= 0.95
 
 
 @pytest.mark.parametrize("name", ["linear_gaussian_d20", "mlp_bernoulli"])
