@@ -34,6 +34,7 @@ from elbowroom.system.memory import fitting
 CHUNK = 2**19
 """Draws worked on together: few enough to stay near the processor's cache."""
 MIN_DRAWS = 4
+TAILS = (0.05, 0.95)
 CONSTANT = 1e-15
 """Columns of a smaller range than this count as constant (ArviZ: the decimal resolution of a double)."""
 
@@ -61,7 +62,7 @@ def ess_bulk(draws: Tensor) -> Tensor:
     return _per_column(draws, lambda x: _ess(_rank_normalise(_halves(x))[0]))
 
 
-def ess_tail(draws: Tensor, prob: tuple[float, float] = (0.05, 0.95)) -> Tensor:
+def ess_tail(draws: Tensor, prob: tuple[float, float] = TAILS) -> Tensor:
     """Return the smaller effective sample size, (*batch), of the indicators 1{x <= quantile} at two probabilities.
 
     Args:
@@ -74,6 +75,12 @@ def ess_tail(draws: Tensor, prob: tuple[float, float] = (0.05, 0.95)) -> Tensor:
     if not all(0 <= p <= 1 for p in prob):
         raise ValueError(f"prob={prob}: both must lie in [0, 1]")
     return _per_column(draws, lambda x: _ess_tail(x, prob))
+
+
+def by_ranks(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `rhat`, `ess_bulk` and `ess_tail`, each (*batch), from half as many sorts as one by one."""
+    found = _per_column(draws, _by_ranks, count=3)
+    return (found[0] if len(draws) > 1 else torch.full_like(found[0], torch.nan)), found[1], found[2]
 
 
 def ess_mean(draws: Tensor) -> Tensor:
@@ -126,17 +133,18 @@ def _check(draws: Tensor) -> None:
         raise ValueError(f"draws of shape {tuple(draws.shape)}: must be (chain, draw, *batch)")
 
 
-def _per_column(draws: Tensor, function: Callable[[Tensor], Tensor], min_chains: int = 1) -> Tensor:
-    """Apply a function (B, C, D) -> (B,) to the columns of draws (C, D, *batch), a chunk at a time."""
+def _per_column(draws: Tensor, function: Callable[[Tensor], Tensor], min_chains: int = 1, count: int | None = None) -> Tensor:
+    """Apply a function (B, C, D) -> (B,), or (count, B), to the columns of draws (C, D, *batch), a chunk at a time."""
     _check(draws)
     n_chains, n_draws, *batch = draws.shape
+    batch = batch if count is None else [count, *batch]
     if n_chains < min_chains or n_draws < MIN_DRAWS or not draws.numel():
         return torch.full(batch, torch.nan, dtype=torch.float64, device=draws.device)
     columns = draws.detach()[..., None].flatten(2)
     width = fitting(n_chains * n_draws, CHUNK)
     # written in place: small results between large temporaries would stop the allocator from freeing those
-    result = torch.empty(columns.shape[2], dtype=torch.float64, device=draws.device)
-    for part, out in zip(columns.split(width, 2), result.split(width), strict=True):
+    result = torch.empty(*batch[: count is not None], columns.shape[2], dtype=torch.float64, device=draws.device)
+    for part, out in zip(columns.split(width, 2), result.split(width, -1), strict=True):
         x = part.permute(2, 0, 1).to(torch.float64).contiguous()
         out.copy_(function(x).masked_fill(x.isnan().flatten(1).any(1), torch.nan))
     return result.reshape(batch)
@@ -183,7 +191,17 @@ def _rank_normalise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rhat(x: Tensor) -> Tensor:
     x = _halves(x)
-    scores, ascending = _rank_normalise(x)
+    return _rhat_of(x, *_rank_normalise(x))
+
+
+def _by_ranks(x: Tensor) -> Tensor:
+    halves = _halves(x)
+    scores, ascending = _rank_normalise(halves)
+    tail = _ess_tail(x, TAILS, ascending if x.shape[2] % 2 == 0 else None)  # the halves lack the middle of an odd number
+    return torch.stack([_rhat_of(halves, scores, ascending), _ess(scores), tail])
+
+
+def _rhat_of(x: Tensor, scores: Tensor, ascending: Tensor) -> Tensor:
     middle = ascending.shape[1] // 2  # the number of draws is even, so there are two middle ones
     median = (ascending[:, middle - 1] + ascending[:, middle]) / 2
     bulk = _classic_rhat(scores)
@@ -206,8 +224,8 @@ def _quantile(ascending: Tensor, prob: float) -> Tensor:
     return high - (high - low) * (1 - part) if part >= 0.5 else low + (high - low) * part
 
 
-def _ess_tail(x: Tensor, prob: tuple[float, float]) -> Tensor:
-    ascending = _sort(x.flatten(1))
+def _ess_tail(x: Tensor, prob: tuple[float, float], ascending: Tensor | None = None) -> Tensor:
+    ascending = _sort(x.flatten(1)) if ascending is None else ascending
     low, high = (_ess_mean((x <= _quantile(ascending, p)[:, None, None]).to(x.dtype)) for p in prob)
     return torch.minimum(low, high)
 

@@ -25,6 +25,7 @@ RUNS = 128
 TEMPERATURES = 40
 SETTLE = 6  # trajectories at b = 1
 LEAPFROGS = 3
+FEWER = 0.8  # share of the data that still move, below which only those are moved on
 CESS = 0.7  # smallest conditional effective sample size, as a share, after one rise of b
 ACCEPT, GAIN = 0.75, 0.5  # target acceptance, and the rate at which step sizes adapt
 MISS = 1e-3
@@ -89,23 +90,27 @@ def search(log_joint: LogJoint, q: Normals, *, runs: int = RUNS, seed: int = 0) 
     with log_joint.frozen_weights():
         metric = Metric.of(log_joint, q, seed + 2)
         chains = TemperedChains(log_joint, log_joint.sample_prior(runs, seed).to(log_joint.probe_points.dtype))
+        rows = torch.arange(log_joint.n_obs, device=log_joint.device)  # the data whose runs still move
         b = torch.zeros_like(chains.z[0, :, 0])
         step = torch.full_like(b, chains.z.shape[-1] ** -0.25)
-        log_weight = torch.zeros_like(chains.z[..., 0])
-        ladder = [b]
-        for t in range(TEMPERATURES):
-            if not bool((b < 1).any()):
-                break
+        left = torch.full_like(rows, SETTLE)
+        end, log_weight, ladder = chains.z.clone(), torch.zeros_like(chains.z[..., 0]), [b]
+        for t in range(TEMPERATURES + SETTLE):
             raised = _raise(b, chains.likelihood) if t + 1 < TEMPERATURES else torch.ones_like(b)
-            log_weight = log_weight + torch.where(raised > b, (raised - b) * chains.likelihood, 0.0)
-            b = raised
-            ladder.append(b)
+            log_weight[:, rows] += torch.where(raised > b, (raised - b) * chains.likelihood, 0.0)
+            left, b = left - (b == 1).long(), raised
+            if bool((ladder[-1] < 1).any()):
+                ladder.append(ladder[-1].index_copy(0, rows, b))
             move = chains.move(b, metric.root(b), step, LEAPFROGS, generator)
             step = _follow(step, move.accept)
-        for _ in range(SETTLE):
-            move = chains.move(b, metric.root(b), step, LEAPFROGS, generator)
-            step = _follow(step, move.accept)
-        return Modes(chains.z, log_weight, torch.stack(ladder))
+            end[:, rows] = chains.z
+            going = (left > 0).nonzero().squeeze(1)
+            if not len(going):
+                break
+            if len(going) <= FEWER * len(rows) and log_joint.separable():
+                rows, b, step, left, metric = rows[going], b[going], step[going], left[going], metric.rows(going)
+                chains = chains.rows(going, log_joint.subset(rows))
+        return Modes(end, log_weight, torch.stack(ladder))
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,10 @@ class Metric:
         low, high = torch.quantile(draws, torch.tensor([0.16, 0.84], dtype=draws.dtype, device=draws.device), dim=0)
         scale = ((high - low) / 2).clamp_min(1e-6)
         return cls(scale.square().reciprocal(), torch.cholesky_inverse(q.root))
+
+    def rows(self, index: Tensor) -> Metric:
+        """Return the metric of some of the data."""
+        return Metric(self.prior[index], self.precision[index])
 
     def root(self, b: Tensor) -> Tensor:
         """Return lower-triangular roots (N, d, d) at the inverse temperatures b (N,), in their precision."""

@@ -19,16 +19,17 @@ class TemperedChains:
     Args:
         log_joint: the model and guide.
         z: start of the chains.
+        parts: the densities there with their gradients, if they are known.
 
     Attributes:
         z: current states.
         parts: log p(z), log p(x|z), each (S, *batch, N), and their gradients, (S, *batch, N, d).
     """
 
-    def __init__(self, log_joint: LogJoint, z: Tensor) -> None:
+    def __init__(self, log_joint: LogJoint, z: Tensor, parts: tuple[Tensor, ...] | None = None) -> None:
         self.log_joint = log_joint
         self.z = z
-        self.parts = self._evaluate(z)
+        self.parts = self._evaluate(z) if parts is None else parts
 
     @property
     def likelihood(self) -> Tensor:
@@ -69,6 +70,10 @@ class TemperedChains:
             for new, old in zip(last, self.parts, strict=True)
         )
         return move
+
+    def rows(self, index: Tensor, part: LogJoint) -> TemperedChains:
+        """Return the chains (S, N, d) of some of the data, whose log joint is `part`, as they stand."""
+        return TemperedChains(part, self.z[:, index], tuple(values[:, index] for values in self.parts))
 
     def replace(self, place: int, z: Tensor) -> None:
         """Put new states (S, N, d) at one position of the batch."""

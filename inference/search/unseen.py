@@ -92,13 +92,13 @@ def unseen(
     states, level = runs.draws[:, settle:].double(), runs.lp[:, settle:].double()  # (K, 2 HALF, N, d)
     distance = lambda z: whiten(scale, z.flatten(0, -3) - centre).square().sum(-1).unflatten(0, z.shape[:-2])
     known = distance(draws)
-    limit = (FACTOR * known.flatten(0, 1).quantile(OFTEN, 0) + SLACK).expand(len(states), -1)
+    limit = (FACTOR * _rarely_beyond(known) + SLACK).expand(len(states), -1)
     nearest = distance(states).quantile(0.1, 1)  # of most of its states
     if not hops:
         length = min(HALF, draws.shape[1])
         known = distance(draws[:, : draws.shape[1] // length * length].unflatten(1, (-1, length)).mean(2))
         moves = runs.accept[:, settle:].mean(1) > MOVES  # a run that stands still has no mean
-        of_means = FACTOR * known.flatten(0, 1).quantile(OFTEN, 0) + SLACK
+        of_means = FACTOR * _rarely_beyond(known) + SLACK
         limit = torch.where(moves, of_means, limit)
         nearest = torch.where(
             moves, torch.minimum(distance(states[:, :HALF].mean(1)), distance(states[:, HALF:].mean(1))), nearest
@@ -113,6 +113,15 @@ def unseen(
     share = torch.where(effective > ENOUGH, by_weight, torch.maximum(by_weight, height.sigmoid()))
     share = torch.where(apart.any(0), share, 0.0)
     return Unseen(share, share > NEGLIGIBLE)
+
+
+def _rarely_beyond(distance: Tensor) -> Tensor:
+    """Return the quantile OFTEN of distances (C, S, N) of each datum, (N,), from the largest alone."""
+    columns = distance.flatten(0, 1).T.contiguous()
+    place = OFTEN * (columns.shape[1] - 1)
+    below = min(math.floor(place), columns.shape[1] - 1)
+    largest = columns.topk(columns.shape[1] - below, 1).values
+    return torch.lerp(largest[:, -1], largest[:, max(-2, -largest.shape[1])], place - below)
 
 
 def _nearer(ends: Tensor, others: Tensor, apart: Tensor, draws: Tensor, scale: Tensor) -> Tensor:

@@ -145,15 +145,16 @@ def certify(chains: Chains, modes: Modes) -> Certificate:
     """
     draws = chains.draws.double()
     n = draws.shape[2]
-    rhat = torch.maximum(diagnostics.rhat(draws).amax(-1), diagnostics.rhat(chains.lp))
+    rhats, bulk, tail = diagnostics.by_ranks(draws)
+    rhat = torch.maximum(rhats.amax(-1), diagnostics.rhat(chains.lp))
     if chains.energy is None:
         bfmi = torch.full((n,), torch.inf, dtype=draws.dtype, device=draws.device)
     else:
         bfmi = diagnostics.ebfmi(chains.energy).amin(0)
     return Certificate(
         rhat_max=rhat,
-        ess_bulk_min=diagnostics.ess_bulk(draws).amin(-1),
-        ess_tail_min=diagnostics.ess_tail(draws).amin(-1),
+        ess_bulk_min=bulk.amin(-1),
+        ess_tail_min=tail.amin(-1),
         ess_mean_min=torch.minimum(diagnostics.ess_mean(draws), diagnostics.ess_sd(draws)).amin(-1),
         diverging_count=chains.divergent.sum((0, 1)),
         bfmi_min=bfmi,

@@ -82,7 +82,10 @@ def arviz(draws: torch.Tensor) -> dict[str, np.ndarray]:
 
 def ours(draws: torch.Tensor) -> dict[str, torch.Tensor]:
     functions = (rhat, ess_bulk, ess_tail, ess_mean, ess_sd, mcse_mean, mcse_sd)
-    return {f.__name__: f(draws) for f in functions}
+    found = {f.__name__: f(draws) for f in functions}
+    for name, value in zip(("rhat", "ess_bulk", "ess_tail"), diagnostics.by_ranks(draws), strict=True):
+        torch.testing.assert_close(value, found[name], rtol=0, atol=0, equal_nan=True, msg=f"by_ranks: {name}")
+    return found
 
 
 def assert_equal_to_arviz(draws: torch.Tensor, rtol: float = 1e-9) -> None:
