@@ -14,8 +14,10 @@ from elbowroom.data.chunks import rows_of
 from elbowroom.errors import DataError, nearest
 from elbowroom.models.columns import Column, Kind
 
-MISSING = frozenset({"", "nan", "NaN", "NAN", "NA", "<NA>", "N/A", "null", "NULL", "?"})
-"""Cells of a CSV file that count as missing."""
+_OURS = ("", "nan", "NaN", "NAN", "NA", "<NA>", "N/A", "null", "NULL", "?")
+_OF_PANDAS = ("-nan", "-NaN", "n/a", "#N/A", "#N/A N/A", "#NA", "None", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN")
+MISSING = frozenset(_OURS + _OF_PANDAS)
+"""Cells of a CSV file that count as missing: those of pandas, and ?."""
 MOST_LEVELS = 1000
 FEW_LEVELS = 50
 """A column with at most this many different texts counts as categorical, even if it has few rows."""
@@ -69,6 +71,7 @@ class Layout:
         labels: the column of labels.
         kinds: column -> kind.
         levels: column -> the texts behind its codes, for coded columns.
+        header: whether the first line of a CSV file holds names; None where that is to be found out.
         fitted: it belongs to data of a fit: other rows must have the same columns, except for the labels.
     """
 
@@ -78,6 +81,7 @@ class Layout:
     labels: str | None = None
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    header: bool | None = None
     fitted: bool = False
 
     @classmethod
@@ -88,9 +92,12 @@ class Layout:
         exposure: str | None,
         labels: str | None,
         kinds: Mapping[str, Kind] | None,
+        header: bool | None = None,
     ) -> Layout:
         """Make a layout of the options of a data set; a ValueError if a column is named twice or has two roles."""
-        found = cls(None if x is None else tuple(x), tuple(covariates or ()), exposure, labels, dict(kinds or {}))
+        found = cls(
+            None if x is None else tuple(x), tuple(covariates or ()), exposure, labels, dict(kinds or {}), header=header
+        )
         for option, names in (("x", found.x or ()), ("covariates", found.covariates)):
             if repeated := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{option}: column {repeated[0]!r} is named twice")
@@ -114,11 +121,15 @@ class Layout:
         coded = [name for name, kind in self.kinds.items() if kind in CODED]
         return frozenset([*coded, *self.levels, *self._names("labels")])
 
+    def wanted(self) -> list[tuple[str, str]]:
+        """Return (option, column) for every column that a table must have."""
+        every = [("data.x", name) for name in self.x or ()] + self.others() + [("data.kinds", name) for name in self.kinds]
+        return [(option, name) for option, name in every if not (self.fitted and option in ("data.labels", "data.kinds"))]
+
     def require(self, names: Sequence[str], label: str) -> None:
         """Raise a DataError if the table lacks a column of this layout; rows other than those of the fit need no labels."""
-        wanted = [("data.x", name) for name in self.x or ()] + self.others() + [("data.kinds", name) for name in self.kinds]
-        for option, name in wanted:
-            if name not in names and not (self.fitted and option in ("data.labels", "data.kinds")):
+        for option, name in self.wanted():
+            if name not in names:
                 where = "" if self.fitted else f" {option}:"
                 raise DataError(f"{label}:{where} there is no column {name!r}{nearest(name, names)}")
 
@@ -132,7 +143,7 @@ class Layout:
             "kinds": dict(self.kinds),
             "levels": {name: list(levels) for name, levels in self.levels.items()},
         }
-        return {key: value for key, value in plain.items() if value}
+        return {key: value for key, value in plain.items() if value} | ({} if self.header is None else {"header": self.header})
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Layout:
@@ -140,7 +151,7 @@ class Layout:
         levels = {name: tuple(found) for name, found in tree.get("levels", {}).items()}
         x = None if tree.get("x") is None else tuple(tree["x"])
         covariates, kinds = tuple(tree.get("covariates", ())), dict(tree.get("kinds", {}))
-        return cls(x, covariates, tree.get("exposure"), tree.get("labels"), kinds, levels, fitted=True)
+        return cls(x, covariates, tree.get("exposure"), tree.get("labels"), kinds, levels, tree.get("header"), fitted=True)
 
 
 def of_array(name: str, values: np.ndarray, label: str) -> Cells:

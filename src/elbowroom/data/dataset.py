@@ -68,6 +68,7 @@ class Dataset:
         categories: column of x -> the texts behind its codes 0, 1, ...
         layout: the roles of the columns, so that other tables are read in the same way.
         hidden: removed entries with their true values.
+        notes: sentences about what was read otherwise than it may have been meant.
     """
 
     x: np.ndarray
@@ -84,6 +85,7 @@ class Dataset:
     categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     layout: Layout | None = None
     hidden: Hidden | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def event_shape(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The user's own data: a file of rows (.npz, .npy, .csv, .parquet)."""
+"""The user's own data: a file of rows (.npz, .npy, .csv, .tsv, .parquet)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from elbowroom.data import delimited
 from elbowroom.data.columns import Layout
 from elbowroom.data.dataset import DEFAULT_SPLIT, Dataset, Fractions, Names, Source
+from elbowroom.data.delimited import Table
 from elbowroom.data.frames import AS_IT_IS, from_python, read_csv, read_parquet
 from elbowroom.data.tables import beside, unnamed
 from elbowroom.errors import DataError, SpecError, nearest
@@ -20,9 +22,9 @@ from elbowroom.system.archive import check_npz
 
 
 class File(Source):
-    """Your own data: .npz, .npy (memory-mapped), .csv (with or without a header) or .parquet (extra `parquet`).
+    """Your own data: .npz, .npy (memory-mapped), .csv and .tsv (with or without a header) or .parquet (extra `parquet`).
 
-    Missing are NaN and, in a table, cells that are empty or say nan, NaN, NA, null or ?. Columns of text become codes.
+    Missing are NaN and, in a table, cells that are empty or say nan, NA, N/A, None, null or ?. Columns of text become codes.
 
     Args:
         folder: the folder that relative paths start from: that of the spec (a fact).
@@ -34,6 +36,8 @@ class File(Source):
         labels: the column (array of an .npz) that colours figures; numbers or text.
         kinds: what columns hold where their values do not show it: column -> real, positive, proportion, count, binary,
             ordinal or categorical.
+        header: whether the first line of a CSV file holds names; needed only where that is not evident.
+        delimiter: what stands between the cells of a CSV file; needed only where that is not evident.
         split: fractions of train, validation and test.
     """
 
@@ -48,12 +52,15 @@ class File(Source):
         exposure: str | None = None,
         labels: str | None = None,
         kinds: Mapping[str, Kind] | None = None,
+        header: bool | None = None,
+        delimiter: Literal[",", ";", "\t", "|"] | None = None,
         split: Fractions = DEFAULT_SPLIT,
     ) -> None:
         self.path = (Path(folder) / Path(path).expanduser()).resolve()
         self.label = str(path)
         self.key = key
-        self.layout = Layout.chosen(x, covariates, exposure, labels, kinds)
+        self.layout = Layout.chosen(x, covariates, exposure, labels, kinds, header)
+        self.delimiter = delimiter
         self.split = split
 
     def load(self) -> Dataset:
@@ -70,7 +77,8 @@ class File(Source):
         readers = {
             ".npz": self._npz,
             ".npy": self._npy,
-            ".csv": lambda layout: read_csv(path, label, layout),
+            ".csv": lambda layout: read_csv(path, label, layout, self.delimiter),
+            ".tsv": lambda layout: read_csv(path, label, layout, self.delimiter or "\t"),
             ".parquet": lambda layout: read_parquet(path, label, layout),
         }
         if path.suffix.lower() not in readers:
@@ -149,3 +157,8 @@ def read_like(given: Any, layout: Layout | None, folder: Path) -> Dataset:
     if isinstance(given, str | Path):
         return File(folder, path=Path(given)).read(layout)
     return from_python(given, layout=layout)
+
+
+def text_table(path: Path, layout: Layout) -> Table:
+    """Return the cells of a CSV file that was read with this layout."""
+    return delimited.read(path, path.name, layout, "\t" if path.suffix.lower() == ".tsv" else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import warnings
 from collections.abc import Mapping
@@ -12,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elbowroom.data import delimited
 from elbowroom.data.columns import MISSING, Cells, Layout
 from elbowroom.data.dataset import DEFAULT_SPLIT, Dataset, Fractions, Names, Source
+from elbowroom.data.delimited import is_number
 from elbowroom.data.tables import assemble, unnamed
 from elbowroom.errors import DataError
 from elbowroom.models.columns import Kind
@@ -171,87 +172,55 @@ def read_parquet(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
     return from_frame(frame, label, layout)
 
 
-def read_csv(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
-    """Read cells separated by commas, semicolons or tabs; a first line that contains text is the header.
+def read_csv(path: Path, label: str, layout: Layout = AS_IT_IS, delimiter: str | None = None) -> Dataset:
+    """Read the cells of a CSV file; see `delimited`. Without a header the columns are called 0, 1, ...
 
-    Without a header the columns are called 0, 1, ... `label` is the name of the file in messages.
+    Args:
+        path: the file.
+        label: its name in messages.
+        layout: roles of the columns.
+        delimiter: what stands between cells; found by itself where None.
 
     Raises:
-        DataError: a line has another number of cells (lines are counted from 1), or a column of numbers contains text.
+        DataError: delimiter, header or index can be understood in two ways; a line has another number of cells (lines are
+            counted from 1); or a column of numbers contains text.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{label}: not a text file in UTF-8 (byte {error.start}); export it as UTF-8") from None
-    if "\x00" in text:
-        raise DataError(f"{label}: not a text file (it holds NUL characters)")
-    first = next((line for line in text.splitlines() if line.strip()), None)
-    if first is None:
-        raise DataError(f"{label}: empty")
-    delimiter = max(",;\t", key=first.count)
-    cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter))]
-    header = any(cell not in MISSING and not _is_number(cell) for cell in cells)
-    if header and (repeated := [name for name in cells if cells.count(name) > 1]):
-        raise DataError(f"{label}: the column name {repeated[0]!r} appears twice in the header")
-    body = text.split(first, 1)[1] if header else text
-    if not body.strip():
-        raise DataError(f"{label}: a header and no rows")
-    columns = tuple(cells) if header else tuple(str(i) for i in range(len(cells)))
+    table = delimited.read(path, label, layout, delimiter)
+    columns, header = table.columns, table.names is not None
     if layout.fitted and layout.x is not None and not header and len(layout.x) == len(columns):
         columns = layout.x  # columns are named by their positions
-    x = _numbers(body, delimiter)
-    if x is not None and x.shape[1] == len(columns):
-        found = [Cells(name, x[:, i]) for i, name in enumerate(columns)]
+    x = _numbers(table)
+    if x is not None:
+        found = [Cells(name, x[:, i + table.index]) for i, name in enumerate(columns)]
     else:
-        found = _mixed(text, label, delimiter, columns, layout.textual, header=header)
+        rows, lines = table.rows()
+        found = [
+            _column(name, [row[i + table.index] for row in rows], label, lines, name in layout.textual)
+            for i, name in enumerate(columns)
+        ]
     dataset = assemble(found, layout, label)
+    named = replace(dataset.layout or layout, header=header)
     if header or layout.x is not None:
-        return dataset
-    return replace(dataset, columns=None, layout=replace(dataset.layout or layout, x=None))
+        return replace(dataset, layout=named, notes=table.notes())
+    return replace(dataset, columns=None, layout=replace(named, x=None))
 
 
-def _numbers(body: str, delimiter: str) -> np.ndarray | None:
+def _numbers(table: delimited.Table) -> np.ndarray | None:
     """Read a table that holds only numbers, fast; None for other tables."""
+    how: dict[str, Any] = {"delimiter": table.delimiter, "skiprows": table.skipped, "quotechar": '"'}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return np.loadtxt(io.StringIO(body), delimiter=delimiter, ndmin=2, comments=None, quotechar='"')
+            x = np.loadtxt(io.StringIO(table.text), ndmin=2, comments=None, **how)
     except (ValueError, UserWarning, OverflowError):
         return None
-
-
-def _mixed(
-    text: str, label: str, delimiter: str, columns: tuple[str, ...], textual: frozenset[str], *, header: bool
-) -> list[Cells]:
-    """Read a table of numbers, text and empty cells."""
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    try:
-        reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-        for row in reader:
-            if not any(cell.strip() for cell in row):
-                continue
-            if header and not lines:
-                lines.append(reader.line_num)
-                continue
-            width = len(rows[0]) if rows and not header else len(columns)
-            if len(row) != width:
-                cells = f"{len(row)} cell{'s' * (len(row) != 1)}"
-                raise DataError(
-                    f"{label}: line {reader.line_num} has {cells}, the lines before it have {width}; every line needs the same"
-                )
-            rows.append([cell.strip() for cell in row])
-            lines.append(reader.line_num)
-    except csv.Error as error:
-        raise DataError(f"{label}: not a CSV file: {error}") from None
-    lines = lines[1:] if header else lines
-    return [_column(name, [row[i] for row in rows], label, lines, name in textual) for i, name in enumerate(columns)]
+    return x if x.shape[1] == table.width else None
 
 
 def _column(name: str, cells: list[str], label: str, lines: list[int], textual: bool) -> Cells:
     """Return a column as numbers if all cells are numbers; as text if none is, or if `textual` allows both."""
     known = [cell not in MISSING for cell in cells]
-    numeric = [is_known and _is_number(cell) for cell, is_known in zip(cells, known, strict=True)]
+    numeric = [is_known and is_number(cell) for cell, is_known in zip(cells, known, strict=True)]
     if numeric == known:
         return Cells(name, np.array([float(c) if k else np.nan for c, k in zip(cells, known, strict=True)]))
     if any(numeric) and not textual:
@@ -261,11 +230,3 @@ def _column(name: str, cells: list[str], label: str, lines: list[int], textual: 
             "column are; correct it, or declare the column categorical in data.kinds"
         )
     return Cells.of_text(name, [cell if k else None for cell, k in zip(cells, known, strict=True)])
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return "_" not in cell

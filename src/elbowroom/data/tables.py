@@ -18,9 +18,16 @@ from elbowroom.data.dataset import Dataset
 from elbowroom.errors import DataError
 
 _COMMA = re.compile(r"[+-]?(\d+|\d{1,3}([., ']\d{3})+),\d+([eE][+-]?\d+)?|[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
+_NUMBER = r"[+-]?(\d+|\d{1,3}([., ']\d{3})+)([.,]\d+)?([eE][+-]?\d+)?"
+_PERCENT = re.compile(rf"{_NUMBER}\s*%")
+_MONEY = re.compile(rf"[+-]?(\(?[$€£¥]\s*{_NUMBER}\)?|{_NUMBER}\s*[$€£¥])")
+_UNIT = re.compile(rf"{_NUMBER}\s*([a-zA-Zµμ°Ω]{{1,6}}([/²³^*·-]\S{{0,8}})?)")
 _MISREAD = (
     (DATE, "dates", "convert them to numbers, such as days since the first one"),
     (_COMMA, "numbers with commas", "write them with a decimal point and without thousands separators"),
+    (_PERCENT, "percentages", "write them without the %, for example as proportions"),
+    (_MONEY, "amounts of money", "write them without the currency"),
+    (_UNIT, "numbers with units", "write the unit into the name of the column"),
 )
 """Text that should be numbers: pattern, description, remedy."""
 

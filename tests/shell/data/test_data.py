@@ -37,11 +37,11 @@ X = np.arange(12.0).reshape(4, 3)
     "text",
     [
         "a,b,c\n0,1,2\n3,4,5\n6,7,8\n9,10,11\n",
-        "0,1,2\n3,4,5\n6,7,8\n9,10,11",
+        "0.0,1,2\n3,4,5\n6,7,8\n9,10,11",
         "a;b;c\r\n0;1;2\r\n3;4;5\r\n6;7;8\r\n9;10;11\r\n",
         "\ufeffa\tb\tc\n0\t1\t2\n3\t4\t5\n\n6\t7\t8\n9\t10\t11\n",
         '"a","b","c"\n"0",1,2\n3,4e0,5\n6,7,8\n9,10,11\n',
-        "\n0, 1, 2\n3, 4, 5\n6, 7, 8\n9, 10, 11\n",
+        "\n0.0, 1, 2\n3, 4, 5\n6, 7, 8\n9, 10, 11\n",
     ],
 )
 def test_csv(text, tmp_path):
@@ -55,7 +55,7 @@ MIXED = "is no number, and other cells of the column are; correct it, or declare
 CSV = {
     "a,b\n1,2\n3\n": "x.csv: line 3 has 1 cell, the lines before it have 2; every line needs the same",
     "a,b\n1,2\n3,4,5\n": "x.csv: line 3 has 3 cells, the lines before it have 2; every line needs the same",
-    "1,2,3\n4,5\n": "x.csv: line 2 has 2 cells, the lines before it have 3; every line needs the same",
+    "3,1,2\n4,5\n": "x.csv: line 2 has 2 cells, the lines before it have 3; every line needs the same",
     "a,b,c\n1,2\n3,4\n": "x.csv: line 2 has 2 cells, the lines before it have 3; every line needs the same",
     "a,b\n1,2\n3,four\n": f"x.csv: line 3, column 'b': the text 'four' {MIXED}",
     "1,2\n3,four\n": f"x.csv: line 2, column '1': the text 'four' {MIXED}",
@@ -171,8 +171,8 @@ def test_damaged_files(tmp_path):
 
 FILES = {
     ("path", "nofile.csv"): "nofile.csv: no such file (looked for {folder}/nofile.csv)",
-    ("path", "x.nyp"): "x.nyp: files of type '.nyp' are not read; allowed: .npz, .npy, .csv, .parquet",
-    ("path", "x"): "x: files of type 'no suffix' are not read; allowed: .npz, .npy, .csv, .parquet",
+    ("path", "x.nyp"): "x.nyp: files of type '.nyp' are not read; allowed: .npz, .npy, .csv, .tsv, .parquet",
+    ("path", "x"): "x: files of type 'no suffix' are not read; allowed: .npz, .npy, .csv, .tsv, .parquet",
     ("path", "sub.csv"): "sub.csv: this is a folder; name a file",
     ("path", "empty.npy"): "empty.npy: empty",
     ("path", "y.npy"): "y.npy: no such file (looked for {folder}/y.npy); did you mean 'x.npy'?",

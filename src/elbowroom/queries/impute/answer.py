@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,9 @@ import torch
 from elbowroom.analysis.latents.entries import coded
 from elbowroom.analysis.measures.table import GOOD_K, TRUSTED
 from elbowroom.analysis.queries.imputation import errors, losses, share
-from elbowroom.errors import UserError
+from elbowroom.data.file import read_like, text_table
+from elbowroom.data.frames import AS_IT_IS
+from elbowroom.errors import DataError, UserError
 from elbowroom.models.columns import Column
 from elbowroom.queries.answer import Answer
 from elbowroom.system.files import atomic
@@ -134,7 +135,7 @@ class Imputed(Answer):
             import pandas as pd
 
             return self._filled(pd.read_parquet(given), x)
-        if isinstance(given, str | Path) and Path(given).suffix.lower() == ".csv":
+        if isinstance(given, str | Path) and Path(given).suffix.lower() in (".csv", ".tsv"):
             return self._filled_cells(Path(given), x)
         if self.entries.table and given is None:
             import pandas as pd
@@ -189,19 +190,25 @@ class Imputed(Answer):
         return frame
 
     def _filled_cells(self, path: Path, x: np.ndarray) -> pd.DataFrame:
-        """Fill the missing cells of a CSV file; all other cells keep their text."""
+        """Fill the missing cells of a CSV file; all other cells keep their text.
+
+        Raises:
+            DataError: the file is not the one whose cells were imputed: it was changed since.
+        """
         import pandas as pd
 
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        delimiter = max(",;\t", key=lines[0].count)
-        cells = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
-        named = self.original.columns is not None and set(self.entries.names) <= set(cells[0])
-        head = cells.pop(0) if named else list(self.entries.names)
+        layout = self.original.layout or AS_IT_IS
+        again = read_like(path, layout, path.parent).x
+        if again.shape != self.original.x.shape or not np.array_equal(again, self.original.x, equal_nan=True):
+            raise DataError(f"{path.name}: it was changed while its cells were imputed; impute it again")
+        table = text_table(path, layout)
+        cells, _ = table.rows()
+        head = list(table.names or self.entries.names)
         for j, name in enumerate(self.entries.names):
             for at in self._holes(j):
                 value = self._text(j, x[at, j])
-                cells[at][head.index(name)] = f"{value:.6g}" if isinstance(value, float) else str(value)
-        return pd.DataFrame(cells, columns=head)
+                cells[self.rows[at]][head.index(name)] = f"{value:.6g}" if isinstance(value, float) else str(value)
+        return pd.DataFrame([cells[row] for row in self.rows], columns=head)
 
     def scores(self) -> pd.DataFrame:
         """Return how well hidden cells were imputed: one line per column of a table, one for all cells of other data.
