@@ -223,6 +223,7 @@ def _fit(
     """Fit and say so; (None, result) after a dry run. `claim` keeps the folder locked after the fit."""
     with stage("imports"):
         from elbowroom import run as shell
+        from elbowroom.data.tables import listing
         from elbowroom.runs import fitting
         from elbowroom.spec.experiment import Experiment
         from elbowroom.system.files import locked
@@ -232,12 +233,21 @@ def _fit(
     path, use = fitting.ready(experiment, out, overwrite=overwrite, resume=resume)
     for note in experiment.notes:
         typer.echo(f"elbowroom: note: {note}", err=True)
+    columns = listing(experiment.data)
+    if columns and not as_json:
+        print_table(("column of x", "kind", "values", "missing"), columns, (), title=f"{len(experiment.data):,} rows")
     if dry_run:
         sentence = f"{experiment.label}: everything was checked, nothing was written; the run would go to {path} ({use})"
         plan = experiment.foreseen()
         if not as_json:
             typer.echo(f"{sentence}\naudit, {plan}")
-        return None, {"run": str(path), "dry_run": sentence, "plan": plan.tree(), "notes": list(experiment.notes)}
+        return None, {
+            "run": str(path),
+            "dry_run": sentence,
+            "plan": plan.tree(),
+            "notes": list(experiment.notes),
+            "columns": columns,
+        }
     if claim is not None:
         claim.enter_context(locked(path))
     with locked(path), _bar(as_json) as report:
@@ -245,7 +255,7 @@ def _fit(
     if not as_json:
         screen().print(f"fit: {fitted.summary}", highlight=False)
         typer.echo(f"wrote {path}/ (weights.pt, history.csv, spec.yaml, split.npz)")
-    return fitted, {"run": str(path), "fit": fitted.summary, "notes": list(experiment.notes)}
+    return fitted, {"run": str(path), "fit": fitted.summary, "notes": list(experiment.notes), "columns": columns}
 
 
 def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, device: str | None, resume: bool) -> dict[str, Any]:

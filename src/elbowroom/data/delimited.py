@@ -6,7 +6,7 @@ it is a row, also if all its cells are empty. What a file leaves open is not gue
     header      a first line with text in it. A first line of numbers that looks like names (0, 1, 2; 2019, 2020, 2021) is asked
                 for: `data.header`.
     index       leading columns without a name, as pandas and R write them, are no data.
-    delimiter   the one of , ; tab | that divides all lines alike; `data.delimiter` where there are several.
+    delimiter   the one of , ; and tab that divides all lines alike; `data.delimiter` where there are several, and for |.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def read(path: Path, label: str, layout: Layout, delimiter: str | None = None) -
         text = "\n" + text.partition("\n")[2]  # the numbers of lines stay as they are
     if not text.strip():
         raise DataError(f"{label}: empty")
-    delimiter = delimiter or (excel[1] if excel else None) or _delimiter(text, label)
+    delimiter = delimiter or (excel[1] if excel else None) or _delimiter(text, label, fitted=layout.fitted)
     look = _look(text, delimiter, label)
     first, others = look[0][1], [row for _, row in look[1:]]
     header = _is_header(first, others, layout, label)
@@ -162,7 +162,7 @@ def _look(text: str, delimiter: str, label: str) -> list[tuple[int, list[str]]]:
         raise DataError(f"{label}: not a CSV file: line {reader.line_num}: {error}") from None
 
 
-def _delimiter(text: str, label: str) -> str:
+def _delimiter(text: str, label: str, *, fitted: bool) -> str:
     """Return the delimiter that divides the first rows alike."""
     widths: dict[str, set[int]] = {}
     for mark in DELIMITERS:
@@ -172,6 +172,8 @@ def _delimiter(text: str, label: str) -> str:
     if len(even) > 1:
         one, other = (DELIMITERS[mark] for mark in even[:2])
         raise DataError(f"{label}: both {one} and {other} divide its lines; say which stands between cells: data.delimiter")
+    if even == ["|"] and not fitted:
+        raise DataError(f"{label}: its cells seem to be separated by |; say so with data.delimiter: '|'")
     if even:
         return even[0]
     start = text.lstrip("\n").partition("\n")[0]

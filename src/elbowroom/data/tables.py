@@ -17,6 +17,9 @@ from elbowroom.data.columns import CODED, DATE, FEW_LEVELS, MOST_LEVELS, Cells, 
 from elbowroom.data.dataset import Dataset
 from elbowroom.errors import DataError
 
+SHOWN = 24  # columns that a listing names
+FEW_ROWS = 10  # so few may be 0, 1, 2, ... by chance
+LEVELS = 4  # texts of a column that it names
 _COMMA = re.compile(r"[+-]?(\d+|\d{1,3}([., ']\d{3})+),\d+([eE][+-]?\d+)?|[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 _NUMBER = r"[+-]?(\d+|\d{1,3}([., ']\d{3})+)([.,]\d+)?([eE][+-]?\d+)?"
 _PERCENT = re.compile(rf"{_NUMBER}\s*%")
@@ -208,11 +211,54 @@ def _beside(dataset: Dataset, cells: Mapping[str, Cells], layout: Layout) -> Dat
     return replace(dataset, covariates=covariates, covariate_names=tuple(names), exposure=exposure, labels=labels)
 
 
+def listing(data: Dataset) -> list[list[str]]:
+    """Return name, kind, values and holes of the columns of x, as text; the last line sums up what is beyond SHOWN columns.
+
+    Empty for images and sequences, and for data on disk that are too large to be read at once.
+    """
+    columns = None if data.mapped else data.described
+    if columns is None:
+        return []
+    low, high, holes = _spread(data)
+    lines = []
+    for i, column in enumerate(columns[:SHOWN]):
+        texts = data.categories.get(column.name)
+        if texts is not None:
+            values = f"{len(texts):,} levels: {', '.join(texts[:LEVELS])}{', ...' if len(texts) > LEVELS else ''}"
+        else:
+            values = f"{low[i]:.6g} to {high[i]:.6g}"
+        lines.append([column.name, column.kind, values, f"{holes[i]:,}"])
+    if rest := columns[SHOWN:]:
+        kinds = ", ".join(sorted({column.kind for column in rest}))
+        values = f"{np.nanmin(low[SHOWN:]):.6g} to {np.nanmax(high[SHOWN:]):.6g}"
+        lines.append([f"and {len(rest):,} more", kinds, values, f"{holes[SHOWN:].sum():,}"])
+    return lines
+
+
+def row_numbers(data: Dataset) -> list[str]:
+    """Return the named columns of x that count the rows, from 0 or 1."""
+    if data.columns is None or len(data.event_shape) != 1 or len(data) < FEW_ROWS or data.mapped:
+        return []
+    first = data.x[0]
+    counts = (first == 0) | (first == 1)
+    for start, part in rows_of(data.x):
+        counts &= (part == first + np.arange(start, start + len(part))[:, None]).all(0)
+    return [name for name, counted in zip(data.columns, counts, strict=True) if counted]
+
+
 def constant(data: Dataset) -> list[str]:
     """Return the named columns of x that hold a single value in all rows where they are observed."""
     if data.columns is None or len(data.event_shape) != 1:
         return []
-    low, high = np.full(len(data.columns), np.inf), np.full(len(data.columns), -np.inf)
+    low, high, _ = _spread(data)
+    return [name for name, one, other in zip(data.columns, low, high, strict=True) if one == other]
+
+
+def _spread(data: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the smallest and largest value and the number of holes of every column, each (D,)."""
+    width = data.event_shape[0]
+    low, high, holes = np.full(width, np.inf), np.full(width, -np.inf), np.zeros(width, dtype=np.int64)
     for _, part in rows_of(data.x):
         low, high = np.fmin(low, np.fmin.reduce(part, 0)), np.fmax(high, np.fmax.reduce(part, 0))
-    return [name for name, one, other in zip(data.columns, low, high, strict=True) if one == other]
+        holes += np.isnan(part).sum(0) if part.dtype.kind == "f" else 0
+    return low, high, holes

@@ -20,7 +20,7 @@ from elbowroom.data.chunks import CHUNK, forget, rows_of
 from elbowroom.data.dataset import Dataset, Source, Split, split_rows
 from elbowroom.data.file import File
 from elbowroom.data.frames import Memory
-from elbowroom.data.tables import constant
+from elbowroom.data.tables import constant, row_numbers
 from elbowroom.errors import DataError, SpecError
 from elbowroom.inference.fit.plan import plan, resolve_device
 from elbowroom.inference.fit.rows import Rows
@@ -151,16 +151,19 @@ class Experiment:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes of the spec, and a note on columns of a table that hold a single value."""
+        """Notes of the spec and of the reading of the data, and on columns that hold a single value or count the rows."""
+        notes = (*self.loaded.notes, *(f"data: {note}" for note in self.data.notes))
+        for name in row_numbers(self.data):
+            notes = (*notes, f"data: column {name!r} counts the rows; leave it out of data.x if it is no measurement")
         columns = constant(self.data)
         if not columns:
-            return self.loaded.notes
+            return notes
         named = ", ".join(map(repr, columns[:10])) + (f" and {len(columns) - 10} more" if len(columns) > 10 else "")
         if self.data.event_shape == (len(columns),):
-            return (*self.loaded.notes, f"data: every column of x is constant: {named}; there is nothing to learn")
+            return (*notes, f"data: every column of x is constant: {named}; there is nothing to learn")
         which, it = ("column of x is", "it") if len(columns) == 1 else ("columns of x are", "them")
         cure = f"there is nothing to learn in {it}, leave {it} out of data.x"
-        return (*self.loaded.notes, f"data: {len(columns)} {which} constant: {named}; {cure}")
+        return (*notes, f"data: {len(columns)} {which} constant: {named}; {cure}")
 
     @functools.cached_property
     @stage("split")

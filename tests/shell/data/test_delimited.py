@@ -135,7 +135,11 @@ def test_what_is_open_is_asked_or_refused(text: str, words: str, tmp_path: Path)
 
 def test_other_separators(tmp_path: Path) -> None:
     for mark in ",;\t|":
-        data = read(tmp_path, f"a{mark}b\n" + ROWS.replace(",", mark))
+        if mark == "|":
+            assert "say so with data.delimiter: '|'" in asked(tmp_path, f"a{mark}b\n" + ROWS.replace(",", mark))
+        data = read(tmp_path, f"a{mark}b\n" + ROWS.replace(",", mark), delimiter=mark)
+        again = read_like(tmp_path / "x.csv", data.layout, tmp_path)
+        np.testing.assert_array_equal(again.x, data.x)
         np.testing.assert_array_equal(data.x, [[1.5, 2], [0.5, 1], [2.5, 4]])
     excel = read(tmp_path, "sep=;\na;b\n" + ROWS.replace(",", ";"))
     assert excel.columns == ("a", "b")

@@ -230,7 +230,7 @@ def test_constant_columns_are_noted() -> None:
         "model": {"latent_dim": 1, "likelihood": "gaussian", "decoder": "linear"},
         "guide": {"family": "diagonal_normal", "encoder": "linear"},
     }
-    frame = pd.DataFrame({"a": 20 * [3.0], "b": 20 * [0.5], "c": np.arange(20.0)})
+    frame = pd.DataFrame({"a": 20 * [3.0], "b": 20 * [0.5], "c": np.arange(20.0) ** 2, "d": np.arange(20)})
     frame.loc[3, "a"] = np.nan
     noted = lambda columns: Experiment.from_dict(spec, data=frame[columns]).notes
     assert noted(["a", "b"]) == ("data: every column of x is constant: 'a', 'b'; there is nothing to learn",)
@@ -238,6 +238,7 @@ def test_constant_columns_are_noted() -> None:
         "data: 1 column of x is constant: 'a'; there is nothing to learn in it, leave it out of data.x",
     )
     assert noted(["c"]) == ()
+    assert noted(["c", "d"]) == ("data: column 'd' counts the rows; leave it out of data.x if it is no measurement",)
 
 
 def test_an_array_has_no_names() -> None:
