@@ -22,6 +22,7 @@ from numpyro.infer.hmc import hmc
 from pyro.infer.mcmc.util import initialize_model
 
 from benchmarks.problem import Method, Problem, Run, Settings
+from elbowroom.models.likelihoods.scales import EDGE
 
 Kernel = Callable[[Array, Array, Array], tuple[Array, Array, Array]]
 """key, z0 (d,), x (pixels,) -> draws (S, d), number of divergences, number of gradients"""
@@ -29,17 +30,27 @@ Kernel = Callable[[Array, Array, Array], tuple[Array, Array, Array]]
 THIN = 10  # steps of MCLMC per draw that is kept
 
 
-def log_joint(weights: list[tuple[Array, Array]]) -> Callable[[Array, Array], Array]:
-    """Return log p(x, z) for one z (d,) and one x (pixels,), nats: N(0, I) prior, tanh network, Bernoulli pixels."""
+def log_joint(problem: Problem, dtype: Any) -> Callable[[Array, Array], Array]:
+    """Return log p(x, z) for one z (d,) and one x (pixels,), nats: N(0, I) prior, tanh network, the problem's likelihood."""
+    weights = [(jnp.asarray(w, dtype), jnp.asarray(b, dtype)) for w, b in problem.weights]
+    known = {name: jnp.asarray(value, dtype) for name, value in problem.constants.items()}
+
+    def log_likelihood(x: Array, output: Array) -> Array:
+        if problem.likelihood == "gaussian":
+            scaled = (x - known["loc"] - known["unit"] * output) / known["noise"]
+            return jnp.sum(-0.5 * scaled**2 - jnp.log(known["noise"]) - 0.5 * jnp.log(2 * jnp.pi))
+        if problem.likelihood == "poisson":
+            log_rate = known["log_mean"] + jnp.clip(output, -EDGE, EDGE)  # beyond, ours grows like a logarithm
+            return jnp.sum(x * log_rate - jnp.exp(log_rate) - jax.scipy.special.gammaln(x + 1))
+        return jnp.sum(x * output - jax.nn.softplus(output))
 
     def log_density(z: Array, x: Array) -> Array:
         h = z
         for w, b in weights[:-1]:
             h = jnp.tanh(h @ w.T + b)
         w, b = weights[-1]
-        logits = h @ w.T + b
         prior = -0.5 * jnp.sum(z**2) - 0.5 * z.size * jnp.log(2 * jnp.pi)
-        return prior + jnp.sum(x * logits - jax.nn.softplus(logits))
+        return prior + log_likelihood(x, h @ w.T + b)
 
     return log_density
 
@@ -48,8 +59,7 @@ def evaluate(problem: Problem, z: np.ndarray, *, double: bool) -> np.ndarray:
     """Return log p(x_n, z_sn), (S, N), as jax computes it, in float32 or float64."""
     with jax.enable_x64(double):
         dtype = jnp.float64 if double else jnp.float32
-        weights = [(jnp.asarray(w, dtype), jnp.asarray(b, dtype)) for w, b in problem.weights]
-        function = jax.vmap(jax.vmap(log_joint(weights)), in_axes=(0, None))
+        function = jax.vmap(jax.vmap(log_joint(problem, dtype)), in_axes=(0, None))
         return np.asarray(jax.jit(function)(jnp.asarray(z, dtype), jnp.asarray(problem.x.numpy(), dtype)))
 
 
@@ -133,9 +143,8 @@ def blackjax_mclmc(problem: Problem, settings: Settings) -> Method:
 
 def _compiled(name: str, problem: Problem, settings: Settings, kernel: Callable[..., Kernel]) -> Method:
     """Compile a kernel for all chains and data at once in float32, jax's default."""
-    weights = [(jnp.asarray(w, jnp.float32), jnp.asarray(b, jnp.float32)) for w, b in problem.weights]
     x = jnp.asarray(problem.x.numpy(), jnp.float32)
-    many = jax.vmap(jax.vmap(kernel(log_joint(weights)), in_axes=(0, 0, 0)), in_axes=(0, 0, None))
+    many = jax.vmap(jax.vmap(kernel(log_joint(problem, jnp.float32)), in_axes=(0, 0, 0)), in_axes=(0, 0, None))
 
     def arguments(seed: int) -> tuple[Array, Array, Array]:
         keys = jax.random.split(jax.random.key(seed), (settings.chains, problem.n_obs))

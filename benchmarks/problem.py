@@ -21,6 +21,8 @@ from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.guides.base import AmortizedGuide
 from elbowroom.models.guides.normal import DiagonalNormal
 from elbowroom.models.likelihoods.binary import Bernoulli
+from elbowroom.models.likelihoods.continuous import Gaussian
+from elbowroom.models.likelihoods.counts import Poisson
 from elbowroom.models.networks.mlp import MLP
 from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
@@ -102,6 +104,13 @@ class Problem:
             self.x = vae.decode(torch.randn(n_obs, self.dim)).sample()
         linear = [layer for layer in vae.decoder.modules() if isinstance(layer, torch.nn.Linear)]
         self.weights = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linear]
+        self.likelihood = type(vae.likelihood).__name__.lower()
+        self.constants: dict[str, np.ndarray] = {}
+        if isinstance(vae.likelihood, Gaussian):
+            noise = vae.likelihood.noise_scale().detach()
+            self.constants = {"loc": vae.likelihood.loc.numpy(), "unit": vae.likelihood.unit.numpy(), "noise": noise.numpy()}
+        elif isinstance(vae.likelihood, Poisson):
+            self.constants = {"log_mean": vae.likelihood.log_mean.numpy()}
         self.log_joint = self.fresh()
 
     def fresh(self) -> LogJoint:
@@ -126,23 +135,32 @@ class Problem:
         print(f"{who}: log p(x, z) equals ours to a relative {error:.1e}", flush=True)
 
 
-def fitted(hidden: int, epochs: int = EPOCHS, *, dim: int = DIM, block: tuple[int, int] = (1, 1)) -> VAE:
-    """Fit the pair to the binarized digits by Adam: batches of 128, learning rate 3e-3.
+LIKELIHOODS = {"bernoulli": Bernoulli, "gaussian": Gaussian, "poisson": Poisson}
+
+
+def fitted(
+    hidden: int, epochs: int = EPOCHS, *, dim: int = DIM, block: tuple[int, int] = (1, 1), likelihood: str = "bernoulli"
+) -> VAE:
+    """Fit the pair to the digits by Adam: batches of 128, learning rate 3e-3.
+
+    The digits are binarized for Bernoulli pixels, counts from 0 to 16 for Poisson, and these in sixteenths for Gaussian ones.
 
     Args:
         hidden: width of the hidden layers.
         epochs: passes over the digits.
         dim: number of latents d.
         block: rows and columns of pixels that each of the 64 pixels becomes.
+        likelihood: name of p(x|z).
     """
-    digits = magnified(load_digits().images >= 8, *block)
+    images = load_digits().images
+    digits = magnified({"bernoulli": images >= 8, "poisson": images, "gaussian": images / 16}[likelihood], *block)
     x = torch.as_tensor(digits.reshape(len(digits), -1), dtype=torch.float32)
     pixels = x.shape[1]
     with torch.random.fork_rng(), pyro.get_param_store().scope():
         torch.manual_seed(FIT)
         family, options = DiagonalNormal(dim), {"hidden": (hidden,), "activation": "tanh"}
         encoder = AmortizedGuide(MLP((pixels,), family.param_dim, **options), family)
-        vae = VAE(Normal(dim), Bernoulli((pixels,)), MLP((dim,), pixels, **options), encoder)
+        vae = VAE(Normal(dim), LIKELIHOODS[likelihood]((pixels,)), MLP((dim,), pixels, **options), encoder)
         vae.adapt(x)
         step, order = Step(vae, size=len(x), learning_rate=3e-3), torch.Generator().manual_seed(FIT)
         for _ in range(epochs):
