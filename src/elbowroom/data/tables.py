@@ -22,10 +22,12 @@ FEW_ROWS = 10  # so few may be 0, 1, 2, ... by chance
 LEVELS = 4  # texts of a column that it names
 _COMMA = re.compile(r"[+-]?(\d+|\d{1,3}([., ']\d{3})+),\d+([eE][+-]?\d+)?|[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 _NUMBER = r"[+-]?(\d+|\d{1,3}([., ']\d{3})+)([.,]\d+)?([eE][+-]?\d+)?"
+_TIME = re.compile(r"\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?\s*([aApP]\.?[mM]\.?)?")
 _PERCENT = re.compile(rf"{_NUMBER}\s*%")
 _MONEY = re.compile(rf"[+-]?(\(?[$€£¥]\s*{_NUMBER}\)?|{_NUMBER}\s*[$€£¥])")
 _UNIT = re.compile(rf"{_NUMBER}\s*([a-zA-Zµμ°Ω]{{1,6}}([/²³^*·-]\S{{0,8}})?)")
 _MISREAD = (
+    (_TIME, "times", "convert them to numbers, such as hours"),
     (DATE, "dates", "convert them to numbers, such as days since the first one"),
     (_COMMA, "numbers with commas", "write them with a decimal point and without thousands separators"),
     (_PERCENT, "percentages", "write them without the %, for example as proportions"),
@@ -159,8 +161,9 @@ def _coded(cells: Cells, layout: Layout, label: str, *, one_hot: bool) -> Cells:
     assert cells.levels is not None
     if known is None:
         n, limit = len(cells.levels), max(FEW_LEVELS, len(cells.values) // 2)
-        if n > min(MOST_LEVELS, limit):
-            cure = "leave it out of data.covariates" if one_hot else "leave it out: name the columns to use in data.x"
+        cure = "leave it out of data.covariates" if one_hot else "leave it out: name the columns to use in data.x"
+        each_another = kind is None and n == np.isfinite(cells.values).sum() >= FEW_ROWS
+        if n > min(MOST_LEVELS, limit) or each_another:
             raise DataError(f"{label}: column {name!r} holds {n:,} different values in {len(cells.values):,} rows; {cure}")
         return cells
     texts = cells.texts()

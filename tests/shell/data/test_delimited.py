@@ -123,6 +123,11 @@ def test_numbers_that_may_be_names_are_asked_for(first: str, tmp_path: Path) -> 
         ("a,a\n1,2\n", "'a' appears twice"),
         ("a,b\n1,12%\n2,13%\n", "holds percentages as text"),
         ("a,b\n1,12 km\n2,13 km\n", "holds numbers with units as text"),
+        ("a,b\n1,12:30\n2,9:40 pm\n", "holds times as text"),
+        (
+            "id,b\n" + "".join(f"row{i},{i % 3}\n" for i in range(12)),
+            "column 'id' holds 12 different values in 12 rows; leave it out",
+        ),
         ("a,b\n1,$12.50\n2,$13\n", "holds amounts of money as text"),
     ],
 )
