@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,7 +108,7 @@ class Problem:
         self.likelihood = type(vae.likelihood).__name__.lower()
         self.constants: dict[str, np.ndarray] = {}
         if isinstance(vae.likelihood, Gaussian):
-            noise = vae.likelihood.noise_scale().detach()
+            noise = copy.deepcopy(vae.likelihood).double().noise_scale().detach()
             self.constants = {"loc": vae.likelihood.loc.numpy(), "unit": vae.likelihood.unit.numpy(), "noise": noise.numpy()}
         elif isinstance(vae.likelihood, Poisson):
             self.constants = {"log_mean": vae.likelihood.log_mean.numpy()}
