@@ -96,6 +96,17 @@ def test_an_audit_is_kept_where_no_page_can_be_written(here: Path) -> None:
     assert (here / "runs" / "s" / "audit.nc").is_file()
 
 
+@pytest.mark.parametrize("error", ["ImportError", pytest.param("AttributeError", marks=pytest.mark.slow)])
+def test_parquet_without_pyarrow_is_one_line(here: Path, error: str) -> None:
+    (here / "x.parquet").write_bytes(b"PAR1")
+    done = with_broken(here, "pyarrow", error, "run", "s.yaml", "--set", "data.path=x.parquet")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "pyarrow" in done.stderr
+    assert "pip install" in done.stderr
+    assert not (here / "runs").exists()
+
+
 def test_a_backend_of_a_notebook_is_not_needed(tmp_path: Path) -> None:
     """A command called in a notebook inherits the notebook's MPLBACKEND, which is not installed everywhere."""
     folder = write_run(tmp_path / "run", n=12)
