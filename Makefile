@@ -11,10 +11,11 @@ BIN1M := .venv-arviz1-memory/bin
 STAMP1M := .venv-arviz1-memory/.installed
 BINB := .venv-bench/bin
 STAMPB := .venv-bench/.installed
+TORCH ?= torch
 STAMP := .venv/.installed
 STAMPD := .venv/.installed-docs
 
-.PHONY: demo docs test test-slow test-arviz1 lint bench clean FORCE
+.PHONY: demo docs test test-slow test-arviz1 test-newest lint bench clean FORCE
 
 demo: $(STAMP)
 	$(BIN)/elbowroom run $(SPEC) --out runs/demo --overwrite
@@ -33,6 +34,10 @@ test-arviz1: $(STAMP) $(STAMP1) $(STAMP1M)
 	$(BIN1)/python tests/arviz1/check.py build/arviz1
 	$(BIN1M)/python -c "import arviz; assert arviz.__version__.startswith('1.'), arviz.__version__"
 	$(BIN1M)/python -m pytest -q tests/analysis/test_arviz.py
+
+# The wheel, with the newest of all that it needs (no constraints.txt), in a fresh environment; the tests, in a copy, run on it.
+test-newest:
+	PIPFLAGS="$(PIPFLAGS)" tests/newest/run.sh "$(PYTHON)" "$(TORCH)" $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

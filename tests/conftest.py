@@ -63,6 +63,14 @@ def _isolated() -> Iterator[None]:
     assert not changed, f"the test left global state changed: {changed}"
 
 
+@pytest.fixture(autouse=True)
+def _every_figure_is_drawn(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail a test in which a figure could not be drawn: a report does without it, and says so in a line alone."""
+    yield
+    lost = [record.getMessage() for record in caplog.get_records("call") if record.name == "elbowroom.figures"]
+    assert not lost, lost
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _undiagnosed() -> Iterator[None]:
     """Let audits judge by their gaps alone: the rest takes seconds each. Tests of it ask for `diagnosed`."""

@@ -28,6 +28,7 @@ from elbowroom.analysis.audit.plan import Plan, choose, spare
 from elbowroom.analysis.audit.requested import Methods, requested
 from elbowroom.analysis.audit.sample import Sampled, in_turn, random_order, sampled
 from elbowroom.analysis.audit.work import Work, unreached
+from elbowroom.analysis.datatree import to_datatree
 from elbowroom.analysis.measures.evidence import evidence_of
 from elbowroom.analysis.measures.expectations import expectations
 from elbowroom.analysis.measures.population import population, random_rows
@@ -359,9 +360,7 @@ def audit_log_joint(
     joint = {name: value.cpu().numpy() for name, value in discrete.values(log_joint).items()}
     with stage("trees"):
         trees = {
-            posterior.method: idata.to_datatree(
-                posterior, obs_id=labels.tolist(), observed=observed, assignments=joint, attrs=facts
-            )
+            posterior.method: to_datatree(posterior, obs_id=labels.tolist(), observed=observed, assignments=joint, attrs=facts)
             for posterior in (guide, *posteriors)
         }
     return Audit(table, trees, diagnosis)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from elbowroom.models.columns import image_shape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FEW_ROWS = 100  # with fewer rows the sd has an error of more than 7 %
 NO_LATENT = "the run folder has no latent.nc, which describes the decoder: run the audit again to make it"
@@ -61,6 +64,8 @@ def units_of_rows(latent: xr.DataTree | None) -> str:
 
 def name_entries(axes: Axes, latent: xr.DataTree | None) -> None:
     """Label the entries of x by a table's column names, where they fit."""
+    from matplotlib.ticker import MaxNLocator
+
     names = [] if latent is None else [str(name) for name in np.atleast_1d(latent.attrs.get("columns", []))]
     axes.set(xlabel="entry of x", ylabel="x (sd of the data)" if names else "x (data units)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

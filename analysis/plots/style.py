@@ -1,7 +1,8 @@
 """The common style of the figures, and drawing helpers.
 
 Figures are `matplotlib.figure.Figure` objects, made under a temporary style: no global state changes, no window system is
-needed, and the user's matplotlibrc has no effect. Colours are those of Okabe and Ito, which are distinguishable with the common
+needed, and the user's matplotlibrc has no effect. Matplotlib is imported when something is drawn: a report without figures can
+do without. Colours are those of Okabe and Ito, which are distinguishable with the common
 kinds of colour blindness; no information is in colour alone.
 """
 
@@ -12,22 +13,19 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import matplotlib.image
-import matplotlib.style
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
 
 INK, MUTED, FAINT, PAPER = "#17212b", "#5d6b78", "#dfe4e9", "#ffffff"
 EXACT, GUIDE, ALARM = "#0072B2", "#D55E00", "#A3195B"
 DPI = 200  # figures are laid out for 100 pixels per inch and shown at half their pixels
 WIDE, HALF = 10.4, 5.1  # inches
-
-TILES = LinearSegmentedColormap.from_list("elbowroom_tiles", [PAPER, "#9fb0bf", INK])
-_BLUES = LinearSegmentedColormap.from_list("elbowroom_blues", ["#cfe3f2", EXACT])
 
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -105,7 +103,9 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(draw)
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
-        with matplotlib.style.context(["default", STYLE]):
+        from matplotlib import style
+
+        with style.context(["default", STYLE]):
             return draw(*args, **kwargs)
 
     return inner
@@ -113,6 +113,8 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 def canvas(width: float, height: float, title: str) -> Figure:
     """Return an empty figure of `width` by `height` inches with a title at its upper left."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.06, hspace=0.06)  # type: ignore[union-attr,call-arg]
     heading(figure, title, width)
@@ -122,6 +124,14 @@ def canvas(width: float, height: float, title: str) -> Figure:
 def heading(figure: Figure, title: str, width: float) -> None:
     """Put a bold title at the figure's upper left."""
     figure.suptitle(title, x=0.06 / width, ha="left")
+
+
+@functools.cache
+def tiles() -> Colormap:
+    """Return the colours of images, from white to black."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("elbowroom_tiles", [PAPER, "#9fb0bf", INK])
 
 
 def bare(axes: Axes) -> None:
@@ -195,13 +205,15 @@ def show_tiles(axes: Axes, images: np.ndarray, limits: tuple[float, float]) -> N
     extent = (-0.5 + shift_x, right + shift_x, bottom + shift_y, -0.5 + shift_y)
     bare(axes)
     axes.set_facecolor("#eef1f4")
-    axes.imshow(sheet, cmap=TILES, vmin=limits[0], vmax=limits[1], extent=extent, aspect=height / width)
+    axes.imshow(sheet, cmap=tiles(), vmin=limits[0], vmax=limits[1], extent=extent, aspect=height / width)
 
 
 def thumbnail(image: np.ndarray, limits: tuple[float, float]) -> bytes:
     """Return one image (height, width) as a small PNG at its own resolution."""
+    from matplotlib.image import imsave
+
     buffer = io.BytesIO()
-    matplotlib.image.imsave(buffer, image, vmin=limits[0], vmax=limits[1], cmap=TILES, format="png")
+    imsave(buffer, image, vmin=limits[0], vmax=limits[1], cmap=tiles(), format="png")
     return buffer.getvalue()
 
 

@@ -6,20 +6,16 @@ A diagnosis, or a part of it, may be absent (audits with audit.diagnose=false, o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import xarray as xr
 
-from elbowroom.analysis.plots.report import calibration as plots_calibration
-from elbowroom.analysis.plots.report import criticism as plots_checks
-from elbowroom.analysis.plots.report import gaps as plots_gaps
-from elbowroom.analysis.plots.report import information as plots_information
-from elbowroom.analysis.plots.report import predictive as plots_predictive
+from elbowroom.analysis.plots.drawing import drawn
 from elbowroom.analysis.plots.style import Absent, Plot, percent, say
 from elbowroom.analysis.verdict import judgement, rules
 from elbowroom.analysis.verdict.thresholds import EFFECT, SOUND, effect_in_words
-from elbowroom.system.stages import stage
 
 NO_DIAGNOSIS = "the run folder has no diagnosis.nc; `elbowroom audit` with audit.diagnose=true writes it"
 SPLITS = ("train", "validation", "simulated")
@@ -111,27 +107,22 @@ def draw(table: xr.Dataset, tree: xr.DataTree | None, *, audited: str) -> list[P
     """Draw the figures of the diagnosis, or give the reason why there is none; `audited` names the data, such as `test`."""
     children = {} if tree is None else dict(tree.children)
     pits = {name: children[name].to_dataset() for name in children if name == "pit" or name.startswith("pit_")}
-    figures: Mapping[str, tuple[str, Callable[[], Plot | Absent]]] = {
-        "calibration_simulated": ("prior_sbc", lambda: plots_calibration.calibration(part(tree, "prior_sbc"), "simulated")),
-        "calibration_observed": (
-            "posterior_sbc",
-            lambda: plots_calibration.calibration(part(tree, "posterior_sbc"), "observed"),
-        ),
-        "information": ("information", lambda: plots_information.information(part(tree, "information"))),
-        "checks": ("checks", lambda: plots_checks.checks(part(tree, "checks"))),
-        "pit": ("pit", lambda: plots_checks.pit(pits)),
-        "predictive": ("predictive", lambda: plots_predictive.predictive(tree)),
+    figures: Mapping[str, tuple[str, str, tuple[Any, ...]]] = {
+        "calibration_simulated": ("prior_sbc", "calibration.calibration", (part(tree, "prior_sbc"), "simulated")),
+        "calibration_observed": ("posterior_sbc", "calibration.calibration", (part(tree, "posterior_sbc"), "observed")),
+        "information": ("information", "information.information", (part(tree, "information"),)),
+        "checks": ("checks", "criticism.checks", (part(tree, "checks"),)),
+        "pit": ("pit", "criticism.pit", (pits,)),
+        "predictive": ("predictive", "predictive.predictive", (tree,)),
     }
     tables = {audited: table} | {name: one for name in SPLITS if (one := part(tree, name)) is not None}
-    with stage("parts"):
-        drawn: list[Plot | Absent] = [plots_gaps.parts(tables)]
+    found: list[Plot | Absent] = [drawn("parts", "gaps.parts", tables)]
     why = {} if tree is None else reasons(tree)
-    for name, (group, figure) in figures.items():
+    for name, (group, drawer, given) in figures.items():
         if tree is None:
-            drawn.append(Absent(name, f"No figure of {GROUPS[group]}: {NO_DIAGNOSIS}."))
+            found.append(Absent(name, f"No figure of {GROUPS[group]}: {NO_DIAGNOSIS}."))
             continue
-        with stage(name):
-            made = figure()
+        made = drawn(name, drawer, *given)
         reason = why.get(group) or (why.get("checks") if group in ("pit", "predictive") else None)
-        drawn.append(Absent(name, f"No figure of {GROUPS[group]}: {reason}.") if isinstance(made, Absent) and reason else made)
-    return drawn
+        found.append(Absent(name, f"No figure of {GROUPS[group]}: {reason}.") if isinstance(made, Absent) and reason else made)
+    return found

@@ -21,12 +21,7 @@ import yaml
 from elbowroom.analysis import idata
 from elbowroom.analysis.measures.population import random_rows, sampled
 from elbowroom.analysis.plots import events as plots
-from elbowroom.analysis.plots.report import audit as plots_audit
-from elbowroom.analysis.plots.report import forest as plots_forest
-from elbowroom.analysis.plots.report import latent as plots_latent
-from elbowroom.analysis.plots.report import posterior as plots_posterior
-from elbowroom.analysis.plots.report import training as plots_training
-from elbowroom.analysis.plots.report.model import prior_samples, reconstructions
+from elbowroom.analysis.plots.drawing import attempt, drawn, tell
 from elbowroom.analysis.plots.style import DPI, Absent, Plot, thumbnail, tone
 from elbowroom.analysis.report import conclusions, key_figures
 from elbowroom.analysis.report import diagnosis as judged
@@ -152,9 +147,9 @@ def write_report(folder: str | Path) -> Path:
     with stage("files"):
         files = Files.read(folder)
     with stage("figures drawn"):
-        drawn = draw(files)
+        figures = draw(files)
     with stage("figures written"):
-        shown = {name: _embed(item, folder / FIGURES) for name, item in drawn.items()}
+        written = {name: _written(item, folder / FIGURES) for name, item in figures.items()}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -178,7 +173,7 @@ def write_report(folder: str | Path) -> Path:
             *key_figures.key_figures(files.audit, files.entries, held_out=files.held_out),
         ],
         n=files.audit.sizes["obs_id"],
-        figures=shown,
+        figures={name: {"absent": one.reason} if isinstance(one, Absent) else one for name, one in written.items()},
         worst=rows,
         thumbnails=_thumbnails(files, [row.obs_id for row in rows]),
         columns=key_figures.WORST_COLUMNS,
@@ -190,6 +185,7 @@ def write_report(folder: str | Path) -> Path:
     )
     path = folder / "report.html"
     write_text(path, html)
+    tell(path, written.values())
     return path
 
 
@@ -203,9 +199,11 @@ def write_picture(folder: str | Path, path: str | Path) -> Path:
     Raises:
         RunFolderError: the folder lacks the data of this figure; the message says why.
     """
+    from elbowroom.analysis.plots.report.posterior import contours
+
     files = Files.read(folder)
     title = f"Three of {files.audit.sizes['obs_id']} data: the exact posterior p(z|x), and what the encoder says, q(z|x)"
-    item = plots_posterior.contours(files.latent, width=11.5, title=title)
+    item = contours(files.latent, width=11.5, title=title)
     if isinstance(item, Absent):
         raise RunFolderError(f"{folder}: {item.reason}")
     with atomic(path) as temporary:
@@ -215,32 +213,32 @@ def write_picture(folder: str | Path, path: str | Path) -> Path:
 
 def draw(files: Files) -> dict[str, Plot | Absent]:
     """Draw every figure of the report: name -> figure, or the reason why there is none."""
-    figures = (
-        partial(plots_posterior.contours, files.latent),
-        partial(plots_audit.gaps, files.audit, files.entries),
-        partial(plots_audit.trust, files.audit),
-        partial(plots_forest.intervals, files.audit, files.posteriors, files.latent),
-        partial(plots_audit.comparison, files.audit),
-        partial(plots_latent.latent_space, files.latent),
-        partial(plots_latent.plane, files.latent),
-        partial(prior_samples, files.latent, files.observed),
-        partial(reconstructions, files.latent),
-        partial(plots_training.training, files.history),
-    )
-    drawn: list[Plot | Absent] = []
-    for figure in figures:
-        with stage(figure.func.__name__):
-            drawn.append(figure())
-    drawn += judged.draw(files.audit, files.diagnosis, audited="test" if files.held_out else "audited")
-    return {item.name: item for item in drawn}
+    made = [
+        drawn("contours", "posterior.contours", files.latent),
+        drawn("gaps", "audit.gaps", files.audit, files.entries),
+        drawn("trust", "audit.trust", files.audit),
+        drawn("intervals", "forest.intervals", files.audit, files.posteriors, files.latent),
+        drawn("comparison", "audit.comparison", files.audit),
+        drawn("latent_space", "latent.latent_space", files.latent),
+        drawn("plane", "latent.plane", files.latent),
+        drawn("prior_samples", "model.prior_samples", files.latent, files.observed),
+        drawn("reconstructions", "model.reconstructions", files.latent),
+        drawn("training", "training.training", files.history),
+        *judged.draw(files.audit, files.diagnosis, audited="test" if files.held_out else "audited"),
+    ]
+    return {item.name: item for item in made}
 
 
-def _embed(item: Plot | Absent, folder: Path) -> dict[str, Any]:
+def _written(item: Plot | Absent, folder: Path) -> dict[str, Any] | Absent:
     """Write a figure as PNG and return its data for the page; remove the file of an absent figure."""
     path = folder / f"{item.name}.png"
-    if isinstance(item, Absent):
+    found = item if isinstance(item, Absent) else attempt(item.name, partial(_embed, item, path))
+    if isinstance(found, Absent):
         path.unlink(missing_ok=True)
-        return {"absent": item.reason}
+    return found
+
+
+def _embed(item: Plot, path: Path) -> dict[str, Any]:
     with stage(item.name), atomic(path) as temporary:
         item.figure.savefig(temporary, dpi=DPI)
     width, height = item.figure.get_size_inches() * (DPI / 2)
@@ -256,14 +254,16 @@ def _embed(item: Plot | Absent, folder: Path) -> dict[str, Any]:
 
 
 def _thumbnails(files: Files, obs_id: list[int]) -> dict[int, str]:
-    """Return small images of the data, obs_id -> data URI; empty where the data are not images."""
+    """Return small images of the data, obs_id -> data URI; empty where the data are not images, or cannot be drawn."""
     observed = files.observed if files.everything is None else files.everything
     image, whole = plots.event_image(files.latent), files.audit if files.whole is None else files.whole
     if image is None or observed is None:
         return {}
     limits, everything = tone(observed), whole["obs_id"].values
     place = {int(label): n for n, label in enumerate(everything)}
-    return {i: _data_uri(thumbnail(observed[place[i]].reshape(image), limits)) for i in obs_id}
+    draw_all = lambda: {i: _data_uri(thumbnail(observed[place[i]].reshape(image), limits)) for i in obs_id}
+    drawn = attempt("thumbnails", draw_all)
+    return {} if isinstance(drawn, Absent) else drawn
 
 
 def _data_uri(png: bytes) -> str:

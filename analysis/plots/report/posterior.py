@@ -145,7 +145,7 @@ def _inset(axes: Axes, latent: xr.DataTree, case: xr.Dataset) -> None:
         return
     corner = axes.inset_axes((0.80, 0.80, 0.19, 0.19))
     low, high = style.tone(case["x"].values)
-    corner.imshow(case["x"].values.reshape(image), cmap=style.TILES, vmin=low, vmax=high)
+    corner.imshow(case["x"].values.reshape(image), cmap=style.tiles(), vmin=low, vmax=high)
     corner.set(xticks=[], yticks=[], facecolor=style.PAPER)
     corner.grid(False)
     corner.spines[:].set(visible=True, color=style.MUTED, linewidth=0.6)

@@ -1,5 +1,24 @@
 """The command line."""
 
-from elbowroom.cli.app import main
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit; what cannot even be imported is said in one line."""
+    from elbowroom.parts import trouble
+
+    try:
+        from elbowroom.cli import app
+    except Exception as error:
+        broken = trouble(error)
+        if broken is None:
+            raise
+        print(f"elbowroom: {broken}", file=sys.stderr)
+        sys.exit(2)
+    app.main(arguments)
+
 
 __all__ = ["main"]

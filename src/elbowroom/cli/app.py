@@ -17,6 +17,7 @@ import typer
 from elbowroom.cli import queries, runs, specs
 from elbowroom.cli.terminal import Echo
 from elbowroom.errors import UserError, first_line, nearest
+from elbowroom.parts import trouble
 from elbowroom.system.memory import ran_out
 
 _ClickException: Any = typer.BadParameter.__mro__[2]
@@ -58,10 +59,12 @@ def _elbowroom(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
-    told = logging.getLogger("elbowroom.compiled")  # what is compiled, what is not, and why
-    if not told.handlers:
-        told.addHandler(Echo())
-        told.setLevel(logging.INFO)
+    os.environ["MPLBACKEND"] = "agg"  # files alone are drawn; a notebook's backend, inherited, may not be installed here
+    for name in ("elbowroom.compiled", "elbowroom.figures"):  # what is compiled, what is not, and why; what was not drawn
+        told = logging.getLogger(name)
+        if not told.handlers:
+            told.addHandler(Echo())
+            told.setLevel(logging.INFO)
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="elbowroom", standalone_mode=False)
     except UserError as error:
@@ -74,15 +77,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except OSError as error:
-        if error.errno not in _USERS_DISK:
+    except Exception as error:
+        message = _not_ours(error)
+        if message is None:
             raise
-        _fail(f"{error.filename or 'disk'}: {error.strerror}")
-    except (MemoryError, RuntimeError) as error:
-        if not ran_out(error):
-            raise
-        _fail(f"not enough memory ({first_line(error)}); choose fewer latents, data or draws, or smaller layers or batches")
+        _fail(message)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _not_ours(error: Exception) -> str | None:
+    """Say in one line what the disk, the memory or another library did; None where the fault is ours."""
+    if (broken := trouble(error)) is not None:
+        return broken
+    if isinstance(error, OSError) and error.errno in _USERS_DISK:
+        return f"{error.filename or 'disk'}: {error.strerror}"
+    if isinstance(error, MemoryError | RuntimeError) and ran_out(error):
+        return f"not enough memory ({first_line(error)}); choose fewer latents, data or draws, or smaller layers or batches"
+    return None
 
 
 def _fail(message: str) -> None:

@@ -222,12 +222,18 @@ def planned(run: Path, answer: Answer, as_json: bool) -> None:
 
 def done(answer: Answer, target: Path, out: Path | None, as_json: bool, *, also: Sequence[Path] = (), **more: Any) -> None:
     """Write an answer, and say where (`also` is written already) and what to conclude; `more` goes into the JSON."""
+    from elbowroom.analysis.plots.drawing import NotDrawn, attempt, tell
     from elbowroom.queries import stream
 
     written = [answer.save(target)]
     if out is None:
         written.append(answer.save(target.with_suffix(".csv")))
-    written += [*answer.save_figures(target), *also]
+    figures = attempt("of this answer", lambda: answer.save_figures(target))
+    if isinstance(figures, NotDrawn):
+        tell(target, [figures])
+    else:
+        written += figures
+    written += also
     stream.finish(target)
     if not as_json:
         for sentence in answer.said:

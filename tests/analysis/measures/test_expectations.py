@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from support.cases.vaes import linear_vae, set_guide
 
-from elbowroom.analysis import idata
+from elbowroom.analysis.datatree import to_datatree
 from elbowroom.analysis.measures.expectations import expectations
 from elbowroom.inference.posterior import Posterior
 from elbowroom.inference.references.closed_form import ClosedForm
@@ -31,7 +31,7 @@ def trees(n: int = 60, seed: int = 0, keep: int = 1000) -> tuple[xr.DataTree, xr
     log_joint = LogJoint(vae.model, vae.guide, x)
     guide = amortized(log_joint, draws=keep, keep=keep, seed=seed + 1)
     exact = ClosedForm()(log_joint, keep=keep, seed=seed + 2)
-    q, p = (idata.to_datatree(posterior, obs_id=range(n)) for posterior in (guide, exact))
+    q, p = (to_datatree(posterior, obs_id=range(n)) for posterior in (guide, exact))
     return q, p, *oracle.posterior(x)
 
 
@@ -40,7 +40,7 @@ def tree_of(z: torch.Tensor, method: str, obs_id: range | None = None, lp: torch
     n = z.shape[2]
     stats = {} if lp is None else {"lp": lp}
     posterior = Posterior(method, z[..., None], {"z": z[..., None]}, ["certified"] * n, [""] * n, sample_stats=stats)
-    return idata.to_datatree(posterior, obs_id=obs_id or range(n))
+    return to_datatree(posterior, obs_id=obs_id or range(n))
 
 
 @pytest.mark.parametrize("seed", range(3))

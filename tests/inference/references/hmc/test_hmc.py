@@ -18,6 +18,7 @@ from support.problems.truth import F64, mode_shares
 from torch import Tensor
 
 from elbowroom.analysis import idata
+from elbowroom.analysis.datatree import to_datatree
 from elbowroom.inference.mcmc import diagnostics
 from elbowroom.inference.mcmc.leapfrog import State
 from elbowroom.inference.posterior import Posterior
@@ -216,7 +217,7 @@ def test_single_precision_only_where_its_rounding_is_small(options: dict[str, An
 def test_arviz_finds_the_same_in_the_written_file(tmp_path: Path) -> None:
     """The draws of one round are all kept: R-hat and ESS of the file are those of the certificate."""
     found = HMC(max_draws=250, tempering=False)(_mlp(), keep=KEEP, seed=3)
-    idata.write(idata.to_datatree(found, obs_id=range(6)), tmp_path / "hmc.nc")
+    idata.write(to_datatree(found, obs_id=range(6)), tmp_path / "hmc.nc")
     tree = idata.read(tmp_path / "hmc.nc")
     draws = tree["posterior"].dataset["z"]
     lp = tree["sample_stats"].dataset["lp"]
