@@ -1,10 +1,11 @@
 """A warmed-up process that forks the command line, kills it (-9), and looks at what is left. Run by test_durability.
 
-    python tests/support/killing.py WORK KILLS SEED [renames|both] [quick]
+    python tests/support/killing.py WORK KILLS SEED [renames|both] [quick|answers]
 
 It prints one JSON object: kills made, problems found, and where the kills struck. With `renames`, the kills strike just
 before or after the n-th rename of a file, for every n, not at random times; with `both`, as many of one kind as of the other.
-If `quick`, two children race for one folder at the end, and their exit codes and words are in it too.
+If `quick`, two children race for one folder at the end, and their exit codes and words are in it too. If `answers`, the
+commands that ask an audited run are killed, and `improve` and `report`, instead of those that make it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -34,6 +36,7 @@ import yaml
 from elbowroom.analysis.verdict import summary as verdict  # noqa: F401 - warmed up for the children
 from elbowroom.cli import app as cli
 from elbowroom.inference.fit.plan import Session
+from elbowroom.queries import stream
 from elbowroom.run import Run  # noqa: F401
 from elbowroom.spec import document
 
@@ -102,7 +105,7 @@ def unreadable(folder: Path) -> list[str]:
     """Read every file below a folder and return those that are not whole; temporary ones and locks do not count."""
     bad = []
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.name == ".lock" or TEMPORARY.fullmatch(path.name):
+        if path.is_dir() or path.name.endswith(".lock") or TEMPORARY.fullmatch(path.name):
             continue
         try:
             match path.suffix:
@@ -144,6 +147,105 @@ def outcome(folder: Path) -> dict[str, object]:
     found["audit.csv"] = (folder / "audit.csv").read_bytes()
     found["names"] = tuple(sorted(str(p.relative_to(folder)) for p in folder.rglob("*")))
     return found
+
+
+ASKED = {
+    "encode": ["encode", "RUN", "x.npy", "--samples", "2", "--draws", "100", "--keep", "100"],
+    "score": ["score", "RUN", "x.npy", "--calibration", "c.npy", "--simulated", "20", "--draws", "100", "--band", "10-90"],
+    "impute": ["impute", "RUN", "h.npy", "--samples", "2", "--draws", "100", "--keep", "100"],
+    "sample": ["sample", "RUN", "--data", "x.npy", "--draws", "100", "--keep", "100"],
+    "explain": ["explain", "RUN", "--draws", "50", "--points", "3", "--steps", "3"],
+    "improve": ["improve", "RUN", "--set", "fit.epochs=3"],
+    "report": ["report", "RUN"],
+}
+CHUNK = 7  # rows, so that answers have several chunks
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Return what the files below a folder hold, by their names: arrays of .nc, .npz and .pt files, else bytes."""
+    found: dict[str, object] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".nc":
+            with h5py.File(path) as opened:
+                values: dict[str, object] = {}
+                opened.visititems(lambda at, item, into=values: into.update({at: _plain(item)}))
+            found |= {f"{name} {at}": value for at, value in values.items()}
+        elif path.suffix == ".npz":
+            with np.load(path) as arrays:
+                found |= {f"{name} {at}": arrays[at].tobytes() for at in arrays.files}
+        elif path.suffix in (".csv", ".png") and path.name != "history.csv":
+            found[name] = path.read_bytes()
+        else:
+            found[name] = None  # spec, weights, report: dates and seconds are in them
+    return found
+
+
+def _plain(item: object) -> object:
+    return str(item[()].tolist()) if isinstance(item, h5py.Dataset) else None
+
+
+def answers(work: Path, kills: int, seed: int, at: str) -> dict[str, object]:
+    """Kill the commands that ask a run until `kills` kills have struck; return what was found."""
+    os.chdir(work)
+    rng, numbers = random.Random(seed), np.random.default_rng(0)
+    x = (numbers.random((40, 6)) < numbers.random((40, 1))).astype(np.float32)
+    np.save("x.npy", x)
+    np.save("c.npy", (numbers.random((40, 6)) < numbers.random((40, 1))).astype(np.float32))
+    np.save("h.npy", np.where(numbers.random(x.shape) < 0.2, np.nan, x))
+    Path("s.yaml").write_text(document.write(SPEC))
+    stream.SIZE = CHUNK
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        cli.main(["run", "s.yaml", "--out", "new"])
+    shutil.copytree("new", "warm")
+    wanted, seconds = {}, {}
+    for name, command in ASKED.items():
+        quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with contextlib.suppress(SystemExit), quiet[0], quiet[1]:
+            cli.main([word.replace("RUN", "warm") for word in command])
+        shutil.copytree("new", f"whole/{name}/r")
+        started = time.perf_counter()
+        code = wait(child([word.replace("RUN", f"whole/{name}/r") for word in command]))
+        assert code == 0, Path("child.log").read_text()
+        seconds[name], wanted[name] = time.perf_counter() - started, contents(Path(f"whole/{name}"))
+    problems: list[str] = []
+    struck: Counter[str] = Counter()
+    made, point, rounds = 0, 1, 0
+    while made < kills and not problems:
+        name = list(ASKED)[rounds % len(ASKED)]
+        place, rounds = Path(f"killed/{rounds}"), rounds + 1
+        shutil.copytree("new", place / "r")
+        command = [word.replace("RUN", str(place / "r")) for word in ASKED[name]] + ["--resume"] * (name != "report")
+        for _ in range(rng.choice([2, 3, 5])):
+            if made >= kills:
+                break
+            if at == "renames" or (at == "both" and made % 2):
+                pid, point = child(command, (rng.randint(1, 24), bool(point % 2))), point + 1
+            else:
+                pid = child(command)
+                time.sleep(rng.uniform(0, 1.05 * seconds[name]))
+                os.kill(pid, signal.SIGKILL)
+            code = wait(pid)
+            if code == -signal.SIGKILL:
+                made += 1
+                there = len(list(place.rglob("*.parts/*.nc")))
+                struck[f"{name}: {'with' if there else 'without'} finished chunks"] += 1
+            elif code != 0:
+                problems.append(f"{command}: exit code {code}: {Path('child.log').read_text()[-800:]}")
+            problems += unreadable(place)
+        if (code := wait(child(command))) != 0:
+            problems.append(f"{command} after the kills: exit code {code}: {Path('child.log').read_text()[-800:]}")
+            continue
+        found = contents(place)
+        keys = {*found, *wanted[name]}
+        problems += [f"{name}: {key} is not that of the undisturbed command" for key in sorted(keys) if key not in found
+                     or key not in wanted[name] or found[key] != wanted[name][key]][:5]  # fmt: skip
+        if not problems:
+            shutil.rmtree(place)
+    return {
+        "kills": made, "runs": rounds, "bitwise": rounds - bool(problems), "struck": dict(sorted(struck.items())),
+        "seconds": {k: round(v, 2) for k, v in seconds.items()}, "problems": problems[:5],
+    }  # fmt: skip
 
 
 def stages(out: str, rng: random.Random, quick: bool) -> list[list[str]]:
@@ -230,4 +332,5 @@ def main(work: Path, kills: int, seed: int, at: str, quick: bool) -> dict[str, o
 if __name__ == "__main__":
     words = sys.argv[4:]
     at = next((word for word in words if word in ("renames", "both")), "times")
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), at, "quick" in words)))
+    given = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), at
+    print(json.dumps(answers(*given) if "answers" in words else main(*given, "quick" in words)))

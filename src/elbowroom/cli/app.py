@@ -6,18 +6,22 @@ Only typer is imported at the top, so that `elbowroom --help` is quick; each com
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from elbowroom.cli import queries, runs, specs
-from elbowroom.cli.terminal import Echo
+from elbowroom.cli.interrupted import INTERRUPTED, kept
+from elbowroom.cli.terminal import Echo, say
 from elbowroom.errors import UserError, first_line, nearest
 from elbowroom.parts import trouble
+from elbowroom.system import files
 from elbowroom.system.memory import ran_out
 
 _ClickException: Any = typer.BadParameter.__mro__[2]
@@ -60,20 +64,28 @@ def _elbowroom(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     os.environ["MPLBACKEND"] = "agg"  # files alone are drawn; a notebook's backend, inherited, may not be installed here
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    began = time.time()
+    files.claims.clear()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name need not be one that the terminal can show
     for name in ("elbowroom.compiled", "elbowroom.figures"):  # what is compiled, what is not, and why; what was not drawn
         told = logging.getLogger(name)
         if not told.handlers:
             told.addHandler(Echo())
             told.setLevel(logging.INFO)
     try:
-        code = app(args=None if arguments is None else list(arguments), prog_name="elbowroom", standalone_mode=False)
+        code = app(args=given, prog_name="elbowroom", standalone_mode=False)
+        if code == INTERRUPTED:  # typer makes this code of a KeyboardInterrupt, no command returns it
+            raise KeyboardInterrupt
     except UserError as error:
         _fail(str(error))
     except _ClickException as error:
         _fail(f"{_usage_problem(error)}; see `{_command(error)} --help`")
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("elbowroom: interrupted; a fit and an audit go on with --resume", err=True)
-        sys.exit(130)
+        say(f"elbowroom: interrupted; {kept(given, began)}", err=True)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -97,7 +109,7 @@ def _not_ours(error: Exception) -> str | None:
 
 
 def _fail(message: str) -> None:
-    typer.echo(f"elbowroom: {message}", err=True)
+    say(" ".join(f"elbowroom: {message}".split("\n")), err=True)
     sys.exit(2)
 
 

@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 
 from elbowroom.analysis.audit.budget import PLANNED, Progress
+from elbowroom.cli.terminal import visible
 from elbowroom.inference.fit.plan import Schedule
 from elbowroom.inference.fit.record import Row
 
@@ -31,7 +32,7 @@ def audit_bar(console: Console, plan: Callable[[str], None]) -> Iterator[Callabl
         TextColumn("audit"),
         BarColumn(bar_width=12),
         TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
     )
     bar = Bar(*columns, console=console, disable=not console.is_terminal)
@@ -43,7 +44,7 @@ def audit_bar(console: Console, plan: Callable[[str], None]) -> Iterator[Callabl
             bar.start()
             return
         left = f"{timedelta(seconds=math.ceil(step.seconds_left))} left"
-        bar.update(task, description=str(step), completed=step.done, left=left)
+        bar.update(task, description=visible(str(step)), completed=step.done, left=left)
 
     try:
         yield report
@@ -82,13 +83,13 @@ def progress_bar(console: Console) -> Iterator[Callable[[Schedule, Row], None]]:
 def rows_bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on `console` while the context is open; yield report(rows done, rows in all)."""
     columns = (
-        TextColumn(name),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=12),
         TextColumn("{task.completed:,} of {task.total:,} rows", table_column=Column(no_wrap=True)),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with _shown(columns, console) as bar:
-        task = bar.add_task(name, total=0)
+        task = bar.add_task(visible(name), total=0)
 
         def report(done: int, total: int) -> None:
             bar.start()

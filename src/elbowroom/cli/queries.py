@@ -5,22 +5,24 @@ They are made of the methods of `Questions`: an option has its name, its default
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from elbowroom.cli.terminal import SHARED, AllowPython, Json, RunArg, finish, profiled, screen
+from elbowroom.cli.answers import answering, asked, done, keep, planned
+from elbowroom.cli.terminal import SHARED, AllowPython, Json, RunArg, profiled
 from elbowroom.components.signatures import Option, first_sentence, options, summary
 from elbowroom.queries.questions import Questions
-from elbowroom.system.stages import into, stage
+from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
-    from elbowroom.queries.answer import Answer
+    import xarray as xr
+
     from elbowroom.run import Run
 
 
@@ -104,6 +106,7 @@ OutFile = Annotated[
     ),
 ]
 Again = Annotated[bool, typer.Option("--overwrite", help="replace the answer that is there")]
+Keep = Annotated[bool, typer.Option("--resume", help="keep the answer that is there if it is whole and the same")]
 
 
 def register(app: typer.Typer) -> None:
@@ -117,20 +120,27 @@ def command(question: str, method: Callable[..., Any]) -> Callable[..., None]:
     offered = {option.name: option for option in options(method, positional=True)}
 
     def ask(run: Path, *, out: Path | None, overwrite: bool, as_json: bool, allow_python: bool, **given: Any) -> None:
-        fitted, data, resume = _open(run, allow_python), given.get("data"), given.get("resume", False)
+        fitted, data, resume = _open(run, allow_python), given.get("data"), given["resume"]
         counts = "report" in offered and (question != "sample" or (data is not None and given["interpolate"] is None))
         quiet, name = as_json or not counts, _name(question, given)  # a bar counts rows
-        with answering(fitted, name, data, out, overwrite=overwrite, resume=resume, as_json=quiet) as (target, report):
+        taken = {name: own(question, name).read(value) for name, value in given.items() if name in offered}
+        facts = asked(fitted, question, taken)
+        with answering(fitted, name, facts, data, out, overwrite=overwrite, resume=resume, as_json=quiet) as claim:
+            target, report, there = claim
+            if there is not None:
+                return keep(there, target, as_json, **_decisions(question, there))
             if "report" in offered:
-                given |= {"report": report, "out": target}
-            answer = getattr(fitted, question)(**{name: own(question, name).read(value) for name, value in given.items()})
+                taken |= {"report": report, "out": target}
+            answer = getattr(fitted, question)(**taken)
             if given.get("dry_run"):
                 return planned(run, answer, as_json)
-            done(answer, target, out, as_json, **_besides(question, answer, target, out))
+            besides = partial(_besides, question, answer, out)
+            done(answer, target, out, as_json, facts, besides, **_decisions(question, answer.dataset))
 
     parameters: dict[str, tuple[Any, Any]] = {"run": (RunArg, Parameter.empty)}
     parameters |= {name: _parameter(question, option) for name, option in offered.items() if name not in PYTHON_ONLY}
     parameters |= {"out": (OutFile, None), "overwrite": (Again, False)}
+    parameters.setdefault("resume", (Keep, False))
     parameters |= {"as_json": (Json, False), "allow_python": (AllowPython, False)}
     ask.__name__, ask.__doc__ = question, summary(method)
     ask.__signature__ = Signature(  # type: ignore[attr-defined]
@@ -166,15 +176,20 @@ def _name(question: str, given: dict[str, Any]) -> str:
     return "-".join([question, *(str(one) for one in about if one is not None)])
 
 
-def _besides(question: str, answer: Any, target: Path, out: Path | None) -> dict[str, Any]:
-    """Write what a question has beside its answer, and return it for `done`."""
-    if question == "score":
-        from elbowroom.queries.score.conclusions import counts
-
-        return {"decisions": counts(answer.dataset)}
+def _besides(question: str, answer: Any, out: Path | None, target: Path) -> list[Path]:
+    """Write what a question has beside its answer, and return the files."""
     if question == "impute":
-        return {"also": [answer.save_completed(target)]}
-    return {"also": [answer.save(target.with_suffix(".npz"))]} if question == "sample" and out is None else {}
+        return [answer.save_completed(target)]
+    return [answer.save(target.with_suffix(".npz"))] if question == "sample" and out is None else []
+
+
+def _decisions(question: str, dataset: xr.Dataset) -> dict[str, Any]:
+    """Return what the JSON of an answer has, too."""
+    if question != "score":
+        return {}
+    from elbowroom.queries.score.conclusions import counts
+
+    return {"decisions": counts(dataset)}
 
 
 def _open(run: Path, allow_python: bool) -> Run:
@@ -182,61 +197,3 @@ def _open(run: Path, allow_python: bool) -> Run:
         from elbowroom.run import Run
 
     return Run.load(run, allow_python=allow_python)
-
-
-@contextmanager
-def answering(
-    run: Run, question: str, data: Path | None, out: Path | None, *, overwrite: bool, resume: bool, as_json: bool
-) -> Iterator[tuple[Path, Callable[[int, int], None] | None]]:
-    """Check where the answer goes before anything is computed; yield the file and what shows the progress.
-
-    That is `RUN/answers/<question>-<data>.nc`, or what the user named.
-    """
-    from elbowroom.errors import SpecError
-    from elbowroom.queries.answer import check_suffix
-    from elbowroom.spec import run_folder
-
-    name = question if data is None else f"{question}-{run_folder.name_for(data)}"
-    target = check_suffix(out) if out is not None else run.path / run_folder.ANSWERS / f"{name}.nc"
-    if target.exists() and not overwrite:
-        raise SpecError(f"{target}: is there already; use --overwrite, or another --out")
-    if overwrite and resume:
-        raise SpecError("--overwrite and --resume contradict each other: one starts anew, the other goes on")
-    into(run.path if out is None else target.parent)
-    if as_json:
-        yield target, None
-        return
-    from elbowroom.cli.progress import rows_bar
-
-    with rows_bar(screen(stderr=True), question) as report:
-        yield target, report
-
-
-def planned(run: Path, answer: Answer, as_json: bool) -> None:
-    """Say what an answer would take, instead of the answer."""
-    checked = "everything was checked, nothing was written"
-    if not as_json:
-        typer.echo("\n".join([f"{run}: {checked}", *answer.said]))
-    finish({"dry_run": checked, "said": list(answer.said), "seconds": answer.dataset.attrs["seconds"]}, as_json)
-
-
-def done(answer: Answer, target: Path, out: Path | None, as_json: bool, *, also: Sequence[Path] = (), **more: Any) -> None:
-    """Write an answer, and say where (`also` is written already) and what to conclude; `more` goes into the JSON."""
-    from elbowroom.analysis.plots.drawing import NotDrawn, attempt, tell
-    from elbowroom.queries import stream
-
-    written = [answer.save(target)]
-    if out is None:
-        written.append(answer.save(target.with_suffix(".csv")))
-    figures = attempt("of this answer", lambda: answer.save_figures(target))
-    if isinstance(figures, NotDrawn):
-        tell(target, [figures])
-    else:
-        written += figures
-    written += also
-    stream.finish(target)
-    if not as_json:
-        for sentence in answer.said:
-            screen().print(sentence, highlight=False, markup=False)
-        typer.echo(f"wrote {', '.join(map(str, written))}")
-    finish({"files": [str(path) for path in written], "said": list(answer.said), **more}, as_json)

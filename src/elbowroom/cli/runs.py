@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,9 +22,11 @@ from elbowroom.cli.terminal import (
     RunArg,
     SpecArg,
     budgeted,
+    conclude,
     finish,
     print_table,
     profiled,
+    say,
     screen,
 )
 from elbowroom.system.stages import stage
@@ -76,7 +78,7 @@ def fit(
     """Fit the VAE that a spec declares."""
     fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device, allow_python)
     if fitted is not None and not as_json:
-        typer.echo(f"next: elbowroom audit {fitted.path}")
+        say(f"next: elbowroom audit {fitted.path}")
     finish(result, as_json)
 
 
@@ -113,7 +115,7 @@ def audit(
         plan = fitted.plan(data)
         result |= {"dry_run": "everything was checked, nothing was written", "plan": plan.tree()}
         if not as_json:
-            typer.echo(f"{run}: {result['dry_run']}\n{plan}")
+            say(f"{run}: {result['dry_run']}\n{plan}")
     else:
         result |= _audit(fitted, data, out, as_json, device, resume)
     finish(result, as_json)
@@ -154,23 +156,23 @@ def improve(
     proposal = propose(old, retrain=retrain, out=out, set=change or [], budget=budget, allow_python=allow_python)
     check(old, proposal, overwrite=overwrite, resume=resume)
     for note in proposal.experiment.loaded.notes:
-        typer.echo(f"elbowroom: note: {note}", err=True)
+        say(f"elbowroom: note: {note}", err=True)
     told = {"improved": str(proposal.out), "changes": [str(one) for one in proposal.changes]}
     if not as_json:
-        typer.echo(str(proposal))
+        say(str(proposal))
     if dry_run:
         said = "everything was checked, nothing was written"
         if not as_json:
-            typer.echo(said)
+            say(said)
         return finish({"run": str(run), **told, "dry_run": said}, as_json)
     options: dict[str, Any] = {"overwrite": overwrite, "resume": resume}
     if as_json:
         found = carry_out(old, proposal, **options)
     else:
-        with _bar(as_json) as report, audit_bar(screen(stderr=True), typer.echo) as progress:
+        with _bar(as_json) as report, audit_bar(screen(stderr=True), say) as progress:
             found = carry_out(old, proposal, report=report, progress=progress, **options)
         print_table(("", "before", "after"), found.lines(), found.verdict())
-        typer.echo(f"wrote {proposal.out}/ (its report: {proposal.out / 'report.html'}); {run} is as it was")
+        say(f"wrote {proposal.out}/ (its report: {proposal.out / 'report.html'}); {run} is as it was")
     finish(found.tree(), as_json)
 
 
@@ -183,17 +185,19 @@ def compare(
     """Compare runs on the same held-out data: log p(x) with paired differences, and gaps."""
     from elbowroom.errors import SpecError
     from elbowroom.runs.compare import compare
+    from elbowroom.system.files import claimed
 
     if out is not None and out.is_dir():
         raise SpecError(f"{out}: this is a folder; name a file with --out")
-    found = compare(runs, allow_python=allow_python)
-    if out is not None:
-        found.to_csv(out)
+    with claimed(out) if out is not None else nullcontext():
+        found = compare(runs, allow_python=allow_python)
+        if out is not None:
+            found.to_csv(out)
     if not as_json:
         head, *rows = found.lines()
         print_table(head, rows, found.verdict(), title=f"{found.table.sizes['obs_id']} held-out data")
         if out is not None:
-            typer.echo(f"wrote {out}")
+            say(f"wrote {out}")
     finish(found.tree(), as_json)
 
 
@@ -232,7 +236,7 @@ def _fit(
     experiment = Experiment.load(spec, set=changes, allow_python=allow_python)
     path, use = fitting.ready(experiment, out, overwrite=overwrite, resume=resume)
     for note in experiment.notes:
-        typer.echo(f"elbowroom: note: {note}", err=True)
+        say(f"elbowroom: note: {note}", err=True)
     columns = listing(experiment.data)
     if columns and not as_json:
         print_table(("column of x", "kind", "values", "missing"), columns, (), title=f"{len(experiment.data):,} rows")
@@ -240,7 +244,7 @@ def _fit(
         sentence = f"{experiment.label}: everything was checked, nothing was written; the run would go to {path} ({use})"
         plan = experiment.foreseen()
         if not as_json:
-            typer.echo(f"{sentence}\naudit, {plan}")
+            say(f"{sentence}\naudit, {plan}")
         return None, {
             "run": str(path),
             "dry_run": sentence,
@@ -253,8 +257,8 @@ def _fit(
     with locked(path), _bar(as_json) as report:
         fitted = shell.fit(experiment, path, overwrite=overwrite, resume=resume, report=report)
     if not as_json:
-        screen().print(f"fit: {fitted.summary}", highlight=False)
-        typer.echo(f"wrote {path}/ (weights.pt, history.csv, spec.yaml, split.npz)")
+        conclude([f"fit: {fitted.summary}"])
+        say(f"wrote {path}/ (weights.pt, history.csv, spec.yaml, split.npz)")
     return fitted, {"run": str(path), "fit": fitted.summary, "notes": list(experiment.notes), "columns": columns}
 
 
@@ -267,7 +271,7 @@ def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, devi
     if as_json:
         found = fitted.audit(data, out=out, device=device, resume=resume, progress=lambda step: plan.update(step.plan.tree()))
     else:
-        with audit_bar(screen(stderr=True), typer.echo) as report:
+        with audit_bar(screen(stderr=True), say) as report:
             found = fitted.audit(data, out=out, device=device, resume=resume, progress=report)
     folder = auditing.audit_folder(fitted, data, out)
     if not as_json:
@@ -277,20 +281,10 @@ def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, devi
 
 
 def _print_audit(found: Audit, folder: Path) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = screen()
-    table = Table(title=f"audit of {found.table.sizes['obs_id']} data", title_justify="left", show_header=False)
-    for quantity, value in found.lines():
-        table.add_row(escape(quantity), escape(value))
-    console.print()
-    console.print(table)
-    for sentence in found.verdict.splitlines():
-        console.print(sentence, highlight=False)
+    print_table(("", ""), found.lines(), found.verdict.splitlines(), title=f"audit of {found.table.sizes['obs_id']} data")
     posteriors = ", ".join(f"posteriors/{name}.nc" for name in found.posteriors)
     diagnosis = "diagnosis.nc, " if found.diagnosis is not None else ""
-    typer.echo(f"\nwrote {folder}/ (audit.nc, audit.csv, {diagnosis}{posteriors})")
+    say(f"\nwrote {folder}/ (audit.nc, audit.csv, {diagnosis}{posteriors})")
 
 
 def _report(run: Path, as_json: bool) -> dict[str, Any]:
@@ -304,5 +298,5 @@ def _report(run: Path, as_json: bool) -> dict[str, Any]:
     with locked(run):
         path = write_report(run)
     if not as_json:
-        typer.echo(f"wrote {path}")
+        say(f"wrote {path}")
     return {"report": str(path)}

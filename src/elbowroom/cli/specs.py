@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from elbowroom.cli.terminal import AllowPython, Changes, Json, SpecArg, finish, screen
+from elbowroom.cli.terminal import AllowPython, Changes, Json, SpecArg, finish, say, screen
 
 spec_app = typer.Typer(help="Copy, show or describe specs.", rich_markup_mode=None)
 
@@ -39,7 +39,7 @@ def components(
     found, broken = catalogue.collect(kind, name, allow_python=allow_python)
     problems: dict[str, list[str]] = {}
     if check:
-        problems = catalogue.check(found, broken, catalogue.options_of(change, name), None if as_json else typer.echo)
+        problems = catalogue.check(found, broken, catalogue.options_of(change, name), None if as_json else say)
     if as_json:
         typer.echo(json.dumps(catalogue.as_json(found, broken, problems if check else None), indent=2, default=str))
     elif not check:
@@ -64,20 +64,21 @@ def spec_init(
     """Copy a spec that comes with elbowroom."""
     from elbowroom.errors import SpecError
     from elbowroom.spec import spec
-    from elbowroom.system.files import write_text
+    from elbowroom.system.files import claimed, write_text
 
     if name is None:
         finish({"specs": spec.shipped()}, as_json)
         if not as_json:
-            typer.echo("\n".join(spec.shipped()))
+            say("\n".join(spec.shipped()))
         return
     text = spec.shipped_text(name.removesuffix(".yaml"))
     target = out or Path(f"{name.removesuffix('.yaml')}.yaml")
-    if target.exists() and not overwrite:
-        raise SpecError(f"{target}: is there already; use --overwrite or another --out")
-    write_text(target, text)
+    with claimed(target):
+        if target.exists() and not overwrite:
+            raise SpecError(f"{target}: is there already; use --overwrite or another --out")
+        write_text(target, text)
     if not as_json:
-        typer.echo(f"wrote {target}; next: elbowroom run {target}")
+        say(f"wrote {target}; next: elbowroom run {target}")
     finish({"spec": str(target)}, as_json)
 
 
@@ -89,7 +90,7 @@ def spec_show(spec: SpecArg, change: Changes = None, as_json: Json = False, allo
 
     loaded = load(spec, change or [], allow_python=allow_python)
     for note in loaded.notes:
-        typer.echo(f"elbowroom: note: {note}", err=True)
+        say(f"elbowroom: note: {note}", err=True)
     tree = loaded.spec.tree()
     typer.echo(json.dumps(tree, indent=2) if as_json else document.write(tree), nl=as_json)
 

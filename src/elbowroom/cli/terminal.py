@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object and no
 AllowPython = Annotated[
     bool, typer.Option("--allow-python", help="execute the user's own files and modules that are named as python:...")
 ]
+CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SHARED = argument_docs(Questions)
 """What the options that all questions share say."""
 Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help=first_sentence(SHARED["device"]))]
@@ -55,9 +57,9 @@ def profiled(command: Callable[..., None]) -> Callable[..., None]:
 
         with profiling.profile(functions=profile_functions, command=command.__name__) as found:
             command(**options)
-        typer.echo(f"\n{found}", err=True)
+        say(f"\n{found}", err=True)
         if found.folder is not None:
-            typer.echo(f"wrote {found.folder}/ ({', '.join(found.files)})", err=True)
+            say(f"wrote {found.folder}/ ({', '.join(found.files)})", err=True)
 
     own = inspect.signature(command, eval_str=True).parameters.values()
     keyword, options = inspect.Parameter.KEYWORD_ONLY, {"profile": Profile, "profile_functions": ProfileFunctions}
@@ -82,28 +84,43 @@ class Echo(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        typer.echo(record.getMessage(), err=True)
+        say(record.getMessage(), err=True)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print text, with the characters in it that would move the cursor or turn the line written out."""
+    typer.echo(visible(text), err=err)
+
+
+def visible(text: str) -> str:
+    """Return text with control characters (not the ends of lines), controls of direction and lone surrogates written out."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def screen(*, stderr: bool = False) -> Console:
-    """Return the console, which wraps lines on a terminal and leaves them alone in a pipe."""
+    """Return the console, which wraps lines on a terminal and leaves them alone in a pipe. Names are no markup to it."""
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def conclude(sentences: Sequence[str]) -> None:
+    """Print sentences: on a terminal wrapped at words, in a pipe a line each."""
+    console = screen()
+    for sentence in sentences:
+        console.print(visible(sentence), soft_wrap=not console.is_terminal)
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], sentences: Sequence[str], title: str | None = None) -> None:
     """Print a table and the sentences that say what to conclude from it."""
-    from rich.markup import escape
     from rich.table import Table
 
-    console, table = screen(), Table(*head, title=title, title_justify="left")
+    console, table = screen(), Table(*map(visible, head), title=title, title_justify="left", show_header=any(head))
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(visible, row))
     console.print()
     console.print(table)
-    for sentence in sentences:
-        console.print(sentence, highlight=False)
+    conclude(sentences)
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:

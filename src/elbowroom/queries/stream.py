@@ -33,7 +33,7 @@ from elbowroom.inference.fit.plan import resolve_device
 from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.runs.rows import provenance
 from elbowroom.system import durations, memory
-from elbowroom.system.files import locked, sha256
+from elbowroom.system.files import claimed, refuse_link, sha256
 from elbowroom.system.stages import stage
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def stream(
         The joined dataset, whose attributes name run, data and weights.
 
     Raises:
-        RunFolderError: another process computes the same answer.
+        RunFolderError: another process computes the same answer, or the folder of its chunks is a link.
         UnsupportedProgram: the model cannot be evaluated at a row; names the row.
         DataError: q(z|x) of a row depends on the rows beside it, and there are several chunks.
     """
@@ -117,14 +117,15 @@ def stream(
     identity = {**attributes, **options, "seed": seed, "size": size, "device": device.type, "torch": metadata.version("torch")}
     key = key_of([question, identity], rows)
     say, total, found = report or (lambda done, total: None), len(rows.index), []
-    folder = None if out is None else out.with_name(f"{out.name}.parts")
+    folder = None if out is None else parts_of(out)
     late = False
     vae = run.vae.to(device)
     with ExitStack() as stack:
-        if folder is not None:
+        if out is not None and folder is not None:
+            stack.enter_context(claimed(out))
+            refuse_link(folder)
             if folder.exists() and not resume:
                 shutil.rmtree(folder)
-            stack.enter_context(locked(folder))
         stack.enter_context(expecting(total))
         if total > size:
             _refuse_coupled(
@@ -232,9 +233,14 @@ def foreseen(
     return xr.Dataset(attrs={"dry_run": 1, "seconds": round(total, 1), "rows": n}), said
 
 
+def parts_of(out: Path) -> Path:
+    """Return the folder beside an answer's file in which its finished chunks are kept."""
+    return out.with_name(f"{out.name}.parts")
+
+
 def finish(out: Path) -> None:
     """Remove the stored chunks of a finished answer."""
-    shutil.rmtree(out.with_name(f"{out.name}.parts"), ignore_errors=True)
+    shutil.rmtree(parts_of(out), ignore_errors=True)
 
 
 def key_of(facts: Sequence[Any], rows: QueryRows) -> str:

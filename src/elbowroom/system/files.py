@@ -1,8 +1,9 @@
-"""Atomic writing of files, and locks of folders.
+"""Atomic writing of files, and locks of folders and of files.
 
 A file is written under a temporary name in its own folder, synced, and renamed; then the folder is synced. A process that is
-killed before that leaves at most a temporary file, which the next process removes. The kernel releases the lock of a folder
-when its process ends, so that a dead process never leaves a lock.
+killed before that leaves at most a temporary file, which the next process removes. The kernel releases a lock when its
+process ends, so that a dead process never leaves one. Links inside a locked folder are refused, since what is written or
+removed through them is not Elbowroom's.
 """
 
 from __future__ import annotations
@@ -25,8 +26,17 @@ except ImportError:  # pragma: no cover - Windows has no flock: folders are not 
 
 LOCK = ".lock"
 SUBFOLDERS = ("posteriors", "figures")
+ENTRIES = {
+    *("spec.yaml", "split.npz", "weights.pt", "checkpoint.pt", "history.csv", "precision.json", "report.html"),
+    *("audit.nc", "audit.csv", "latent.nc", "diagnosis.nc", *SUBFOLDERS, "parts", "answers", "audits", "profile", LOCK),
+}
+"""What Elbowroom writes into a run folder; other entries are the user's."""
+
+claims: list[Path] = []
+"""The folders and files that this process has locked, in order: where it may have written."""
 
 _TEMPORARY = re.compile(r"\.(?P<stem>.+)\.(?P<pid>\d{1,10})\.tmp(?P<suffix>\.[^.]+)?")
+_FILE_LOCK = re.compile(r"\..+\.lock")
 _held: dict[Path, int] = {}
 
 
@@ -66,7 +76,7 @@ def sync_folder(folder: Path) -> None:
 
 def is_ours(name: str) -> bool:
     """Say whether a name is that of a lock or a temporary file; a folder with only these counts as empty."""
-    return name == LOCK or _TEMPORARY.fullmatch(name) is not None
+    return name == LOCK or any(pattern.fullmatch(name) for pattern in (_TEMPORARY, _FILE_LOCK))
 
 
 def sweep(folder: Path, *, of: Path | None = None) -> None:
@@ -98,6 +108,33 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def refuse_links(folder: str | Path) -> None:
+    """Raise a RunFolderError at the first link, at any depth, among what Elbowroom writes into a folder."""
+    waiting = [entry for entry in _entries(folder) if entry.name in ENTRIES]
+    while waiting:
+        entry = waiting.pop()
+        if entry.is_symlink():
+            refuse_link(Path(entry.path))
+        if entry.is_dir(follow_symlinks=False):
+            waiting += _entries(entry.path)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise a RunFolderError if a path is a link."""
+    if path.is_symlink():
+        raise RunFolderError(
+            f"{path}: is a link (to {os.readlink(path)}), and links are not written through; remove it, or put there what it "
+            "leads to"
+        )
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        return sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+    except OSError:  # it is not there, or not for us: then nothing is written into it either
+        return []
+
+
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Lock a folder for this process, and remove temporary files that dead processes left in it.
@@ -108,25 +145,52 @@ def locked(folder: str | Path) -> Iterator[None]:
         folder: it is created if needed; a folder that was created here and stays empty is removed at the end.
 
     Raises:
-        RunFolderError: another process holds the lock.
+        RunFolderError: another process holds the lock, or something of Elbowroom's in the folder is a link.
     """
     folder = Path(folder)
-    key = folder.resolve()
+    if folder.resolve() not in _held:
+        refuse_links(folder)
+    other = f"{folder}: another elbowroom%s is writing to this folder; wait until it has ended, or use another folder"
+    with _hold(folder.resolve(), folder / LOCK, other) as new:
+        if new:
+            for place in (folder, *(folder / name for name in SUBFOLDERS)):
+                sweep(place)
+        yield
+
+
+@contextmanager
+def claimed(path: str | Path) -> Iterator[None]:
+    """Lock a file that this process will write, by a lock file beside it; nests as `locked` does.
+
+    Args:
+        path: the file. Its folder is created if needed; if it was created here and stays empty, it is removed at the end.
+
+    Raises:
+        RunFolderError: another process holds the lock.
+    """
+    path = Path(path)
+    other = f"{path}: another elbowroom%s is writing this file; wait until it has ended, or name another with --out"
+    with _hold(path.parent.resolve() / path.name, path.with_name(f".{path.name}{LOCK}"), other):
+        yield
+
+
+@contextmanager
+def _hold(key: Path, lock: Path, other: str) -> Iterator[bool]:
+    """Hold a lock file while the context is open; yield whether this process did not hold it already."""
     if key in _held:
-        yield
+        yield False
         return
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    _held[key] = _acquire(folder)
+    made = not lock.parent.exists()
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    _held[key] = _acquire(lock, other)
+    claims.append(lock.parent if lock.name == LOCK else lock.with_name(lock.name[1 : -len(LOCK)]))
     try:
-        for place in (folder, *(folder / name for name in SUBFOLDERS)):
-            sweep(place)
-        yield
+        yield True
     finally:
         with suppress(OSError):
-            (folder / LOCK).unlink()  # a waiting process checks that its lock file is still the one in the folder
-            if made and not os.listdir(folder):
-                folder.rmdir()
+            lock.unlink()  # a waiting process checks that its lock file is still the one in the folder
+            if made and not os.listdir(lock.parent):
+                lock.parent.rmdir()
         os.close(_held.pop(key))
 
 
@@ -149,19 +213,19 @@ def move_aside(folder: Path) -> Path:
     sync_folder(aside.parent)
     if key in _held:
         folder.mkdir(parents=True, exist_ok=True)
-        new = _acquire(folder)
+        new = _acquire(folder / LOCK, f"{folder}: another elbowroom%s has taken this folder; use another")
         os.close(_held[key])
         _held[key] = new
     return aside
 
 
-def _acquire(folder: Path) -> int:
-    path = folder / LOCK
+def _acquire(path: Path, other: str) -> int:
+    """Lock a lock file; where another process holds it, raise a RunFolderError that says `other`, with who it is for %s."""
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o644)
         except FileNotFoundError:  # another process has just removed the folder
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             continue
         if fcntl is None:  # pragma: no cover
             return handle
@@ -171,9 +235,7 @@ def _acquire(folder: Path) -> int:
             owner = os.read(handle, 20).decode("ascii", "replace").strip()
             os.close(handle)
             who = f" (process {owner})" if owner.isdigit() else ""
-            raise RunFolderError(
-                f"{folder}: another elbowroom{who} is writing to this folder; wait until it has ended, or use another folder"
-            ) from None
+            raise RunFolderError(who.join(other.rsplit("%s", 1))) from None
         except OSError:  # a file system without locks
             return handle
         with suppress(FileNotFoundError):

@@ -27,7 +27,7 @@ from elbowroom.errors import UserError
 from elbowroom.system import stages
 from elbowroom.system.archive import amount
 from elbowroom.system.durations import words
-from elbowroom.system.files import atomic, write_text
+from elbowroom.system.files import atomic, refuse_link, write_text
 from elbowroom.system.stages import UNNAMED, Node, Stages, stage
 
 FOLDER = "profile"
@@ -196,7 +196,11 @@ def _end(tree: Stages, counter: Any) -> None:
 def _place(folder: str | Path | None, command: str | None, tree: Stages) -> Path | None:
     if folder is not None:
         return Path(folder)
-    return None if command is None or tree.output is None else tree.output / FOLDER / command
+    if command is None or tree.output is None:
+        return None
+    refuse_link(tree.output / FOLDER)
+    refuse_link(tree.output / FOLDER / command)
+    return tree.output / FOLDER / command
 
 
 def _write(found: Profile, counter: Any, watch: _Operators | None) -> None:

@@ -36,7 +36,7 @@ from elbowroom.queries.answer import Answer, Form
 from elbowroom.queries.score.conclusions import conclude
 from elbowroom.runs.rows import given_rows, own_rows, provenance, query_rows
 from elbowroom.spec import run_folder
-from elbowroom.system.files import sha256
+from elbowroom.system.files import refuse_links, sha256
 
 if TYPE_CHECKING:
     from elbowroom.analysis.plots.style import Absent, Plot
@@ -267,6 +267,8 @@ def kept(
     identity = {**facts, **options, "seed": seed, "device": device.type, "torch": metadata.version("torch")}
     name = f"{question}-{streaming.key_of([identity], rows)}.nc"
     path = run.path / run_folder.ANSWERS / name if os.access(run.path, os.W_OK) else None
+    if path is not None:
+        refuse_links(run.path)
     if (there := streaming.kept(path)) is not None:
         return there
     found = streaming.stream(
