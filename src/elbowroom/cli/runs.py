@@ -86,7 +86,7 @@ def audit(
     run: RunArg,
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="FILE", help="audit these data (.npz, .npy, .csv, .parquet), not the test split"),
+        typer.Option("--data", metavar="FILE", help="audit these data (.npz, .npy, .csv, .tsv, .parquet), not the test split"),
     ] = None,
     out: Annotated[
         Path | None,

@@ -205,6 +205,19 @@ def read_csv(path: Path, label: str, layout: Layout = AS_IT_IS, delimiter: str |
     return replace(dataset, columns=None, layout=replace(named, x=None))
 
 
+def csv_frame(path: Path, label: str, layout: Layout = AS_IT_IS) -> pd.DataFrame:
+    """Return the cells of a CSV file, or of a .tsv, as a frame: numbers where all are numbers, else text."""
+    import pandas as pd
+
+    table = delimited.read(path, label, layout, "\t" if path.suffix.lower() == ".tsv" else None)
+    rows, lines = table.rows()
+    cells = [
+        _column(name, [row[i + table.index] for row in rows], label, lines, name in layout.textual)
+        for i, name in enumerate(table.columns)
+    ]
+    return pd.DataFrame({one.name: one.values if one.levels is None else one.texts() for one in cells})
+
+
 def _numbers(table: delimited.Table) -> np.ndarray | None:
     """Read a table that holds only numbers, fast; None for other tables."""
     how: dict[str, Any] = {"delimiter": table.delimiter, "skiprows": table.skipped, "quotechar": '"'}

@@ -11,10 +11,13 @@ import numpy as np
 
 from elbowroom.data.columns import Layout
 from elbowroom.data.file import read_like
+from elbowroom.data.frames import csv_frame
 from elbowroom.errors import DataError, SpecError, nearest
 from elbowroom.runs.rows import layout_of, own_rows
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from elbowroom.runs.fitted import FittedModel
 
 TRAINING = "training"
@@ -41,7 +44,7 @@ def read(run: FittedModel, covariates: Any = None, given: Mapping[str, Any] | No
 
     Args:
         run: the run.
-        covariates: a file (.csv, .parquet) or a frame with their columns, an array (m, C), or `training` for those of the
+        covariates: a file (.csv, .tsv, .parquet) or a frame with their columns, an array (m, C), or `training` for those of the
             training rows in random order.
         given: name -> value, the same for all rows; for all columns or those that `covariates` lacks.
         seed: seed of the order of the training rows.
@@ -87,7 +90,7 @@ def _arrays(run: FittedModel, covariates: Any, values: Mapping[str, Any], names:
                 raise SpecError(f"this model needs the exposure too: given={{{name!r}: ...}}")
             found["exposure"] = np.full(len(c), float(values[name]))
         return found
-    frame = _frame(covariates, values, names)
+    frame = _frame(covariates, values, names, {} if layout is None else layout.levels)
     if layout is None or layout.x is None:
         lacking = [name for name in names if name not in frame]
         if lacking:
@@ -109,7 +112,7 @@ def _arrays(run: FittedModel, covariates: Any, values: Mapping[str, Any], names:
     return found | ({"exposure": columns[layout.exposure]} if layout.exposure is not None else {})
 
 
-def _frame(covariates: Any, values: Mapping[str, Any], names: list[str]) -> Any:
+def _frame(covariates: Any, values: Mapping[str, Any], names: list[str], levels: Mapping[str, tuple[str, ...]]) -> pd.DataFrame:
     """Return covariates and constant values as one frame with the named columns."""
     import pandas as pd
 
@@ -117,15 +120,18 @@ def _frame(covariates: Any, values: Mapping[str, Any], names: list[str]) -> Any:
         return pd.DataFrame({name: [values[name]] for name in names})
     if isinstance(covariates, str | Path):
         path = Path(covariates)
-        readers: dict[str, Any] = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+        cells = lambda path: csv_frame(path, path.name, Layout(levels=levels))
+        readers: dict[str, Any] = {".csv": cells, ".tsv": cells, ".parquet": pd.read_parquet}
         if path.suffix.lower() not in readers:
             raise DataError(
-                f"{path}: covariates are read from a table (.csv, .parquet), or `{TRAINING}` for those of training rows"
+                f"{path}: covariates are read from a table (.csv, .tsv, .parquet), or `{TRAINING}` for those of training rows"
             )
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         try:
             frame = readers[path.suffix.lower()](path)
+        except DataError:
+            raise
         except Exception as error:
             raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0][:100]}") from None
     else:

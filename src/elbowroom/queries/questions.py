@@ -28,8 +28,8 @@ class Questions(FittedModel):
     """The questions: methods of every `Run`, and commands. What their options say here, they say of every question.
 
     Args:
-        data: the rows (.npz, .npy, .csv, .parquet); the run's test split by default. From Python also an array (n, *event), a
-            tensor or a frame.
+        data: the rows (.npz, .npy, .csv, .tsv, .parquet); the run's test split by default. From Python also an array
+            (n, *event), a tensor or a frame.
         references: auto, or names such as grid,importance,hmc, or none: the encoder's own draws, reweighted (fast). `auto` is
             exact where there are closed forms, finitely many states or at most three latents; else importance sampling from
             the Laplace approximation, and from the refitted normal where that does not suffice. From Python also a list of

@@ -317,8 +317,8 @@ BAD = {
     "run s.yaml --set data.path=gap.csv": "gap.csv: column 'b' has no observed value; leave it out of data.x, or remove it",
     "run s.yaml --set data.path=head.csv": "head.csv: a header and no rows",
     "run s.yaml --set data.path=latin.csv": "latin.csv: not a text file in UTF-8 (byte 2); export it as UTF-8",
-    "run s.yaml --set data.path=x.mat": "x.mat: files of type '.mat' are not read; allowed: .npz, .npy, .csv, .parquet",
-    "run s.yaml --set data.path=sub": "sub: files of type 'no suffix' are not read; allowed: .npz, .npy, .csv, .parquet",
+    "run s.yaml --set data.path=x.mat": "x.mat: files of type '.mat' are not read; allowed: .npz, .npy, .csv, .tsv, .parquet",
+    "run s.yaml --set data.path=sub": "sub: files of type 'no suffix' are not read; allowed: .npz, .npy, .csv, .tsv, .parquet",
     "run s.yaml --set data.key=a": "s.yaml: data.key: x.npy holds one array only; leave the key out",
     "audit run --data narrow.npy": "narrow.npy: each datum has shape (5,), the model expects (6,)",
     "audit run --data grey.npy": (

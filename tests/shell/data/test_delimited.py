@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from support.tables import save
 
-from elbowroom.data.columns import MISSING
+from elbowroom.data.columns import MISSING, Layout
 from elbowroom.data.dataset import Dataset
 from elbowroom.data.file import File, read_like, text_table
+from elbowroom.data.frames import csv_frame
 from elbowroom.errors import DataError
 
 ROWS = "1.5,2\n0.5,1\n2.5,4\n"
@@ -150,3 +151,12 @@ def test_other_separators(tmp_path: Path) -> None:
     assert excel.columns == ("a", "b")
     (tmp_path / "x.tsv").write_text("a\tb\n" + ROWS.replace(",", "\t"))
     np.testing.assert_array_equal(File(tmp_path, path=Path("x.tsv")).load().x, excel.x)
+
+
+def test_a_file_of_covariates_is_read_alike(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text('"","batch","dose"\n"r1","9",0.5\n"r2","10",\n;\n'.replace(";\n", ",,\n"))
+    frame = csv_frame(path, "c.csv", Layout(levels={"batch": ("9", "10")}))
+    assert list(frame.columns) == ["batch", "dose"]
+    np.testing.assert_array_equal(frame["dose"], [0.5, np.nan, np.nan])
+    assert len(frame) == 3
