@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -59,7 +59,7 @@ def _plain(name: str, value: Any) -> Any:
 @contextmanager
 def answering(
     run: Run, name: str, facts: Mapping[str, Any], data: Path | None, out: Path | None, *, overwrite: bool, resume: bool,
-    as_json: bool,
+    dry_run: bool, as_json: bool,
 ) -> Iterator[tuple[Path, Report | None, xr.Dataset | None]]:  # fmt: skip
     """Claim the file that an answer goes to, and check it before anything is computed.
 
@@ -86,7 +86,7 @@ def answering(
     if out is None:
         refuse_links(run.path)
     into(run.path if out is None else target.parent)
-    with claimed(target):
+    with nullcontext() if dry_run else claimed(target):
         there = whole(target, facts) if resume and target.exists() else None
         if as_json or there is not None:
             yield target, None, there
