@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elbowroom.cli.terminal import conclude, finish, say, screen
+from elbowroom.cli.terminal import conclude, finish, named, say, screen
 from elbowroom.system.stages import into
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def keep(there: xr.Dataset, target: Path, as_json: bool, **more: Any) -> None:
     from elbowroom.queries import stream
 
     stream.finish(target)
-    said = f"{target}: is whole and answers the same question about the same data and weights; kept as it is"
+    said = f"{named(target)}: is whole and answers the same question about the same data and weights; kept as it is"
     if not as_json:
         say(said)
     files = [target.with_name(name) for name in json.loads(there.attrs["files"])]
@@ -140,7 +140,7 @@ def planned(run: Path, answer: Answer, as_json: bool) -> None:
     """Say what an answer would take, instead of the answer."""
     checked = "everything was checked, nothing was written"
     if not as_json:
-        say("\n".join([f"{run}: {checked}", *answer.said]))
+        say("\n".join([f"{named(run)}: {checked}", *answer.said]))
     finish({"dry_run": checked, "said": list(answer.said), "seconds": answer.dataset.attrs["seconds"]}, as_json)
 
 
@@ -152,7 +152,7 @@ def done(
     written = write(answer, target, facts, besides, table=out is None)
     if not as_json:
         conclude(answer.said)
-        say(f"wrote {', '.join(map(str, written))}")
+        say(f"wrote {', '.join(map(named, written))}")
     finish({"files": [str(path) for path in written], "said": list(answer.said), **more}, as_json)
 
 
