@@ -1,11 +1,12 @@
 """A warmed-up process that forks the command line, kills it (-9), and looks at what is left. Run by test_durability.
 
-    python tests/support/killing.py WORK KILLS SEED [renames|both] [quick|answers]
+    python tests/support/killing.py WORK KILLS SEED [renames|both|interrupts] [quick|answers]
 
 It prints one JSON object: kills made, problems found, and where the kills struck. With `renames`, the kills strike just
 before or after the n-th rename of a file, for every n, not at random times; with `both`, as many of one kind as of the other.
 If `quick`, two children race for one folder at the end, and their exit codes and words are in it too. If `answers`, the
-commands that ask an audited run are killed, and `improve` and `report`, instead of those that make it.
+commands that ask an audited run are killed, and `improve` and `report`, instead of those that make it; with `interrupts` they
+are interrupted (-2), and must say in one line what is kept.
 """
 
 from __future__ import annotations
@@ -209,29 +210,32 @@ def answers(work: Path, kills: int, seed: int, at: str) -> dict[str, object]:
         assert code == 0, Path("child.log").read_text()
         seconds[name], wanted[name] = time.perf_counter() - started, contents(Path(f"whole/{name}"))
     problems: list[str] = []
-    struck: Counter[str] = Counter()
+    struck, told = Counter[str](), Counter[str]()
     made, point, rounds = 0, 1, 0
     while made < kills and not problems:
         name = list(ASKED)[rounds % len(ASKED)]
         place, rounds = Path(f"killed/{rounds}"), rounds + 1
         shutil.copytree("new", place / "r")
         command = [word.replace("RUN", str(place / "r")) for word in ASKED[name]] + ["--resume"] * (name != "report")
-        for _ in range(rng.choice([2, 3, 5])):
+        for _ in range(rng.choice([5, 8, 11])):
             if made >= kills:
                 break
             if at == "renames" or (at == "both" and made % 2):
                 pid, point = child(command, (rng.randint(1, 24), bool(point % 2))), point + 1
             else:
                 pid = child(command)
-                time.sleep(rng.uniform(0, 1.05 * seconds[name]))
-                os.kill(pid, signal.SIGKILL)
-            code = wait(pid)
-            if code == -signal.SIGKILL:
+                time.sleep(rng.uniform(0.05, 1.05 * seconds[name]))
+                os.kill(pid, signal.SIGINT if at == "interrupts" else signal.SIGKILL)
+            code, log = wait(pid), Path("child.log").read_text()
+            if code in (-signal.SIGKILL, 130):
                 made += 1
                 there = len(list(place.rglob("*.parts/*.nc")))
                 struck[f"{name}: {'with' if there else 'without'} finished chunks"] += 1
+                if code == 130 and (log.count("elbowroom: interrupted; ") != 1 or "Traceback" in log or "Exception" in log):
+                    problems.append(f"{command}: interrupted: {log[-1500:]}")
+                told[" ".join(log.splitlines()[-1:])[:300]] += code == 130
             elif code != 0:
-                problems.append(f"{command}: exit code {code}: {Path('child.log').read_text()[-800:]}")
+                problems.append(f"{command}: exit code {code}: {log[-1500:]}")
             problems += unreadable(place)
         if (code := wait(child(command))) != 0:
             problems.append(f"{command} after the kills: exit code {code}: {Path('child.log').read_text()[-800:]}")
@@ -244,6 +248,7 @@ def answers(work: Path, kills: int, seed: int, at: str) -> dict[str, object]:
             shutil.rmtree(place)
     return {
         "kills": made, "runs": rounds, "bitwise": rounds - bool(problems), "struck": dict(sorted(struck.items())),
+        "told": list(+told),
         "seconds": {k: round(v, 2) for k, v in seconds.items()}, "problems": problems[:5],
     }  # fmt: skip
 
@@ -297,7 +302,7 @@ def main(work: Path, kills: int, seed: int, at: str, quick: bool) -> dict[str, o
         runs += 1
         out = Path(f"run{runs}")
         for command in stages(str(out), rng, quick):
-            for _ in range(rng.choice([1, 1, 2, 3])):
+            for _ in range(rng.choice([1, 2, 4, 6])):
                 if made >= kills:
                     break
                 if at == "renames" or (at == "both" and made % 2):
@@ -331,6 +336,6 @@ def main(work: Path, kills: int, seed: int, at: str, quick: bool) -> dict[str, o
 
 if __name__ == "__main__":
     words = sys.argv[4:]
-    at = next((word for word in words if word in ("renames", "both")), "times")
+    at = next((word for word in words if word in ("renames", "both", "interrupts")), "times")
     given = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), at
     print(json.dumps(answers(*given) if "answers" in words else main(*given, "quick" in words)))

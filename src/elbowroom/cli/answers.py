@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elbowroom.cli.terminal import conclude, finish, say, screen
+from elbowroom.cli.terminal import conclude, finish, named, say, screen
 from elbowroom.system.stages import into
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _plain(name: str, value: Any) -> Any:
 @contextmanager
 def answering(
     run: Run, name: str, facts: Mapping[str, Any], data: Path | None, out: Path | None, *, overwrite: bool, resume: bool,
-    as_json: bool,
+    dry_run: bool, as_json: bool,
 ) -> Iterator[tuple[Path, Report | None, xr.Dataset | None]]:  # fmt: skip
     """Claim the file that an answer goes to, and check it before anything is computed.
 
@@ -86,7 +86,7 @@ def answering(
     if out is None:
         refuse_links(run.path)
     into(run.path if out is None else target.parent)
-    with claimed(target):
+    with nullcontext() if dry_run else claimed(target):
         there = whole(target, facts) if resume and target.exists() else None
         if as_json or there is not None:
             yield target, None, there
@@ -129,7 +129,7 @@ def keep(there: xr.Dataset, target: Path, as_json: bool, **more: Any) -> None:
     from elbowroom.queries import stream
 
     stream.finish(target)
-    said = f"{target}: is whole and answers the same question about the same data and weights; kept as it is"
+    said = f"{named(target)}: is whole and answers the same question about the same data and weights; kept as it is"
     if not as_json:
         say(said)
     files = [target.with_name(name) for name in json.loads(there.attrs["files"])]
@@ -140,7 +140,7 @@ def planned(run: Path, answer: Answer, as_json: bool) -> None:
     """Say what an answer would take, instead of the answer."""
     checked = "everything was checked, nothing was written"
     if not as_json:
-        say("\n".join([f"{run}: {checked}", *answer.said]))
+        say("\n".join([f"{named(run)}: {checked}", *answer.said]))
     finish({"dry_run": checked, "said": list(answer.said), "seconds": answer.dataset.attrs["seconds"]}, as_json)
 
 
@@ -152,7 +152,7 @@ def done(
     written = write(answer, target, facts, besides, table=out is None)
     if not as_json:
         conclude(answer.said)
-        say(f"wrote {', '.join(map(str, written))}")
+        say(f"wrote {', '.join(map(named, written))}")
     finish({"files": [str(path) for path in written], "said": list(answer.said), **more}, as_json)
 
 

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from elbowroom.cli.terminal import named
 from elbowroom.system import files
 
 INTERRUPTED = 130
@@ -32,7 +33,7 @@ def kept(arguments: Sequence[str], began: float) -> str:
     if command in RESUMED and not replaced:  # an answer that is to be replaced is still the old one
         again = [word for word in arguments if word not in ("--overwrite", "--resume")]
         again.insert(again.index("--") if "--" in again else len(again), "--resume")
-    return f"{', '.join(said)}; go on with `{shlex.join(['elbowroom', *again])}`"
+    return f"{', '.join(said)}; go on with `{named(shlex.join(['elbowroom', *again]))}`"
 
 
 def _folder(place: Path, began: float) -> str:
@@ -47,14 +48,14 @@ def _folder(place: Path, began: float) -> str:
         things.append("the audit")
     if (place / "report.html").is_file():
         things.append("the report")
-    return f"{place} keeps {' and '.join(things) or 'what was written'}"
+    return f"{named(place)} keeps {' and '.join(things) or 'what was written'}"
 
 
 def _file(place: Path, began: float) -> str:
     """Say what is kept of an answer or of a table: finished chunks, or the whole."""
     if count := len(list(place.with_name(f"{place.name}.parts").glob("*.nc"))):
-        return f"{place}.parts keeps {count} finished chunk{'s' * (count > 1)}"
-    return f"{place} is written" if _new(place, began) else ""
+        return f"{named(place)}.parts keeps {count} finished chunk{'s' * (count > 1)}"
+    return f"{named(place)} is written" if _new(place, began) else ""
 
 
 def _new(path: Path, began: float) -> bool:

@@ -106,7 +106,12 @@ OutFile = Annotated[
     ),
 ]
 Again = Annotated[bool, typer.Option("--overwrite", help="replace the answer that is there")]
-Keep = Annotated[bool, typer.Option("--resume", help="keep the answer that is there if it is whole and the same")]
+Keep = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help=f"{first_sentence(SHARED['resume'])}; an answer that is there is kept if it is whole and the same"
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -125,7 +130,8 @@ def command(question: str, method: Callable[..., Any]) -> Callable[..., None]:
         quiet, name = as_json or not counts, _name(question, given)  # a bar counts rows
         taken = {name: own(question, name).read(value) for name, value in given.items() if name in offered}
         facts = asked(fitted, question, taken)
-        with answering(fitted, name, facts, data, out, overwrite=overwrite, resume=resume, as_json=quiet) as claim:
+        ways = {"overwrite": overwrite, "resume": resume, "dry_run": given.get("dry_run", False), "as_json": quiet}
+        with answering(fitted, name, facts, data, out, **ways) as claim:
             target, report, there = claim
             if there is not None:
                 return keep(there, target, as_json, **_decisions(question, there))
@@ -139,8 +145,7 @@ def command(question: str, method: Callable[..., Any]) -> Callable[..., None]:
 
     parameters: dict[str, tuple[Any, Any]] = {"run": (RunArg, Parameter.empty)}
     parameters |= {name: _parameter(question, option) for name, option in offered.items() if name not in PYTHON_ONLY}
-    parameters |= {"out": (OutFile, None), "overwrite": (Again, False)}
-    parameters.setdefault("resume", (Keep, False))
+    parameters |= {"out": (OutFile, None), "overwrite": (Again, False), "resume": (Keep, False)}
     parameters |= {"as_json": (Json, False), "allow_python": (AllowPython, False)}
     ask.__name__, ask.__doc__ = question, summary(method)
     ask.__signature__ = Signature(  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from elbowroom.cli.terminal import (
     budgeted,
     conclude,
     finish,
+    named,
     print_table,
     profiled,
     say,
@@ -78,7 +79,7 @@ def fit(
     """Fit the VAE that a spec declares."""
     fitted, result = _fit(spec, out, overwrite, resume, change, dry_run, as_json, device, allow_python)
     if fitted is not None and not as_json:
-        say(f"next: elbowroom audit {fitted.path}")
+        say(f"next: elbowroom audit {named(fitted.path)}")
     finish(result, as_json)
 
 
@@ -115,7 +116,7 @@ def audit(
         plan = fitted.plan(data)
         result |= {"dry_run": "everything was checked, nothing was written", "plan": plan.tree()}
         if not as_json:
-            say(f"{run}: {result['dry_run']}\n{plan}")
+            say(f"{named(run)}: {result['dry_run']}\n{plan}")
     else:
         result |= _audit(fitted, data, out, as_json, device, resume)
     finish(result, as_json)
@@ -172,7 +173,7 @@ def improve(
         with _bar(as_json) as report, audit_bar(screen(stderr=True), say) as progress:
             found = carry_out(old, proposal, report=report, progress=progress, **options)
         print_table(("", "before", "after"), found.lines(), found.verdict())
-        say(f"wrote {proposal.out}/ (its report: {proposal.out / 'report.html'}); {run} is as it was")
+        say(f"wrote {named(proposal.out)}/ (its report: {named(proposal.out / 'report.html')}); {named(run)} is as it was")
     finish(found.tree(), as_json)
 
 
@@ -197,7 +198,7 @@ def compare(
         head, *rows = found.lines()
         print_table(head, rows, found.verdict(), title=f"{found.table.sizes['obs_id']} held-out data")
         if out is not None:
-            say(f"wrote {out}")
+            say(f"wrote {named(out)}")
     finish(found.tree(), as_json)
 
 
@@ -241,7 +242,9 @@ def _fit(
     if columns and not as_json:
         print_table(("column of x", "kind", "values", "missing"), columns, (), title=f"{len(experiment.data):,} rows")
     if dry_run:
-        sentence = f"{experiment.label}: everything was checked, nothing was written; the run would go to {path} ({use})"
+        sentence = (
+            f"{named(experiment.label)}: everything was checked, nothing was written; the run would go to {named(path)} ({use})"
+        )
         plan = experiment.foreseen()
         if not as_json:
             say(f"{sentence}\naudit, {plan}")
@@ -258,7 +261,7 @@ def _fit(
         fitted = shell.fit(experiment, path, overwrite=overwrite, resume=resume, report=report)
     if not as_json:
         conclude([f"fit: {fitted.summary}"])
-        say(f"wrote {path}/ (weights.pt, history.csv, spec.yaml, split.npz)")
+        say(f"wrote {named(path)}/ (weights.pt, history.csv, spec.yaml, split.npz)")
     return fitted, {"run": str(path), "fit": fitted.summary, "notes": list(experiment.notes), "columns": columns}
 
 
@@ -284,7 +287,7 @@ def _print_audit(found: Audit, folder: Path) -> None:
     print_table(("", ""), found.lines(), found.verdict.splitlines(), title=f"audit of {found.table.sizes['obs_id']} data")
     posteriors = ", ".join(f"posteriors/{name}.nc" for name in found.posteriors)
     diagnosis = "diagnosis.nc, " if found.diagnosis is not None else ""
-    say(f"\nwrote {folder}/ (audit.nc, audit.csv, {diagnosis}{posteriors})")
+    say(f"\nwrote {named(folder)}/ (audit.nc, audit.csv, {diagnosis}{posteriors})")
 
 
 def _report(run: Path, as_json: bool) -> dict[str, Any]:
@@ -298,5 +301,5 @@ def _report(run: Path, as_json: bool) -> dict[str, Any]:
     with locked(run):
         path = write_report(run)
     if not as_json:
-        say(f"wrote {path}")
+        say(f"wrote {named(path)}")
     return {"report": str(path)}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from elbowroom.cli.terminal import AllowPython, Changes, Json, SpecArg, finish, say, screen
+from elbowroom.cli.terminal import AllowPython, Changes, Json, SpecArg, finish, named, say, screen
 
 spec_app = typer.Typer(help="Copy, show or describe specs.", rich_markup_mode=None)
 
@@ -78,7 +78,7 @@ def spec_init(
             raise SpecError(f"{target}: is there already; use --overwrite or another --out")
         write_text(target, text)
     if not as_json:
-        say(f"wrote {target}; next: elbowroom run {target}")
+        say(f"wrote {named(target)}; next: elbowroom run {named(target)}")
     finish({"spec": str(target)}, as_json)
 
 

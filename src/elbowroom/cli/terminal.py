@@ -34,6 +34,7 @@ AllowPython = Annotated[
     bool, typer.Option("--allow-python", help="execute the user's own files and modules that are named as python:...")
 ]
 CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+PIPE = 10_000  # columns of a table that goes to no terminal: no name is broken
 SHARED = argument_docs(Questions)
 """What the options that all questions share say."""
 Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help=first_sentence(SHARED["device"]))]
@@ -59,7 +60,7 @@ def profiled(command: Callable[..., None]) -> Callable[..., None]:
             command(**options)
         say(f"\n{found}", err=True)
         if found.folder is not None:
-            say(f"wrote {found.folder}/ ({', '.join(found.files)})", err=True)
+            say(f"wrote {named(found.folder)}/ ({', '.join(found.files)})", err=True)
 
     own = inspect.signature(command, eval_str=True).parameters.values()
     keyword, options = inspect.Parameter.KEYWORD_ONLY, {"profile": Profile, "profile_functions": ProfileFunctions}
@@ -97,6 +98,11 @@ def visible(text: str) -> str:
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def named(name: object) -> str:
+    """Return the name of a file or a folder as it stands in a sentence: in one line."""
+    return visible(str(name)).replace("\n", "\\n")
+
+
 def screen(*, stderr: bool = False) -> Console:
     """Return the console, which wraps lines on a terminal and leaves them alone in a pipe. Names are no markup to it."""
     from rich.console import Console
@@ -118,6 +124,8 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], sentences: S
     console, table = screen(), Table(*map(visible, head), title=title, title_justify="left", show_header=any(head))
     for row in rows:
         table.add_row(*map(visible, row))
+    if not console.is_terminal:
+        console.width = PIPE
     console.print()
     console.print(table)
     conclude(sentences)
