@@ -16,15 +16,16 @@ import typer
 
 from elbowroom.cli import queries, runs, specs
 from elbowroom.cli.terminal import Echo
-from elbowroom.errors import UserError, first_line, nearest
-from elbowroom.system.memory import ran_out
+from elbowroom.errors import UserError, nearest, shortened
+from elbowroom.system.memory import asked_for, ran_out
 
 _ClickException: Any = typer.BadParameter.__mro__[2]
 """Click's base class of usage errors; typer carries its own copy of click and does not export it."""
 
 _USERS_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ETXTBSY),
+    *(errno.EMFILE, errno.ENFILE, errno.ESPIPE, errno.ENOTSUP),
 }
 
 app = typer.Typer(
@@ -58,12 +59,15 @@ def _elbowroom(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if nul := [argument for argument in given if "\0" in argument]:
+        _fail(f"{nul[0]!r}: holds a NUL character, which no name of a file can")
     told = logging.getLogger("elbowroom.compiled")  # what is compiled, what is not, and why
     if not told.handlers:
         told.addHandler(Echo())
         told.setLevel(logging.INFO)
     try:
-        code = app(args=None if arguments is None else list(arguments), prog_name="elbowroom", standalone_mode=False)
+        code = app(args=given, prog_name="elbowroom", standalone_mode=False)
     except UserError as error:
         _fail(str(error))
     except _ClickException as error:
@@ -77,16 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in _USERS_DISK:
             raise
-        _fail(f"{error.filename or 'disk'}: {error.strerror}")
-    except (MemoryError, RuntimeError) as error:
+        _fail(f"{error.filename or 'standard output'}: {error.strerror}")
+    except (MemoryError, RuntimeError, OverflowError, ValueError, TypeError) as error:
         if not ran_out(error):
             raise
-        _fail(f"not enough memory ({first_line(error)}); choose fewer latents, data or draws, or smaller layers or batches")
+        _fail(f"not enough memory ({asked_for(error)}); choose fewer latents, data or draws, or smaller layers or batches")
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str) -> None:
-    typer.echo(f"elbowroom: {message}", err=True)
+    typer.echo(f"elbowroom: {shortened(' '.join(message.split()))}", err=True)
     sys.exit(2)
 
 
