@@ -16,13 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import h5netcdf
+import h5py
+import numpy as np
 import xarray as xr
 
 from elbowroom.errors import RunFolderError
 from elbowroom.system.archive import too_large
 from elbowroom.system.files import atomic
+from elbowroom.system.paths import unreadable
 
 RESERVED = frozenset({"chain", "draw", "obs_id", "assignment", "probability"})  # dimensions and variables of the files
+
+
+def narrowed(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Return values in a type of fewer bytes; unchanged where one of them is too large for it."""
+    largest = float(np.iinfo(dtype).max if dtype.kind == "i" else np.finfo(dtype).max)
+    finite = values[np.isfinite(values)]
+    return values if finite.size and max(finite.max(), -finite.min()) > largest else values.astype(dtype)
 
 
 def file_names(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
@@ -171,8 +181,36 @@ if not hasattr(h5netcdf.File, "_writable"):
     h5netcdf.File._writable = False
 
 
+def _stays_inside(path: Path) -> None:
+    """Refuse an HDF5 file that leads to other files or in circles, before anything of it is read.
+
+    Raises:
+        ValueError: it has a link that is not plain, data in other files, or a group that holds itself.
+    """
+    with h5py.File(path, "r") as file:
+        seen, ahead = {h5py.h5o.get_info(file.id).addr}, [file["/"]]
+        while ahead:
+            group = ahead.pop()
+            for name in group:
+                place = f"{group.name.rstrip('/')}/{name}"
+                if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                    raise ValueError(f"{place} is a link to elsewhere")
+                item = group[name]
+                if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+                    raise ValueError(f"{place} holds data of other files")
+                if isinstance(item, h5py.Group):
+                    address = h5py.h5o.get_info(item.id).addr
+                    if address in seen:
+                        raise ValueError(f"{place} leads back to a group above it")
+                    seen.add(address)
+                    ahead.append(item)
+
+
 def _read(path: Path, opener: Callable[..., Any]) -> Any:
     try:
+        if problem := unreadable(path):
+            raise ValueError(problem)
+        _stays_inside(path)
         with opener(path, engine="h5netcdf", phony_dims="sort") as opened:
             problem = too_large(opened.nbytes)
             if problem is None:

@@ -6,6 +6,7 @@ It needs neither torch nor Pyro nor the weights. A missing file is reported in a
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -30,9 +31,11 @@ from elbowroom.errors import RunFolderError
 from elbowroom.inference.fit.record import Row
 from elbowroom.system.archive import read_npz
 from elbowroom.system.files import atomic, write_text
+from elbowroom.system.paths import MAX_BYTES, limited_text
 from elbowroom.system.stages import stage
 
 TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = "report.html.j2"
 FIGURES = "figures"
 
 
@@ -163,8 +166,9 @@ def write_report(folder: str | Path) -> Path:
     split = None if files.split is None else {name: len(rows) for name, rows in files.split.items()}
     whole = files.audit if files.whole is None else files.whole
     rows = key_figures.worst_rows(whole)
-    html = environment.get_template("report.html.j2").render(
+    html = environment.get_template(TEMPLATE).render(
         name=files.name,
+        policy=policy((TEMPLATES / TEMPLATE).read_text(encoding="utf-8")),
         verdicts=judged.lines(files.audit, files.diagnosis),
         missing=judged.missing(files.diagnosis),
         verdict=verdict or ["The audit says nothing more."],
@@ -187,6 +191,13 @@ def write_report(folder: str | Path) -> Path:
     write_text(path, html)
     tell(path, written.values())
     return path
+
+
+def policy(template: str) -> str:
+    """Return the Content-Security-Policy of the page: its own style, known by its hash, and pictures inside it."""
+    style = template.partition("<style>")[2].partition("</style>")[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
+    return f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def write_picture(folder: str | Path, path: str | Path) -> Path:
@@ -284,7 +295,7 @@ def _read(path: Path, reader: Any) -> Any:
 
 
 def _read_spec(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8")
+    text = limited_text(path, MAX_BYTES)
     if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
         raise ValueError("aliases are not allowed")
     tree = yaml.safe_load(text)

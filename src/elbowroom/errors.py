@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 300  # characters of a message
+
 
 class ElbowroomError(Exception):
     """Base class of all errors of Elbowroom."""
@@ -18,11 +20,12 @@ class UserError(ElbowroomError):
     """The user's input cannot be used.
 
     Args:
-        message: one line that names the place (file, dotted path, site), what is wrong, and how to correct it.
+        message: one line that names the place (file, dotted path, site), what is wrong, and how to correct it. White space
+            becomes one space, and characters that steer a terminal become escapes.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split())))
 
 
 class SpecError(UserError):
@@ -31,6 +34,10 @@ class SpecError(UserError):
 
 class DataError(UserError):
     """Data are missing, unreadable, or outside the likelihood's support."""
+
+
+class MissingFile(DataError):
+    """The file of the data is not where it was looked for."""
 
 
 class RunFolderError(UserError):
@@ -43,6 +50,14 @@ class UnsupportedProgram(UserError):
 
 class NonFiniteLoss(UserError):
     """The loss was not finite during training."""
+
+
+def shortened(message: str) -> str:
+    """Return a message of at most `LONGEST` characters: its begin, which names the place, and its end, which holds the cure."""
+    if len(message) <= LONGEST:
+        return message
+    kept = LONGEST - len(" ... ")
+    return f"{message[: kept // 2]} ... {message[-(kept - kept // 2) :]}"
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

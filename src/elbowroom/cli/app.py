@@ -19,17 +19,18 @@ import typer
 from elbowroom.cli import queries, runs, specs
 from elbowroom.cli.interrupted import INTERRUPTED, kept
 from elbowroom.cli.terminal import Echo, say
-from elbowroom.errors import UserError, first_line, nearest
+from elbowroom.errors import UserError, nearest, shortened
 from elbowroom.parts import trouble
 from elbowroom.system import files
-from elbowroom.system.memory import ran_out
+from elbowroom.system.memory import asked_for, ran_out
 
 _ClickException: Any = typer.BadParameter.__mro__[2]
 """Click's base class of usage errors; typer carries its own copy of click and does not export it."""
 
 _USERS_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ETXTBSY),
+    *(errno.EMFILE, errno.ENFILE, errno.ESPIPE, errno.ENOTSUP),
 }
 
 app = typer.Typer(
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     os.environ["MPLBACKEND"] = "agg"  # files alone are drawn; a notebook's backend, inherited, may not be installed here
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if nul := [argument for argument in given if "\0" in argument]:
+        _fail(f"{nul[0]!r}: holds a NUL character, which no name of a file can")
     began = time.time()
     files.claims.clear()
     for stream in (sys.stdout, sys.stderr):
@@ -102,14 +105,14 @@ def _not_ours(error: Exception) -> str | None:
     if (broken := trouble(error)) is not None:
         return broken
     if isinstance(error, OSError) and error.errno in _USERS_DISK:
-        return f"{error.filename or 'disk'}: {error.strerror}"
-    if isinstance(error, MemoryError | RuntimeError) and ran_out(error):
-        return f"not enough memory ({first_line(error)}); choose fewer latents, data or draws, or smaller layers or batches"
+        return f"{error.filename or 'standard output'}: {error.strerror}"
+    if isinstance(error, MemoryError | RuntimeError | OverflowError | ValueError | TypeError) and ran_out(error):
+        return f"not enough memory ({asked_for(error)}); choose fewer latents, data or draws, or smaller layers or batches"
     return None
 
 
 def _fail(message: str) -> None:
-    say(" ".join(f"elbowroom: {message}".split("\n")), err=True)
+    say(shortened(" ".join(f"elbowroom: {message}".split("\n"))), err=True)
     sys.exit(2)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from elbowroom.errors import SpecError, nearest
 from elbowroom.system.files import sha256
+from elbowroom.system.paths import located
 
 GROUP = "elbowroom.components"
 PREFIX = "python:"
@@ -149,7 +150,10 @@ def place(name: str, folder: Path) -> Place:
     if not source or not attribute.isidentifier():
         raise SpecError(f"{name!r} names no class; {_FORM}")
     if source.endswith(".py"):
-        path = (folder / Path(source).expanduser()).resolve()
+        try:
+            path = located(folder, Path(source))
+        except ValueError as error:
+            raise SpecError(f"{short(name)}: {error}") from None
         if not path.is_file():
             raise SpecError(f"{short(name)}: there is no file {path}; correct the path, which starts from {folder}")
         return Place(str(path), attribute)

@@ -16,9 +16,16 @@ from elbowroom.data.dataset import DEFAULT_SPLIT, Dataset, Fractions, Names, Sou
 from elbowroom.data.delimited import Table
 from elbowroom.data.frames import AS_IT_IS, from_python, read_csv, read_parquet
 from elbowroom.data.tables import beside, unnamed
-from elbowroom.errors import DataError, SpecError, nearest
+from elbowroom.errors import DataError, MissingFile, SpecError, nearest
 from elbowroom.models.columns import Kind
-from elbowroom.system.archive import check_npz
+from elbowroom.system.archive import check_npy, check_npz
+from elbowroom.system.paths import located, unreadable
+
+SPARSE = {"format", "shape", "data"}
+"""Arrays that scipy.sparse.save_npz writes for every kind of matrix."""
+DAMAGED = (ValueError, EOFError, OverflowError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What NumPy and zipfile raise on a damaged archive."""
+MAGIC = {".npy": b"\x93NUMPY", ".npz": b"PK"}
 
 
 class File(Source):
@@ -56,7 +63,10 @@ class File(Source):
         delimiter: Literal[",", ";", "\t", "|"] | None = None,
         split: Fractions = DEFAULT_SPLIT,
     ) -> None:
-        self.path = (Path(folder) / Path(path).expanduser()).resolve()
+        try:
+            self.path = located(Path(folder), Path(path))
+        except ValueError as error:
+            raise DataError(str(error)) from None
         self.label = str(path)
         self.key = key
         self.layout = Layout.chosen(x, covariates, exposure, labels, kinds, header)
@@ -87,8 +97,8 @@ class File(Source):
         if self.key is not None and path.suffix.lower() != ".npz":
             raise SpecError(f"data.key: {label} holds one array only; leave the key out")
         try:
-            if path.is_dir():
-                raise DataError(f"{label}: this is a folder; name a file")
+            if problem := unreadable(path):
+                raise DataError(f"{label}: {problem}")
             if path.stat().st_size == 0:
                 raise DataError(f"{label}: empty")
             return readers[path.suffix.lower()](layout)
@@ -96,16 +106,31 @@ class File(Source):
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             hint = nearest(path.name, siblings) if siblings else ""
             hint = hint if hint.startswith("; did") else ""
-            raise DataError(f"{label}: no such file (looked for {path}){hint}") from None
+            where = "" if label == str(path) else f" (looked for {path})"
+            raise MissingFile(f"{label}: no such file{where}{hint}") from None
         except OSError as error:
             raise DataError(f"{label}: cannot be read: {error.strerror or error}") from None
 
     def _npy(self, layout: Layout) -> Dataset:
+        self._check_begin(".npy")
         try:
+            check_npy(self.path, self.label)
             x = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, OverflowError, MemoryError) as error:
             raise DataError(f"{self.label}: {_numpy_problem(error)}") from None
         return unnamed(x, layout, self.label)
+
+    def _check_begin(self, suffix: str) -> None:
+        """Refuse a file that is of another type than its name says."""
+        with self.path.open("rb") as handle:
+            begin = handle.read(6)
+        if begin.startswith(MAGIC[suffix]):
+            return
+        other = next((name for name, magic in MAGIC.items() if begin.startswith(magic)), None)
+        if other is None:
+            raise DataError(f"{self.label}: damaged or cut short (it does not begin like an {suffix} file); write it again")
+        what = "one array" if other == ".npy" else "an archive of arrays"
+        raise DataError(f"{self.label}: not an {suffix} file: it is {what}, call it {other}")
 
     def _npz(self, layout: Layout) -> Dataset:
         def read(archive: Any, key: str, option: str) -> np.ndarray:
@@ -114,15 +139,19 @@ class File(Source):
             check_npz(self.path, key, self.label)
             return np.asarray(archive[key])
 
+        self._check_begin(".npz")
         try:
             with self.path.open("rb") as handle:
                 archive = np.load(handle, allow_pickle=False)
-                if not isinstance(archive, np.lib.npyio.NpzFile):
-                    raise DataError(f"{self.label}: not an .npz archive; if it is one array, call it .npy")
+                if {*archive.files} >= SPARSE:
+                    raise DataError(
+                        f"{self.label}: holds a sparse matrix; write its numbers: "
+                        f"np.save('x.npy', scipy.sparse.load_npz({self.path.name!r}).toarray())"
+                    )
                 others = [name for _, name in layout.others()]
                 x = read(archive, self._choose([k for k in archive.files if k not in others]), "data.key")
                 found = {name: read(archive, name, option) for option, name in layout.others()}
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        except DAMAGED as error:
             raise DataError(f"{self.label}: {_numpy_problem(error)}") from None
         return beside(x, found, layout, self.label if self.key is None else f"{self.label}[{self.key}]")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,16 @@ from elbowroom.models.columns import Kind
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_OTHER: tuple[tuple[Any, str, str], ...] = (
+    (datetime.date, "dates", "convert them to numbers, such as days since the first one"),
+    ((datetime.timedelta, datetime.time, np.timedelta64), "durations", "convert them to numbers, such as seconds"),
+    ((list, tuple, set, np.ndarray), "lists", "make a column of each of their numbers"),
+    (dict, "records", "make a column of each of their fields"),
+    (bytes, "bytes", "decode them to text"),
+    ((complex, np.complexfloating), "complex numbers", "make columns of their real and imaginary parts"),
+)
+"""Cells that are neither numbers nor text: their types, what they are called, and the remedy."""
 
 AS_IT_IS = Layout()
 """The layout in which all columns are x."""
@@ -93,6 +105,8 @@ def from_python(given: Any, name: str = "data", *, layout: Layout = AS_IT_IS) ->
     if isinstance(given, pd.DataFrame):
         return from_frame(given, name, layout)
     kind = f"{type(given).__module__}.{type(given).__qualname__}".removeprefix("builtins.")
+    if hasattr(given, "toarray"):
+        raise DataError(f"{name}: this is a sparse matrix ({kind}); hand over an array: x.toarray()")
     raise DataError(f"{name}: must be a NumPy array or a pandas DataFrame, got {kind}; convert it with np.asarray(...)")
 
 
@@ -125,14 +139,17 @@ def _cells(column: pd.Series[Any], label: str, name: str) -> Cells:
         known = [v for v in column if not _is_missing(v)]
         if known and all(isinstance(v, str) for v in known):
             return Cells.of_text(label, [None if _is_missing(v) else v.strip() for v in column])
-        if all(isinstance(v, bool | int | float | np.number | np.bool_) for v in known):
+        if all(isinstance(v, bool | int | float | np.number | np.bool_ | Decimal) for v in known):
             return Cells(label, np.array([np.nan if _is_missing(v) else float(v) for v in column]))
     numeric = pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype)
     if not numeric or pd.api.types.is_complex_dtype(dtype):
         first = next((v for v in column if not isinstance(v, str) and not _is_missing(v)), column.iloc[0])
+        what, cure = next(
+            ((what, cure) for kinds, what, cure in _OTHER if isinstance(first, kinds)), (f"{dtype}", "convert it to numbers")
+        )
         raise DataError(
-            f"{name}: column {label!r} holds {dtype}, such as {str(first)[:40]!r}, neither numbers nor text; "
-            "remove the column or convert it"
+            f"{name}: column {label!r} holds {what}, such as {str(first)[:40]!r}, neither numbers nor text; "
+            f"{cure}, or leave it out of data.x"
         )
     if not isinstance(dtype, np.dtype):
         if column.isna().any():
@@ -148,7 +165,7 @@ def _is_missing(value: Any) -> bool:
 
     if isinstance(value, str):
         return value.strip() in MISSING
-    return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
+    return value is None or value is pd.NA or (isinstance(value, float | Decimal) and value != value)
 
 
 def read_parquet(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:

@@ -23,6 +23,7 @@ from annotated_types import Gt, Le
 from elbowroom.data.dataset import Dataset, Source, Split
 from elbowroom.errors import DataError
 from elbowroom.system.memory import slices
+from elbowroom.system.paths import located
 
 VARIABLE = "ELBOWROOM_DATA"
 SHAPE = (28, 28)
@@ -260,7 +261,10 @@ def _folders() -> list[Path]:
     """Return the folders to search: the one that the user names, else pooch's cache."""
     named = os.environ.get(VARIABLE)
     if named:
-        return [Path(named).expanduser()]
+        try:
+            return [located(Path(), Path(named))]
+        except ValueError as error:
+            raise DataError(f"{VARIABLE}: {error}") from None
     import pooch
 
     return [Path(pooch.os_cache("elbowroom"))]

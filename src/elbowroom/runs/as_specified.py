@@ -5,11 +5,13 @@ Imports no torch, since the command line reads signatures.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from elbowroom.inference.compiled.policies import policy
+from elbowroom.runs import costs
 
 if TYPE_CHECKING:
     from elbowroom.runs.fitted import FittedModel
@@ -21,8 +23,10 @@ R = TypeVar("R")
 def as_specified(method: Callable[P, R]) -> Callable[P, R]:
     """Compile programs inside a method of a fitted model where its spec's `audit.compile` says so.
 
-    Its `references` are read, so that a wrong name is an error also where none are needed.
+    Its `references` are read, so that a wrong name is an error also where none are needed, and what its numbers cost is
+    compared with the memory of this machine.
     """
+    signature = inspect.signature(method)
 
     @wraps(method)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -31,6 +35,7 @@ def as_specified(method: Callable[P, R]) -> Callable[P, R]:
             from elbowroom.analysis.audit.requested import requested
 
             kwargs["references"] = requested(cast(Any, kwargs["references"]))
+        costs.check(model, signature.bind(*args, **kwargs).arguments, signature.parameters)
         with policy(model.experiment.spec.audit.compile):
             return method(*args, **kwargs)
 

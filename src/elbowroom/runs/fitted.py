@@ -131,6 +131,20 @@ def _known(record: Any, label: str) -> None:
         )
 
 
+def _check_types(vae: VAE, state: Any) -> None:
+    """Raise a TypeError if weights are not tensors by name, of the kinds of numbers that the model has."""
+    if not isinstance(state, dict):
+        raise TypeError("it holds no weights by name")
+    for name, own in vae.state_dict().items():
+        value = state.get(name, own)
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} is no tensor")
+        if value.is_complex() or value.is_floating_point() != own.is_floating_point():
+            raise TypeError(
+                f"{name} holds {str(value.dtype).removeprefix('torch.')}, not {str(own.dtype).removeprefix('torch.')}"
+            )
+
+
 def _load_weights(vae: VAE, path: Path) -> None:
     try:
         check_stored(path)
@@ -141,6 +155,7 @@ def _load_weights(vae: VAE, path: Path) -> None:
         reason = str(error).split(". ")[0][:80]
         raise RunFolderError(f"{path}: damaged ({reason}); fit again with --overwrite") from None
     try:
+        _check_types(vae, state)
         restore(vae, state)
         bad = [name for name, value in vae.state_dict().items() if not bool(value.isfinite().all())]
         if bad:

@@ -52,8 +52,10 @@ def own_rows(run: FittedModel, part: str = "test") -> QueryRows:
         raise SpecError(
             f"part: unknown part of the data {part!r}{nearest(part, get_args(Part))}; one of {', '.join(get_args(Part))}"
         )
-    index = getattr(run_folder.read_split(run.path / run_folder.SPLIT), part)
-    return QueryRows(run.data, index, run.experiment)
+    split = run_folder.read_split(run.path / run_folder.SPLIT)  # before the data, which may be gone
+    data = run.data
+    run_folder.check_rows(run.path / run_folder.SPLIT, split, len(data))
+    return QueryRows(data, getattr(split, part), run.experiment)
 
 
 def given_rows(run: FittedModel, data: Any, most: int | None = None, *, label: str | None = None) -> QueryRows:

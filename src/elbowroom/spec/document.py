@@ -16,8 +16,7 @@ import yaml
 
 from elbowroom.components.schema import dotted, short
 from elbowroom.errors import SpecError
-
-MAX_BYTES = 1_000_000
+from elbowroom.system.paths import MAX_BYTES, limited_text
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,6 +57,8 @@ class _Loader(yaml.SafeLoader):
             node.value.encode("utf-8")
         except UnicodeEncodeError:
             raise _problem("this text is not valid Unicode", node) from None
+        if "\0" in node.value:
+            raise _problem("this text holds a NUL character", node)
         return str(node.value)
 
 
@@ -89,15 +90,15 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         if path.is_dir():
             raise SpecError(f"{path}: this is a folder; name the spec file")
-        if path.stat().st_size > MAX_BYTES:
-            raise SpecError(f"{label}: more than {MAX_BYTES:,} bytes: this is not a spec")
-        text = path.read_bytes().decode("utf-8-sig")
+        text = limited_text(path, MAX_BYTES)
     except FileNotFoundError:
         raise SpecError(f"{path}: no such spec; `elbowroom spec init` copies one of those that come with elbowroom") from None
     except UnicodeDecodeError as error:
         raise SpecError(f"{label}: not a text file in UTF-8 (byte {error.start})") from None
-    except (OSError, ValueError) as error:
-        raise SpecError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except ValueError as error:
+        raise SpecError(f"{path}: {error}") from None
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror or error}") from None
     tree = parse(text, label)
     if tree is None:
         raise SpecError(f"{label}: empty; `elbowroom spec init` copies a spec that comes with elbowroom")

@@ -21,7 +21,7 @@ from elbowroom.data.dataset import Dataset, Source, Split, split_rows
 from elbowroom.data.file import File
 from elbowroom.data.frames import Memory
 from elbowroom.data.tables import constant, row_numbers
-from elbowroom.errors import DataError, SpecError
+from elbowroom.errors import DataError, MissingFile, SpecError
 from elbowroom.inference.fit.plan import plan, resolve_device
 from elbowroom.inference.fit.rows import Rows
 from elbowroom.inference.fit.warm_start import Start
@@ -145,7 +145,15 @@ class Experiment:
             DataError: they are missing or cannot be used.
         """
         with self._labelled():
-            dataset = self._source.load() if self.given is None else self.given
+            try:
+                dataset = self._source.load() if self.given is None else self.given
+            except MissingFile as error:
+                if self.spec.record is None:
+                    raise
+                raise MissingFile(
+                    f"{error}; these are the data of the fit: put them there, or from Python hand them over: "
+                    "er.Run.load(run, data=...); encode, impute and audit take other rows, score with --calibration FILE"
+                ) from None
             dataset.check(values=not dataset.mapped)
         return dataset
 

@@ -90,8 +90,15 @@ def write_split(path: Path, split: Split) -> None:
         np.savez(temporary, train=split.train, validation=split.validation, test=split.test)
 
 
+def check_rows(path: Path, split: Split, n: int) -> None:
+    """Raise a RunFolderError if a split, read from `path`, names a row that data of n rows do not have."""
+    most = max((int(part.max()) for part in (split.train, split.validation, split.test) if len(part)), default=0)
+    if most >= n:
+        raise RunFolderError(f"{path}: damaged (it names row {most} of {n}, counted from 0); fit again with --overwrite")
+
+
 def read_split(path: Path) -> Split:
-    """Read `split.npz`; a RunFolderError if it is missing or damaged."""
+    """Read `split.npz`; a RunFolderError if it is missing or damaged, names a row twice, or a negative one."""
     try:
         rows = read_npz(path, ("train", "validation", "test"))
     except FileNotFoundError:
@@ -100,6 +107,11 @@ def read_split(path: Path) -> Split:
         raise RunFolderError(f"{path}: damaged ({str(error)[:80]}); fit again with --overwrite") from None
     if any(part.ndim != 1 or part.dtype.kind not in "iu" for part in rows.values()):
         raise RunFolderError(f"{path}: damaged (row numbers are whole numbers); fit again with --overwrite")
+    every = np.concatenate([part.astype(np.int64) for part in rows.values()])
+    if len(np.unique(every)) < len(every):
+        raise RunFolderError(f"{path}: damaged (a row is named twice); fit again with --overwrite")
+    if (every < 0).any():
+        raise RunFolderError(f"{path}: damaged (row {every.min()}); fit again with --overwrite")
     return Split(**{name: part.astype(np.int64) for name, part in rows.items()})
 
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from elbowroom.errors import DataError
+from elbowroom.system.paths import unreadable
 
 SHARE = 0.5
 """Largest share of this machine's memory that one array of a file may take."""
@@ -62,15 +63,33 @@ def check_npz(source: str | Path | IO[bytes], key: str, label: str) -> None:
             if dtype.hasobject:
                 return  # NumPy raises its own error
             said = member.tell() + math.prod(shape) * dtype.itemsize
-        if said != info.file_size:
+        if said != info.file_size or min(shape, default=0) < 0:
             sizes = f"{key} should take {amount(said)}, it holds {amount(info.file_size)}"
             raise DataError(f"{label}: damaged or cut short ({sizes}); write it again")
+
+
+def check_npy(path: Path, label: str) -> None:
+    """Check that an .npy file holds all numbers that its header promises; `label` names it in messages.
+
+    Raises:
+        DataError: it does not.
+        ValueError: it has no such header.
+    """
+    with path.open("rb") as file:
+        shape, dtype = _header(file)
+        said = file.tell() + math.prod(shape) * dtype.itemsize
+    if (said > path.stat().st_size or min(shape, default=0) < 0) and not dtype.hasobject:
+        raise DataError(
+            f"{label}: damaged or cut short (shape {shape}, it holds {amount(path.stat().st_size)}); write it again"
+        )
 
 
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(member)
+    if not all(isinstance(n, int) for n in shape):
+        raise ValueError(f"shape {shape}")
     return shape, dtype
 
 
@@ -81,6 +100,8 @@ def read_npz(path: Path, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
         DataError: an array is too large, or disagrees with its header.
         Exception: any error that NumPy and zipfile raise on a damaged file.
     """
+    if problem := unreadable(path):
+        raise ValueError(problem)
     with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise ValueError("not an .npz archive")
@@ -95,8 +116,10 @@ def check_stored(path: Path) -> None:
     """Refuse a zip archive with compressed members; PyTorch writes none, and only compressed members can grow when read.
 
     Raises:
-        ValueError: a member is compressed, or declares more bytes than the file has.
+        ValueError: it is no regular file, a member is compressed, or declares more bytes than the file has.
     """
+    if problem := unreadable(path):
+        raise ValueError(problem)
     if not zipfile.is_zipfile(path):
         return
     size = path.stat().st_size

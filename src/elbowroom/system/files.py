@@ -8,6 +8,7 @@ removed through them is not Elbowroom's.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -16,7 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from elbowroom.errors import RunFolderError
+from elbowroom.errors import RunFolderError, first_line
+from elbowroom.system.paths import unreadable
 
 fcntl: Any
 try:
@@ -49,8 +51,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
     Yields:
         The temporary path to write to, with the suffix of `path`.
+
+    Raises:
+        OSError: the system refuses it, or `path` is a folder, a device or a pipe; it names `path`.
     """
     path = Path(path)
+    if path.exists() and unreadable(path):
+        raise FileExistsError(errno.EEXIST, "this is no regular file; name another", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, of=path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
@@ -60,6 +67,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or first_line(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

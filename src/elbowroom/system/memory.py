@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from collections.abc import Callable
+
+from elbowroom.errors import first_line
 
 ARRAY = 2**22  # numbers in a working array: 32 MB in double precision; several are held at once
 LARGE_ARRAY = 2**24  # numbers in the largest array of a method
+_RAN_OUT = (
+    *("can't allocate memory", "out of memory", "Storage size calculation overflowed", "integer multiplication overflow"),
+    *("Maximum allowed dimension exceeded", "array is too big", "Maximum allowed size exceeded", "too large to convert to C"),
+    *("too big to convert", "cannot fit 'int' into an index-sized integer", "Overflow when unpacking long"),
+)
+_BYTES = re.compile(r"tried to allocate (\d+) bytes")
 
 
 def fitting(each: int, budget: int) -> int:
@@ -26,8 +35,17 @@ def sizes(total: int, size: int) -> list[int]:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory of the machine, or of a GPU, was refused: NumPy's, torch's and Python's own."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
+    """Whether an error says that memory of the machine, or of a GPU, was refused: NumPy's, torch's and Python's own.
+
+    So do sizes that no machine can hold, which overflow before any memory is asked for.
+    """
+    return isinstance(error, MemoryError) or any(said in str(error) for said in _RAN_OUT)
+
+
+def asked_for(error: BaseException) -> str:
+    """Return what was asked for when memory ran out, such as `7,276 GB`; the first line of the error where it does not say."""
+    found = _BYTES.search(str(error))
+    return f"{int(found[1]) / 1e9:,.1f} GB" if found else first_line(error)
 
 
 def trim() -> None:

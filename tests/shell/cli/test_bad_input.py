@@ -235,7 +235,7 @@ BAD = {
     "run range.yaml": "range.yaml: fit.learning_rate: must be greater than 0, got 0",
     "run deep.yaml": "deep.yaml: guide.encoder.hiden: unknown option of mlp; did you mean 'hidden'?",
     "run list.yaml": "list.yaml: guide: must be a block of `key: value` lines, got [1]",
-    "run nodata.yaml": "nodata.yaml: data: embedded null byte",
+    "run nodata.yaml": "nodata.yaml, line 3, column 9: this text holds a NUL character",
     "run tab.yaml": "tab.yaml, line 2, column 1: found character '\\t' that cannot start any token",
     "run code.yaml": "code.yaml, line 1, column 7: the tag tag:yaml.org,2002:python/object/apply:os.system is not allowed",
     "run alias.yaml": "alias.yaml, line 1, column 4: anchors and aliases are not allowed",
@@ -375,7 +375,7 @@ BAD = {
     ),
     "audit run --out x.npy": "x.npy: this is a file; name a folder with --out",
     "spec init digits --out x.npy/s.yaml": "x.npy: File exists",
-    "run s.yaml --out " + "n" * 300: "n" * 300 + ": File name too long",
+    "run s.yaml --out " + "n" * 300: "n" * 147 + " ... " + "n" * 128 + ": File name too long",
     # flags
     "run s.yaml --budget soon": "--budget: must be a time above 0, such as 90s, 10m or 1h, or none, got 'soon'",
     "run s.yaml --budget -5": "--budget: must be a time above 0, such as 90s, 10m or 1h, or none, got '-5'",
@@ -449,6 +449,6 @@ def test_a_full_disk_is_one_line_and_no_half_written_file(line, limit, here, cap
     err = capsys.readouterr().err.splitlines()
     assert code == 2
     assert err[-1].startswith("elbowroom: ")
-    assert err[-1].endswith(": File too large")
+    assert re.fullmatch(r"elbowroom: (new|run)/\S+: File too large", err[-1])
     assert killing.unreadable(here / line.split()[-1]) == []
     assert call(*line.split(), *(["--resume"] if line.startswith("fit") else [])) == 0

@@ -20,6 +20,7 @@ import xarray as xr
 from torch import Tensor
 
 from elbowroom.analysis.audit.requested import Methods
+from elbowroom.analysis.idata import narrowed
 from elbowroom.analysis.queries.best_posterior import Reading, read
 from elbowroom.analysis.queries.imputation import Predicted, predict_cells, worth
 from elbowroom.errors import DataError, SpecError, UserError, nearest
@@ -200,12 +201,12 @@ class _Columns:
         about = lambda name: dict(zip(("units", "long_name"), WORDS[name.removesuffix("_guide")], strict=True))
         words = lambda name: about(name) if not name.endswith("_guide") else _by_guide(about(name))
         data: dict[str, Any] = {
-            name: (("obs_id", *dims), shaped(value).astype(self.dtype), words(name)) for name, value in self.cells.items()
+            name: (("obs_id", *dims), narrowed(shaped(value), self.dtype), words(name)) for name, value in self.cells.items()
         }
         data |= {name: (("obs_id", "level"), value.astype(np.float32), words(name)) for name, value in self.levels.items()}
         data |= {name: ("obs_id", value, words(name)) for name, value in self.rows.items()}
         if truth is not None:
-            data["truth"] = (("obs_id", *dims), truth.reshape(n, *entries.shape).astype(self.dtype), about("truth"))
+            data["truth"] = (("obs_id", *dims), narrowed(truth.reshape(n, *entries.shape), self.dtype), about("truth"))
         if self.samples is not None:
             data["samples"] = (("sample", "obs_id", *dims), shaped(self.samples), about("samples"))
         rows = {
