@@ -49,7 +49,7 @@ def place(fitted, tmp_path, monkeypatch):
     """A copy of it, as the working folder."""
     shutil.copytree(fitted, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(stream, "SIZE", 15)
+    monkeypatch.setitem(stream.stream.__kwdefaults__, "size", 15)
     return tmp_path / "here"
 
 
@@ -170,7 +170,7 @@ def test_a_failed_overwrite_leaves_the_old_answer(monkeypatch, capsys):
 def test_of_two_processes_the_second_is_told(capsys):
     """Whatever writes a file or a folder: the lock of another process is respected, by name, and nothing is written."""
     shutil.copytree("runs/s", "runs/t")
-    lines = {**{name: line for name, line in QUESTIONS.items()}, "compare": ["compare", "runs/s", "runs/t", "--out", "c.csv"]}
+    lines = {**QUESTIONS, "compare": ["compare", "runs/s", "runs/t", "--out", "c.csv"]}
     targets = {"encode": "encode-x", "score": "score-x", "impute": "impute-x"}
     Path("runs/s/answers").mkdir()
     for name, line in lines.items():
