@@ -1,6 +1,6 @@
 """A warmed-up process that forks the command line, kills it (-9), and looks at what is left. Run by test_durability.
 
-    python tests/support/killing.py WORK KILLS SEED [renames|both|interrupts] [quick|answers]
+    python tests/support/killing.py WORK KILLS SEED [renames|both|interrupts] [quick|answers [COMMAND ...]]
 
 It prints one JSON object: kills made, problems found, and where the kills struck. With `renames`, the kills strike just
 before or after the n-th rename of a file, for every n, not at random times; with `both`, as many of one kind as of the other.
@@ -186,8 +186,8 @@ def _plain(item: object) -> object:
     return str(item[()].tolist()) if isinstance(item, h5py.Dataset) else None
 
 
-def answers(work: Path, kills: int, seed: int, at: str) -> dict[str, object]:
-    """Kill the commands that ask a run until `kills` kills have struck; return what was found."""
+def answers(work: Path, kills: int, seed: int, at: str, names: list[str]) -> dict[str, object]:
+    """Kill the named commands that ask a run until `kills` kills have struck; return what was found."""
     os.chdir(work)
     rng, numbers = random.Random(seed), np.random.default_rng(0)
     x = (numbers.random((40, 6)) < numbers.random((40, 1))).astype(np.float32)
@@ -195,12 +195,12 @@ def answers(work: Path, kills: int, seed: int, at: str) -> dict[str, object]:
     np.save("c.npy", (numbers.random((40, 6)) < numbers.random((40, 1))).astype(np.float32))
     np.save("h.npy", np.where(numbers.random(x.shape) < 0.2, np.nan, x))
     Path("s.yaml").write_text(document.write(SPEC))
-    stream.SIZE = CHUNK
+    stream.stream.__kwdefaults__["size"] = CHUNK
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         cli.main(["run", "s.yaml", "--out", "new"])
     shutil.copytree("new", "warm")
     wanted, seconds = {}, {}
-    for name, command in ASKED.items():
+    for name, command in ((name, ASKED[name]) for name in names):
         quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
         with contextlib.suppress(SystemExit), quiet[0], quiet[1]:
             cli.main([word.replace("RUN", "warm") for word in command])
@@ -213,7 +213,7 @@ def answers(work: Path, kills: int, seed: int, at: str) -> dict[str, object]:
     struck, told = Counter[str](), Counter[str]()
     made, point, rounds = 0, 1, 0
     while made < kills and not problems:
-        name = list(ASKED)[rounds % len(ASKED)]
+        name = names[rounds % len(names)]
         place, rounds = Path(f"killed/{rounds}"), rounds + 1
         shutil.copytree("new", place / "r")
         command = [word.replace("RUN", str(place / "r")) for word in ASKED[name]] + ["--resume"] * (name != "report")
@@ -338,4 +338,5 @@ if __name__ == "__main__":
     words = sys.argv[4:]
     at = next((word for word in words if word in ("renames", "both", "interrupts")), "times")
     given = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), at
-    print(json.dumps(answers(*given) if "answers" in words else main(*given, "quick" in words)))
+    names = [word for word in words if word in ASKED] or list(ASKED)
+    print(json.dumps(answers(*given, names) if "answers" in words else main(*given, "quick" in words)))

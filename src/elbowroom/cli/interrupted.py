@@ -42,7 +42,7 @@ def _folder(place: Path, began: float) -> str:
     if not any(_new(entry, began) for entry in entries):
         return ""
     things = [words for name, words in FIT.items() if (place / name).is_file()][:1]
-    if count := len(list((place / "parts").glob("*.pt"))):
+    if count := len(list((place / "parts").glob("[!.]*.pt"))):
         things.append(f"{count} finished part{'s' * (count > 1)} of the audit")
     elif (place / "audit.nc").is_file():
         things.append("the audit")
@@ -53,7 +53,7 @@ def _folder(place: Path, began: float) -> str:
 
 def _file(place: Path, began: float) -> str:
     """Say what is kept of an answer or of a table: finished chunks, or the whole."""
-    if count := len(list(place.with_name(f"{place.name}.parts").glob("*.nc"))):
+    if count := len(list(place.with_name(f"{place.name}.parts").glob("[!.]*.nc"))):
         return f"{named(place)}.parts keeps {count} finished chunk{'s' * (count > 1)}"
     return f"{named(place)} is written" if _new(place, began) else ""
 

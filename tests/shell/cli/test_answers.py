@@ -49,7 +49,7 @@ def place(fitted, tmp_path, monkeypatch):
     """A copy of it, as the working folder."""
     shutil.copytree(fitted, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(stream, "SIZE", 15)
+    monkeypatch.setitem(stream.stream.__kwdefaults__, "size", 15)
     return tmp_path / "here"
 
 

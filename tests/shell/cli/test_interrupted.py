@@ -57,7 +57,7 @@ def test_a_fit_and_an_answer_go_on_after_ctrl_c(here):
     rng = np.random.default_rng(1)
     np.save("many.npy", (rng.random((6_000, 6)) < 0.5).astype(np.float32))
     asked = ["encode", "r", "many.npy", "--draws", "200", "--keep", "100"]
-    code, err = interrupt([*asked, "--out", "a.nc"], "a.nc.parts/*.nc")
+    code, err = interrupt([*asked, "--out", "a.nc"], "a.nc.parts/[!.]*.nc")
     assert code == 130
     assert "a.nc.parts keeps " in err
     go_on(err, [*asked, "--out", "a.nc"])
