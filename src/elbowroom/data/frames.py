@@ -144,8 +144,8 @@ def _cells(column: pd.Series[Any], label: str, name: str) -> Cells:
         texts = [v for v in known if isinstance(v, str)]
         if texts and all(isinstance(v, str | bool | int | float | np.number | np.bool_ | Decimal) for v in known):
             raise DataError(
-                f"{name}: column {label!r} holds both numbers and text, such as {texts[0][:40]!r}; make all of its cells one or "
-                "the other, or leave it out of data.x"
+                f"{name}: column {label!r} holds both numbers and text, such as {texts[0][:40]!r}; "
+                "make all of its cells one or the other, or leave it out of data.x"
             )
     numeric = pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype)
     if not numeric or pd.api.types.is_complex_dtype(dtype):
