@@ -27,7 +27,7 @@ from elbowroom.analysis.plots.style import DPI, Absent, Plot, thumbnail, tone
 from elbowroom.analysis.report import conclusions, key_figures
 from elbowroom.analysis.report import diagnosis as judged
 from elbowroom.analysis.verdict import judgement
-from elbowroom.errors import RunFolderError
+from elbowroom.errors import RunFolderError, damaged
 from elbowroom.inference.fit.record import Row
 from elbowroom.system.archive import read_npz
 from elbowroom.system.files import atomic, write_text
@@ -149,10 +149,20 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     with stage("files"):
         files = Files.read(folder)
-    with stage("figures drawn"):
+    with stage("figures drawn"), damaged(folder, "audit again"):
         figures = draw(files)
     with stage("figures written"):
         written = {name: _written(item, folder / FIGURES) for name, item in figures.items()}
+    with damaged(folder, "audit again"):
+        html = _page(files, written)
+    path = folder / "report.html"
+    write_text(path, html)
+    tell(path, written.values())
+    return path
+
+
+def _page(files: Files, written: Mapping[str, dict[str, Any] | Absent]) -> str:
+    """Return the HTML of the report, given its figures as `_written` returns them."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -166,7 +176,7 @@ def write_report(folder: str | Path) -> Path:
     split = None if files.split is None else {name: len(rows) for name, rows in files.split.items()}
     whole = files.audit if files.whole is None else files.whole
     rows = key_figures.worst_rows(whole)
-    html = environment.get_template(TEMPLATE).render(
+    return environment.get_template(TEMPLATE).render(
         name=files.name,
         policy=policy((TEMPLATES / TEMPLATE).read_text(encoding="utf-8")),
         verdicts=judged.lines(files.audit, files.diagnosis),
@@ -187,10 +197,6 @@ def write_report(folder: str | Path) -> Path:
         has_spec=files.spec is not None,
         version=str(files.audit.attrs.get("elbowroom", "")),
     )
-    path = folder / "report.html"
-    write_text(path, html)
-    tell(path, written.values())
-    return path
 
 
 def policy(template: str) -> str:

@@ -7,7 +7,8 @@ is a bug in Elbowroom (exit code 1).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 LONGEST = 300  # characters of a message
 
@@ -50,6 +51,20 @@ class UnsupportedProgram(UserError):
 
 class NonFiniteLoss(UserError):
     """The loss was not finite during training."""
+
+
+@contextmanager
+def damaged(place: object, cure: str) -> Iterator[None]:
+    """Turn what Python raises on numbers and names that do not belong together into a RunFolderError that names the place.
+
+    Args:
+        place: the file or folder that they were read from.
+        cure: what to do about it.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise RunFolderError(f"{place}: damaged ({type(error).__name__}: {first_line(error)[:120]}); {cure}") from error
 
 
 def shortened(message: str) -> str:

@@ -141,6 +141,12 @@ def _cells(column: pd.Series[Any], label: str, name: str) -> Cells:
             return Cells.of_text(label, [None if _is_missing(v) else v.strip() for v in column])
         if all(isinstance(v, bool | int | float | np.number | np.bool_ | Decimal) for v in known):
             return Cells(label, np.array([np.nan if _is_missing(v) else float(v) for v in column]))
+        words = [v for v in known if isinstance(v, str)]
+        if words and all(isinstance(v, str | bool | int | float | np.number | np.bool_ | Decimal) for v in known):
+            raise DataError(
+                f"{name}: column {label!r} holds both numbers and text, such as {words[0][:40]!r}; "
+                "make all of its cells one or the other, or leave it out of data.x"
+            )
     numeric = pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype)
     if not numeric or pd.api.types.is_complex_dtype(dtype):
         first = next((v for v in column if not isinstance(v, str) and not _is_missing(v)), column.iloc[0])

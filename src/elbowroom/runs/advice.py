@@ -29,7 +29,7 @@ from elbowroom.analysis.idata import read_table
 from elbowroom.analysis.measures.table import FEW, MISSED, SMALL_GAP, column
 from elbowroom.analysis.verdict.thresholds import CAUSE, known, median
 from elbowroom.components import compatibility, registry
-from elbowroom.errors import RunFolderError, SpecError
+from elbowroom.errors import RunFolderError, SpecError, damaged
 from elbowroom.spec import document, spec
 from elbowroom.spec.experiment import Experiment
 from elbowroom.spec.run_folder import AUDIT, SPLIT, read_split
@@ -109,10 +109,12 @@ def propose(
         _permit(key, retrain)
     tree = run.experiment.spec.tree()
     tree.pop("record", None)
-    tree["audit"] = json.loads(table.attrs["audit"])
+    with damaged(run.path / AUDIT, "audit again"):
+        tree["audit"] = json.loads(table.attrs["audit"])
     if budget is not None:
         tree["audit"]["budget"] = budget if isinstance(budget, str) else f"{durations.seconds(budget):g}s"
-    changes = _advised(tree, table, retrain)
+    with damaged(run.path / AUDIT, "audit again"):
+        changes = _advised(tree, table, retrain)
     changes = [change for change in changes if not any(_covers(key, change.path) for key in given)]
     for change in changes:
         _put(tree, change.path, change.new)

@@ -31,7 +31,7 @@ from elbowroom.analysis.measures.evidence_kinds import CONTRADICTED, has_value, 
 from elbowroom.analysis.measures.population import sampled
 from elbowroom.analysis.measures.table import GOOD_K, column
 from elbowroom.analysis.verdict.thresholds import bad_k, known, mean_se, median
-from elbowroom.errors import RunFolderError, SpecError
+from elbowroom.errors import RunFolderError, SpecError, damaged
 from elbowroom.models import measure
 from elbowroom.runs.advice import audited
 from elbowroom.system.files import atomic
@@ -215,7 +215,8 @@ def compare(runs: Iterable[str | Path | FittedModel], *, allow_python: bool = Fa
     tables = [_table(run) for run in loaded]
     for run, table in zip(loaded[1:], tables[1:], strict=True):
         _check(loaded[0], tables[0], run, table)
-    return Versus(tabulate(_names(loaded), tables, _notes(loaded)))
+    with damaged(" or ".join(str(run.path / "audit.nc") for run in loaded), "audit again"):
+        return Versus(tabulate(_names(loaded), tables, _notes(loaded)))
 
 
 def tabulate(names: Sequence[str], tables: Sequence[xr.Dataset], notes: Sequence[str] = ()) -> xr.Dataset:

@@ -151,8 +151,8 @@ class Experiment:
                 if self.spec.record is None:
                     raise
                 raise MissingFile(
-                    f"{error}; these are the data of the fit: put them there, or from Python hand them over: "
-                    "er.Run.load(run, data=...); encode, impute and audit take other rows, score with --calibration FILE"
+                    f"{str(error).rstrip('?')}; the run was fitted to these rows: put them there, or from Python "
+                    "er.Run.load(run, data=...); or name other rows: DATA, and --calibration FILE of score"
                 ) from None
             dataset.check(values=not dataset.mapped)
         return dataset

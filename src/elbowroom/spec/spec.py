@@ -17,11 +17,13 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, MinLen
 from pydantic import BeforeValidator, Field, Strict, ValidationError, create_model
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from elbowroom.components import compatibility, registry, schema, signatures
 from elbowroom.components.schema import Block, dotted
 from elbowroom.components.slots import slot as slots_slot
 from elbowroom.errors import SpecError, nearest
+from elbowroom.models.columns import Kind
 from elbowroom.spec import document
 from elbowroom.system import durations
 
@@ -98,6 +100,18 @@ def _start(given: Any) -> Any:
 Start = Annotated[StartBlock | None, BeforeValidator(_start, json_schema_input_type=StartBlock | str | None)]
 
 
+class Roles(TypedDict, total=False):
+    """A `Layout` as a record holds it."""
+
+    x: list[str]
+    covariates: list[str]
+    exposure: str
+    labels: str
+    kinds: dict[str, Kind]
+    levels: dict[str, list[str]]
+    header: bool
+
+
 class Record(Block):
     """What a run folder's spec says of the run; Elbowroom writes it."""
 
@@ -105,13 +119,15 @@ class Record(Block):
     versions: dict[str, str] = Field(..., description="versions of what it stands on")
     data_sha256: str = Field(..., description="hash of the data")
     data_stamp: str | None = Field(None, description="size and time of change of a file too large to be read again")
-    event_shape: list[int] = Field(..., description="shape of one datum")
+    event_shape: list[Annotated[int, Ge(1)]] = Field(..., description="shape of one datum")
     levels: int | None = Field(None, description="1 + the largest value, of data that are whole numbers from 0")
-    columns: list[tuple[str, Any, int]] | None = Field(None, description="name, kind and number of levels of each column")
+    columns: list[tuple[str, Kind, Annotated[int, Ge(0)]]] | None = Field(
+        None, description="name, kind and number of levels of each column"
+    )
     covariates: list[str] = Field([], description="names of the covariates")
     exposure: bool = Field(False, description="whether counts have an exposure")
     missing: bool = Field(False, description="whether entries are missing")
-    layout: dict[str, Any] | None = Field(None, description="which columns of a table became what")
+    layout: Roles | None = Field(None, description="which columns of a table became what")
     start_sha256: str | None = Field(None, description="hash of the weights that the fit started at")
     experiment: str = Field(..., description="hash of all that the fit depends on")
 

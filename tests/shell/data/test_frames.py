@@ -76,11 +76,11 @@ def test_all_ways_to_say_that_a_value_is_missing() -> None:
 FRAMES = {
     "objects": (
         lambda f: f.assign(name=pd.Series([{}] * 30, dtype=object)),
-        "data: column 'name' holds object, such as '{}', neither numbers nor text; remove the column or convert it",
+        "data: column 'name' holds records, such as '{}', neither numbers nor text; make a column of each of their fields",
     ),
     "numbers and text": (
         lambda f: f.assign(name=pd.Series([1.0, "a"] * 15, dtype=object)),
-        "data: column 'name' holds object, such as '1.0', neither numbers nor text; remove the column or convert it",
+        "data: column 'name' holds both numbers and text, such as ",
     ),
     "an identifier": (
         lambda f: pd.concat([f] * 4).assign(name=[f"n{i}" for i in range(120)]),
@@ -88,10 +88,10 @@ FRAMES = {
     ),
     "dates": (
         lambda f: f.assign(day=pd.Timestamp("2020-01-01")),
-        "such as '2020-01-01 00:00:00', neither numbers nor text; remove the column or convert it",
+        "holds dates, such as '2020-01-01 00:00:00', neither numbers nor text; convert them to numbers",
     ),
-    "durations": (lambda f: f.assign(d=pd.Timedelta(1, "D")), "data: column 'd' holds timedelta64"),
-    "complex": (lambda f: f.assign(c=1j), "data: column 'c' holds complex128, such as '1j', neither numbers nor text"),
+    "durations": (lambda f: f.assign(d=pd.Timedelta(1, "D")), "data: column 'd' holds durations"),
+    "complex": (lambda f: f.assign(c=1j), "data: column 'c' holds complex numbers, such as '1j', neither numbers nor text"),
     "nothing observed": (
         lambda f: f.assign(age=pd.array([pd.NA] * 30, dtype="Int64")),
         "data: column 'age' has no observed value; leave it out of data.x, or remove it",

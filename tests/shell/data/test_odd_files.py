@@ -143,3 +143,22 @@ def test_a_long_message_keeps_its_begin_and_its_end():
     assert told.endswith("a; write it again")
     assert shortened("short") == "short"
     assert str(UserError("a\x1b[31m\nb\0")) == "a\\x1b[31m b\\x00"
+
+
+@pytest.mark.parametrize("line", ["score run x2.npy", "explain run", "audit run", "encode run"])
+def test_a_run_without_its_data_says_how_to_hand_rows_over(line, tmp_path, monkeypatch, capsys):
+    from elbowroom.run import fit
+
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", X)
+    np.save("x2.npy", X[:2])
+    Path("s.yaml").write_text("data: {name: file, path: x.npy}\nmodel: {latent_dim: 1}\nfit: {epochs: 1, device: cpu}\n")
+    fit("s.yaml", out="run")
+    Path("x.npy").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path}/x.npy: no such file" in err
+    assert "or from Python er.Run.load(run, data=...); or name other rows: DATA, and --calibration FILE of score" in err

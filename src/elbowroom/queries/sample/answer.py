@@ -22,6 +22,8 @@ CLEAR = 2.0  # standard errors
 LEVEL = 0.05
 NEAR = 0.55  # AUC below which a difference is small, however certain
 
+EXACT = 2**53  # whole numbers below are exact in double precision
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Samples(Answer):
@@ -99,7 +101,8 @@ class Samples(Answer):
         if name in self.texts:
             levels = np.array(self.texts[name], dtype=object)
             return levels[values.astype(int)]
-        return values.astype(np.int64) if bool((np.isfinite(values) & (values == np.floor(values))).all()) else values
+        whole = (np.abs(values) < EXACT) & (values == np.floor(values))  # NaN is not, nor is what int64 cannot hold
+        return values.astype(np.int64) if bool(whole.all()) else values
 
 
 def conclude_test(table: xr.Dataset) -> list[str]:
