@@ -58,13 +58,13 @@ def _is_library(module: str) -> bool:
 
 
 def _requirements() -> Iterator[Requirement]:
-    """Yield what Elbowroom declares to need on this Python, optional parts included."""
-    from packaging.requirements import Requirement
-
+    """Yield what Elbowroom declares to need on this Python, optional parts included; nothing where that cannot be known."""
     try:
+        from packaging.requirements import Requirement
+
         lines = metadata.requires("elbowroom") or []
-    except metadata.PackageNotFoundError:  # run from its sources
-        lines = []
+    except Exception:  # it runs from its sources, or packaging is what is broken
+        return
     for one in map(Requirement, lines):
         if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in ("", "parquet")):
             yield one

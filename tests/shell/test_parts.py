@@ -28,7 +28,21 @@ LOST = {"arviz_plots": {"intervals"}, "seaborn": WITH_SEABORN, "matplotlib": FIG
 
 CHOSEN = [("arviz_plots", "AttributeError"), ("seaborn", "ImportError"), ("matplotlib", "OSError"), ("PIL", "RuntimeError")]
 EVERY = [(part, error) for part in LOST for error in RAISED if (part, error) not in CHOSEN]
-NEEDED = ("torch", "pyro", "zuko", "sklearn", "scipy", "h5netcdf", "arviz_base", "xarray", "pandas", "rich", "yaml", "typer")
+NEEDED = (
+    "torch",
+    "pyro",
+    "zuko",
+    "sklearn",
+    "scipy",
+    "h5netcdf",
+    "arviz_base",
+    "xarray",
+    "pandas",
+    "rich",
+    "yaml",
+    "typer",
+    "packaging",
+)
 
 
 def with_broken(folder: Path, part: str, error: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
