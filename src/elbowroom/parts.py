@@ -14,8 +14,8 @@ from elbowroom.errors import first_line
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-ANOTHER_NAME = {"pyro": "pyro-ppl", "sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow", "dateutil": "python-dateutil"}
-"""Import name -> distribution, where they differ by more than a dash."""
+ANOTHER_NAME = {"pyro": "pyro-ppl", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+"""Import name -> distribution, where they differ by more than a dash, of what may not be installed."""
 
 LONGEST = 120  # characters of a library's own message
 
@@ -25,15 +25,16 @@ def trouble(error: BaseException) -> str | None:
     name = culprit(error)
     if name is None:
         return None
-    distribution = ANOTHER_NAME.get(name, name.replace("_", "-"))
+    distribution = next(iter(metadata.packages_distributions().get(name, ())), ANOTHER_NAME.get(name, name.replace("_", "-")))
     version, ours = _version(distribution), {_normal(one.name): one for one in _requirements()}
     wanted = str(ours.get(_normal(distribution), distribution)).partition(";")[0].strip()
-    if version is None:
+    if version is None and isinstance(error, ModuleNotFoundError) and error.name == name:
         return f"{distribution} is not installed; install it with: pip install '{wanted}'"
     outside = [str(one).partition(";")[0].strip() for one in ours.values() if _is_outside(one)]
     cure = " ".join(f"'{one}'" for one in outside) or f"--upgrade --force-reinstall '{wanted}'"
     reason = f"{type(error).__name__}: {first_line(error)[:LONGEST]}"
-    return f"{distribution} {version} cannot be imported ({reason}); mend it with: pip install {cure}"
+    which = distribution if version is None else f"{distribution} {version}"
+    return f"{which} cannot be imported ({reason}); mend it with: pip install {cure}"
 
 
 def culprit(error: BaseException) -> str | None:
@@ -58,13 +59,13 @@ def _is_library(module: str) -> bool:
 
 
 def _requirements() -> Iterator[Requirement]:
-    """Yield what Elbowroom declares to need on this Python, optional parts included."""
-    from packaging.requirements import Requirement
-
+    """Yield what Elbowroom declares to need on this Python, optional parts included; nothing where that cannot be known."""
     try:
+        from packaging.requirements import Requirement
+
         lines = metadata.requires("elbowroom") or []
-    except metadata.PackageNotFoundError:  # run from its sources
-        lines = []
+    except Exception:  # it runs from its sources, or packaging is what is broken
+        return
     for one in map(Requirement, lines):
         if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in ("", "parquet")):
             yield one
