@@ -17,6 +17,7 @@ from elbowroom.data.columns import CODED, DATE, FEW_LEVELS, MOST_LEVELS, Cells, 
 from elbowroom.data.dataset import Dataset
 from elbowroom.errors import DataError
 
+WHOLE = 2.0**53  # beyond it a float holds no odd numbers, and int64 not all
 SHOWN = 24  # columns that a listing names
 FEW_ROWS = 10  # so few may be 0, 1, 2, ... by chance
 LEVELS = 4  # texts of a column that it names
@@ -204,7 +205,7 @@ def _beside(dataset: Dataset, cells: Mapping[str, Cells], layout: Layout) -> Dat
     if layout.labels is not None and layout.labels in cells:
         found = cells[layout.labels]
         numeric = found.levels is None and not np.isnan(found.values).any()
-        if numeric and (found.values == np.floor(found.values)).all():
+        if numeric and (found.values == np.floor(found.values)).all() and (np.abs(found.values) < WHOLE).all():
             labels = found.values.astype(np.int64)
         else:
             labels = np.array([text or "missing" for text in found.texts()])
