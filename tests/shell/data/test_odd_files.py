@@ -152,7 +152,8 @@ def test_a_run_without_its_data_says_how_to_hand_rows_over(line, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", X)
     np.save("x2.npy", X[:2])
-    Path("s.yaml").write_text("data: {name: file, path: x.npy}\nmodel: {latent_dim: 1}\nfit: {epochs: 1, device: cpu}\n")
+    data, model = "data: {name: file, path: x.npy}", "model: {latent_dim: 1, likelihood: gaussian}"
+    Path("s.yaml").write_text(f"{data}\n{model}\nfit: {{epochs: 1, device: cpu}}\n")
     fit("s.yaml", out="run")
     Path("x.npy").unlink()
     capsys.readouterr()
