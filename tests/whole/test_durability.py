@@ -64,6 +64,22 @@ def test_a_few_kills(few):
     assert few[1]["kills"] == 4
 
 
+def test_a_few_kills_of_an_answer(tmp_path):
+    kill(tmp_path, 4, 0, "both", "answers", "encode")
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_of_answers(tmp_path):
+    found = kill(tmp_path, 200, 1, "both", "answers")
+    assert {"encode", "score", "impute", "sample", "improve", "report"} <= {where.split(": ")[0] for where in found["struck"]}
+
+
+@pytest.mark.slow
+def test_interrupted_answers_say_what_they_keep_and_go_on(tmp_path):
+    found = kill(tmp_path, 40, 2, "interrupts", "answers")
+    assert any("go on with `elbowroom " in words for words in found["told"])
+
+
 @pytest.mark.slow
 def test_two_hundred_kills(tmp_path):
     found = kill(tmp_path, 200, 1)

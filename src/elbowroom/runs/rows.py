@@ -109,10 +109,15 @@ def provenance(run: FittedModel, dataset: Dataset | None) -> Mapping[str, str]:
     record = run.experiment.spec.record
     theirs = run.experiment.data_sha256 if record is None else record.data_sha256
     return {
-        "experiment": run.path.resolve().name,
-        "data": "of the fit" if dataset is None else dataset.name,
+        "experiment": _text(run.path.resolve().name),
+        "data": "of the fit" if dataset is None else _text(dataset.name),
         "data_sha256": theirs if dataset in (None, run.experiment.__dict__.get("data")) else dataset.fingerprint(),
         "weights_sha256": warm_start.fingerprint(run.vae.state_dict()),
         "spec_sha256": run.experiment.identity if record is None else record.experiment,
         "elbowroom": metadata.version("elbowroom"),
     }
+
+
+def _text(name: str) -> str:
+    """Return a file's name as text that can be stored: bytes that are no UTF-8 are written out."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

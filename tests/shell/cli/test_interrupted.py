@@ -44,6 +44,7 @@ def go_on(err: str, arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_fit_and_an_answer_go_on_after_ctrl_c(here):
     fit = ["fit", "s.yaml", "--set", "fit.epochs=60", "--set", "fit.patience=59"]
     code, err = interrupt([*fit, "--out", "r"], "r/checkpoint.pt")
