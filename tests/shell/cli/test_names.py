@@ -74,7 +74,7 @@ def test_the_names_of_columns_and_levels_stand_as_they_are(tmp_path, capsys, mon
     assert code == 0, capsys.readouterr().err
     capsys.readouterr()
     assert call("explain", "r", "--draws", "20", "--points", "3", "--steps", "3") == 0
-    assert name in capsys.readouterr().out
+    assert named(name) in capsys.readouterr().out
     assert call("impute", "r", "--hide", "nowhere") == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
