@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; what cannot even be imported is said in one line."""
-    from elbowroom.parts import trouble
-
     try:
         from elbowroom.cli import app
     except Exception as error:
+        from elbowroom.parts import trouble
+
         broken = trouble(error)
         if broken is None:
             raise

@@ -17,7 +17,6 @@ import typer
 from elbowroom.cli import queries, runs, specs
 from elbowroom.cli.terminal import Echo
 from elbowroom.errors import UserError, first_line, nearest
-from elbowroom.parts import trouble
 from elbowroom.system.memory import ran_out
 
 _ClickException: Any = typer.BadParameter.__mro__[2]
@@ -87,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _not_ours(error: Exception) -> str | None:
     """Say in one line what the disk, the memory or another library did; None where the fault is ours."""
+    from elbowroom.parts import trouble
+
     if (broken := trouble(error)) is not None:
         return broken
     if isinstance(error, OSError) and error.errno in _USERS_DISK:
