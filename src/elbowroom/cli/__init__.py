@@ -10,14 +10,14 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; what cannot even be imported, and an interruption meanwhile, is said in one line."""
-    from elbowroom.parts import trouble
-
     try:
         from elbowroom.cli import app
     except KeyboardInterrupt:
         print("elbowroom: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        from elbowroom.parts import trouble
+
         broken = trouble(error)
         if broken is None:
             raise

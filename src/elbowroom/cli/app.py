@@ -20,7 +20,6 @@ from elbowroom.cli import queries, runs, specs
 from elbowroom.cli.interrupted import INTERRUPTED, kept
 from elbowroom.cli.terminal import Echo, say
 from elbowroom.errors import UserError, nearest, shortened
-from elbowroom.parts import trouble
 from elbowroom.system import files
 from elbowroom.system.memory import asked_for, ran_out
 
@@ -102,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _not_ours(error: Exception) -> str | None:
     """Say in one line what the disk, the memory or another library did; None where the fault is ours."""
+    from elbowroom.parts import trouble
+
     if (broken := trouble(error)) is not None:
         return broken
     if isinstance(error, OSError) and error.errno in _USERS_DISK:
