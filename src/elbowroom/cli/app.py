@@ -113,7 +113,7 @@ def _not_ours(error: Exception) -> str | None:
 
 
 def _fail(message: str) -> None:
-    say(shortened(" ".join(f"elbowroom: {message}".split("\n"))), err=True)
+    say(f"elbowroom: {shortened(' '.join(message.split(chr(10))))}", err=True)
     sys.exit(2)
 
 

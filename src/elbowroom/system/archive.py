@@ -10,12 +10,13 @@ import math
 import os
 import zipfile
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Any
 
 from elbowroom.errors import DataError
 from elbowroom.system.paths import unreadable
+
+if TYPE_CHECKING:
+    import numpy as np  # imported where it is needed: `elbowroom --help` is quick
 
 SHARE = 0.5
 """Largest share of this machine's memory that one array of a file may take."""
@@ -85,6 +86,8 @@ def check_npy(path: Path, label: str) -> None:
 
 
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    import numpy as np
+
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(member)
@@ -102,6 +105,8 @@ def read_npz(path: Path, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """
     if problem := unreadable(path):
         raise ValueError(problem)
+    import numpy as np
+
     with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise ValueError("not an .npz archive")

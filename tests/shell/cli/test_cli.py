@@ -21,7 +21,8 @@ def test_dry_run_writes_nothing(here, capsys):
     before = listing(here)
     assert call("run", "s.yaml", "--dry-run") == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "s.yaml: everything was checked, nothing was written; the run would go to runs/s (new)"
+    assert "│ 0           │ " in "\n".join(out)  # the columns of x come first
+    out = out[out.index("s.yaml: everything was checked, nothing was written; the run would go to runs/s (new)") :]
     assert out[1].startswith("audit, plan for 8 data, about ")
     assert [line.split()[0] for line in out[2:5]] == ["guide", "grid", "others"]
     assert out[5:] == ["  for data that grid does not settle, and for no others: hmc, importance, ais"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from support.tables import save
+from support.cases.written import save
 
 from elbowroom.data.columns import MISSING, Layout
 from elbowroom.data.dataset import Dataset
