@@ -14,7 +14,7 @@ from elbowroom.analysis.audit.auditor import Audit
 from elbowroom.analysis.report.report import write_report
 from elbowroom.cli.app import main
 from elbowroom.components.table import PLACES
-from elbowroom.errors import DataError, SpecError
+from elbowroom.errors import DataError, SpecError, UserError
 from elbowroom.run import Run, fit
 from elbowroom.runs.fitting import default_folder
 from elbowroom.spec import document, run_folder
@@ -117,7 +117,7 @@ def test_no_name_of_data_leads_out_of_a_run(here):
 def test_a_planted_lock_is_not_followed(here):
     Path("run").mkdir()
     Path("run/.lock").symlink_to(here / "victim")
-    with pytest.raises(OSError, match="symbolic link"):
+    with pytest.raises(UserError, match="is a link"):
         fit("s.yaml", out="run")
     assert not Path("victim").exists()
 

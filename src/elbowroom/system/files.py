@@ -159,10 +159,10 @@ def locked(folder: str | Path) -> Iterator[None]:
         RunFolderError: another process holds the lock, or something of Elbowroom's in the folder is a link.
     """
     folder = Path(folder)
-    if folder.resolve() not in _held:
+    if _real(folder) not in _held:
         refuse_links(folder)
     other = f"{folder}: another elbowroom%s is writing to this folder; wait until it has ended, or use another folder"
-    with _hold(folder.resolve(), folder / LOCK, other) as new:
+    with _hold(_real(folder), folder / LOCK, other) as new:
         if new:
             for place in (folder, *(folder / name for name in SUBFOLDERS)):
                 sweep(place)
@@ -181,19 +181,31 @@ def claimed(path: str | Path) -> Iterator[None]:
     """
     path = Path(path)
     other = f"{path}: another elbowroom%s is writing this file; wait until it has ended, or name another with --out"
-    with _hold(path.parent.resolve() / path.name, path.with_name(f".{path.name}{LOCK}"), other):
+    with _hold(_real(path.parent) / path.name, path.with_name(f".{path.name}{LOCK}"), other, named=path):
         yield
 
 
+def _real(path: Path) -> Path:
+    """Return a path without links; where they lead in a circle, the system refuses it when it is used."""
+    return Path(os.path.realpath(path))
+
+
 @contextmanager
-def _hold(key: Path, lock: Path, other: str) -> Iterator[bool]:
-    """Hold a lock file while the context is open; yield whether this process did not hold it already."""
+def _hold(key: Path, lock: Path, other: str, named: Path | None = None) -> Iterator[bool]:
+    """Hold a lock file while the context is open; yield whether this process did not hold it already.
+
+    Where the system refuses the lock of a file, its error names the file.
+    """
     if key in _held:
         yield False
         return
     made = not lock.parent.exists()
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    _held[key] = _acquire(lock, other)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        _held[key] = _acquire(lock, other)
+    except OSError as error:
+        error.filename = error.filename if named is None else str(named)
+        raise
     claims.append(lock.parent if lock.name == LOCK else lock.with_name(lock.name[1 : -len(LOCK)]))
     try:
         yield True
@@ -210,7 +222,7 @@ def move_aside(folder: Path) -> Path:
 
     The rename is one step: at any moment the old folder is complete under one of the two names. Returns its new path.
     """
-    key, number = folder.resolve(), 1
+    key, number = _real(folder), 1
     while True:
         aside = folder.with_name(f"{folder.name}.{number}")
         if not aside.exists() and not aside.is_symlink():

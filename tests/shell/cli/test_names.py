@@ -46,7 +46,7 @@ def test_commands_print_the_names_of_files_as_they_are(here, capsys, name):
     run = f"run {name}"
     assert call("fit", f"{name}.yaml", "--dry-run", "--out", run) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{named(name)}.yaml: everything was checked, nothing was written; the run would go to ")
+    assert f"\n{named(name)}.yaml: everything was checked, nothing was written; the run would go to " in out
     assert f" would go to {named(run)} (new)" in out
     assert call("fit", f"{name}.yaml", "--out", run, "--set", "fit.epochs=1") == 0
     assert f"wrote {named(run)}/ (" in capsys.readouterr().out

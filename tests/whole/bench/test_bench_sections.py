@@ -20,6 +20,7 @@ from benchmarks.results import replaced
 from elbowroom.inference.compiled.graph import Operations
 
 ARGS = argparse.Namespace(
+    likelihood="bernoulli",
     threads=2,
     quick=False,
     ours=True,
