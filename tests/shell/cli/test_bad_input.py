@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import struct
+import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,7 @@ SPEC = {
     "fit": {"epochs": 2, "batch_size": 16, "device": "cpu"},
     "audit": {"draws": 200, "keep": 100},
 }
+NULL = "embedded null byte" if sys.version_info < (3, 13) else "lstat: embedded null character in path"  # Python's own words
 X = (np.random.default_rng(0).random((40, 6)) < np.random.default_rng(1).random((40, 1))).astype(np.float32)
 
 
@@ -235,7 +237,7 @@ BAD = {
     "run range.yaml": "range.yaml: fit.learning_rate: must be greater than 0, got 0",
     "run deep.yaml": "deep.yaml: guide.encoder.hiden: unknown option of mlp; did you mean 'hidden'?",
     "run list.yaml": "list.yaml: guide: must be a block of `key: value` lines, got [1]",
-    "run nodata.yaml": "nodata.yaml: data: embedded null byte",
+    "run nodata.yaml": f"nodata.yaml: data: {NULL}",
     "run tab.yaml": "tab.yaml, line 2, column 1: found character '\\t' that cannot start any token",
     "run code.yaml": "code.yaml, line 1, column 7: the tag tag:yaml.org,2002:python/object/apply:os.system is not allowed",
     "run alias.yaml": "alias.yaml, line 1, column 4: anchors and aliases are not allowed",
