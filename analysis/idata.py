@@ -157,8 +157,7 @@ def write(tree: xr.DataTree | xr.Dataset, path: str | Path) -> None:
     Raises:
         OSError: the disk is full or cannot be written to.
     """
-    packed = tree.to_netcdf(None, engine="h5netcdf")
-    with atomic(path) as temporary:
+    with tree.to_netcdf(None, engine="h5netcdf") as packed, atomic(path) as temporary:  # released in an error too
         temporary.write_bytes(packed)
 
 

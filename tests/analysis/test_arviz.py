@@ -171,6 +171,17 @@ def test_what_a_user_adds_is_saved(tmp_path: Path) -> None:
     np.testing.assert_array_equal(er.Audit.load(tmp_path).posteriors["grid"].posterior["double"], double)
 
 
+def test_memory_is_released_where_a_file_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else Python 3.13 complains on stderr once the memory is collected."""
+    packed = memoryview(b"a file")
+    monkeypatch.setattr(xr.Dataset, "to_netcdf", lambda *_, **__: packed)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        idata.write(xr.Dataset(), tmp_path / "file" / "a.nc")
+    with pytest.raises(ValueError, match="released"):
+        packed.tobytes()
+
+
 def test_it_is_pickled_and_given_on(audit: er.Audit) -> None:
     pickled = pickle.loads(pickle.dumps(audit))
     for other in (pickled, er.Audit(audit.table, audit.posteriors), er.Audit(audit.table, audit.trees)):

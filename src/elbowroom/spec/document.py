@@ -96,7 +96,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise SpecError(f"{label}: not a text file in UTF-8 (byte {error.start})") from None
     except ValueError as error:
-        raise SpecError(f"{label}: {error}") from None
+        raise SpecError(f"{label if path.is_file() else path}: {error}") from None
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror or error}") from None
     tree = parse(text, label)

@@ -58,7 +58,7 @@ def test_commands_print_the_names_of_files_as_they_are(here, capsys, name):
         assert err.count("\n") == 1, err
         assert not CONTROLS.search(err)
         if "\n" not in name and "  " not in name:  # a UserError is one line: white space in it is one space
-            assert named(name) in err, err
+            assert named(name) in err or " ... " in err, err  # long lines are shortened
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "\n" not in name and "\udcff" not in name and "\x1b" not in name])
