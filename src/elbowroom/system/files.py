@@ -200,8 +200,8 @@ def _hold(key: Path, lock: Path, other: str, named: Path | None = None) -> Itera
         yield False
         return
     made = not lock.parent.exists()
+    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
         _held[key] = _acquire(lock, other)
     except OSError as error:
         error.filename = error.filename if named is None else str(named)
