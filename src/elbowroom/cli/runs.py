@@ -239,14 +239,13 @@ def _fit(
     for note in experiment.notes:
         say(f"elbowroom: note: {note}", err=True)
     columns = listing(experiment.data)
-    if columns and not as_json:
-        print_table(("column of x", "kind", "values", "missing"), columns, (), title=f"{len(experiment.data):,} rows")
     if dry_run:
         sentence = (
             f"{named(experiment.label)}: everything was checked, nothing was written; the run would go to {named(path)} ({use})"
         )
         plan = experiment.foreseen()
         if not as_json:
+            _print_columns(columns, len(experiment.data))
             say(f"{sentence}\naudit, {plan}")
         return None, {
             "run": str(path),
@@ -257,12 +256,20 @@ def _fit(
         }
     if claim is not None:
         claim.enter_context(locked(path))
-    with locked(path), _bar(as_json) as report:
-        fitted = shell.fit(experiment, path, overwrite=overwrite, resume=resume, report=report)
+    with locked(path):
+        if not as_json:
+            _print_columns(columns, len(experiment.data))
+        with _bar(as_json) as report:
+            fitted = shell.fit(experiment, path, overwrite=overwrite, resume=resume, report=report)
     if not as_json:
         conclude([f"fit: {fitted.summary}"])
         say(f"wrote {named(path)}/ (weights.pt, history.csv, spec.yaml, split.npz)")
     return fitted, {"run": str(path), "fit": fitted.summary, "notes": list(experiment.notes), "columns": columns}
+
+
+def _print_columns(columns: list[list[str]], n: int) -> None:
+    if columns:
+        print_table(("column of x", "kind", "values", "missing"), columns, (), title=f"{n:,} rows")
 
 
 def _audit(fitted: Run, data: Path | None, out: Path | None, as_json: bool, device: str | None, resume: bool) -> dict[str, Any]:
