@@ -72,6 +72,8 @@ class Layout:
         kinds: column -> kind.
         levels: column -> the texts behind its codes, for coded columns.
         header: whether the first line of a CSV file holds names; None where that is to be found out.
+        delimiter: what stands between the cells of a CSV file; None where that is to be found out. Files of other rows may
+            have another one.
         fitted: it belongs to data of a fit: other rows must have the same columns, except for the labels.
     """
 
@@ -82,6 +84,7 @@ class Layout:
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     header: bool | None = None
+    delimiter: str | None = None
     fitted: bool = False
 
     @classmethod
@@ -93,10 +96,11 @@ class Layout:
         labels: str | None,
         kinds: Mapping[str, Kind] | None,
         header: bool | None = None,
+        delimiter: str | None = None,
     ) -> Layout:
         """Make a layout of the options of a data set; a ValueError if a column is named twice or has two roles."""
         found = cls(
-            None if x is None else tuple(x), tuple(covariates or ()), exposure, labels, dict(kinds or {}), header=header
+            None if x is None else tuple(x), tuple(covariates or ()), exposure, labels, dict(kinds or {}), {}, header, delimiter
         )
         for option, names in (("x", found.x or ()), ("covariates", found.covariates)):
             if repeated := [name for name in names if names.count(name) > 1]:
@@ -143,7 +147,8 @@ class Layout:
             "kinds": dict(self.kinds),
             "levels": {name: list(levels) for name, levels in self.levels.items()},
         }
-        return {key: value for key, value in plain.items() if value} | ({} if self.header is None else {"header": self.header})
+        read = {"header": self.header, "delimiter": self.delimiter}
+        return {k: v for k, v in plain.items() if v} | {k: v for k, v in read.items() if v is not None}
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Layout:
@@ -151,7 +156,8 @@ class Layout:
         levels = {name: tuple(found) for name, found in tree.get("levels", {}).items()}
         x = None if tree.get("x") is None else tuple(tree["x"])
         covariates, kinds = tuple(tree.get("covariates", ())), dict(tree.get("kinds", {}))
-        return cls(x, covariates, tree.get("exposure"), tree.get("labels"), kinds, levels, tree.get("header"), fitted=True)
+        read = tree.get("header"), tree.get("delimiter")
+        return cls(x, covariates, tree.get("exposure"), tree.get("labels"), kinds, levels, *read, fitted=True)
 
 
 def of_array(name: str, values: np.ndarray, label: str) -> Cells:

@@ -28,7 +28,7 @@ LOOK = 200  # rows that are looked at to find delimiter and header
 EVEN = 4  # numbers at equal distances that look like names
 YEAR = 1000  # two numbers from here on, such as 2019 and 2020, look like years
 FEW_WHOLE = 0.01  # share of whole numbers in columns under names that are whole numbers
-_EXCEL = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
+_EXCEL = re.compile(r'"?sep=([,;\t|])"?', re.IGNORECASE)
 _NAMELESS = re.compile(r"Unnamed: \d+(_level_\d+)?")  # pandas calls a column without a name so
 
 
@@ -96,25 +96,26 @@ class Table:
         return rows, lines
 
 
-def read(path: Path, label: str, layout: Layout, delimiter: str | None = None) -> Table:
+def read(path: Path, label: str, layout: Layout) -> Table:
     """Find delimiter, header and index of a CSV file.
 
     Args:
         path: the file.
         label: its name in messages.
-        layout: roles of the columns: a first line that holds their names is a header.
-        delimiter: what stands between cells; found by itself where None.
+        layout: roles of the columns: a first line that holds their names is a header; header and delimiter where they are
+            known.
 
     Raises:
         DataError: it is empty or no text in UTF-8, or delimiter, header or index can be understood in two ways.
     """
-    text = _decoded(path, label)
+    text, tabs = _decoded(path, label), path.suffix.lower() == ".tsv"
     excel = _EXCEL.fullmatch(text.partition("\n")[0].strip())
     if excel:
         text = "\n" + text.partition("\n")[2]  # the numbers of lines stay as they are
     if not text.strip():
         raise DataError(f"{label}: empty")
-    delimiter = delimiter or (excel[1] if excel else None) or _delimiter(text, label, fitted=layout.fitted)
+    declared = None if layout.fitted else layout.delimiter
+    delimiter = declared or (excel[1] if excel else "\t" if tabs else _delimiter(text, label, layout))
     look = _look(text, delimiter, label)
     first, others = look[0][1], [row for _, row in look[1:]]
     header = _is_header(first, others, layout, label)
@@ -162,17 +163,19 @@ def _look(text: str, delimiter: str, label: str) -> list[tuple[int, list[str]]]:
         raise DataError(f"{label}: not a CSV file: line {reader.line_num}: {error}") from None
 
 
-def _delimiter(text: str, label: str, *, fitted: bool) -> str:
-    """Return the delimiter that divides the first rows alike."""
+def _delimiter(text: str, label: str, layout: Layout) -> str:
+    """Return the delimiter that divides the first rows alike; where several do, that of the file of the fit."""
     widths: dict[str, set[int]] = {}
     for mark in DELIMITERS:
         with contextlib.suppress(DataError):
             widths[mark] = {len(row) for _, row in _look(text, mark, label)}
     even = [mark for mark, found in widths.items() if len(found) == 1 and max(found) > 1]
+    if layout.fitted and layout.delimiter in even:
+        return str(layout.delimiter)
     if len(even) > 1:
         one, other = (DELIMITERS[mark] for mark in even[:2])
         raise DataError(f"{label}: both {one} and {other} divide its lines; say which stands between cells: data.delimiter")
-    if even == ["|"] and not fitted:
+    if even == ["|"] and not layout.fitted:
         raise DataError(f"{label}: its cells seem to be separated by |; say so with data.delimiter: '|'")
     if even:
         return even[0]

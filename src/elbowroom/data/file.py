@@ -10,10 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elbowroom.data import delimited
 from elbowroom.data.columns import Layout
 from elbowroom.data.dataset import DEFAULT_SPLIT, Dataset, Fractions, Names, Source
-from elbowroom.data.delimited import Table
 from elbowroom.data.frames import AS_IT_IS, from_python, read_csv, read_parquet
 from elbowroom.data.tables import beside, unnamed
 from elbowroom.errors import DataError, MissingFile, SpecError, nearest
@@ -69,8 +67,7 @@ class File(Source):
             raise DataError(str(error)) from None
         self.label = str(path)
         self.key = key
-        self.layout = Layout.chosen(x, covariates, exposure, labels, kinds, header)
-        self.delimiter = delimiter
+        self.layout = Layout.chosen(x, covariates, exposure, labels, kinds, header, delimiter)
         self.split = split
 
     def load(self) -> Dataset:
@@ -87,8 +84,8 @@ class File(Source):
         readers = {
             ".npz": self._npz,
             ".npy": self._npy,
-            ".csv": lambda layout: read_csv(path, label, layout, self.delimiter),
-            ".tsv": lambda layout: read_csv(path, label, layout, self.delimiter or "\t"),
+            ".csv": lambda layout: read_csv(path, label, layout),
+            ".tsv": lambda layout: read_csv(path, label, layout),
             ".parquet": lambda layout: read_parquet(path, label, layout),
         }
         if path.suffix.lower() not in readers:
@@ -186,8 +183,3 @@ def read_like(given: Any, layout: Layout | None, folder: Path) -> Dataset:
     if isinstance(given, str | Path):
         return File(folder, path=Path(given)).read(layout)
     return from_python(given, layout=layout)
-
-
-def text_table(path: Path, layout: Layout) -> Table:
-    """Return the cells of a CSV file that was read with this layout."""
-    return delimited.read(path, path.name, layout, "\t" if path.suffix.lower() == ".tsv" else None)

@@ -195,20 +195,19 @@ def read_parquet(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
     return from_frame(frame, label, layout)
 
 
-def read_csv(path: Path, label: str, layout: Layout = AS_IT_IS, delimiter: str | None = None) -> Dataset:
+def read_csv(path: Path, label: str, layout: Layout = AS_IT_IS) -> Dataset:
     """Read the cells of a CSV file; see `delimited`. Without a header the columns are called 0, 1, ...
 
     Args:
         path: the file.
         label: its name in messages.
         layout: roles of the columns.
-        delimiter: what stands between cells; found by itself where None.
 
     Raises:
         DataError: delimiter, header or index can be understood in two ways; a line has another number of cells (lines are
             counted from 1); or a column of numbers contains text.
     """
-    table = delimited.read(path, label, layout, delimiter)
+    table = delimited.read(path, label, layout)
     columns, header = table.columns, table.names is not None
     if layout.fitted and layout.x is not None and not header and len(layout.x) == len(columns):
         columns = layout.x  # columns are named by their positions
@@ -222,7 +221,7 @@ def read_csv(path: Path, label: str, layout: Layout = AS_IT_IS, delimiter: str |
             for i, name in enumerate(columns)
         ]
     dataset = assemble(found, layout, label)
-    named = replace(dataset.layout or layout, header=header)
+    named = replace(dataset.layout or layout, header=header, delimiter=table.delimiter)
     if header or layout.x is not None:
         return replace(dataset, layout=named, notes=table.notes())
     return replace(dataset, columns=None, layout=replace(named, x=None))
@@ -232,7 +231,7 @@ def csv_frame(path: Path, label: str, layout: Layout = AS_IT_IS) -> pd.DataFrame
     """Return the cells of a CSV file, or of a .tsv, as a frame: numbers where all are numbers, else text."""
     import pandas as pd
 
-    table = delimited.read(path, label, layout, "\t" if path.suffix.lower() == ".tsv" else None)
+    table = delimited.read(path, label, layout)
     rows, lines = table.rows()
     cells = [
         _column(name, [row[i + table.index] for row in rows], label, lines, name in layout.textual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import pandas as pd
 import pytest
 from support.cases.written import save
 
+from elbowroom.data import delimited
 from elbowroom.data.columns import MISSING, Layout
 from elbowroom.data.dataset import Dataset
-from elbowroom.data.file import File, read_like, text_table
+from elbowroom.data.file import File, read_like
 from elbowroom.data.frames import csv_frame
 from elbowroom.errors import DataError
 
@@ -62,7 +64,7 @@ def test_reads_what_pandas_reads_or_asks(first: int, tmp_path: Path) -> None:
         )
         again = read_like(path, data.layout, tmp_path)  # as encode, score and impute read other rows
         np.testing.assert_array_equal(again.x, data.x, err_msg=str(seed))
-        cells = text_table(path, data.layout).rows()[0]  # in which impute fills holes
+        cells = delimited.read(path, path.name, data.layout).rows()[0]  # in which impute fills holes
         assert len(cells) == len(data.x), seed
     assert read_without_asking > 30
 
@@ -160,3 +162,19 @@ def test_a_file_of_covariates_is_read_alike(tmp_path: Path) -> None:
     assert list(frame.columns) == ["batch", "dose"]
     np.testing.assert_array_equal(frame["dose"], [0.5, np.nan, np.nan])
     assert len(frame) == 3
+
+
+def test_what_was_answered_for_the_fit_is_not_asked_of_other_rows(tmp_path: Path) -> None:
+    """There is no option for it: the layout of the fit knows header and delimiter."""
+    text = "1,5;2,5\n3,5;4,5\n5,5;6,5\n"
+    assert "data.delimiter" in asked(tmp_path, text)
+    data = read(tmp_path, text, delimiter=",", header=False, kinds={"1": "categorical"})
+    assert data.x.shape == (3, 3)
+    kept = Layout.of(json.loads(json.dumps(data.layout.tree())))
+    again = read_like(tmp_path / "x.csv", kept, tmp_path)
+    np.testing.assert_array_equal(again.x, data.x)
+    assert delimited.read(tmp_path / "x.csv", "x.csv", kept).width == 3
+
+
+def test_an_odd_first_line_of_excel_is_no_crash(tmp_path: Path) -> None:
+    assert asked(tmp_path, 'sep="\na,b\n1,2\n')

@@ -13,7 +13,8 @@ import torch
 from elbowroom.analysis.latents.entries import coded
 from elbowroom.analysis.measures.table import GOOD_K, TRUSTED
 from elbowroom.analysis.queries.imputation import errors, losses, share
-from elbowroom.data.file import read_like, text_table
+from elbowroom.data import delimited
+from elbowroom.data.file import read_like
 from elbowroom.data.frames import AS_IT_IS
 from elbowroom.errors import DataError, UserError
 from elbowroom.models.columns import Column
@@ -201,7 +202,7 @@ class Imputed(Answer):
         again = read_like(path, layout, path.parent).x
         if again.shape != self.original.x.shape or not np.array_equal(again, self.original.x, equal_nan=True):
             raise DataError(f"{path.name}: it was changed while its cells were imputed; impute it again")
-        table = text_table(path, layout)
+        table = delimited.read(path, path.name, layout)
         cells, _ = table.rows()
         head = list(table.names or self.entries.names)
         for j, name in enumerate(self.entries.names):
