@@ -13,6 +13,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -88,6 +89,11 @@ class Plot:
     alt: str
     caption: str
     wide: bool = False
+
+    def write(self, path: Path) -> None:
+        """Write the figure as PNG. It is laid out twice: with the room that the first time leaves, ticks may become wider."""
+        self.figure.draw_without_rendering()
+        self.figure.savefig(path, dpi=DPI)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ def write_picture(folder: str | Path, path: str | Path) -> Path:
     if isinstance(item, Absent):
         raise RunFolderError(f"{folder}: {item.reason}")
     with atomic(path) as temporary:
-        item.figure.savefig(temporary, dpi=DPI)
+        item.write(temporary)
     return Path(path)
 
 
@@ -257,7 +257,7 @@ def _written(item: Plot | Absent, folder: Path) -> dict[str, Any] | Absent:
 
 def _embed(item: Plot, path: Path) -> dict[str, Any]:
     with stage(item.name), atomic(path) as temporary:
-        item.figure.savefig(temporary, dpi=DPI)
+        item.write(temporary)
     width, height = item.figure.get_size_inches() * (DPI / 2)
     return {
         "absent": None,

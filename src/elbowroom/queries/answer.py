@@ -164,14 +164,14 @@ class Answer:
         """Write the available figures beside `path`: the first to `<stem>.png`, the others to `<stem>-<name>.png`."""
         if not self.drawings:
             return []
-        from elbowroom.analysis.plots.style import DPI, Plot
+        from elbowroom.analysis.plots.style import Plot
 
         path, written = Path(path), []
         for number, one in enumerate(self.figures.values()):
             if isinstance(one, Plot):
                 target = path.with_name(f"{path.stem}{f'-{one.name}' if number else ''}.png")
                 with atomic(target) as temporary:
-                    one.figure.savefig(temporary, dpi=DPI)
+                    one.write(temporary)
                 written.append(target)
         return written
 

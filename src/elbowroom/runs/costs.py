@@ -45,6 +45,6 @@ def check(model: FittedModel, given: Mapping[str, Any], usual: Mapping[str, Para
             most, size = math.isqrt(most), value * size
         if value > most:
             raise SpecError(
-                f"{name}: {value:,} would take {amount(size)}, and this machine has {amount(memory())} of memory; "
+                f"{name}: {value:,} would take about {amount(size)}, and this machine has {amount(memory())} of memory; "
                 f"at most {most:,} fit"
             )

@@ -68,6 +68,6 @@ def test_a_cost_beyond_this_machine_is_one_line_with_the_largest_that_fits(quest
     with redirect_stderr(err), redirect_stdout(StringIO()), pytest.raises(SystemExit) as stop:
         main([question, "run", *ROWS.get(question, "new.npy").split(), option, str(HUGE)])
     assert stop.value.code == 2, err.getvalue()
-    assert err.getvalue().startswith(f"elbowroom: {name}: {HUGE:,} would take ")
+    assert err.getvalue().startswith(f"elbowroom: {name}: {HUGE:,} would take about ")
     assert err.getvalue().rstrip().endswith(" fit")
     assert err.getvalue().count("\n") == 1
