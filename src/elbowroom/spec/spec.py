@@ -110,6 +110,7 @@ class Roles(TypedDict, total=False):
     kinds: dict[str, Kind]
     levels: dict[str, list[str]]
     header: bool
+    delimiter: str
 
 
 class Record(Block):

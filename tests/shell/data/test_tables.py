@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import TypeAdapter
 
 from elbowroom.components import registry
 from elbowroom.components.slots import build
@@ -18,6 +20,7 @@ from elbowroom.data.frames import Memory, from_python
 from elbowroom.errors import UserError
 from elbowroom.models.columns import Column
 from elbowroom.spec.experiment import Experiment
+from elbowroom.spec.spec import Roles
 
 TABLE = (
     "a,b,city,batch,dose,depth,who\n1,0.5,rome,10,0.1,100,ann\n2,,oslo,9,0.2,200,bob\n"
@@ -253,3 +256,14 @@ def test_a_large_table_of_text_is_read_in_time(tmp_path: Path) -> None:
     frame = pd.DataFrame({"n": rng.integers(0, 9, 20_000), "t": rng.choice(["a", "b", ""], 20_000)})
     dataset = load(tmp_path, frame.to_csv(index=False))
     assert np.isnan(dataset.x[:, 1]).mean() == pytest.approx((frame.t == "").mean())
+
+
+def test_a_record_holds_every_part_of_a_layout() -> None:
+    """Else a run on a table is written and cannot be opened again."""
+    assert {field.name for field in dataclasses.fields(Layout)} - {"fitted"} == set(Roles.__annotations__)
+    full = Layout(("a",), ("c",), "e", "l", {"a": "count"}, {"c": ("x", "y")}, header=False, delimiter=";", fitted=True)
+    read = TypeAdapter(Roles).validate_python(json.loads(json.dumps(full.tree())))
+    again = Layout.of(read)
+    assert [getattr(again, field.name) for field in dataclasses.fields(Layout)] == [
+        getattr(full, field.name) for field in dataclasses.fields(Layout)
+    ]
