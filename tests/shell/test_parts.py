@@ -121,6 +121,7 @@ def test_parquet_without_pyarrow_is_one_line(here: Path, error: str) -> None:
     assert not (here / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_backend_of_a_notebook_is_not_needed(tmp_path: Path) -> None:
     """A command called in a notebook inherits the notebook's MPLBACKEND, which is not installed everywhere."""
     folder = write_run(tmp_path / "run", n=12)

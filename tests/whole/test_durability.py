@@ -64,6 +64,7 @@ def test_a_few_kills(few):
     assert few[1]["kills"] == 4
 
 
+@pytest.mark.slow
 def test_a_few_kills_of_an_answer(tmp_path):
     kill(tmp_path, 4, 0, "both", "answers", "encode")
 

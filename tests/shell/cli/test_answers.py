@@ -111,7 +111,10 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize("question", ["encode", "impute", "explain"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("impute", "explain")]
+
+
+@pytest.mark.parametrize("question", ["encode", *SLOW])
 def test_killed_at_every_rename_an_answer_is_completed(place, monkeypatch, question):
     line, real = [*QUESTIONS[question], "--resume"], Path.replace
     assert call(*line) == 0

@@ -87,7 +87,7 @@ def try_seed(seed: int) -> list[str]:
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_few_tampered_runs(seed, home, monkeypatch):
     monkeypatch.chdir(home)
     assert try_seed(seed) == []
