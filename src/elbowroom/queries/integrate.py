@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elbowroom.analysis.queries.integration import integrate as compute
-from elbowroom.errors import UserError
 from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.queries.answer import Answer
+from elbowroom.queries.sample.sample import check_row
 from elbowroom.queries.stream import place_of
 from elbowroom.runs.rows import provenance, query_rows
 
@@ -28,10 +28,7 @@ def integrate(
     given, _ = Form.of(data)
     rows = query_rows(run, given)
     row = int(rows.index[0]) if datum is None else datum
-    if row not in rows.index:
-        whose = "the test split has rows" if data is None else f"{rows.dataset.name} has rows"
-        near = rows.index[np.argmin(np.abs(rows.index - row))]
-        raise UserError(f"datum: there is no row {row}; {whose} {rows.index[0]} to {rows.index[-1]}, the nearest is {near}")
+    check_row(row, rows, "datum")
     place = place_of(run, device)
     batch = {name: value.to(place) for name, value in rows.experiment.batch(np.array([row])).items()}
     seed = run.experiment.spec.seed if seed is None else seed

@@ -177,6 +177,7 @@ def test_refusals_are_one_line(linear):
         ({"latents": (0, 3)}, "latents: there is no latent 3; the model has latents 0 to 2, the nearest is 2"),
         ({"latents": (1, 1, 2, 0)}, "latents: one or two different latents are needed"),
         ({"datum": 99_999}, "datum: there is no row 99999; the test split has rows"),
+        ({"datum": 2**64}, f"datum: there is no row {2**64}; the test split has rows"),
         ({"others": "posterior"}, "others: unknown source 'posterior'"),
         ({"steps": 1}, "steps: at least 2 are needed, got 1"),
         ({"given": {"age": 3}}, "given: there is no covariate 'age'; this model is not conditional"),

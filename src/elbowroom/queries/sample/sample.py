@@ -333,6 +333,6 @@ def posterior_means(
 def check_row(row: int, rows: QueryRows, what: str) -> None:
     """Raise a DataError, with the nearest row, if a row is not among the rows of the query."""
     if row not in rows.index:
-        near = rows.index[np.argmin(np.abs(rows.index - row))]
+        near = min(rows.index.tolist(), key=lambda one: abs(one - row))  # of any size: NumPy's integers end
         whose = "the test split has rows" if len(rows) < len(rows.dataset) else f"{rows.dataset.name} has rows"
         raise DataError(f"{what}: there is no row {row}; {whose} {rows.index[0]} to {rows.index[-1]}, the nearest is {near}")
