@@ -37,8 +37,8 @@ CHEAP = {
     "explain": ["--points", "3", "--steps", "3", "--draws", "20"], "improve": ["--set", "fit.epochs=2"],
     "fit": ["--set", "fit.epochs=2"], "run": ["--set", "fit.epochs=2"],
 }  # fmt: skip
-UNTRIED = {"profile", "profile_functions", "help"}
-"""Profilers are slow; help ends the command."""
+UNTRIED = {"profile", "profile_functions", "help", "check"}
+"""Profilers are slow, and so is a check of all components; help ends the command."""
 
 NUMBERS = ["0", "1", "2", "3", "5", "-1", "0.5", "1.5", "99", "1e3", "1e-9", "1e400", "nan", "inf", "-inf", "", "x", "١", "0x1"]
 HUGE = ["1000000000000", "9223372036854775807", "18446744073709551616", "1e18"]

@@ -23,9 +23,9 @@ from elbowroom.models.spaces import DISCRETE
 from elbowroom.queries import covariates
 from elbowroom.queries.answer import Answer
 from elbowroom.queries.sample.answer import Samples
-from elbowroom.queries.sample.sample import SOURCES, check_row, posterior_means, rows_of, tensors
+from elbowroom.queries.sample.sample import SOURCES, posterior_means, rows_of, tensors
 from elbowroom.queries.stream import place_of
-from elbowroom.runs.rows import layout_of, provenance
+from elbowroom.runs.rows import check_row, layout_of, provenance
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,9 +10,8 @@ import numpy as np
 from elbowroom.analysis.queries.integration import integrate as compute
 from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.queries.answer import Answer
-from elbowroom.queries.sample.sample import check_row
 from elbowroom.queries.stream import place_of
-from elbowroom.runs.rows import provenance, query_rows
+from elbowroom.runs.rows import check_row, provenance, query_rows
 
 if TYPE_CHECKING:
     from elbowroom.analysis.plots.style import Plot

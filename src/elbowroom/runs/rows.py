@@ -121,3 +121,11 @@ def provenance(run: FittedModel, dataset: Dataset | None) -> Mapping[str, str]:
 def _text(name: str) -> str:
     """Return a file's name as text that can be stored: bytes that are no UTF-8 are written out."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def check_row(row: int, rows: QueryRows, what: str) -> None:
+    """Raise a DataError, with the nearest row, if a row is not among the rows of the query."""
+    if row not in rows.index:
+        near = min(rows.index.tolist(), key=lambda one: abs(one - row))  # of any size: NumPy's integers end
+        whose = "the test split has rows" if len(rows) < len(rows.dataset) else f"{rows.dataset.name} has rows"
+        raise DataError(f"{what}: there is no row {row}; {whose} {rows.index[0]} to {rows.index[-1]}, the nearest is {near}")

@@ -26,7 +26,7 @@ from elbowroom.analysis.audit.requested import Methods
 from elbowroom.analysis.checks.two_sample import LEAST, TwoSample, difference, tell_apart
 from elbowroom.analysis.latents.decoding import draw_prior, event_dims
 from elbowroom.analysis.queries.best_posterior import read
-from elbowroom.errors import DataError, SpecError, UserError, nearest
+from elbowroom.errors import SpecError, UserError, nearest
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.models.spaces import DISCRETE
@@ -34,7 +34,7 @@ from elbowroom.queries import covariates as conditions
 from elbowroom.queries.answer import Form
 from elbowroom.queries.sample.answer import Compared, Samples, conclude, conclude_test
 from elbowroom.queries.stream import place_of, references_for
-from elbowroom.runs.rows import Part, QueryRows, own_rows, provenance, query_rows
+from elbowroom.runs.rows import Part, QueryRows, check_row, own_rows, provenance, query_rows
 from elbowroom.system.memory import slices
 from elbowroom.system.stages import stage
 
@@ -328,11 +328,3 @@ def posterior_means(
         means = best.to(place, dtype)  # analytic, without Monte Carlo noise
     each = [f"{source}, {status}" for source, status in zip(found.source, found.posterior.status, strict=True)]
     return batch, means, each
-
-
-def check_row(row: int, rows: QueryRows, what: str) -> None:
-    """Raise a DataError, with the nearest row, if a row is not among the rows of the query."""
-    if row not in rows.index:
-        near = min(rows.index.tolist(), key=lambda one: abs(one - row))  # of any size: NumPy's integers end
-        whose = "the test split has rows" if len(rows) < len(rows.dataset) else f"{rows.dataset.name} has rows"
-        raise DataError(f"{what}: there is no row {row}; {whose} {rows.index[0]} to {rows.index[-1]}, the nearest is {near}")
