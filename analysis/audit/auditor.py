@@ -206,6 +206,7 @@ def audit(
     guide: Callable[..., Any],
     *args: Any,
     plate: str | None = None,
+    hold: Sequence[str] = (),
     references: Methods = "auto",
     seed: int = 0,
     budget: float | str | None = durations.DEFAULT,
@@ -220,7 +221,9 @@ def audit(
         model: Pyro program p(x, z), with a data plate.
         guide: Pyro program q(z|x), with the same plate.
         *args: arguments of both programs.
-        plate: name of the data plate, where there are several plates.
+        plate: name of the data plate, where there are several that could be it.
+        hold: names of other plates, whose latents are held at the guide's median as global ones are: with `hold=["items"]` each
+            subject is audited given the items, and with `hold=["subjects"]` each item given the subjects.
         references: `auto` (closed form, else enumeration where all latents are discrete, else a grid for d <= 3, else hmc,
             importance and ais), or names (`closed_form`, `enumeration`, `grid`, `hmc`, `importance`, `ais`; several in a list,
             or with commas between them), or Reference objects, or `none`.
@@ -243,7 +246,7 @@ def audit(
     """
     durations.seconds(budget)
     with policy(compile):
-        log_joint = LogJoint(model, guide, *args, plate=plate, **kwargs)
+        log_joint = LogJoint(model, guide, *args, plate=plate, hold=hold, **kwargs)
         note_rounding(log_joint)
         beside: dict[str, LogJoint] | None = {} if diagnose else None
         return audit_log_joint(log_joint, references=references, seed=seed, budget=budget, beside=beside, progress=progress)
@@ -318,8 +321,9 @@ def audit_log_joint(
     facts = {"seed": str(seed), "plate": log_joint.plate, "latent_dim": str(log_joint.dim), "draws": str(draws)}
     reasons = [f"{name}: {reason}" for name, reason in zip(plan.names, plan.reasons, strict=True)]
     facts["plan"] = "; ".join([*reasons, *([plan.then] if plan.spare else [])])
-    if log_joint.program.pinned:
-        facts["held"] = "\n".join(log_joint.program.pinned)
+    held = [name for name in log_joint.program.pinned if name not in log_joint.program.auxiliary]
+    if held:
+        facts["held"] = "\n".join(held)
     notes = list(log_joint.notes)
     if len(posteriors) > len(plan.names):
         left = int((~posteriors[0].settled).sum())

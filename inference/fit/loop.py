@@ -22,7 +22,7 @@ from elbowroom.inference.fit.record import History, Row
 from elbowroom.inference.fit.rows import Rows
 from elbowroom.inference.fit.step import Step
 from elbowroom.inference.objectives.elbo import ELBO, NonFiniteSite
-from elbowroom.inference.program.promotion import mixed
+from elbowroom.inference.program.frozen.promotion import mixed
 from elbowroom.inference.randomness import contained, mode
 from elbowroom.models.vae import VAE, Batch
 from elbowroom.system.files import write_text

@@ -27,8 +27,10 @@ def frame_dim(node: Mapping[str, Any], plate: str) -> int:
     return int(frame.dim)
 
 
-def check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], plate: str) -> None:
+def check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], plate: str, carried: bool) -> None:
     """Refuse a guide site that lies outside the data plate, is a point mass, or has another support than the model's site.
+
+    A site that is carried by an auxiliary one is a Delta of it, and has its density: see `carriers`.
 
     Raises:
         UnsupportedProgram: names the site.
@@ -36,9 +38,13 @@ def check_guide_site(node: Mapping[str, Any], guide_node: Mapping[str, Any], pla
     name = node["name"]
     if frame_of(guide_node, plate) is None:
         raise UnsupportedProgram(f"guide site {name!r} lies outside plate {plate!r}: open the same plate in the guide")
+    if carried:
+        return
     if isinstance(bare(guide_node["fn"]), dist.Delta):
         raise UnsupportedProgram(
-            f"guide site {name!r} is a point mass (Delta): it has no density, so there is no ELBO and no gap to measure"
+            f"guide site {name!r} is a point mass (Delta, as AutoDelta's, a MAP estimate): it is no posterior and has no "
+            "density, so there is no ELBO and no gap to measure. Audit the normal approximation at the mode: train "
+            "pyro.infer.autoguide.AutoLaplaceApproximation(model) in its place and pass it as the guide"
         )
     prior, posterior = support_of(node["fn"]), support_of(guide_node["fn"]) or support_of(node["fn"])
     value = guide_node["value"]
@@ -100,6 +106,23 @@ def continuous_site(node: Mapping[str, Any], plate: str, offset: int) -> Site:
         columns=slice(offset, offset + math.prod(free_shape)),
         support=support if is_static(support) else None,
         transform=transform if is_static(support) else None,
+    )
+
+
+def auxiliary_site(node: Mapping[str, Any], plate: str) -> Site:
+    """Describe a site of the guide whose entries are unconstrained coordinates, with columns of its own."""
+    fn = node["fn"]
+    dim, batch_ndim, value = _layout(node, plate)
+    shape = tuple(value.movedim(dim - fn.event_dim, 0).shape[1:])
+    return Site(
+        name=node["name"],
+        plate_dim=dim,
+        event_dim=fn.event_dim,
+        batch_ndim=batch_ndim,
+        shape=shape,
+        free_shape=shape,
+        free_event_dim=fn.event_dim,
+        columns=slice(0, math.prod(shape)),
     )
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
@@ -15,11 +16,12 @@ from torch.distributions import Transform
 from torch.distributions.transforms import IndependentTransform
 
 from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.program.carriers import JointCarrier, carriers_by_site
 from elbowroom.inference.program.densities.bilinear import Bilinear
 from elbowroom.inference.program.densities.edges import bijection, density, draw
 from elbowroom.inference.program.densities.factorised import log_prob as sharing_log_prob
 from elbowroom.inference.program.densities.factorised import shared_log_prob
-from elbowroom.inference.program.masks import coordinates, entries, masks_inside
+from elbowroom.inference.program.masks import bare, coordinates, entries, masks_inside
 from elbowroom.inference.program.observed import impossible
 from elbowroom.inference.program.sites import Gate, Program, Site, frame_of, per_datum, support_of
 
@@ -73,6 +75,7 @@ class Replay(Messenger):
         self.program = program
         self.sites = {site.name: site for site in program.sites}
         self.discrete = {site.name: site for site in program.discrete}
+        self.carried = carriers_by_site(program.carriers)
         self.assignment = assignment
         self.z = z
         self.given = values
@@ -82,6 +85,7 @@ class Replay(Messenger):
         self.draws_dim = draws_dim
         self.per_draw: Any = 0.0
         self.values: dict[str, Tensor] = {}
+        self.carrying: dict[str, Tensor] = {}
         self.distributions: dict[str, Any] = {}
         self.masks: dict[str, Any] = {}
         self.padding: Any = 0.0
@@ -99,17 +103,43 @@ class Replay(Messenger):
             return
         elif name in self.program.pinned:
             self._set(msg, self.program.pinned[name])
+        elif name in self.program.carriers:
+            self._place_carrier(self.program.carriers[name], msg)
         elif name in self.discrete:
             if name in self.assignment:
                 self._set(msg, self._assigned(self.discrete[name], msg))
         elif name in self.sites and self.given is not None:
             self._set(msg, self.given[name])
+        elif name in self.carried and self.carried[name].name in self.carrying:
+            site = self.sites[name]
+            self._place(msg, site.split(self.carrying[self.carried[name].name]), bijection(site.support))
         elif name in self.sites and self.z is not None:
             self._place(msg, self.sites[name].split(self.z), bijection(support_of(msg["fn"])))
         elif name in self.sites and msg["value"] is None and (transform := self.sites[name].transform) is not None:
             u = draw(msg["fn"], transform)
             if u is not None:
                 self._place(msg, u, transform)
+
+    def _coordinates(self) -> Tensor:
+        """Return the coordinates (N, d) of the given values, for the sites that carry them."""
+        parts = []
+        for site in self.program.sites:
+            given = self.free.get(site.name)
+            u = given[0] if given is not None else bijection(site.support).inv(self.given[site.name])  # type: ignore[index]
+            rows = site.gather(u, site.free_event_dim)
+            parts.append(rows.reshape(len(rows), -1))
+        return torch.cat(parts, -1)
+
+    def _place_carrier(self, carrier: Any, msg: Any) -> None:
+        """Give an auxiliary site of the guide the value at which its Deltas have theirs; draw a vector of all data."""
+        if self.given is not None:
+            self.carrying[carrier.name] = self._coordinates()
+        elif isinstance(carrier, JointCarrier):
+            if self.draws_dim is not None:
+                raise RuntimeError("one vector of all data is drawn once at a time")
+            self.carrying[carrier.name] = carrier.draw(self.program.dim, msg["fn"].mean)
+        if carrier.name in self.carrying:
+            self._set(msg, carrier.value(self.carrying[carrier.name]))
 
     def _place(self, msg: Any, u: Tensor, transform: Transform) -> None:
         self.free[msg["name"]] = u, transform
@@ -159,12 +189,17 @@ class Replay(Messenger):
             return
         if msg["infer"].get("_deterministic"):
             return
+        if name in self.program.carriers:
+            self._carry(name, msg)
+            return
         if name in self.sites or name in self.discrete:
             self.values[name] = msg["value"]
             self.distributions[name] = fn
             self.masks[name] = msg["mask"]
             if name in self.program.gated and self.z is not None:
                 self.padding = self.padding + self._gate(name, self.z)
+            if name in self.carried and is_carried(fn):
+                return  # its density is that of its carrier
         elif not msg["is_observed"]:
             return
         if self.draws_dim is not None:
@@ -195,6 +230,19 @@ class Replay(Messenger):
         else:
             self.log_likelihood = self.log_likelihood + self._reduce(log_prob, frame.dim)
 
+    def _carry(self, name: str, msg: Any) -> None:
+        """Add the density of an auxiliary site to that of the sites that it carries."""
+        carrier = self.program.carriers[name]
+        if isinstance(carrier, JointCarrier):
+            self.log_prior = self.log_prior + carrier.log_prob(self.carrying[name])
+            return
+        log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), 1.0, msg["mask"])
+        if self.draws_dim is not None:
+            drawn = log_prob.movedim(self.draws_dim, 0)
+            self.per_draw = self.per_draw + drawn.reshape(len(drawn), -1).sum(1)
+            return
+        self.log_prior = self.log_prior + self._reduce(log_prob, carrier.site.plate_dim)
+
     def kept(self, name: str) -> Tensor | None:
         """Return which coordinates, or entries of a discrete site, masks keep: (*batch, *event); None if there is no mask."""
         fn, mask, device = self.distributions[name], self.masks[name], self.values[name].device
@@ -223,6 +271,11 @@ class Replay(Messenger):
         loc, scale = (torch.tensor(numbers, dtype=z.dtype, device=z.device) for numbers in (gate.loc, gate.scale))
         log_p = -0.5 * ((z[..., self.sites[name].columns] - loc) / scale).square() - scale.log() - HALF_LOG_2PI
         return torch.where(keep, 0.0, log_p).sum(-1)
+
+
+def is_carried(fn: Any) -> bool:
+    """Whether a site is a Delta, which has no density of its own."""
+    return isinstance(bare(fn), dist.Delta)
 
 
 Which = Literal["model", "guide"]

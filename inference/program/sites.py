@@ -95,6 +95,8 @@ class Program:
         gated: sites whose mask depends on the discrete sites; see `Gate`.
         moving: observed sites whose support may depend on latents.
         observed: values of the observed sites inside the data plate, name -> (N, ...).
+        carriers: auxiliary sites of the guide that carry coordinates of the local sites, by name; see `carriers`.
+        auxiliary: names of the guide's sites that are no latents of the model.
         notes: sentences about sites that were pinned, dropped or rescaled.
     """
 
@@ -113,6 +115,8 @@ class Program:
     gated: Mapping[str, Gate] = field(default_factory=dict)
     moving: frozenset[str] = frozenset()
     sized: bool = False
+    carriers: Mapping[str, Any] = field(default_factory=dict)
+    auxiliary: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
 
     @property

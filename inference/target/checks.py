@@ -294,7 +294,8 @@ def separates(joint: PlainLogJoint, draw: Callable[..., Tensor]) -> bool:
     parts = [rows.to(joint.device) for rows in parts]
     with torch.no_grad(), seeded(0):
         try:
-            if not _model_separates(joint, parts):
+            joint.model_separates = [_model_separates(joint, parts)]
+            if not joint.model_separates[0]:
                 return False
         except (RuntimeError, ValueError, IndexError):
             return False

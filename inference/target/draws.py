@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.errors import UnsupportedProgram, first_line
+from elbowroom.inference.program.carriers import JointCarrier
 from elbowroom.inference.program.densities.edges import bijection
 from elbowroom.inference.program.replay import Replay, Which
 from elbowroom.inference.program.sites import Site, support_of
@@ -26,6 +27,8 @@ def forward(joint: PlainLogJoint, which: Which, n_draws: int) -> Tensor:
     """Draw the local latents from the model (the prior) or the guide, in the joint's scope: (S, N, d)."""
     if joint.dim == 0:  # every latent is discrete, and summed out
         return torch.zeros(n_draws, joint.n_obs, 0, dtype=joint.dtype or joint.own_dtype, device=joint.device)
+    if which == "guide" and (vector := _of_all_data(joint)) is not None:
+        return vector.draw(joint.dim, joint.probe_points.new_empty(0).to(joint.dtype or joint.own_dtype), (n_draws,))
     if joint.batched_draws[which] is None:
         joint.batched_draws[which] = _batches(joint, which)
     if joint.batched_draws[which]:
@@ -43,6 +46,13 @@ def forward(joint: PlainLogJoint, which: Which, n_draws: int) -> Tensor:
         return z
     kept = {name: torch.stack([torch.as_tensor(run.columns(name)) for run in runs]) for name in gates(joint)}
     return padded(joint, z, kept)
+
+
+def _of_all_data(joint: PlainLogJoint) -> JointCarrier | None:
+    """Return the vector of all data that holds every coordinate, where the guide draws one: draws need no run of it."""
+    found = [carrier for carrier in joint.program.carriers.values() if isinstance(carrier, JointCarrier)]
+    alone = len(found) == 1 and len(found[0].columns) == joint.dim and not joint.program.gated
+    return found[0] if alone else None
 
 
 def gates(joint: PlainLogJoint) -> list[str]:

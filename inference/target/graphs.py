@@ -138,7 +138,7 @@ class Graphs:
         """Return the graph for the outcomes of branches on these data, traced if there is none yet, and the outcomes."""
         if root.program.index:
             raise Untraceable("the plate is sub-sampled")
-        if not root.separable():
+        if not root.separable() and (kind == "guide" or root.model_separates != [True]):
             raise Untraceable("its arguments cannot be taken apart by datum")
         rows = OneDatum(root)
         with root.frozen_weights():

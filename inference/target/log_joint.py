@@ -55,6 +55,7 @@ class LogJoint(PlainLogJoint):
         guide: Pyro program q(z|x), with the same plate.
         *args: arguments of both programs.
         plate: name of the data plate, if there are several candidates.
+        hold: names of other plates, whose latents are held at the guide's median, as global ones are.
         dtype: floating-point type of all computations, including tensors in the programs' closures and tensors that they
             make with an explicit dtype; None keeps the program's own.
         **kwargs: keyword arguments of both programs.
@@ -71,6 +72,7 @@ class LogJoint(PlainLogJoint):
         shares: whether one grid can be evaluated for all data at once; None until it was tried.
         factorises: whether that evaluation is a single matrix product.
         separates: whether the arguments can be separated by datum; empty until it was tried.
+        model_separates: whether the model alone gives each datum of a part what it gives it among all; likewise.
         data_dims: dimension of the data in each argument, leaf by leaf; None where it has none.
         probe_points: (S, N, d), draws of guide and prior that the construction was tested at.
         notes: sentences about sites that were pinned, dropped or ignored and methods that were slowed down, and why.
@@ -79,8 +81,10 @@ class LogJoint(PlainLogJoint):
         UnsupportedProgram: the pair is not supported; names the site or plate and the reason.
     """
 
-    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str | None, dtype: torch.dtype | None) -> None:
-        super()._build(args, kwargs, plate, dtype)
+    def _build(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], plates: tuple[str | None, Sequence[str]], dtype: torch.dtype | None
+    ) -> None:
+        super()._build(args, kwargs, plates, dtype)
         self.shares: bool | None = None
         self.factorises = False
         self._kept = Kept()

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.program.inspection import inspect
+from elbowroom.inference.program.carriers import with_density
+from elbowroom.inference.program.frozen.promotion import Promoted, mixed, mixes
+from elbowroom.inference.program.frozen.snapshot import Snapshot, program_in
+from elbowroom.inference.program.inspection.pair import inspect
 from elbowroom.inference.program.latents import log_sum, summed_out
-from elbowroom.inference.program.promotion import Promoted, mixed, mixes
 from elbowroom.inference.program.replay import Replay, Which
-from elbowroom.inference.program.snapshot import Snapshot, program_in
 from elbowroom.inference.randomness import seeded
 from elbowroom.system.memory import fitting
 
@@ -52,24 +53,28 @@ class PlainLogJoint:
         guide: Callable[..., Any],
         *args: Any,
         plate: str | None = None,
+        hold: Sequence[str] = (),
         dtype: torch.dtype | None = torch.float64,
         **kwargs: Any,
     ) -> None:
+        guide = with_density(guide, args, kwargs)
         self.model, self.guide = model, guide
         self.snapshot = Snapshot((model, guide), args, kwargs)
         try:
-            self._build(args, kwargs, plate, dtype)
+            self._build(args, kwargs, (plate, hold), dtype)
         except (RuntimeError, UnsupportedProgram) as error:  # e.g. from a prior never drawn in training, or NumPy data
             if dtype is None or not (mixed(error) or mixed(error.__cause__)):
                 raise
             self.model, self.guide = Promoted(model, dtype), Promoted(guide, dtype)
-            self._build(args, kwargs, plate, dtype)
+            self._build(args, kwargs, (plate, hold), dtype)
             self.note(f"the program mixes precisions and does not run as it is; all is computed in {dtype}")
 
-    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: str | None, dtype: torch.dtype | None) -> None:
+    def _build(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], plates: tuple[str | None, Sequence[str]], dtype: torch.dtype | None
+    ) -> None:
         with self.snapshot.eval_mode(), seeded(0), torch.no_grad(), pyro.validation_enabled(True):
             try:
-                self.program = inspect(self.model, self.guide, args, kwargs, plate)
+                self.program = inspect(self.model, self.guide, args, kwargs, *plates)
             except ZeroDivisionError as error:  # Pyro raises it for a plate without entries
                 raise UnsupportedProgram("model: a plate is empty; is there no row of data?") from error
         self.n_obs, self.dim, self.sites = self.program.n_obs, self.program.dim, self.program.sites
@@ -81,6 +86,7 @@ class PlainLogJoint:
         self.mode = "loop"
         self.batched_draws: dict[Which, bool | None] = {"model": None, "guide": None}
         self.separates: list[bool] = []
+        self.model_separates: list[bool] = []
         self.data_dims = self._data_dimensions()
         self.probe_points = torch.empty(0, self.n_obs, self.dim)  # until the probe
         self._whole: Self | None = None

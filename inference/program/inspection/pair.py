@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -20,7 +20,19 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.program.carriers import JOINTLY_NORMAL, Carrier, JointCarrier, find_carriers
 from elbowroom.inference.program.densities.edges import bijection
+from elbowroom.inference.program.inspection.plates import data_plate
+from elbowroom.inference.program.inspection.refusals import (
+    GivenRows,
+    check_masks,
+    factor_notes,
+    refuse_auxiliary,
+    refuse_other_rows,
+    refuse_sequential,
+    refuse_unplated,
+    shapes_explained,
+)
 from elbowroom.inference.program.latents import (
     MAX_ASSIGNMENTS,
     active_coordinates,
@@ -31,17 +43,6 @@ from elbowroom.inference.program.latents import (
 )
 from elbowroom.inference.program.masks import masks_inside
 from elbowroom.inference.program.observed import check_observed, moving_supports
-from elbowroom.inference.program.refusals import (
-    GivenRows,
-    check_masks,
-    refuse_auxiliary,
-    refuse_factors,
-    refuse_joint_guide,
-    refuse_other_rows,
-    refuse_sequential,
-    refuse_unplated,
-    shapes_explained,
-)
 from elbowroom.inference.program.replay import with_gates
 from elbowroom.inference.program.sites import Program, Site, frame_of, support_of
 
@@ -56,13 +57,21 @@ def inspect(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     plate: str | None,
+    hold: Sequence[str] = (),
 ) -> Program:
-    """Run the pair p(x, z), q(z|x) once and describe it; `plate` names the data plate, if there are several candidates.
+    """Run the pair p(x, z), q(z|x) once and describe it.
+
+    Args:
+        model: p(x, z).
+        guide: q(z|x).
+        args: arguments of both.
+        kwargs: keyword arguments of both.
+        plate: name of the data plate, if there are several candidates.
+        hold: names of other plates, whose latents are held at the guide's median, as global ones are.
 
     Raises:
         UnsupportedProgram: per-datum inference does not apply to the pair; names the site or plate and the reason.
     """
-    refuse_joint_guide(guide)
     given = GivenRows()
     with shapes_explained():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -73,14 +82,20 @@ def inspect(
     latents = {name: site for name, site in _latents(model_trace).items() if not _is_unobserved_half(name, model_trace)}
     dropped = frozenset(_latents(model_trace)) - frozenset(latents)
     guide_latents = {name: site for name, site in _latents(guide_trace).items() if name not in dropped}
-    refuse_auxiliary(guide_latents, latents)
-    refuse_factors(guide_trace, model_trace)
+    extra = {name: node for name, node in guide_latents.items() if name not in latents}
 
-    name = _data_plate(latents, model_trace, plate)
+    name, choice = data_plate(latents, model_trace, plate, hold)
     for trace in (model_trace, guide_trace):
         refuse_unplated(trace, name)
     local = {k: v for k, v in latents.items() if frame_of(v, name) is not None}
-    pinned, notes = _pin({k: v for k, v in latents.items() if k not in local}, guide, guide_trace, args, kwargs)
+    carriers: dict[str, Carrier | JointCarrier] = {}
+    if extra:
+        carriers = find_carriers(extra, local, name, lambda: poutine.trace(guide).get_trace(*args, **kwargs))
+    shared = {k: v for k, v in latents.items() if k not in local} | {
+        k: v for k, v in extra.items() if k not in carriers and frame_of(v, name) is None
+    }
+    pinned, notes = _pin(shared, guide, guide_trace, args, kwargs, carriers, frozenset(extra))
+    refuse_auxiliary(extra, frozenset({*carriers, *pinned}))
     if pinned:  # sites after a pinned global must be run at its pinned value
         guide_trace = poutine.trace(poutine.condition(guide, data=pinned)).get_trace(*args, **kwargs)
         for global_name in pinned:
@@ -92,7 +107,9 @@ def inspect(
         for node in trace.nodes.values()
         if node["type"] == "sample" and site_is_subsample(node) and len(node["value"]) < node["fn"].size
     }
+    notes = [*choice, *notes]
     notes += [f"site {half!r} is the unobserved half of obs_mask: integrated out" for half in sorted(dropped)]
+    notes += factor_notes(guide_trace, model_trace)
     notes += _scale_notes(model_trace, guide_trace)
     notes += _subsample_notes(model_trace, name)
     notes += check_observed(model_trace, name, lambda: poutine.trace(model).get_trace(*args, **kwargs))
@@ -115,7 +132,7 @@ def inspect(
             continue
         if guide_node is None:
             raise UnsupportedProgram(f"guide: it has no site {site_name!r}, a latent of the model inside plate {name!r}")
-        check_guide_site(node, guide_node, name)
+        check_guide_site(node, guide_node, name, any(site_name in carrier.carried for carrier in carriers.values()))
         check_masks(node, guide_node)
         site = continuous_site(node, name, offset)
         offset = site.columns.stop
@@ -141,6 +158,8 @@ def inspect(
         discrete=tuple(discrete),
         dim=offset,
         guide_sites=frozenset(guide_latents) & frozenset(local),
+        carriers=carriers,
+        auxiliary=frozenset(extra),
         pinned=pinned,
         index=index,
         sized=sized,
@@ -198,49 +217,30 @@ def _is_discrete(node: Mapping[str, Any]) -> bool:
     return bool(node["fn"].has_enumerate_support) or bool(support.is_discrete)
 
 
-def _data_plate(latents: Mapping[str, Mapping[str, Any]], trace: Trace, asked: str | None) -> str:
-    plates = {f.name for node in trace.nodes.values() if node["type"] == "sample" for f in node["cond_indep_stack"]}
-    if not latents:
-        raise UnsupportedProgram("model: it has no latent sample site")
-    if asked is not None:
-        if asked not in plates:
-            raise UnsupportedProgram(f"plate={asked!r}: the model has no such plate; it has {sorted(plates)}")
-        if not any(frame_of(node, asked) for node in latents.values()):
-            raise UnsupportedProgram(f"plate={asked!r}: no latent site lies inside it")
-        return asked
-    stacks = [{frame.name for frame in node["cond_indep_stack"]} for node in latents.values()]
-    local = [stack for stack in stacks if stack]
-    if not local:
-        raise UnsupportedProgram(
-            f"model: no plate holds a latent site ({', '.join(map(repr, latents))}); one datum cannot be told from the "
-            "next. Open `with pyro.plate('data', len(x)):` around the latent and the observed site"
-        )
-    common = set.intersection(*local)
-    if len(common) == 1:
-        return common.pop()
-    if not common:
-        listed = ", ".join(f"{name!r} in {sorted(stack)}" for name, stack in zip(latents, stacks, strict=True))
-        raise UnsupportedProgram(f"model: its latent sites share no plate ({listed}); say which holds the data: plate=...")
-    raise UnsupportedProgram(
-        f"model: the data plate could be any of {sorted(common)}; say which holds the data, e.g. plate={sorted(common)[0]!r}"
-    )
-
-
 def _pin(
     latents: Mapping[str, Mapping[str, Any]],
     guide: Callable[..., Any],
     guide_trace: Trace,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    carriers: Mapping[str, Carrier | JointCarrier],
+    extra: frozenset[str],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Fix every global latent at the median of the guide's distribution, a discrete one at its mode, in program order."""
+    """Fix every global latent at the median of the guide's distribution, a discrete one at its mode, in program order.
+
+    Auxiliary sites of the guide that carry global latents (`extra`) are fixed likewise, before these.
+    """
     pinned: dict[str, Tensor] = {}
+    vectors = {name: carrier.loc for name, carrier in carriers.items() if isinstance(carrier, JointCarrier)}
     notes = []
     for name in (n for n in guide_trace.nodes if n in latents):
-        trace = poutine.trace(poutine.condition(guide, data=pinned)).get_trace(*args, **kwargs) if pinned else guide_trace
+        held = {**pinned, **vectors}
+        trace = poutine.trace(poutine.condition(guide, data=held)).get_trace(*args, **kwargs) if held else guide_trace
         fn = trace.nodes[name]["fn"]
         listed = bool(_base(fn).has_enumerate_support)
         pinned[name] = _mode(fn) if listed else _median(fn, latents[name]["fn"])
+        if name in extra:
+            continue
         notes.append(
             f"global latent {name!r} is held at the guide's {'mode' if listed else 'median'}: ELBO, log p(x) and gap are those "
             "at this value, and the ELBO is not SVI's, which averages over the guide's draws of it"
@@ -273,6 +273,8 @@ def _median(fn: TorchDistribution, prior: TorchDistribution) -> Tensor:
     base = _base(fn)
     if isinstance(base, dist.Delta):
         return base.v.detach()
+    if isinstance(base, JOINTLY_NORMAL):
+        return base.mean.detach()
     try:
         return base.icdf(torch.full_like(base.sample(), 0.5)).detach()
     except (NotImplementedError, AttributeError, TypeError):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
@@ -20,15 +19,6 @@ from elbowroom.inference.program.sites import frame_of
 
 MISMATCH = re.compile(r"Shape mismatch inside plate\('(.*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)")
 TO_EVENT = "where they are values of one datum, say so by `.to_event(1)` on its distribution, in model and guide"
-
-
-def refuse_joint_guide(guide: Callable[..., Any]) -> None:
-    """Refuse a guide that joins all data into one site."""
-    if isinstance(guide, AutoContinuous):
-        raise UnsupportedProgram(
-            f"guide: {type(guide).__name__} joins all data into one latent site; write a guide whose sites sit inside the "
-            "data plate, e.g. `with pyro.plate('data', len(x)): pyro.sample('z', dist.Normal(loc, scale).to_event(1))`"
-        )
 
 
 @contextlib.contextmanager
@@ -106,26 +96,29 @@ def refuse_sequential(*traces: Trace) -> None:
                     )
 
 
-def refuse_auxiliary(guide_latents: Mapping[str, Any], latents: Mapping[str, Any]) -> None:
-    """Refuse a site of the guide that is no latent of the model."""
-    extra = [name for name in guide_latents if name not in latents]
-    if extra:
-        raise UnsupportedProgram(
-            f"guide site {extra[0]!r} is not a latent of the model (an auxiliary variable): log q(z|x) would need an "
-            "integral over it; draw the model's own sites from distributions with a density"
-        )
+def refuse_auxiliary(extra: Mapping[str, Any], held: frozenset[str]) -> None:
+    """Refuse a site of the guide that is no latent of the model and carries none."""
+    for name in extra:
+        if name not in held:
+            raise UnsupportedProgram(
+                f"guide site {name!r} is not a latent of the model, and no site of the model is a Delta of it (an auxiliary "
+                "variable): log q(z|x) would need an integral over it; draw the model's own sites from distributions with a "
+                "density, or make each of them a Delta of the map from that site's entries onto its support"
+            )
 
 
-def refuse_factors(guide_trace: Trace, model_trace: Trace) -> None:
-    """Refuse a site that is observed in the guide alone."""
+def factor_notes(guide_trace: Trace, model_trace: Trace) -> list[str]:
+    """Say which sites are observed in the guide alone: they are factors, which no density of z has."""
+    notes = []
     for name, node in guide_trace.nodes.items():
         observed = node["type"] == "sample" and node["is_observed"] and not node["infer"].get("_deterministic")
         # a messenger guide runs the model and so has its observed sites; a site observed in the guide alone is a factor
         if observed and not site_is_subsample(node) and name not in model_trace.nodes:
-            raise UnsupportedProgram(
-                f"guide site {name!r} is observed (a pyro.factor or obs= in the guide): q(z|x) would not be normalised, and "
-                "neither its ELBO nor its gap would mean anything; remove it"
+            notes.append(
+                f"guide site {name!r} is observed (a pyro.factor or obs= in the guide) and ignored: q(z|x) is the distribution "
+                "that the guide draws from, and the ELBO is that of these draws, not the one that SVI counts with the factor"
             )
+    return notes
 
 
 def check_masks(node: Mapping[str, Any], guide_node: Mapping[str, Any]) -> None:

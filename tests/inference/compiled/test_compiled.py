@@ -21,7 +21,7 @@ from elbowroom.inference.compiled.graph import Graph, Untraceable
 from elbowroom.inference.compiled.policies import at_most, expecting, policy
 from elbowroom.inference.compiled.vmap_rules import VmapRules
 from elbowroom.inference.mcmc.leapfrog import leap
-from elbowroom.inference.program.promotion import mixed
+from elbowroom.inference.program.frozen.promotion import mixed
 from elbowroom.inference.references.hmc.hmc import HMC
 from elbowroom.inference.target import graphs as traced
 from elbowroom.inference.target import tracing

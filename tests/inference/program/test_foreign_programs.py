@@ -183,7 +183,7 @@ def test_a_plate_that_is_not_outermost_and_a_latent_with_inner_plate() -> None:
         with pyro.plate("replicates", 2, dim=-2), pyro.plate("units", 3, dim=-1):
             pyro.sample("z", dist.Normal(0.7 * y, 0.5))
 
-    with pytest.raises(UnsupportedProgram, match=r"could be any of \['replicates', 'units'\]; say which holds the data"):
+    with pytest.raises(UnsupportedProgram, match=r"could be any of \['replicates', 'units'\] .*; say which holds the data"):
         LogJoint(model, guide, y)
     log_joint = LogJoint(model, guide, y, plate="units")
     assert (log_joint.n_obs, log_joint.dim) == (3, 2)

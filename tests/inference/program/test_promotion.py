@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elbowroom.analysis.audit.auditor import audit
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.program.promotion import Promoted, Promotion
+from elbowroom.inference.program.frozen.promotion import Promoted, Promotion
 from elbowroom.inference.references.grid.grid import Grid
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.simulate import predict, simulate
