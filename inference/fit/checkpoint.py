@@ -45,7 +45,8 @@ def save(path: Path, value: Mapping[str, Any]) -> None:
     with atomic(path) as temporary:
         packed = io.BytesIO()  # torch's own writer hides the error of the disk
         torch.save(value, packed)
-        temporary.write_bytes(packed.getbuffer())
+        with temporary.open("wb") as file:  # unlike `write_bytes`, which leaves the buffer in use when the disk is full
+            file.write(packed.getbuffer())
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -126,15 +126,70 @@ def auxiliary_site(node: Mapping[str, Any], plate: str) -> Site:
     )
 
 
-def discrete_site(node: Mapping[str, Any], plate: str) -> Site:
+def discrete_sites(
+    nodes: Mapping[str, Mapping[str, Any]], plate: str, drawn: Collection[str], alone: bool
+) -> tuple[list[Site], frozenset[str], list[str]]:
+    """Describe the discrete latents of a program.
+
+    Args:
+        nodes: their nodes in the model's trace, by name.
+        plate: name of the data plate.
+        drawn: names of the sites that the guide draws.
+        alone: whether there is no continuous latent.
+
+    Returns:
+        Those whose joint values are listed, the names of those that variable elimination sums out (in a plate within the
+        data plate, or of too many joint values and not drawn by the guide), and sentences about these.
+
+    Raises:
+        UnsupportedProgram: a site has no finite list of values, or a list too long; names it.
+    """
+    inner = [name for name, node in nodes.items() if _entries(node, plate) > 1]
+    listed = {name: _listed(node, plate) for name, node in nodes.items() if name not in inner}
+    count = math.prod(len(site.values) for site in listed.values() if site.values is not None)
+    too_many = count > MAX_ASSIGNMENTS
+    if too_many and (alone or set(listed) & set(drawn)):
+        names = ", ".join(repr(name) for name in listed)
+        cure = "" if alone else "; leave them out of the guide, so that they are summed out one by one"
+        raise UnsupportedProgram(
+            f"sites {names}: {count} joint values are too many to enumerate (at most {MAX_ASSIGNMENTS}){cure}"
+        )
+    if inner and alone and not listed:
+        raise UnsupportedProgram(
+            f"every latent is discrete and lies in a plate within plate {plate!r}: all of them are summed out, and no "
+            "posterior is left to audit"
+        )
+    summed = [name for name in nodes if too_many or name in inner]
+    for name in summed:
+        _check_enumerable(nodes[name])
+    notes = [
+        f"discrete site {name!r} is summed out of log p(x, z) exactly, by variable elimination"
+        + (": the guide's draws of it are ignored, the ELBO is the tighter one without them" if name in drawn else "")
+        for name in summed
+    ]
+    return [site for name, site in listed.items() if name not in summed], frozenset(summed), notes
+
+
+def _entries(node: Mapping[str, Any], plate: str) -> int:
+    """Return how many batch entries one datum has at a site."""
+    fn = node["fn"]
+    return math.prod(fn.batch_shape) // int(fn.batch_shape[frame_dim(node, plate)])
+
+
+def _check_enumerable(node: Mapping[str, Any]) -> None:
+    try:
+        node["fn"].enumerate_support(expand=False)
+    except NotImplementedError:
+        raise UnsupportedProgram(
+            f"discrete site {node['name']!r} ({type(bare(node['fn'])).__name__}) has no finite list of values to sum over; "
+            "where .to_event makes a vector of its entries, open a plate over them instead"
+        ) from None
+
+
+def _listed(node: Mapping[str, Any], plate: str) -> Site:
     """Describe a discrete latent site, with the table of its values."""
     name, fn = node["name"], node["fn"]
     dim, batch_ndim, value = _layout(node, plate)
-    if value.movedim(dim - fn.event_dim, 0).shape[1 : 1 + batch_ndim - 1].numel() > 1:
-        raise UnsupportedProgram(
-            f"discrete site {name!r} lies inside a plate within plate {plate!r}: its values multiply and would need variable "
-            "elimination, which is not done here"
-        )
     return Site(
         name=name,
         plate_dim=dim,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pyro.distributions as dist
@@ -15,20 +14,19 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.distributions.transforms import IndependentTransform
 
-from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.program.carriers import JointCarrier, carriers_by_site
 from elbowroom.inference.program.densities.bilinear import Bilinear
 from elbowroom.inference.program.densities.edges import bijection, density, draw
 from elbowroom.inference.program.densities.factorised import log_prob as sharing_log_prob
 from elbowroom.inference.program.densities.factorised import shared_log_prob
+from elbowroom.inference.program.eliminated import Factors
 from elbowroom.inference.program.masks import bare, coordinates, entries, masks_inside
 from elbowroom.inference.program.observed import impossible
-from elbowroom.inference.program.sites import Gate, Program, Site, frame_of, per_datum, support_of
+from elbowroom.inference.program.sites import Program, Site, frame_of, per_datum, support_of
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-PRIOR_DRAWS = 4096  # of a masked site, over the data, for the density that stands in for its own
-QUARTILES = 1.349  # distance between the quartiles of a normal distribution, in standard deviations
 
+Which = Literal["model", "guide"]
 Free = tuple[Tensor, Transform]  # unconstrained coordinates in the program's layout, and the map from them
 
 
@@ -45,6 +43,9 @@ class Replay(Messenger):
         index: sub-sampling indices, if not the program's own.
         shared: z is (G, 1, d), the same points for every datum; densities are then sums (`Bilinear`) not multiplied out.
         draws_dim: batch dimension of an outer plate of draws; densities are then summed per draw, not per datum.
+        summed: what becomes of the sites of `Program.summed`: `ignored`, they are drawn and do not count; `counted`, they are
+            drawn, and the densities are those beside these draws; `eliminated`, summed out inside `poutine.enum`.
+        clamped: values of these sites, to which a sum over all values is held.
 
     Attributes:
         values: the value of each latent site that the program reached.
@@ -53,6 +54,7 @@ class Replay(Messenger):
         padding: log density of the coordinates that discrete sites mask, (N,), if z is given; 0.0 if there are none.
         free: its unconstrained coordinates with the map from them: as given, from z, or as drawn where they can be drawn.
         per_draw: log density of the latent sites per draw of the outer plate, (S,).
+        of_summed: the values of the sites of `Program.summed`.
         log_prior: log density of the latent sites, (N,).
         log_likelihood: log density of the observed sites, (N,).
         log_det: log Jacobian of the map from z to the values, (N,), of the sites whose density is not computed from z.
@@ -70,6 +72,8 @@ class Replay(Messenger):
         index: dict[str, Tensor] | None = None,
         shared: bool = False,
         draws_dim: int | None = None,
+        summed: Literal["ignored", "counted", "eliminated"] = "ignored",
+        clamped: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.program = program
@@ -83,6 +87,9 @@ class Replay(Messenger):
         self.index = program.index if index is None else index
         self.shared = shared
         self.draws_dim = draws_dim
+        self.factors = Factors(program.summed, program.plate, clamped or {}) if summed == "eliminated" else None
+        self.uncounted = frozenset() if summed == "counted" else program.summed
+        self.of_summed: dict[str, Tensor] = {}
         self.per_draw: Any = 0.0
         self.values: dict[str, Tensor] = {}
         self.carrying: dict[str, Tensor] = {}
@@ -105,6 +112,9 @@ class Replay(Messenger):
             self._set(msg, self.program.pinned[name])
         elif name in self.program.carriers:
             self._place_carrier(self.program.carriers[name], msg)
+        elif name in self.program.summed:
+            if self.factors is not None:
+                self.factors.enumerate(msg)
         elif name in self.discrete:
             if name in self.assignment:
                 self._set(msg, self._assigned(self.discrete[name], msg))
@@ -145,10 +155,9 @@ class Replay(Messenger):
         self.free[msg["name"]] = u, transform
         self._set(msg, transform(u))
 
-    @staticmethod
-    def _set(msg: Any, value: Tensor) -> None:
+    def _set(self, msg: Any, value: Tensor) -> None:
         msg["value"] = value
-        msg["done"] = True
+        msg["done"] = self.factors is None  # `poutine.enum` passes over what is done, and a value is enough
 
     def _assigned(self, site: Site, msg: Any) -> Tensor:
         fn = msg["fn"]
@@ -200,6 +209,10 @@ class Replay(Messenger):
                 self.padding = self.padding + self._gate(name, self.z)
             if name in self.carried and is_carried(fn):
                 return  # its density is that of its carrier
+        elif name in self.program.summed:
+            self.of_summed[name] = msg["value"]
+            if self.factors is None and name in self.uncounted:
+                return
         elif not msg["is_observed"]:
             return
         if self.draws_dim is not None:
@@ -223,12 +236,20 @@ class Replay(Messenger):
         if isinstance(raw, Bilinear) and (msg["mask"] is not None or frame is None):
             raw = raw.dense(len(msg["value"]))
         log_prob: Any = raw if isinstance(raw, Bilinear) else scale_and_mask(raw, 1.0, msg["mask"])
+        if self.factors is not None and self.factors.take(msg, log_prob):
+            return
         if frame is None:
             self.outside = self.outside + log_prob.sum()
-        elif name in self.values:
+        elif not msg["is_observed"]:
             self.log_prior = self.log_prior + self._reduce(log_prob, frame.dim)
         else:
             self.log_likelihood = self.log_likelihood + self._reduce(log_prob, frame.dim)
+
+    def __exit__(self, *exception: Any) -> Any:
+        if self.factors is not None and exception[0] is None:
+            prior, likelihood = self.factors.log_sums(self._n_obs())
+            self.log_prior, self.log_likelihood = self.log_prior + prior, self.log_likelihood + likelihood
+        return super().__exit__(*exception)
 
     def _carry(self, name: str, msg: Any) -> None:
         """Add the density of an auxiliary site to that of the sites that it carries."""
@@ -276,109 +297,3 @@ class Replay(Messenger):
 def is_carried(fn: Any) -> bool:
     """Whether a site is a Delta, which has no density of its own."""
     return isinstance(bare(fn), dist.Delta)
-
-
-Which = Literal["model", "guide"]
-
-
-def with_gates(
-    program: Program, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Program:
-    """Find the masks of latents that depend on discrete latents, and give what they remove a density.
-
-    Masks of model and guide are compared at every joint value of the discrete sites.
-
-    Raises:
-        UnsupportedProgram: the masks of model and guide differ, depend on a continuous latent, or remove a discrete latent
-            whatever the other sites are.
-    """
-    sites = {site.name: site for site in (*program.sites, *program.discrete)}
-    first: dict[str, Tensor] = {}
-    prior: Replay | None = None
-    gates: dict[str, Gate] = {}
-    differ: tuple[str, str] | None = None
-    for i, assignment in enumerate([program.assignments[0], *program.assignments]):  # the first twice: at other draws
-        runs: list[Replay] = []
-        for program_of in (model, guide):
-            with Replay(program, assignment) as replay:
-                program_of(*args, **kwargs)
-            runs.append(replay)
-        prior = prior or runs[0]
-        for name, site in sites.items():
-            mine, theirs = (_columns(run, name, site, program.n_obs) if name in run.values else None for run in runs)
-            if mine is None or (theirs is not None and not torch.equal(mine, theirs)):
-                said = ", ".join(f"{key}={value.tolist()}" for key, value in assignment.items())
-                differ = differ or (name, f" at {said}" if said else "")
-            if mine is None:
-                continue
-            if torch.equal(mine, first.setdefault(name, mine)):
-                continue
-            if i == 1:
-                raise UnsupportedProgram(
-                    f"site {name!r}: its mask depends on a continuous latent or on random numbers; masks may depend on the "
-                    "data and on discrete latents"
-                )
-            gates.setdefault(name, _gate_of(prior, site, program.n_obs))
-    for site in program.discrete:
-        if site.name not in gates and not bool(first[site.name].all()):
-            raise UnsupportedProgram(
-                f"discrete site {site.name!r} is masked out of some data: each of its values would count as having probability "
-                "one; observe it, or leave those data out"
-            )
-    if differ is not None:
-        raise UnsupportedProgram(
-            f"site {differ[0]!r} is masked differently in model and guide{differ[1]}: open the same poutine.mask around it in "
-            "both, by the same discrete site, drawn in both"
-        )
-    gates = {name: gates[name] for name in sites if name in gates}
-    active = program.active
-    if active is not None and gates:
-        active = active.clone()
-        for site in program.sites:
-            if site.name in gates:
-                active[:, site.columns] = True
-    active = None if active is None or bool(active.all()) else active
-    notes = list(program.notes)
-    if active is not None:
-        notes.append(f"{int((~active).sum())} of {active.numel()} latent coordinates are masked: removed for their datum")
-    notes += [_gate_note(name, gate) for name, gate in gates.items()]
-    return dataclasses.replace(program, active=active, gated=gates, notes=notes)
-
-
-def _columns(run: Replay, name: str, site: Site, n_obs: int) -> Tensor:
-    keep = run.columns(name)
-    if keep is not None:
-        return keep
-    width = site.columns.stop - site.columns.start if site.values is None else math.prod(_entry_shape(run, name))
-    return torch.ones(n_obs, width, dtype=torch.bool, device=run.values[name].device)
-
-
-def _entry_shape(run: Replay, name: str) -> tuple[int, ...]:
-    """Return the shape of one datum's entries of a discrete site: the dimensions that .to_event added."""
-    keep = entries(run.distributions[name], True, run.values[name].device, name)
-    assert keep is not None
-    return tuple(keep.shape[len(run.distributions[name].batch_shape) :])
-
-
-def _gate_of(prior: Replay, site: Site, n_obs: int) -> Gate:
-    """Return a density of about the place and the width of the prior, which makes the joint easy to compute with."""
-    if site.values is not None:
-        return Gate(log_values=math.log(len(site.values)) / math.prod(_entry_shape(prior, site.name)))
-    transform: Any = site.transform
-    drawn = prior.distributions[site.name].sample(torch.Size([max(16, PRIOR_DRAWS // n_obs)]))
-    free = transform.inv(drawn)
-    columns = free.movedim(site.plate_dim - site.free_event_dim, 1).reshape(len(free) * n_obs, -1).double()
-    low, loc, high = columns.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=columns.dtype, device=columns.device), 0)
-    scale = (high - low) / QUARTILES
-    usable = loc.isfinite() & scale.isfinite() & (scale > 0)
-    return Gate(tuple(torch.where(usable, loc, 0.0).tolist()), tuple(torch.where(usable, scale, 1.0).tolist()))
-
-
-def _gate_note(name: str, gate: Gate) -> str:
-    stand_in = (
-        "each value has the same probability there" if gate.log_values else "a normal density like its prior stands there"
-    )
-    return (
-        f"site {name!r} is masked where a discrete site says so: {stand_in}, in model and guide, which leaves log p(x) as it "
-        "is; draws and moments include it, and ELBO and gap are those with the discrete sites summed out"
-    )

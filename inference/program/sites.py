@@ -84,6 +84,7 @@ class Program:
         n_obs: number of data N, from the batch shape.
         sites: continuous latent sites of one datum, in program order.
         discrete: discrete latent sites of one datum, in program order.
+        summed: names of the discrete latents that variable elimination sums out; see `eliminated`.
         dim: d, the number of unconstrained continuous coordinates of one datum.
         guide_sites: names of the local sites that the guide draws.
         pinned: values of global latents, fixed at the guide's median.
@@ -117,6 +118,7 @@ class Program:
     sized: bool = False
     carriers: Mapping[str, Any] = field(default_factory=dict)
     auxiliary: frozenset[str] = frozenset()
+    summed: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
 
     @property

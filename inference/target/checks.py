@@ -69,6 +69,7 @@ def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype
         z, values = _set_dtype(joint, dtype, z, values)
     _check_local(joint, z, values)
     _check_outside(joint, z)
+    _check_summed(joint, z)
     _check_masked(joint, z)
     _set_mode(joint, z, values, _check_guide(joint, z[:OF_GUIDE]))
     _check_often(joint, draw)
@@ -174,6 +175,23 @@ def _check_outside(joint: PlainLogJoint, z: Tensor) -> None:
             f"model: an observed site outside plate {joint.plate!r} depends on the local latents, so the data are coupled "
             "through it; move it inside the plate"
         )
+
+
+def _check_summed(joint: PlainLogJoint, z: Tensor) -> None:
+    """Compare a sum held to drawn values of the sites that are summed out with a plain run at these values."""
+    if not joint.program.summed:
+        return
+    with seeded(0), joint.snapshot.scope(), torch.no_grad():
+        for u in z:
+            plain = joint.run("model", joint.program.assignments[0], z=u, summed="counted")
+            held = joint.run("model", joint.program.assignments[0], z=u, clamped=plain.of_summed)
+            one, other = (r.log_prior + r.log_likelihood + r.log_det for r in (held, plain))
+            if not _close(joint, torch.as_tensor(one), torch.as_tensor(other)):
+                names = ", ".join(repr(name) for name in sorted(joint.program.summed))
+                raise UnsupportedProgram(
+                    f"model: it cannot be run at all values of {names} at once, by which they are summed out: it branches on "
+                    "them, or counts dimensions from the left; count from the right and index by pyro.ops.indexing.Vindex"
+                )
 
 
 def _check_masked(joint: PlainLogJoint, z: Tensor) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -147,7 +148,9 @@ class PlainLogJoint:
     def _pair(self, z: Tensor, assignment: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return log p(z) and log p(x_n|z) of one assignment, (N,) each."""
         replay = self.run("model", assignment, z=z)
-        prior = replay.log_prior + replay.log_det + self._padding(z, replay)
+        prior = (
+            z.new_zeros(len(z)) + replay.log_prior + replay.log_det + self._padding(z, replay)
+        )  # (N,), also without any site
         likelihood = torch.as_tensor(replay.log_likelihood, dtype=z.dtype, device=z.device).expand_as(prior)
         return prior, likelihood
 
@@ -194,9 +197,16 @@ class PlainLogJoint:
     ) -> Replay:
         """Run one of the two programs once, inside the snapshot's scope, and return the handler with the densities.
 
-        `outer` is a plate around the whole program.
+        `outer` is a plate around the whole program. The model at given latents is run with the sites that are summed out
+        enumerated.
         """
-        with Replay(self.program, assignment, index=self._index, **options) as replay, outer or contextlib.nullcontext():
+        enumerated: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if which == "model" and self.program.summed and ("z" in options or "values" in options):
+            options.setdefault("summed", "eliminated")
+        if options.get("summed") == "eliminated":
+            enumerated = poutine.enum(first_available_dim=-self.program.nesting - 1)
+        replay = Replay(self.program, assignment, index=self._index, **options)
+        with enumerated, replay, outer or contextlib.nullcontext():
             (self.model if which == "model" else self.guide)(*self.args, **self.kwargs)
         return replay
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.program.carriers import JOINTLY_NORMAL, Carrier, JointCarrier, find_carriers
 from elbowroom.inference.program.densities.edges import bijection
+from elbowroom.inference.program.gates import with_gates
 from elbowroom.inference.program.inspection.plates import data_plate
 from elbowroom.inference.program.inspection.refusals import (
     GivenRows,
@@ -34,16 +35,14 @@ from elbowroom.inference.program.inspection.refusals import (
     shapes_explained,
 )
 from elbowroom.inference.program.latents import (
-    MAX_ASSIGNMENTS,
     active_coordinates,
     check_guide_site,
     continuous_site,
-    discrete_site,
+    discrete_sites,
     frame_dim,
 )
 from elbowroom.inference.program.masks import masks_inside
 from elbowroom.inference.program.observed import check_observed, moving_supports
-from elbowroom.inference.program.replay import with_gates
 from elbowroom.inference.program.sites import Program, Site, frame_of, support_of
 
 log = logging.getLogger("elbowroom")
@@ -122,14 +121,13 @@ def inspect(
     first = model_trace.nodes[next(iter(local))]
     n_obs = first["fn"].batch_shape[frame_dim(first, name)]
     sites: list[Site] = []
-    discrete: list[Site] = []
+    of_discrete = {k: model_trace.nodes[k] for k in local if _is_discrete(model_trace.nodes[k])}
+    discrete, summed, how = discrete_sites(of_discrete, name, guide_latents, len(of_discrete) == len(local))
+    notes += how
     offset = 0
-    for site_name in local:
+    for site_name in (k for k in local if k not in of_discrete):
         node = model_trace.nodes[site_name]
         guide_node = guide_trace.nodes.get(site_name)
-        if _is_discrete(node):
-            discrete.append(discrete_site(node, name))
-            continue
         if guide_node is None:
             raise UnsupportedProgram(f"guide: it has no site {site_name!r}, a latent of the model inside plate {name!r}")
         check_guide_site(node, guide_node, name, any(site_name in carrier.carried for carrier in carriers.values()))
@@ -138,15 +136,11 @@ def inspect(
         offset = site.columns.stop
         sites.append(site)
     moving = next((site for site in sites if site.transform is None), None)
-    if discrete and moving is not None:
+    if of_discrete and moving is not None:
         raise UnsupportedProgram(
             f"site {moving.name!r}: its support depends on other sites, which is not done beside the discrete site "
-            f"{discrete[0].name!r}; give it a fixed support"
+            f"{next(iter(of_discrete))!r}; give it a fixed support"
         )
-    count = math.prod(len(site.values) for site in discrete if site.values is not None)
-    if count > MAX_ASSIGNMENTS:
-        names = ", ".join(repr(site.name) for site in discrete)
-        raise UnsupportedProgram(f"sites {names}: {count} joint values are too many to enumerate (at most {MAX_ASSIGNMENTS})")
     active = active_coordinates([model_trace.nodes[s.name] for s in sites], sites, n_obs, offset)
     masked = [
         _has_mask(node) for trace in (model_trace, guide_trace) for node in map(trace.nodes.get, local) if node is not None
@@ -160,6 +154,7 @@ def inspect(
         guide_sites=frozenset(guide_latents) & frozenset(local),
         carriers=carriers,
         auxiliary=frozenset(extra),
+        summed=summed,
         pinned=pinned,
         index=index,
         sized=sized,

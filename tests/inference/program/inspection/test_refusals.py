@@ -40,7 +40,7 @@ def discrete_inside(y):
     with pyro.plate("rows", len(y), dim=-2):
         pyro.sample("z", dist.Normal(torch.zeros_like(y)[:, None], 1.0))
         with pyro.plate("items", 3, dim=-1):
-            pyro.sample("label", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.sample("label", dist.Poisson(torch.tensor(0.5)))
 
 
 def discrete_inside_guide(y):
@@ -142,7 +142,11 @@ REFUSALS = {
     "no plate": (no_plate, no_plate, r"no plate holds a latent site \('z'\); one datum cannot be told from the next"),
     "auxiliary guide site": (normal_model, auxiliary, r"guide site 'noise' is not a latent of the model, and no site of"),
     "global latent not in the guide": (with_global, normal_guide, r"global latent 'w' is not drawn by the guide"),
-    "discrete in an inner plate": (discrete_inside, discrete_inside_guide, r"discrete site 'label' lies inside a plate within"),
+    "discrete in an inner plate": (
+        discrete_inside,
+        discrete_inside_guide,
+        r"discrete site 'label' \(Poisson\) has no finite list of values",
+    ),
     "discrete without end": (countable, normal_guide, r"discrete site 'k' \(Poisson\) has no finite list of values"),
     "point mass": (normal_model, delta_guide, r"guide site 'z' is a point mass .* no density.*AutoLaplaceApproximation"),
     "support escaped": (positive_model, normal_guide, r"site 'z': the guide drew values outside the prior's support"),
