@@ -41,9 +41,11 @@ TABLE: dict[str, dict[str, str | type]] = {
     "likelihood": {
         "bernoulli": "elbowroom.models.likelihoods.binary:Bernoulli",
         "beta": "elbowroom.models.likelihoods.continuous:Beta",
+        "beta_binomial": "elbowroom.models.likelihoods.counts:BetaBinomial",
         "binomial": "elbowroom.models.likelihoods.counts:Binomial",
         "categorical": "elbowroom.models.likelihoods.categorical:Categorical",
         "continuous_bernoulli": "elbowroom.models.likelihoods.binary:ContinuousBernoulli",
+        "dirichlet_multinomial": "elbowroom.models.likelihoods.multinomial:DirichletMultinomial",
         "discretized_logistic": "elbowroom.models.likelihoods.categorical:DiscretizedLogistic",
         "gamma": "elbowroom.models.likelihoods.continuous:Gamma",
         "gaussian": "elbowroom.models.likelihoods.continuous:Gaussian",
@@ -57,6 +59,7 @@ TABLE: dict[str, dict[str, str | type]] = {
         "student_t": "elbowroom.models.likelihoods.continuous:StudentT",
         "zero_inflated_negative_binomial": "elbowroom.models.likelihoods.counts:ZeroInflatedNegativeBinomial",
         "zero_inflated_poisson": "elbowroom.models.likelihoods.counts:ZeroInflatedPoisson",
+        "zero_one_inflated_beta": "elbowroom.models.likelihoods.inflated:ZeroOneInflatedBeta",
     },
     "network": {
         "conv": "elbowroom.models.networks.convolution:Conv",
