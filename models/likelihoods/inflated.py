@@ -82,6 +82,8 @@ class ZeroOneInflatedBeta(Beta):
         floor: smallest 1 / k, as a fraction of that of the data.
     """
 
+    atoms = (0.0, 1.0)
+
     def __init__(
         self,
         event_shape: tuple[int, ...],
