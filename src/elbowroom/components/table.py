@@ -24,6 +24,7 @@ TABLE: dict[str, dict[str, str | type]] = {
         "mnist": "elbowroom.data.published:MNIST",
     },
     "prior": {
+        "autoregressive_normal": "elbowroom.models.priors.correlated:AutoregressiveNormal",
         "bernoulli": "elbowroom.models.priors.discrete:Bernoulli",
         "categorical": "elbowroom.models.priors.discrete:Categorical",
         "dirichlet": "elbowroom.models.priors.constrained:Dirichlet",
@@ -31,6 +32,7 @@ TABLE: dict[str, dict[str, str | type]] = {
         "gamma": "elbowroom.models.priors.constrained:Gamma",
         "gaussian_mixture": "elbowroom.models.priors.mixtures:GaussianMixture",
         "hierarchical": "elbowroom.models.priors.hierarchical:Hierarchical",
+        "horseshoe": "elbowroom.models.priors.sparse:Horseshoe",
         "laplace": "elbowroom.models.priors.standard:Laplace",
         "log_normal": "elbowroom.models.priors.constrained:LogNormal",
         "logistic_normal": "elbowroom.models.priors.constrained:LogisticNormal",

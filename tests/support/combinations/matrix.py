@@ -46,7 +46,14 @@ SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("objective", "dreg"): {"particles": 3},
     ("objective", "renyi"): {"particles": 3},
 }
-DIMS = {"dirichlet": (2, 3), "logistic_normal": (2, 3), "categorical": (3,), "bernoulli": (2,), "hierarchical": (1,)}
+DIMS = {
+    "autoregressive_normal": (2,),
+    "dirichlet": (2, 3),
+    "logistic_normal": (2, 3),
+    "categorical": (3,),
+    "bernoulli": (2,),
+    "hierarchical": (1,),
+}
 
 
 PAGE = """# Every word with every other
