@@ -250,7 +250,7 @@ def test_a_horseshoe_of_many_nodes_has_the_closed_form_of_the_plain_one():
     p = Horseshoe(1, slab=1e6, nodes=20_000).double()
     z = torch.tensor([0.05, 0.3, 1.0, 3.0, 8.0], dtype=torch.float64)
     u = z.square() / 2
-    expected = u + scipy.special.exp1(u).log() - 0.5 * math.log(2 * math.pi**3)
+    expected = u + torch.as_tensor(scipy.special.exp1(u.numpy())).log() - 0.5 * math.log(2 * math.pi**3)
     torch.testing.assert_close(p.distribution().log_prob(z[:, None]), expected, rtol=2e-3, atol=2e-3)
 
 
