@@ -65,7 +65,7 @@ class AutoregressiveNormal(Located):
             return torch.linalg.cholesky(unit[:, None] * covariance * unit)
         r = torch.tanh(self.raw)
         a, variance = r[:0], torch.ones_like(self.origin[0])
-        rows = []  # of L, by Durbin and Levinson's recursion: the best prediction of z_j by the p before it
+        rows: list[Tensor] = []  # of L, by Durbin and Levinson's recursion: the best prediction of z_j by the p before it
         for j in range(self.latent_dim):
             if 0 < j <= len(r):
                 a = torch.cat([a - r[j - 1] * a.flip(0), r[j - 1 : j]])
