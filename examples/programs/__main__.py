@@ -33,6 +33,22 @@ PAGE = Path(__file__).parents[2] / "docs" / "programs.md"
 BATCHES, PARTICLES = 20, 25  # of Pyro's ELBO
 FAR = 4.0  # standard errors beyond which two numbers differ
 SLACK = 2e-3  # nats of one datum: rounding of programs in single precision
+TAKEN = """## What is taken, and how
+
+- **The data plate** is the one plate that holds every observed site and a latent. Where several do, `plate="rows"` names it.
+- **Global latents** are held at the guide's median, and the notes say so: all numbers are those at this value.
+- **Crossed effects**: `er.audit(model, guide, y, hold=["items"])` holds the latents of that plate likewise and audits the
+  persons given the items; then `hold=["persons"]` the other way round.
+- **Automatic guides**: AutoNormal, AutoDiagonalNormal, AutoNormalMessenger, AutoHierarchicalNormalMessenger, EasyGuide and
+  guides unpacked by hand, whose auxiliary site carries the coordinates of the model's own. AutoLaplaceApproximation is taken as
+  its normal. A joint normal of all data is refused; AutoNormal is the way. AutoDelta is a point, no posterior.
+- **One row of parameters per datum**: the verdict says that amortization is none by construction.
+- **Sequences**: one site per step, ragged by `poutine.mask` or `.mask(...)`: masked steps are no coordinates.
+- **Discrete latents** are listed with their joint values; in inner plates, and in chains of too many values, they are summed
+  out by variable elimination, if the model runs with all values at once (count dimensions from the right; `Vindex`).
+- **Factors and scales**: `pyro.factor` in the model is a likelihood, in the guide it is ignored; `poutine.scale` is ignored.
+  Both are said.
+- What no datum has of its own is refused with the reason and the nearest thing that works."""
 
 
 @dataclass
@@ -162,7 +178,7 @@ def page(rows: list[Row]) -> str:
     known = [row for row in audited_ if row.evidence]
     wrong = [row for row in rows if not row.right]
     lines = [
-        "# Programs",
+        "# Your own Pyro program",
         "",
         "<!-- written by `python -m examples.programs`; change the programs in examples/programs, not this page -->",
         "",
@@ -171,6 +187,8 @@ def page(rows: list[Row]) -> str:
         f"Of those audited, log p(x) was also computed by hand for {len(known)}, by a formula or a sum that shares",
         "nothing with Elbowroom.",
         f"Not right: {', '.join(row.entry.name for row in wrong) if wrong else 'none'}.",
+        "",
+        *TAKEN.splitlines(),
         "",
         "## Audited",
         "",
