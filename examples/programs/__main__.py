@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,31 @@ class Row:
 def main(arguments: list[str] | None = None) -> int:
     """Audit the programs; returns the number of those of which something is not right."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="part of a program's name: print these rows, write nothing")
+    parser.add_argument("--only", help="part of a program's name: these alone, and no page")
+    parser.add_argument("--found", type=Path, help="a file of rows found before, which are kept, and new ones added")
     args = parser.parse_args(arguments)
+    known = {} if args.found is None or not args.found.exists() else read(args.found)
     for name in MODULES:
         importlib.import_module(f"examples.programs.{name}")
     rows = []
     for entry in ENTRIES:
         if args.only is None or args.only in entry.name:
-            rows.append(row_of(entry))
-            print(as_text(rows[-1]), flush=True)
+            row = known[entry.name] if entry.name in known else row_of(entry)
+            rows.append(row)
+            print(as_text(row), flush=True)
+            if args.found is not None and entry.name not in known:
+                with args.found.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(row) | {"entry": entry.name}) + "\n")
     if args.only is None:
         PAGE.write_text(page(rows), encoding="utf-8")
     return sum(not row.right for row in rows)
+
+
+def read(path: Path) -> dict[str, Row]:
+    """Return the rows of a file, by the names of programs that are still on the list."""
+    entries = {entry.name: entry for entry in ENTRIES}
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {one["entry"]: Row(**one | {"entry": entries[one["entry"]]}) for one in found if one["entry"] in entries}
 
 
 def row_of(entry: Entry) -> Row:

@@ -123,11 +123,12 @@ LEVELS = torch.tensor([-1.0, 1.5])
 
 def forward(x: Tensor, shift: Tensor) -> Tensor:
     """log p(x|shift) of a hidden Markov chain, (..., N), by the forward algorithm; x (N, T), shift (..., N)."""
-    emissions = dist.Normal(LEVELS.double()[:, None] + shift[..., None, :, None], 1.0)
+    emissions = dist.Normal(LEVELS.double()[:, None, None] + shift[..., None, :, None], 1.0)
     log_e = emissions.log_prob(x.double())  # (..., 2, N, T)
     alpha = math.log(0.5) + log_e[..., 0]
     for t in range(1, x.shape[1]):
-        alpha = torch.logsumexp(alpha[..., :, None, :] + STAY.double().log()[:, :, None], -3) + log_e[..., t]
+        moved = alpha[..., :, None, :] + STAY.double().log()[:, :, None]
+        alpha = torch.logsumexp(moved, -3) + log_e[..., t]
     return torch.logsumexp(alpha, -2)
 
 
@@ -161,7 +162,7 @@ def mixed() -> Pair:
 
 @program("short hidden Markov chains, states alone", "Pyro, examples/hmm")
 def hmm() -> Pair:
-    x = draws(5, 8)
+    x = draws(5, 5)
 
     def model(x: Tensor) -> None:
         with pyro.plate("sequences", len(x)):

@@ -87,14 +87,14 @@ def holes() -> Pair:
 
     def model(x: Tensor, seen: Tensor) -> None:
         with pyro.plate("rows", len(x), dim=-2):
-            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0))
             with pyro.plate("columns", 4, dim=-1):
                 pyro.sample("x", dist.Normal(z * LOADINGS[:, 0], 0.5), obs=x, obs_mask=seen)
 
     def guide(x: Tensor, seen: Tensor) -> None:
         with pyro.plate("rows", len(x), dim=-2):
-            loc = (x * seen * LOADINGS[:, 0]).sum(-1, keepdim=True)[..., None]
-            pyro.sample("z", dist.Normal(loc / 1.5, 0.4).to_event(1))
+            loc = (x * seen * LOADINGS[:, 0]).sum(-1, keepdim=True)
+            pyro.sample("z", dist.Normal(loc / 1.5, 0.4))
             with pyro.plate("columns", 4, dim=-1):
                 pyro.sample("x_unobserved", dist.Normal(torch.zeros(8, 4), 1.0))
 

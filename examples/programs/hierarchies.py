@@ -77,11 +77,12 @@ ANSWERS = (draws(12, 5, seed=8) + torch.linspace(-1, 1, 5) > 0).float()
 
 def items(y: Tensor) -> None:
     """Abilities of persons and difficulties of items."""
-    with pyro.plate("items", y.shape[1], dim=-1):
+    of_item, of_person = pyro.plate("items", y.shape[1], dim=-1), pyro.plate("persons", len(y), dim=-2)
+    with of_item:
         difficulty = pyro.sample("difficulty", dist.Normal(0.0, 1.0))
-    with pyro.plate("persons", len(y), dim=-2):
+    with of_person:
         ability = pyro.sample("ability", dist.Normal(torch.zeros(1), 1.0))
-        with pyro.plate("items", y.shape[1], dim=-1):
+        with of_item:
             pyro.sample("y", dist.Bernoulli(logits=ability - difficulty), obs=y)
 
 
@@ -124,11 +125,12 @@ def films() -> Pair:
     ratings = draws(7, 5, seed=9)
 
     def model(r: Tensor) -> None:
-        with pyro.plate("films", r.shape[1], dim=-1):
+        of_film = pyro.plate("films", r.shape[1], dim=-1)
+        with of_film:
             v = pyro.sample("v", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         with pyro.plate("users", len(r), dim=-2):
             u = pyro.sample("u", dist.Normal(torch.zeros(1, 2), 1.0).to_event(1))
-            with pyro.plate("films", r.shape[1], dim=-1):
+            with of_film:
                 pyro.sample("r", dist.Normal((u * v).sum(-1), 0.5), obs=r)
 
     def guide(r: Tensor) -> None:
