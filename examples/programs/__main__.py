@@ -147,8 +147,9 @@ def compare_elbo(pair: Pair, table: Any, row: Row) -> None:
     """Compare the sum of the data's ELBOs with Pyro's loss, globals held at the same values."""
     joint = LogJoint(pair.model, pair.guide, *pair.args, plate=pair.options.get("plate"), hold=pair.options.get("hold", ()))
     pinned = {name: value.float() for name, value in joint.program.pinned.items()}
-    model = poutine.block(poutine.condition(pair.model, data=pinned), hide=list(pinned))
-    guide = poutine.block(poutine.condition(pair.guide, data=pinned), hide=list(pinned))
+    model, guide, args = pair.plain or (pair.model, pair.guide, pair.args)
+    model = poutine.block(poutine.condition(model, data=pinned), hide=list(pinned))
+    guide = poutine.block(poutine.condition(guide, data=pinned), hide=list(pinned))
     listed = joint.program.discrete or joint.program.summed
     if listed:
         model = pyro.infer.config_enumerate(model)
@@ -157,7 +158,7 @@ def compare_elbo(pair: Pair, table: Any, row: Row) -> None:
         loss = Trace_ELBO(num_particles=PARTICLES)
     try:
         with torch.no_grad():
-            found = np.array([-loss.loss(model, guide, *pair.args) for _ in range(BATCHES)])
+            found = np.array([-loss.loss(model, guide, *args) for _ in range(BATCHES)])
     except (ValueError, NotImplementedError, RuntimeError) as error:
         row.elbo = f"Pyro's cannot be had: {str(error).splitlines()[0]}"
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -66,7 +67,9 @@ def auto_hierarchical() -> Pair:
 
 @program("AutoLaplaceApproximation", TUTORIAL)
 def auto_laplace() -> Pair:
-    return auto(autoguide.AutoLaplaceApproximation)
+    pair = auto(autoguide.AutoLaplaceApproximation)
+    normal = pair.guide.laplace_approximation(*pair.args)
+    return replace(pair, plain=(pair.model, normal, pair.args))
 
 
 @program("AutoGuideList of two AutoNormals", "Pyro, module autoguide")
@@ -103,7 +106,7 @@ def auto_iaf() -> Pair:
 def easy() -> Pair:
     @easy_guide(rates)
     def guide(self: Any, y: Tensor) -> None:
-        group = self.group(match=".*")
+        group = self.group(match="rate")
         with self.plate("rows", len(y)):
             loc = pyro.param("loc", torch.zeros(len(y), 1))
             scale = pyro.param("scale", torch.ones(len(y), 1), constraint=dist.constraints.positive)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ class Pair:
         args: arguments of both.
         options: further arguments of `er.audit`, such as `plate` or `hold`.
         evidence: log p(x) of each datum, (N,), by a computation that shares nothing with Elbowroom; None if there is none.
+        plain: the pair whose ELBO Pyro is asked for, where its own of this program is another quantity; None: the pair itself.
     """
 
     model: Function
@@ -32,6 +34,7 @@ class Pair:
     args: tuple[Any, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     evidence: Callable[[], Tensor] | None = None
+    plain: tuple[Function, Function, tuple[Any, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ def draws(*shape: int, seed: int = 0) -> Tensor:
 def over_line(log_p: Callable[[Tensor], Tensor], low: float = -8.0, high: float = 8.0, points: int = 4001) -> Tensor:
     """Return the log of the integral of exp log_p(z), (points,) -> (points, N), over a line, by the trapezoidal rule."""
     z = torch.linspace(low, high, points, dtype=torch.float64)
-    return log_p(z).double().logsumexp(0) + (z[1] - z[0]).log()
+    ends = torch.zeros_like(z)
+    ends[[0, -1]] = -math.log(2)
+    return (log_p(z).double() + ends[:, None]).logsumexp(0) + (z[1] - z[0]).log()
 
 
 def over_plane(log_p: Callable[[Tensor], Tensor], edge: float = 7.0, points: int = 401) -> Tensor:

@@ -133,17 +133,20 @@ def by_factor() -> Pair:
 def scaled() -> Pair:
     x = draws(6)
 
-    def model(x: Tensor) -> None:
+    def model(x: Tensor, scale: float) -> None:
         with pyro.plate("rows", len(x)):
-            with poutine.scale(scale=0.3):
+            with poutine.scale(scale=scale):
                 z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    def guide(x: Tensor) -> None:
-        with pyro.plate("rows", len(x)), poutine.scale(scale=0.3):
+    def guide(x: Tensor, scale: float) -> None:
+        with pyro.plate("rows", len(x)), poutine.scale(scale=scale):
             pyro.sample("z", dist.Normal(x / 2, 0.8))
 
-    return Pair(model, guide, (x,), evidence=lambda: dist.Normal(0.0, math.sqrt(2.0)).log_prob(x.double()))
+    def evidence() -> Tensor:
+        return dist.Normal(0.0, math.sqrt(2.0)).log_prob(x.double())
+
+    return Pair(model, guide, (x, 0.3), evidence=evidence, plain=(model, guide, (x, 1.0)))
 
 
 @program("angles: a von Mises latent", "directional statistics")
@@ -195,20 +198,23 @@ def banana() -> Pair:
     return Pair(model, guide, (x,), evidence=evidence)
 
 
-@program("rows of a minibatch: plate with subsample_size", "Pyro, tutorial SVI part II")
+@program("rows of a minibatch: plate with subsample=", "Pyro, tutorial SVI part II")
 def minibatch() -> Pair:
-    x = draws(20)
+    x, some = draws(20), torch.tensor([3, 17, 0, 11, 5])
 
-    def model(x: Tensor) -> None:
-        with pyro.plate("rows", len(x), subsample_size=5) as rows:
+    def model(x: Tensor, rows: Tensor, size: int) -> None:
+        with pyro.plate("rows", size, subsample=rows):
             z = pyro.sample("z", dist.Normal(torch.zeros(len(rows)), 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
 
-    def guide(x: Tensor) -> None:
-        with pyro.plate("rows", len(x), subsample_size=5) as rows:
+    def guide(x: Tensor, rows: Tensor, size: int) -> None:
+        with pyro.plate("rows", size, subsample=rows):
             pyro.sample("z", dist.Normal(x[rows] / 2, 0.8))
 
-    return Pair(model, guide, (x,))
+    def evidence() -> Tensor:
+        return dist.Normal(0.0, math.sqrt(2.0)).log_prob(x[some].double())
+
+    return Pair(model, guide, (x, some, 20), evidence=evidence, plain=(model, guide, (x, some, 5)))
 
 
 @program(
