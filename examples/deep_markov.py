@@ -178,9 +178,9 @@ def by_step(dmm, x, reference, log_evidence, *, draws=500, particles=2048, group
         b_t(z) = p(x_(t+1), ..., x_T | z_t = z) = p(x) E[p(z'_(t+1) | z) / a(z'_(t+1))],  z' ~ p(z | x)
         a(z') = p(z'_(t+1) = z', x_1, ..., x_t), by a particle filter;  b_0 = p(x),  b_T = 1
 
-    The sum of c_t is log p(x) - ELBO, the audit's gap. b_t is the identity of the two-filter formula: the smoothing density of
-    z_(t+1) is a(z') p(x_(t+1), ..., x_T | z') / p(x). Errors: over the draws of q, and by a jackknife that leaves out in turn one
-    in `groups` of the reference draws together with one in `groups` independent filters.
+    The sum of c_t is log p(x) - ELBO, the audit's gap. b_t is the identity of the two-filter formula: the smoothing density
+    of z_(t+1) is a(z') p(x_(t+1), ..., x_T | z') / p(x). Errors: over the draws of q, and by a jackknife that leaves out in turn
+    one in `groups` of the reference draws together with one in `groups` independent filters.
 
     Args:
         dmm: the model: `transition`, `emission`, `posterior_step` and `z_0` are used (see `Steps`).

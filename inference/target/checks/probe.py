@@ -2,7 +2,7 @@
 
 The densities of model and guide must be finite and deterministic, the latents of one datum must not change those of another,
 the density of values observed outside the plate must not depend on a latent, and every faster evaluation must equal one draw
-at a time. Data are taken apart only if model and guide give each datum of a part what they give it among all data.
+at a time.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.program.replay import Which
 from elbowroom.inference.program.sites import frame_of
 from elbowroom.inference.randomness import seeded
+from elbowroom.inference.target.checks.parts import FAILURES, OF_GUIDE, dimensions
 from elbowroom.inference.target.plain import PlainLogJoint
 from elbowroom.system.rounding import coarse
 
 FEW = 10  # data, whose spread says little
 DRAWS = 4  # from the guide, and as many from the prior
 ASSIGNED = 64  # joint values of discrete sites that a check goes through
-OF_GUIDE = 2  # draws of the guide at which its own density is tested
-SOME = 64  # rows of a random part of the data
 OFTEN, WORK = 256, 2**22  # draws whose rows are mixed, and entries (observed or latent) evaluated for them at most
 COUPLED = {
     "model": "model: moving the latents of some data changes log p of others; the data are coupled (batch normalisation in "
@@ -34,7 +33,7 @@ COUPLED = {
     "guide": "guide: moving the latents of some data changes log q of others; q(z|x) is not a product over the data, so no "
     "datum has an ELBO or a gap of its own",
 }
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
+PER_STEP = 16  # continuous sites, as of a sequence step by step, above which `vmap`, at each operation, costs more than rows
 
 
 def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype: torch.dtype | None) -> Tensor:
@@ -264,12 +263,14 @@ def _improbable(joint: PlainLogJoint, z: Tensor) -> str:
 
 def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor, log_q: Tensor) -> None:
     """Choose the fastest evaluation that gives correct values."""
-    for mode in ("vmap", "repeat"):
-        if mode == "repeat" and joint.n_obs == 1:
-            continue  # with one datum the program may branch on its z, which has no single value when draws are repeated
-        if mode == "repeat" and joint.program.sized:
-            continue
-        joint.mode = mode
+    guess = list(joint.data_dims)
+    # with one datum the program may branch on its z, which has no single value when draws are repeated
+    repeats = [] if joint.n_obs == 1 or joint.program.sized else dimensions(joint, none=False)
+    modes = [("vmap", guess), *(("repeat", dims) for dims in repeats)]
+    if len(joint.sites) > PER_STEP:
+        modes = modes[1:] + modes[:1]
+    for mode, dims in modes:
+        joint.mode, joint.data_dims[:] = mode, dims
         try:
             again = joint(z)
             same = _close(joint, again, values) and bool((again.isfinite() == values.isfinite()).all())
@@ -281,7 +282,7 @@ def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor, log_q: Tensor) ->
         except FAILURES as error:
             reason = first_line(error)
         joint.note(f"{mode} over draws does not apply: {reason}")
-    joint.mode = "loop"
+    joint.mode, joint.data_dims[:] = "loop", guess
 
 
 def note_rounding(joint: PlainLogJoint) -> None:
@@ -295,76 +296,3 @@ def note_rounding(joint: PlainLogJoint) -> None:
                     f"site {name!r}: {found}, where numbers of float32 are {found.step:.3g} apart: log p(x) is that of rounded "
                     f"values; pass float64 tensors, or subtract {found.size:.3g} or so from them beforehand"
                 )
-
-
-# -- parts of the data -----------------------------------------------------------------------------------------------------
-
-
-def separates(joint: PlainLogJoint, draw: Callable[..., Tensor]) -> bool:
-    """Whether the data can be taken apart: model and guide give each datum of a part what they give it among all data.
-
-    The parts are most of the data in reverse, the last datum alone, and some data at random, several of them twice. A note
-    says if the guide is the reason why not.
-    """
-    last, generator = joint.n_obs - 1, torch.Generator().manual_seed(0)
-    some = torch.randint(joint.n_obs, (min(joint.n_obs, SOME),), generator=generator)
-    parts = [torch.arange(max(1, last)).flip(0), torch.tensor([last]), torch.cat([some, some[:2]])]
-    parts = [rows.to(joint.device) for rows in parts]
-    with torch.no_grad(), seeded(0):
-        try:
-            joint.model_separates = [_model_separates(joint, parts)]
-            if not joint.model_separates[0]:
-                return False
-        except (RuntimeError, ValueError, IndexError):
-            return False
-        try:
-            if _guide_separates(joint, parts, draw):
-                return True
-            joint.note(
-                "guide: q(z|x) of a datum depends on the data beside it or on its place among them (statistics of the batch, "
-                "attention over rows, parameters by position); it is evaluated on all these data together, and every number of "
-                "it holds for them as a whole"
-            )
-        except FAILURES as error:
-            joint.note(f"guide: it does not run on a part of the data ({first_line(error)}); all data are evaluated together")
-    return False
-
-
-def _model_separates(joint: PlainLogJoint, parts: list[Tensor]) -> bool:
-    whole = joint._map(joint.density, joint.probe_points)
-    for rows in parts:
-        part = joint._subset(rows)
-        mine, full = part._map(part.density, part.probe_points), whole[:, rows]
-        finite = full.isfinite()
-        if not _near(mine[finite], full[finite]):
-            return False
-    return True
-
-
-def _guide_separates(joint: PlainLogJoint, parts: list[Tensor], draw: Callable[..., Tensor]) -> bool:
-    """Compare log q at the same z, and at draws of the parts."""
-    z = joint.probe_points[:OF_GUIDE]
-    whole = _log_guides(joint, z)
-    for rows in parts:
-        part = joint._subset(rows)
-        if not _near(_log_guides(part, z[:, rows]), whole[..., rows]):
-            return False
-        if joint.dim and len(rows.unique()) == len(rows):
-            own, full = draw(part, "guide", 1, 0), z[:1].clone()
-            full[:, rows] = own
-            if not _near(_log_guides(part, own), _log_guides(joint, full)[..., rows]):
-                return False
-    return True
-
-
-def _log_guides(joint: PlainLogJoint, z: Tensor) -> Tensor:
-    """Return log q(z, c | x) for some values c of the discrete sites that the guide draws, one draw at a time: (S, C, N)."""
-    values = joint._guide_assignments()
-    some = values[:: max(1, len(values) // 3)]
-    with joint.snapshot.scope():
-        return torch.stack([torch.stack([joint._guide_density(u, c) for c in some]) for u in z])
-
-
-def _near(a: Tensor, b: Tensor) -> bool:
-    close = 1e-6 if b.dtype == torch.float64 else 1e-4
-    return a.shape == b.shape and torch.allclose(a, b, rtol=close, atol=close, equal_nan=True)
