@@ -17,6 +17,7 @@ Krishnan, Shalit and Sontag (2017), https://arxiv.org/abs/1609.09869; https://py
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import math
@@ -32,6 +33,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import ClippedAdam
+from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -140,7 +142,7 @@ def chorales(folder: str | None) -> dict[str, tuple[Tensor, Tensor]]:
     return parts
 
 
-def train(x: Tensor, mask: Tensor, epochs: int = 160, seed: int = 0, warm: float = 0.25, size: int = 24, **sizes) -> DeepMarkov:
+def train(x: Tensor, mask: Tensor, epochs: int = 200, seed: int = 0, warm: float = 0.25, size: int = 24, **sizes) -> DeepMarkov:
     """Train by SVI, chorales of like lengths together; in the first epochs (a share `warm`) the KL counts less."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -170,7 +172,7 @@ def elbo_per_step(dmm: DeepMarkov, x: Tensor, mask: Tensor, draws: int = 20) -> 
 
 
 @torch.no_grad()
-def by_step(dmm, x, reference, log_evidence, *, draws=500, particles=2048, groups=8, seed=0):
+def by_step(dmm, reference, log_evidence, error=0.0, *, draws=500, particles=2048, groups=8, seed=0):
     """Split the gap of one sequence by steps: the chain rule of KL(q(z|x) || p(z|x)), with standard errors.
 
         c_t = E_q KL(q(z_t | z_<t, x) || p(z_t | z_<t, x)) = E_q[log b_(t-1)(z_(t-1)) - log b_t(z_t) - e_t] >= 0
@@ -179,14 +181,14 @@ def by_step(dmm, x, reference, log_evidence, *, draws=500, particles=2048, group
         a(z') = p(z'_(t+1) = z', x_1, ..., x_t), by a particle filter;  b_0 = p(x),  b_T = 1
 
     The sum of c_t is log p(x) - ELBO, the audit's gap. b_t is the identity of the two-filter formula: the smoothing density
-    of z_(t+1) is a(z') p(x_(t+1), ..., x_T | z') / p(x). Errors: over the draws of q, and by a jackknife that leaves out in turn
-    one in `groups` of the reference draws together with one in `groups` independent filters.
+    of z_(t+1) is a(z') p(x_(t+1), ..., x_T | z') / p(x). Errors: over the draws of q, and by a jackknife that leaves out in
+    turn one in `groups` of the reference draws together with one in `groups` independent filters.
 
     Args:
-        dmm: the model: `transition`, `emission`, `posterior_step` and `z_0` are used (see `Steps`).
-        x: (T, ...) one sequence.
+        dmm: model, guide and one sequence, as `Steps` has them.
         reference: (S, T, k) draws from p(z|x), in the order of their chains.
         log_evidence: log p(x).
+        error: its standard error.
         draws: of q.
         particles: of each filter.
         groups: of reference draws, and filters.
@@ -196,7 +198,7 @@ def by_step(dmm, x, reference, log_evidence, *, draws=500, particles=2048, group
         c (T,) and its standard errors (T,), in nats.
     """
     generator = torch.Generator().manual_seed(seed)
-    steps, normal = len(x), lambda z, loc, scale: dist.Normal(loc, scale).log_prob(z).sum(-1)
+    x, steps, normal = dmm.x, len(dmm.x), lambda z, loc, scale: dist.Normal(loc, scale).log_prob(z).sum(-1)
     noise = lambda *shape: torch.randn(*shape, dtype=reference.dtype, generator=generator)
     k, number = reference.shape[-1], len(reference) // groups
     reference = reference[: number * groups]
@@ -241,7 +243,9 @@ def by_step(dmm, x, reference, log_evidence, *, draws=500, particles=2048, group
     whole = contributions(every)
     without = torch.stack([contributions([h for h in every if h != g]).mean(1) for g in every])
     jackknife = (groups - 1) / groups * (without - without.mean(0)).square().sum(0)
-    return whole.mean(1), (whole.var(1) / draws + jackknife).sqrt()
+    variance = whole.var(1) / draws + jackknife
+    variance[-1] += error**2  # log p(x) cancels in all steps but the last
+    return whole.mean(1), variance.sqrt()
 
 
 class Steps:
@@ -263,3 +267,92 @@ class Steps:
     def posterior_step(self, z, t):
         """Return mean and scale of q(z_t | z_(t-1), x)."""
         return self.dmm.combiner(z, self.states[t])
+
+
+# -- the audit -----------------------------------------------------------------------------------------------------------------
+
+
+def median(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the median and its distribution-free 95 % interval, by order statistics."""
+    ordered, n = np.sort(values), len(values)
+    k = max(int(binom.ppf(0.025, n, 0.5)) - 1, 0)
+    return float(np.median(values)), float(ordered[k]), float(ordered[n - 1 - k])
+
+
+def audited(dmm: DeepMarkov, x: Tensor, mask: Tensor, what: str):
+    """Audit the smoothing posteriors of some chorales, print what was found, and return the audit."""
+    import elbowroom as er
+
+    began, steps = time.monotonic(), int(mask.sum())
+    audit = er.audit(dmm.model, dmm.guide, x, mask, budget=None, diagnose=False)
+    table = audit.table
+    sure = (table["status"] == "certified").any("reference").values
+    gap = table["gap_total"].values[sure]
+    print(f"{what}: {sure.sum()} of {len(x)} certified, in {time.monotonic() - began:.0f} s")
+    print("  gap per chorale, nats: median {:.2f} [{:.2f}, {:.2f}]".format(*median(gap)), " each:", np.round(np.sort(gap), 2))
+    if sure.all():
+        log_p, elbo = table["log_evidence"].values.sum() / steps, table["elbo"].values.sum() / steps
+        error = float(np.sqrt(np.square(table["log_evidence_se"].values).sum())) / steps
+        print(f"  nats per step: log p(x) {log_p:.3f} (error {error:.3f}), ELBO {elbo:.3f}")
+    return audit
+
+
+def steps_of_the_gap(dmm: DeepMarkov, x: Tensor, audit) -> tuple[Tensor, Tensor]:
+    """Split the gap of every certified chorale by steps: c and its errors, each (chorales, T)."""
+    double, x = copy.deepcopy(dmm).double(), x.double()
+    draws = audit.posteriors["hmc"].posterior
+    table, found = audit.table, []
+    for n in range(len(x)):
+        if str(table["status"].sel(reference="hmc").values[n]) == "certified":
+            sites = [torch.tensor(draws[f"z_{t + 1}"].values[:, :, n]).flatten(0, 1) for t in range(x.shape[1])]
+            log_p, error = float(table["log_evidence"][n]), float(table["log_evidence_se"][n])
+            found.append(by_step(Steps(double, x[n]), torch.stack(sites, 1).double(), log_p, error, seed=n))
+    c, error = map(torch.stack, zip(*found, strict=True))
+    return c, error
+
+
+def draw_steps(c: Tensor, error: Tensor, path: Path) -> None:
+    """Draw the mean contribution of each step with its 95 % interval, and that of every chorale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes, at = figure.subplots(), np.arange(1, c.shape[1] + 1)
+    axes.bar(at, c.mean(0), color="#9db7d5", label=f"mean of {len(c)} chorales, with its error (95 %)")
+    axes.errorbar(at, c.mean(0), 1.96 * error.square().sum(0).sqrt() / len(c), fmt="none", color="#23486f", capsize=2)
+    spread = np.random.default_rng(0).uniform(-0.2, 0.2, c.shape)
+    axes.scatter((at + spread).ravel(), c.numpy().ravel(), s=9, color="#b5562c", linewidths=0, label="one chorale")
+    axes.set(xlabel="step t", ylabel="share of the gap (nats)", xticks=at)
+    axes.set_title("Which steps carry the gap: E KL(q(z_t | z_<t, x) || p(z_t | z_<t, x))", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/deep_markov")
+    parts = chorales(sys.argv[2] if len(sys.argv) > 2 else os.environ.get("ELBOWROOM_DATA"))
+    whole = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "weights.pt"
+    if weights.exists():
+        dmm = DeepMarkov().eval()
+        dmm.load_state_dict(torch.load(weights, weights_only=True))
+        print(f"weights of {weights}")
+    else:
+        dmm = train(*parts["train"])
+        torch.save(dmm.state_dict(), weights)
+    x, mask = parts["test"]
+    print("ELBO of {} test chorales: {:.3f} nats per step (error {:.3f})".format(len(x), *elbo_per_step(dmm, x, mask)))
+
+    some = x[:CHORALES, :STEPS]
+    audit = audited(dmm, some, mask[:CHORALES, :STEPS], f"the first {STEPS} steps of {CHORALES} test chorales")
+    audit.save(folder / "audit")
+    c, error = steps_of_the_gap(dmm, some, audit)
+    for t, (mean, of_mean) in enumerate(zip(c.mean(0), error.square().sum(0).sqrt() / len(c), strict=True)):
+        print(f"  step {t + 1:2}: {mean:6.3f} nats (error {of_mean:.3f})")
+    print(f"  sum of steps: {c.sum() / len(c):.3f}; mean gap {float(audit.table['gap_total'].mean()):.3f}")
+    draw_steps(c, error, folder / "by_step.png")
+    if whole:
+        rows = mask.sum(1).argsort()[:whole]
+        longest = int(mask[rows].sum(1).max())
+        audited(dmm, x[rows, :longest], mask[rows, :longest], f"the {whole} shortest test chorales, whole")
