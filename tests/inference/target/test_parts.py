@@ -279,6 +279,19 @@ def test_a_copy_of_x_in_a_packed_argument_is_not_simulated() -> None:
     simulate(joint, 0)
     with pytest.raises(UnsupportedProgram, match="does not read the data that are simulated"):
         simulate_for_guide(joint, 0)
+
+
+def test_a_guide_that_fails_on_a_part() -> None:
+    locs = [row / 2 for row in data()]  # a list of rows, which no dimension is
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(torch.stack(locs) + 0 * x, 0.7).to_event(1))
+
+    joint = LogJoint(model, guide, data())
+    part, _, at = joint.some(torch.tensor([7, 0]))
+    assert part is joint
+    assert part.draw("guide", 3, 0)[:, at].shape == (3, 2, D)
     assert any("does not run on a part of the data" in note for note in joint.notes)
 
 
