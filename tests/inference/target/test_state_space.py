@@ -110,7 +110,7 @@ class ByHand:
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_the_steps_of_the_gap_are_those_of_the_chain_rule(steps: int) -> None:
-    path = Path(__file__).parents[2] / "examples" / "deep_markov.py"
+    path = Path(__file__).parents[3] / "examples" / "deep_markov.py"
     spec = importlib.util.spec_from_file_location("examples_deep_markov", path)
     assert spec is not None
     assert spec.loader is not None
