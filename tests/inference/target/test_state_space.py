@@ -127,7 +127,7 @@ def test_the_steps_of_the_gap_are_those_of_the_chain_rule(steps: int) -> None:
         draws = posterior.sample((600,)).unflatten(1, (steps, problem.k))
         log_p = float(problem.log_evidence(x))
         c, error = example.by_step(ByHand(problem, x), draws, log_p, draws=300, particles=512, seed=seed)
-        assert (error < 0.3).all()
+        assert (error < 0.5).all()
         off.append((c - exact) / error)
     off = torch.stack(off)
     assert off.abs().max() < 4.5, off
