@@ -171,6 +171,15 @@ def elbo_per_step(dmm: DeepMarkov, x: Tensor, mask: Tensor, draws: int = 20) -> 
 # -- which steps carry the gap -----------------------------------------------------------------------------------------------
 
 
+def each_other(loc: Tensor, scale: Tensor, z: Tensor) -> Tensor:
+    """Return log N(z_s; loc_p, scale_p^2), summed over k, for all p and s, (P, S), by one matrix product."""
+    centre, precision = z.mean(0), scale**-2  # centred, so that the squares do not cancel
+    z, loc = z - centre, loc - centre
+    square = torch.cat([precision, -2 * loc * precision], 1) @ torch.cat([z**2, z], 1).T
+    whole = (loc**2 * precision).sum(1) + 2 * scale.log().sum(1) + z.shape[1] * math.log(2 * math.pi)
+    return -0.5 * (square + whole[:, None])
+
+
 @torch.no_grad()
 def by_step(dmm, reference, log_evidence, error=0.0, *, draws=500, particles=2048, groups=8, seed=0):
     """Split the gap of one sequence by steps: the chain rule of KL(q(z|x) || p(z|x)), with standard errors.
@@ -220,8 +229,7 @@ def by_step(dmm, reference, log_evidence, error=0.0, *, draws=500, particles=204
             log_w = dmm.emission(at, x[t])
             log_x = log_x + log_w.logsumexp(0) - math.log(particles)
             loc, scale = dmm.transition(at)
-            kernel = dist.Normal(loc[:, None], scale[:, None]).log_prob(reference[:, t + 1]).sum(-1)
-            ahead[g, t] = log_x + (log_w.log_softmax(0)[:, None] + kernel).logsumexp(0)
+            ahead[g, t] = log_x + (log_w.log_softmax(0)[:, None] + each_other(loc, scale, reference[:, t + 1])).logsumexp(0)
             at = at[torch.multinomial(log_w.softmax(0), particles, True, generator=generator)]
 
     def contributions(keep: list[int]) -> Tensor:
@@ -235,10 +243,7 @@ def by_step(dmm, reference, log_evidence, error=0.0, *, draws=500, particles=204
         rest.append(torch.zeros(draws, dtype=a.dtype))
         return torch.stack([rest[t] - rest[t + 1] - of_step[t] for t in range(steps)])
 
-    transitions = []
-    for t in range(steps - 1):
-        loc, scale = dmm.transition(chain[t])
-        transitions.append(dist.Normal(loc[:, None], scale[:, None]).log_prob(reference[:, t + 1]).sum(-1))
+    transitions = [each_other(*dmm.transition(chain[t]), reference[:, t + 1]) for t in range(steps - 1)]
     every = list(range(groups))
     whole = contributions(every)
     without = torch.stack([contributions([h for h in every if h != g]).mean(1) for g in every])
