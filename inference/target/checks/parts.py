@@ -24,6 +24,10 @@ BESIDE = (
     "attention over rows, parameters by position); it is evaluated on all these data together, and every number of "
     "it holds for them as a whole"
 )
+WHOLE = (
+    "an argument with {n} entries along a dimension, as many as there are data, is kept whole: its entries are not those of "
+    "the data, or model and guide read all of it for every datum"
+)
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
 
 
@@ -46,6 +50,8 @@ def separates(joint: PlainLogJoint, draw: Callable[..., Tensor]) -> bool:
             of_model, reason = _separates(joint, draw, whole)
             if of_model and not reason:
                 joint.model_separates = [True]
+                if any(dim is None and first is not None for dim, first in zip(dims, guess, strict=True)):
+                    joint.note(WHOLE.format(n=joint.n_obs))
                 return True
             if of_model:
                 kept = kept or dims

@@ -169,6 +169,7 @@ def test_an_argument_of_n_entries_that_are_not_the_datas(reader: str) -> None:
     z, rows = joint.probe_points, torch.tensor([2, 0])
     assert joint.separable()
     assert joint.data_dims == [0, None]
+    assert any("is kept whole" in note for note in joint.notes)
     part = joint.subset(rows)
     torch.testing.assert_close(part(z[:, rows]), joint(z)[:, rows])
     torch.testing.assert_close(part.log_guide(z[:, rows]), joint.log_guide(z)[:, rows])
