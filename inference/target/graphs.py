@@ -263,9 +263,11 @@ def _identity(program: Any) -> Any:
         return type(program), _identity(inner)
     owner = getattr(program, "__self__", program)
     try:
-        return weakref.ref(owner), getattr(program, "__func__", None)
+        reference = weakref.ref(owner)
+        hash(reference)  # that of the owner, which e.g. a dataclass has not
+        return reference, getattr(program, "__func__", None)
     except TypeError:
-        return id(program)
+        return id(owner), getattr(program, "__func__", None)
 
 
 def _entries_of(model: Any) -> dict[Any, _Entry]:

@@ -12,6 +12,8 @@ from support.problems.state_space import StateSpace
 from torch import Tensor
 
 from elbowroom.analysis.audit.auditor import Audit, audit
+from elbowroom.inference.compiled.policies import policy
+from elbowroom.inference.target import graphs
 from elbowroom.inference.target.log_joint import LogJoint
 
 F64 = torch.float64
@@ -47,6 +49,24 @@ def test_densities_are_those_of_the_steps_that_are_there(lengths: list[int], ins
         (slope,) = torch.autograd.grad(posterior.log_prob(u).sum(), u)
         torch.testing.assert_close(gradient[:, n], torch.cat([slope, -gone], -1))
     assert joint.separable()
+
+
+def test_a_long_program_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations are counted before a trace, which would take long; what has few of them is traced, and agrees."""
+    problem = StateSpace()
+    joint = LogJoint(problem.model, problem.guide, *problem.data([2, 1]))
+    z = joint.probe_points
+    plain = joint(z)
+    with policy("always"):
+        with monkeypatch.context() as patched:
+            patched.setattr(graphs, "MAX_NODES", 30)
+            patched.setattr(graphs.Graphs, "_agreeing", lambda *given: pytest.fail("traced"))
+            assert joint.graphs.ready(joint, "joint") is None
+            assert "operations, and a graph more than 30" in joint.graphs.reasons["joint"]
+            torch.testing.assert_close(joint(z), plain)
+        again = LogJoint(problem.model, problem.guide, *problem.data([2, 1]))
+        assert again.graphs.ready(again, "joint") is not None
+        torch.testing.assert_close(again(z), plain)
 
 
 def judged(problem: StateSpace, x: Tensor, mask: Tensor) -> Audit:
