@@ -10,7 +10,7 @@ posterior of T k coordinates for each chorale, p(z_1, ..., z_T | x_1, ..., x_T).
     ELBOWROOM_DATA=/folder/with/data python examples/deep_markov.py       # writes runs/deep_markov; reads its weights again
     python examples/deep_markov.py FOLDER DATA [WHOLE]                    # DATA: the folder; WHOLE: so many whole chorales too
 
-Training takes ten minutes on one core or so, the audit of 10 chorales of 16 steps some minutes more.
+Training takes ten to twenty minutes of one core, the audit of 10 chorales of 16 steps some minutes more.
 
 Krishnan, Shalit and Sontag (2017), https://arxiv.org/abs/1609.09869; https://pyro.ai/examples/dmm.html.
 """
