@@ -44,7 +44,7 @@ from elbowroom.errors import RunFolderError, UserError
 from elbowroom.inference.compiled.policies import Compile, policy
 from elbowroom.inference.posterior import CHAINS, rows_of
 from elbowroom.inference.target import discrete
-from elbowroom.inference.target.checks import note_rounding
+from elbowroom.inference.target.checks.probe import note_rounding
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.system import durations
 from elbowroom.system.files import atomic

@@ -236,20 +236,22 @@ def _written(module: Any) -> str:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and convolutions, and the output entries of all other operations.
+    """Counts operations, the floating-point ones in matrix products and convolutions, and the output entries of all others.
 
     torch's own `FlopCounterMode` also watches modules, which fails for some programs.
     """
 
+    count = 0
     flops = 0
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count it."""
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(getattr(func, "overloadpacket", None))
-        if count is not None:
-            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
+        self.count += 1
+        counted = flop_registry.get(getattr(func, "overloadpacket", None))
+        if counted is not None:
+            self.flops += int(counted(*args, **(kwargs or {}), out_val=out))
         elif isinstance(out, Tensor) and not getattr(func, "is_view", False):
             self.elements += out.numel()
         return out

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.errors import first_line
-from elbowroom.inference.compiled.graph import Function, Graph, Operations, Untraceable, log
+from elbowroom.inference.compiled.graph import MAX_NODES, Function, Graph, Operations, Untraceable, log
 from elbowroom.inference.compiled.policies import Compile, current_policy, data_ahead, evaluations_ahead
 from elbowroom.inference.mcmc.leapfrog import leap
 from elbowroom.inference.target.plain import PlainLogJoint
@@ -35,6 +35,7 @@ REUSED = 100  # largest number of uses of a weight for one datum (convolutions)
 CHECKED = 2  # number of draws in the comparison
 FLOPS, ELEMENT = 8e10, 1.3e-9  # products: operations per second; others: seconds per output entry (double precision, two cores)
 TRACE, COMPILE = 5.0, 20.0  # predicted seconds of work above which a trace (about 1 s) and a compilation (2 to 10 s) pay off
+TRACED = 1.3  # operations of a graph for each of a plain evaluation: a deep Markov model's 3,481 took 70 s to trace, to 4,534
 CLOSE = {torch.float64: 1e-7, torch.float32: 1e-3}
 WORSE, ROUNDING = 10, 1e-2  # a shared graph is traced again above WORSE x (its first difference) and ROUNDING x CLOSE
 
@@ -88,6 +89,8 @@ class Graphs:
             return None
         entry = _entries_of(root.model).setdefault((kind, _signature(root)), _Entry())
         try:
+            if not entry.graphs:
+                _refuse_long(root, kind)
             graph = self._agreeing(root, kind, entry)
         except Untraceable as error:
             if self.reasons.get(kind) != str(error):
@@ -152,6 +155,18 @@ class Graphs:
         if isinstance(found, str):
             raise Untraceable(found)
         return found, outcomes
+
+
+def _refuse_long(root: PlainLogJoint, kind: Kind) -> None:
+    """Refuse to trace what would have too many operations, as sequences with a site at every step have.
+
+    Raises:
+        Untraceable: says how many operations there are.
+    """
+    with torch.no_grad(), Operations() as one:
+        _plainly(root, kind, root.probe_points[:1])
+    if one.count * TRACED > MAX_NODES:
+        raise Untraceable(f"it has {one.count:,} operations, and a graph more than {MAX_NODES:,}")
 
 
 def _check(root: PlainLogJoint, kind: Kind, graph: Function) -> float:
@@ -248,9 +263,11 @@ def _identity(program: Any) -> Any:
         return type(program), _identity(inner)
     owner = getattr(program, "__self__", program)
     try:
-        return weakref.ref(owner), getattr(program, "__func__", None)
+        reference = weakref.ref(owner)
+        hash(reference)  # that of the owner, which e.g. a dataclass has not
+        return reference, getattr(program, "__func__", None)
     except TypeError:
-        return id(program)
+        return id(owner), getattr(program, "__func__", None)
 
 
 def _entries_of(model: Any) -> dict[Any, _Entry]:

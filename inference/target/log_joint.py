@@ -20,7 +20,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.mcmc.leapfrog import leap
@@ -31,11 +30,11 @@ from elbowroom.inference.program.replay import Which
 from elbowroom.inference.program.sites import is_real
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target import shared_points
-from elbowroom.inference.target.checks import probe
+from elbowroom.inference.target.checks.parts import separates
+from elbowroom.inference.target.checks.probe import probe
 from elbowroom.inference.target.draws import forward
 from elbowroom.inference.target.graphs import Graphs
 from elbowroom.inference.target.plain import ROWS, PlainLogJoint
-from elbowroom.inference.target.separation import separates
 from elbowroom.inference.target.tracing import Kind, by_graph
 from elbowroom.system.memory import LARGE_ARRAY, fitting, sizes
 from elbowroom.system.stages import stage
@@ -280,7 +279,7 @@ class LogJoint(PlainLogJoint):
 
     def data(self) -> Tensor:
         """Return the first tensor among the arguments that has one row per datum, in the computation's dtype."""
-        for leaf in pytree.tree_leaves((self.args, self.kwargs)):
+        for leaf in self.leaves():
             if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.n_obs:
                 return leaf
         raise ValueError("no argument of the model has one row per datum")

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.program.carriers import with_density
+from elbowroom.inference.program.frozen import arguments
 from elbowroom.inference.program.frozen.promotion import Promoted, mixed, mixes
 from elbowroom.inference.program.frozen.snapshot import Snapshot, program_in
 from elbowroom.inference.program.inspection.pair import inspect
@@ -260,11 +261,7 @@ class PlainLogJoint:
         if index:
             self._index = {name: value.repeat(times) for name, value in index.items()}
         else:
-
-            def repeat(t: Any, dim: int | None) -> Any:
-                return t if dim is None else t.repeat(*[times if i == dim else 1 for i in range(t.dim())])
-
-            leaves = [repeat(t, dim) for t, dim in zip(self.leaves(), self.data_dims, strict=True)]
+            leaves = [arguments.repeat(t, dim, times) for t, dim in zip(self.leaves(), self.data_dims, strict=True)]
             self.args, self.kwargs = self.with_leaves(leaves)
         try:
             yield
@@ -276,7 +273,7 @@ class PlainLogJoint:
     def subset(self, rows: Tensor) -> Self:
         """Return the log joint of some of the data, (len(rows),) indices in any order; itself for all data in order.
 
-        The tensors among the arguments are indexed along the dimension that has N entries.
+        The tensors among the arguments are indexed along the dimension of the data; a PackedSequence by sequence.
 
         Raises:
             UnsupportedProgram: the arguments cannot be separated by datum; call `separable` first, or use `some`.
@@ -288,11 +285,9 @@ class PlainLogJoint:
         return self._subset(rows)
 
     def _subset(self, rows: Tensor) -> Self:
-        def take(t: Any, dim: int | None) -> Any:
-            return t if dim is None else t.index_select(dim, rows)
-
         part = copy.copy(self)
-        part.args, part.kwargs = self.with_leaves([take(t, dim) for t, dim in zip(self.leaves(), self.data_dims, strict=True)])
+        some = [arguments.take(t, dim, rows) for t, dim in zip(self.leaves(), self.data_dims, strict=True)]
+        part.args, part.kwargs = self.with_leaves(some)
         active = None if self.program.active is None else self.program.active[rows]
         observed = {name: value[rows.to(value.device)] for name, value in self.program.observed.items()}
         part.program = dataclasses.replace(self.program, n_obs=len(rows), active=active, observed=observed)
@@ -307,11 +302,11 @@ class PlainLogJoint:
 
     def leaves(self) -> list[Any]:
         """Return the leaves of the arguments."""
-        return pytree.tree_leaves((self.args, self.kwargs))
+        return arguments.leaves((self.args, self.kwargs))
 
     def with_leaves(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments of the same structure with other leaves."""
-        args, kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure((self.args, self.kwargs)))
+        args, kwargs = arguments.with_leaves((self.args, self.kwargs), leaves)
         return args, kwargs
 
     @property
@@ -321,8 +316,8 @@ class PlainLogJoint:
 
     def _data_dimensions(self) -> list[int | None]:
         """Return the dimension with N entries of each leaf of the arguments, the first if there are several."""
-        leaves, n = self.leaves(), self.n_obs
-        return [list(t.shape).index(n) if isinstance(t, Tensor) and n in t.shape else None for t in leaves]
+        shapes, n = [arguments.sizes(t) for t in self.leaves()], self.n_obs
+        return [shape.index(n) if n in shape else None for shape in shapes]
 
     def copy(self) -> Self:
         """Return a copy with arguments and program that may be replaced."""
@@ -351,11 +346,8 @@ class PlainLogJoint:
         """Return the same densities, with the same weights and arguments, in another precision."""
         other = self.copy()
         other.snapshot = self.snapshot.converted(dtype)
-
-        def convert(t: Any) -> Any:
-            return Snapshot.convert(t, dtype) if isinstance(t, Tensor) else t
-
-        other.args, other.kwargs = pytree.tree_map(convert, (self.args, self.kwargs))
+        convert = lambda leaf: arguments.converted(leaf, lambda t: Snapshot.convert(t, dtype))
+        other.args, other.kwargs = arguments.mapped(convert, (self.args, self.kwargs))
         other.program = program_in(dtype, self.program)
         if isinstance(self.model, Promoted) and isinstance(self.guide, Promoted):
             other.model, other.guide = Promoted(self.model.program, dtype), Promoted(self.guide.program, dtype)
@@ -368,8 +360,8 @@ class PlainLogJoint:
 
     def _width(self) -> int:
         """Return how many numbers the arguments hold of one datum."""
-        leaves = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and self.n_obs in t.shape]
-        return max((t.numel() // self.n_obs for t in leaves), default=1)
+        leaves = [t for t in self.leaves() if self.n_obs in arguments.sizes(t)]
+        return max((arguments.numbers(t) // self.n_obs for t in leaves), default=1)
 
     @property
     def dtype(self) -> torch.dtype | None:

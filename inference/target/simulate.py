@@ -14,11 +14,11 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
 from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.program.densities.edges import draw
+from elbowroom.inference.program.frozen import arguments
 from elbowroom.inference.program.masks import coordinates, kept
 from elbowroom.inference.program.observed import widened
 from elbowroom.inference.program.sites import Site, frame_of
@@ -65,7 +65,7 @@ def simulate(log_joint: LogJoint, seed: int) -> tuple[LogJoint, Tensor]:
         replacement[id(leaf)] = one.in_place_of(leaf, drawn.values[name])
     other = log_joint.copy()
     swap = lambda t: replacement.get(id(t), t)
-    other.args, other.kwargs = pytree.tree_map(swap, (log_joint.args, log_joint.kwargs))
+    other.args, other.kwargs = arguments.mapped(swap, (log_joint.args, log_joint.kwargs))
     other.program = dataclasses.replace(program, observed={**program.observed, **observed})
     if any(one.kept is not None for one in given.values()):
         with seeded(seed), other.snapshot.scope(), torch.no_grad():
@@ -99,11 +99,13 @@ def _same_guide(one: LogJoint, other: LogJoint) -> bool:
 def _reads_a_copy(log_joint: LogJoint, simulated: LogJoint) -> bool:
     """Whether the guide reads an argument that the model does not read and that is not simulated; tried by moving its rows."""
     leaves, points = log_joint.leaves(), log_joint.probe_points[:1]
-    for place, (leaf, new, dim) in enumerate(zip(leaves, simulated.leaves(), log_joint.data_dims, strict=True)):
-        if dim is None or new is not leaf:
+    for place, (leaf, new) in enumerate(zip(leaves, simulated.leaves(), strict=True)):
+        if log_joint.n_obs not in arguments.sizes(leaf) or new is not leaf:
             continue
+        dim = arguments.sizes(leaf).index(log_joint.n_obs)
         moved = log_joint.copy()
-        moved.args, moved.kwargs = log_joint.with_leaves([*leaves[:place], leaf.roll(1, dim), *leaves[place + 1 :]])
+        rolled = arguments.take(leaf, dim, torch.arange(log_joint.n_obs, device=log_joint.device).roll(1))
+        moved.args, moved.kwargs = log_joint.with_leaves([*leaves[:place], rolled, *leaves[place + 1 :]])
         unread = torch.allclose(log_joint(points), moved(points), equal_nan=True)
         if unread and not _same_guide(log_joint, moved):
             return True
@@ -299,7 +301,7 @@ def _in_place(site: Site, value: Tensor) -> Tensor:
 
 
 def _tensors(log_joint: LogJoint) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves((log_joint.args, log_joint.kwargs)) if isinstance(t, Tensor)]
+    return [t for t in log_joint.leaves() if isinstance(t, Tensor)]
 
 
 def _same(argument: Tensor, one: _Given) -> bool:

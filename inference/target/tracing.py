@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from elbowroom.errors import first_line
 from elbowroom.inference.compiled.branches import Branches, levels
@@ -58,6 +59,20 @@ def by_graph(joint: PlainLogJoint, graph: Function, z: Tensor, *beside: Tensor) 
                 for whole, part in zip(out, found, strict=True):
                     whole[here, some] = part
     return tuple(out)
+
+
+class OfAllData:
+    """Stands for a PackedSequence of all data in a graph, which is traced for one datum and takes tensors: not to be read."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse to be read."""
+        raise Untraceable("it reads a PackedSequence, whose sequences have different lengths")
+
+    def __getitem__(self, key: Any) -> Any:
+        """Refuse to be read."""
+        return self.data
+
+    __iter__ = __len__ = __getitem__
 
 
 class OneDatum:
@@ -142,7 +157,7 @@ class OneDatum:
     def _put(self, leaves: tuple[Tensor, ...]) -> None:
         """Give the programs the arguments of one datum."""
         rows = [t if dim is None else t.unsqueeze(dim) for t, dim in zip(leaves, self.dims, strict=True)]
-        whole = self.root.leaves()
+        whole = [OfAllData() if isinstance(t, PackedSequence) else t for t in self.root.leaves()]
         for place, value in zip(self.places, rows, strict=False):
             whole[place] = value
         self.one.args, self.one.kwargs = self.root.with_leaves(whole)

@@ -19,8 +19,8 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from elbowroom.inference.program.frozen import arguments
 from elbowroom.inference.program.sites import Program
 
 STORE = ("_params", "_param_to_name", "_constraints")  # the mappings of Pyro's parameter store
@@ -43,26 +43,18 @@ class Snapshot:
 
     def take(self, dtype: torch.dtype | None) -> None:
         """Copy the current weights and arguments, floating-point ones in `dtype`."""
-
-        def convert(t: Any) -> Any:
-            return self.convert(t, dtype) if isinstance(t, Tensor) else t
-
         self.dtype = dtype
-        self.args, self.kwargs = pytree.tree_map(convert, self._original)
-        arguments = {id(t) for t in pytree.tree_leaves(self._original) if isinstance(t, Tensor)}
+        self.args, self.kwargs = self._converted(self._original, dtype)
+        given = {id(t) for t in self._given()}
         store = pyro.get_param_store()
         self._store = [dict(getattr(store, name)) for name in STORE]
-        self._weights = [(t, self.convert(t, dtype)) for t in self.leaves() if id(t) not in arguments]
+        self._weights = [(t, self.convert(t, dtype)) for t in self.leaves() if id(t) not in given]
 
     def converted(self, dtype: torch.dtype) -> Snapshot:
         """Return a copy of this snapshot in another precision, without reading the current weights."""
-
-        def convert(t: Any) -> Any:
-            return self.convert(t, dtype) if isinstance(t, Tensor) else t
-
         other = copy.copy(self)
         other.dtype, other._depth = dtype, 0
-        other.args, other.kwargs = pytree.tree_map(convert, (self.args, self.kwargs))
+        other.args, other.kwargs = self._converted((self.args, self.kwargs), dtype)
         other._weights = [(t, self.convert(value, dtype)) for t, value in self._weights]
         return other
 
@@ -71,9 +63,17 @@ class Snapshot:
         """Copy a tensor, in `dtype` if it is floating point."""
         return t.detach().clone() if dtype is None or not t.is_floating_point() else t.detach().to(dtype, copy=True)
 
+    @classmethod
+    def _converted(cls, tree: Any, dtype: torch.dtype | None) -> Any:
+        return arguments.mapped(lambda leaf: arguments.converted(leaf, lambda t: cls.convert(t, dtype)), tree)
+
+    def _given(self) -> list[Tensor]:
+        """Return the tensors of the arguments."""
+        return [t for leaf in arguments.leaves(self._original) for t in arguments.tensors(leaf)]
+
     def leaves(self) -> list[Tensor]:
         """Return every tensor that the programs depend on: arguments, parameters, buffers, the parameter store."""
-        tensors = [t for t in pytree.tree_leaves(self._original) if isinstance(t, Tensor)]
+        tensors = self._given()
         for module in self._modules:
             tensors += [*module.parameters(), *module.buffers()]
         tensors += pyro.get_param_store()._params.values()

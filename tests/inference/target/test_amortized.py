@@ -10,8 +10,8 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import elbowroom as er
+from elbowroom.inference.target.checks.parts import ONE_FOR_ALL, ONE_FOR_EACH
 from elbowroom.inference.target.log_joint import LogJoint
-from elbowroom.inference.target.separation import ONE_FOR_ALL, ONE_FOR_EACH
 
 N = 30
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0))

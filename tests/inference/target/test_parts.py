@@ -10,12 +10,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from elbowroom.analysis.audit.auditor import audit, audit_log_joint
 from elbowroom.analysis.checks import calibration
 from elbowroom.errors import UnsupportedProgram
+from elbowroom.inference.compiled.policies import policy
 from elbowroom.inference.target.log_joint import LogJoint
+from elbowroom.inference.target.plain import PlainLogJoint
+from elbowroom.inference.target.simulate import simulate, simulate_for_guide
 
 F64 = torch.float64
 N, D = 12, 3
@@ -127,8 +130,9 @@ def test_the_gaps_of_a_guide_that_reads_its_batch_are_those_of_the_batch() -> No
     assert "depends on the data beside it" in found.table.attrs["notes"]
 
 
-def test_an_argument_whose_first_dimension_of_n_is_not_the_datas() -> None:
-    """(channels, data), as many channels as data: a part would take channels."""
+@pytest.mark.parametrize("along", [0, 1])
+def test_a_square_argument_is_taken_apart_along_its_data(along: int) -> None:
+    """(channels, data) or (data, channels), as many channels as data: the first guess may take channels."""
     features = torch.randn(N, N, dtype=F64)
 
     def with_features(x, features):
@@ -136,33 +140,159 @@ def test_an_argument_whose_first_dimension_of_n_is_not_the_datas() -> None:
 
     def guide(x, features):
         with pyro.plate("rows", len(x)):
-            pyro.sample("z", dist.Normal(x / 2 + features.mean(0)[: len(x), None], 0.7).to_event(1))
+            pyro.sample("z", dist.Normal(x / 2 + features.mean(1 - along)[:, None], 0.7).to_event(1))
 
-    joint = LogJoint(with_features, guide, data(), features)
-    assert not joint.separable()
-    assert any("depends on the data beside it" in note for note in joint.notes)
+    x = data()
+    joint = LogJoint(with_features, guide, x, features)
+    z, rows = joint.probe_points, torch.tensor([7, 3, 3])
+    assert joint.separable()
+    assert joint.data_dims == [0, along]
+    by_hand = dist.Normal(x / 2 + features.mean(1 - along)[:, None], 0.7).log_prob(z).sum(-1)
+    torch.testing.assert_close(joint.subset(rows).log_guide(z[:, rows]), by_hand[:, rows])
 
 
-def test_an_argument_of_the_guide_alone_that_has_no_rows() -> None:
-    """A PackedSequence, as in Pyro's deep Markov model: the guide fails on a part, and the model does not."""
+@pytest.mark.parametrize("reader", ["model", "guide"])
+def test_an_argument_of_n_entries_that_are_not_the_datas(reader: str) -> None:
+    """One scale for each of D columns, and as many data as columns."""
+    x, scale = data()[:D], torch.linspace(0.5, 1.5, D, dtype=F64)
+
+    def of_scale(x, scale):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(D, dtype=x.dtype), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, scale if reader == "model" else 1.0).to_event(1), obs=x)
+
+    def guide(x, scale):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, scale if reader == "guide" else 0.7).to_event(1))
+
+    joint = LogJoint(of_scale, guide, x, scale)
+    z, rows = joint.probe_points, torch.tensor([2, 0])
+    assert joint.separable()
+    assert joint.data_dims == [0, None]
+    assert any("is kept whole" in note for note in joint.notes)
+    part = joint.subset(rows)
+    torch.testing.assert_close(part(z[:, rows]), joint(z)[:, rows])
+    torch.testing.assert_close(part.log_guide(z[:, rows]), joint.log_guide(z)[:, rows])
+
+
+def test_a_square_argument_repeated_by_rows() -> None:
+    """A program that vmap does not take is repeated along the right dimension too."""
+    features = torch.randn(N, N, dtype=F64)
+
+    def of_features(x, features):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(D, dtype=x.dtype), 1.0).to_event(1))
+            loc = z if z.sum().item() != 0.1 else -z  # a branch on z
+            pyro.sample("x", dist.Normal(loc + features.mean(0)[:, None], 1.0).to_event(1), obs=x)
+
+    def guide(x, features):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7).to_event(1))
+
+    joint = LogJoint(of_features, guide, data(), features)
+    assert joint.mode == "repeat"
+    assert joint.data_dims == [0, 1]
+    assert joint.separable()
+
+
+# -- sequences that are packed ---------------------------------------------------------------------------------------------
+
+LENGTHS = torch.tensor([4, 1, 3, 4, 2, 3, 1, 4])
+CELL, START = nn.GRU(3, 4, batch_first=True), nn.Parameter(torch.zeros(1, 1, 4))
+
+
+def of_sequences(x, packed):
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z[..., None, :3].expand(*z.shape[:-1], 4, 3), 1.0).to_event(2), obs=x)
+
+
+def guide_of_packed(x, packed):
+    hidden = CELL(packed, START.expand(1, len(x), 4).contiguous())[1][0]
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Normal(hidden, 0.5).to_event(1))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("lengths", [torch.full((8,), 4), LENGTHS])
+def test_a_packed_argument_of_the_guide_alone(lengths: Tensor, nested: bool) -> None:
+    """As in Pyro's deep Markov model."""
     x = torch.randn(8, 4, 3)
-    packed = pack_padded_sequence(x, [4] * 8, batch_first=True)
-    rnn, start = nn.GRU(3, 4, batch_first=True), nn.Parameter(torch.zeros(1, 1, 4))
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    inside = (lambda program: lambda x, more: program(x, more["packed"])) if nested else (lambda program: program)
+    joint = LogJoint(inside(of_sequences), inside(guide_of_packed), x, {"packed": packed} if nested else packed)
+    assert joint.separable()
+    z, rows = joint.probe_points, torch.tensor([7, 0, 1, 1])
+    by_hand = [CELL(x[i : i + 1, : int(lengths[i])])[1][0, 0].double() for i in rows]  # each sequence alone
+    want = torch.stack([dist.Normal(loc, 0.5).log_prob(z[:, i]).sum(-1) for loc, i in zip(by_hand, rows, strict=True)], 1)
+    part = joint.subset(rows)
+    torch.testing.assert_close(part.log_guide(z[:, rows]), want.detach(), atol=1e-5, rtol=1e-5)
+    assert part.draw("guide", 3, 0).shape == (3, 4, 4)
+    with policy("always"):  # the model does not read what is packed, and its graph takes any of the data
+        graph = joint.graphs.ready(joint, "joint")
+        assert graph is not None
+        torch.testing.assert_close(part(z[:, rows]), PlainLogJoint.__call__(part, z[:, rows]))
+        assert joint.graphs.ready(joint, "guide") is None
+    assert "PackedSequence" in joint.graphs.reasons["guide"]
 
-    def of_sequences(x, packed):
+
+def test_a_packed_argument_of_the_model() -> None:
+    """x is the packed argument itself: taken apart, and evaluated without a graph."""
+    x = torch.randn(8, 4, 3, dtype=F64)
+    packed = pack_padded_sequence(x, LENGTHS, batch_first=True, enforce_sorted=False)
+
+    def of_packed(packed):
+        padded, lengths = pad_packed_sequence(packed, batch_first=True, total_length=4)
+        there = torch.arange(4) < lengths[:, None]
+        with pyro.plate("rows", len(padded)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=F64), 1.0).to_event(1))
+            each = dist.Normal(z[..., None, :].expand(*z.shape[:-1], 4, 3), 1.0).to_event(1)
+            pyro.sample("x", each.mask(there).to_event(1), obs=padded)
+
+    def guide(packed):
+        padded, lengths = pad_packed_sequence(packed, batch_first=True)
+        shrunk = 1 / (1 + lengths[:, None].to(F64))  # the exact posterior
+        with pyro.plate("rows", len(padded)):
+            pyro.sample("z", dist.Normal(padded.sum(1) * shrunk, shrunk.sqrt()).to_event(1))
+
+    joint = LogJoint(of_packed, guide, packed)
+    assert joint.separable()
+    z = joint.probe_points
+    log_p = joint(z) - joint.log_guide(z)
+    torch.testing.assert_close(log_p, log_p[:1].expand_as(log_p))  # log p(x), at any z
+    rows = torch.tensor([2, 6])
+    torch.testing.assert_close(joint.subset(rows)(z[:, rows]), joint(z)[:, rows])
+    with policy("always"):
+        assert joint.graphs.ready(joint, "joint") is None
+    assert "PackedSequence" in joint.graphs.reasons["joint"]
+    found = audit(of_packed, guide, packed, budget="20s", references="importance", diagnose=False)
+    np.testing.assert_allclose(found.table["elbo"], log_p[0], atol=1e-9)
+    error = np.hypot(found.table["log_evidence_se"], found.table["elbo_se"]).values
+    assert (abs(found.table["gap_total"].values) < 5 * error + 1e-9).all()
+    with pytest.raises(UnsupportedProgram, match="not an argument"):
+        simulate(joint, 0)
+
+
+def test_a_copy_of_x_in_a_packed_argument_is_not_simulated() -> None:
+    """log q of simulated x is not what the guide says of the old one."""
+    x = torch.randn(8, 4, 3)
+    joint = LogJoint(of_sequences, guide_of_packed, x, pack_padded_sequence(x, [4] * 8, batch_first=True))
+    simulate(joint, 0)
+    with pytest.raises(UnsupportedProgram, match="does not read the data that are simulated"):
+        simulate_for_guide(joint, 0)
+
+
+def test_a_guide_that_fails_on_a_part() -> None:
+    locs = [row / 2 for row in data()]  # a list of rows, which no dimension is
+
+    def guide(x):
         with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z[..., None, :3].expand(*z.shape[:-1], 4, 3), 1.0).to_event(2), obs=x)
+            pyro.sample("z", dist.Normal(torch.stack(locs) + 0 * x, 0.7).to_event(1))
 
-    def guide(x, packed):
-        hidden = rnn(packed, start.expand(1, len(x), 4).contiguous())[1][0]
-        with pyro.plate("rows", len(x)):
-            pyro.sample("z", dist.Normal(hidden, 0.5).to_event(1))
-
-    joint = LogJoint(of_sequences, guide, x, packed)
+    joint = LogJoint(model, guide, data())
     part, _, at = joint.some(torch.tensor([7, 0]))
     assert part is joint
-    assert part.draw("guide", 3, 0)[:, at].shape == (3, 2, 4)
+    assert part.draw("guide", 3, 0)[:, at].shape == (3, 2, D)
     assert any("does not run on a part of the data" in note for note in joint.notes)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from elbowroom.inference.target import checks, log_joint
+from elbowroom.inference.target import log_joint
+from elbowroom.inference.target.checks import probe as checks
 from elbowroom.inference.target.log_joint import LogJoint
 
 N = 4

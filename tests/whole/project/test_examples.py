@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -134,6 +136,63 @@ def test_topics() -> None:
     result = audit(lda.model, lda.guide, docs[:N])
     check(result, judged(topics_evidence, lda, docs[:N]), 1e-3)
     assert "vmap" not in result.table.attrs["notes"]  # the density of counts runs for many draws at once
+
+
+def small_chain(program: ModuleType) -> tuple[nn.Module, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(2) < torch.tensor([2, 1, 2, 2, 1, 2])[:, None]
+    x = (torch.rand(6, 2, 5, generator=generator) < 0.4).float() * mask[..., None]
+    return program.train(x, mask, epochs=5, size=3, k=1, hidden=4, states=3), x, mask
+
+
+def chain_evidence(dmm: nn.Module, x: Tensor, mask: Tensor, n: int = 801) -> Tensor:
+    """log int int p(z_1) p(x_1 | z_1) p(z_2 | z_1) p(x_2 | z_2) dz_1 dz_2, for two steps or one of one latent each."""
+    dmm = dmm.double()
+    z = torch.linspace(-12, 12, n, dtype=F64)[:, None]
+    log_dz, start, following = math.log(z[1, 0] - z[0, 0]), dmm.transition(dmm.z_0), dmm.transition(z)
+    emission = dist.Bernoulli(logits=dmm.emitter(z)).log_prob(x.double()[:, :, None]).sum(-1)  # (N, T, points)
+    first = normal(z[:, 0], start[0], start[1]) + emission[:, 0]
+    second = normal(z.T, *following)[None] + emission[:, 1, None] + log_dz
+    later = torch.where(mask[:, 1], torch.logsumexp(torch.logsumexp(second, 2) + first, 1), torch.logsumexp(first, 1))
+    return later + log_dz
+
+
+@pytest.mark.slow
+def test_deep_markov() -> None:
+    program = example("deep_markov")
+    dmm, x, mask = small_chain(program)
+    result = audit(dmm.model, dmm.guide, x, mask, diagnose=False)
+    with torch.no_grad():
+        log_p = chain_evidence(copy.deepcopy(dmm), x, mask)
+    table = result.table
+    assert set(table["status"].sel(reference="grid").values) == {"exact"}
+    np.testing.assert_allclose(table["log_evidence"].values, log_p.numpy(), atol=1e-4, rtol=0)
+    assert (table["gap_total"].values > -ERRORS * np.hypot(table["elbo_se"].values, 1e-4)).all()
+    assert np.isnan(result.posteriors["grid"].posterior["z_2"].values[:, :, 1]).all()  # a sequence of one step
+
+
+@torch.no_grad()
+def test_the_deep_markov_guide_reads_each_chorale_backwards() -> None:
+    """The state at step t is that of the GRU over x_L, ..., x_t, whatever padding and neighbours there are."""
+    program = example("deep_markov")
+    dmm = program.DeepMarkov(keys=5, k=1, hidden=4, states=3)
+    x, mask = torch.randn(3, 6, 5), torch.arange(6) < torch.tensor([6, 2, 5])[:, None]
+    found = dmm.backwards(x, mask)
+    for n, length in enumerate(mask.sum(1).tolist()):
+        alone = dmm.rnn(x[n, :length].flip(0)[None])[0][0].flip(0)
+        torch.testing.assert_close(found[n, :length], alone)
+
+
+def test_the_deep_markov_example_says_where_its_data_are(tmp_path: Path) -> None:
+    program = example("deep_markov")
+    for folder in (None, str(tmp_path)):
+        with pytest.raises(SystemExit, match=r"download https://\S+json into a folder.*ELBOWROOM_DATA="):
+            program.chorales(folder)
+    (tmp_path / program.FILE).write_text(json.dumps({"test": [[[60, 64], []], [[21]]]}))
+    x, mask = program.chorales(str(tmp_path))["test"]
+    assert x.shape == (2, 2, 88)
+    assert x.nonzero().tolist() == [[0, 0, 39], [0, 0, 43], [1, 0, 0]]
+    assert mask.tolist() == [[True, True], [True, False]]
 
 
 @pytest.mark.parametrize("start", ["probs", "logits"])

@@ -19,13 +19,13 @@ from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.program.replay import Which
 from elbowroom.inference.program.sites import frame_of
 from elbowroom.inference.randomness import seeded
+from elbowroom.inference.target.checks.parts import FAILURES, OF_GUIDE, dimensions
 from elbowroom.inference.target.plain import PlainLogJoint
 from elbowroom.system.rounding import coarse
 
 FEW = 10  # data, whose spread says little
 DRAWS = 4  # from the guide, and as many from the prior
 ASSIGNED = 64  # joint values of discrete sites that a check goes through
-OF_GUIDE = 2  # draws of the guide at which its own density is tested
 OFTEN, WORK = 256, 2**22  # draws whose rows are mixed, and entries (observed or latent) evaluated for them at most
 COUPLED = {
     "model": "model: moving the latents of some data changes log p of others; the data are coupled (batch normalisation in "
@@ -33,7 +33,7 @@ COUPLED = {
     "guide": "guide: moving the latents of some data changes log q of others; q(z|x) is not a product over the data, so no "
     "datum has an ELBO or a gap of its own",
 }
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
+PER_STEP = 16  # continuous sites, as of a sequence step by step, above which `vmap`, at each operation, costs more than rows
 
 
 def probe(joint: PlainLogJoint, draw: Callable[[Which, int, int], Tensor], dtype: torch.dtype | None) -> Tensor:
@@ -263,12 +263,14 @@ def _improbable(joint: PlainLogJoint, z: Tensor) -> str:
 
 def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor, log_q: Tensor) -> None:
     """Choose the fastest evaluation that gives correct values."""
-    for mode in ("vmap", "repeat"):
-        if mode == "repeat" and joint.n_obs == 1:
-            continue  # with one datum the program may branch on its z, which has no single value when draws are repeated
-        if mode == "repeat" and joint.program.sized:
-            continue
-        joint.mode = mode
+    guess = list(joint.data_dims)
+    # with one datum the program may branch on its z, which has no single value when draws are repeated
+    repeats = [] if joint.n_obs == 1 or joint.program.sized else dimensions(joint, none=False)
+    modes = [("vmap", guess), *(("repeat", dims) for dims in repeats)]
+    if len(joint.sites) > PER_STEP:
+        modes = modes[1:] + modes[:1]
+    for mode, dims in modes:
+        joint.mode, joint.data_dims[:] = mode, dims
         try:
             again = joint(z)
             same = _close(joint, again, values) and bool((again.isfinite() == values.isfinite()).all())
@@ -280,7 +282,7 @@ def _set_mode(joint: PlainLogJoint, z: Tensor, values: Tensor, log_q: Tensor) ->
         except FAILURES as error:
             reason = first_line(error)
         joint.note(f"{mode} over draws does not apply: {reason}")
-    joint.mode = "loop"
+    joint.mode, joint.data_dims[:] = "loop", guess
 
 
 def note_rounding(joint: PlainLogJoint) -> None:

@@ -1,0 +1,1 @@
+"""Tests of a new log joint, and of parts of its data, by running the programs."""
