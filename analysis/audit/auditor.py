@@ -324,6 +324,8 @@ def audit_log_joint(
     held = [name for name in log_joint.program.pinned if name not in log_joint.program.auxiliary]
     if held:
         facts["held"] = "\n".join(held)
+    if not log_joint.amortized:
+        facts["amortization"] = "none"
     notes = list(log_joint.notes)
     if len(posteriors) > len(plan.names):
         left = int((~posteriors[0].settled).sum())

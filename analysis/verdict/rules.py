@@ -268,7 +268,16 @@ def _cause(facts: Facts, verdict: str) -> Judgement | None:
     mine, part = (of_encoder, "amortization") if verdict == ENCODER else (of_family, "approximation")
     if not mine[0] >= CAUSE * (max(of_encoder[0], 0) + max(of_family[0], 0)):
         return None
-    if verdict == ENCODER:
+    if verdict == ENCODER and facts.table.attrs.get("amortization") == "none":
+        said = (
+            f"{whole}; the guide has no encoder (amortization: none by construction), and the parameters of a datum end "
+            f"{_interval(mine)} short of its own family's best"
+        )
+        advice = (
+            f"Train these parameters until the ELBO stands still, with a smaller step at the end: up to {mine[0]:.3g} nats per "
+            "datum with the same p(x)."
+        )
+    elif verdict == ENCODER:
         said = f"{whole}; the encoder misses {_interval(mine)} of its own family's best (amortization)"
         advice = (
             f"A wider encoder, trained longer and on data drawn from the model too, can gain up to {mine[0]:.3g} nats per "

@@ -30,8 +30,8 @@ from elbowroom.inference.program.replay import Which
 from elbowroom.inference.program.sites import is_real
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target import shared_points
-from elbowroom.inference.target.checks.parts import separates
 from elbowroom.inference.target.checks.probe import probe
+from elbowroom.inference.target.checks.separation import separates
 from elbowroom.inference.target.draws import forward
 from elbowroom.inference.target.graphs import Graphs
 from elbowroom.inference.target.plain import ROWS, PlainLogJoint
@@ -73,6 +73,7 @@ class LogJoint(PlainLogJoint):
         factorises: whether that evaluation is a single matrix product.
         separates: whether the arguments can be separated by datum; empty until it was tried.
         model_separates: whether the model alone gives each datum of a part what it gives it among all; likewise.
+        amortized: whether the guide reads the data; False only where `separates` found that it does not.
         data_dims: dimension of the data in each argument, leaf by leaf; None where it has none.
         probe_points: (S, N, d), draws of guide and prior that the construction was tested at.
         notes: sentences about sites that were pinned, dropped or ignored and methods that were slowed down, and why.
@@ -330,7 +331,7 @@ class LogJoint(PlainLogJoint):
         Determined at the first call, by running both on parts of the data; a note says if the guide is the reason.
         """
         if not self.separates:
-            self.separates.append(not self.program.index and not self.program.sized and separates(self.root, LogJoint.draw))
+            self.separates.append(separates(self.root, LogJoint.draw))
         return self.separates[0]
 
     def blocks(self, size: int) -> list[Tensor]:

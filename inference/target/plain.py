@@ -89,6 +89,7 @@ class PlainLogJoint:
         self.batched_draws: dict[Which, bool | None] = {"model": None, "guide": None}
         self.separates: list[bool] = []
         self.model_separates: list[bool] = []
+        self.amortized = True
         self.data_dims = self._data_dimensions()
         self.probe_points = torch.empty(0, self.n_obs, self.dim)  # until the probe
         self._whole: Self | None = None

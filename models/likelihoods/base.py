@@ -51,12 +51,14 @@ class Likelihood(nn.Module, ABC):
         width: number of entries of one datum.
         param_dim: the decoder's output width; a multiple k of `width`, arranged (k, *event_shape), unless entries differ.
         inside: a value of the support, a number or (*event_shape), used in place of missing entries.
+        atoms: values with a mass of their own, in a support that is otherwise continuous.
         takes_exposure: whether `forward` takes an exposure (N,), which multiplies the rate of counts.
     """
 
     event_shape: tuple[int, ...]
     param_dim: int
     inside: float | Tensor = 0.0
+    atoms: ClassVar[tuple[float, ...]] = ()
     takes_exposure: ClassVar[bool] = False
 
     def __init__(self, event_shape: tuple[int, ...]) -> None:

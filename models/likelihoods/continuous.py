@@ -249,11 +249,13 @@ class Beta(Likelihood):
 
     def forward(self, params: Tensor) -> TorchDistribution:
         """Return Beta(m k, (1 - m) k)."""
-        parts = self._parts(params)
+        return OpenBeta(*self.inner(self._parts(params)), validate_args=False).to_event(len(self.event_shape))
+
+    def inner(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return m k and (1 - m) k, (..., *event) each."""
         k = self.variation(parts).reciprocal()
         logit = bounded(self.logit_mean + parts[0])
-        a, b = torch.sigmoid(logit) * k, torch.sigmoid(-logit) * k
-        return OpenBeta(a, b, validate_args=False).to_event(len(self.event_shape))
+        return torch.sigmoid(logit) * k, torch.sigmoid(-logit) * k
 
     def problem(self, x: Tensor) -> str | None:
         """Refuse entries that do not lie strictly between 0 and 1."""

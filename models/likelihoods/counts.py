@@ -219,6 +219,8 @@ class Binomial(Likelihood):
         total_count: n; null takes the largest number in the data.
     """
 
+    name: ClassVar[str] = "binomial"
+
     def __init__(
         self, event_shape: tuple[int, ...], levels: int | None, *, total_count: Annotated[int, Ge(1)] | None = None
     ) -> None:
@@ -245,8 +247,59 @@ class Binomial(Likelihood):
         """Refuse entries other than whole numbers from 0 to n."""
         bad = (x < 0) | (x != x.round()) | (x > self.total_count)
         return refusal(
-            "binomial", f"whole numbers from 0 to total_count = {self.total_count}", x, bad, more(x, "total_count", 0)
+            self.name, f"whole numbers from 0 to total_count = {self.total_count}", x, bad, more(x, "total_count", 0)
         )
+
+
+class BetaBinomial(Binomial):
+    """Independent counts out of n that vary more than a binomial: its probability is beta distributed, x = 0, ..., n.
+
+    p(x|z) = C(n, x) B(x + m k, n - x + (1 - m) k) / B(m k, (1 - m) k), mean n m, variance n m (1 - m) (n + k) / (1 + k).
+    logit m = that of the training data's mean + output, k = k0 / spread with k0 by the variance of the training data
+    (Skellam 1948, https://doi.org/10.1111/j.2517-6161.1948.tb00014.x).
+
+    Args:
+        event_shape: shape of one datum (a fact).
+        levels: 1 + the largest whole number in the data (a fact).
+        total_count: n; null takes the largest number in the data.
+        concentration: `shared` (one learned k), `per_dimension` (one per entry), or `decoder` (from z, by the decoder).
+        floor: smallest 1 / k, as a fraction of that of the data.
+    """
+
+    name: ClassVar[str] = "beta_binomial"
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        levels: int | None,
+        *,
+        total_count: Annotated[int, Ge(1)] | None = None,
+        concentration: Source = "per_dimension",
+        floor: Annotated[float, Gt(0)] = 1e-3,
+    ) -> None:
+        super().__init__(event_shape, levels, total_count=total_count)
+        self.variation = Positive(self.event_shape, concentration, floor)
+        self.variation.adapt(torch.full(self.event_shape, 0.1))
+        self.param_dim = self.width * (1 + self.variation.outputs)
+
+    def adapt(self, x: Tensor) -> None:
+        """Set share and concentration of each column; the variance tells 1 / (1 + k), clipped to 0.001 .. 0.9."""
+        super().adapt(x)
+        n, mean, variance = moments(x)
+        trials, share = self.total_count, mean / self.total_count
+        ratio = variance / (trials * share * (1 - share)).clamp_min(1e-12)
+        rho = ((ratio - 1) / max(trials - 1, 1)).clamp(1e-3, 0.9)
+        told = (n > 1) & (share > 0) & (share < 1) & (trials > 1)
+        self.variation.adapt(torch.where(told, rho / (1 - rho), 0.1))
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Return BetaBinomial(m k, (1 - m) k, n)."""
+        parts = self._parts(params)
+        k = self.variation(parts).reciprocal()
+        logit = bounded(self.logit + parts[0])
+        n = torch.full((), float(self.total_count), dtype=logit.dtype, device=logit.device)
+        a, b = torch.sigmoid(logit) * k, torch.sigmoid(-logit) * k
+        return dist.BetaBinomial(a, b, n, validate_args=False).to_event(len(self.event_shape))
 
 
 def more(x: Tensor, option: str, above: int) -> str:

@@ -30,6 +30,7 @@ BY_KIND: dict[str, str] = {
 ONE_COLUMN: dict[str, str] = {
     "bernoulli": "binary:Bernoulli",
     "beta": "continuous:Beta",
+    "beta_binomial": "counts:BetaBinomial",
     "binomial": "counts:Binomial",
     "categorical": "categorical:Categorical",
     "continuous_bernoulli": "binary:ContinuousBernoulli",
@@ -44,6 +45,7 @@ ONE_COLUMN: dict[str, str] = {
     "student_t": "continuous:StudentT",
     "zero_inflated_negative_binomial": "counts:ZeroInflatedNegativeBinomial",
     "zero_inflated_poisson": "counts:ZeroInflatedPoisson",
+    "zero_one_inflated_beta": "inflated:ZeroOneInflatedBeta",
 }
 """name -> module and class of every likelihood that can be that of one column."""
 

@@ -1,15 +1,17 @@
-"""The likelihood of a whole row of counts given its total: multinomial, with dependent entries."""
+"""Likelihoods of a whole row of counts given its total: multinomial, and with shares that vary (Dirichlet-multinomial)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
+from annotated_types import Gt
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from elbowroom.models.likelihoods.base import Likelihood, refusal
+from elbowroom.models.likelihoods.scales import Positive, bounded
 
 NEVER = -1e30  # the logit of a missing entry
 
@@ -80,6 +82,8 @@ class Multinomial(Likelihood):
     them. Draws and means use the mean total of the training data (Liang et al. 2018, https://arxiv.org/abs/1802.05814).
     """
 
+    name: ClassVar[str] = "multinomial"
+
     def __init__(self, event_shape: tuple[int, ...]) -> None:
         super().__init__(event_shape)
         self.log_share: Tensor
@@ -108,8 +112,127 @@ class Multinomial(Likelihood):
 
     def problem(self, x: Tensor) -> str | None:
         """Refuse entries other than whole numbers >= 0."""
-        return refusal("multinomial", "whole numbers >= 0", x, (x < 0) | (x != x.round()))
+        return refusal(self.name, "whole numbers >= 0", x, (x < 0) | (x != x.round()))
 
     def features(self, x: Tensor) -> Tensor:
         """Return log(1 + x)."""
         return x.log1p()
+
+
+class VaryingComposition(Composition):
+    """p(x | sum x) of a row of counts: Dirichlet-multinomial over the observed entries.
+
+    Args:
+        logits: (..., *event), not normalised.
+        concentration: k, the sum of the Dirichlet's parameters over all entries, (...).
+        total: the total of a draw, ().
+        event_dim: number of dimensions of the event.
+        missing: True where an entry is missing, broadcastable to (..., *event); None for none.
+    """
+
+    def __init__(
+        self, logits: Tensor, concentration: Tensor, total: Tensor, event_dim: int, missing: Tensor | None = None
+    ) -> None:
+        super().__init__(logits, total, event_dim, missing)
+        self.concentration = concentration
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> VaryingComposition:
+        """Return the distribution with another batch shape."""
+        logits = self.logits.expand(torch.Size(batch_shape) + self.event_shape)
+        k = self.concentration.expand(torch.Size(batch_shape))
+        return VaryingComposition(logits, k, self.total, self.event_dim, self.missing)
+
+    def _alpha(self) -> Tensor:
+        """Return the Dirichlet's parameters of all entries, flat: (..., width)."""
+        share = self.logits.flatten(self.logits.dim() - self.event_dim).softmax(-1)
+        return self.concentration[..., None] * share.clamp_min(1e-30)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the log density of the observed entries given their own total n, with A the sum of their parameters a_i.
+
+        log n! + lgamma(A) - lgamma(n + A) + sum_i lgamma(x_i + a_i) - lgamma(a_i) - log x_i!
+        """
+        alpha = self._alpha()
+        term = lambda x: (x + alpha).lgamma() - alpha.lgamma() - (x + 1).lgamma()
+        if self.missing is None:
+            x = x.flatten(x.dim() - self.event_dim)
+            whole, parts = alpha.sum(-1), term(x)
+        else:
+            hidden = self.missing.flatten(self.missing.dim() - self.event_dim)
+            x = torch.where(self.missing, 0.0, x).flatten(x.dim() - self.event_dim)
+            seen = torch.where(hidden, 0.0, alpha).sum(-1)
+            whole = torch.where(hidden.all(-1), 1.0, seen)  # no entry: log density 0
+            parts = torch.where(hidden, 0.0, term(x))
+        n = x.sum(-1)
+        return (n + 1).lgamma() + whole.lgamma() - (n + whole).lgamma() + parts.sum(-1)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw shares and then rows with the total `total`, NaN where an entry is missing."""
+        with torch.no_grad():
+            share = dist.Dirichlet(self._alpha(), validate_args=False).sample(torch.Size(sample_shape))
+            counts = dist.Multinomial(max(1, int(self.total.round())), probs=share, validate_args=False).sample()
+            x = counts.reshape(*sample_shape, *self.logits.shape)
+            return x if self.missing is None else torch.where(self.missing, torch.nan, x)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each entry of a row with the total `total`."""
+        k = self.concentration.reshape(*self.concentration.shape, *[1] * self.event_dim)
+        return super().variance * (self.total + k) / (1 + k)
+
+
+class DirichletMultinomial(Multinomial):
+    """A row of counts given its total n, with shares that vary more than a multinomial's: q ~ Dirichlet(a).
+
+    p(x|z, n) = n! Gamma(k) / Gamma(n + k) prod_i Gamma(x_i + a_i) / (Gamma(a_i) x_i!), a = k softmax(log share in the training
+    data + output), k = k0 / spread with k0 by the variance of the training data. If entries are missing, the others are
+    Dirichlet-multinomial given their own total, with their own a_i. Draws and means use the mean total of the training data
+    (Mosimann 1962, https://doi.org/10.1093/biomet/49.1-2.65).
+
+    Args:
+        event_shape: shape of one datum (a fact).
+        concentration: `shared` (one learned k) or `decoder` (one per datum from z, by the decoder).
+        floor: smallest 1 / k, as a fraction of that of the data.
+    """
+
+    name: ClassVar[str] = "dirichlet_multinomial"
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        *,
+        concentration: Literal["shared", "decoder"] = "shared",
+        floor: Annotated[float, Gt(0)] = 1e-3,
+    ) -> None:
+        super().__init__(event_shape)
+        self.variation = Positive((), concentration, floor)
+        self.variation.adapt(torch.tensor(0.1))
+        self.param_dim = self.width * (1 + self.variation.outputs)
+
+    def adapt(self, x: Tensor) -> None:
+        """Set shares, mean total, and the concentration by the rows without holes: 1 / (1 + k), clipped to 0.001 .. 0.9."""
+        super().adapt(x)
+        wide = x.double().flatten(1)
+        wide = wide[~wide.isnan().any(1)]
+        n = wide.sum(1)
+        if len(wide) < 2 or not bool((n > 1).any()) or self.width < 2:
+            return
+        share = (wide.sum(0) + 0.5) / (wide + 0.5 / len(wide)).sum()
+        spread = (share * (1 - share)).sum()
+        excess = (wide - n[:, None] * share).square().sum() * len(wide) / (len(wide) - 1) - n.sum() * spread
+        rho = (excess / ((n * (n - 1)).sum() * spread)).clamp(1e-3, 0.9)
+        self.variation.adapt(rho / (1 - rho))
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Return the Dirichlet-multinomial distribution; the decoder's k is the mean of its last `width` outputs."""
+        parts = self._parts(params)
+        if self.variation.outputs:
+            parts[-1] = parts[-1].flatten(parts[-1].dim() - len(self.event_shape)).mean(-1)
+        k = self.variation(parts).reciprocal()
+        logits = self.log_share + bounded(parts[0])
+        k = k.expand(logits.shape[: logits.dim() - len(self.event_shape)])
+        return VaryingComposition(logits, k, self.total, len(self.event_shape))
+
+    def incomplete(self, p: TorchDistribution, missing: Tensor) -> TorchDistribution:
+        """Return the Dirichlet-multinomial distribution of the observed entries, given their own total."""
+        return VaryingComposition(p.logits, p.concentration, p.total, p.event_dim, missing)

@@ -20,6 +20,7 @@ from support.cases.likelihoods import (
     LEVELS,
     alone,
     binary,
+    closed_unit,
     codes,
     counted,
     counts,
@@ -67,9 +68,11 @@ def _nodes(name: str) -> tuple[Tensor, Tensor]:
         return 3 + t.sinh(), step * t.cosh()
     if data is positive:
         return t.exp(), step * t.exp()
-    if data is open_unit:
+    if data in (open_unit, closed_unit):
         inner = t[(t.abs() < 34)]
-        return inner.sigmoid(), step * inner.sigmoid() * (-inner).sigmoid()
+        x, weight = inner.sigmoid(), step * inner.sigmoid() * (-inner).sigmoid()
+        atoms = torch.tensor([0.0, 1.0] if data is closed_unit else [], dtype=F64)
+        return torch.cat([x, atoms]), torch.cat([weight, torch.ones_like(atoms)])
     last = {binary: 2, codes: LEVELS, counts: 4000}[data]
     return torch.arange(last, dtype=F64), torch.ones(last, dtype=F64)
 
@@ -83,8 +86,9 @@ def test_densities_integrate_to_one(name: str) -> None:
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
 
 
-def test_a_multinomial_sums_to_one_for_every_total() -> None:
-    likelihood, _ = fitted("multinomial")
+@pytest.mark.parametrize("name", ["multinomial", "dirichlet_multinomial", "dirichlet_multinomial decoder"])
+def test_a_row_of_counts_sums_to_one_for_every_total(name: str) -> None:
+    likelihood, _ = fitted(name)
     p = likelihood(outputs(likelihood, 5))
     for total in range(5):
         rows = [x for x in itertools.product(range(total + 1), repeat=3) if sum(x) == total]
@@ -149,7 +153,7 @@ def test_leading_dimensions_and_vmap(name: str) -> None:
 @pytest.mark.parametrize("shape", [(8, 8), (2, 4, 4), ()])
 @pytest.mark.parametrize("name", [n for n in CASES if n != "mixed"])
 def test_images_and_numbers(name: str, shape: tuple[int, ...]) -> None:
-    if name == "multinomial" and not shape:
+    if "multinomial" in name and not shape:
         pytest.skip("one number is no row of counts")
     likelihood, x = fitted(name, shape)
     p = likelihood(outputs(likelihood, len(x)))
@@ -177,7 +181,10 @@ def test_no_outlier_of_the_latent_overflows(name: str) -> None:
 # -- holes -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "mixed" and "shared" not in n and "learned" not in n])
+SEPARATE = [n for n in CASES if not any(word in n for word in ("mixed", "shared", "learned", "dirichlet"))]
+
+
+@pytest.mark.parametrize("name", SEPARATE)
 def test_a_hole_is_as_good_as_a_column_less(name: str) -> None:
     build, data = CASES[name]
     x = data(50, (3,)).to(F64)
@@ -291,6 +298,9 @@ REFUSED: list[tuple[str, float, str]] = [
     ("bernoulli", 0.5, "needs 0 or 1, found 0.5 at row 1, column 2"),
     ("beta", 1.0, "strictly between 0 and 1"),
     ("beta", 7.5, "log_normal or gamma"),
+    ("beta_binomial", 9.0, "total_count = 9"),
+    ("dirichlet_multinomial", 0.5, "dirichlet_multinomial needs whole numbers >= 0"),
+    ("zero_one_inflated_beta", 1.5, "values from 0 to 1, found 1.5"),
     ("binomial", 9.0, "total_count = 9"),
     ("binomial", -1.0, "gaussian"),
     ("categorical", 5.0, "categories = 6"),
@@ -355,7 +365,16 @@ def test_options_win_over_the_levels_of_the_data() -> None:
 
 # -- on the grid and in training ----------------------------------------------------------------------------------------------
 
-PLAIN = ("discretized_logistic", "laplace", "student_t", "zero_inflated", "negative_binomial decoder")
+PLAIN = (
+    "beta_binomial",
+    "dirichlet_multinomial",
+    "zero_one",
+    "discretized_logistic",
+    "laplace",
+    "student_t",
+    "zero_inflated",
+    "negative_binomial decoder",
+)
 
 
 @every

@@ -6,10 +6,13 @@ import math
 
 import pyro.distributions as dist
 import pytest
+import scipy.stats
 import torch
 from support.cases.likelihoods import COLUMNS, F64, LEVELS, fitted, outputs, table
+from torch import Tensor
 
 from elbowroom.errors import DataError
+from elbowroom.models.likelihoods.base import Likelihood
 from elbowroom.models.likelihoods.binary import ContinuousBernoulli
 from elbowroom.models.likelihoods.categorical import Categorical, DiscretizedLogistic
 from elbowroom.models.likelihoods.counts import (
@@ -33,6 +36,75 @@ def test_zero_inflation_by_hand(inner: str) -> None:
             (x + r).lgamma() - r.lgamma() - (x + 1).lgamma() - r * (1 + a * rate).log() + x * (a * rate / (1 + a * rate)).log()
         )
     expected = (g * (x == 0) + (1 - g) * log_p.exp()).log().sum(-1)
+    torch.testing.assert_close(likelihood(params).log_prob(x), expected)
+
+
+@pytest.mark.parametrize("name", ["beta_binomial", "beta_binomial decoder"])
+def test_beta_binomial_is_that_of_scipy(name: str) -> None:
+    likelihood, x = fitted(name)
+    params = outputs(likelihood, len(x))
+    raw = params[:, 3:] if "decoder" in name else likelihood.variation.free.raw
+    k = 1 / (likelihood.variation.typical * ((raw.exp() * (math.e - 1)).log1p() + 1e-3))
+    m = torch.sigmoid(likelihood.logit + params[:, :3])
+    n = likelihood.total_count
+    expected = scipy.stats.betabinom(n, (m * k).detach(), ((1 - m) * k).detach()).logpmf(x).sum(-1)
+    torch.testing.assert_close(likelihood(params).log_prob(x), torch.as_tensor(expected))
+
+
+def _row(name: str) -> tuple[Likelihood, Tensor, Tensor, Tensor]:
+    """A likelihood, data, outputs, and the Dirichlet's parameters by its definition."""
+    likelihood, x = fitted(name)
+    params = outputs(likelihood, len(x))
+    raw = params[:, 3:].mean(-1, keepdim=True) if "decoder" in name else likelihood.variation.free.raw
+    k = 1 / (likelihood.variation.typical * ((raw.exp() * (math.e - 1)).log1p() + 1e-3))
+    return likelihood, x, params, (k * (likelihood.log_share + params[:, :3]).softmax(-1)).detach()
+
+
+@pytest.mark.parametrize("name", ["dirichlet_multinomial", "dirichlet_multinomial decoder"])
+def test_dirichlet_multinomial_is_that_of_scipy(name: str) -> None:
+    likelihood, x, params, alpha = _row(name)
+    theirs = scipy.stats.dirichlet_multinomial
+    expected = [theirs(a.numpy(), int(row.sum())).logpmf(row.numpy().astype(int)) for a, row in zip(alpha, x, strict=True)]
+    torch.testing.assert_close(likelihood(params).log_prob(x), torch.tensor(expected, dtype=F64))
+
+
+def test_a_hole_in_a_dirichlet_multinomial_leaves_the_law_of_the_others_given_their_total() -> None:
+    """p(x_1, x_2 | x_1 + x_2), summed by hand over a full row of the same total."""
+    likelihood, x, params, _ = _row("dirichlet_multinomial")
+    x = x.clamp_max(4)
+    holed = x.clone()
+    holed[:, 2] = torch.nan
+    p = likelihood.incomplete(likelihood(params), holed.isnan())
+    full = likelihood(params)
+    for row in range(10):
+        n = int(x[row, :2].sum())
+        rows = x[row].expand(n + 1, 3).clone()
+        rows[:, 0] = torch.arange(n + 1)
+        rows[:, 1] = n - rows[:, 0]
+        mass = full.log_prob(rows[:, None])[:, row]
+        expected = full.log_prob(x)[row] - mass.logsumexp(0)
+        torch.testing.assert_close(p.log_prob(holed)[row], expected)
+    assert p.sample()[:, 2].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["zero_one_inflated_beta", "zero_one_inflated_beta shared"])
+def test_zero_one_inflated_beta_by_hand(name: str) -> None:
+    likelihood, x = fitted(name)
+    params = outputs(likelihood, len(x))
+    parts = params.reshape(len(x), -1, 3).unbind(1)
+    if "shared" in name:  # m, k
+        raw, zero, one = parts[1], likelihood.zero.raw, likelihood.one.raw
+    else:  # m, zero, one
+        raw, zero, one = likelihood.variation.free.raw, parts[1], parts[2]
+    k = 1 / (likelihood.variation.typical * ((raw.exp() * (math.e - 1)).log1p() + 1e-3))
+    m = torch.sigmoid(likelihood.logit_mean + parts[0])
+    odds = (likelihood.log_odds + torch.stack(torch.broadcast_tensors(zero, one), -1)).exp()
+    total = 1 + odds.sum(-1)
+    density = scipy.stats.beta((m * k).detach(), ((1 - m) * k).detach()).pdf(x.clamp(1e-9, 1 - 1e-9))
+    inner = torch.as_tensor(density) / total
+    expected = torch.where(x == 0, odds[..., 0] / total, torch.where(x == 1, odds[..., 1] / total, inner)).log().sum(-1)
+    assert (x == 0).any()
+    assert (x == 1).any()
     torch.testing.assert_close(likelihood(params).log_prob(x), expected)
 
 

@@ -8,6 +8,7 @@ import math
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.special
 import torch
 from support.cases.priors import (
     CASES,
@@ -33,7 +34,9 @@ from elbowroom.models.guides.hierarchical import HierarchicalFamily
 from elbowroom.models.guides.normal import DiagonalNormal
 from elbowroom.models.networks.mlp import MLP
 from elbowroom.models.priors.constrained import Dirichlet, Gamma, LogisticNormal, LogNormal
+from elbowroom.models.priors.correlated import AutoregressiveNormal
 from elbowroom.models.priors.mixtures import GaussianMixture, Vamp
+from elbowroom.models.priors.sparse import Horseshoe
 from elbowroom.models.priors.standard import Laplace, Normal, StudentT
 
 C = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
@@ -220,6 +223,35 @@ def test_given_covariates_the_density_is_moved_by_a_linear_map(case):
 def test_covariates_that_are_not_there_are_refused(prior):
     with pytest.raises(ValueError, match="covariates: needs data with covariates"):
         prior(2, 0, covariates=True)
+
+
+def test_an_autoregression_is_stationary_and_its_precision_banded():
+    """The covariance against the Yule-Walker equations, solved for the partial autocorrelations it was made of."""
+    prior = AutoregressiveNormal(6, order=2).double()
+    with torch.no_grad():
+        prior.raw.copy_(torch.tensor([0.7, -0.4]))
+    r = prior.distribution().covariance_matrix.detach()
+    for lag in range(6):  # Toeplitz, unit variances
+        torch.testing.assert_close(r.diagonal(lag), r[0, lag].expand(6 - lag))
+    assert abs(float(r[0, 0]) - 1) < 1e-12
+    a = torch.linalg.solve(r[:2, :2], r[0, 1:3])
+    torch.testing.assert_close(r[0, 1], torch.tanh(prior.raw[0]).detach())
+    torch.testing.assert_close(a[1], torch.tanh(prior.raw[1]).detach())
+    torch.testing.assert_close(torch.linalg.inv(r).triu(3), torch.zeros_like(r), atol=1e-12, rtol=0)
+
+
+def test_one_coordinate_has_nothing_to_be_correlated_with():
+    with pytest.raises(ValueError, match="latent_dim: autoregressive_normal needs at least 2 .* use model.prior = normal"):
+        AutoregressiveNormal(1)
+
+
+def test_a_horseshoe_of_many_nodes_has_the_closed_form_of_the_plain_one():
+    """p(z) = exp(u) E1(u) / sqrt(2 pi^3), u = z^2 / 2, where the slab is far away (Carvalho et al. 2010)."""
+    p = Horseshoe(1, slab=1e6, nodes=20_000).double()
+    z = torch.tensor([0.05, 0.3, 1.0, 3.0, 8.0], dtype=torch.float64)
+    u = z.square() / 2
+    expected = u + torch.as_tensor(scipy.special.exp1(u.numpy())).log() - 0.5 * math.log(2 * math.pi**3)
+    torch.testing.assert_close(p.distribution().log_prob(z[:, None]), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_formulas():

@@ -24,6 +24,7 @@ TABLE: dict[str, dict[str, str | type]] = {
         "mnist": "elbowroom.data.published:MNIST",
     },
     "prior": {
+        "autoregressive_normal": "elbowroom.models.priors.correlated:AutoregressiveNormal",
         "bernoulli": "elbowroom.models.priors.discrete:Bernoulli",
         "categorical": "elbowroom.models.priors.discrete:Categorical",
         "dirichlet": "elbowroom.models.priors.constrained:Dirichlet",
@@ -31,6 +32,7 @@ TABLE: dict[str, dict[str, str | type]] = {
         "gamma": "elbowroom.models.priors.constrained:Gamma",
         "gaussian_mixture": "elbowroom.models.priors.mixtures:GaussianMixture",
         "hierarchical": "elbowroom.models.priors.hierarchical:Hierarchical",
+        "horseshoe": "elbowroom.models.priors.sparse:Horseshoe",
         "laplace": "elbowroom.models.priors.standard:Laplace",
         "log_normal": "elbowroom.models.priors.constrained:LogNormal",
         "logistic_normal": "elbowroom.models.priors.constrained:LogisticNormal",
@@ -41,9 +43,11 @@ TABLE: dict[str, dict[str, str | type]] = {
     "likelihood": {
         "bernoulli": "elbowroom.models.likelihoods.binary:Bernoulli",
         "beta": "elbowroom.models.likelihoods.continuous:Beta",
+        "beta_binomial": "elbowroom.models.likelihoods.counts:BetaBinomial",
         "binomial": "elbowroom.models.likelihoods.counts:Binomial",
         "categorical": "elbowroom.models.likelihoods.categorical:Categorical",
         "continuous_bernoulli": "elbowroom.models.likelihoods.binary:ContinuousBernoulli",
+        "dirichlet_multinomial": "elbowroom.models.likelihoods.multinomial:DirichletMultinomial",
         "discretized_logistic": "elbowroom.models.likelihoods.categorical:DiscretizedLogistic",
         "gamma": "elbowroom.models.likelihoods.continuous:Gamma",
         "gaussian": "elbowroom.models.likelihoods.continuous:Gaussian",
@@ -57,6 +61,7 @@ TABLE: dict[str, dict[str, str | type]] = {
         "student_t": "elbowroom.models.likelihoods.continuous:StudentT",
         "zero_inflated_negative_binomial": "elbowroom.models.likelihoods.counts:ZeroInflatedNegativeBinomial",
         "zero_inflated_poisson": "elbowroom.models.likelihoods.counts:ZeroInflatedPoisson",
+        "zero_one_inflated_beta": "elbowroom.models.likelihoods.inflated:ZeroOneInflatedBeta",
     },
     "network": {
         "conv": "elbowroom.models.networks.convolution:Conv",

@@ -223,6 +223,7 @@ def _one_entry(name: str, options: Mapping[str, Any], expect: Expect) -> None:
                 stretch = u.cosh().log() if wide else to.log_abs_det_jacobian(u, x)
                 density = (p.log_prob(x[:, None]) + stretch).exp()
                 mass = density.nan_to_num(nan=0.0).sum() * (u[1] - u[0])
+                mass = mass + sum(p.log_prob(x.new_full((1, 1), atom)).exp().sum() for atom in vae.likelihood.atoms)
             expect(abs(float(mass) - 1) < 2e-3, f"p(x|z) of one entry adds up to 1, got {float(mass):.5f}")
 
 

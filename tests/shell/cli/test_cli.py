@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -135,13 +134,10 @@ assert not heavy, heavy
 
 
 @pytest.mark.parametrize(("command", "said"), [((), "How much room"), (("encode",), "what the encoder makes of each row")])
-def test_help_imports_nothing_heavy_and_is_quick(command, said):
-    started = time.perf_counter()
+def test_help_imports_nothing_heavy(command, said):
     done = subprocess.run([sys.executable, "-c", PROBE, *command, "--help"], capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
-    assert seconds < 1.0  # 0.1 s on an idle machine; tests share theirs
 
 
 @pytest.mark.parametrize(

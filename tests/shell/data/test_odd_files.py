@@ -55,7 +55,7 @@ ODD = {
     "pipe.npy": (os.mkfifo, "this is a pipe, not a file; write what it gives to a file first"),
     "zero.npz": (lambda p: p.symlink_to("/dev/zero"), "files of type 'no suffix' are not read"),
     "folder.npy": (Path.mkdir, "this is a folder; name a file"),
-    "loop.csv": (lambda p: p.symlink_to(p.name), "loop.csv: "),
+    "loop.csv": (lambda p: p.symlink_to(p.name), "cannot be read"),
     "inside.csv/x.csv": (lambda p: p.parent.touch(), "cannot be read: Not a directory"),
     f"{'n' * 300}.csv": (lambda p: None, "ile name too long"),
     "~nosuchuser/x.csv": (lambda p: None, "~nosuchuser/x.csv: cannot be read: could not determine home directory"),

@@ -119,8 +119,9 @@ REPLACED = {
     ("likelihood: bernoulli", "likelihood: {name: gausian}"): "model.likelihood.name: unknown likelihood 'gausian'; "
     "did you mean 'gaussian'?",
     ("likelihood: bernoulli", "likelihood: {scale: 1}"): "model.likelihood: needs a name, one of bernoulli, "
-    "beta, binomial, categorical, continuous_bernoulli, discretized_logistic, gamma, gaussian, laplace, log_normal, mixed, "
-    "multinomial, negative_binomial, ordinal, poisson, student_t, zero_inflated_negative_binomial, zero_inflated_poisson",
+    "beta, beta_binomial, binomial, categorical, continuous_bernoulli, dirichlet_multinomial, discretized_logistic, gamma, "
+    "gaussian, laplace, log_normal, mixed, multinomial, negative_binomial, ordinal, poisson, student_t, "
+    "zero_inflated_negative_binomial, zero_inflated_poisson, zero_one_inflated_beta",
     ("likelihood: bernoulli", "likelihood: {name:student_t,df:3}"): "model.likelihood: needs a name; put a space after the "
     "colon: {name: student_t, df: 3}",
     ("likelihood: bernoulli", "likelihood: {name: bernoulli, scale: 1}"): "model.likelihood.scale: bernoulli takes no options",

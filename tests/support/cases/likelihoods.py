@@ -14,14 +14,16 @@ from elbowroom.models.likelihoods.binary import Bernoulli, ContinuousBernoulli
 from elbowroom.models.likelihoods.categorical import Categorical, DiscretizedLogistic, Ordinal
 from elbowroom.models.likelihoods.continuous import Beta, Gamma, Gaussian, Laplace, LogNormal, StudentT
 from elbowroom.models.likelihoods.counts import (
+    BetaBinomial,
     Binomial,
     NegativeBinomial,
     Poisson,
     ZeroInflatedNegativeBinomial,
     ZeroInflatedPoisson,
 )
+from elbowroom.models.likelihoods.inflated import ZeroOneInflatedBeta
 from elbowroom.models.likelihoods.mixed import Mixed
-from elbowroom.models.likelihoods.multinomial import Multinomial
+from elbowroom.models.likelihoods.multinomial import DirichletMultinomial, Multinomial
 
 F64 = torch.float64
 LEVELS = 5
@@ -39,6 +41,7 @@ COLUMNS = (
 real = lambda n, shape: 3 + 2 * torch.randn(n, *shape)
 positive = lambda n, shape: (1 + 0.5 * torch.randn(n, *shape)).exp()
 open_unit = lambda n, shape: 0.05 + 0.9 * torch.rand(n, *shape)
+closed_unit = lambda n, shape: (0.5 + 0.3 * torch.randn(n, *shape)).clamp(0, 1)
 binary = lambda n, shape: torch.bernoulli(torch.full((n, *shape), 0.4))
 counts = lambda n, shape: torch.poisson(5 * torch.distributions.Gamma(2.0, 2.0).sample((n, *shape)))
 codes = lambda n, shape: torch.randint(LEVELS, (n, *shape)).float()
@@ -56,9 +59,13 @@ CASES: dict[str, Case] = {
     "bernoulli": (Bernoulli, binary),
     "beta": (Beta, open_unit),
     "beta decoder": (lambda s: Beta(s, concentration="decoder"), open_unit),
+    "beta_binomial": (lambda s: BetaBinomial(s, LEVELS), codes),
+    "beta_binomial decoder": (lambda s: BetaBinomial(s, LEVELS, concentration="decoder"), codes),
     "binomial": (lambda s: Binomial(s, LEVELS), codes),
     "categorical": (lambda s: Categorical(s, LEVELS), codes),
     "continuous_bernoulli": (ContinuousBernoulli, open_unit),
+    "dirichlet_multinomial": (DirichletMultinomial, counts),
+    "dirichlet_multinomial decoder": (lambda s: DirichletMultinomial(s, concentration="decoder"), counts),
     "discretized_logistic": (lambda s: DiscretizedLogistic(s, LEVELS), codes),
     "discretized_logistic decoder": (lambda s: DiscretizedLogistic(s, LEVELS, scale="decoder"), codes),
     "gamma": (Gamma, positive),
@@ -79,10 +86,13 @@ CASES: dict[str, Case] = {
     "zero_inflated_negative_binomial": (ZeroInflatedNegativeBinomial, counts),
     "zero_inflated_poisson": (ZeroInflatedPoisson, counts),
     "zero_inflated_poisson shared": (lambda s: ZeroInflatedPoisson(s, gate="shared"), counts),
+    "zero_one_inflated_beta": (ZeroOneInflatedBeta, closed_unit),
+    "zero_one_inflated_beta shared": (lambda s: ZeroOneInflatedBeta(s, concentration="decoder", gate="shared"), closed_unit),
 }
+ROWS = ("mixed", "multinomial", "dirichlet_multinomial")  # entries that differ, or depend on each other
 every = pytest.mark.parametrize("name", CASES)
-alone = pytest.mark.parametrize("name", [n for n in CASES if n not in ("mixed", "multinomial")])
-counted = pytest.mark.parametrize("name", [n for n in CASES if CASES[n][1] is counts and n != "multinomial"])
+alone = pytest.mark.parametrize("name", [n for n in CASES if n.split()[0] not in ROWS])
+counted = pytest.mark.parametrize("name", [n for n in CASES if CASES[n][1] is counts and n.split()[0] not in ROWS])
 
 
 def width(name: str) -> int:

@@ -18,10 +18,12 @@ from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.networks.mlp import MLP
 from elbowroom.models.priors.base import Prior
 from elbowroom.models.priors.constrained import Dirichlet, Gamma, LogisticNormal, LogNormal
+from elbowroom.models.priors.correlated import AutoregressiveNormal
 from elbowroom.models.priors.discrete import Bernoulli, Categorical
 from elbowroom.models.priors.flow import Flow
 from elbowroom.models.priors.hierarchical import Hierarchical
 from elbowroom.models.priors.mixtures import GaussianMixture, Vamp
+from elbowroom.models.priors.sparse import Horseshoe
 from elbowroom.models.priors.standard import Laplace, Normal, StudentT
 from elbowroom.models.vae import VAE
 
@@ -48,6 +50,12 @@ CASES = [
     Case("laplace_c", lambda d, c, g: Laplace(d, c, covariates=True)),
     Case("student_t", lambda d, c, g: StudentT(d, c, df=5.0)),
     Case("student_t_c", lambda d, c, g: StudentT(d, c, df=4.0, covariates=True)),
+    Case("autoregressive_normal", lambda d, c, g: AutoregressiveNormal(d, c), dim=3, line=None),
+    Case("autoregressive_normal_2", lambda d, c, g: AutoregressiveNormal(d, c, order=2), dim=4, line=None),
+    Case("autoregressive_normal_low_rank", lambda d, c, g: AutoregressiveNormal(d, c, correlation="low_rank"), line=None),
+    Case("autoregressive_normal_c", lambda d, c, g: AutoregressiveNormal(d, c, covariates=True), line=None),
+    Case("horseshoe", lambda d, c, g: Horseshoe(d, c)),
+    Case("horseshoe_c", lambda d, c, g: Horseshoe(d, c, scale=0.5, covariates=True)),
     Case("gaussian_mixture", lambda d, c, g: GaussianMixture(d, c, components=3)),
     Case("gaussian_mixture_c", lambda d, c, g: GaussianMixture(d, c, components=3, covariates=True)),
     Case("vamp", lambda d, c, g: Vamp(d, c, (WIDTH,), g, components=5)),

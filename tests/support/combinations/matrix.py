@@ -46,7 +46,14 @@ SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("objective", "dreg"): {"particles": 3},
     ("objective", "renyi"): {"particles": 3},
 }
-DIMS = {"dirichlet": (2, 3), "logistic_normal": (2, 3), "categorical": (3,), "bernoulli": (2,), "hierarchical": (1,)}
+DIMS = {
+    "autoregressive_normal": (2,),
+    "dirichlet": (2, 3),
+    "logistic_normal": (2, 3),
+    "categorical": (3,),
+    "bernoulli": (2,),
+    "hierarchical": (1,),
+}
 
 
 PAGE = """# Every word with every other
@@ -83,7 +90,9 @@ def values(likelihood: str, shape: tuple[int, ...]) -> np.ndarray:
         return (u < share).astype(float)
     if likelihood in ("beta", "continuous_bernoulli"):
         return np.clip(share, 0.02, 0.98)
-    if likelihood == "binomial":
+    if likelihood == "zero_one_inflated_beta":
+        return np.clip(1.4 * share - 0.2, 0, 1)
+    if likelihood in ("binomial", "beta_binomial"):
         return rng.binomial(5, share).astype(float)
     if likelihood in ("categorical", "ordinal"):
         return np.floor(3.999 * share)
@@ -91,7 +100,7 @@ def values(likelihood: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.floor(15.999 * share)
     if likelihood in ("gamma", "log_normal"):
         return np.exp(eta + 0.5 * noise)
-    if likelihood in ("poisson", "negative_binomial", "multinomial"):
+    if likelihood in ("poisson", "negative_binomial", "multinomial", "dirichlet_multinomial"):
         return counts
     if likelihood.startswith("zero_inflated"):
         return counts * (u < 0.7)
