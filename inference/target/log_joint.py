@@ -30,8 +30,8 @@ from elbowroom.inference.program.replay import Which
 from elbowroom.inference.program.sites import is_real
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target import shared_points
-from elbowroom.inference.target.checks.parts import separates
 from elbowroom.inference.target.checks.probe import probe
+from elbowroom.inference.target.checks.separation import separates
 from elbowroom.inference.target.draws import forward
 from elbowroom.inference.target.graphs import Graphs
 from elbowroom.inference.target.plain import ROWS, PlainLogJoint

@@ -19,7 +19,7 @@ from elbowroom.errors import UnsupportedProgram, first_line
 from elbowroom.inference.program.replay import Which
 from elbowroom.inference.program.sites import frame_of
 from elbowroom.inference.randomness import seeded
-from elbowroom.inference.target.checks.parts import FAILURES, OF_GUIDE, dimensions
+from elbowroom.inference.target.checks.separation import FAILURES, OF_GUIDE, dimensions
 from elbowroom.inference.target.plain import PlainLogJoint
 from elbowroom.system.rounding import coarse
 

@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import elbowroom as er
-from elbowroom.inference.target.checks.parts import ONE_FOR_ALL, ONE_FOR_EACH
+from elbowroom.inference.target.checks.separation import ONE_FOR_ALL, ONE_FOR_EACH
 from elbowroom.inference.target.log_joint import LogJoint
 
 N = 30

@@ -19,6 +19,11 @@ from elbowroom.inference.target.plain import PlainLogJoint
 OF_GUIDE = 2  # draws of the guide at which its own density is tested
 SOME = 64  # rows of a random part of the data
 CHOICES = 24  # choices of data dimensions that are tried at most
+ONE_FOR_EACH = (
+    "guide: it reads no data, and has parameters of its own for each datum: amortization is none by construction, and the part "
+    "of the gap of that name is what the optimisation of these parameters has left"
+)
+ONE_FOR_ALL = "guide: it reads no data, and gives every datum the same q(z)"
 BESIDE = (
     "guide: q(z|x) of a datum depends on the data beside it or on its place among them (statistics of the batch, "
     "attention over rows, parameters by position); it is evaluated on all these data together, and every number of "
@@ -28,11 +33,6 @@ WHOLE = (
     "an argument with {n} entries along a dimension, as many as there are data, is kept whole: its entries are not those of "
     "the data, or model and guide read all of it for every datum"
 )
-ONE_FOR_EACH = (
-    "guide: it reads no data, and has parameters of its own for each datum: amortization is none by construction, and the part "
-    "of the gap of that name is what the optimisation of these parameters has left"
-)
-ONE_FOR_ALL = "guide: it reads no data, and gives every datum the same q(z)"
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError)
 
 
@@ -45,51 +45,38 @@ def separates(joint: PlainLogJoint, draw: Callable[..., Tensor]) -> bool:
     """
     if joint.program.index:  # the rows of this run alone
         return False
-    guess, notes, kept = list(joint.data_dims), [], None
+    guess = list(joint.data_dims)
     with torch.no_grad(), seeded(0):
-        said = _without_data(joint)
-        joint.amortized = said is None
-        if said is not None:
+        found = not joint.program.sized and _taken_apart(joint, draw)
+        if None in [dim for dim, first in zip(joint.data_dims, guess, strict=True) if first is not None]:
+            joint.note(WHOLE.format(n=joint.n_obs))
+        elif (said := _without_data(joint)) is not None:
+            joint.amortized = False
             joint.note(said)
-        if joint.program.sized:
-            return False
-        try:
-            whole = _whole(joint)
-        except FAILURES:
-            joint.model_separates = [False]
-            return False
-        for dims in dimensions(joint):
-            joint.data_dims[:] = dims
-            of_model, reason = _separates(joint, draw, whole)
-            if of_model and not reason:
-                joint.model_separates = [True]
-                if any(dim is None and first is not None for dim, first in zip(dims, guess, strict=True)):
-                    joint.note(WHOLE.format(n=joint.n_obs))
-                return True
-            if of_model:
-                kept = kept or dims
-                notes.append(reason)
+    return found
+
+
+def _taken_apart(joint: PlainLogJoint, draw: Callable[..., Tensor]) -> bool:
+    """Set the data's dimensions, as `separates` says, and return whether they take all apart."""
+    guess, notes, kept = list(joint.data_dims), [], None
+    try:
+        whole = _whole(joint)
+    except FAILURES:
+        joint.model_separates = [False]
+        return False
+    for dims in dimensions(joint):
+        joint.data_dims[:] = dims
+        of_model, reason = _separates(joint, draw, whole)
+        if of_model and not reason:
+            joint.model_separates = [True]
+            return True
+        if of_model:
+            kept = kept or dims
+            notes.append(reason)
     joint.data_dims[:], joint.model_separates = kept or guess, [kept is not None]
     for reason in notes[:1]:
         joint.note(reason)
     return False
-
-
-def _without_data(joint: PlainLogJoint) -> str | None:
-    """Say what a guide is that reads no data: log q at the same z stays when each datum's arguments become its neighbour's."""
-    rolled = torch.arange(joint.n_obs, device=joint.device).roll(1)
-    try:
-        others = joint._subset(rolled)
-        pairs = zip(joint.leaves(), others.leaves(), strict=True)
-        if not any(isinstance(one, Tensor) and not torch.equal(one, other) for one, other in pairs):
-            return None  # all rows are alike: nothing can be said
-        z = joint.probe_points[:OF_GUIDE]
-        log_q = _log_guides(joint, z)
-        if not _near(_log_guides(others, z), log_q):
-            return None
-        return ONE_FOR_ALL if _near(_log_guides(joint, z[:, rolled]), log_q[..., rolled]) else ONE_FOR_EACH
-    except FAILURES:
-        return None
 
 
 def dimensions(joint: PlainLogJoint, *, none: bool = True) -> list[list[int | None]]:
@@ -134,6 +121,24 @@ def _separates(joint: PlainLogJoint, draw: Callable[..., Tensor], whole: tuple[T
         return True, "" if _guide_separates(joint, parts, draw) else BESIDE
     except FAILURES as error:
         return True, f"guide: it does not run on a part of the data ({first_line(error)}); all data are evaluated together"
+
+
+def _without_data(joint: PlainLogJoint) -> str | None:
+    """Say what a guide is that reads no data: log q at the same z stays when each datum's arguments become its neighbour's."""
+    rolled = torch.arange(joint.n_obs, device=joint.device).roll(1)
+    try:
+        others = joint._subset(rolled)
+        pairs = zip(joint.leaves(), others.leaves(), strict=True)
+        tensors = [(arguments.tensors(one)[:1], arguments.tensors(other)[:1]) for one, other in pairs]
+        if all(torch.equal(a, b) for one, other in tensors for a, b in zip(one, other, strict=True)):
+            return None  # all rows are alike: nothing can be said
+        z = joint.probe_points[:OF_GUIDE]
+        log_q = _log_guides(joint, z)
+        if not _near(_log_guides(others, z), log_q):
+            return None
+        return ONE_FOR_ALL if _near(_log_guides(joint, z[:, rolled]), log_q[..., rolled]) else ONE_FOR_EACH
+    except FAILURES:
+        return None
 
 
 def _model_separates(joint: PlainLogJoint, parts: list[Tensor], whole: Tensor) -> bool:
