@@ -23,6 +23,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from elbowroom.adapt.distributions import in_pyro
 from elbowroom.adapt.pair import Pair, Programs
@@ -83,6 +84,17 @@ def _rows(model: Any, which: Sequence[int]) -> tuple[Any, ...]:
     return (tensors,)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Puts zeros in the place of normal draws: `inference` draws a z beside q(z|x), which is not used.
+
+    The draw would keep the guide from being evaluated for many draws at once (torch.func.vmap).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """Call `func`, but for `normal_`."""
+        return args[0].zero_() if getattr(func, "__name__", "") == "normal_" else func(*args, **(kwargs or {}))
+
+
 class _Parts:
     """Prior, guide and likelihood by the module's own methods."""
 
@@ -105,7 +117,8 @@ class _Parts:
 
     def q_z(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """q(z|x), and q(l|x)."""
-        found = self.module.inference(**self.module._get_inference_input(tensors))
+        with _Undrawn():
+            found = self.module.inference(**self.module._get_inference_input(tensors))
         q = {"z": in_pyro(found["qz"], WHERE).to_event(1)}
         if not self.module.use_observed_lib_size:
             q["library"] = in_pyro(found["ql"], WHERE).to_event(1)
