@@ -100,6 +100,22 @@ def per_datum(fn: Any, event_dim: int) -> Any:
     return fn.to_event(event_dim - fn.event_dim) if event_dim > fn.event_dim else fn
 
 
+def at_many(decode: Callable[[Tensor], Any], z: Tensor, event_dim: int = 1) -> Any:
+    """Return decode(z), one tensor or several, for z with any number of leading dimensions, as of draws and rows.
+
+    Networks of the peers, and those with convolutions, take rows alone.
+    """
+    lead = z.shape[: z.dim() - event_dim]
+    if len(lead) == 1:
+        return decode(z)
+    found = decode(z.reshape(-1, *z.shape[len(lead) :]))
+
+    def back(value: Any) -> Any:
+        return value.reshape(*lead, *value.shape[1:]) if isinstance(value, Tensor) else value
+
+    return tuple(map(back, found)) if isinstance(found, tuple | list) else back(found)
+
+
 def in_shape(x: Tensor, fn: Any, place: str) -> Tensor:
     """Return x (N, ...) in the shape of a draw of the likelihood, which may be flat where x is not, or the other way round.
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from elbowroom.adapt.distributions import in_pyro
-from elbowroom.adapt.pair import Pair, Programs, in_shape, per_datum, rows_of
+from elbowroom.adapt.pair import Pair, Programs, at_many, in_shape, per_datum, rows_of
 from elbowroom.errors import UserError, nearest
 
 WHERE = "adapt.torch"
@@ -108,6 +108,8 @@ def written(
     _check_word("likelihood", likelihood, LIKELIHOODS)
     if not isinstance(likelihood, str) and not callable(likelihood):
         raise UserError(f"{WHERE}: likelihood must be a name or callable; got {likelihood!r}")
+    if not isinstance(prior, str | torch.distributions.Distribution) and not callable(prior):
+        raise UserError(f"{WHERE}: prior must be a name, a distribution or callable; got {prior!r}")
     parts = _Parts(encode, decode, prior, likelihood, validate_args)
     programs = Programs(parts.p_z, parts.q_z, parts.p_x, rows_of)
     return Pair(programs.model, programs.guide)
@@ -169,7 +171,7 @@ class _Parts:
 
     def p_x(self, z: dict[str, Tensor], x: Tensor, *context: Any) -> tuple[Any, Tensor]:
         """p(x|z), and x in its shape."""
-        found = self.decode(z["z"], *context)
+        found = self.decode(z["z"], *context) if context else at_many(self.decode, z["z"], len(self.shape or (1,)))
         if isinstance(found, torch.distributions.Distribution):
             p = in_pyro(found, f"{WHERE}: decode")
         else:

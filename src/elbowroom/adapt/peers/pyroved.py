@@ -24,7 +24,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from elbowroom.adapt.pair import Pair, Programs, rows_of
+from elbowroom.adapt.pair import Pair, Programs, at_many, rows_of
 from elbowroom.adapt.peers.kinds import of_library
 from elbowroom.errors import UserError
 
@@ -78,16 +78,20 @@ class _Parts:
 
     def p_x(self, z: Mapping[str, Tensor], x: Tensor, y: Tensor | None = None) -> tuple[Any, Tensor]:
         """p(x|z), and the pixels in a row."""
-        code, given = z["z"], []
-        if self.vae.coord > 0:
-            grid, code = self._turned(code)
-            given.append(grid)
-        if y is not None:
-            code = torch.cat([code, y], -1)
         pixels = x.reshape(len(x), -1)
-        return self.vae.sampler_d(self.vae.decoder(*given, code).reshape(pixels.shape)), pixels
+        if y is None:
+            return self.vae.sampler_d(at_many(self._decoded, z["z"])), pixels
+        return self.vae.sampler_d(self._decoded(z["z"], y)), pixels
 
-    def _turned(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _decoded(self, z: Tensor, *y: Tensor) -> Tensor:
+        """Decode latents (M, d) to pixels in a row, (M, pixels)."""
+        grid: list[Tensor] = []
+        if self.vae.coord > 0:
+            moved, z = self._moved(z)
+            grid = [moved]
+        return self.vae.decoder(*grid, torch.cat([z, *y], -1)).reshape(len(z), -1)
+
+    def _moved(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pixels' coordinates, moved by the first latents, (N, pixels, 1 or 2), and the other latents."""
         grid = self.vae.grid.expand(len(z), *self.vae.grid.shape)
         if self.vae.ndim == 1:

@@ -20,7 +20,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from elbowroom.adapt.pair import Pair, Programs, in_shape, rows_of
+from elbowroom.adapt.pair import Pair, Programs, at_many, in_shape, rows_of
 from elbowroom.adapt.peers.kinds import of_library
 from elbowroom.errors import UserError
 
@@ -85,6 +85,6 @@ class _Parts:
 
     def p_x(self, z: Mapping[str, Tensor], x: Tensor) -> tuple[Any, Tensor]:
         """p(x|z), and x in its shape."""
-        made = self.vae.decoder(z["z"])["reconstruction"]
+        made = at_many(lambda z: self.vae.decoder(z)["reconstruction"], z["z"])
         p = dist.Bernoulli(made, validate_args=self.checked) if self.loss == "bce" else dist.Normal(made, torch.ones_like(made))
         return p, in_shape(x, p, WHERE)
