@@ -12,7 +12,7 @@ import torch
 
 import elbowroom as er
 from elbowroom.errors import UserError
-from peers.imported import peer
+from peers.imported import estimates, peer
 
 scvi = peer("scvi")
 anndata = peer("anndata")
@@ -93,33 +93,28 @@ def test_the_elbo_is_that_of_scvi_tools(case: str) -> None:
     assert error < 0.5
 
 
-@pytest.mark.parametrize("case", ["nb", "zinb", "covariates", "linear"])
-def test_the_evidence_by_a_grid_is_scvi_tools_own_estimate(case: str) -> None:
-    model = trained(**CASES[case])
-    pair = er.adapt.scvi(model)
-    args = pair.rows(ROWS)
-    audit = er.audit(*pair, *args, references="grid", diagnose=False)
+@pytest.mark.parametrize("case", ["nb", "zinb", "library", "covariates", "linear"])
+def test_the_evidence_is_scvi_tools_own_estimate(case: str) -> None:
+    """Both by importance sampling from the same guide, at the cells where that can be trusted."""
+    pair = er.adapt.scvi(model := trained(**CASES[case]))
+    args = pair.rows(range(40))
+    elbo, _, first = estimates(pair, *args, draws=8000)
     with torch.no_grad():
-        own = model.module.marginal_ll(args[0], n_mc_samples=4000, n_mc_samples_per_pass=500)
-    table = audit.table
-    trusted = torch.tensor(table["pareto_k"].values < 0.7)
-    assert trusted.sum() >= 3
-    off = (torch.tensor(table["log_evidence"].values) - own)[trusted]
-    assert off.abs().max() < 0.3
-    assert abs(off.mean()) < 0.1
+        own = [model.module.marginal_ll(args[0], n_mc_samples=8000, n_mc_samples_per_pass=1000) for _ in range(2)]
+    steady = (own[0] - own[1]).abs() < 0.05
+    assert steady.sum() >= 5
+    off = (first - own[0])[steady]
+    assert off.abs().median() < 0.05
+    assert off.abs().median() < 0.3 * (own[0] - elbo)[steady].median()  # it tells them apart
 
 
-def test_the_evidence_with_a_latent_library() -> None:
-    model = trained(**CASES["library"])
-    pair = er.adapt.scvi(model)
-    args = pair.rows(ROWS)
+def test_the_audit_by_a_grid_lies_above_both_bounds() -> None:
+    pair = er.adapt.scvi(trained(**CASES["nb"]))
+    args = pair.rows(ROWS[:4])
     table = er.audit(*pair, *args, references="grid", diagnose=False).table
-    with torch.no_grad():
-        own = model.module.marginal_ll(args[0], n_mc_samples=8000, n_mc_samples_per_pass=500)
-    trusted = torch.tensor(table["pareto_k"].values < 0.7)
-    if trusted.any():
-        assert (torch.tensor(table["log_evidence"].values) - own)[trusted].abs().max() < 0.3
-    assert (torch.tensor(table["log_evidence"].values) > torch.tensor(table["elbo"].values)).all()
+    _, _, sampled = estimates(pair, *args)
+    assert (table["log_evidence"] > table["elbo"]).all()
+    assert abs(torch.tensor(table["log_evidence"].values) - sampled).median() < 0.1
 
 
 def test_rates_are_those_of_scvi_tools() -> None:
