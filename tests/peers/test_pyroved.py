@@ -35,7 +35,7 @@ def trained(invariances: list[str] | None = None, epochs: int = 3, labels: bool 
         (8, 8), 2, invariances, 10 if labels else 0, hidden_dim_e=[64], hidden_dim_d=[64], device="cpu", **options
     )
     trainer = pyroved.trainers.SVItrainer(vae, device="cpu")
-    data = (IMAGES[:1437], LABELS[:1437]) if labels else (IMAGES[:1437],)
+    data = (IMAGES[:1437].reshape(-1, 64), LABELS[:1437]) if labels else (IMAGES[:1437],)
     loader = pyroved.utils.init_dataloader(*data, batch_size=128)
     for _ in range(epochs):
         trainer.step(loader)
@@ -59,11 +59,12 @@ def test_the_densities_are_those_of_pyroved(invariances: list[str] | None) -> No
 @pytest.mark.parametrize("sampler", ["bernoulli", "continuous_bernoulli", "gaussian"])
 def test_samplers_and_classes(sampler: str) -> None:
     vae = trained(labels=True, epochs=1, sampler_d=sampler, decoder_sig=0.3)
-    args = (IMAGES[1437 : 1437 + N] * 0.8 + 0.1, LABELS[1437 : 1437 + N])
-    pair, z = er.adapt.pyroved(vae), torch.randn(N, 2)
-    with torch.no_grad():
-        torch.testing.assert_close(log_joint(pair.model, {"z": z}, *args), log_joint(vae.model, {"latent": z}, *args))
-        torch.testing.assert_close(log_joint(pair.guide, {"z": z}, *args), log_joint(vae.guide, {"latent": z}, *args))
+    images, y = IMAGES[1437 : 1437 + N] * 0.8 + 0.1, LABELS[1437 : 1437 + N]
+    pair, z, flat = er.adapt.pyroved(vae), torch.randn(N, 2), images.reshape(N, 64)
+    for x in (images, flat):  # beside y, pyroVED itself takes flat ones alone
+        with torch.no_grad():
+            torch.testing.assert_close(log_joint(pair.model, {"z": z}, x, y), log_joint(vae.model, {"latent": z}, flat, y))
+            torch.testing.assert_close(log_joint(pair.guide, {"z": z}, x, y), log_joint(vae.guide, {"latent": z}, flat, y))
 
 
 def test_spectra_that_shift() -> None:

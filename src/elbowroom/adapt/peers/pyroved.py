@@ -68,7 +68,7 @@ class _Parts:
     def q_z(self, x: Tensor, y: Tensor | None = None) -> dict[str, Any]:
         """q(z|x), or q(z|x, y)."""
         self._check(y)
-        loc, scale = self.vae.encoder_z(x if y is None else [x, y])
+        loc, scale = self.vae.encoder_z(x if y is None else [x.reshape(len(x), -1), y])  # pyroVED takes flat rows beside y
         return {"z": dist.Normal(loc, scale).to_event(1)}
 
     def p_z(self, x: Tensor, y: Tensor | None = None) -> dict[str, Any]:
