@@ -51,7 +51,10 @@ def trained(cls: str = "SCVI", setup: dict[str, Any] | None = None, epochs: int 
     kind.setup_anndata(made, **(setup if setup is not None else {"batch_key": "batch"}))
     torch.manual_seed(0)
     model = kind(made, n_latent=D, n_hidden=32, **options)
-    model.train(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, logger=False, enable_checkpointing=False)
+    quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False}
+    if not model.module.use_observed_lib_size:  # its encoder has to find the library's scale first
+        epochs, quiet["plan_kwargs"] = 12 * epochs, {"lr": 1e-2}
+    model.train(max_epochs=epochs, accelerator="cpu", **quiet)
     return model
 
 
@@ -130,6 +133,23 @@ def test_rates_are_those_of_scvi_tools() -> None:
         own = model.module.generative(z, library.log(), args[0]["batch"], y=args[0]["labels"])["px"]
         torch.testing.assert_close(p.mean, own.mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(p.log_prob(args[0]["X"]), own.log_prob(args[0]["X"]).sum(-1), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["library", "zinb library", "linear library"])
+def test_a_latent_library_has_the_densities_of_scvi_tools(case: str) -> None:
+    model = trained(**CASES[case])
+    pair = er.adapt.scvi(model)
+    args = pair.rows(ROWS)
+    x, batch = args[0]["X"], args[0]["batch"]
+    sites = {"z": torch.randn(len(ROWS), D), "library": torch.randn(len(ROWS), 1) * 0.3 + 5}
+    with torch.no_grad():
+        made = model.module.generative(sites["z"], sites["library"], batch, y=args[0]["labels"])
+        found = model.module.inference(**model.module._get_inference_input(args[0]))
+        own = made["px"].log_prob(x).sum() + made["pz"].log_prob(sites["z"]).sum() + made["pl"].log_prob(sites["library"]).sum()
+        own_q = found["qz"].log_prob(sites["z"]).sum() + found["ql"].log_prob(sites["library"]).sum()
+        p, q = (pyro.poutine.trace(pyro.poutine.condition(f, sites)).get_trace(*args).log_prob_sum() for f in pair)
+    torch.testing.assert_close(p, own, rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(q, own_q)
 
 
 def test_rows_stand_in_the_order_asked_for() -> None:
