@@ -96,9 +96,12 @@ def test_the_elbo_is_that_of_scvi_tools(case: str) -> None:
     assert error < 0.5
 
 
-@pytest.mark.parametrize("case", ["nb", "zinb", "library", "covariates", "linear"])
+@pytest.mark.parametrize("case", ["nb", "zinb", "covariates", "linear"])
 def test_the_evidence_is_scvi_tools_own_estimate(case: str) -> None:
-    """Both by importance sampling from the same guide, at the cells where that can be trusted."""
+    """Both by importance sampling from the same guide, at the cells where that can be trusted.
+
+    With a latent library it can nowhere: two estimates of scvi-tools' own differ by nats. There the densities are compared below.
+    """
     pair = er.adapt.scvi(model := trained(**CASES[case]))
     args = pair.rows(range(40))
     elbo, _, first = estimates(pair, *args, draws=8000)
