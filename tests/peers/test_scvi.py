@@ -100,7 +100,7 @@ def test_the_elbo_is_that_of_scvi_tools(case: str) -> None:
 def test_the_evidence_is_scvi_tools_own_estimate(case: str) -> None:
     """Both by importance sampling from the same guide, at the cells where that can be trusted.
 
-    With a latent library it can nowhere: two estimates of scvi-tools' own differ by nats. There the densities are compared below.
+    With a latent library it can nowhere: two estimates of scvi-tools' own differ by nats; the densities are compared below.
     """
     pair = er.adapt.scvi(model := trained(**CASES[case]))
     args = pair.rows(range(40))
