@@ -228,7 +228,7 @@ def test_pyroved_with_and_without_classes() -> None:
 
 def test_pyroved_says_what_an_audit_of_many_coordinates_can_say() -> None:
     assert "expect bounds of log p(x)" in repr(er.adapt.pyroved(of_pyroved(["r", "t"])))
-    assert "bounds" not in repr(er.adapt.pyroved(of_pyroved(["r"])))
+    assert "expect bounds of log p(x)" in repr(er.adapt.pyroved(of_pyroved(["r"])))
     assert "bounds" not in repr(er.adapt.pyroved(of_pyroved(None)))
 
 

@@ -8,8 +8,8 @@ pyroVED's own `iVAE.model` and `guide` are Pyro programs; this one draws the sam
 the same density, without the branch on the angle and the writes in place that keep many draws from being evaluated together.
 
 An angle has period 2 pi under a normal prior, and a turned or shifted image often looks like another: the posterior then has
-many modes, which a normal guide and chains between them do not cover. Up to three latents in all the grid sums over them;
-beyond, expect bounds of log p(x) and data that no reference certifies.
+many modes, which a normal guide and chains between them do not cover. Expect bounds of log p(x), and data that no reference
+certifies.
 
 Ziatdinov, Kalinin (2021), https://arxiv.org/abs/2104.10180; Bepler, Zhong, Kelley, Brignole, Berger (2019),
 https://arxiv.org/abs/1909.11663; read at pyroVED 0.3.0 (2026-12).
@@ -29,11 +29,8 @@ from elbowroom.adapt.peers.kinds import of_library
 from elbowroom.errors import UserError
 
 WHERE = "adapt.pyroved"
-GRID = 3  # latents up to which posteriors are summed over a grid
-MODES = (
-    "angles and shifts give the posterior many modes, and with {d} latents there is no grid to sum over them: expect bounds of "
-    "log p(x), and data that no reference certifies"
-)
+MODES = "angles, shifts and scales give the posterior many modes: expect bounds of log p(x), and data that no reference
+certifies"
 
 
 def pyroved(model: Any) -> Pair:
@@ -55,8 +52,7 @@ def pyroved(model: Any) -> Pair:
         raise UserError(f"{WHERE}: {type(model).__name__} is not supported; supported is pyroved.models.iVAE")
     parts = _Parts(model)
     programs = Programs(parts.p_z, parts.q_z, parts.p_x, rows_of)
-    many = model.coord > 0 and model.z_dim > GRID
-    return Pair(programs.model, programs.guide, [MODES.format(d=model.z_dim)] if many else [])
+    return Pair(programs.model, programs.guide, [MODES] if model.coord > 0 else [])
 
 
 class _Parts:
