@@ -29,8 +29,7 @@ from elbowroom.adapt.peers.kinds import of_library
 from elbowroom.errors import UserError
 
 WHERE = "adapt.pyroved"
-MODES = "angles, shifts and scales give the posterior many modes: expect bounds of log p(x), and data that no reference
-certifies"
+MODES = "angles, shifts and scales give many modes: expect bounds of log p(x), and data that no reference certifies"
 
 
 def pyroved(model: Any) -> Pair:
