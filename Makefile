@@ -11,11 +11,13 @@ BIN1M := .venv-arviz1-memory/bin
 STAMP1M := .venv-arviz1-memory/.installed
 BINB := .venv-bench/bin
 STAMPB := .venv-bench/.installed
+BINP := .venv-peers/bin
+STAMPP := .venv-peers/.installed
 TORCH ?= torch
 STAMP := .venv/.installed
 STAMPD := .venv/.installed-docs
 
-.PHONY: demo docs test test-slow test-arviz1 test-newest lint bench clean FORCE
+.PHONY: demo docs test test-slow test-arviz1 test-peers test-newest lint bench clean FORCE
 
 demo: $(STAMP)
 	$(BIN)/elbowroom run $(SPEC) --out runs/demo --overwrite
@@ -34,6 +36,11 @@ test-arviz1: $(STAMP) $(STAMP1) $(STAMP1M)
 	$(BIN1)/python tests/arviz1/check.py build/arviz1
 	$(BIN1M)/python -c "import arviz; assert arviz.__version__.startswith('1.'), arviz.__version__"
 	$(BIN1M)/python -m pytest -q tests/analysis/test_arviz.py
+
+# Each adapter of er.adapt against the peer's own package. The imports fail where a package is missing, which the tests would skip.
+test-peers: $(STAMPP)
+	$(BINP)/python -c "import scvi, pythae; from benchmarks.adapters import plots_of_pyroved; plots_of_pyroved(); import pyroved"
+	PYTHONPATH=. $(BINP)/python -m pytest -q -W ignore tests/peers $(ARGS)
 
 # The wheel, with the newest of all that it needs (no constraints.txt), in a fresh environment; the tests, in a copy, run on it.
 test-newest:
@@ -60,7 +67,7 @@ bench: $(STAMPB)
 	$(BINB)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf .venv .venv-arviz1 .venv-arviz1-memory .venv-bench build dist src/*.egg-info
+	rm -rf .venv .venv-arviz1 .venv-arviz1-memory .venv-bench .venv-peers build dist src/*.egg-info
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -82,6 +89,13 @@ $(STAMP1M): pyproject.toml constraints.txt
 $(STAMPB): pyproject.toml constraints.txt benchmarks/requirements.txt
 	test -x $(BINB)/python || $(PYTHON) -m venv .venv-bench
 	$(BINB)/python -m pip install -q $(PIPFLAGS) -c constraints.txt -r benchmarks/requirements.txt -e .
+	touch $@
+
+# pyroVED brings torchvision for its plots, whose wheel on PyPI does not load beside a CPU torch: other packages would stumble on it.
+$(STAMPP): pyproject.toml constraints.txt
+	test -x $(BINP)/python || $(PYTHON) -m venv .venv-peers
+	$(BINP)/python -m pip install -q $(PIPFLAGS) -c constraints.txt -e ".[peers]" pytest
+	$(BINP)/python -c "import torchvision" 2>/dev/null || $(BINP)/python -m pip uninstall -q -y torchvision
 	touch $@
 
 $(STAMPD): $(STAMP)

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elbowroom import adapt
     from elbowroom.analysis.audit.auditor import Audit, audit
     from elbowroom.components.registry import register
     from elbowroom.inference.posterior import Posterior
@@ -34,6 +35,7 @@ __all__ = [
     "Run",
     "VAETransformer",
     "__version__",
+    "adapt",
     "audit",
     "compare",
     "fit",
@@ -62,6 +64,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("elbowroom")
+    if name == "adapt":
+        return importlib.import_module("elbowroom.adapt")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'elbowroom' has no attribute {name!r}")
