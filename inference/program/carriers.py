@@ -11,12 +11,14 @@ so the density is that of the auxiliary alone. Which entry of u is which coordin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
+from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -36,6 +38,18 @@ JOINTLY_NORMAL = (
     *(dist.LowRankMultivariateNormal, torch.distributions.LowRankMultivariateNormal),
 )
 ACROSS = 1e-4  # partial correlation of the entries of two data from which on a joint normal is no product over the data
+
+
+@contextlib.contextmanager
+def clean(guide: Callable[..., Any]) -> Iterator[None]:
+    """Take from an EasyGuide the plates of a run that fails: it would open them in the next run, of other data."""
+    try:
+        yield
+    except BaseException:
+        inside = getattr(guide, "program", guide)  # as it is before it is promoted
+        if isinstance(inside, EasyGuide):
+            inside.plates.clear()
+        raise
 
 
 @dataclass(frozen=True)

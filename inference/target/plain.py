@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from elbowroom.errors import UnsupportedProgram
-from elbowroom.inference.program.carriers import with_density
+from elbowroom.inference.program.carriers import clean, with_density
 from elbowroom.inference.program.frozen import arguments
 from elbowroom.inference.program.frozen.promotion import Promoted, mixed, mixes
 from elbowroom.inference.program.frozen.snapshot import Snapshot, program_in
@@ -208,7 +208,7 @@ class PlainLogJoint:
         if options.get("summed") == "eliminated":
             enumerated = poutine.enum(first_available_dim=-self.program.nesting - 1)
         replay = Replay(self.program, assignment, index=self._index, **options)
-        with enumerated, replay, outer or contextlib.nullcontext():
+        with enumerated, replay, outer or contextlib.nullcontext(), clean(self.guide):
             (self.model if which == "model" else self.guide)(*self.args, **self.kwargs)
         return replay
 

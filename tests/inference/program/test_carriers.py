@@ -212,3 +212,11 @@ def test_a_factor_of_the_model_is_a_likelihood() -> None:
     evidence = dist.Normal(0.0, math.sqrt(2.0)).log_prob(Y) + 1.5
     torch.testing.assert_close(torch.tensor(found.table["log_evidence"].values), evidence)
     assert abs(found.table["gap_total"]).max() < 1e-6
+
+
+def test_an_easy_guide_that_fails_on_a_part_is_left_as_it_was() -> None:
+    """It keeps the plates of a run that fails, of 5 data, and would open them for all 6."""
+    joint = LogJoint(three, guide := Grouped(three), X)
+    assert not joint.separable()
+    assert guide.plates == {}
+    assert len(joint.sample_guide(3, 0)[0]) == 3
