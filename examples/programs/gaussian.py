@@ -95,8 +95,14 @@ def holes() -> Pair:
         with pyro.plate("rows", len(x), dim=-2):
             loc = (x * seen * LOADINGS[:, 0]).sum(-1, keepdim=True)
             pyro.sample("z", dist.Normal(loc / 1.5, 0.4))
-            with pyro.plate("columns", 4, dim=-1):
+            with pyro.plate("columns", 4, dim=-1), poutine.mask(mask=~seen):
                 pyro.sample("x_unobserved", dist.Normal(torch.zeros(8, 4), 1.0))
+
+    def seen_alone(x: Tensor, seen: Tensor) -> None:
+        with pyro.plate("rows", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0))
+            with pyro.plate("columns", 4, dim=-1), poutine.mask(mask=seen):
+                pyro.sample("x", dist.Normal(z * LOADINGS[:, 0], 0.5), obs=x)
 
     def evidence() -> Tensor:
         def log_p(z: Tensor) -> Tensor:
@@ -105,7 +111,8 @@ def holes() -> Pair:
 
         return over_line(log_p)
 
-    return Pair(model, guide, (x, seen), evidence=evidence)
+    of_z = poutine.block(guide, hide=["x_unobserved"])
+    return Pair(model, guide, (x, seen), evidence=evidence, plain=(seen_alone, of_z, (x, seen)))
 
 
 @program("a factor in the model as likelihood", "Pyro, pyro.factor")

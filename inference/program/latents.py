@@ -167,6 +167,12 @@ def discrete_sites(
         + (": the guide's draws of it are ignored, the ELBO is the tighter one without them" if name in drawn else "")
         for name in summed
     ]
+    notes += [
+        f"discrete site {name!r} is summed out in model and guide: ELBO and gap are those of the continuous latents, and the "
+        "ELBO is SVI's or more"
+        for name in listed
+        if name in drawn and not alone
+    ]
     return [site for name, site in listed.items() if name not in summed], frozenset(summed), notes
 
 
