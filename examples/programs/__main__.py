@@ -117,10 +117,10 @@ def row_of(entry: Entry) -> Row:
         said = str(error).splitlines() or [""]
         return Row(entry, f"{type(error).__name__}: {said[0]}", seconds=time.perf_counter() - start, right=False)
     table = audit.table
-    exact = np.isfinite(table["log_evidence"].values)
+    settled = set(last(table)) <= {"exact", "certified"} and bool(np.isfinite(table["log_evidence"].values).all())
     kinds = sorted({f"{method} ({status})" for method, status in zip(best(table), last(table), strict=True)})
     row = Row(entry, "audited", ", ".join(kinds), f"{np.median(table['gap_total'].values):.3f}")
-    row.right = entry.refused is None and set(last(table)) <= {"exact", "certified"} and bool(exact.all())
+    row.right = entry.refused is None and settled == entry.certified
     compare_elbo(pair, table, row)
     compare_evidence(pair, table, row)
     row.seconds = time.perf_counter() - start
@@ -206,6 +206,7 @@ def page(rows: list[Row]) -> str:
         f"it is. Of {len(rows)} programs {len(audited_)} are audited ({len(audited_) / len(rows):.0%}), {len(refused)} not.",
         f"Of those audited, log p(x) was also computed by hand for {len(known)}, by a formula or a sum that shares",
         "nothing with Elbowroom.",
+        f"Audited, and said to be not certified: {', '.join(e.name for e in ENTRIES if not e.certified) or 'none'}.",
         f"Not right: {', '.join(row.entry.name for row in wrong) if wrong else 'none'}.",
         "",
         *TAKEN.splitlines(),

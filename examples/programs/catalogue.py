@@ -47,6 +47,7 @@ class Entry:
         make: builds it.
         refused: part of the message with which it is refused; None where it is audited.
         cure: what the message advises, built; None where there is none.
+        certified: whether log p(x) of every datum is exact or certified; otherwise the audit says that it is not.
     """
 
     name: str
@@ -54,18 +55,19 @@ class Entry:
     make: Callable[[], Pair]
     refused: str | None = None
     cure: Callable[[], Pair] | None = None
+    certified: bool = True
 
 
 ENTRIES: list[Entry] = []
 
 
 def program(
-    name: str, source: str, refused: str | None = None, cure: Callable[[], Pair] | None = None
+    name: str, source: str, refused: str | None = None, cure: Callable[[], Pair] | None = None, *, certified: bool = True
 ) -> Callable[[Callable[[], Pair]], Callable[[], Pair]]:
     """Put the function that builds a pair on the list."""
 
     def add(make: Callable[[], Pair]) -> Callable[[], Pair]:
-        ENTRIES.append(Entry(name, source, make, refused, cure))
+        ENTRIES.append(Entry(name, source, make, refused, cure, certified))
         return make
 
     return add

@@ -230,7 +230,7 @@ def prodlda() -> Pair:
     return Pair(model, guide, (x,))
 
 
-@program("sparse gamma deep exponential family", "Pyro, examples/sparse_gamma_def")
+@program("sparse gamma deep exponential family", "Pyro, examples/sparse_gamma_def", certified=False)
 def gamma_def() -> Pair:
     torch.manual_seed(2)
     weights = torch.rand(2, 5) + 0.2
