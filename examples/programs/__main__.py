@@ -72,9 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help="part of a program's name: these alone, and no page")
     parser.add_argument("--found", type=Path, help="a file of rows found before, which are kept, and new ones added")
     args = parser.parse_args(arguments)
-    known = {} if args.found is None or not args.found.exists() else read(args.found)
     for name in MODULES:
         importlib.import_module(f"examples.programs.{name}")
+    known = {} if args.found is None or not args.found.exists() else read(args.found)
     rows = []
     for entry in ENTRIES:
         if args.only is None or args.only in entry.name:

@@ -282,7 +282,7 @@ def inflated() -> Pair:
     return Pair(model, guide, (y,), evidence=evidence)
 
 
-@program("long hidden Markov chains, states alone", "Pyro, examples/hmm", "too many to enumerate", hmm)
+@program("long hidden Markov chains, states alone", "Pyro, examples/hmm", "too many to enumerate")
 def long_hmm() -> Pair:
     x = draws(5, 20)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -178,7 +180,12 @@ def pupils() -> Pair:
     return Pair(model, guide, (y,), {"plate": "schools"}, evidence)
 
 
-@program("two plates that each hold observed sites and latents", "two data sets in one program", "plate=")
+def first_rows() -> Pair:
+    """The cure of the next one."""
+    return replace(two_plates(), options={"plate": "rows_a"})
+
+
+@program("two plates that each hold observed sites and latents", "two data sets in one program", "plate=", first_rows)
 def two_plates() -> Pair:
     a, b = draws(5), draws(4, seed=1)
 
