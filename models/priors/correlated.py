@@ -29,9 +29,7 @@ class AutoregressiveNormal(Located):
         order: p, of `banded`; at most d - 1 of them are used.
         rank: k, of `low_rank`.
         covariates: condition on the covariates of the data: location from c by a linear map.
-
-    Raises:
-        ValueError: fewer than two coordinates.
+    One coordinate has nothing to be correlated with: it is N(m, 1).
     """
 
     def __init__(
@@ -45,10 +43,6 @@ class AutoregressiveNormal(Located):
         covariates: bool = False,
     ) -> None:
         super().__init__(latent_dim, covariate_dim, covariates=covariates)
-        if latent_dim < 2:
-            raise ValueError(
-                "latent_dim: autoregressive_normal needs at least 2 coordinates to correlate; use model.prior = normal"
-            )
         self.correlation = correlation
         if correlation == "banded":
             self.raw = nn.Parameter(torch.zeros(min(order, latent_dim - 1)))

@@ -240,9 +240,11 @@ def test_an_autoregression_is_stationary_and_its_precision_banded():
     torch.testing.assert_close(torch.linalg.inv(r).triu(3), torch.zeros_like(r), atol=1e-12, rtol=0)
 
 
-def test_one_coordinate_has_nothing_to_be_correlated_with():
-    with pytest.raises(ValueError, match="latent_dim: autoregressive_normal needs at least 2 .* use model.prior = normal"):
-        AutoregressiveNormal(1)
+@pytest.mark.parametrize("correlation", ["banded", "low_rank"])
+def test_one_coordinate_has_nothing_to_be_correlated_with(correlation):
+    prior = AutoregressiveNormal(1, correlation=correlation)
+    z = torch.linspace(-3.0, 3.0, 7)[:, None]
+    torch.testing.assert_close(prior.distribution().log_prob(z), torch.distributions.Normal(0.0, 1.0).log_prob(z)[:, 0])
 
 
 def test_a_horseshoe_of_many_nodes_has_the_closed_form_of_the_plain_one():

@@ -20,6 +20,7 @@ from elbowroom.spec import document, spec
 
 # Written by hand, not read from the classes: what the refusals are held against.
 SPACE_OF_PRIOR = {
+    "autoregressive_normal": "real",
     "bernoulli": "binary",
     "categorical": "one_hot",
     "dirichlet": "simplex",
@@ -27,6 +28,7 @@ SPACE_OF_PRIOR = {
     "gamma": "positive",
     "gaussian_mixture": "real",
     "hierarchical": "two levels",
+    "horseshoe": "real",
     "laplace": "real",
     "log_normal": "positive",
     "logistic_normal": "simplex",
@@ -107,7 +109,7 @@ def tree(prior: str, guide: str, objective: str) -> dict:
 
 def test_every_pair_of_words_that_go_together_is_in_the_array():
     rows = array()
-    assert len(rows) == len(set(rows)) <= 300
+    assert len(rows) == len(set(rows)) <= 350
     together = {(i, j): set() for i, j in valid_pairs()}
     for row in rows:
         assert clash(row.prior, row.guide, row.objective) is None

@@ -18,7 +18,7 @@ import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import killing
-from whole.test_fuzz import FEW, GOOD, call, judge, mangle
+from whole.fuzz.test_fuzz import FEW, GOOD, call, judge, mangle
 
 from elbowroom.cli.app import app
 from elbowroom.run import fit
