@@ -51,6 +51,11 @@ class Family(nn.Module, ABC):
     sites: ClassVar[tuple[str, ...]] = ("z",)
     reparametrized: ClassVar[bool] = True
 
+    @property
+    def param_shape(self) -> tuple[int, ...]:
+        """The shape of the parameters before they are flattened: (T, P) asks an encoder of sequences for P of each step."""
+        return (self.param_dim,)
+
     @abstractmethod
     def forward(self, params: Tensor) -> TorchDistribution:
         """Turn parameters (..., param_dim) into a distribution over z, event shape (d,)."""
@@ -74,6 +79,11 @@ class Onto(Family):
         self.param_dim = base.param_dim
         self.space = space  # type: ignore[misc]
         self.reparametrized = base.reparametrized  # type: ignore[misc]
+
+    @property
+    def param_shape(self) -> tuple[int, ...]:
+        """The shape of the base's parameters."""
+        return self.base.param_shape
 
     def forward(self, params: Tensor) -> TorchDistribution:
         """Turn parameters into the mapped distribution."""

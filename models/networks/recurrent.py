@@ -61,27 +61,30 @@ class SequenceEncoder(nn.Module):
     """The last states of gated recurrent layers, and one affine layer: (..., T*F) -> (..., out_dim).
 
     Each layer reads the states of the one below. With `bidirectional` it also reads backwards, from the last step that counts.
-    With `marks` the last feature of each step says whether the step counts.
+    With `marks` the last feature of each step says whether the step counts. With `every`, each step gives an output,
+    (..., T*P), and is read backwards, or both ways: what is said about a step then knows all later ones.
     """
 
     def __init__(
-        self, steps: int, width: int, out_dim: int, hidden: int, layers: int, bidirectional: bool, marks: bool
+        self, steps: int, width: int, out_dim: int, hidden: int, layers: int, bidirectional: bool, marks: bool, every: bool
     ) -> None:
         super().__init__()
-        self.shape, self.marks = (steps, width), marks
+        self.shape, self.marks, self.every = (steps, width), marks, every
         ways = 1 + bidirectional
         widths = [width - marks] + [ways * hidden] * (layers - 1)
         self.forwards = nn.ModuleList([Cell(n_in, hidden) for n_in in widths])
         self.backwards = nn.ModuleList([Cell(n_in, hidden) for n_in in widths] if bidirectional else [])
-        self.head = nn.Linear(ways * hidden, out_dim)
+        self.head = nn.Linear(ways * hidden, out_dim // steps if every else out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map flattened sequences (..., T*F) to (..., out_dim)."""
         x = x.unflatten(-1, self.shape).movedim(-2, 0)
+        turned = self.every and not self.backwards
+        x = x.flip(0) if turned else x
         counts: Sequence[Tensor] | None = None
         if self.marks:
             counts, x = (x[..., -1:] > 0).unbind(0), x[..., :-1]
-        last = x
+        states, last = [x], x
         for i, cell in enumerate(_cells(self.forwards)):
             states = _states(cell, x, counts)
             last = states[-1]
@@ -91,7 +94,9 @@ class SequenceEncoder(nn.Module):
                 states = [torch.cat(both, -1) for both in zip(states, reversed(behind), strict=True)]
             if i + 1 < len(self.forwards):
                 x = torch.stack(states)
-        return self.head(last)
+        if not self.every:
+            return self.head(last)
+        return self.head(torch.stack(states[::-1] if turned else states)).movedim(0, -2).flatten(-2)
 
 
 class SequenceDecoder(nn.Module):
@@ -122,14 +127,15 @@ class GRU(Network):
     """A gated recurrent network for sequences (T, F).
 
     As an encoder it takes the state after the last step with an observed entry: with `marks`, padding at the end (NaN) has no
-    effect; without them every step counts. Marks of missing entries and covariates are features of each step.
+    effect; without them every step counts. Marks of missing entries and covariates are features of each step. For the guide
+    `markov` it gives each step's parameters from the state there, read backwards, from the last step that counts.
     As a decoder it makes each step from z and its state alone: given z the steps are independent,
     log p(x|z) = sum_t log p(x_t|z).
 
     Args:
         in_shape: shape of one input: (T, F) for an encoder, (d,) for a decoder (a fact).
         out_dim: width of one output (a fact).
-        out_shape: (k, T, F) for a decoder with k parameters per entry (a fact).
+        out_shape: (k, T, F) for a decoder with k parameters per entry; (T, P) for an encoder of every step (a fact).
         marks: whether the input comes with marks of what was seen, as `join` lays them out (a fact).
         hidden: width of the states.
         layers: number of recurrent layers, one upon the other.
@@ -151,7 +157,8 @@ class GRU(Network):
     ) -> None:
         if len(in_shape) == 2:
             steps, width = in_shape
-            body: nn.Module = SequenceEncoder(steps, width, out_dim, hidden, layers, bidirectional, marks)
+            every = len(out_shape) == 2 and out_shape[0] == steps
+            body: nn.Module = SequenceEncoder(steps, width, out_dim, hidden, layers, bidirectional, marks, every)
         elif len(in_shape) == 1 and len(out_shape) == 3:
             if bidirectional:
                 raise ValueError("bidirectional: is for encoders; a decoder makes its steps in order: leave it out")

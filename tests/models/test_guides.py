@@ -69,6 +69,8 @@ def test_draws_agree_with_the_density(name):
 
 @each_real
 def test_moments_of_draws_agree_with_the_formula(name):
+    if name == "markov_gated":
+        pytest.skip("it has moments by draws alone")
     family = REAL[name](3).double()
     q = family(params_of(family, 4))
     torch.manual_seed(2)
@@ -131,6 +133,8 @@ def test_gradients_reach_every_part_of_the_parameters(name):
     for value in (q.log_prob(z.detach()).sum(), z.square().sum() + q.log_prob(z).sum()):
         (gradient,) = torch.autograd.grad(value, params, retain_graph=True)
         assert gradient.isfinite().all()
+        if name in ("markov", "markov onto positive", "markov onto simplex"):
+            gradient = gradient[:, 1:]  # the slope of the first step, which has no z before it
         assert (gradient != 0).any(0).all(), f"no gradient for {(gradient == 0).all(0).nonzero().flatten().tolist()}"
 
 

@@ -19,6 +19,7 @@ from elbowroom.models.networks.base import Network
 from elbowroom.models.networks.convolution import Conv
 from elbowroom.models.networks.mlp import MLP, BatchNorm, Linear, Residual
 from elbowroom.models.networks.recurrent import GRU, Cell
+from elbowroom.models.networks.stepwise import Stepwise
 from elbowroom.models.priors.standard import Normal
 from elbowroom.models.vae import VAE
 
@@ -56,6 +57,10 @@ BUILDS = {
     "gru": gru_encoder((7, 2)),
     "gru marks": gru_encoder((7, 5), marks=True),
     "gru deep both ways": gru_encoder((7, 5), marks=True, layers=2, bidirectional=True),
+    "gru every step": lambda: GRU((7, 5), 14, (7, 2), True, hidden=6),
+    "gru every step both ways": lambda: GRU((7, 2), 14, (7, 2), False, hidden=6, layers=2, bidirectional=True),
+    "stepwise to 2x7x3": lambda: Stepwise((16,), 42, (2, 7, 3), 14, hidden=(5,)),
+    "stepwise affine": lambda: Stepwise((4,), 8, (1, 4, 2), 4, hidden=()),
     "gru to 2x7x2": gru_decoder((2, 7, 2)),
     "gru deep to 1x7x3": gru_decoder((1, 7, 3), layers=2),
 }

@@ -104,19 +104,21 @@ def _data(source: Any, expect: Expect) -> None:
     expect(dataset.fingerprint() == source.load().fingerprint(), "loading twice gives the same data")
 
 
-SHAPES: tuple[tuple[int, ...], ...] = ((WIDTH,), (6, 6), (2, 9, 7))
+STEPS = 6
+SHAPES: tuple[tuple[int, ...], ...] = ((WIDTH,), (STEPS, 6), (2, 9, 7))
 
 
 def _network(chosen: Any, expect: Expect) -> None:
     """Check a network as an encoder and as a decoder of each kind of data that it supports: vectors, images, sequences."""
     roles = 0
     for shape in SHAPES:
-        for in_shape, out_shape in ((shape, (4,)), ((DIM,), (2, *shape))):
+        for in_shape, out_shape, latent_dim in ((shape, (4,), 0), ((STEPS,), (2, *shape), STEPS)):
             facts: dict[str, Any] = {
                 "in_shape": in_shape,
                 "out_dim": math.prod(out_shape),
                 "out_shape": out_shape,
                 "marks": False,
+                "latent_dim": latent_dim,
             }
             try:
                 network = build("network", chosen, **facts)

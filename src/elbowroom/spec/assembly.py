@@ -14,6 +14,7 @@ from elbowroom.models import spaces
 from elbowroom.models.columns import Column
 from elbowroom.models.guides.base import AmortizedGuide, Family, Onto
 from elbowroom.models.networks.base import Network
+from elbowroom.models.priors.markov import steps_of
 from elbowroom.models.vae import VAE
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def assemble(spec: Spec, facts: Facts) -> VAE:
         levels=facts.levels,
         columns=facts.columns,
     )
-    family = _family(model.prior, guide.family, d)
+    family = _family(model.prior, guide.family, d, likelihood.feature_shape)
     whole, rest = divmod(likelihood.param_dim, likelihood.width)
     decoder = build(
         "network",
@@ -99,6 +100,7 @@ def assemble(spec: Spec, facts: Facts) -> VAE:
         out_dim=likelihood.param_dim,
         out_shape=(likelihood.param_dim,) if rest else (whole, *facts.event_shape),
         marks=False,
+        latent_dim=d,
     )
     network = registry.component("network", guide.encoder.name).cls
     joined = getattr(network, "joined_shape", Network.joined_shape)
@@ -109,8 +111,9 @@ def assemble(spec: Spec, facts: Facts) -> VAE:
         where="guide.encoder",
         in_shape=joined(likelihood.feature_shape, marks=facts.missing, covariates=beside),
         out_dim=family.param_dim,
-        out_shape=(family.param_dim,),
+        out_shape=getattr(family, "param_shape", (family.param_dim,)),
         marks=facts.missing,
+        latent_dim=0,
     )
     posterior = AmortizedGuide(encoder, family, marks=facts.missing)
     prior = build(
@@ -138,15 +141,17 @@ def restore(vae: VAE, state: Mapping[str, Tensor]) -> None:
     vae.load_state_dict(dict(state))
 
 
-def _family(prior: Any, chosen: Any, latent_dim: int) -> Family:
+def _family(prior: Any, chosen: Any, latent_dim: int, feature_shape: tuple[int, ...]) -> Family:
     """Build the guide family, transformed from the real line to the prior's space if that is another one."""
     p, q = registry.component("prior", prior.name).cls, registry.component("guide", chosen.name).cls
     space, inserted = compatibility.space_of(p), compatibility.transform_inserted(p, q)
+    width = spaces.free_dim(space, latent_dim) if inserted else latent_dim
     family: Family = build(
         "guide",
         chosen,
         where="guide.family",
-        latent_dim=spaces.free_dim(space, latent_dim) if inserted else latent_dim,
+        latent_dim=width,
         top_dim=getattr(prior, "top_dim", 0),
+        steps=steps_of(getattr(prior, "steps", None), feature_shape, width),
     )
     return Onto(family, space, latent_dim) if inserted else family

@@ -13,6 +13,7 @@ from torch import Tensor
 from elbowroom.models import spaces
 from elbowroom.models.guides.base import AmortizedGuide, Family, Onto
 from elbowroom.models.guides.families import LogisticNormal, LogNormal, Mixture, StudentT
+from elbowroom.models.guides.markov import MarkovFamily
 from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal, LowRankNormal
 from elbowroom.models.guides.semi_amortized import SemiAmortized
 from elbowroom.models.likelihoods.continuous import Gaussian
@@ -29,6 +30,8 @@ REAL: dict[str, Callable[[int], Family]] = {
     "t_learned": StudentT,
     "t_fixed": lambda d: StudentT(d, df=7.0),
     "mixture": lambda d: Mixture(d, components=3),
+    "markov": lambda d: MarkovFamily(d, d),
+    "markov_gated": lambda d: MarkovFamily(d, d, transition="gated", hidden=4),
     "semi_diagonal": lambda d: SemiAmortized(d, steps=3),
     "semi_full": lambda d: SemiAmortized(d, family="full_rank_normal", steps=3),
     "semi_low_rank": lambda d: SemiAmortized(d, family="low_rank_normal", steps=3),

@@ -22,6 +22,7 @@ from elbowroom.models.priors.correlated import AutoregressiveNormal
 from elbowroom.models.priors.discrete import Bernoulli, Categorical
 from elbowroom.models.priors.flow import Flow
 from elbowroom.models.priors.hierarchical import Hierarchical
+from elbowroom.models.priors.markov import Markov
 from elbowroom.models.priors.mixtures import GaussianMixture, Vamp
 from elbowroom.models.priors.sparse import Horseshoe
 from elbowroom.models.priors.standard import Laplace, Normal, StudentT
@@ -54,6 +55,10 @@ CASES = [
     Case("autoregressive_normal_2", lambda d, c, g: AutoregressiveNormal(d, c, order=2), dim=4, line=None),
     Case("autoregressive_normal_low_rank", lambda d, c, g: AutoregressiveNormal(d, c, correlation="low_rank"), line=None),
     Case("autoregressive_normal_c", lambda d, c, g: AutoregressiveNormal(d, c, covariates=True), line=None),
+    Case("markov", lambda d, c, g: Markov(d)),
+    Case("markov_wide", lambda d, c, g: Markov(d, steps=2), dim=4, line=None),
+    Case("markov_gated", lambda d, c, g: Markov(d, transition="gated", hidden=4), dim=3),
+    Case("markov_gru", lambda d, c, g: Markov(d, transition="gru"), dim=3),
     Case("horseshoe", lambda d, c, g: Horseshoe(d, c)),
     Case("horseshoe_c", lambda d, c, g: Horseshoe(d, c, scale=0.5, covariates=True)),
     Case("gaussian_mixture", lambda d, c, g: GaussianMixture(d, c, components=3)),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,10 +24,13 @@ FACTORS = tuple(WORDS)
 ISSUE = tuple(KINDS)
 """The factors that the demand is about; the others are what the data bring."""
 
-EVENT = {"conv": (6, 6), "gru": (5, 3)}
+EVENT = {"conv": (6, 6), "gru": (5, 3), "stepwise": (2, 3)}
 """Shape of a datum by network; a table of four columns where there is none."""
 TABLES = ("mixed",)
 """Likelihoods of tables alone."""
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "matrix.md"
 
 
 class Combination(NamedTuple):
@@ -98,15 +103,35 @@ def refused_pairs() -> list[tuple[str, str, str, str]]:
     return found
 
 
+def kept(page: str) -> list[Combination]:
+    """Read the combinations of docs/matrix.md, in their order, without those that are no longer valid."""
+    found = []
+    for line in re.findall(r"^\| \d+ \| (.*?) \|$", page, flags=re.MULTILINE):
+        *words, data = (cell.strip() for cell in line.split(" | ")[:6])
+        covariates = "conditional" if "c*" in data else "given" if "c" in data else "none"
+        row = Combination(*words, covariates, "given" if "e" in data else "none", "some" if "h" in data else "none")
+        known = all(word in WORDS[factor] for factor, word in zip(FACTORS, row, strict=True))
+        if known and mask()[tuple(WORDS[factor].index(word) for factor, word in zip(FACTORS, row, strict=True))]:
+            found.append(row)
+    return found
+
+
 @functools.cache
 def array() -> tuple[Combination, ...]:
-    """Return the covering array; it is the same whenever the registry is."""
+    """Return the covering array; it is the same whenever the registry and the page are."""
     allowed, n = mask(), len(FACTORS)
     left = {key: table.copy() for key, table in valid_pairs().items()}
     # a pair that few combinations could still cover is worth more than one that nearly all could
     rare = {key: 1.0 + 1e5 / np.maximum(1, _count(allowed, key)) for key in left}
     used = [np.zeros(len(words)) for words in WORDS.values()]
     rows: list[tuple[int, ...]] = []
+
+    def add(row: tuple[int, ...]) -> None:
+        rows.append(row)
+        for axis, word in enumerate(row):
+            used[axis][word] += 1
+        for (i, j), table in left.items():
+            table[row[i], row[j]] = False
 
     def take(fixed: dict[int, int]) -> None:
         index = tuple(fixed.get(axis, slice(None)) for axis in range(n))
@@ -124,13 +149,13 @@ def array() -> tuple[Combination, ...]:
         row = [0] * n
         for axis in range(n):
             row[axis] = fixed[axis] if axis in fixed else int(best[free.index(axis)])
-            used[axis][row[axis]] += 1
-        rows.append(tuple(row))
-        for (i, j), table in left.items():
-            table[row[i], row[j]] = False
+        add(tuple(row))
 
-    for p, x in itertools.product(range(len(WORDS["prior"])), range(len(WORDS["likelihood"]))):
-        take({0: p, 1: x})
+    for row in kept(PAGE.read_text()) if PAGE.is_file() else ():
+        add(tuple(WORDS[factor].index(word) for factor, word in zip(FACTORS, row, strict=True)))
+    for p, x in np.argwhere(left[0, 1]):
+        if left[0, 1][p, x]:
+            take({0: int(p), 1: int(x)})
     while any(table.any() for table in left.values()):
         (i, j), table = next((key, table) for key, table in left.items() if table.any())
         a, b = np.argwhere(table)[0]

@@ -34,6 +34,7 @@ SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("prior", "vamp"): {"components": 4},
     ("prior", "gaussian_mixture"): {"components": 3},
     ("prior", "flow"): {"transforms": 1, "hidden": [8]},
+    ("prior", "markov"): {"steps": 2},
     ("prior", "hierarchical"): {"top_dim": 1, "hidden": [8]},
     ("guide", "flow"): {"transforms": 1, "hidden": [8], "context": 4},
     ("guide", "hierarchical"): {"hidden": [8]},
@@ -42,6 +43,7 @@ SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("network", "mlp"): {"hidden": [8]},
     ("network", "conv"): {"channels": [4]},
     ("network", "gru"): {"hidden": 8},
+    ("network", "stepwise"): {"hidden": [8]},
     ("objective", "iwae"): {"particles": 3},
     ("objective", "dreg"): {"particles": 3},
     ("objective", "renyi"): {"particles": 3},
@@ -53,6 +55,7 @@ DIMS = {
     "categorical": (3,),
     "bernoulli": (2,),
     "hierarchical": (1,),
+    "markov": (2,),
 }
 
 
@@ -114,7 +117,7 @@ def tree_and_data(number: int, row: Combination, folder: Path) -> tuple[dict[str
     """Return the spec of a combination, and its rows where they come from Python; arrays with names go to an .npz."""
     rng = np.random.default_rng([11, number])
     shape = EVENT.get(row.network, (len(COLUMNS),))
-    if (row.likelihood, row.network) == ("categorical", "gru"):
+    if row.likelihood == "categorical" and row.network in ("gru", "stepwise"):
         shape = (shape[0], 1)  # a step is one code
     x = values(row.likelihood, shape)
     if row.holes == "some":
@@ -139,7 +142,8 @@ def tree_and_data(number: int, row: Combination, folder: Path) -> tuple[dict[str
     references = [{"name": "grid", "tolerance": 0.01}] if row.prior == "laplace" else "auto"
     prior = block("prior", row.prior) | ({"covariates": True} if row.covariates == "conditional" else {})
     network = block("network", row.network)
-    dims = DIMS.get(row.prior, (1, 2))
+    dims = (shape[0],) if row.network == "stepwise" else DIMS.get(row.prior, (1, 2))
+    reader = block("network", "gru") if row.network == "stepwise" else network
     return {
         "data": data,
         "model": {
@@ -148,7 +152,7 @@ def tree_and_data(number: int, row: Combination, folder: Path) -> tuple[dict[str
             "likelihood": row.likelihood,
             "decoder": network,
         },
-        "guide": {"family": block("guide", row.guide), "encoder": network},
+        "guide": {"family": block("guide", row.guide), "encoder": reader},
         "fit": {"objective": block("objective", row.objective), "epochs": 2, "learning_rate": 0.01},
         "audit": {"observations": AUDITED, "draws": 500, "keep": 200, "references": references},
         "seed": number,
@@ -257,7 +261,7 @@ def main(path: Path) -> None:
     """Run what is not there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     there = done(path)
-    order = [n for n in np.random.default_rng(0).permutation(len(array())).tolist() if array()[n] not in there]
+    order = [n for n in reversed(range(len(array()))) if array()[n] not in there]  # the newest words first
     for place, number in enumerate(order):
         found = run_one(number, array()[number])
         with path.open("a") as file:
