@@ -259,6 +259,7 @@ def test_shipped_names():
         "adult",
         "binarized_mnist",
         "binarized_mnist_d50",
+        "deep_markov",
         "digits",
         "digits_counts",
         "digits_gaussian",
