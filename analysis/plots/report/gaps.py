@@ -38,7 +38,7 @@ def parts(tables: Mapping[str, xr.Dataset]) -> Plot | Absent:
     shown = {split: table for split, table in tables.items() if known[split].sum() >= ENOUGH}
     if not shown:
         return Absent(name, "No parts of the gap: log p(x) has a value beside a certified posterior for none of the data.")
-    values = {split: _parts_of(table, known[split]) for split, table in shown.items()}
+    values = _parts_of(shown, known)
     drawn = [part for part in PARTS if any(found.get(part, _finite([])).size >= ENOUGH for found in values.values())]
     figure = canvas(WIDE, 1.55 + 0.42 * len(shown), "What the gap consists of, and on which data")
     panels = np.atleast_1d(figure.subplots(1, len(drawn), sharex=True, sharey=True))
@@ -60,12 +60,19 @@ def parts(tables: Mapping[str, xr.Dataset]) -> Plot | Absent:
     return Plot(name, figure, alt, _caption(tables, known, values), wide=True)
 
 
-def _parts_of(table: xr.Dataset, known: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the parts that add up to the gap; approximation is split in two where the guide is normal."""
-    found = {part: _finite(column(table, part)[known]) for part in PARTS if part in table}
-    whole = found.get("gap_approximation", _finite([])).size >= ENOUGH > found.get("gap_covariance", _finite([])).size
+def _parts_of(tables: Mapping[str, xr.Dataset], known: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Return the parts that add up to the gap, the same of each split; approximation is split in two where the guide is normal."""
+    found = {
+        split: {part: _finite(column(table, part)[known[split]]) for part in PARTS if part in table}
+        for split, table in tables.items()
+    }
+    sizes = [{part: values.size for part, values in of_split.items()} for of_split in found.values()]
+    halved = any(size.get("gap_covariance", 0) >= ENOUGH for size in sizes)
+    whole = not halved and any(size.get("gap_approximation", 0) >= ENOUGH for size in sizes)
     left_out = ("gap_covariance", "gap_shape") if whole else ("gap_approximation",)
-    return {part: values for part, values in found.items() if part not in left_out}
+    return {
+        split: {part: values for part, values in of_split.items() if part not in left_out} for split, of_split in found.items()
+    }
 
 
 def _word(split: str) -> str:
@@ -90,7 +97,9 @@ def _limits(values: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[float, floa
 
 def _row(axes: Axes, row: int, values: np.ndarray) -> None:
     if values.size < ENOUGH:
-        axes.annotate("not known", (0.03, row), xycoords=axes.get_yaxis_transform(), fontsize=8, color=MUTED, va="center")
+        axes.annotate(
+            "not known", (0.03, row), xycoords=axes.get_yaxis_transform(), fontsize=8, color=MUTED, va="center", bbox=PLATE
+        )
         return
     middle, low, high = median(values)
     axes.hlines(row, *np.quantile(values, [0.25, 0.75]), color=MUTED, linewidth=1.0)

@@ -294,6 +294,16 @@ def test_absent_groups_and_an_absent_diagnosis_cost_a_sentence(tmp_path):
     assert shown.isdisjoint({"calibration_simulated", "checks", "pit", "predictive", "information"})
 
 
+def test_every_split_is_drawn_by_the_same_parts():
+    """A family that is no normal has no covariance part; where another split was not refitted either, its shape is no panel."""
+    audited, other = gaps(encoder=2.0, covariance=1.0), gaps(n=7, encoder=4.0, told=False)
+    audited["gap_covariance"] = audited["gap_covariance"] * np.nan
+    other["gap_approximation"] = other["gap_approximation"] * np.nan
+    plot = saved(plots_gaps.parts({"test": audited, "simulated": other}))
+    titles = [axes.get_title().partition("\n")[0] for axes in plot.figure.axes]
+    assert titles == ["amortization", "approximation", "total"]
+
+
 def test_a_gap_whose_parts_are_known_is_not_said_to_be_untold():
     from elbowroom.analysis.report.conclusions import conclusions
 
