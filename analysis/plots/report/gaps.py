@@ -61,7 +61,7 @@ def parts(tables: Mapping[str, xr.Dataset]) -> Plot | Absent:
 
 
 def _parts_of(tables: Mapping[str, xr.Dataset], known: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Return the parts that add up to the gap, the same of each split; approximation is split in two where the guide is normal."""
+    """Return the parts that add up to the gap, the same of each split: approximation in two where a guide is normal."""
     found = {
         split: {part: _finite(column(table, part)[known[split]]) for part in PARTS if part in table}
         for split, table in tables.items()

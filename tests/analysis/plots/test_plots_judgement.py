@@ -300,7 +300,7 @@ def test_every_split_is_drawn_by_the_same_parts():
     audited["gap_covariance"] = audited["gap_covariance"] * np.nan
     other["gap_approximation"] = other["gap_approximation"] * np.nan
     plot = saved(plots_gaps.parts({"test": audited, "simulated": other}))
-    titles = [axes.get_title().partition("\n")[0] for axes in plot.figure.axes]
+    titles = [axes.get_title(loc="left").partition("\n")[0] for axes in plot.figure.axes]
     assert titles == ["amortization", "approximation", "total"]
 
 
