@@ -79,16 +79,23 @@ class Row:
     audit: float
 
 
-def plots_of_pyroved() -> None:
-    """Put an empty module in the place of a missing torchvision.
+def import_pyroved() -> Any:
+    """Import pyroVED, with an empty module in the place of a missing torchvision while it is imported.
 
     pyroVED imports torchvision.utils.make_grid for its plots, and torchvision's wheel on PyPI does not load beside a CPU torch.
+    Other packages (torchmetrics) ask whether torchvision is there, and must not find the empty one.
     """
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is not None:
-        return
-    package, utils = ModuleType("torchvision"), ModuleType("torchvision.utils")
-    utils.make_grid = package.utils = utils  # type: ignore[attr-defined]
-    sys.modules.update({"torchvision": package, "torchvision.utils": utils})
+    stand_ins: dict[str, ModuleType] = {}
+    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is None:
+        package, utils = ModuleType("torchvision"), ModuleType("torchvision.utils")
+        utils.make_grid = package.utils = utils  # type: ignore[attr-defined]
+        stand_ins = {"torchvision": package, "torchvision.utils": utils}
+    sys.modules.update(stand_ins)
+    try:
+        return importlib.import_module("pyroved")
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
 
 
 def digits() -> Tensor:
@@ -155,9 +162,9 @@ def pythae(epochs: int) -> Case:
 
 def pyroved(epochs: int, invariances: list[str] | None = None) -> Case:
     """PyroVED's iVAE."""
-    plots_of_pyroved()
     import pyro
-    import pyroved as peer
+
+    peer = import_pyroved()
 
     vae = peer.models.iVAE((8, 8), 2, invariances, device="cpu")
     trainer, x = peer.trainers.SVItrainer(vae, device="cpu"), digits()
