@@ -106,7 +106,7 @@ def inspect(
         for node in trace.nodes.values()
         if node["type"] == "sample" and site_is_subsample(node) and len(node["value"]) < node["fn"].size
     }
-    notes = [*choice, *notes]
+    notes = [*getattr(getattr(model, "__self__", None), "audit_notes", ()), *choice, *notes]
     notes += [f"site {half!r} is the unobserved half of obs_mask: integrated out" for half in sorted(dropped)]
     notes += factor_notes(guide_trace, model_trace)
     notes += _scale_notes(model_trace, guide_trace)

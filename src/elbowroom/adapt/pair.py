@@ -27,7 +27,7 @@ class Pair:
     Attributes:
         model: Pyro program p(x, z), with plate `data`, latent site `z` (with scvi-tools also `library`) and observed site `x`.
         guide: Pyro program q(z|x), with the same plate.
-        notes: sentences about how the pair differs from what its library trains.
+        notes: sentences about how the pair differs from what its library trains; an audit repeats them.
     """
 
     def __init__(
@@ -39,6 +39,8 @@ class Pair:
     ) -> None:
         self.model, self.guide, self.notes = model, guide, tuple(notes)
         self._rows = rows
+        if isinstance(owner := getattr(model, "__self__", None), Programs):
+            owner.audit_notes = self.notes
 
     def __iter__(self) -> Iterator[Callable[..., None]]:
         """Unpack as model, guide."""
@@ -70,7 +72,12 @@ class Programs:
         encode: arguments -> q(z|x), likewise, with batch shape (N,).
         observe: latents, arguments -> p(x|z), and the value x (N, ...) observed.
         size: arguments -> N.
+
+    Attributes:
+        audit_notes: sentences that an audit of these programs repeats.
     """
+
+    audit_notes: tuple[str, ...] = ()
 
     def __init__(
         self,
