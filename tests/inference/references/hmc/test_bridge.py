@@ -112,6 +112,7 @@ def test_hmc_gives_log_p_of_every_certified_datum(name: str) -> None:
     assert all("log p(x) by bridge sampling: standard error" in reason for reason in found.reason)
 
 
+@pytest.mark.slow  # two minutes; `test_oracle` holds hmc to this problem, too
 def test_two_modes_are_bridged_by_a_mixture() -> None:
     """z^2 with six idle coordinates: log p(x) is right at every certified datum, whose chains go to both modes."""
     problem = PROBLEMS["square_idle"](6, 22)
