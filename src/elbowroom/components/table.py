@@ -39,6 +39,7 @@ TABLE: dict[str, dict[str, str | type]] = {
         "normal": "elbowroom.models.priors.standard:Normal",
         "student_t": "elbowroom.models.priors.standard:StudentT",
         "vamp": "elbowroom.models.priors.mixtures:Vamp",
+        "von_mises_fisher": "elbowroom.models.priors.constrained:VonMisesFisher",
     },
     "likelihood": {
         "bernoulli": "elbowroom.models.likelihoods.binary:Bernoulli",
@@ -80,6 +81,7 @@ TABLE: dict[str, dict[str, str | type]] = {
         "logistic_normal": "elbowroom.models.guides.families:LogisticNormal",
         "low_rank_normal": "elbowroom.models.guides.normal:LowRankNormal",
         "mixture": "elbowroom.models.guides.families:Mixture",
+        "power_spherical": "elbowroom.models.guides.families:PowerSpherical",
         "semi_amortized": "elbowroom.models.guides.semi_amortized:SemiAmortized",
         "student_t": "elbowroom.models.guides.families:StudentT",
     },

@@ -38,7 +38,14 @@ TABLE = Facts(
     columns=(Column("a", "real"), Column("b", "count"), Column("c", "categorical", 4)),
     covariates=("dose", "age"),
 )
-PRIORS = {"real": "normal", "positive": "log_normal", "simplex": "dirichlet", "one_hot": "categorical", "binary": "bernoulli"}
+PRIORS = {
+    "real": "normal",
+    "positive": "log_normal",
+    "simplex": "dirichlet",
+    "sphere": "von_mises_fisher",
+    "one_hot": "categorical",
+    "binary": "bernoulli",
+}
 """Space of a guide family -> a prior with this space."""
 
 
@@ -93,7 +100,7 @@ def simulated(vae: VAE, facts: Facts = TABLE, n: int = N) -> dict[str, Tensor]:
 
 def check_latents(kind: str, name: str, options: Mapping[str, Any], expect: Expect) -> None:
     """Check a prior or a guide family."""
-    least = 2 if compatibility.space_of(registry.component(kind, name).cls) in ("simplex", "one_hot") else 1
+    least = 2 if compatibility.space_of(registry.component(kind, name).cls) in ("simplex", "sphere", "one_hot") else 1
     small = vae_with(kind, name, options, latent_dim=least)
     batch = simulated(small, n=2)
     small.adapt(**batch)
