@@ -133,6 +133,16 @@ def unit(x: Tensor) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
+def great_circle(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Return points (T, d) on the shorter arc from the direction of a (d,) to that of b, at shares t (T,) of its length."""
+    a, b = unit(a), unit(b)
+    across = b - (a * b).sum() * a
+    first = torch.zeros_like(a).index_fill(0, a.abs().argmin(), 1.0)  # opposite points: any half circle will do
+    across = across if float(across.norm()) > 1e-6 else first - (a * first).sum() * a
+    angle = t[:, None] * torch.atan2((b - (a * b).sum() * a).norm(), (a * b).sum())
+    return unit(angle.cos() * a + angle.sin() * unit(across))
+
+
 def at_least_two(latent_dim: int) -> None:
     """Raise a ValueError where there is no sphere."""
     if latent_dim < 2:
