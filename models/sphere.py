@@ -30,7 +30,6 @@ from torch.distributions.constraints import independent, real
 NODES = 200  # of the von Mises-Fisher normaliser
 MOST_CONCENTRATED = 1000.0  # largest concentration for which they suffice
 _SERIES = 0.05  # below it (1 - e^-y) / y and log(1 + x) / x are computed by their series
-_TERMS = 12
 
 
 class OntoSphere(Transform):
@@ -106,7 +105,7 @@ def _expm1_ratio(y: Tensor) -> Tensor:
     """Return (1 - e^-y) / y for y >= 0, with all derivatives."""
     small, large = y.clamp_max(_SERIES), torch.where(y > _SERIES, y, 1.0)
     series = torch.ones_like(small)
-    for k in range(_TERMS, 1, -1):
+    for k in range(8, 1, -1):
         series = 1 - small / k * series
     return torch.where(y > _SERIES, -torch.expm1(-large) / large, series)
 
@@ -114,8 +113,8 @@ def _expm1_ratio(y: Tensor) -> Tensor:
 def _log1p_ratio(x: Tensor) -> Tensor:
     """Return log(1 + x) / x for x >= 0, with all derivatives."""
     small, large = x.clamp_max(_SERIES), torch.where(x > _SERIES, x, 1.0)
-    series = torch.full_like(small, 1 / _TERMS)
-    for k in range(_TERMS - 1, 0, -1):
+    series = torch.full_like(small, 1 / 12)
+    for k in range(11, 0, -1):
         series = 1 / k - small * series
     return torch.where(x > _SERIES, torch.log1p(large) / large, series)
 

@@ -139,7 +139,7 @@ def test_program_draws_inside_its_support_in_both_precisions(case, dtype):
 @pytest.mark.parametrize("case", **by_name(CLOSED))
 def test_values_outside_the_support_are_known(case):
     prior = case.prior()
-    bad = {"positive": [-1.0, 1.0], "simplex": [0.6, 0.6, 0.6], "one_hot": [1.0, 1.0, 0.0], "binary": [0.5, 1.0, 0.0]}
+    bad = {"positive": [-1.0, 1.0], "simplex": [0.6, 0.6, 0.6], "sphere": [0.6, 0.6, 0.6], "one_hot": [1.0, 1.0, 0.0], "binary": [0.5, 1.0, 0.0]}
     if prior.space != "real":
         assert not prior.distribution().support.check(torch.tensor(bad[prior.space], dtype=torch.float64)).all()
 

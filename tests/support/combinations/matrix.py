@@ -53,6 +53,7 @@ DIMS = {
     "categorical": (3,),
     "bernoulli": (2,),
     "hierarchical": (1,),
+    "von_mises_fisher": (2, 3),
 }
 
 
