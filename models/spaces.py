@@ -38,6 +38,11 @@ def constraint(space: Space) -> Any:
     return _CONSTRAINTS[space]
 
 
+def least(space: Space) -> int:
+    """Return the smallest number of coordinates d with which the space has more than one or two points."""
+    return 2 if space in ("simplex", "sphere") else 1
+
+
 def free_dim(space: Space, latent_dim: int) -> int:
     """Return the number of unconstrained continuous coordinates of z (d,) in this space."""
     return 0 if space in DISCRETE else latent_dim - (space in ("simplex", "sphere"))

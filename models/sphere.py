@@ -266,11 +266,12 @@ class PowerSpherical(TorchDistribution):
     def entropy(self) -> Tensor:
         """Return log N - k (log 2 + digamma(a) - digamma(a + b))."""
         a, b = self._shapes
-        return self._log_norm() - self.concentration * (math.log(2) + a.digamma() - (a + b).digamma())
+        return -self._at_mode() - self.concentration * (a.digamma() - (a + b).digamma())
 
-    def _log_norm(self) -> Tensor:
+    def _at_mode(self) -> Tensor:
+        """Return log q(mu) = k log 2 - log N, without the difference of large numbers."""
         a, b = self._shapes
-        return (a + b) * math.log(2) + b * math.log(math.pi) - log_gamma_ratio(a, self.loc.shape[-1] - 1)
+        return log_gamma_ratio(a, self.loc.shape[-1] - 1) - b * math.log(4 * math.pi)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return k log(1 + mu'z) - log N, with 1 + mu'z from |z - mu| or |z + mu|, whichever loses no digits."""
@@ -278,7 +279,7 @@ class PowerSpherical(TorchDistribution):
         near = (value - self.loc).square().sum(-1) / 4
         far = ((value + self.loc).square().sum(-1) / 4).clamp_min(numbers.tiny)
         log_half = torch.where(near < 0.5, torch.log1p(-near.clamp_max(0.5)), far.clamp_max(1.0).log())
-        return self.concentration * (math.log(2) + log_half) - self._log_norm()
+        return self.concentration * log_half + self._at_mode()
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw z, differentiable in loc and concentration."""

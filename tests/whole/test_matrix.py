@@ -62,8 +62,21 @@ IN_WORDS = {
 }
 DISCRETE = ("binary", "one_hot")
 OBJECTIVES_OF_DISCRETE = ("beta", "elbo", "trace_enum", "wake_sleep")
-PRIOR_FOR = {"sphere": "von_mises_fisher", "binary": "bernoulli", "one_hot": "categorical", "simplex": "dirichlet", "positive": "gamma", "real": "normal"}
-GUIDE_FOR = {"sphere": "power_spherical", "binary": "bernoulli", "one_hot": "categorical", "simplex": "logistic_normal", "positive": "log_normal"}
+PRIOR_FOR = {
+    "sphere": "von_mises_fisher",
+    "binary": "bernoulli",
+    "one_hot": "categorical",
+    "simplex": "dirichlet",
+    "positive": "gamma",
+    "real": "normal",
+}
+GUIDE_FOR = {
+    "sphere": "power_spherical",
+    "binary": "bernoulli",
+    "one_hot": "categorical",
+    "simplex": "logistic_normal",
+    "positive": "log_normal",
+}
 PLACE = {"guide.family": ("guide", "family"), "fit.objective": ("fit", "objective"), "model.prior": ("model", "prior")}
 KIND_AT = {"guide.family": "guide", "fit.objective": "objective", "model.prior": "prior"}
 

@@ -171,7 +171,13 @@ def _named(axes: Axes, named: list[tuple[str, np.ndarray]], distance: float, uni
     """Write labels at their places, in units of the axes, pushed apart."""
     for (text, _), place in zip(named, _apart([place for _, place in named], distance), strict=True):
         x, y = (place * unit).tolist()
-        box = {"boxstyle": "circle,pad=0.18", "facecolor": style.PAPER, "edgecolor": style.MUTED, "linewidth": 0.6, "alpha": 0.85}
+        box = {
+            "boxstyle": "circle,pad=0.18",
+            "facecolor": style.PAPER,
+            "edgecolor": style.MUTED,
+            "linewidth": 0.6,
+            "alpha": 0.85,
+        }
         axes.text(x, y, text, fontsize=11, weight="bold", ha="center", va="center", color=style.INK, zorder=4, bbox=box)
 
 
@@ -317,9 +323,7 @@ def _around_caption(expected: np.ndarray, sides: int, latents: list[int], d: int
     where = f"around the circle of latents {i} and {j}" + ", the others at 0" * (d > 2)
     if sides == 2:
         where = f"over the sphere: equal tiles are equal areas, and the left edge meets the right; 0 degrees is latent {i}"
-    return (
-        f"The expected datum {where}. It varies by {style.say(change)} (root mean square per entry, in the data's units)."
-    )
+    return f"The expected datum {where}. It varies by {style.say(change)} (root mean square per entry, in the data's units)."
 
 
 def _cut(expected: np.ndarray, k: int, d: int) -> np.ndarray:

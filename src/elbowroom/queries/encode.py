@@ -213,7 +213,9 @@ def conclude(dataset: xr.Dataset) -> list[str]:
             f"puts mass; {left:,} are the encoder's own, uncorrected (k-hat above {GOOD_K})."
         )
     if str(dataset.attrs.get("space")) == "sphere":
-        said.append("z lies on a sphere, its means within: the direction is mean / |mean|, and the shorter a mean, the wider q or p.")
+        said.append(
+            "z lies on a sphere, its means within: the direction is mean / |mean|, and the shorter a mean, the wider q or p."
+        )
     if "mu" in dataset and good.any():
         mu, sigma, mean, sd = (dataset[name].values[good] for name in ("mu", "sigma", "mean", "sd"))
         with np.errstate(divide="ignore", invalid="ignore"):
