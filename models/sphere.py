@@ -1,4 +1,4 @@
-"""Latents on the sphere S^(d-1) = {z in R^d: |z| = 1}: the map onto it, and two distributions. Densities are with respect to area.
+"""Latents on the sphere S^(d-1) = {z in R^d: |z| = 1}: the map onto it, and two distributions. Densities are per area.
 
 The map takes u in R^m, m = d - 1, to the point at the angle theta from the last axis in the direction of u:
 
@@ -192,7 +192,8 @@ class VonMisesFisher(TorchDistribution):
             b = m / (2 * kappa + (4 * kappa.square() + m * m).sqrt())
             peak = (1 - b) / (1 + b)
             least = kappa * peak + m * (1 - peak.square()).log()
-            beta = torch.distributions.Beta(*[torch.full_like(kappa, m / 2)] * 2, validate_args=False)
+            half = torch.full_like(kappa, m / 2)
+            beta = torch.distributions.Beta(half, half, validate_args=False)
             t, left = torch.zeros_like(kappa), torch.ones_like(kappa, dtype=torch.bool)
             while bool(left.any()):  # at least every third proposal is accepted
                 drawn = beta.sample()
@@ -245,7 +246,7 @@ class PowerSpherical(TorchDistribution):
 
     @property
     def _shapes(self) -> tuple[Tensor, float]:
-        """a and b of the beta distribution of (1 + mu'z) / 2."""
+        """Return a and b of the beta distribution of (1 + mu'z) / 2."""
         b = (self.loc.shape[-1] - 1) / 2
         return self.concentration + b, b
 

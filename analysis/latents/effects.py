@@ -11,8 +11,9 @@
                 due to the latent alone, its first-order Sobol index where latents are independent
     states      E[x|z] for every joint value of discrete latents, its probability, and its frequency in the data
 
-When a coordinate on a simplex or a sphere moves, the others change in proportion, and z stays there. Latents have no meaning of their own: a rotation of z under a
-normal prior leaves the model unchanged but changes these figures, which show the coordinates of this fit.
+When a coordinate on a simplex or a sphere moves, the others change in proportion, and z stays there. Latents have no meaning of
+their own: a rotation of z under a normal prior leaves the model unchanged but changes these figures, which show the coordinates
+of this fit.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class Cells:
 
 
 def moved(z: Tensor, k: int, values: Tensor, space: str) -> Tensor:
-    """Return z (..., d) with latent k at each of the values (V,), (V, ..., d); on a simplex or a sphere the others are rescaled."""
+    """Return z (..., d) with latent k at each of the values (V,), (V, ..., d); on simplex and sphere the others are rescaled."""
     out = z.expand(len(values), *z.shape).clone()
     v = values.reshape(-1, *[1] * (z.dim() - 1))
     if space == "simplex":

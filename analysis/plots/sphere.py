@@ -1,4 +1,4 @@
-"""Pictures of points on a sphere: the circle (d = 2), a map of equal areas (d = 3), two of more coordinates within the circle."""
+"""Pictures of points on a sphere: the circle (d = 2), a map of equal areas (d = 3), two of more coordinates (d > 3)."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def said(loc: np.ndarray, shown: Sequence[int]) -> str:
     length = f"their mean length is {np.linalg.norm(loc, axis=1).mean():.2f}"
     if d == 3:
         what = (
-            "Each dot is the direction of the mean of q(z|x) of one datum, on a map of the sphere of equal areas: a uniform prior "
-            "fills it evenly; grey, draws from the prior. The longer a mean, the narrower q (1 is a point, 0 all of the "
+            "Each dot is the direction of the mean of q(z|x) of one datum, on a map of the sphere of equal areas: a uniform "
+            "prior fills it evenly; grey, draws from the prior. The longer a mean, the narrower q (1 is a point, 0 all of the "
             f"sphere): {length}."
         )
     else:
         where = "" if d == 2 else f" (here latents {shown[0]} and {shown[1]} of {d}, those with the highest rate)"
         what = (
-            f"Each dot is the mean of q(z|x) of one datum{where}, which lies inside the sphere: the further out, the narrower q; "
-            f"{length}. Grey, draws from the prior."
+            f"Each dot is the mean of q(z|x) of one datum{where}, which lies inside the sphere: the further out, the narrower "
+            f"q; {length}. Grey, draws from the prior."
         )
     return f"{what} Where there are grey dots alone, the model's own samples look like none of these data."

@@ -148,7 +148,8 @@ def test_values_outside_the_support_are_known(case):
         "binary": [0.5, 1.0, 0.0],
     }
     if prior.space != "real":
-        assert not prior.distribution(covariates_of(case)).support.check(torch.tensor(bad[prior.space], dtype=torch.float64)).all()
+        outside = torch.tensor(bad[prior.space], dtype=torch.float64)
+        assert not prior.distribution(covariates_of(case)).support.check(outside).all()
 
 
 @pytest.mark.parametrize("case", **by_name(CASES))

@@ -61,14 +61,15 @@ def _on_sphere(encoding: xr.Dataset, label: np.ndarray | None) -> Plot:
     figure = style.canvas(style.WIDE if d == 3 else style.HALF, 5.0, "The latent space")
     axes = figure.subplots()
     sphere.frame(axes, d, shown)
-    axes.scatter(*sphere.places(prior, shown).T, s=5, color=style.MUTED, alpha=0.35, edgecolor="none", zorder=0.5)
+    grey = sphere.places(prior, shown)
+    axes.scatter(grey[:, 0], grey[:, 1], s=5, color=style.MUTED, alpha=0.35, edgecolor="none", zorder=0.5)
     places, spans = sphere.places(loc, shown), np.array([180.0, 1.0] if d == 3 else [1.0, 1.0])
     values = [None] if label is None else list(np.unique(label))
     palette = [style.EXACT] if label is None else sns.color_palette("colorblind", max(len(values), 10))
     named = []
     for value, colour in zip(values, palette, strict=False):
         rows = np.full(len(loc), True) if value is None else label == value
-        axes.scatter(*places[rows].T, s=14, color=colour, edgecolor=style.PAPER, linewidth=0.3, zorder=3)
+        axes.scatter(places[rows, 0], places[rows, 1], s=14, color=colour, edgecolor=style.PAPER, linewidth=0.3, zorder=3)
         middle = sphere.places(loc[rows].mean(0, keepdims=True), shown)[0]  # means of angles are those of points
         named += [] if value is None else [(str(value), middle / spans)]
     _named(axes, named, 0.15, spans)

@@ -152,7 +152,7 @@ def _log_less(log_t: Tensor) -> Tensor:
 
 
 def _before(base: Any, to: Transform) -> Distribution | None:
-    """Return the distribution of u, where z is made from u by the site's own last map onto an interval, a simplex or a sphere."""
+    """Return the distribution of u, where z is made from u by the site's own last map onto an interval, simplex or sphere."""
     if type(base) not in CARRIED or not isinstance(to, SigmoidTransform | StickBreakingTransform | OntoSphere):
         return None
     parts = _flat(base.transforms)
@@ -194,7 +194,7 @@ def _innermost(transform: Transform) -> Transform:
 def saturated(sites: Sequence[Site], z: Tensor) -> dict[str, Tensor]:
     """Return (S, N) by site, True where a constrained value was rounded to the edge of its support, z being (S, N, d).
 
-    Such a value is the last before the edge, or u cannot be found from it again. Sites on the whole line or a sphere have no edge.
+    Such a value is the last before the edge, or u cannot be found from it again. Sites on a line or a sphere have no edge.
     """
     found = {}
     for site in sites:

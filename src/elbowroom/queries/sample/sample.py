@@ -283,7 +283,7 @@ def _features(x: Tensor, batch: Batch) -> np.ndarray:
 def interpolation(
     run: FittedModel, rows: QueryRows, ends: Sequence[int], *, steps: int, references: Methods, seed: int, place: torch.device
 ) -> Samples:
-    """Decode points on the line between the posterior means of two rows; on a sphere the great circle between their directions."""
+    """Decode points on the line between the posterior means of two rows; on a sphere on the great circle."""
     if len(ends) != 2:
         raise SpecError(f"interpolate: two rows are needed, got {len(ends)}")
     if steps < 2:
@@ -312,6 +312,8 @@ def interpolation(
     dataset["t"].attrs = {"units": "1", "long_name": f"place between row {ends[0]} (0) and row {ends[1]} (1)"}
     status = ", ".join(f"row {row}: {words}" for row, words in zip(ends, each, strict=True))
     about = {"answers": "sample", "source": "interpolation", "seed": seed, "rows": list(ends)}
+    if vae.prior.space == "sphere":
+        about["path"] = "great circle between the directions of the posterior means"
     dataset = dataset.assign_attrs({**provenance(run, rows.dataset), **about})
     return Samples.of(run, dataset, conclude(dataset, status), ends=numpy(batch["x"]))
 
