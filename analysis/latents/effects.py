@@ -142,7 +142,7 @@ class Cells:
 
 
 def moved(z: Tensor, k: int, values: Tensor, space: str) -> Tensor:
-    """Return z (..., d) with latent k at each of the values (V,), (V, ..., d); on simplex and sphere the others are rescaled."""
+    """Return z (..., d) with latent k at each of the values (V,), (V, ..., d); on simplex and sphere others are rescaled."""
     out = z.expand(len(values), *z.shape).clone()
     v = values.reshape(-1, *[1] * (z.dim() - 1))
     if space == "simplex":

@@ -1,4 +1,4 @@
-"""Priors on positive latents, the simplex and the sphere. A guide family on R^m is mapped to the same set (`guides.base.Onto`)."""
+"""Priors on positive latents, simplex and sphere. A guide family on R^m is mapped to the same set (`guides.base.Onto`)."""
 
 from __future__ import annotations
 

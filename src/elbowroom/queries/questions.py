@@ -308,8 +308,9 @@ class Questions(FittedModel):
 
         Returns:
             `plane` (row, column, *event) at z_row, z_column (on a sphere: by the angle in degrees); `traversal` (latent, step,
-            *event) at traversal_z; rate and reach (latent), sensitivity (coordinate); of tables `effect` with its error, `effect_low` and `effect_high` (latent, step,
-            cell) at effect_z; of discrete latents `state_x` (state, *event) with state_prior, state_use and state_guide.
+            *event) at traversal_z; rate and reach (latent), sensitivity (coordinate); of tables `effect` with its error,
+            `effect_low` and `effect_high` (latent, step, cell) at effect_z; of discrete latents `state_x` (state, *event) with
+            state_prior, state_use and state_guide.
 
         Raises:
             UserError: there is no such row or latent, or an unknown source.
