@@ -5,6 +5,7 @@ Name, set, and number of unconstrained coordinates with their map:
 real       R^d                     d, unchanged
 positive   (0, inf)^d              d, by exp
 simplex    sum z_j = 1, z_j > 0    d - 1, by stick breaking
+sphere     |z| = 1                 d - 1, by a radial map that leaves out one point (`sphere`)
 one_hot    one of d categories     0: summed over
 binary     {0, 1}^d                0: summed over
 """
@@ -13,9 +14,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch.distributions import ExpTransform, IndependentTransform, Transform, biject_to, constraints
+from pyro.distributions import constraints
+from torch.distributions import ExpTransform, IndependentTransform, Transform, biject_to
 
-Space = Literal["real", "positive", "simplex", "one_hot", "binary"]
+from elbowroom.models.sphere import OntoSphere
+
+Space = Literal["real", "positive", "simplex", "sphere", "one_hot", "binary"]
 
 DISCRETE: frozenset[str] = frozenset({"one_hot", "binary"})
 
@@ -23,6 +27,7 @@ _CONSTRAINTS: dict[str, Any] = {
     "real": constraints.independent(constraints.real, 1),
     "positive": constraints.independent(constraints.positive, 1),
     "simplex": constraints.simplex,
+    "sphere": constraints.sphere,
     "one_hot": constraints.one_hot,
     "binary": constraints.independent(constraints.boolean, 1),
 }
@@ -33,9 +38,14 @@ def constraint(space: Space) -> Any:
     return _CONSTRAINTS[space]
 
 
+def least(space: Space) -> int:
+    """Return the smallest number of coordinates d with which the space has more than one or two points."""
+    return 2 if space in ("simplex", "sphere") else 1
+
+
 def free_dim(space: Space, latent_dim: int) -> int:
     """Return the number of unconstrained continuous coordinates of z (d,) in this space."""
-    return 0 if space in DISCRETE else latent_dim - (space == "simplex")
+    return 0 if space in DISCRETE else latent_dim - (space in ("simplex", "sphere"))
 
 
 def onto(space: Space) -> Transform:
@@ -48,4 +58,6 @@ def onto(space: Space) -> Transform:
         raise ValueError(f"there is no smooth map onto a discrete space ({space})")
     if space == "positive":  # torch's own map ends with an affine identity map, so its codomain is declared as the real line
         return IndependentTransform(ExpTransform(), 1)
+    if space == "sphere":  # torch knows no map onto it
+        return OntoSphere()
     return biject_to(constraint(space))

@@ -6,6 +6,7 @@ handler; callers set the seed and disable gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from elbowroom.models.priors.standard import Normal
 from elbowroom.models.spaces import DISCRETE
+from elbowroom.models.sphere import unit
 from elbowroom.models.vae import VAE, Batch
 
 DRAWS = 10_000  # of the prior, for its quantiles and moments
@@ -119,10 +121,27 @@ def vertices(vae: VAE, like: Tensor) -> Tensor:
     return z if vae.prior.space == "one_hot" else 0.98 * z + 0.02 / d  # a vertex itself has no density under many priors
 
 
+def around(like: Tensor, latents: tuple[int, int], points: int) -> tuple[Tensor, list[Tensor]]:
+    """Return points of the sphere, (P, d) or for d = 3 (P, P, d), and the angles in degrees and heights of columns and rows.
+
+    The angle runs around the circle of two latents, the others being 0; for d = 3 rows have equal areas, by the third latent.
+    """
+    d = like.shape[-1]
+    middle = (torch.arange(points, device=like.device) + 0.5) / points * 2 - 1
+    angle = math.pi * middle
+    z = torch.zeros(points, d).to(like)
+    z[:, latents[0]], z[:, latents[1]] = angle.cos().to(like), angle.sin().to(like)
+    if d != 3:
+        return unit(z), [180 * middle]
+    z = z * (1 - middle.square()).sqrt().to(like)[:, None, None]
+    z[..., 3 - sum(latents)] = middle.to(like)[:, None]
+    return unit(z), [180 * middle, middle]
+
+
 def plane(vae: VAE, batch: Batch, rate: np.ndarray, points: int, latents: Sequence[int] | None = None) -> xr.Dataset:
     """Return E[x|z] at prior quantiles of two latents, the others at the prior's median.
 
-    For a z that is one of d categories or on a simplex: at each category, or vertex.
+    For a z that is one of d categories or on a simplex: at each category, or vertex. On a sphere: `around` it.
 
     Args:
         vae: the VAE.
@@ -138,6 +157,12 @@ def plane(vae: VAE, batch: Batch, rate: np.ndarray, points: int, latents: Sequen
         z, chosen = vertices(vae, example), [0]
         columns = [torch.arange(d)]
         attrs["long_name"] = "E[x|z] of each category" if space == "one_hot" else "E[x|z] near each vertex of the simplex"
+    elif space == "sphere":
+        ranked = [int(j) for j in np.argsort(-rate, kind="stable")]
+        first = list(dict.fromkeys([*(latents or ()), *ranked]))[:2]
+        chosen = sorted(first) if latents is None else first
+        z, columns = around(example, (chosen[0], chosen[1]), points)
+        attrs["long_name"] = "E[x|z] around the sphere"
     else:
         values, middle = quantiles(vae, example, points)
         chosen = sorted(int(j) for j in np.argsort(-rate, kind="stable")[:2]) if latents is None else list(latents)

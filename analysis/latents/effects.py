@@ -11,8 +11,9 @@
                 due to the latent alone, its first-order Sobol index where latents are independent
     states      E[x|z] for every joint value of discrete latents, its probability, and its frequency in the data
 
-When a simplex coordinate moves, the others change in proportion. Latents have no meaning of their own: a rotation of z under a
-normal prior leaves the model unchanged but changes these figures, which show the coordinates of this fit.
+When a coordinate on a simplex or a sphere moves, the others change in proportion, and z stays there. Latents have no meaning of
+their own: a rotation of z under a normal prior leaves the model unchanged but changes these figures, which show the coordinates
+of this fit.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from elbowroom.inference.target.discrete import table as table_of
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models.likelihoods.categorical import Codes
 from elbowroom.models.spaces import DISCRETE
+from elbowroom.models.sphere import unit
 from elbowroom.models.vae import VAE, Batch
 from elbowroom.system.stages import stage
 
@@ -56,6 +58,13 @@ BAND = (0.05, 0.95)
 MOST_ENTRIES = 200  # largest number of entries of x with effect curves
 Others = Literal["prior", "aggregate"]
 At = Callable[[int], Batch]
+STARTS = {
+    (True, False): "the prior's median",
+    (True, True): "the prior's mean direction",
+    (False, False): "the datum's posterior mean",
+    (False, True): "the direction of the datum's posterior mean",
+}
+"""Whether no datum is given, whether z is on a sphere -> where traversals start."""
 WORDS: dict[str, tuple[str, str]] = {
     "rate": ("nats", "mean KL from the prior of the guide's margin, by latent"),
     "reach": ("units of the data", "root mean square of the change of E[x|z] along the latent; of tables in sd of the data"),
@@ -133,13 +142,27 @@ class Cells:
 
 
 def moved(z: Tensor, k: int, values: Tensor, space: str) -> Tensor:
-    """Return z (..., d) with latent k at each of the values (V,), (V, ..., d); on a simplex the others are rescaled."""
+    """Return z (..., d) with latent k at each of the values (V,), (V, ..., d); on simplex and sphere others are rescaled."""
     out = z.expand(len(values), *z.shape).clone()
     v = values.reshape(-1, *[1] * (z.dim() - 1))
     if space == "simplex":
         out = out * ((1 - v) / (1 - z[..., k]).clamp_min(1e-12))[..., None]
+    if space == "sphere":
+        others = torch.linalg.vector_norm(z.masked_fill(torch.arange(z.shape[-1], device=z.device) == k, 0.0), dim=-1)
+        out = out * ((1 - v.square()).clamp_min(0).sqrt() / others.clamp_min(1e-12))[..., None]
     out[..., k] = v
     return out
+
+
+def beginning(prior: Tensor, middle: Tensor, space: str) -> Tensor:
+    """Return the z (d,) at which traversals start, from draws of the prior and their medians.
+
+    On a sphere: the prior's mean direction, turned a little towards the point with equal coordinates, which decides where the
+    prior has no direction, and keeps the others from being 0, so that they can be rescaled.
+    """
+    if space == "sphere":
+        return unit(prior.mean(0) + 0.1 / prior.shape[-1] ** 0.5)
+    return prior.mean(0) if space == "simplex" else middle
 
 
 @stage("curves")
@@ -202,7 +225,8 @@ def explain(
             data |= _states(vae, batch, at, cells, event)
         if space != "one_hot":
             values, middle = quantiles(vae, prior, steps)
-            start = (prior.mean(0) if space == "simplex" else middle) if base is None else base.to(prior)
+            start = beginning(prior, middle, space) if base is None else base.to(prior)
+            start = unit(start) if space == "sphere" else start  # a posterior mean lies inside the sphere
             along = [vae.decode(z, **at(len(z))) for z in (moved(start, k, values[:, k], space) for k in range(d))]
             expected = torch.stack([vae.likelihood.centre(p) for p in along])
             reach = expected.flatten(2)
@@ -230,7 +254,7 @@ def explain(
     plane_of = [int(k) for k in np.atleast_1d(flat.attrs["latents"])]
     return dataset.assign_attrs(
         order=[int(k) for k in order], plane_of=plane_of, space=space, others=others, latent_dim=d,
-        start="the prior's median" if base is None else "the datum's posterior mean",
+        start=STARTS[base is None, space == "sphere"],
     )  # fmt: skip
 
 

@@ -76,7 +76,8 @@ def describe(
         * `plane`: expected_x (row, column, *event), E[x|z] at prior quantiles z_row, z_column of the two latents with the
           highest rate (attribute `latents`: of the columns, of the rows; the smaller index first), the others at the prior's
           median; d = 1: expected_x (column, *event). One-hot z, and z on a simplex: expected_x (column, *event) of each
-          category (vertex). Covariates are at their mean
+          category (vertex); on a sphere of the angle in degrees from the first of two latents to the second, d = 3: and of the
+          third latent. Covariates are at their mean
         * `prior`: z (sample, latent), expected_x and x (sample, *event), draws from p(z) p(x|z)
         * `reconstruction`: x and expected_x (obs_id, *event), expected_x = E_q E[x|z] over 200 draws; gap (obs_id); x_mean and
           x_sd (*event) over all audited data

@@ -224,6 +224,18 @@ def is_real(support: Any) -> bool:
     return support is constraints.real or support is constraints.real_vector
 
 
+def is_sphere(support: Any) -> bool:
+    """Whether a support is a sphere |z| = 1, or several."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is dist.constraints.sphere
+
+
+def has_edge(support: Any) -> bool:
+    """Whether a support has an edge, next to which its values round."""
+    return not (is_real(support) or is_sphere(support))
+
+
 def is_static(constraint: Any) -> bool:
     """Whether a support holds no tensor, so that it cannot depend on another site."""
     parts = vars(constraint).values()

@@ -27,7 +27,7 @@ from elbowroom.inference.program.densities.bilinear import Kept
 from elbowroom.inference.program.densities.edges import inward, moved, saturated
 from elbowroom.inference.program.latents import log_sum
 from elbowroom.inference.program.replay import Which
-from elbowroom.inference.program.sites import is_real
+from elbowroom.inference.program.sites import has_edge
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target import shared_points
 from elbowroom.inference.target.checks.probe import probe
@@ -216,7 +216,7 @@ class LogJoint(PlainLogJoint):
     @property
     def has_edges(self) -> bool:
         """Whether a latent's support has an edge, next to which its values round."""
-        return not all(is_real(site.support) for site in self.sites)
+        return any(has_edge(site.support) for site in self.sites)
 
     def rounded(self, z: Tensor) -> tuple[Tensor, str]:
         """Return (S, N), True where a value rounds to an edge of its support and a density feels it; and what to say.

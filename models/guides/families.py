@@ -1,4 +1,4 @@
-"""Further guide families: low rank, heavy tails, several modes, positive latents, latents on a simplex."""
+"""Further guide families: low rank, heavy tails, several modes, positive latents, latents on a simplex or a sphere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from annotated_types import Ge, Gt, Le
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from elbowroom.models import sphere
 from elbowroom.models.guides.base import Family, carried, positive_scale
 from elbowroom.models.guides.mixture import MixtureOfNormals
 from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal
 from elbowroom.models.spaces import Space
 
 DF_FLOOR, DF_RANGE = 2.0, 100.0
+MOST_CONCENTRATED = 1e6  # of a power spherical distribution: a width of 0.1 degrees
+_LOG_MOST = 13.815509557963774  # log(1e6 - 1): an encoder that outputs 0 gives concentration 1
 _DF_ZERO = -2.4423470353692043  # logit(0.08): an encoder that outputs 0 gives 10 degrees of freedom
 
 
@@ -114,3 +117,28 @@ class LogisticNormal(Family):
     def forward(self, params: Tensor) -> TorchDistribution:
         """Turn (..., 2 (d - 1)) parameters [mu, s] into the logistic normal."""
         return carried(self.normal(params), self.space)
+
+
+class PowerSpherical(Family):
+    """q(z|x) = (1 + mu'z)^k / N on the sphere |z| = 1, the power spherical distribution: mean direction mu, concentration k.
+
+    log N = (a + b) log 2 + b log pi + log Gamma(a) - log Gamma(a + b), b = (d - 1)/2, a = b + k. Density with respect to area.
+    For a large k it is close to a normal of variance 2 / k across mu; k = 0 is uniform. A reparametrised stand-in for the
+    von Mises-Fisher distribution. De Cao and Aziz 2020, https://arxiv.org/abs/2006.04437.
+
+    Args:
+        latent_dim: number d of coordinates, at least 2 (a fact).
+    """
+
+    space: ClassVar[Space] = "sphere"
+
+    def __init__(self, latent_dim: int) -> None:
+        sphere.at_least_two(latent_dim)
+        super().__init__()
+        self.latent_dim, self.param_dim = latent_dim, latent_dim + 1
+
+    def forward(self, params: Tensor) -> TorchDistribution:
+        """Turn (..., d + 1) parameters [mu before it is normalised, less the last axis; log k] into the distribution."""
+        axis = (torch.arange(self.latent_dim, device=params.device) == self.latent_dim - 1).to(params.dtype)
+        k = MOST_CONCENTRATED * torch.sigmoid(params[..., -1] - _LOG_MOST)  # e^s, but bounded
+        return sphere.PowerSpherical(sphere.unit(params[..., :-1] + axis), k)

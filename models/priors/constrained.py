@@ -1,19 +1,19 @@
-"""Priors on positive latents and on the simplex. A guide family on R^m is mapped to the same set (`guides.base.Onto`)."""
+"""Priors on positive latents, simplex and sphere. A guide family on R^m is mapped to the same set (`guides.base.Onto`)."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
-from annotated_types import Gt
+from annotated_types import Ge, Gt, Le
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from elbowroom.models import spaces
-from elbowroom.models.priors.base import Prior
+from elbowroom.models import spaces, sphere
+from elbowroom.models.priors.base import Located, Prior
 from elbowroom.models.spaces import Space
 
 SCALE_FLOOR = 1e-5
@@ -141,6 +141,52 @@ class Dirichlet(Prior):
     def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
         """Return the Dirichlet distribution."""
         return dist.Dirichlet(self.concentration, validate_args=False)
+
+
+class VonMisesFisher(Located):
+    """A point of the sphere |z| = 1 in R^d, von Mises-Fisher, p(z) = exp(eta'z) / C(|eta|); by default uniform.
+
+    eta = k (0, .., 0, 1), or k (0, .., 0, 1) + A c: mean direction eta / |eta|, concentration |eta|. A decoder can turn the
+    sphere, so the direction need not be learned. Density with respect to area;
+    log C(k) = d/2 log 2 pi + log I_(d/2-1)(k) - (d/2 - 1) log k, I a modified Bessel function.
+    Davidson et al. 2018, https://arxiv.org/abs/1804.00891.
+
+    Args:
+        latent_dim: number d of coordinates, at least 2; z has d - 1 degrees of freedom (a fact).
+        covariate_dim: number of covariates (a fact).
+        concentration: k, 0 is uniform, at most 1000; `learned` starts at 1.
+        covariates: condition on the covariates of the data: A c is added to eta, whose length is then bounded by 1000 smoothly.
+
+    Raises:
+        ValueError: fewer than two coordinates.
+    """
+
+    space: ClassVar[Space] = "sphere"
+
+    def __init__(
+        self,
+        latent_dim: int,
+        covariate_dim: int = 0,
+        *,
+        concentration: Annotated[float, Ge(0), Le(1000)] | Literal["learned"] = 0.0,
+        covariates: bool = False,
+    ) -> None:
+        sphere.at_least_two(latent_dim)
+        super().__init__(latent_dim, covariate_dim, covariates=covariates)
+        self.bounded = covariates or concentration == "learned"
+        if concentration == "learned":
+            self.raw = nn.Parameter(torch.zeros(()))
+        self.axis: Tensor
+        axis = torch.zeros(latent_dim)
+        axis[-1] = 1.0 if concentration == "learned" else float(concentration)
+        self.register_buffer("axis", axis, persistent=False)
+
+    def distribution(self, covariates: Tensor | None = None) -> TorchDistribution:
+        """Return the von Mises-Fisher distribution."""
+        eta = self.location(covariates) + (softplus(self.raw + _UNIT) * self.axis if "raw" in self._parameters else self.axis)
+        if self.bounded:
+            eta = eta / (1 + (eta / sphere.MOST_CONCENTRATED).square().sum(-1, keepdim=True)).sqrt()
+        return sphere.VonMisesFisher(eta)
 
 
 def _at_least_two(latent_dim: int) -> None:

@@ -19,7 +19,7 @@ from elbowroom.inference.fit.svi import Step
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.models import spaces
 from elbowroom.models.guides.base import AmortizedGuide, Onto, positive_scale
-from elbowroom.models.guides.families import LogisticNormal, LogNormal, Mixture, StudentT
+from elbowroom.models.guides.families import LogisticNormal, LogNormal, Mixture, PowerSpherical, StudentT
 from elbowroom.models.guides.mixture import MixtureOfNormals
 from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal, LowRankNormal
 from elbowroom.models.networks.mlp import Linear
@@ -29,7 +29,7 @@ from elbowroom.models.networks.mlp import Linear
 
 @each
 def test_the_density_integrates_to_one(name):
-    dim = 3 if FAMILIES[name](3).space == "simplex" else 2
+    dim = 3 if FAMILIES[name](3).space in ("simplex", "sphere") else 2
     family = FAMILIES[name](dim).double()
     q = family(params_of(family, 3))
     heavy = "t_" in name
@@ -414,11 +414,12 @@ def test_a_guide_that_is_the_posterior_leaves_no_variance(name):
     [
         (LowRankNormal, {"rank": 9}, "rank: 9 directions in 3 latents; use at most 3"),
         (LogisticNormal, {}, "latent_dim: a simplex needs at least 2 parts, got 1"),
+        (PowerSpherical, {}, "latent_dim: a point of the sphere has at least 2 coordinates, got 1; use 2 or more"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(cls, options, says):
     with pytest.raises(ValueError, match=says):
-        cls(1 if cls is LogisticNormal else 3, **options)
+        cls(1 if cls in (LogisticNormal, PowerSpherical) else 3, **options)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ SPACE_OF_PRIOR = {
     "normal": "real",
     "student_t": "real",
     "vamp": "real",
+    "von_mises_fisher": "sphere",
 }
 SPACE_OF_GUIDE = {
     "bernoulli": "binary",
@@ -49,6 +50,7 @@ SPACE_OF_GUIDE = {
     "low_rank_normal": "real",
     "markov": "real",
     "mixture": "real",
+    "power_spherical": "sphere",
     "semi_amortized": "real",
     "student_t": "real",
 }
@@ -56,13 +58,27 @@ IN_WORDS = {
     "binary": "zeros and ones",
     "one_hot": "one of d categories",
     "simplex": "a simplex",
+    "sphere": "a sphere",
     "positive": "positive numbers",
     "real": "the real line",
 }
 DISCRETE = ("binary", "one_hot")
 OBJECTIVES_OF_DISCRETE = ("beta", "elbo", "trace_enum", "wake_sleep")
-PRIOR_FOR = {"binary": "bernoulli", "one_hot": "categorical", "simplex": "dirichlet", "positive": "gamma", "real": "normal"}
-GUIDE_FOR = {"binary": "bernoulli", "one_hot": "categorical", "simplex": "logistic_normal", "positive": "log_normal"}
+PRIOR_FOR = {
+    "sphere": "von_mises_fisher",
+    "binary": "bernoulli",
+    "one_hot": "categorical",
+    "simplex": "dirichlet",
+    "positive": "gamma",
+    "real": "normal",
+}
+GUIDE_FOR = {
+    "sphere": "power_spherical",
+    "binary": "bernoulli",
+    "one_hot": "categorical",
+    "simplex": "logistic_normal",
+    "positive": "log_normal",
+}
 PLACE = {"guide.family": ("guide", "family"), "fit.objective": ("fit", "objective"), "model.prior": ("model", "prior")}
 KIND_AT = {"guide.family": "guide", "fit.objective": "objective", "model.prior": "prior"}
 
@@ -73,7 +89,7 @@ RULES = [pair for pair in REFUSED if "network" not in pair]
 def compatible(prior: str, guide: str) -> bool:
     """Say what goes with what, from the tables above: guides on the real line are carried onto any continuous space."""
     p, q = SPACE_OF_PRIOR[prior], SPACE_OF_GUIDE[guide]
-    return p == q or (q == "real" and p in ("positive", "simplex"))
+    return p == q or (q == "real" and p in ("positive", "simplex", "sphere"))
 
 
 def expected(factor: str, word: str, other: str, second: str) -> bool:

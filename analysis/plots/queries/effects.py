@@ -191,8 +191,9 @@ def traversals(
     rest = f" Shown are the {len(order)} of {len(rate)} latents with the highest rate." if len(rate) > len(order) else ""
     unit = "sd of the data" if "cell_sd" in found else "units of the data"
     through = "from 0 to 1" if found.attrs["space"] == "binary" else "through the prior's quantiles"
+    turned = ", rescaled so that z stays on the sphere" if found.attrs["space"] == "sphere" else ""
     caption = (
-        f"Each row moves one latent {through} and leaves the others at {start}. Latent {top} changes "
+        f"Each row moves one latent {through} and leaves the others at {start}{turned}. Latent {top} changes "
         f"E[x|z] most, by {say(float(reach[top]))} (root mean square per entry, {unit})"
         + (f", latent {int(np.argmin(reach))} least, by {say(float(reach.min()))}" if len(reach) > 1 else "")
         + f": a row of equal tiles is a latent that does nothing here.{rest}"

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from elbowroom.analysis.measures.table import Z95
 from elbowroom.analysis.plots import sequence as plots_sequence
-from elbowroom.analysis.plots import style
+from elbowroom.analysis.plots import sphere, style
 from elbowroom.analysis.plots.events import NO_LATENT, event_image, event_sequence, group, units_of_rows
 from elbowroom.analysis.plots.style import Absent, Plot, styled
 
@@ -33,6 +33,8 @@ def latent_space(latent: xr.DataTree | None) -> Plot | Absent:
     space = str(latent.attrs.get("space", "real")) if latent is not None else "real"
     if space in ("one_hot", "binary"):
         return _usage(encoding, label, space)
+    if space == "sphere":
+        return _on_sphere(encoding, label)
     standard = latent is None or bool(latent.attrs.get("standard", 1))
     prior = None if standard else encoding["prior_z"].values
     unit = " (prior sd)" if standard else ""
@@ -49,6 +51,29 @@ def latent_space(latent: xr.DataTree | None) -> Plot | Absent:
         axes.set(xlabel=f"latent {shown[0]}{unit}", ylabel=f"latent {shown[1]}{unit}")
     caption = _latent_caption(loc, scale, rate, shown, label is not None, standard)
     return Plot("latent_space", figure, _latent_alt(label), caption, wide=line)
+
+
+def _on_sphere(encoding: xr.Dataset, label: np.ndarray | None) -> Plot:
+    """Draw the guide's means, and draws from the prior, in a picture of the sphere."""
+    loc, rate, prior = encoding["loc"].values, encoding["rate"].values, encoding["prior_z"].values
+    d = loc.shape[1]
+    shown = sorted(int(j) for j in np.argsort(-rate, kind="stable")[:2])
+    figure = style.canvas(style.WIDE if d == 3 else style.HALF, 5.0, "The latent space")
+    axes = figure.subplots()
+    sphere.frame(axes, d, shown)
+    grey = sphere.places(prior, shown)
+    axes.scatter(grey[:, 0], grey[:, 1], s=5, color=style.MUTED, alpha=0.35, edgecolor="none", zorder=0.5)
+    places, spans = sphere.places(loc, shown), np.array([180.0, 1.0] if d == 3 else [1.0, 1.0])
+    values = [None] if label is None else list(np.unique(label))
+    palette = [style.EXACT] if label is None else sns.color_palette("colorblind", max(len(values), 10))
+    named = []
+    for value, colour in zip(values, palette, strict=False):
+        rows = np.full(len(loc), True) if value is None else label == value
+        axes.scatter(places[rows, 0], places[rows, 1], s=14, color=colour, edgecolor=style.PAPER, linewidth=0.3, zorder=3)
+        middle = sphere.places(loc[rows].mean(0, keepdims=True), shown)[0]  # means of angles are those of points
+        named += [] if value is None else [(str(value), middle / spans)]
+    _named(axes, named, 0.15, spans)
+    return Plot("latent_space", figure, _latent_alt(label), f"{sphere.said(loc, shown)} {_rates(rate)}.", wide=d == 3)
 
 
 def _usage(encoding: xr.Dataset, label: np.ndarray | None, space: str) -> Plot:
@@ -138,27 +163,23 @@ def _latent_plane(axes: Axes, loc: np.ndarray, scale: np.ndarray, label: np.ndar
         middle, half = (both.max(0) + both.min(0)) / 2, 0.54 * (both.max(0) - both.min(0))
         extent = float(half.max())
     named = [] if label is None else [(str(value), np.median(loc[label == value], 0)) for value in values]
-    for (text, _), place in zip(named, _apart([place for _, place in named], 0.15 * extent), strict=True):
-        axes.text(
-            float(place[0]),
-            float(place[1]),
-            text,
-            fontsize=11,
-            weight="bold",
-            ha="center",
-            va="center",
-            color=style.INK,
-            zorder=4,
-            bbox={
-                "boxstyle": "circle,pad=0.18",
-                "facecolor": style.PAPER,
-                "edgecolor": style.MUTED,
-                "linewidth": 0.6,
-                "alpha": 0.85,
-            },
-        )
+    _named(axes, named, 0.15 * extent)
     axes.set(xlim=middle[0] + half[0] * np.array([-1, 1]), ylim=middle[1] + half[1] * np.array([-1, 1]))
     axes.set_aspect("equal" if prior is None else "auto")
+
+
+def _named(axes: Axes, named: list[tuple[str, np.ndarray]], distance: float, unit: np.ndarray | float = 1.0) -> None:
+    """Write labels at their places, in units of the axes, pushed apart."""
+    for (text, _), place in zip(named, _apart([place for _, place in named], distance), strict=True):
+        x, y = (place * unit).tolist()
+        box = {
+            "boxstyle": "circle,pad=0.18",
+            "facecolor": style.PAPER,
+            "edgecolor": style.MUTED,
+            "linewidth": 0.6,
+            "alpha": 0.85,
+        }
+        axes.text(x, y, text, fontsize=11, weight="bold", ha="center", va="center", color=style.INK, zorder=4, bbox=box)
 
 
 def _apart(places: list[np.ndarray], distance: float) -> list[np.ndarray]:
@@ -189,8 +210,6 @@ def _latent_caption(
     d = loc.shape[1]
     draws = loc + scale * np.random.default_rng(0).standard_normal((200, *loc.shape))
     inside, low, high = _mean_interval((np.square(draws[..., shown]).sum(-1) < _radius2(len(shown))).mean(0))
-    order = np.argsort(-rate, kind="stable")
-    rates = ", ".join(f"latent {j}: {style.say(rate[j])}" for j in order[:6]) + (" and so on" if d > 6 else "")
     stacked = ", stacked by label" if labelled else ""
     what = f"The distribution of the means of q(z|x) over data{stacked}, beside the prior's density. "
     if d > 1:
@@ -211,7 +230,13 @@ def _latent_caption(
         f" {len(dead)} of {d} latents are unused (variance of the means below 0.01)." if dead else " Every latent is in use."
     )
     other = f" Shown are the two latents of {d} with the highest rate." if d > 2 else ""
-    return f"{what}{verdict} Rate in nats per datum: {rates}.{active}{other}"
+    return f"{what}{verdict} {_rates(rate)}.{active}{other}"
+
+
+def _rates(rate: np.ndarray) -> str:
+    order = np.argsort(-rate, kind="stable")
+    listed = ", ".join(f"latent {j}: {style.say(rate[j])}" for j in order[:6]) + (" and so on" if len(rate) > 6 else "")
+    return f"Rate in nats per datum: {listed}"
 
 
 def _mean_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -228,7 +253,7 @@ def _radius2(d: int, mass: float = 0.9) -> float:
 
 @styled
 def plane(latent: xr.DataTree | None) -> Plot | Absent:
-    """Draw E[x|z] over the latent plane (or line) at prior quantiles."""
+    """Draw E[x|z] over the latent plane (or line) at prior quantiles, or around the sphere."""
     data = group(latent, "plane")
     if data is None:
         return Absent("plane", f"No picture of E[x|z]: {NO_LATENT}.")
@@ -238,6 +263,7 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
     image = event_image(latent)
     space = "real" if latent is None else str(latent.attrs.get("space", "real"))
     vertex = {"one_hot": "category", "simplex": "vertex of the simplex"}.get(space)
+    around = space == "sphere"
     unit = " (prior sd)" if latent is None or latent.attrs.get("standard", 1) else ""
     rest = "" if latent is None or latent.attrs["latent_dim"] <= 2 else ", the other latents at the prior's median"
     if image is not None:
@@ -251,33 +277,54 @@ def plane(latent: xr.DataTree | None) -> Plot | Absent:
         axes = figure.subplots()
         style.show_tiles(axes, tiles[::-1], style.tone(expected))
         scale, digits = ("value", 1) if space == "binary" else ("prior quantiles", 2)
+        names = [vertex] if vertex is not None else [f"latent {j} ({scale})" for j in latents]
+        names, digits = (_around(latents, len(axes_z)), 3) if around else (names, digits)
         ticks = np.unique(np.linspace(0, len(axes_z[0]) - 1, 5 if vertex is None else 10).round().astype(int))
         axes.set_xticks(ticks, [style.say(axes_z[0][t], digits) if vertex is None else str(t) for t in ticks])
-        axes.set_xlabel(f"latent {latents[0]} ({scale})" if vertex is None else vertex)
+        axes.set_xlabel(names[0])
         if len(axes_z) == 2:
             axes.set_yticks(len(axes_z[1]) - 1 - ticks, [style.say(axes_z[1][t], digits) for t in ticks])
-            axes.set_ylabel(f"latent {latents[1]} ({scale})")
+            axes.set_ylabel(names[1])
         else:
             axes.set_yticks([])
     elif event_sequence(latent) is not None:
         figure = style.canvas(style.WIDE, 0.6 + 2.4 * len(axes_z), "What the decoder makes of it: E[x|z]")
         cuts = [_cut(expected, k, len(axes_z)) for k in range(len(axes_z))]
-        named = [vertex or f"latent {latents[k]}{unit}" for k in range(len(axes_z))]
+        named = _around(latents, len(axes_z)) if around else [vertex or f"latent {j}{unit}" for j in latents]
         plots_sequence.along(figure, list(zip(named, axes_z, cuts, strict=True)))
     else:
         size = (style.WIDE, 3.4) if len(axes_z) == 1 else (style.HALF, 5.0)
         figure = style.canvas(*size, "What the decoder makes of it: E[x|z]")
         panels = np.atleast_1d(figure.subplots(len(axes_z), 1))
+        named = _around(latents, len(axes_z)) if around else [vertex or f"latent {j}{unit}" for j in latents]
         for k, (axes, z) in enumerate(zip(panels, axes_z, strict=True)):
             cut = _cut(expected, k, len(axes_z))
-            _profile(axes, z, cut.reshape(len(z), -1), vertex or f"latent {latents[k]}{unit}", columns, first=k == 0)
-    names = " and ".join(f"latent {j}" for j in latents)
-    alt = f"The decoder's expected datum at prior quantiles of {names}."
-    caption = _plane_caption(expected, len(axes_z), latents, rest) if vertex is None else _vertex_caption(expected, vertex)
+            _profile(axes, z, cut.reshape(len(z), -1), named[k], columns, first=k == 0)
+    alt = f"The decoder's expected datum at prior quantiles of {' and '.join(f'latent {j}' for j in latents)}."
+    if around:
+        alt = "The decoder's expected datum around the sphere."
+        caption = _around_caption(expected, len(axes_z), latents, 2 if latent is None else int(latent.attrs["latent_dim"]))
+    else:
+        caption = _plane_caption(expected, len(axes_z), latents, rest) if vertex is None else _vertex_caption(expected, vertex)
     if columns:
         caption += units_of_rows(latent)
         caption = caption.replace("data units", "sd of the data").replace("the data's units", "sd of the data")
     return Plot("plane", figure, alt, caption, wide=figure.get_figwidth() > style.HALF)
+
+
+def _around(latents: list[int], sides: int) -> list[str]:
+    """Return the names of the axes of the plane of a sphere: the angle, and the latent that is left of three."""
+    return [f"{sphere.angle(*latents)} (degrees)", *(f"latent {k}" for k in range(3) if k not in latents)][:sides]
+
+
+def _around_caption(expected: np.ndarray, sides: int, latents: list[int], d: int) -> str:
+    flat = expected.reshape(*expected.shape[:sides], -1)
+    change = float(np.sqrt(np.square(flat - flat.mean(tuple(range(sides)))).mean()))
+    i, j = latents
+    where = f"around the circle of latents {i} and {j}" + ", the others at 0" * (d > 2)
+    if sides == 2:
+        where = f"over the sphere: equal tiles are equal areas, and the left edge meets the right; 0 degrees is latent {i}"
+    return f"The expected datum {where}. It varies by {style.say(change)} (root mean square per entry, in the data's units)."
 
 
 def _cut(expected: np.ndarray, k: int, d: int) -> np.ndarray:

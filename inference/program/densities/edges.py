@@ -31,7 +31,8 @@ from torch.distributions.transforms import (
 )
 from torch.nn.functional import logsigmoid, softplus
 
-from elbowroom.inference.program.sites import Site, is_identity, is_real
+from elbowroom.inference.program.sites import Site, has_edge, is_identity, is_sphere
+from elbowroom.models.sphere import OntoSphere
 
 BETA = (dist.Beta, torch.distributions.Beta)
 DIRICHLET = (dist.Dirichlet, torch.distributions.Dirichlet)
@@ -75,9 +76,14 @@ def _offset(x: Tensor) -> Tensor:
 def bijection(support: Any) -> Transform:
     """Return the map from unconstrained coordinates onto a support: torch's `biject_to`, with logarithms on the simplex.
 
+    torch knows no map onto the sphere: it is ours, which leaves out one point.
+
     Raises:
         NotImplementedError: none is known.
     """
+    if is_sphere(support):
+        wrapped = support.event_dim - 1
+        return IndependentTransform(OntoSphere(), wrapped) if wrapped else OntoSphere()
     found: Transform = biject_to(support)
     if type(found) is StickBreakingTransform:
         return LogStickBreaking()
@@ -146,8 +152,8 @@ def _log_less(log_t: Tensor) -> Tensor:
 
 
 def _before(base: Any, to: Transform) -> Distribution | None:
-    """Return the distribution of u, where z is made from u by the site's own last map onto an interval or a simplex."""
-    if type(base) not in CARRIED or not isinstance(to, SigmoidTransform | StickBreakingTransform):
+    """Return the distribution of u, where z is made from u by the site's own last map onto an interval, simplex or sphere."""
+    if type(base) not in CARRIED or not isinstance(to, SigmoidTransform | StickBreakingTransform | OntoSphere):
         return None
     parts = _flat(base.transforms)
     if not parts or _innermost(parts[-1]) != to:
@@ -188,11 +194,11 @@ def _innermost(transform: Transform) -> Transform:
 def saturated(sites: Sequence[Site], z: Tensor) -> dict[str, Tensor]:
     """Return (S, N) by site, True where a constrained value was rounded to the edge of its support, z being (S, N, d).
 
-    Such a value is the last before the edge, or u cannot be found from it again. Sites on the whole line have no edge.
+    Such a value is the last before the edge, or u cannot be found from it again. Sites on a line or a sphere have no edge.
     """
     found = {}
     for site in sites:
-        if site.transform is None or is_real(site.support) or site.columns.stop == site.columns.start:
+        if site.transform is None or not has_edge(site.support) or site.columns.stop == site.columns.start:
             continue
         u = site.split(z)
         value = site.transform(u)

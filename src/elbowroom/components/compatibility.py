@@ -16,6 +16,7 @@ WORDS = {
     "real": "the real line",
     "positive": "positive numbers",
     "simplex": "a simplex",
+    "sphere": "a sphere",
     "one_hot": "one of d categories",
     "binary": "zeros and ones",
 }
@@ -23,6 +24,7 @@ NATURAL = {
     "real": "diagonal_normal",
     "positive": "log_normal",
     "simplex": "logistic_normal",
+    "sphere": "power_spherical",
     "one_hot": "categorical",
     "binary": "bernoulli",
 }
@@ -85,7 +87,9 @@ def notes(prior: Any, family: Any, objective: Any) -> list[str]:
     q = registry.component("guide", family.name).cls
     said = []
     if transform_inserted(p, q):
-        how = {"positive": "exp", "simplex": "stick breaking"}[space_of(p)]
+        how = {"positive": "exp", "simplex": "stick breaking", "sphere": "a radial map, which leaves out one point"}[
+            space_of(p)
+        ]
         p_name, q_name = plugins.short(prior.name), plugins.short(family.name)
         said.append(f"guide: {q_name} is carried onto {WORDS[space_of(p)]}, where prior {p_name} lives, by {how}")
     if space_of(p) in spaces.DISCRETE and objective.name == "elbo":

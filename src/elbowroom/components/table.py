@@ -40,6 +40,7 @@ TABLE: dict[str, dict[str, str | type]] = {
         "normal": "elbowroom.models.priors.standard:Normal",
         "student_t": "elbowroom.models.priors.standard:StudentT",
         "vamp": "elbowroom.models.priors.mixtures:Vamp",
+        "von_mises_fisher": "elbowroom.models.priors.constrained:VonMisesFisher",
     },
     "likelihood": {
         "bernoulli": "elbowroom.models.likelihoods.binary:Bernoulli",
@@ -83,6 +84,7 @@ TABLE: dict[str, dict[str, str | type]] = {
         "low_rank_normal": "elbowroom.models.guides.normal:LowRankNormal",
         "markov": "elbowroom.models.guides.markov:MarkovFamily",
         "mixture": "elbowroom.models.guides.families:Mixture",
+        "power_spherical": "elbowroom.models.guides.families:PowerSpherical",
         "semi_amortized": "elbowroom.models.guides.semi_amortized:SemiAmortized",
         "student_t": "elbowroom.models.guides.families:StudentT",
     },

@@ -22,6 +22,7 @@ from elbowroom.inference.objectives.elbo import ELBO
 from elbowroom.inference.target.discrete import table
 from elbowroom.inference.target.log_joint import LogJoint
 from elbowroom.inference.target.of_vae import log_joint_of
+from elbowroom.models import spaces
 from elbowroom.models.columns import Column
 from elbowroom.models.likelihoods.base import Likelihood
 from elbowroom.models.vae import VAE
@@ -38,7 +39,14 @@ TABLE = Facts(
     columns=(Column("a", "real"), Column("b", "count"), Column("c", "categorical", 4)),
     covariates=("dose", "age"),
 )
-PRIORS = {"real": "normal", "positive": "log_normal", "simplex": "dirichlet", "one_hot": "categorical", "binary": "bernoulli"}
+PRIORS = {
+    "real": "normal",
+    "positive": "log_normal",
+    "simplex": "dirichlet",
+    "sphere": "von_mises_fisher",
+    "one_hot": "categorical",
+    "binary": "bernoulli",
+}
 """Space of a guide family -> a prior with this space."""
 
 
@@ -93,7 +101,8 @@ def simulated(vae: VAE, facts: Facts = TABLE, n: int = N) -> dict[str, Tensor]:
 
 def check_latents(kind: str, name: str, options: Mapping[str, Any], expect: Expect) -> None:
     """Check a prior or a guide family."""
-    least = 2 if compatibility.space_of(registry.component(kind, name).cls) in ("simplex", "one_hot") else 1
+    space = compatibility.space_of(registry.component(kind, name).cls)
+    least = 2 if space == "one_hot" else spaces.least(space)
     small = vae_with(kind, name, options, latent_dim=least)
     batch = simulated(small, n=2)
     small.adapt(**batch)
@@ -103,7 +112,7 @@ def check_latents(kind: str, name: str, options: Mapping[str, Any], expect: Expe
         mass = (found.log_prior if kind == "prior" else found.log_guide).exp().sum(0)
         expect(bool(((mass - 1).abs() < 1e-6).all()), f"probabilities sum to 1, got {mass.tolist()}")
     else:
-        _normalised(joint, kind, expect, real=compatibility.space_of(registry.component(kind, name).cls) == "real")
+        _normalised(joint, kind, expect, real=space == "real")
     vae = vae_with(kind, name, options, latent_dim=3)
     batch = simulated(vae)
     vae.adapt(**batch)

@@ -86,7 +86,7 @@ def ask(
         question="encode", options=options, seed=run.experiment.spec.seed if seed is None else seed, device=place,
         out=out, resume=resume, report=report, until=until,
     )  # fmt: skip
-    found = found.assign_attrs(answers="encode")
+    found = found.assign_attrs(answers="encode", **({"space": "sphere"} if run.vae.prior.space == "sphere" else {}))
     return Answer(found, conclude(found), form, (partial(draw, found),))
 
 
@@ -211,6 +211,10 @@ def conclude(dataset: xr.Dataset) -> list[str]:
         said.append(
             f"{int(good.sum()):,} are exact or certified; {loose:,} are the encoder's draws reweighted, right only where it "
             f"puts mass; {left:,} are the encoder's own, uncorrected (k-hat above {GOOD_K})."
+        )
+    if str(dataset.attrs.get("space")) == "sphere":
+        said.append(
+            "z lies on a sphere, its means within: the direction is mean / |mean|, and the shorter a mean, the wider q or p."
         )
     if "mu" in dataset and good.any():
         mu, sigma, mean, sd = (dataset[name].values[good] for name in ("mu", "sigma", "mean", "sd"))

@@ -253,7 +253,8 @@ class Questions(FittedModel):
                 are those of training rows. The aggregate's are those of its rows by default.
             given: one covariate or the exposure, for all draws.
             test: test draws against held-out data. Draws of both sources (`auc`, `p_value`); or how many rows to use, at most.
-            interpolate: points between the posterior means of two rows, of `data` or of the test split.
+            interpolate: points between the posterior means of two rows, of `data` or of the test split; on a sphere on a great
+                circle.
             steps: points of an interpolation.
             data: rows to reconstruct or to interpolate between; or train, validation, test.
             samples: draws per reconstructed row.
@@ -306,9 +307,10 @@ class Questions(FittedModel):
             draws: of the other latents, behind an effect curve.
 
         Returns:
-            `plane` (row, column, *event) at z_row, z_column; `traversal` (latent, step, *event) at traversal_z; rate and reach
-            (latent), sensitivity (coordinate); of tables `effect` with its error, `effect_low` and `effect_high` (latent, step,
-            cell) at effect_z; of discrete latents `state_x` (state, *event) with state_prior, state_use and state_guide.
+            `plane` (row, column, *event) at z_row, z_column (on a sphere: by the angle in degrees); `traversal` (latent, step,
+            *event) at traversal_z; rate and reach (latent), sensitivity (coordinate); of tables `effect` with its error,
+            `effect_low` and `effect_high` (latent, step, cell) at effect_z; of discrete latents `state_x` (state, *event) with
+            state_prior, state_use and state_guide.
 
         Raises:
             UserError: there is no such row or latent, or an unknown source.

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from elbowroom.components import compatibility, registry
+from elbowroom.components import compatibility, plugins, registry
 from elbowroom.components.slots import build
+from elbowroom.errors import SpecError
 from elbowroom.models import spaces
 from elbowroom.models.columns import Column
 from elbowroom.models.guides.base import AmortizedGuide, Family, Onto
@@ -145,6 +146,11 @@ def _family(prior: Any, chosen: Any, latent_dim: int, feature_shape: tuple[int, 
     """Build the guide family, transformed from the real line to the prior's space if that is another one."""
     p, q = registry.component("prior", prior.name).cls, registry.component("guide", chosen.name).cls
     space, inserted = compatibility.space_of(p), compatibility.transform_inserted(p, q)
+    if inserted and latent_dim < spaces.least(space):  # before a family without a single coordinate is built
+        raise SpecError(
+            f"model.latent_dim: prior {plugins.short(prior.name)} lives on {compatibility.WORDS[space]}, which has at least "
+            f"{spaces.least(space)} coordinates, got {latent_dim}; use {spaces.least(space)} or more"
+        )
     width = spaces.free_dim(space, latent_dim) if inserted else latent_dim
     family: Family = build(
         "guide",

@@ -17,6 +17,7 @@ import elbowroom as er
 from elbowroom.analysis.latents.effects import Cells, explain, moved
 from elbowroom.analysis.plots.style import Plot
 from elbowroom.cli.app import main
+from elbowroom.conformance.properties import simulated, vae_with
 from elbowroom.errors import UserError
 
 SMALL = {"name": "mlp", "hidden": [8]}
@@ -113,6 +114,27 @@ def test_which_latents_matter():
     assert float(found["rate"][1]) < 1e-6
     m, v = law.posterior(x)[0][:, 0], 1 / law.precision[0, 0]
     assert float(found["rate"][0]) == pytest.approx(float((0.5 * (v + m**2 - 1 - v.log())).mean()), rel=1e-5)
+
+
+def test_on_a_sphere_traversals_and_the_plane_stay_there():
+    vae = vae_with("prior", "von_mises_fisher", {}, latent_dim=3)
+    batch = simulated(vae, n=20)
+    vae.adapt(**batch)
+    seen = []
+    decode = vae.decode
+    vae.decode = lambda z, *args, **kwargs: (seen.append(z), decode(z, *args, **kwargs))[1]  # type: ignore[method-assign]
+    found = explain(vae.eval(), batch, base=torch.tensor([0.1, 0.2, -0.2], dtype=torch.float64))
+    z = torch.cat([part.flatten(0, -2) for part in seen])
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(len(z), dtype=z.dtype))
+    assert found.attrs["start"] == "the direction of the datum's posterior mean"
+    assert found["plane"].dims[:2] == ("row", "column")
+    assert np.allclose(found["base"], np.array([1, 2, -2]) / 3)
+    for k in range(3):  # the moving latent has its value, the others keep their proportions
+        out = moved(
+            torch.tensor([[0.6, 0.0, 0.8]], dtype=torch.float64), k, torch.tensor([-0.5], dtype=torch.float64), "sphere"
+        )
+        assert float(out[0, 0, k]) == -0.5
+        assert abs(float(out.norm()) - 1) < 1e-12
 
 
 def test_a_simplex_makes_room():

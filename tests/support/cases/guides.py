@@ -12,13 +12,14 @@ from torch import Tensor
 
 from elbowroom.models import spaces
 from elbowroom.models.guides.base import AmortizedGuide, Family, Onto
-from elbowroom.models.guides.families import LogisticNormal, LogNormal, Mixture, StudentT
+from elbowroom.models.guides.families import LogisticNormal, LogNormal, Mixture, PowerSpherical, StudentT
 from elbowroom.models.guides.markov import MarkovFamily
 from elbowroom.models.guides.normal import DiagonalNormal, FullRankNormal, LowRankNormal
 from elbowroom.models.guides.semi_amortized import SemiAmortized
 from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.networks.mlp import MLP
 from elbowroom.models.priors.base import Prior
+from elbowroom.models.priors.constrained import VonMisesFisher
 from elbowroom.models.priors.standard import Normal
 from elbowroom.models.spaces import Space
 from elbowroom.models.vae import VAE
@@ -37,11 +38,15 @@ REAL: dict[str, Callable[[int], Family]] = {
     "semi_low_rank": lambda d: SemiAmortized(d, family="low_rank_normal", steps=3),
     "semi_stopped": lambda d: SemiAmortized(d, steps=3, through=False),
 }
-OWN: dict[str, Callable[[int], Family]] = {"log_normal": LogNormal, "logistic_normal": LogisticNormal}
+OWN: dict[str, Callable[[int], Family]] = {
+    "log_normal": LogNormal,
+    "logistic_normal": LogisticNormal,
+    "power_spherical": PowerSpherical,
+}
 CARRIED: dict[str, Callable[[int], Family]] = {
     f"{name} onto {space}": lambda d, make=make, space=space: Onto(make(spaces.free_dim(space, d)), space, d)
     for name, make in REAL.items()
-    for space in ("positive", "simplex")
+    for space in ("positive", "simplex", "sphere")
 }
 FAMILIES = REAL | OWN | CARRIED
 SEMI = ["semi_diagonal", "semi_full", "semi_low_rank"]
@@ -77,7 +82,12 @@ class DirichletPrior(Prior):
         return dist.Dirichlet(self.two)
 
 
-PRIORS: dict[Space, type[Prior]] = {"real": Normal, "positive": LogNormalPrior, "simplex": DirichletPrior}
+PRIORS: dict[Space, type[Prior]] = {
+    "real": Normal,
+    "positive": LogNormalPrior,
+    "simplex": DirichletPrior,
+    "sphere": VonMisesFisher,
+}
 
 
 def params_of(family: Family, n: int = 5, seed: int = 0, size: float = 0.5) -> Tensor:

@@ -17,7 +17,7 @@ from elbowroom.models.guides.normal import DiagonalNormal
 from elbowroom.models.likelihoods.continuous import Gaussian
 from elbowroom.models.networks.mlp import MLP
 from elbowroom.models.priors.base import Prior
-from elbowroom.models.priors.constrained import Dirichlet, Gamma, LogisticNormal, LogNormal
+from elbowroom.models.priors.constrained import Dirichlet, Gamma, LogisticNormal, LogNormal, VonMisesFisher
 from elbowroom.models.priors.correlated import AutoregressiveNormal
 from elbowroom.models.priors.discrete import Bernoulli, Categorical
 from elbowroom.models.priors.flow import Flow
@@ -73,6 +73,10 @@ CASES = [
     Case("dirichlet", lambda d, c, g: Dirichlet(d, concentration=1.5), dim=3, line=2),
     Case("logistic_normal", lambda d, c, g: LogisticNormal(d), dim=3, line=2),
     Case("logistic_normal_learned", lambda d, c, g: LogisticNormal(d, learned=True), dim=3, line=2),
+    Case("von_mises_fisher", lambda d, c, g: VonMisesFisher(d, c), dim=3, line=2),
+    Case("von_mises_fisher_concentrated", lambda d, c, g: VonMisesFisher(d, c, concentration=8.0), dim=3, line=2),
+    Case("von_mises_fisher_learned", lambda d, c, g: VonMisesFisher(d, c, concentration="learned"), dim=4, line=2),
+    Case("von_mises_fisher_c", lambda d, c, g: VonMisesFisher(d, c, concentration=2.0, covariates=True), dim=3, line=2),
     Case("categorical", lambda d, c, g: Categorical(d), dim=3, line=None, family=CategoricalFamily),
     Case("categorical_uniform", lambda d, c, g: Categorical(d, learned=False), dim=3, line=None, family=CategoricalFamily),
     Case("bernoulli", lambda d, c, g: Bernoulli(d, probability=0.3), dim=3, line=None, family=BernoulliFamily),
@@ -96,7 +100,7 @@ def vae_of(case: Case, latent_dim: int | None = None, covariate_dim: int | None 
     c = covariate_dim or (2 if case in CONDITIONAL else 0)
     probe = case.make(d, c, AmortizedGuide(MLP((WIDTH + c,), 2 * d, hidden=(8,)), DiagonalNormal(d)))
     family: Family = case.family(probe.free_dim or d)
-    if probe.space in ("positive", "simplex"):
+    if probe.space in ("positive", "simplex", "sphere"):
         family = Onto(family, probe.space, d)
     guide = AmortizedGuide(MLP((WIDTH + c,), family.param_dim, hidden=(8,)), family)
     likelihood = Gaussian((WIDTH,))

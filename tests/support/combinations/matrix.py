@@ -56,6 +56,7 @@ DIMS = {
     "bernoulli": (2,),
     "hierarchical": (1,),
     "markov": (2,),
+    "von_mises_fisher": (2, 3),
 }
 
 

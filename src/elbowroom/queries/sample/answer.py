@@ -161,8 +161,9 @@ def conclude(dataset: xr.Dataset, status: str) -> list[str]:
     how = f"moves by {step.sum():.3g} in all (root mean square per entry, units of the data); {words}"
     if "column" in dataset.dims:
         how = "is shown column by column, of text the likeliest level"  # columns differ in their units
+    path = str(dataset.attrs.get("path", "line between the posterior means"))
     return [
-        f"{steps} points on the line between the posterior means ({status}). E[x|z] {how}. The points between are the "
+        f"{steps} points on the {path} ({status}). E[x|z] {how}. The points between are the "
         "decoder's guess: no datum vouches for them."
     ]
 

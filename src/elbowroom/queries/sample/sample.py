@@ -30,6 +30,7 @@ from elbowroom.errors import SpecError, UserError, nearest
 from elbowroom.inference.randomness import seeded
 from elbowroom.inference.target.of_vae import log_joint_of
 from elbowroom.models.spaces import DISCRETE
+from elbowroom.models.sphere import great_circle
 from elbowroom.queries import covariates as conditions
 from elbowroom.queries.answer import Form
 from elbowroom.queries.sample.answer import Compared, Samples, conclude, conclude_test
@@ -282,7 +283,7 @@ def _features(x: Tensor, batch: Batch) -> np.ndarray:
 def interpolation(
     run: FittedModel, rows: QueryRows, ends: Sequence[int], *, steps: int, references: Methods, seed: int, place: torch.device
 ) -> Samples:
-    """Decode points on the line between the posterior means of two rows."""
+    """Decode points on the line between the posterior means of two rows; on a sphere on the great circle."""
     if len(ends) != 2:
         raise SpecError(f"interpolate: two rows are needed, got {len(ends)}")
     if steps < 2:
@@ -295,7 +296,7 @@ def interpolation(
     batch, means, each = posterior_means(run, rows, ends, references, seed, place)
     t = torch.linspace(0, 1, steps).to(means)
     between = lambda a, b: a + t.reshape(-1, *[1] * a.dim()) * (b - a)
-    z = between(means[0], means[1])
+    z = great_circle(means[0], means[1], t) if vae.prior.space == "sphere" else between(means[0], means[1])
     told = {name: between(value[0], value[1]) for name, value in batch.items() if name != "x"}
     with torch.no_grad(), seeded(seed):
         p = vae.decode(z, **told)
@@ -311,6 +312,8 @@ def interpolation(
     dataset["t"].attrs = {"units": "1", "long_name": f"place between row {ends[0]} (0) and row {ends[1]} (1)"}
     status = ", ".join(f"row {row}: {words}" for row, words in zip(ends, each, strict=True))
     about = {"answers": "sample", "source": "interpolation", "seed": seed, "rows": list(ends)}
+    if vae.prior.space == "sphere":
+        about["path"] = "great circle between the directions of the posterior means"
     dataset = dataset.assign_attrs({**provenance(run, rows.dataset), **about})
     return Samples.of(run, dataset, conclude(dataset, status), ends=numpy(batch["x"]))
 
