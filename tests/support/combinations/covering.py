@@ -103,11 +103,16 @@ def refused_pairs() -> list[tuple[str, str, str, str]]:
     return found
 
 
+def lines_of(page: str) -> dict[int, str]:
+    """Return the lines of the table of docs/matrix.md by the number of the row."""
+    return {int(number): line for line, number in re.findall(r"^(\| (\d+) \| .* \|)$", page, flags=re.MULTILINE)}
+
+
 def kept(page: str) -> list[Combination]:
     """Read the combinations of docs/matrix.md, in their order, without those that are no longer valid."""
     found = []
-    for line in re.findall(r"^\| \d+ \| (.*?) \|$", page, flags=re.MULTILINE):
-        *words, data = (cell.strip() for cell in line.split(" | ")[:6])
+    for line in lines_of(page).values():
+        *words, data = (cell.strip() for cell in line.split(" | ")[1:7])
         covariates = "conditional" if "c*" in data else "given" if "c" in data else "none"
         row = Combination(*words, covariates, "given" if "e" in data else "none", "some" if "h" in data else "none")
         known = all(word in WORDS[factor] for factor, word in zip(FACTORS, row, strict=True))

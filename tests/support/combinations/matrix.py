@@ -26,7 +26,8 @@ import elbowroom as er
 from elbowroom.analysis.measures import table as reading
 from elbowroom.inference.references.importance.psis import psis
 from elbowroom.models.vae import PLATE
-from support.combinations.covering import EVENT, FACTORS, Combination, array, refused_pairs
+from support.combinations.covering import EVENT, FACTORS, Combination, array, lines_of, refused_pairs
+from support.combinations.covering import PAGE as PAGE_FILE
 
 N, AUDITED, DRAWS = 60, 3, 10_000
 COLUMNS = ("a", "b", "c", "d")
@@ -67,8 +68,8 @@ of covariates, exposure and holes in the data) meet at least once: a pairwise co
 {n} rows, audited on {audited} data against an exact reference, and reported. What is tested is that all parts speak to each
 other and that log p(x) is right, not that the fit is good: the gaps are those of guides that have hardly been trained.
 
-* {exact} of {posteriors} posteriors were certified `exact`; {clean} of {rows} combinations went through without a warning.
-* log p(x) was estimated a second time from {draws:,} draws of the prior through the plain Pyro program, which shares nothing
+* {exact} of {posteriors} posteriors were certified `exact`; {clean} of {done} combinations went through without a warning.
+{kept}* log p(x) was estimated a second time from {draws:,} draws of the prior through the plain Pyro program, which shares nothing
   with the references. Where the weights of those draws can be trusted ({compared} posteriors), the two agree within 4.5
   standard errors unless the table says otherwise; the median difference is {off:.1g} nats.
 * The other {refused} pairs of words are refused before anything is built, each with its reason and a remedy that works
@@ -277,11 +278,11 @@ def main(path: Path) -> None:
 
 def page(found: Mapping[Combination, dict[str, Any]]) -> str:
     """Return docs/matrix.md: what was run, what came out, and one line per combination."""
-    rows = array()
-    missing = [number for number, row in enumerate(rows) if row not in found]
+    rows, before = array(), lines_of(PAGE_FILE.read_text() if PAGE_FILE.is_file() else "")
+    missing = [number for number, row in enumerate(rows) if row not in found and number not in before]
     if missing:
         raise SystemExit(f"{len(missing)} of {len(rows)} combinations were not run yet, the first: #{missing[0]}")
-    outcomes = [found[row] | {"number": number} for number, row in enumerate(rows)]
+    outcomes = [found[row] | {"number": number} for number, row in enumerate(rows) if row in found]
     wrong = {outcome["number"]: problems(outcome) for outcome in outcomes}
     posteriors = sum(len(outcome.get("status", ())) for outcome in outcomes)
     exact = sum(status == "exact" for outcome in outcomes for status in outcome.get("status", ()))
@@ -291,20 +292,26 @@ def page(found: Mapping[Combination, dict[str, Any]]) -> str:
             if math.isfinite(error):
                 compared += 1
                 off.append(abs(value - exactly))
-    clean = len(rows) - sum(map(bool, wrong.values()))
+    clean = len(outcomes) - sum(map(bool, wrong.values()))
+    older = len(rows) - len(outcomes)
+    kept = (
+        f"\n  The other {older}, marked `~`, were not run again: they are as they were found when their words were new."
+        if older
+        else ""
+    )
     head = PAGE.format(
         rows=len(rows), n=N, audited=AUDITED, exact=exact, posteriors=posteriors, clean=clean, draws=DRAWS, compared=compared,
-        off=np.median(off), refused=len(refused_pairs()),
+        off=np.median(off), refused=len(refused_pairs()), done=len(outcomes), kept=kept if older else "",
     )  # fmt: skip
-    lines = [head]
+    lines = {number: line if line.endswith("~ |") else line.removesuffix(" |") + " ~ |" for number, line in before.items()}
     for outcome in outcomes:
         data = {"none": "", "given": "c", "conditional": "c*"}[outcome["covariates"]]
         data += ("e" if outcome["exposure"] == "given" else "") + ("h" if outcome["holes"] == "some" else "")
         gap = "; ".join(wrong[outcome["number"]]) or f"{np.median(outcome['gap_total']):.2f}"
         words = " | ".join(outcome[factor] for factor in ("prior", "likelihood", "guide", "network", "objective"))
         d, reference = outcome.get("latent_dim", ""), outcome.get("reference", "")
-        lines.append(f"| {outcome['number']} | {words} | {data} | {d} | {reference} | {gap} |")
-    return "\n".join(lines) + "\n"
+        lines[outcome["number"]] = f"| {outcome['number']} | {words} | {data} | {d} | {reference} | {gap} |"
+    return "\n".join([head, *(lines[number] for number in sorted(lines))]) + "\n"
 
 
 if __name__ == "__main__":
