@@ -69,8 +69,8 @@ of covariates, exposure and holes in the data) meet at least once: a pairwise co
 other and that log p(x) is right, not that the fit is good: the gaps are those of guides that have hardly been trained.
 
 * {exact} of {posteriors} posteriors were certified `exact`; {clean} of {done} combinations went through without a warning.
-{kept}* log p(x) was estimated a second time from {draws:,} draws of the prior through the plain Pyro program, which shares nothing
-  with the references. Where the weights of those draws can be trusted ({compared} posteriors), the two agree within 4.5
+{kept}* log p(x) was estimated a second time from {draws:,} draws of the prior through the plain Pyro program, which shares
+  nothing with the references. Where the weights of those draws can be trusted ({compared} posteriors), the two agree within 4.5
   standard errors unless the table says otherwise; the median difference is {off:.1g} nats.
 * The other {refused} pairs of words are refused before anything is built, each with its reason and a remedy that works
   (`tests/whole/test_matrix.py`).
