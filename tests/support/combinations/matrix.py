@@ -56,6 +56,7 @@ DIMS = {
     "categorical": (3,),
     "bernoulli": (2,),
     "hierarchical": (1,),
+    "horseshoe": (1,),  # at two, the grid resolves its spike in minutes
     "markov": (2,),
     "von_mises_fisher": (2, 3),
 }
