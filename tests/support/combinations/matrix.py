@@ -295,11 +295,7 @@ def page(found: Mapping[Combination, dict[str, Any]]) -> str:
                 off.append(abs(value - exactly))
     clean = len(outcomes) - sum(map(bool, wrong.values()))
     older = len(rows) - len(outcomes)
-    kept = (
-        f"\n  The other {older}, marked `~`, were not run again: they are as they were found when their words were new."
-        if older
-        else ""
-    )
+    kept = f"* The other {older}, marked `~`, were not run again: they are as they were found when their words were new.\n"
     head = PAGE.format(
         rows=len(rows), n=N, audited=AUDITED, exact=exact, posteriors=posteriors, clean=clean, draws=DRAWS, compared=compared,
         off=np.median(off), refused=len(refused_pairs()), done=len(outcomes), kept=kept if older else "",
