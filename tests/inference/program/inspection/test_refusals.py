@@ -102,13 +102,26 @@ def masked_guide(y):
         pyro.sample("z", dist.Normal(torch.zeros_like(y), 1.0))
 
 
-def sphere_model(y):
+class _HalfSphere(torch.distributions.constraints.Constraint):
+    event_dim = 1
+
+    def check(self, value):
+        return torch.ones(value.shape[:-1], dtype=torch.bool)
+
+
+class Nowhere(dist.ProjectedNormal):
+    """A distribution whose support is a set that nobody has a map onto."""
+
+    support = _HalfSphere()
+
+
+def strange_model(y):
     with pyro.plate("rows", len(y)):
-        pyro.sample("z", dist.ProjectedNormal(torch.ones(len(y), 3)))
+        pyro.sample("z", Nowhere(torch.ones(len(y), 3)))
 
 
-def sphere_guide(y):
-    sphere_model(y)
+def strange_guide(y):
+    strange_model(y)
 
 
 def moving_support(y):
@@ -157,7 +170,7 @@ REFUSALS = {
     "observed site outside": (observed_outside, normal_guide, r"an observed site outside plate 'rows' depends on the local"),
     "not deterministic": (random_inside, normal_guide, r"its log density changes between two evaluations at the same z"),
     "mask in the guide only": (normal_model, masked_guide, r"site 'z' is masked differently in model and guide"),
-    "support without a transform": (sphere_model, sphere_guide, r"site 'z': no transform onto the support of ProjectedNormal"),
+    "support without a transform": (strange_model, strange_guide, r"site 'z': no transform onto the support of Nowhere"),
     "support moved by a discrete site": (moving_support, moving_support, r"its support depends on other sites"),
     "masked discrete site": (masked_class, normal_guide, r"discrete site 'c' is masked out of some data"),
     "coupled elsewhere": (partner, normal_guide, r"moving the latents of some data changes log p of others"),
