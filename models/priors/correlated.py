@@ -20,7 +20,8 @@ class AutoregressiveNormal(Located):
     precision R^-1 is zero outside of p diagonals on each side. Learned are the p partial autocorrelations r_i = tanh(raw_i),
     for which every value gives a valid R (Barndorff-Nielsen and Schou 1973, https://doi.org/10.1016/0047-259X(73)90030-4).
     They start at 1/2, 0, ..., 0. `low_rank`: R is the correlation matrix of I + W W', W (d, k) learned.
-    Log density: -1/2 (d log 2 pi + log det R + (z - m)' R^-1 (z - m)).
+    Log density: -1/2 (d log 2 pi + log det R + (z - m)' R^-1 (z - m)). One coordinate has nothing to be correlated with: it is
+    N(m, 1).
 
     Args:
         latent_dim: width d of z (a fact).
@@ -29,7 +30,6 @@ class AutoregressiveNormal(Located):
         order: p, of `banded`; at most d - 1 of them are used.
         rank: k, of `low_rank`.
         covariates: condition on the covariates of the data: location from c by a linear map.
-    One coordinate has nothing to be correlated with: it is N(m, 1).
     """
 
     def __init__(
