@@ -132,6 +132,18 @@ def test_a_step_of_the_guide_reads_no_earlier_x_and_no_padding():
     torch.testing.assert_close(before[:3].flatten(), cut[0])
 
 
+def test_each_step_is_made_from_its_own_latents_in_the_order_of_the_parameters():
+    """Parameters lie as (n, T, F): each of both kinds, at step t, is the shared network's output at z_t and the covariates."""
+    torch.manual_seed(0)
+    n, steps, features, k, c = 2, 3, 4, 2, 1
+    decoder = Stepwise((steps * k + c,), n * steps * features, (n, steps, features), steps * k, hidden=(5,)).double()
+    x = torch.randn(6, steps * k + c, dtype=F64)
+    found = decoder(x).unflatten(-1, (n, steps, features))
+    for t in range(steps):
+        own = torch.cat([x[:, t * k : t * k + k], x[:, steps * k :]], -1)
+        torch.testing.assert_close(found[:, :, t], decoder.body.network(own).unflatten(-1, (n, features)))
+
+
 def spec(**model: object) -> dict:
     return {
         "data": "memory",
